@@ -1,0 +1,852 @@
+"""
+Qwen3-VL by hand: the network, its words (tokenizer) and its eyes (picture -> patches), in plain PyTorch.
+
+The idea. A vision tower turns 16x16-pixel patches into vectors, a merger folds every 2x2 of them into one visual token, and
+these tokens take the places of <|image_pad|> in an ordinary decoder-only transformer. Three details carry Qwen3-VL:
+  * DeepStack: intermediate layers of the vision tower are merged too and added to the first text layers at the visual places;
+  * interleaved M-RoPE: every token has three positions (time, row, column) that share the rotary frequencies in turn T H W T H W;
+  * q/k RMS-norm per head before the rotation.
+Tensor names and shapes are those of the published checkpoints, so `load` and `save` are a loop over names.
+
+What serves embedding and RL, and is ours:
+  * a row may hold one prompt and several *branches* that continue it: `branch` says which token belongs to which; a token sees
+    its prompt and its own branch only. So the direct embedding, the decision and K rationales cost one prompt (see `tree_mask`);
+  * `generate`: G rollouts share the prompt's keys and values (never copied G times), finished rollouts are retired.
+
+Shape vocabulary of all files:
+  B rows (queries or targets)   G rollouts or branches of a row   S tokens of a row   T generated tokens
+  H text width   D vision width   A heads   C kv heads   d head size   N patches   M = N/4 visual tokens   V vocabulary
+  a *segment* is one picture or one group of two video frames: a grid of (h, w) patches, i.e. h*w/4 visual tokens.
+
+How to run: nothing to run here. `python test_all.py -k parity` compares it with transformers' own implementation.
+
+Left out: mixture-of-experts variants, quantisation, custom kernels (SDPA only), tensor parallelism, beam search.
+Sources: transformers' modeling_qwen3_vl.py (v4.57, v5) and Qwen's published configs for facts; every line here is our own.
+"""
+
+import json
+import math
+import os
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one flat dataclass, one row per size
+
+
+@dataclass
+class Config:
+    """Everything that decides a shape. Defaults are what all published dense Qwen3-VL models share."""
+    vocab: int = 151936             # rows of the embedding; the tokenizer uses 151,669 of them
+    hidden: int = 2048              # H
+    mlp: int = 6144
+    layers: int = 28
+    heads: int = 16                 # A
+    kv_heads: int = 8               # C
+    head_dim: int = 128             # d; heads * head_dim need not equal hidden (4B: 4096 against 2560)
+    tie: bool = True                # output head = input embedding
+    rope_theta: float = 5e6
+    mrope_section: tuple = (24, 20, 20)   # frequencies for time, row, column; they sum to head_dim / 2
+    eps: float = 1e-6
+    v_hidden: int = 1024            # D
+    v_mlp: int = 4096
+    v_layers: int = 24
+    v_heads: int = 16
+    v_positions: int = 2304         # a 48 x 48 table, interpolated to any grid
+    v_deepstack: tuple = (5, 11, 17)      # vision layers that are also fed to text layers 0, 1, 2
+    image_token: int = 151655
+    video_token: int = 151656
+    vision_start: int = 151652
+    vision_end: int = 151653
+
+
+PATCH, TEMPORAL, MERGE = 16, 2, 2         # pixels of a patch's side, frames in a patch, patches merged per side
+FACTOR = PATCH * MERGE                    # 32: picture sides are rounded to this, so one visual token covers 32 x 32 pixels
+PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH  # 1536 numbers in a patch
+
+CONFIGS = {
+    # hidden 128 x 4 layers reads 3x3-tile pictures; ids and vocab are filled in by the pocket tokenizer
+    "pocket": Config(vocab=0, hidden=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, mrope_section=(8, 4, 4),
+                     rope_theta=1e4, v_hidden=64, v_mlp=256, v_layers=2, v_heads=2, v_positions=144, v_deepstack=(0,)),
+    "2b": Config(),
+    "4b": Config(hidden=2560, mlp=9728, layers=36, heads=32),
+    "8b": Config(hidden=4096, mlp=12288, layers=36, heads=32, tie=False,
+                 v_hidden=1152, v_mlp=4304, v_layers=27, v_deepstack=(8, 16, 24)),
+}
+
+
+def config_from_hf(c, where="config.json"):
+    """A Hugging Face config dict (transformers 4 or 5 spelling) -> Config. ValueError names what we do not implement."""
+    if c.get("model_type") != "qwen3_vl":
+        raise ValueError(f"{where}: model_type is {c.get('model_type')!r}; only dense 'qwen3_vl' models are implemented here")
+    try:
+        t, v = c["text_config"], c["vision_config"]
+        rope = t.get("rope_parameters") or t.get("rope_scaling") or {}           # v5 / v4
+        out = Config(
+            vocab=t["vocab_size"], hidden=t["hidden_size"], mlp=t["intermediate_size"], layers=t["num_hidden_layers"],
+            heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"],
+            head_dim=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"],
+            tie=bool(c.get("tie_word_embeddings", t.get("tie_word_embeddings", False))),
+            rope_theta=float(rope.get("rope_theta") or t.get("rope_theta") or 5e6),
+            mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)), eps=t.get("rms_norm_eps", 1e-6),
+            v_hidden=v["hidden_size"], v_mlp=v["intermediate_size"], v_layers=v["depth"], v_heads=v["num_heads"],
+            v_positions=v["num_position_embeddings"], v_deepstack=tuple(v["deepstack_visual_indexes"]),
+            image_token=c.get("image_token_id", 151655), video_token=c.get("video_token_id", 151656),
+            vision_start=c.get("vision_start_token_id", 151652), vision_end=c.get("vision_end_token_id", 151653))
+    except KeyError as e:
+        raise ValueError(f"{where}: the key {e} is missing") from None
+    fixed = [("text_config.hidden_act", t.get("hidden_act", "silu"), "silu"), ("attention_bias", t.get("attention_bias") or False, False),
+             ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+             ("vision hidden_act", v.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+             ("patch_size", v.get("patch_size", 16), PATCH), ("temporal_patch_size", v.get("temporal_patch_size", 2), TEMPORAL),
+             ("spatial_merge_size", v.get("spatial_merge_size", 2), MERGE), ("in_channels", v.get("in_channels", 3), 3),
+             ("out_hidden_size", v.get("out_hidden_size", out.hidden), out.hidden),
+             ("mrope_section's sum", sum(out.mrope_section), out.head_dim // 2),
+             ("num_position_embeddings (a square)", math.isqrt(out.v_positions) ** 2, out.v_positions)]
+    for name, got, want in fixed:
+        if got != want and not (isinstance(want, tuple) and got in want):
+            raise ValueError(f"{where}: {name} is {got!r}, this code implements {want!r}")
+    return out
+
+
+def config_to_hf(c, dtype="float32", eos=None, pad=None):
+    """Config -> a config.json that transformers 4.57 and 5 both open (both rope spellings are written)."""
+    rope = {"mrope_interleaved": True, "mrope_section": list(c.mrope_section), "rope_type": "default"}
+    text = dict(model_type="qwen3_vl_text", vocab_size=c.vocab, hidden_size=c.hidden, intermediate_size=c.mlp, num_hidden_layers=c.layers,
+                num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, hidden_act="silu", rms_norm_eps=c.eps,
+                max_position_embeddings=262144, attention_bias=False, attention_dropout=0.0, tie_word_embeddings=c.tie, use_cache=True,
+                bos_token_id=pad, eos_token_id=eos, dtype=dtype, rope_theta=c.rope_theta, rope_scaling=dict(rope),
+                rope_parameters=dict(rope, rope_theta=c.rope_theta))
+    vision = dict(model_type="qwen3_vl_vision", depth=c.v_layers, hidden_size=c.v_hidden, intermediate_size=c.v_mlp, num_heads=c.v_heads,
+                  in_channels=3, patch_size=PATCH, temporal_patch_size=TEMPORAL, spatial_merge_size=MERGE, out_hidden_size=c.hidden,
+                  num_position_embeddings=c.v_positions, deepstack_visual_indexes=list(c.v_deepstack), hidden_act="gelu_pytorch_tanh")
+    return dict(architectures=["Qwen3VLForConditionalGeneration"], model_type="qwen3_vl", dtype=dtype, tie_word_embeddings=c.tie,
+                image_token_id=c.image_token, video_token_id=c.video_token, vision_start_token_id=c.vision_start,
+                vision_end_token_id=c.vision_end, text_config=text, vision_config=vision)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vision tower
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding. x (..., d), cos and sin broadcastable to it; dimension i is paired with i + d/2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.v_heads
+        self.qkv = nn.Linear(c.v_hidden, 3 * c.v_hidden)
+        self.proj = nn.Linear(c.v_hidden, c.v_hidden)
+
+    def forward(self, x, cos, sin, buckets):
+        """x (N, D); cos, sin (N, 1, d) fp32; buckets [(n, index or None)]: the segments of n patches each, attended in one call."""
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)                       # (N, A, d) each
+        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
+        y = torch.empty_like(q) if len(buckets) > 1 else None
+        for n, index in buckets:                                 # attention stays within a segment: one picture, one frame group
+            pick = lambda z: (z if index is None else z[index]).view(-1, n, self.heads, z.shape[-1]).transpose(1, 2)
+            o = F.scaled_dot_product_attention(pick(q), pick(k), pick(v))                     # (segments, A, n, d)
+            o = o.transpose(1, 2).reshape(-1, self.heads, q.shape[-1])
+            y = o if index is None else y.index_copy(0, index, o)
+        return self.proj(y.reshape(len(x), -1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.v_hidden, eps=1e-6)
+        self.norm2 = nn.LayerNorm(c.v_hidden, eps=1e-6)
+        self.attn = VisionAttention(c)
+        self.mlp = nn.ModuleDict({"linear_fc1": nn.Linear(c.v_hidden, c.v_mlp), "linear_fc2": nn.Linear(c.v_mlp, c.v_hidden)})
+
+    def forward(self, x, cos, sin, buckets):
+        x = x + self.attn(self.norm1(x), cos, sin, buckets)
+        return x + self.mlp["linear_fc2"](F.gelu(self.mlp["linear_fc1"](self.norm2(x)), approximate="tanh"))
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches -> one visual token. The main merger norms each patch, the DeepStack ones the four together."""
+
+    def __init__(self, c, norm_after):
+        super().__init__()
+        wide = c.v_hidden * MERGE**2
+        self.norm_after = norm_after
+        self.norm = nn.LayerNorm(wide if norm_after else c.v_hidden, eps=1e-6)
+        self.linear_fc1 = nn.Linear(wide, wide)
+        self.linear_fc2 = nn.Linear(wide, c.hidden)
+
+    def forward(self, x):                                        # (N, D) -> (M, H)
+        wide = self.linear_fc1.in_features
+        x = self.norm(x.view(-1, wide)) if self.norm_after else self.norm(x).view(-1, wide)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c.v_hidden, (TEMPORAL, PATCH, PATCH), (TEMPORAL, PATCH, PATCH))})
+        self.pos_embed = nn.Embedding(c.v_positions, c.v_hidden)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.v_layers))
+        self.merger = Merger(c, norm_after=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(c, norm_after=True) for _ in c.v_deepstack)
+        self.checkpointing = False
+
+    def places(self, grids):
+        """Row and column of every patch, in the order of `patchify` (2x2 blocks in raster order, then the four inside): (N,) each."""
+        rows, cols = [], []
+        for h, w in grids:
+            r = torch.arange(h).view(h // 2, 1, 2, 1).expand(h // 2, w // 2, 2, 2).reshape(-1)
+            k = torch.arange(w).view(1, w // 2, 1, 2).expand(h // 2, w // 2, 2, 2).reshape(-1)
+            rows.append(r), cols.append(k)
+        return torch.cat(rows), torch.cat(cols)
+
+    def positions(self, grids, row, col):
+        """The learned 48x48 table, bilinearly stretched over each grid (corners aligned): (N, D)."""
+        side = math.isqrt(self.c.v_positions)
+        n = torch.tensor([h * w for h, w in grids])
+        h = torch.tensor([h for h, _ in grids]).repeat_interleave(n)
+        w = torch.tensor([w for _, w in grids]).repeat_interleave(n)
+        y = row * (side - 1) / (h - 1).clamp(min=1)
+        x = col * (side - 1) / (w - 1).clamp(min=1)
+        y0, x0 = y.long(), x.long()
+        y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
+        fy, fx = y - y0, x - x0
+        dev, dtype = self.pos_embed.weight.device, self.pos_embed.weight.dtype
+        corners = [(y0, x0, (1 - fy) * (1 - fx)), (y0, x1, (1 - fy) * fx), (y1, x0, fy * (1 - fx)), (y1, x1, fy * fx)]
+        return sum(self.pos_embed((a * side + b).to(dev)) * f[:, None].to(dev, dtype) for a, b, f in corners)
+
+    def forward(self, pixels, grids):
+        """pixels (N, 1536), grids [(h, w)] of every segment -> visual tokens (M, H), DeepStack features [(M, H)]."""
+        w = self.patch_embed["proj"]
+        # A convolution whose stride is its kernel is a matrix product; Conv3d itself is 10-20x slower on some machines.
+        x = F.linear(pixels.to(w.weight.dtype), w.weight.view(len(w.weight), -1), w.bias)     # (N, D)
+        row, col = self.places(grids)
+        x = x + self.positions(grids, row, col)
+        d = self.c.v_hidden // self.c.v_heads
+        inv = 1e4 ** -(torch.arange(0, d // 2, 2) / (d // 2))
+        angle = torch.cat((row[:, None] * inv, col[:, None] * inv), dim=1)                    # (N, d/2)
+        angle = torch.cat((angle, angle), dim=1)[:, None].to(x.device)                        # (N, 1, d)
+        cos, sin = angle.cos(), angle.sin()
+        buckets = self.buckets(grids, x.device)
+        deep = []
+        for i, block in enumerate(self.blocks):
+            run = (lambda *a: checkpoint(block, *a, use_reentrant=False)) if self.checkpointing and self.training else block
+            x = run(x, cos, sin, buckets)
+            if i in self.c.v_deepstack:
+                deep.append(self.deepstack_merger_list[self.c.v_deepstack.index(i)](x))
+        return self.merger(x), deep
+
+    @staticmethod
+    def buckets(grids, device):
+        """Segments of equal length share one attention call. One length in the batch (the usual case) needs no index."""
+        lengths = [h * w for h, w in grids]
+        if len(set(lengths)) == 1:
+            return [(lengths[0], None)]
+        starts = np.cumsum([0] + lengths[:-1])
+        out = []
+        for n in sorted(set(lengths)):
+            index = np.concatenate([np.arange(s, s + n) for s, m in zip(starts, lengths) if m == n])
+            out.append((n, torch.from_numpy(index).to(device)))
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text tower
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.eps = eps
+
+    def forward(self, x):                                        # fp32 inside, cast back, then the weight (as published)
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.eps)
+        self.k_norm = RMSNorm(c.head_dim, c.eps)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        """x (B, S, H); cos, sin (B, 1, S, d); mask None (causal) or bool (B, 1, S, S), True = may look. `cache`: see Cache."""
+        B, S, d = x.shape[0], x.shape[1], self.c.head_dim
+        q = self.q_norm(self.q_proj(x).view(B, S, -1, d)).transpose(1, 2)                     # (B, A, S, d)
+        k = self.k_norm(self.k_proj(x).view(B, S, -1, d)).transpose(1, 2)                     # (B, C, S, d)
+        v = self.v_proj(x).view(B, S, -1, d).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None and cache.decoding:
+            y = cache.attend(layer, q, k, v)
+        else:
+            if cache is not None:
+                cache.keep(k, v)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.c.heads != self.c.kv_heads)
+        return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden, c.eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps)
+        self.self_attn = Attention(c)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(c.hidden, c.mlp, bias=False), "up_proj": nn.Linear(c.hidden, c.mlp, bias=False),
+                                  "down_proj": nn.Linear(c.mlp, c.hidden, bias=False)})
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+
+
+class TextTower(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab, c.hidden)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.hidden, c.eps)
+        self.checkpointing = False
+
+    def rope(self, pos, dtype):
+        """pos (3, B, S) -> cos, sin (B, 1, S, d). Frequency i turns with time, row or column by i mod 3 (interleaved M-RoPE)."""
+        half = self.c.head_dim // 2
+        inv = self.c.rope_theta ** -(torch.arange(half, device=pos.device, dtype=torch.float32) / half)
+        axis = torch.zeros(half, dtype=torch.long)               # 0 = time, also for the last frequencies beyond 3 * section
+        for a in (1, 2):
+            axis[a : 3 * self.c.mrope_section[a] : 3] = a
+        angle = pos[axis.to(pos.device)].permute(1, 2, 0).float() * inv                       # (B, S, d/2)
+        angle = torch.cat((angle, angle), dim=-1)[:, None]
+        return angle.cos().to(dtype), angle.sin().to(dtype)      # the cast is transformers' too: bf16 parity needs it
+
+    def forward(self, x, pos, mask=None, cache=None, deep=(), where=None):
+        """x (B, S, H) embedded tokens; deep: features for the places `where` (M,) of the flattened batch -> (B, S, H) after the final norm."""
+        cos, sin = self.rope(pos, x.dtype)
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, cache, i, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, i)
+            if i < len(deep):                                    # DeepStack: only the first layers, only visual places
+                x = x.flatten(0, 1).index_add(0, where, deep[i].to(x.dtype)).view_as(x)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+
+def tree_mask(branch):
+    """branch (B, S): 0 prompt, k >= 1 the k-th continuation of the prompt, -1 padding -> bool (B, 1, S, S), True = may look.
+
+    A token sees what stands before it in the prompt or in its own branch. Padding sees itself alone (no NaN) and nobody sees it.
+    """
+    q, k = branch[:, :, None], branch[:, None, :]
+    S = branch.shape[1]
+    causal = torch.ones(S, S, dtype=torch.bool, device=branch.device).tril()
+    same = ((k == 0) | (k == q)) & (k >= 0)
+    return ((causal & same) | torch.eye(S, dtype=torch.bool, device=branch.device))[:, None]
+
+
+class Qwen3VL(nn.Module):
+    """A *batch* is a dict of tensors, made by embed.collate:
+        ids (B, S) int64            pos (3, B, S) int64 from `rope_positions`       lengths (B,) tokens of each row
+        branch None or (B, S)       None: every row is one plain sequence, padded on the right (the quick causal path)
+        pixels None or (N, 1536)    grids [(h, w)] of every segment, in the order in which the rows use them
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.model = nn.ModuleDict({"visual": VisionTower(c), "language_model": TextTower(c)})
+        self.lm_head = nn.Linear(c.hidden, c.vocab, bias=False)
+        if c.tie:
+            self.lm_head.weight = self.model["language_model"].embed_tokens.weight
+        self.has_head = True                                     # False for embedding checkpoints that were published without one
+
+    @property
+    def visual(self):
+        return self.model["visual"]
+
+    @property
+    def text(self):
+        return self.model["language_model"]
+
+    @property
+    def device(self):
+        return self.text.norm.weight.device
+
+    @property
+    def dtype(self):
+        return self.text.norm.weight.dtype
+
+    def init_weights(self, std=0.02):
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding, nn.Conv3d)):
+                nn.init.normal_(m.weight, std=std)
+                if getattr(m, "bias", None) is not None:
+                    nn.init.zeros_(m.bias)
+        return self
+
+    def set_checkpointing(self, on):
+        self.visual.checkpointing = self.text.checkpointing = on
+
+    def forward(self, batch, cache=None):
+        """-> (B, S, H) states after the final norm: pool these (the ones before it are a well-known silent mistake)."""
+        ids, branch = batch["ids"], batch.get("branch")
+        x = self.text.embed_tokens(ids)                          # (B, S, H)
+        deep, where = (), None
+        if batch.get("pixels") is not None:
+            where = ((ids == self.c.image_token) | (ids == self.c.video_token)).flatten().nonzero().squeeze(1)
+            seen, deep = self.visual(batch["pixels"], batch["grids"])
+            if len(where) != len(seen):
+                raise ValueError(f"{len(where)} image or video tokens in the rows, but {len(seen)} visual tokens from the pictures")
+            x = x.flatten(0, 1).index_copy(0, where, seen.to(x.dtype)).view_as(x)
+        mask = None if branch is None else tree_mask(branch)
+        return self.text(x, batch["pos"], mask, cache, deep, where)
+
+    def logits(self, h):
+        """h (..., H) -> fp32 logits (..., V)."""
+        if not self.has_head:
+            raise ValueError("this checkpoint has no lm_head (some embedding checkpoints are published without one): it can embed "
+                             "directly (reason='never') but neither decide nor write rationales")
+        return self.lm_head(h).float()
+
+
+def rope_positions(ids, grids, c, valid=None):
+    """M-RoPE positions of one row. ids (S,) numpy, grids [(h, w)] its segments in order, valid (S,) bool or None -> (3, S) int64.
+
+    Text counts up on all three axes; a segment at position p puts its token (r, k) at (p, p + r, p + k) and then counts on from
+    p + max(rows, columns): a picture is as "long" as its longer side. Padding (not valid) gets 1, as upstream does.
+    """
+    pos = np.ones((3, len(ids)), dtype=np.int64)
+    visual = (ids == c.image_token) | (ids == c.video_token)
+    if valid is not None:
+        visual &= valid
+    grids, i, p, S = list(grids), 0, 0, len(ids)
+    places = np.flatnonzero(visual)
+    while i < S:
+        if valid is not None and not valid[i]:
+            i += 1
+        elif visual[i]:
+            if not grids:
+                raise ValueError("more image or video tokens than pictures in a row")
+            h, w = (n // MERGE for n in grids.pop(0))
+            r, k = np.divmod(np.arange(h * w), w)
+            pos[:, i : i + h * w] = p + np.stack([np.zeros_like(r), r, k])
+            p, i = p + max(h, w), i + h * w
+        else:                                                    # a run of text, up to the next picture (or padding)
+            later = places[places > i]
+            j = int(later[0]) if len(later) else S
+            if valid is not None:
+                stop = np.flatnonzero(~valid[i:j])
+                j = i + int(stop[0]) if len(stop) else j
+            pos[:, i:j] = p + np.arange(j - i)
+            p, i = p + j - i, j
+    return pos
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation: one prefill per row, G rollouts on top of it
+
+
+class Cache:
+    """Keys and values of B prompts, and of the G rollouts that continue each of them.
+
+    prompt k, v per layer (B, C, P, d), read by all G rollouts in one matrix product; suffix k, v per layer (B, C, G, T, d).
+    All rollouts move in step, so `t` is one number; a finished rollout idles until `retire` drops it.
+    """
+
+    def __init__(self):
+        self.k, self.v, self.decoding = [], [], False
+
+    def keep(self, k, v):
+        self.k.append(k), self.v.append(v)
+
+    def start(self, lengths, G, T):
+        """From prefill to decoding: the first lengths[b] tokens of row b are its prompt; room for T more per rollout."""
+        B, C, P, d = self.k[0].shape
+        room = lambda x: x.new_zeros(B, C, G, T, d)
+        self.ks, self.vs = [room(x) for x in self.k], [room(x) for x in self.v]
+        self.seen = torch.arange(P, device=lengths.device) < lengths[:, None]                 # (B, P)
+        self.t, self.decoding = 0, True
+
+    def attend(self, layer, q, k, v):
+        """q (B, A, G, d), k, v (B, C, G, d): the G next tokens -> (B, A, G, d). One softmax over prompt and own suffix."""
+        B, A, G, d = q.shape
+        C, P, t = k.shape[1], self.k[layer].shape[2], self.t
+        self.ks[layer][:, :, :, t], self.vs[layer][:, :, :, t] = k, v
+        ks, vs = self.ks[layer][:, :, :, : t + 1], self.vs[layer][:, :, :, : t + 1]           # (B, C, G, t+1, d)
+        q = q.view(B, C, A // C, G, d).transpose(2, 3) * d**-0.5                              # (B, C, G, A/C, d)
+        prompt = q.reshape(B, C, -1, d) @ self.k[layer].transpose(2, 3)                       # (B, C, G*A/C, P)
+        prompt = prompt.masked_fill(~self.seen[:, None, None], float("-inf")).view(B, C, G, -1, P)
+        own = q @ ks.transpose(3, 4)                                                          # (B, C, G, A/C, t+1)
+        w = torch.cat((prompt, own), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        y = (w[..., :P].reshape(B, C, -1, P) @ self.v[layer]).view(B, C, G, -1, d) + w[..., P:] @ vs
+        return y.transpose(2, 3).reshape(B, A, G, d)
+
+    def retire(self, rows, slots):
+        """Keep rows (B',) and of each the rollouts slots (B', G')."""
+        pick = lambda x: x[rows[:, None], :, slots].transpose(1, 2).contiguous()              # (B', G', C, T, d) -> (B', C, G', T, d)
+        self.ks, self.vs = [pick(x) for x in self.ks], [pick(x) for x in self.vs]
+        if len(rows) < len(self.seen):
+            self.k, self.v, self.seen = [x[rows] for x in self.k], [x[rows] for x in self.v], self.seen[rows]
+
+
+@torch.no_grad()
+def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), ban=(), temperature=0.0, generator=None):
+    """Continue every row of the batch G times. Rows end in one extra token (<|endoftext|>) that the rollouts do not see.
+
+    Each rollout is: prefix (forced), up to max_new sampled tokens ending with one of `stop`; one that never stopped gets `close`
+    forced on it; then `tail` is forced. temperature 0 is greedy. `ban`ned ids have probability 0.
+    Returns a dict: hidden (B, S, H) of the prefill; tokens [B][G] lists of ids, prefix to tail; new (B, G) number of sampled tokens;
+    logp [B][G] lists, one per sampled token; closed (B, G) True where `close` was forced; last (B, G, H) state of the last token.
+    """
+    cache = Cache()
+    hidden = model(batch, cache)
+    B, device, H = len(hidden), hidden.device, hidden.shape[-1]
+    n = batch["lengths"].to(device) - 1                                                       # prompt without the extra token
+    cache.start(n, G, len(prefix) + max_new + len(close) + len(tail))
+    pos = batch["pos"][0].to(device).gather(1, n[:, None]).expand(B, G).clone()               # where the next token goes, all axes alike
+    forced = [[list(prefix) for _ in range(G)] for _ in range(B)]                             # tokens still to be fed without sampling
+    tokens, logp = [[[] for _ in range(G)] for _ in range(B)], [[[] for _ in range(G)] for _ in range(B)]
+    new, closed, last = np.zeros((B, G), int), np.zeros((B, G), bool), hidden.new_zeros(B, G, H)
+    ended = np.zeros((B, G), bool)                                                            # sampled its last token
+    live = np.ones((B, G), bool)
+    rows = np.arange(B)[:, None].repeat(G, 1)                                                 # (B', G') original row of each slot
+    slots = np.arange(G)[None].repeat(B, 0)
+    banned = torch.tensor(sorted(ban), dtype=torch.long, device=device)
+    h = hidden.gather(1, (n - 1).view(-1, 1, 1).expand(-1, 1, H)).expand(B, G, H)             # state that predicts the first token
+    while True:
+        # 1) choose every slot's next token: forced where something is queued, sampled otherwise
+        sample = np.array([[live[b, g] and not forced[b][g] and not ended[b, g] for b, g in zip(*rg)] for rg in zip(rows, slots)])
+        pick, lp = sample_tokens(model, h, sample, banned, temperature, generator)
+        nxt = np.zeros(rows.shape, int)
+        for (i, j), b, g in zip(np.ndindex(rows.shape), rows.flat, slots.flat):
+            if not live[b, g]:
+                continue
+            if forced[b][g]:
+                nxt[i, j] = forced[b][g].pop(0)
+            else:
+                nxt[i, j] = pick[i, j]
+                new[b, g] += 1
+                logp[b][g].append(float(lp[i, j]))
+                if nxt[i, j] in stop or new[b, g] == max_new:
+                    ended[b, g], closed[b, g] = True, nxt[i, j] not in stop
+                    forced[b][g] = (list(close) if closed[b, g] else []) + list(tail)
+            tokens[b][g].append(int(nxt[i, j]))
+        # 2) one step of the network for all slots at once: the G next tokens of a row are just S = G tokens to it
+        x = model.text.embed_tokens(torch.from_numpy(nxt).to(device))
+        h = model.text(x, pos[None].expand(3, -1, -1), cache=cache)
+        cache.t, pos = cache.t + 1, pos + 1
+        # 3) a rollout with nothing queued after its last token is done; retire when a quarter of the work would be idle
+        done = np.array([[live[b, g] and ended[b, g] and not forced[b][g] for b, g in zip(*rg)] for rg in zip(rows, slots)])
+        if done.any():
+            last[rows[done], slots[done]] = h[torch.from_numpy(done).to(device)]
+            live[rows[done], slots[done]] = False
+            alive = live[rows, slots]
+            if not alive.any():
+                break
+            r = np.flatnonzero(alive.any(1))
+            width = int(alive.sum(1).max())
+            if len(r) * width <= 0.75 * alive.size:
+                order = np.argsort(~alive[r], axis=1, kind="stable")[:, :width]               # live slots first
+                rows, slots = np.take_along_axis(rows[r], order, 1), np.take_along_axis(slots[r], order, 1)
+                ti, to = torch.from_numpy(r).to(device), torch.from_numpy(order).to(device)
+                cache.retire(ti, to)
+                h, pos = h[ti[:, None], to], pos[ti[:, None], to]
+    return dict(hidden=hidden, tokens=tokens, new=new, logp=logp, closed=closed, last=last)
+
+
+def sample_tokens(model, h, sample, banned, temperature, generator):
+    """h (B', G', H), sample (B', G') bool: which slots need a token -> ids and log-probabilities (B', G') as numpy."""
+    if not sample.any():
+        return np.zeros(sample.shape, int), np.zeros(sample.shape)
+    where = torch.from_numpy(sample).to(h.device)
+    logits = model.logits(h[where])                                                           # (n, V): only the slots that sample
+    logits[:, banned] = float("-inf")
+    logp = logits.log_softmax(-1)
+    if temperature == 0:
+        pick = logits.argmax(-1)
+    else:
+        pick = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    ids, lps = np.zeros(sample.shape, int), np.zeros(sample.shape)
+    ids[sample], lps[sample] = pick.cpu().numpy(), logp.gather(1, pick[:, None]).squeeze(1).cpu().numpy()
+    return ids, lps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words: Qwen's byte-level BPE through tiktoken
+
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# The added tokens in their published order; in a Qwen vocabulary the first has id 151643.
+SPECIALS = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
+            "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> "
+            "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response> "
+            "<think> </think>").split()
+
+
+def byte_letters():
+    """GPT-2's disguise of bytes as printable letters, used inside every byte-level tokenizer.json: {letter: byte}."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    odd = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(odd)}
+
+
+class Tokenizer:
+    """Text -> ids. `encode` treats its text as plain words: markers such as <|im_end|> inside it are spelled out, never special.
+
+    spec: the parsed tokenizer.json. special: {content: id} of its added tokens.
+    """
+
+    def __init__(self, spec, where="tokenizer.json"):
+        model = spec.get("model", {})
+        if model.get("type") != "BPE" or not model.get("merges"):
+            raise ValueError(f"{where}: expected a byte-level BPE tokenizer with merges, found {model.get('type')!r}")
+        letters, vocab = byte_letters(), model["vocab"]
+        raw = lambda s: bytes(letters[ch] for ch in s)
+        try:
+            single = [s for s in vocab if len(s) == 1 and s in letters]
+            merged = ["".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model["merges"]]
+            # tiktoken merges by rank, i.e. by the order of the merges; ids may be numbered otherwise, so keep both.
+            ranks = {raw(s): i for i, s in enumerate(single)}
+            for s in merged:
+                ranks.setdefault(raw(s), len(ranks))
+            self.to_id = np.array([vocab[s] for s in [*single, *dict.fromkeys(merged)]])
+        except KeyError as e:
+            raise ValueError(f"{where}: vocabulary and merges disagree about {e}") from None
+        if len(single) != 256:
+            raise ValueError(f"{where}: {len(single)} single-byte tokens, a byte-level vocabulary has 256")
+        self.spec = spec
+        self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        self.to_bytes = {int(i): b for i, b in zip(self.to_id, ranks)} | {i: s.encode() for s, i in self.special.items()}
+        self.size = max(self.to_bytes) + 1
+        self.bpe = tiktoken.Encoding(name="qwen3-vl", pat_str=self.pattern(spec, where), mergeable_ranks=ranks, special_tokens={})
+
+    @staticmethod
+    def pattern(spec, where):
+        """The file's own split pattern; Qwen's published one when the file is silent."""
+        pre = spec.get("pre_tokenizer") or {}
+        for p in pre.get("pretokenizers", [pre]):
+            if p.get("type") == "Split":
+                return p["pattern"].get("Regex") or where_error(where, "its split pattern is not a regex")
+        return PATTERN
+
+    @classmethod
+    def load(cls, folder):
+        path = os.path.join(folder, "tokenizer.json")
+        return cls(read_json(path), path)
+
+    def encode(self, text):
+        """Plain text -> list of ids. NFC first: without it 15 % of hard strings differ from the published tokenizer."""
+        text = unicodedata.normalize("NFC", text)
+        return self.to_id[self.bpe.encode_ordinary(text)].tolist() if text else []
+
+    def decode(self, ids):
+        return b"".join(self.to_bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+
+
+def where_error(where, what):
+    raise ValueError(f"{where}: {what}")
+
+
+def tokenizer_spec(vocab, merges):
+    """An ordinary tokenizer.json for a byte-level BPE with Qwen's pattern and specials; it appends <|endoftext|> by itself.
+
+    vocab {token in byte letters: id}, merges [[left, right]]. Ids of the specials follow the vocabulary, in SPECIALS' order.
+    """
+    first = max(vocab.values()) + 1
+    chat = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}   # published as not special
+    added = [dict(id=first + i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=s not in chat)
+             for i, s in enumerate(SPECIALS)]
+    split = dict(type="Split", pattern={"Regex": PATTERN}, behavior="Isolated", invert=False)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer={"type": "NFC"},
+                pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None, decoder=dict(level),
+                model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="",
+                           fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges))
+    return append_end(spec)
+
+
+def append_end(spec):
+    """A copy of a tokenizer.json whose post-processor appends <|endoftext|>: sentence-transformers and vLLM pool that token."""
+    end = {t["content"]: t["id"] for t in spec["added_tokens"]}["<|endoftext|>"]
+    name = {"id": "<|endoftext|>", "type_id": 0}
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    template = dict(type="TemplateProcessing", single=[{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": name}],
+                    pair=[{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": name}],
+                    special_tokens={"<|endoftext|>": {"id": "<|endoftext|>", "ids": [end], "tokens": ["<|endoftext|>"]}})
+    return dict(spec, post_processor=dict(type="Sequence", processors=[level, template]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eyes: pictures -> patches
+
+LEVELS = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5).astype(np.float32)            # every value a pixel can become
+
+
+def smart_resize(height, width, min_pixels, max_pixels):
+    """The size (multiples of 32) at which Qwen looks at a picture; areas are kept within the limits. ValueError above 200:1."""
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(f"a picture of {width}x{height} pixels: the sides differ by more than 200 to 1")
+    h, w = (max(FACTOR, round(x / FACTOR) * FACTOR) for x in (height, width))
+    if h * w > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        h, w = (max(FACTOR, math.floor(x / beta / FACTOR) * FACTOR) for x in (height, width))
+    elif h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(x * beta / FACTOR) * FACTOR for x in (height, width))
+    return h, w
+
+
+def patchify(frames):
+    """frames (F, height, width, 3) uint8 of one size, F = 1 (a picture) or even -> patches (N, 1536) uint8 and the (h, w) grid.
+
+    Order, as published: frame group, 2x2 merge blocks in raster order, the four patches in a block; in a patch: channel, frame,
+    row, column. Bytes are shuffled before they become floats (`LEVELS[patches]`): a quarter of the memory traffic.
+    """
+    if len(frames) == 1:
+        frames = np.repeat(frames, TEMPORAL, axis=0)             # a picture is a video of two equal frames
+    t, h, w = len(frames) // TEMPORAL, frames.shape[1] // PATCH, frames.shape[2] // PATCH
+    x = frames.reshape(t, TEMPORAL, h // 2, 2, PATCH, w // 2, 2, PATCH, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)                   # (t, h/2, w/2, 2, 2, channel, frame, row, column)
+    return x.reshape(t * h * w, PATCH_DIM), (h, w)
+
+
+def resize(picture, h, w):
+    """PIL picture (RGB) -> uint8 (h, w, 3), bicubic with antialiasing, exactly Pillow's."""
+    return np.asarray(picture if picture.size == (w, h) else picture.resize((w, h), Image.Resampling.BICUBIC))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints in the Hugging Face layout
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+
+
+def shards(folder):
+    """{tensor name: file} of a folder with model.safetensors or a sharded index. Pickled weights are refused."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.exists(index):
+        table = read_json(index).get("weight_map") or where_error(index, "no weight_map in it")
+        bad = [f for f in table.values() if os.path.basename(f) != f]
+        if bad:
+            raise ValueError(f"{index}: {bad[0]!r} is not a plain file name")
+        return {name: os.path.join(folder, f) for name, f in table.items()}
+    if not os.path.exists(single):
+        pickled = [f for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".pt", ".pth", ".pkl"))]
+        hint = f"; {pickled[0]} is pickled and is never opened" if pickled else ""
+        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
+    with open_shard(single) as f:
+        return {name: single for name in f.keys()}
+
+
+def open_shard(path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: named by the index, but not there") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
+
+
+def load(folder, dtype=None, device="cpu"):
+    """A Qwen3VL from a folder in the Hugging Face layout. dtype None keeps the file's. Every missing, extra or mis-shaped
+    tensor is a ValueError that names it. The files are memory-mapped and tensors move one by one: never two copies."""
+    c = config_from_hf(read_json(os.path.join(folder, "config.json")), os.path.join(folder, "config.json"))
+    with torch.device("meta"):
+        model = Qwen3VL(c)
+    want = {name: p.shape for name, p in model.state_dict().items()}
+    files, state = shards(folder), {}
+    for path in sorted(set(files.values())):
+        with open_shard(path) as f:
+            inside = set(f.keys())
+            for name in (n for n, p in files.items() if p == path):
+                if name not in inside:
+                    raise ValueError(f"{path}: the tensor {name} is missing")
+                ours = name if name in want else "model." + name
+                if ours == "lm_head.weight" and c.tie:
+                    continue                                     # the alias of a tied head
+                if ours not in want:
+                    raise ValueError(f"{path}: unexpected tensor {name}")
+                t = f.get_tensor(name)
+                if t.shape != want[ours]:
+                    raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, expected {tuple(want[ours])}")
+                if not t.is_floating_point():
+                    raise ValueError(f"{path}: {name} is {t.dtype}, expected floating point")
+                state[ours] = t.to(device=device, dtype=dtype or t.dtype)
+    missing = [n for n in want if n not in state and n != "lm_head.weight"]
+    if missing:
+        raise ValueError(f"{folder}: the tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
+    model.has_head = c.tie or "lm_head.weight" in state
+    embedding = state["model.language_model.embed_tokens.weight"]
+    state.setdefault("lm_head.weight", embedding)                # tied, or absent and never used
+    model.load_state_dict(state, strict=True, assign=True)
+    if c.tie or not model.has_head:
+        model.lm_head.weight = model.text.embed_tokens.weight
+    return model.eval()
+
+
+def save(model, folder, tokenizer=None, limits=(4096, 1843200)):
+    """config.json, model.safetensors, tokenizer.json and the preprocessor configs. limits: pixels (min, max) of a picture."""
+    os.makedirs(folder, exist_ok=True)
+    special = tokenizer.special if tokenizer else {}
+    eos, pad = special.get("<|im_end|>"), special.get("<|endoftext|>")
+    c, dtype = model.c, str(model.dtype).split(".")[-1]
+    state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight" or (model.has_head and not c.tie)}
+    save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    write_json(os.path.join(folder, "config.json"), config_to_hf(c, dtype, eos, pad))
+    write_json(os.path.join(folder, "generation_config.json"), dict(eos_token_id=[eos, pad] if tokenizer else None, pad_token_id=pad, do_sample=False))
+    vision = dict(size=dict(shortest_edge=limits[0], longest_edge=limits[1]), patch_size=PATCH, temporal_patch_size=TEMPORAL, merge_size=MERGE,
+                  image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)
+    write_json(os.path.join(folder, "preprocessor_config.json"), dict(vision, image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor"))
+    write_json(os.path.join(folder, "video_preprocessor_config.json"), dict(vision, video_processor_type="Qwen3VLVideoProcessor", processor_class="Qwen3VLProcessor"))
+    if tokenizer is not None:
+        write_json(os.path.join(folder, "tokenizer.json"), append_end(tokenizer.spec))
+
+
+def write_json(path, value):
+    """Written aside and renamed: a reader never sees half a file."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+    os.replace(path + ".tmp", path)
+
+
+def parameter_count(c, head=True):
+    """Number of distinct parameters of a configuration, built on the meta device (no memory)."""
+    with torch.device("meta"):
+        model = Qwen3VL(c)
+    return sum(p.numel() for name, p in model.named_parameters() if head or name != "lm_head.weight")
