@@ -21,15 +21,23 @@ Left out: pooling other than the last token, multi-vector output, audio.
 Sources: design.md sections 2, 3 and 7; template and limits as in Qwen3-VL-Embedding.
 """
 
-import math
+import argparse
+import base64
+import binascii
+import json
+import os
+import sys
 import unicodedata
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from data import load_picture
-from model import FACTOR, LEVELS, patchify, resize, rope_positions, smart_resize
+from model import FACTOR, LEVELS, Cache, Tokenizer, generate, load, patchify, read_json, resize, rope_positions, save, smart_resize
+from model import write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading: item -> prompt
@@ -39,13 +47,28 @@ TOTAL_PIXELS = 10 * 768 * 32 * 32                                # a whole video
 VIDEO_MIN, VIDEO_MAX = 128 * 32 * 32, 768 * 32 * 32              # one frame's area (qwen-vl-utils 0.0.14)
 
 
-class Reader:
-    """Turns items into prompts: {"ids": (S,) int64, "pixels": [(n, 1536) uint8 per segment group], "grids": [(h, w) per segment]}.
+class Words(str):
+    """Ordinary text of an item, as opposed to the template's: what `max_length` may cut."""
 
-    limits are in pixels; fps is assumed for frames that come without; max_length cuts text (never markers or pictures).
+
+class Reader:
+    """Turns items into prompts: {"ids": (S,) int64, "pixels": [(n, 1536) uint8 per picture or video], "grids": [(h, w) per segment]}.
+
+    min_pixels, max_pixels  area of a picture. One that differs from Qwen's also holds for video frames (see `frame_limits`)
+    max_frames              a bare list of more frames is thinned out to so many; {"frames", "fps"} never is
+    fps                     assumed for frames that come without; Qwen's helper assumes 2 for a list of frames
+    max_length              tokens of a prompt with its <|endoftext|>: ordinary text is cut at its end, markers and pictures never are
+    Whatever cannot be read is a ValueError.
     """
 
-    def __init__(self, tokenizer, config, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, max_frames=64, fps=1.0, max_length=8192):
+    def __init__(self, tokenizer, config, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, max_frames=64, fps=2.0, max_length=8192):
+        if not FACTOR**2 <= max_pixels >= min_pixels > 0:
+            raise ValueError(f"pixel limits {min_pixels} ... {max_pixels}: expected 0 < min <= max and max at least 32 x 32")
+        if max_frames < 1 or fps <= 0 or max_length < 1:
+            raise ValueError(f"max_frames {max_frames}, fps {fps}, max_length {max_length}: expected numbers above 0")
+        missing = [t for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>") if t not in tokenizer.special]
+        if missing:
+            raise ValueError(f"the tokenizer lacks the added token {missing[0]}, which every Qwen3 tokenizer has")
         self.tok, self.c = tokenizer, config
         self.min_pixels, self.max_pixels, self.max_frames, self.fps, self.max_length = min_pixels, max_pixels, max_frames, fps, max_length
         s = tokenizer.special
@@ -55,7 +78,7 @@ class Reader:
         self.tail = [*tokenizer.encode("\n\n"), self.end]        # ... and what follows </think>
         self.close = [*tokenizer.encode("\n"), self.unthink]     # forced on a rationale that ran out of tokens
         # never sampled: picture markers, padding and the like; of the added tokens only </think> may be written
-        self.ban = sorted(set(s.values()) - {self.unthink}) + list(range(tokenizer.size, config.vocab))
+        self.ban = sorted((set(s.values()) | set(range(tokenizer.size, config.vocab))) - {self.unthink})
 
     def rationale(self, text):
         """Rationale text -> its branch: ids from <think> to <|endoftext|>. The text is stripped; the parts are those of generation."""
@@ -67,67 +90,146 @@ class Reader:
         return self.tok.decode(inner[: inner.index(self.unthink)] if self.unthink in inner else inner).strip()
 
     def read(self, item, instruction=None):
-        """item: str, PIL picture, path or dict (design.md section 7) -> prompt. The item's own instruction wins over the call's."""
+        """item -> prompt. A str is text; a path (os.PathLike), PIL picture or bytes is a picture; a dict has any of "text", "image",
+        "video" (values or lists) and "instruction", or "messages". The item's own instruction wins over the call's."""
+        if item is None or isinstance(item, (list, tuple, bool, int, float)):
+            raise ValueError(f"a {type(item).__name__}: expected a string, a picture, a path or a dict")
         if not isinstance(item, dict):
             item = {"text": item} if isinstance(item, str) else {"image": item}
-        many = lambda x: [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
-        videos = item.get("video")
-        videos = [] if videos is None else videos if isinstance(videos, list) and videos and isinstance(videos[0], (list, tuple, dict)) else [videos]
-        pieces = self.system(item.get("instruction") or instruction) + [self.start, "user\n"]
+        if item and not item.keys() & {"text", "image", "video", "instruction", "messages"}:
+            raise ValueError(f"a dict with the keys {sorted(map(str, item))}: expected text, image, video, instruction or messages")
+        own = item.get("instruction")
+        instruction = instruction if own is None else own
         pixels, grids = [], []
-        for v in videos:
-            pieces += self.video(v, pixels, grids)
-        for picture in many(item.get("image")):
-            pieces += self.picture(picture, pixels, grids)
-        texts = "".join(many(item.get("text")))
-        if not texts and not pixels:
-            texts = "NULL"                                       # Qwen3-VL-Embedding's word for an empty item
-        return self.finish(pieces + [texts, self.stop, "\n", self.start, "assistant\n"], pixels, grids)
+        if item.get("messages") is not None:
+            pieces = self.messages(item["messages"], instruction, pixels, grids)
+        else:
+            video, many = item.get("video"), lambda x: [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
+            several = isinstance(video, (list, tuple)) and video and all(isinstance(v, (list, tuple)) or is_clip(v) for v in video)
+            videos = [] if video is None else video if several else [video]
+            parts = {"video": videos, "image": many(item.get("image")), "text": many(item.get("text"))}           # Qwen's order
+            content = [{kind: x} for kind, values in parts.items() for x in values]
+            if all(p == {"text": ""} for p in content):
+                content = "NULL"                                 # Qwen3-VL-Embedding's word for an empty item
+            pieces = self.system(instruction) + self.turn("user", content, pixels, grids)
+        return self.finish(pieces + [self.start, "assistant\n"], pixels, grids)
 
     def system(self, instruction):
         """The system turn; there only with an instruction, which ends in punctuation (Unicode category P*)."""
+        if instruction is not None and not isinstance(instruction, str):
+            raise ValueError(f"an instruction is a string, not {type(instruction).__name__}")
         text = (instruction or "").strip()
         if not text:
             return []
         text += "" if unicodedata.category(text[-1]).startswith("P") else "."
-        return [self.start, "system\n" + text, self.stop, "\n"]
+        return [self.start, "system\n", Words(text), self.stop, "\n"]
+
+    def messages(self, messages, instruction, pixels, grids):
+        """Chat messages [{"role", "content": str or [{"text"} | {"image"} | {"image_url"} | {"video", "fps"}]}] as they stand, so that
+        text and pictures interleave freely; the instruction becomes the system turn unless there is one."""
+        if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise ValueError('messages: expected a list of {"role": ..., "content": ...}')
+        pieces = [] if messages[0].get("role") == "system" else self.system(instruction)
+        for m in messages:
+            if m.get("role") not in ("system", "user", "assistant") or "content" not in m:
+                raise ValueError(f"messages: {str(m)[:80]!r}: expected a role (system, user or assistant) and a content")
+            pieces += self.turn(m["role"], m["content"], pixels, grids)
+        return pieces
+
+    def turn(self, role, content, pixels, grids):
+        """One chat turn -> pieces: strings (Words may be cut) and ids of markers; pictures are appended to pixels and grids."""
+        parts = [{"text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, (list, tuple)):
+            raise ValueError(f"content of type {type(parts).__name__}: expected a string or a list of parts")
+        pieces = [self.start, role + "\n"]
+        for p in parts:
+            p = {"text": p} if isinstance(p, str) else p
+            if not isinstance(p, dict) or not p.keys() & {"text", "image", "image_url", "video"}:
+                raise ValueError(f"a part of content is {str(p)[:80]!r}: expected a dict with text, image, image_url or video")
+            if "video" in p:
+                v = p["video"]
+                pieces += self.video({"frames": v, "fps": p["fps"]} if "fps" in p and not is_clip(v) else v, pixels, grids)
+            elif "text" in p:
+                if not isinstance(p["text"], str):
+                    raise ValueError(f"text is a {type(p['text']).__name__}, expected a string")
+                pieces.append(Words(p["text"]))
+            else:
+                ref = p.get("image", p.get("image_url"))
+                pieces += self.picture(ref.get("url", ref) if isinstance(ref, dict) else ref, pixels, grids)
+        return pieces + [self.stop, "\n"]
 
     def picture(self, ref, pixels, grids):
-        pic = load_picture(ref)
+        pic = load_picture(data_url(ref))
         h, w = smart_resize(pic.height, pic.width, self.min_pixels, self.max_pixels)
         patches, grid = patchify(resize(pic, h, w)[None])
         pixels.append(patches), grids.append(grid)
         return [self.c.vision_start, *[self.c.image_token] * (len(patches) // 4), self.c.vision_end]
 
+    def frame_limits(self, n):
+        """(min, max) area of each of a video's n frames. Qwen's: 128 visual tokens at least, at most 768 or this frame's share of the
+        whole clip's. The picture's limits, where they are smaller or were chosen, hold for frames too."""
+        low = VIDEO_MIN if self.min_pixels == MIN_PIXELS and self.max_pixels > VIDEO_MIN else min(VIDEO_MIN, self.min_pixels)
+        top = max(min(VIDEO_MAX, TOTAL_PIXELS / n * 2), int(1.05 * low))
+        return low, min(top, self.max_pixels)
+
     def video(self, v, pixels, grids):
-        """Two frames make a group: `<1.5 seconds>` and a picture's markers around it (transformers 4.57's wrapper)."""
-        frames, fps = (v["frames"], v.get("fps") or self.fps) if isinstance(v, dict) else (v, self.fps)
-        pics = [load_picture(f) for f in frames]
-        if not pics:
-            raise ValueError("a video without frames")
+        """Two frames make a group: `<1.5 seconds>` and a picture's markers around it (transformers 4.57's wrapper). Not copied: Qwen's
+        helper rounds the frames of a list to multiples of 64 first, and counts on where transformers repeats an odd last frame's time."""
+        frames, fps = (v["frames"], v.get("fps")) if is_clip(v) else (v, None)
+        if not isinstance(frames, (list, tuple)):
+            raise ValueError(f'a video of type {type(frames).__name__}: expected a list of frames or {{"frames": [...], "fps": f}}')
+        if not frames:
+            raise ValueError("a video without frames: expected at least one")
+        fps = self.fps if fps is None else fps
+        if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+            raise ValueError(f"a video's fps is {fps!r}, expected a number above 0")
+        if not is_clip(v) and len(frames) > self.max_frames:     # as Qwen3-VL-Embedding thins out a list
+            frames = [frames[i] for i in np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)]
+        pics = [load_picture(data_url(f)) for f in frames]
         pics += pics[-1:] * (len(pics) % 2)                      # an odd last frame is shown twice
-        top = max(min(VIDEO_MAX, TOTAL_PIXELS / len(pics) * 2), int(1.05 * VIDEO_MIN))
-        low = min(VIDEO_MIN, self.min_pixels) if self.min_pixels != MIN_PIXELS else VIDEO_MIN
-        h, w = smart_resize(pics[0].height, pics[0].width, low, min(top, self.max_pixels))
+        h, w = smart_resize(pics[0].height, pics[0].width, *self.frame_limits(len(pics)))
         patches, grid = patchify(np.stack([resize(p, h, w) for p in pics]))
         n, pieces = grid[0] * grid[1] // 4, []
         times = [min(i, len(frames) - 1) / fps for i in range(len(pics))]
         for g in range(len(pics) // 2):
-            pieces += [f"<{(times[2 * g] + times[2 * g + 1]) / 2:.1f} seconds>", self.c.vision_start, *[self.c.video_token] * n, self.c.vision_end]
+            when = (times[2 * g] + times[2 * g + 1]) / 2
+            pieces += [f"<{when:.1f} seconds>", self.c.vision_start, *[self.c.video_token] * n, self.c.vision_end]
             grids.append(grid)
         pixels.append(patches)
         return pieces
 
     def finish(self, pieces, pixels, grids):
-        """Neighbouring texts are tokenised as one, so that "user\\n" + "\\nWhat" merges as it does in transformers."""
-        ids, words = [], ""
+        """Neighbouring strings are tokenised as one, so that "user\\n" + "\\nWhat" merges as it does in transformers. Then max_length."""
+        ids, run, free = [], [], []                              # free: the stretches of ids that may be cut
         for p in [*pieces, None]:
             if isinstance(p, str):
-                words += p
-            else:
-                ids += self.tok.encode(words) + ([] if p is None else [p])
-                words = ""
+                run.append(p)
+                continue
+            new, words = self.tok.encode("".join(run)), [i for i, s in enumerate(run) if isinstance(s, Words)]
+            if words:                                            # the template's own tokens before and after the words stay
+                before, after = (len(self.tok.encode("".join(s))) for s in (run[: words[0]], run[words[-1] + 1 :]))
+                free.append((len(ids) + before, len(ids) + len(new) - after))
+            ids, run = ids + new + ([] if p is None else [p]), []
+        over = len(ids) + 1 - self.max_length
+        for a, b in reversed(free):
+            cut = max(0, min(over, b - a))
+            ids, over = ids[: b - cut] + ids[b:], over - cut
         return {"ids": np.array(ids, dtype=np.int64), "pixels": pixels, "grids": grids}
+
+
+def is_clip(v):
+    """{"frames": [...], "fps": f}, as opposed to a frame given as {"bytes", "path"}."""
+    return isinstance(v, dict) and "frames" in v
+
+
+def data_url(ref):
+    """A data: URL (as in chat requests) -> its bytes; any other reference as it is."""
+    if not isinstance(ref, str) or not ref.startswith("data:"):
+        return ref
+    try:
+        return base64.b64decode(ref.partition("base64,")[2], validate=True)
+    except binascii.Error as e:
+        raise ValueError(f"{ref[:40]}...: not a base64 data URL ({e})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +239,7 @@ class Reader:
 def collate(prompts, reader, branches=None, device="cpu", pad_left=False):
     """Prompts (of Reader.read) and, per row, a list of rationale branches -> the batch dict of model.Qwen3VL, and beside it
         ends (B, 1 + G) int64   where each branch ends: column 0 the direct <|endoftext|>, then the rationales; -1 where there is none
-        prev (B, S) int64       the place whose logits predict this token (for a branch's first token: the last of the prompt); -1 in the prompt
+        prev (B, S) int64       the place whose logits predict this token (a branch's first token: the last of the prompt); -1 in the prompt
     Row layout: prompt, <|endoftext|> (branch 1), rationale 1 (branch 2), rationale 2 (branch 3), ...
     """
     branches = branches or [[] for _ in prompts]
@@ -189,17 +291,13 @@ def branch_logp(model, h, batch, reader, first=2):
     branch, prev, ids = batch["branch"], batch["prev"], batch["ids"]
     if branch is None:
         return h.new_zeros(0), prev.new_zeros(0), prev.new_zeros(0)
-    start = torch.where(branch >= 2, torch.arange(ids.shape[1], device=ids.device), ids.shape[1])
-    step = torch.zeros_like(ids)                                 # index of a token within its branch
-    for g in range(2, int(branch.max()) + 1):
-        mine = branch == g
-        step = torch.where(mine, start - start.masked_fill(~mine, ids.shape[1]).min(1, keepdim=True).values, step)
-    after = (ids == reader.unthink).int()                        # everything behind </think> is forced
-    closed = torch.zeros_like(ids)
-    for g in range(2, int(branch.max()) + 1):
-        mine = branch == g
-        closed = torch.where(mine, (after * mine).cumsum(1) - after, closed)
-    row, col = ((branch >= 2) & (step >= first) & (closed == 0)).nonzero(as_tuple=True)
+    place = torch.arange(ids.shape[1], device=ids.device)
+    fresh = branch != F.pad(branch, (1, 0), value=-2)[:, :-1]
+    begin = torch.where(fresh, place, 0).cummax(1).values        # (B, S): where each token's branch begins
+    stop = (ids == reader.unthink).long()
+    stops = stop.cumsum(1) - stop                                # </think>s before a token; none within its branch: not closed yet
+    chosen = (branch >= 2) & (place - begin >= first) & (stops == stops.gather(1, begin))
+    row, col = chosen.nonzero(as_tuple=True)
     logits = model.logits(h[row, prev[row, col]])                # (n, V): only where it matters
     ban = torch.tensor(reader.ban, device=h.device)
     logp = logits.index_fill(1, ban, float("-inf")).log_softmax(-1).gather(1, ids[row, col][:, None]).squeeze(1)
@@ -242,18 +340,20 @@ def margin_score(q, t, target, temperature=0.02):
     return (torch.einsum("...h,...mh->...m", q, t) / temperature).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
 
 
-def grad_cache(chunks, encode, loss_fn):
+def grad_cache(chunks, encode, loss_fn, fits=False):
     """GradCache: the gradient of a loss over ALL vectors with the memory of one chunk.
 
     encode(chunk) -> (vectors (n, H), extra scalar loss or None); loss_fn(all vectors (sum n, H)) -> scalar loss.
     Once without gradients to get the vectors, then d loss / d vectors, then chunk by chunk again with gradients; the extra
-    losses are added on the second pass. -> (loss, sum of extras) as floats. Leaves gradients in the parameters.
+    losses are added on the second pass. fits: all chunks' activations fit in memory at once; then the plain way is the same and half
+    the work. -> (loss, sum of extras) as floats. Leaves gradients in the parameters.
     """
-    if len(chunks) == 1:                                         # everything fits: the plain way is the same and half the work
-        v, extra = encode(chunks[0])
-        loss = loss_fn(v)
-        (loss if extra is None else loss + extra).backward()
-        return float(loss.detach()), float(extra.detach()) if extra is not None else 0.0
+    if fits or len(chunks) == 1:
+        vectors, extras = zip(*(encode(c) for c in chunks))
+        loss = loss_fn(torch.cat(vectors))
+        extra = sum((e for e in extras if e is not None), loss.new_zeros(()))
+        (loss + extra).backward()
+        return float(loss.detach()), float(extra.detach())
     with torch.no_grad():
         parts = [encode(c)[0] for c in chunks]
     v = torch.cat(parts).requires_grad_()
@@ -265,3 +365,346 @@ def grad_cache(chunks, encode, loss_fn):
         (surrogate if extra is None else surrogate + extra).backward()
         total += float(extra.detach()) if extra is not None else 0.0
     return float(loss.detach()), total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Embedder: items in, vectors out
+
+
+class ItemError(ValueError):
+    """What is wrong with one of the items; `index` says which (counted from 0)."""
+
+    def __init__(self, index, why):
+        super().__init__(f"item {index}: {why}")
+        self.index = index
+
+
+class Embedder:
+    """A model and the Reader of its items. `from_pretrained` opens any dense Qwen3-VL or Qwen3-VL-Embedding, and checkpoints of ours.
+
+    An item is a str (text), a path or PIL picture, {"text", "image", "video", "instruction"} (values or lists; a video is a list of
+    frames or {"frames": [...], "fps": f}) or {"messages": [...]}; see Reader.read. Every mixture may share a batch.
+    """
+
+    budget = 16384                                               # tokens of a padded batch: this bounds memory, not the number of items
+
+    def __init__(self, model, reader):
+        self.model, self.reader = model, reader
+
+    @classmethod
+    def from_pretrained(cls, path_or_id, device=None, dtype=None, max_pixels=None, min_pixels=None, max_frames=None, fps=None,
+                        max_length=None):
+        """A folder, or the id of a repository on the Hugging Face hub. device: CUDA when there is one. dtype: "bfloat16",
+        torch.float32 ...; None keeps the file's. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
+        folder = find_folder(path_or_id)
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else None if dtype == "auto" else dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype {dtype!r}: expected bfloat16, float16 or float32")
+        limits = saved_limits(folder)
+        given = dict(max_pixels=max_pixels, min_pixels=min_pixels, max_frames=max_frames, fps=fps, max_length=max_length)
+        limits.update({k: v for k, v in given.items() if v is not None})
+        tokenizer = Tokenizer.load(folder)
+        model = load(folder, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, Reader(tokenizer, model.c, **limits))
+
+    @torch.no_grad()
+    def encode(self, items, instruction=None, reason="auto", tau=0.5, dim=None, batch_size=16, normalize=True, convert_to_numpy=True,
+               show_progress=None, return_info=False, max_new_tokens=128, temperature=0.0, generator=None):
+        """items: an item, or a list or any other iterable of them (a generator is read piece by piece) -> (n, d) float32, numpy or torch.
+
+        One item alone is a list of one: (1, d).
+        reason       "auto": the model decides, by p_reason > tau; "never"; "always". A checkpoint without a head can only embed directly.
+        dim          the first dim numbers (Matryoshka), renormalised; normalize=False leaves the raw states, sliced only
+        batch_size   at most; a batch holds at most `budget` tokens. The order of the batches is ours, that of the results is yours
+        max_new_tokens, temperature, generator   of the rationales: greedy by default, closed by force when they do not end
+        return_info  also [{"reasoned": bool, "p_reason": float or None without a head, "rationale": str or None, "new_tokens": int}]
+        ItemError (a ValueError) names an item that cannot be read.
+        """
+        if reason not in ("auto", "never", "always"):
+            raise ValueError(f"reason={reason!r}: expected 'auto', 'never' or 'always'")
+        if dim is not None and not 1 <= dim <= self.model.c.hidden:
+            raise ValueError(f"dim={dim}: this model's vectors have 1 to {self.model.c.hidden} numbers")
+        if batch_size < 1 or max_new_tokens < 1:
+            raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: expected at least 1")
+        if not self.model.has_head and reason != "never":
+            if reason == "always":
+                self.model.logits(None)                          # raises, and says why
+            warnings.warn("this checkpoint has no lm_head: it cannot decide to reason, everything is embedded directly", stacklevel=3)
+        single = isinstance(items, (str, bytes, dict, os.PathLike, Image.Image))
+        items = [items] if single else items
+        total = len(items) if hasattr(items, "__len__") else None
+        vectors, infos = [torch.zeros(0, self.model.c.hidden)], []
+        with progress(total, batch_size, show_progress) as bar:
+            for prompts in self.windows(items, instruction, batch_size):
+                out, info = torch.empty(len(prompts), self.model.c.hidden), [None] * len(prompts)
+                for rows in self.batches([len(p["ids"]) + 1 for p in prompts], batch_size):
+                    v, facts = self.embed([prompts[i] for i in rows], reason, tau, max_new_tokens, temperature, generator)
+                    out[rows] = v.cpu()
+                    for i, fact in zip(rows, facts):
+                        info[i] = fact
+                    bar.update(len(rows))
+                vectors.append(out), infos.extend(info)
+        v = torch.cat(vectors)[:, :dim]
+        v = F.normalize(v, dim=-1) if normalize else v
+        v = v.contiguous().numpy() if convert_to_numpy else v
+        return (v, infos) if return_info else v
+
+    def windows(self, items, instruction, batch_size):
+        """Lists of prompts, each long enough to sort and short enough to hold: up to 16 batches or 4 token budgets."""
+        window, tokens = [], 0
+        for i, item in enumerate(items):
+            try:
+                prompt = self.reader.read(item, instruction)
+            except ValueError as e:
+                raise ItemError(i, e) from e
+            window.append(prompt)
+            tokens += len(prompt["ids"])
+            if len(window) == 16 * batch_size or tokens > 4 * self.budget:
+                yield window
+                window, tokens = [], 0
+        if window:
+            yield window
+
+    def batches(self, lengths, batch_size):
+        """Indices, longest first (what does not fit fails at once), in batches of rows x longest row <= budget."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        while order:
+            n = max(1, min(batch_size, self.budget // lengths[order[0]]))
+            yield order[:n]
+            order = order[n:]
+
+    def embed(self, prompts, reason, tau, max_new, temperature=0.0, generator=None):
+        """One batch -> raw states (n, H) fp32 and the infos. One prefill gives the direct vector and the decision; only the rows that
+        reason go on from its cache."""
+        model, reader = self.model, self.reader
+        batch = collate(prompts, reader, device=model.device)
+        cache = Cache() if reason != "never" and model.has_head else None
+        h = model(batch, cache)
+        v = h.gather(1, batch["ends"][..., None].expand(-1, -1, h.shape[-1]))[:, 0].float()   # (n, H) at <|endoftext|>
+        logits = decision_logits(model, h, batch, reader)
+        p = None if logits is None else logits.softmax(-1)[:, 1].tolist()
+        info = [dict(reasoned=False, p_reason=p and p[i], rationale=None, new_tokens=0) for i in range(len(prompts))]
+        rows = [i for i in range(len(prompts)) if cache is not None and (reason == "always" or p[i] > tau)]
+        if rows:
+            at = torch.tensor(rows, device=model.device)
+            out = generate(model, batch, max_new, 1, reader.prefix, (reader.unthink,), reader.tail, reader.close, reader.ban,
+                           temperature, generator, prefill=(h, cache), rows=at)
+            v[at] = out["last"][:, 0].float()
+            for j, i in enumerate(rows):
+                info[i].update(reasoned=True, rationale=reader.rationale_text(out["tokens"][j][0]), new_tokens=int(out["new"][j, 0]))
+        return v, info
+
+    def encode_query(self, items, instruction=None, **options):
+        """What is searched for: it may reason (reason="auto")."""
+        return self.encode(items, instruction, **options)
+
+    def encode_document(self, items, instruction=None, **options):
+        """What is searched in: embedded directly unless asked otherwise, so that only queries pay for reasoning."""
+        return self.encode(items, instruction, **{"reason": "never", **options})
+
+    def process(self, items, normalize=True, instruction=None):
+        """Qwen3VLEmbedder's name for the direct path: a torch tensor (n, H) on the model's device. Qwen's own wrapper writes the
+        instruction "Represent the user's input." where an item has none; ours writes none unless it is given here."""
+        return self.encode(items, instruction, "never", normalize=normalize, convert_to_numpy=False).to(self.model.device)
+
+    def similarity(self, a, b):
+        """Cosines of vectors (n, d) and (m, d), numpy or torch -> torch (n, m)."""
+        a, b = (F.normalize(torch.as_tensor(x).float(), dim=-1) for x in (a, b))
+        return a @ b.T
+
+    def save(self, folder, base=None, card=None):
+        """A folder that opens here, in transformers, in sentence-transformers and in vLLM's pooling runner (the latter two: direct path
+        only). base: what it was trained from (hub id or folder), card: how (markdown); both go into the model card."""
+        reader = self.reader
+        save(self.model, folder, reader.tok, (reader.min_pixels, reader.max_pixels))
+        for name, value in side_files(self.model.c.hidden, reader).items():
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            write_json(os.path.join(folder, name), value)
+        for name, text in (("chat_template.jinja", TEMPLATE), ("README.md", model_card(self, base, card))):
+            with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+                f.write(text)
+
+
+def progress(total, batch_size, show):
+    """A tqdm bar. show None: only in a terminal, and only when there is more than one batch to wait for."""
+    from tqdm import tqdm                                        # comes with transformers
+
+    quiet = not sys.stderr.isatty() or (total is not None and total <= batch_size)
+    return tqdm(total=total, unit="item", desc="encode", disable=quiet if show is None else not show)
+
+
+def find_folder(path_or_id):
+    """A local folder as it is, without any network; otherwise "owner/name" on the hub, of which only data files are fetched."""
+    path = os.fspath(path_or_id)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ValueError(f"{path}: expected a checkpoint folder or the id owner/name of one on the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+    except (OSError, ValueError) as e:                           # the hub's errors are OSErrors
+        raise ValueError(f"{path}: no such folder, and the hub does not give it ({type(e).__name__}: {e})") from e
+
+
+def saved_limits(folder):
+    """The Reader's limits in a checkpoint of ours, which embedder_config.json tells from others. The picture limits stand in
+    preprocessor_config.json, where transformers looks for them too; there an Instruct checkpoint of Qwen's has quite other ones."""
+    mark = os.path.join(folder, "embedder_config.json")
+    if not os.path.exists(mark):
+        return {}
+    where = os.path.join(folder, "preprocessor_config.json")
+    try:
+        size = read_json(where)["size"]
+        return dict(read_json(mark), min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{where} or {mark}: no pixel limits where we write them ({type(e).__name__}: {e})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a saved folder holds beside the model, for other programs
+
+# Qwen3-VL's chat format, as much of it as an embedder needs.
+TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' or part.type == 'image_url' or 'image' in part or 'image_url' in part -%}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'video' or 'video' in part -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- elif 'text' in part -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+def side_files(hidden, reader):
+    """{file name: JSON value} for sentence-transformers (which vLLM reads too) and the tokenizer's settings."""
+    kind = "sentence_transformers."
+    modules = [("", "base.modules.transformer.Transformer"), ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
+               ("2_Normalize", "base.modules.normalize.Normalize")]
+    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+    modalities = {"text": forward, "image": forward, "image+text": forward, "message": {**forward, "format": "structured"}}
+    return {
+        "embedder_config.json": dict(max_frames=reader.max_frames, fps=reader.fps, max_length=reader.max_length),
+        "modules.json": [dict(idx=i, name=str(i), path=path, type=kind + name) for i, (path, name) in enumerate(modules)],
+        "config_sentence_transformers.json": dict(model_type="SentenceTransformer", prompts={"query": "", "document": ""},
+                                                  default_prompt_name=None, similarity_fn_name="cosine"),
+        "sentence_bert_config.json": dict(transformer_task="feature-extraction", modality_config=modalities,
+                                          module_output_name="token_embeddings",
+                                          processing_kwargs={"chat_template": {"add_generation_prompt": True}}),
+        "1_Pooling/config.json": dict(embedding_dimension=hidden, pooling_mode="lasttoken", include_prompt=True),
+        "2_Normalize/config.json": {},
+        "tokenizer_config.json": dict(tokenizer_class="Qwen2Tokenizer", pad_token="<|endoftext|>", eos_token="<|im_end|>", bos_token=None,
+                                      unk_token=None, add_prefix_space=False, clean_up_tokenization_spaces=False, errors="replace",
+                                      padding_side="right", model_max_length=reader.max_length),
+    }
+
+
+def model_card(embedder, base, card):
+    """README.md of a saved folder: the YAML head that hubs index, how to use it, how it was trained."""
+    reader, d = embedder.reader, embedder.model.c.hidden
+    hub = base is not None and base.count("/") == 1 and not base.startswith((".", "/")) and not os.path.exists(base)
+    head = ["library_name: sentence-transformers", "pipeline_tag: feature-extraction", *([f"base_model: {base}"] if hub else []),
+            "tags:", "- multimodal-embedding", "- sentence-similarity", "- feature-extraction", "- qwen3_vl"]
+    text = f"""
+# A multimodal embedder that may reason first
+
+Text, pictures and video to unit vectors of {d} numbers, for cosine similarity. The model decides by its first token whether to write a
+rationale before it embeds. Pictures of {reader.min_pixels:,} to {reader.max_pixels:,} pixels, up to {reader.max_length:,} tokens.
+
+```python
+from embed import Embedder
+model = Embedder.from_pretrained("this folder")
+q = model.encode_query([{{"text": "a red cup", "image": "photo.jpg"}}], instruction="Find the picture.")
+d = model.encode_document([{{"image": "cup.jpg"}}, "a text"])
+model.similarity(q, d)
+```
+
+transformers (Qwen3VLForConditionalGeneration) opens this folder whole; sentence-transformers and vLLM's pooling runner open the direct
+path (no rationale).
+
+## How it was trained
+
+{f"From {base}." if base else ""}
+{card or "Not said."}
+"""
+    return "\n".join(["---", *head, "---", text])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def jsonl_items(path, lines):
+    """The items of a JSONL file; blank lines are skipped; `lines` collects the line number of each. Pictures are relative to the file."""
+    folder = os.path.dirname(os.path.abspath(path))
+    with open(path, encoding="utf-8") as f:
+        for n, line in enumerate(f, 1):
+            if line.strip():
+                lines.append(n)
+                try:
+                    item = json.loads(line)
+                except json.JSONDecodeError as e:
+                    raise ValueError(f"{path}, line {n}: not valid JSON ({e})") from None
+                yield rooted(item, folder) if isinstance(item, dict) else item
+
+
+def rooted(item, folder):
+    """The item with the paths of its pictures taken relative to folder; a new object, the old one is untouched."""
+    def picture(x):
+        if isinstance(x, dict):
+            return {k: picture(v) if k in ("frames", "path", "url") else v for k, v in x.items()}
+        if isinstance(x, list):
+            return [picture(v) for v in x]
+        return os.path.join(folder, x) if isinstance(x, str) and not x.startswith("data:") else x
+
+    def walk(x):
+        if isinstance(x, list):
+            return [walk(v) for v in x]
+        way = {"image": picture, "image_url": picture, "video": picture, "messages": walk, "content": walk}
+        return {k: way[k](v) if k in way else v for k, v in x.items()} if isinstance(x, dict) else x
+
+    return walk(item)
+
+
+def main():
+    a = argparse.ArgumentParser(description="Items (JSONL: a string or an item object a line) -> vectors (.npy, float32) and, beside them, "
+                                            "a .jsonl with reasoned, p_reason, rationale and new_tokens of each.")
+    a.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    a.add_argument("--input", required=True, help="JSONL; paths of pictures are relative to it")
+    a.add_argument("--output", required=True, help="vectors.npy; the facts go to vectors.jsonl")
+    a.add_argument("--reason", default="auto", choices=["auto", "never", "always"])
+    a.add_argument("--tau", type=float, default=0.5, help="auto: reason when p_reason > tau")
+    a.add_argument("--dim", type=int, help="keep the first so many numbers, renormalised")
+    a.add_argument("--instruction", help="for items that have none of their own")
+    a.add_argument("--max-new-tokens", type=int, default=128)
+    a.add_argument("--batch-size", type=int, default=16)
+    a.add_argument("--device")
+    a.add_argument("--dtype", help="bfloat16, float16 or float32; the checkpoint's by default")
+    for name in ("min-pixels", "max-pixels", "max-frames", "max-length"):
+        a.add_argument("--" + name, type=int)
+    a.add_argument("--fps", type=float)
+    o, lines = a.parse_args(), []
+    try:
+        if not o.output.endswith(".npy"):
+            raise ValueError(f"--output {o.output}: expected a name that ends in .npy")
+        for path, what in ((o.input, "input"), (os.path.dirname(os.path.abspath(o.output)), "output folder")):
+            if not os.path.exists(path):
+                raise ValueError(f"{path}: no such {what}")
+        model = Embedder.from_pretrained(o.model, o.device, o.dtype, o.max_pixels, o.min_pixels, o.max_frames, o.fps, o.max_length)
+        v, infos = model.encode(jsonl_items(o.input, lines), o.instruction, o.reason, o.tau, o.dim, o.batch_size, return_info=True,
+                                max_new_tokens=o.max_new_tokens)
+    except ItemError as e:
+        sys.exit(f"embed.py: {o.input}, line {lines[e.index]}: {e}")
+    except ValueError as e:
+        sys.exit(f"embed.py: {e}")
+    np.save(o.output, v)
+    with open(o.output[: -len(".npy")] + ".jsonl", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(info, ensure_ascii=False) + "\n" for info in infos)
+    reasoned = sum(info["reasoned"] for info in infos)
+    tokens = sum(info["new_tokens"] for info in infos)
+    print(f"{len(v)} vectors of {v.shape[1]} numbers in {o.output}; {reasoned} reasoned, {tokens} tokens written")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ Sources: transformers' modeling_qwen3_vl.py (v4.57, v5) and Qwen's published con
 import json
 import math
 import os
+import re
 import unicodedata
 from dataclasses import dataclass
 
@@ -87,8 +88,9 @@ CONFIGS = {
 
 def config_from_hf(c, where="config.json"):
     """A Hugging Face config dict (transformers 4 or 5 spelling) -> Config. ValueError names what we do not implement."""
-    if c.get("model_type") != "qwen3_vl":
-        raise ValueError(f"{where}: model_type is {c.get('model_type')!r}; only dense 'qwen3_vl' models are implemented here")
+    kind = c.get("model_type") if isinstance(c, dict) else type(c).__name__
+    if kind != "qwen3_vl":
+        raise ValueError(f"{where}: model_type is {kind!r}; only dense 'qwen3_vl' models are implemented here")
     try:
         t, v = c["text_config"], c["vision_config"]
         rope = t.get("rope_parameters") or t.get("rope_scaling") or {}           # v5 / v4
@@ -105,13 +107,16 @@ def config_from_hf(c, where="config.json"):
             vision_start=c.get("vision_start_token_id", 151652), vision_end=c.get("vision_end_token_id", 151653))
     except KeyError as e:
         raise ValueError(f"{where}: the key {e} is missing") from None
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"{where}: a value is of the wrong type ({e})") from None
     fixed = [("text_config.hidden_act", t.get("hidden_act", "silu"), "silu"), ("attention_bias", t.get("attention_bias") or False, False),
              ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
              ("vision hidden_act", v.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
              ("patch_size", v.get("patch_size", 16), PATCH), ("temporal_patch_size", v.get("temporal_patch_size", 2), TEMPORAL),
              ("spatial_merge_size", v.get("spatial_merge_size", 2), MERGE), ("in_channels", v.get("in_channels", 3), 3),
              ("out_hidden_size", v.get("out_hidden_size", out.hidden), out.hidden),
-             ("mrope_section's sum", sum(out.mrope_section), out.head_dim // 2),
+             ("num_attention_heads modulo num_key_value_heads", out.heads % out.kv_heads, 0),
+             ("vision hidden_size modulo 4 * num_heads", out.v_hidden % (4 * out.v_heads), 0),
              ("num_position_embeddings (a square)", math.isqrt(out.v_positions) ** 2, out.v_positions)]
     for name, got, want in fixed:
         if got != want and not (isinstance(want, tuple) and got in want):
@@ -344,7 +349,7 @@ class TextTower(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)      # the cast is transformers' too: bf16 parity needs it
 
     def forward(self, x, pos, mask=None, cache=None, deep=(), where=None):
-        """x (B, S, H) embedded tokens; deep: features for the places `where` (M,) of the flattened batch -> (B, S, H) after the final norm."""
+        """x (B, S, H) embedded tokens; deep: features for the places `where` (M,) of the flattened batch -> (B, S, H), final norm done."""
         cos, sin = self.rope(pos, x.dtype)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and self.training:
@@ -487,6 +492,12 @@ class Cache:
     def keep(self, k, v):
         self.k.append(k), self.v.append(v)
 
+    def take(self, rows):
+        """A new cache of these rows' prompts; this one stays as it is (a slice shares the memory)."""
+        new = Cache()
+        new.k, new.v = [x[rows] for x in self.k], [x[rows] for x in self.v]
+        return new
+
     def start(self, lengths, G, T):
         """From prefill to decoding: the first lengths[b] tokens of row b are its prompt; room for T more per rollout."""
         B, C, P, d = self.k[0].shape
@@ -518,20 +529,27 @@ class Cache:
 
 
 @torch.no_grad()
-def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), ban=(), temperature=0.0, generator=None):
-    """Continue every row of the batch G times. Rows end in one extra token (<|endoftext|>) that the rollouts do not see.
+def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), ban=(), temperature=0.0, generator=None,
+             prefill=None, rows=slice(None)):
+    """Continue every row of the batch G times. Rows are padded on the right and end in one extra token (<|endoftext|>) that the
+    rollouts do not see. prefill: the (hidden, cache) of an earlier `model(batch, cache)`, continued here instead of computed again.
+    rows: indices (B',) of the rows to continue, all by default; B is B' in everything below.
 
     Each rollout is: prefix (forced), up to max_new sampled tokens ending with one of `stop`; one that never stopped gets `close`
     forced on it; then `tail` is forced. temperature 0 is greedy. `ban`ned ids have probability 0.
     Returns a dict: hidden (B, S, H) of the prefill; tokens [B][G] lists of ids, prefix to tail; new (B, G) number of sampled tokens;
     logp [B][G] lists, one per sampled token; closed (B, G) True where `close` was forced; last (B, G, H) state of the last token.
     """
-    cache = Cache()
-    hidden = model(batch, cache)
+    if max_new < 1:
+        raise ValueError(f"max_new is {max_new}, expected at least 1 token")
+    if prefill is None:
+        cache = Cache()
+        prefill = model(batch, cache), cache
+    hidden, cache = prefill[0][rows], prefill[1].take(rows)
     B, device, H = len(hidden), hidden.device, hidden.shape[-1]
-    n = batch["lengths"].to(device) - 1                                                       # prompt without the extra token
+    n = batch["lengths"].to(device)[rows] - 1                                                 # prompt without the extra token
     cache.start(n, G, len(prefix) + max_new + len(close) + len(tail))
-    pos = batch["pos"][0].to(device).gather(1, n[:, None]).expand(B, G).clone()               # where the next token goes, all axes alike
+    pos = batch["pos"][0].to(device)[rows].gather(1, n[:, None]).expand(B, G).clone()         # of the next token, all axes alike
     forced = [[list(prefix) for _ in range(G)] for _ in range(B)]                             # tokens still to be fed without sampling
     tokens, logp = [[[] for _ in range(G)] for _ in range(B)], [[[] for _ in range(G)] for _ in range(B)]
     new, closed, last = np.zeros((B, G), int), np.zeros((B, G), bool), hidden.new_zeros(B, G, H)
@@ -610,6 +628,20 @@ SPECIALS = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object
             "<think> </think>").split()
 
 
+# The tokenizers library, by which the vocabulary was made and is read elsewhere, normalises by Unicode 9. Combining marks and compositions
+# that came later (1 string in 10,000 of random letters has some) are plain letters to it; Python's tables know them.
+LATER = re.compile("([\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u0ece\u1715\u1abf-\u1aeb\u1df6-\u1dfa\ua82c"
+                   "\U000105c0-\U000105ff\U00010d24-\U00010d6d\U00010eab\U00010eac\U00010efa-\U00010eff\U00010f46-\U00010f85\U00011070"
+                   "\U0001133b\U00011380-\U000113e2\U0001145e\U00011839\U0001183a\U00011930-\U00011943\U000119e0\U00011a34\U00011a47"
+                   "\U00011a99\U00011d42-\U00011d97\U00011f41\U00011f42\U00016100-\U0001613f\U00016d40-\U00016d7f\U00016ff0\U00016ff1"
+                   "\U0001e08f\U0001e130-\U0001e136\U0001e2ae-\U0001e2ef\U0001e4ec-\U0001e6ff])")
+
+
+def nfc(text):
+    """Unicode normalisation form C as of Unicode 9: e + combining acute becomes one letter."""
+    return text if text.isascii() else "".join(unicodedata.normalize("NFC", part) for part in LATER.split(text))
+
+
 def byte_letters():
     """GPT-2's disguise of bytes as printable letters, used inside every byte-level tokenizer.json: {letter: byte}."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -636,9 +668,11 @@ class Tokenizer:
             ranks = {raw(s): i for i, s in enumerate(single)}
             for s in merged:
                 ranks.setdefault(raw(s), len(ranks))
-            self.to_id = np.array([vocab[s] for s in [*single, *dict.fromkeys(merged)]])
+            self.to_id = np.array([vocab[s] for s in [*single, *merged]])
         except KeyError as e:
             raise ValueError(f"{where}: vocabulary and merges disagree about {e}") from None
+        if len(merged) != len(set(merged)):                      # tiktoken knows a merge by its result only
+            raise ValueError(f"{where}: two merges have the same result, which is not implemented here")
         if len(single) != 256:
             raise ValueError(f"{where}: {len(single)} single-byte tokens, a byte-level vocabulary has 256")
         self.spec = spec
@@ -663,7 +697,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Plain text -> list of ids. NFC first: without it 15 % of hard strings differ from the published tokenizer."""
-        text = unicodedata.normalize("NFC", text)
+        text = nfc(text)
         return self.to_id[self.bpe.encode_ordinary(text)].tolist() if text else []
 
     def decode(self, ids):
@@ -711,8 +745,8 @@ LEVELS = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5).astype(np.float3
 
 def smart_resize(height, width, min_pixels, max_pixels):
     """The size (multiples of 32) at which Qwen looks at a picture; areas are kept within the limits. ValueError above 200:1."""
-    if max(height, width) / min(height, width) > 200:
-        raise ValueError(f"a picture of {width}x{height} pixels: the sides differ by more than 200 to 1")
+    if min(height, width) < 1 or max(height, width) / min(height, width) > 200:
+        raise ValueError(f"a picture of {width}x{height} pixels: expected sides that differ by no more than 200 to 1")
     h, w = (max(FACTOR, round(x / FACTOR) * FACTOR) for x in (height, width))
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -750,8 +784,8 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
 
@@ -793,21 +827,25 @@ def load(folder, dtype=None, device="cpu"):
     files, state = shards(folder), {}
     for path in sorted(set(files.values())):
         with open_shard(path) as f:
-            inside = set(f.keys())
-            for name in (n for n, p in files.items() if p == path):
+            inside, listed = set(f.keys()), {n for n, p in files.items() if p == path}
+            for name in sorted(inside | listed):
                 if name not in inside:
                     raise ValueError(f"{path}: the tensor {name} is missing")
                 ours = name if name in want else "model." + name
                 if ours == "lm_head.weight" and c.tie:
                     continue                                     # the alias of a tied head
-                if ours not in want:
-                    raise ValueError(f"{path}: unexpected tensor {name}")
-                t = f.get_tensor(name)
+                if ours not in want or ours in state:
+                    raise ValueError(f"{path}: {'unexpected' if ours not in want else 'a second'} tensor {name}")
+                try:
+                    t = f.get_tensor(name)
+                except SafetensorError as e:
+                    raise ValueError(f"{path}: {name} cannot be read ({e})") from None
                 if t.shape != want[ours]:
                     raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, expected {tuple(want[ours])}")
                 if not t.is_floating_point():
                     raise ValueError(f"{path}: {name} is {t.dtype}, expected floating point")
-                state[ours] = t.to(device=device, dtype=dtype or t.dtype)
+                dtype = dtype or t.dtype                         # one dtype for all, like transformers
+                state[ours] = t.to(device=device, dtype=dtype)
     missing = [n for n in want if n not in state and n != "lm_head.weight"]
     if missing:
         raise ValueError(f"{folder}: the tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
@@ -826,14 +864,20 @@ def save(model, folder, tokenizer=None, limits=(4096, 1843200)):
     special = tokenizer.special if tokenizer else {}
     eos, pad = special.get("<|im_end|>"), special.get("<|endoftext|>")
     c, dtype = model.c, str(model.dtype).split(".")[-1]
-    state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight" or (model.has_head and not c.tie)}
-    save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    head = model.has_head and not c.tie                          # a tied head is an alias, an absent one stays absent
+    state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight" or head}
+    path = os.path.join(folder, "model.safetensors")
+    save_file(state, path + ".tmp", metadata={"format": "pt"})   # aside and renamed: half a file is never seen, and a memory map
+    os.replace(path + ".tmp", path)                              # of the old one (`load`) stays valid
     write_json(os.path.join(folder, "config.json"), config_to_hf(c, dtype, eos, pad))
-    write_json(os.path.join(folder, "generation_config.json"), dict(eos_token_id=[eos, pad] if tokenizer else None, pad_token_id=pad, do_sample=False))
-    vision = dict(size=dict(shortest_edge=limits[0], longest_edge=limits[1]), patch_size=PATCH, temporal_patch_size=TEMPORAL, merge_size=MERGE,
-                  image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)
-    write_json(os.path.join(folder, "preprocessor_config.json"), dict(vision, image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor"))
-    write_json(os.path.join(folder, "video_preprocessor_config.json"), dict(vision, video_processor_type="Qwen3VLVideoProcessor", processor_class="Qwen3VLProcessor"))
+    write = lambda name, value: write_json(os.path.join(folder, name), value)
+    write("generation_config.json", dict(eos_token_id=[eos, pad] if tokenizer else None, pad_token_id=pad, do_sample=False))
+    vision = dict(processor_class="Qwen3VLProcessor", patch_size=PATCH, temporal_patch_size=TEMPORAL, merge_size=MERGE, image_mean=[0.5] * 3,
+                  image_std=[0.5] * 3, do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)
+    size = lambda low, top: dict(size=dict(shortest_edge=low, longest_edge=top))              # areas, in spite of the names
+    write("preprocessor_config.json", dict(vision, image_processor_type="Qwen2VLImageProcessorFast", **size(*limits)))
+    # transformers limits a whole clip where we limit each frame; the published whole-clip limits are the nearest thing
+    write("video_preprocessor_config.json", dict(vision, video_processor_type="Qwen3VLVideoProcessor", **size(4096, 25165824)))
     if tokenizer is not None:
         write_json(os.path.join(folder, "tokenizer.json"), append_end(tokenizer.spec))
 

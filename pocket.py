@@ -1,0 +1,674 @@
+"""
+The pocket world: a small, drawn world in MMEB's own layouts, so that the whole method runs on a laptop and can be marked against the truth.
+
+The idea. A picture is a 3x3 grid of 32-pixel tiles (one visual token each): coloured shapes, digits, words. Sixteen families of
+query-target pairs cover MMEB-V2's kinds: classification, visual questions, caption retrieval in both directions, composed retrieval,
+grounding, near-duplicates, videos and pages. Twelve are solvable at one look. Four need steps, because their answer is a function
+of several look-ups that a few layers cannot chain in one pass:
+    Walk   "start at the star , go right , down , left"         three moves over the picture        (image)
+    Sum    "add the top row then the bottom row"                    two running sums modulo ten         (image)
+    Tally  add the left digits, then the right digits of a clip     the same over time                  (video)
+    Total  "sun with three five nine and two two six" -> the page titled so         arithmetic in the query alone       (page)
+
+Scripted workers of known quality write rationales: careful (right steps), captioner (true words about the picture, no steps), sloppy
+(right form, one wrong fact, hence a wrong end) and parrot (form only). The truth that selection is marked against: a careful
+rationale on a family that needs steps helps, every other does not.
+
+How to run:
+    python pocket.py --out DIR [--seed 1] [--train 300] [--test 100] [--style plain|night] [--steps 3]
+
+Left out: natural images, fonts other than Pillow's, noise in the labels.
+Source: design.md sections 3 and 7; the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py).
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+
+from model import byte_letters, tokenizer_spec
+
+TILE = 32
+COLOURS = {"red": (214, 40, 40), "blue": (40, 80, 220), "green": (30, 150, 60), "yellow": (235, 190, 20), "purple": (140, 50, 170)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "bar", "moon", "frame")
+KINDS = [(c, s) for c in COLOURS for s in SHAPES]                # 50 kinds of glyph
+CELLS = ("nw", "n", "ne", "w", "mid", "e", "sw", "s", "se")      # a 3x3 picture in reading order; one token each
+MOVES = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
+ROWS = ("top", "middle", "bottom")
+TIMES = ("first", "second", "third")
+NUMBERS = ("zero one two three four five six seven eight nine "
+           "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen").split()   # words: one token each
+DIGITS = NUMBERS[:10]
+WORDS = ("sun", "map", "tea", "fox", "ink", "oak", "gem", "jar", "bee", "hat", "cup", "key")
+PARROT = ("let me think step by step . first look , then go on , so the answer is clear",
+          "step by step : start , go , look , add , so the answer is found",
+          "first look at the picture . then think . then the answer is clear",
+          "let me look , then go step by step , then say the answer")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def font(size):
+    return ImageFont.load_default(size=size)                     # ships with Pillow: no file to look for
+
+
+def shape_points(shape, x, y, r):
+    """Corners of a polygon shape around (x, y)."""
+    if shape == "triangle":
+        return [(x, y - r), (x - r, y + r), (x + r, y + r)]
+    if shape == "star":
+        a = np.arange(10) * np.pi / 5 - np.pi / 2
+        k = np.where(np.arange(10) % 2 == 0, r * 1.15, r * 0.45)
+        return list(zip(x + k * np.cos(a), y + k * np.sin(a)))
+    if shape == "cross":
+        t = r / 3
+        return [(x + a, y + b) for a, b in ((-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t))]
+    if shape == "diamond":
+        return [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]
+    t = r / 2.5 if shape == "bar" else r                         # a bar is a flat square
+    return [(x - r, y - t), (x + r, y - t), (x + r, y + t), (x - r, y + t)]
+
+
+def draw_tile(kind, rng, style="plain"):
+    """One 32x32 tile. kind: (colour, shape) | int digit | str word | None blank | a plain RGB triple of ints -> uint8 (32, 32, 3)."""
+    paper, black = (int(rng.integers(228, 250)), 25) if style == "plain" else (int(rng.integers(20, 50)), 235)      # "night": light on dark
+    im = Image.new("RGB", (TILE, TILE), (paper,) * 3)
+    d, (dx, dy) = ImageDraw.Draw(im), rng.integers(-2, 3, 2)
+    if isinstance(kind, tuple) and len(kind) == 2:
+        ink = tuple(int(v) for v in np.clip(np.array(COLOURS[kind[0]]) + rng.integers(-18, 19, 3), 0, 255))
+        x, y, r = 16 + int(dx), 16 + int(dy), int(rng.integers(8, 12))
+        hollow = kind[1] in ("ring", "frame")
+        how = dict(outline=ink, width=3) if hollow else dict(fill=ink)
+        if kind[1] in ("circle", "ring", "moon"):
+            d.ellipse((x - r, y - r, x + r, y + r), **how)
+            if kind[1] == "moon":                                # a disc with a bite
+                d.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), fill=(paper,) * 3)
+        else:
+            d.polygon(shape_points(kind[1], x, y, r), **how)
+    elif isinstance(kind, tuple):
+        d.rectangle((0, 0, TILE, TILE), fill=kind)
+    elif isinstance(kind, (int, np.integer)):
+        d.text((16 + int(dx), 16 + int(dy)), str(kind), font=font(int(rng.integers(20, 25))), fill=(black,) * 3, anchor="mm")
+    elif kind:
+        d.text((16, 16 + int(dy)), kind, font=font(14), fill=(black,) * 3, anchor="mm")
+    return np.asarray(im)
+
+
+def draw(grid, rng, style="plain"):
+    """grid: rows of kinds -> one picture, uint8 (32 * rows, 32 * columns, 3)."""
+    return np.concatenate([np.concatenate([draw_tile(k, rng, style) for k in row], axis=1) for row in grid], axis=0)
+
+
+def picture(scene, rng, style="plain"):
+    """scene: nine kinds in reading order -> 96x96."""
+    return draw([scene[0:3], scene[3:6], scene[6:9]], rng, style)
+
+
+def clip(states, rng, style="plain"):
+    """Every state (a row of kinds) is shown for two frames, so that one frame group is one state -> list of pictures."""
+    return [f for s in states for f in [draw([s], rng, style)] * 2]
+
+
+def page(title, marks, rng, style="plain"):
+    """A 3x4-tile page: title words on top, two rows of text lines, marks (digits or None) at the bottom."""
+    words = [*title, None, None][:3]
+    out = draw([words, [None] * 3, [None] * 3, [*marks, None, None, None][:3]], rng, style).copy()
+    for y in range(TILE + 6, 3 * TILE, 8):
+        x = int(rng.integers(50, 90))
+        out[y : y + 3, 6:x] = 120                                # lines of unreadable text, ragged on the right
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words for what is seen
+
+
+def name(kind):
+    return " ".join(kind) if isinstance(kind, tuple) else kind if isinstance(kind, str) else DIGITS[kind]
+
+
+def describe(scene):
+    """The whole picture in words: "nw red star n three ..."; blanks are not mentioned."""
+    return " ".join(f"{c} {name(k)}" for c, k in zip(CELLS, scene) if k is not None)
+
+
+def makes(total):
+    """"makes eight", "makes seventeen keep seven". The full sum comes first because a + b mod 10 alone cannot be learned from either
+    digit by itself (each says nothing about it), and training then waits on a plateau for longer than this whole run."""
+    return f"makes {NUMBERS[total]}" + (f" keep {DIGITS[total - 10]}" if total >= 10 else "")
+
+
+def running_sum(labels, digits):
+    """"nw three n five makes eight ne nine makes seventeen keep seven": the steps of a sum modulo ten -> text and result."""
+    total, out = digits[0], [f"{labels[0]} {DIGITS[digits[0]]}".strip()]
+    for label, x in zip(labels[1:], digits[1:]):
+        out.append(f"{label} {DIGITS[x]} {makes(total + x)}".strip())
+        total = (total + x) % 10
+    return " ".join(out), total
+
+
+def two_sums(head, labels, digits):
+    """head, labels and digits are pairs -> "… . … . seven seven" and the two last digits as one text."""
+    parts = [running_sum(l, d) for l, d in zip(labels, digits)]
+    text = " . ".join(f"{h} {p[0]}".strip() for h, p in zip(head, parts))
+    answer = f"{DIGITS[parts[0][1]]} {DIGITS[parts[1][1]]}"
+    return f"{text} . {answer}", answer
+
+
+def spoil(digits, rng):
+    """The same two lists with one digit misread, so that one of the two sums ends wrong."""
+    out = [list(d) for d in digits]
+    i, j = rng.integers(2), rng.integers(len(digits[0]))
+    out[i][j] = int((out[i][j] + rng.integers(1, 10)) % 10)
+    return out
+
+
+def walk(scene, start, moves):
+    """Follow the moves from a cell -> steps in words and the cells visited; None when a move leaves the picture."""
+    r, c = divmod(start, 3)
+    text, cells = [f"{scene[start][1]} {CELLS[start]}"], [start]
+    for m in moves:
+        r, c = r + MOVES[m][0], c + MOVES[m][1]
+        if not (0 <= r < 3 and 0 <= c < 3):
+            return None
+        cells.append(3 * r + c)
+        text.append(f"{m} {CELLS[cells[-1]]} {name(scene[cells[-1]])}")
+    return " . ".join(text), cells
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families. Each makes one pair: query and target parts, what the workers know, and special wrong candidates
+
+
+def glyphs(rng, n):
+    """n glyphs (at most ten) of different shapes, in any colours: a shape names one thing of a picture."""
+    return list(zip(rng.choice(list(COLOURS), n).tolist(), rng.permutation(SHAPES)[:n].tolist()))
+
+
+def other(kind, rng):
+    """A kind that differs in colour or in shape."""
+    c, s = kind
+    return (rng.choice([x for x in COLOURS if x != c]).item(), s) if rng.random() < 0.5 else (c, rng.choice([x for x in SHAPES if x != s]).item())
+
+
+def make_kind(rng, style, steps):
+    k, cell = glyphs(rng, 1)[0], rng.integers(9)
+    scene = [k if i == cell else None for i in range(9)]
+    return dict(image=picture(scene, rng, style), answer=name(k), caption=describe(scene), careful=f"{CELLS[cell]} {name(k)}", sloppy=f"{CELLS[cell]} {name(other(k, rng))}")
+
+
+def make_colour(rng, style, steps):
+    c = rng.choice(list(COLOURS)).item()
+    scene = [(c, s) if rng.random() < 0.7 else None for s in rng.choice(SHAPES, 9).tolist()]
+    scene[int(rng.integers(9))] = (c, rng.choice(SHAPES).item())
+    scene[int(rng.integers(9))] = KINDS[rng.integers(len(KINDS))]        # one stranger
+    count = {x: sum(k is not None and k[0] == x for k in scene) for x in COLOURS}
+    c = max(count, key=count.get)
+    return dict(image=picture(scene, rng, style), answer=c, caption=describe(scene), careful=f"mostly {c}", sloppy=f"mostly {rng.choice([x for x in COLOURS if x != c])}")
+
+
+def make_at(rng, style, steps):
+    scene, i = glyphs(rng, 9), rng.integers(9)
+    return dict(image=picture(scene, rng, style), question=f"what is at {CELLS[i]} ?", answer=name(scene[i]), caption=describe(scene),
+                careful=f"{CELLS[i]} {name(scene[i])}", sloppy=f"{CELLS[i]} {name(other(scene[i], rng))}")
+
+
+def make_where(rng, style, steps):
+    scene, i = glyphs(rng, 9), rng.integers(9)
+    return dict(image=picture(scene, rng, style), question=f"where is the {scene[i][1]} ?", answer=CELLS[i], caption=describe(scene),
+                careful=f"{scene[i][1]} {CELLS[i]}", sloppy=f"{scene[i][1]} {CELLS[(i + rng.integers(1, 9)) % 9]}")
+
+
+def make_walk(rng, style, steps):
+    scene = glyphs(rng, 9)
+    while True:                                                  # a walk that never stands on a cell twice
+        start, moves = int(rng.integers(9)), rng.choice(list(MOVES), steps).tolist()
+        found = walk(scene, start, moves)
+        if found and len(set(found[1])) == steps + 1:
+            break
+    text, cells = found
+    end = scene[cells[-1]]
+    wrong = [walk(scene, s, moves) for s in rng.permutation(9).tolist() if s != start]
+    wrong = [w for w in wrong if w]
+    if wrong and rng.random() < 0.5:                             # sloppy: looked in the wrong place, or misread the last thing
+        sloppy = wrong[0][0].replace(scene[wrong[0][1][0]][1], scene[start][1], 1)
+    else:
+        sloppy = text[: -len(name(end))] + name(other(end, rng))
+    return dict(image=picture(scene, rng, style), question=f"start at the {scene[start][1]} , go {' , '.join(moves)} . what is there ?", answer=name(end),
+                caption=describe(scene), careful=text, sloppy=sloppy, cells=cells)
+
+
+def make_sum(rng, style, steps):
+    scene = [int(x) for x in rng.integers(0, 10, 9)]
+    a, b = rng.permutation(3)[:2].tolist()
+    scene = [k if i // 3 in (a, b) else KINDS[rng.integers(len(KINDS))] for i, k in enumerate(scene)]
+    labels, digits = [CELLS[3 * r : 3 * r + 3] for r in (a, b)], [scene[3 * r : 3 * r + 3] for r in (a, b)]
+    text, answer = two_sums((ROWS[a], ROWS[b]), labels, digits)
+    return dict(image=picture(scene, rng, style), question=f"add the {ROWS[a]} row then the {ROWS[b]} row", answer=answer, caption=describe(scene),
+                careful=text, sloppy=two_sums((ROWS[a], ROWS[b]), labels, spoil(digits, rng))[0])
+
+
+def caption_of(scene, rng, n=3):
+    """n of the nine facts, in reading order."""
+    pick = sorted(rng.permutation([i for i, k in enumerate(scene) if k is not None])[:n].tolist())
+    return " , ".join(f"{CELLS[i]} {name(scene[i])}" for i in pick)
+
+
+def make_caption(rng, style, steps):
+    scene = glyphs(rng, 9)
+    text = caption_of(scene, rng)
+    return dict(image=picture(scene, rng, style), text=text, caption=describe(scene), careful=caption_of(scene, rng, 4), sloppy=caption_of(glyphs(rng, 9), rng, 4))
+
+
+def make_change(rng, style, steps):
+    scene = glyphs(rng, 9)
+    i, j = rng.permutation(9)[:2].tolist()
+    new, nope = glyphs(rng, 2)
+    after = lambda at, k: picture([k if n == at else x for n, x in enumerate(scene)], rng, style)
+    return dict(image=picture(scene, rng, style), text=f"put a {name(new)} at {CELLS[i]}", target_image=after(i, new), wrong=[after(j, new), after(i, nope), picture(scene, rng, style)],
+                caption=describe(scene), careful=f"{CELLS[i]} {name(new)}", sloppy=f"{CELLS[j]} {name(nope)}")
+
+
+def make_point(rng, style, steps):
+    scene, i = glyphs(rng, 9), int(rng.integers(9))
+    crops = [draw_tile(k, rng, style) for k in scene]
+    return dict(image=picture(scene, rng, style), text=f"the thing at {CELLS[i]}", target_image=crops[i], wrong=[x for n, x in enumerate(crops) if n != i],
+                caption=describe(scene), careful=f"{CELLS[i]} {name(scene[i])}", sloppy=f"{CELLS[i]} {name(other(scene[i], rng))}")
+
+
+def make_twin(rng, style, steps):
+    """Nine flat patches of continuous colours: what no words carry. The twin is a little darker or lighter, and noisy."""
+    rgb = rng.integers(40, 230, (9, 3))
+    tint = lambda: np.clip(rgb + rng.integers(-12, 13) + rng.integers(-6, 7, (9, 3)), 0, 255)
+    show = lambda colours: picture([tuple(int(v) for v in c) for c in colours], rng, style)
+    near = [np.clip(rgb + rng.integers(-45, 46, (9, 3)), 0, 255) for _ in range(2)]
+    return dict(image=show(rgb), target_image=show(tint()), wrong=[show(x) for x in near], caption="a picture of nine patches", careful="nine patches", sloppy="nine dark patches")
+
+
+def make_motion(rng, style, steps):
+    k, how = glyphs(rng, 1)[0], rng.choice(["moves right", "moves left", "stays"]).item()
+    at = {"moves right": (0, 1, 2), "moves left": (2, 1, 0), "stays": (int(rng.integers(3)),) * 3}[how]
+    states = [[k if i == x else None for i in range(3)] for x in at]
+    wrong = rng.choice([w for w in ("moves right", "moves left", "stays") if w != how]).item()
+    return dict(video=clip(states, rng, style), answer=f"{k[1]} {how}", caption=f"a {name(k)}", careful=f"the {k[1]} {how}", sloppy=f"the {k[1]} {wrong}")
+
+
+def make_sequence(rng, style, steps):
+    ks = glyphs(rng, 3)
+    text = " then ".join(name(k) for k in ks)
+    return dict(video=clip([[k] for k in ks], rng, style), text=text, caption=text, careful=text, sloppy=" then ".join(name(k) for k in glyphs(rng, 3)))
+
+
+def make_tally(rng, style, steps):
+    digits = rng.integers(0, 10, (2, 3)).tolist()                # left and right, three times
+    states = [[digits[0][t], digits[1][t]] for t in range(3)]
+    text, answer = two_sums(("left", "right"), (TIMES, TIMES), digits)
+    return dict(video=clip(states, rng, style), answer=answer, caption=describe_clip(states), careful=text, sloppy=two_sums(("left", "right"), (TIMES, TIMES), spoil(digits, rng))[0])
+
+
+def describe_clip(states):
+    """"first left four right two , second …" for clips of two tiles; one tile has no side."""
+    sides = ("left", "right") if len(states[0]) == 2 else ("",) * len(states[0])
+    return " , ".join(" ".join([t, *(f"{s} {name(k)}".strip() for s, k in zip(sides, row) if k is not None)]) for t, row in zip(TIMES, states))
+
+
+def make_topic(rng, style, steps):
+    a, b = rng.permutation(WORDS)[:2].tolist()
+    d = rng.integers(0, 10, 2).tolist()
+    say = f"{DIGITS[d[0]]} {DIGITS[d[1]]}"
+    return dict(target_image=page((a, b), d, rng, style), text=f"the page {say} about {a} and {b}", caption=f"{a} {b}", careful=f"{a} {b} {say}",
+                sloppy=f"{a} {rng.choice([w for w in WORDS if w not in (a, b)])} {say}")
+
+
+def make_total(rng, style, steps):
+    a, digits = rng.choice(WORDS).item(), rng.integers(0, 10, (2, 3)).tolist()
+    text, answer = two_sums(("", ""), (("",) * 3,) * 2, digits)
+    bad = two_sums(("", ""), (("",) * 3,) * 2, spoil(digits, rng))[0]
+    b = rng.choice([w for w in WORDS if w != a]).item()
+    wrong = [page((a,), rng.integers(0, 10, 2).tolist(), rng, style) for _ in range(2)]
+    say = " and ".join(" ".join(DIGITS[x] for x in d) for d in digits)
+    return dict(target_image=page((a,), [DIGITS.index(x) for x in answer.split()], rng, style), text=f"the account of {a} with {say}", wrong=wrong,
+                caption=f"{a} {say}", careful=f"{text} {a}", sloppy=f"{bad} {a}")
+
+
+# name, maker, needs steps, kind of pair, query instruction, target instruction. Kinds: see LAYOUT below
+FAMILIES = [
+    ("PocketKind", make_kind, False, "cls", "Represent the given image for classification", ""),
+    ("PocketColour", make_colour, False, "cls", "Identify the colour that most of the image has", ""),
+    ("PocketAt", make_at, False, "vqa", "Represent the given image with the following question: ", ""),
+    ("PocketWhere", make_where, False, "vqa", "Represent the given image with the following question: ", ""),
+    ("PocketWalk", make_walk, True, "vqa", "Represent the given image with the following question: ", ""),
+    ("PocketSum", make_sum, True, "vqa", "Represent the given image with the following question: ", ""),
+    ("PocketCaption_t2i", make_caption, False, "t2i", "Find me an everyday image that matches the given caption: ", "Represent the given image."),
+    ("PocketCaption_i2t", make_caption, False, "i2t", "Find an image caption describing the given everyday image.", ""),
+    ("PocketChange", make_change, False, "i2i", "Given an image, find a similar everyday image with the described changes: ", "Represent the given image."),
+    ("PocketPoint", make_point, False, "i2i", "Select the portion of the image that follows the language expressions: ", "Represent the given cropped image of the object."),
+    ("PocketTwin", make_twin, False, "i2i", "Find a day-to-day image that looks similar to the provided image.", "Represent the given image."),
+    ("PocketMotion", make_motion, False, "vcls", "What activities are being performed in the video?", ""),
+    ("PocketTally", make_tally, True, "vcls", "What do the left numbers and the right numbers in the video add up to?", ""),
+    ("PocketSequence", make_sequence, False, "t2v", "Find a video that contains the following visual content: ", "Understand the content of the provided video."),
+    ("PocketTopic", make_topic, False, "page", "Find a document image that matches the given query: ", "Understand the content of the provided document image."),
+    ("PocketTotal", make_total, True, "page", "Find a document image that matches the given query: ", "Understand the content of the provided document image."),
+]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing the world in MMEB's layouts (data.py reads it with the parsers that read the real thing)
+
+TRAIN_HUB, TEST_HUB, V2 = "TIGER-Lab/MMEB-train", "ziyjiang/MMEB_Test_Instruct", "TIGER-Lab/MMEB-V2"
+CLIP_HUB = "ShareGPTVideo/train_video_and_instruction"
+PARSERS = {"cls": "image_cls", "vqa": "image_qa", "t2i": "image_t2i", "i2t": "image_i2t", "i2i": "image_i2i_vg"}
+
+
+class Writer:
+    """Writes under one root; every picture gets a path of its own."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def picture(self, pixels, folder, name):
+        """-> path relative to the folder that the layout joins to."""
+        path = os.path.join(self.root, folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.fromarray(pixels).save(path, compress_level=1)
+        return name
+
+    def frames(self, clip, folder):
+        for i, f in enumerate(clip):
+            self.picture(f, folder, f"frame_{i + 1:04d}.png")
+
+    def table(self, rows, path):
+        """A list of dicts -> parquet or, by its name, JSON lines."""
+        path = os.path.join(self.root, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if path.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            with open(path, "w", encoding="utf-8") as f:
+                f.writelines(json.dumps(r) + "\n" for r in rows)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_train(out, family, rows):
+    """One family's training pairs -> its row of datasets.json."""
+    name, _, _, kind, inst, tgt = family
+    if kind == "vcls" or kind == "t2v":
+        for i, r in enumerate(rows):
+            out.frames(r["video"], f"{CLIP_HUB}/train_300k/{name}_{i}")
+        turn = lambda r: [{"from": "human", "value": f"<video> {inst}"}, {"from": "gpt", "value": r.get("answer") or r["text"]}]
+        out.table([{"id": f"{name}_{i}", "video": f"{name}_{i}", "conversations": turn(r)} for i, r in enumerate(rows)], f"{CLIP_HUB}/{name}.jsonl")
+        return dict(name=name, parser="video_caption" if kind == "vcls" else "video_retrieval", hub=CLIP_HUB, table=["{hub}/{name}.jsonl"], media=[f"{CLIP_HUB}/train_300k"])
+    if kind == "page":
+        hub = f"pocket/{name}-train"
+        out.table([{"query": f"{inst}{r['text']}", "image": png(r["target_image"]), "source": "pocket"} for r in rows], f"{hub}/data/train-00000-of-00001.parquet")
+        return dict(name=name, parser="page", hub=hub, table=["{hub}/data/train-*.parquet"])
+    table = []
+    for i, r in enumerate(rows):
+        save = lambda key, tag: out.picture(r[key], TRAIN_HUB, f"images/{name}/Train/{tag}_{i}.png") if kind != "t2i" and key == "image" or key in r and key != "image" else ""
+        say = f"{inst}{r.get('question') or r.get('text') or ''}" if kind in ("vqa", "t2i", "i2i") else inst
+        row = dict(qry=("" if kind == "t2i" else "<|image_1|>\n") + say + "\n", qry_image_path=save("image", "query"))
+        if kind in ("t2i", "i2i"):
+            pixels = r["image"] if kind == "t2i" else r["target_image"]
+            row.update(pos_text=f"<|image_1|>\n{tgt}\n", pos_image_path=out.picture(pixels, TRAIN_HUB, f"images/{name}/Train/target_{i}.png"))
+            wrong = [out.picture(p, TRAIN_HUB, f"images/{name}/Train/wrong_{i}_{n}.png") for n, p in enumerate(r.get("wrong", [])[:2])]
+            row.update(neg_text=[row["pos_text"]] * len(wrong), neg_image_path=wrong)
+        else:
+            row.update(pos_text=r["text"] if kind == "i2t" else r["answer"], pos_image_path="", neg_text=[], neg_image_path=[])
+        table.append(row)
+    out.table(table, f"{TRAIN_HUB}/{name}/original-00000-of-00001.parquet")
+    return dict(name=name, parser="mmeb", hub=TRAIN_HUB, table=["{hub}/{name}/{split}-*.parquet"], media=[TRAIN_HUB])
+
+
+def choices(right, pool, rng, size=20):
+    """The right one first (MMEB's way), then up to size - 1 different others."""
+    rest = [x for x in dict.fromkeys(pool) if x != right]
+    return [right, *[rest[i] for i in rng.permutation(len(rest))[: size - 1]]]
+
+
+def write_test(out, family, rows, rng):
+    """One family's test queries and candidates -> its row of datasets.json."""
+    name, _, steps, kind, inst, tgt = family
+    row = dict(name=name, queries=len(rows), family="steps" if steps else "one look", ood=False)
+    if kind in ("vcls", "t2v"):
+        hub, media = f"VLM2Vec/{name}", f"{V2}/video-tasks/frames/{'video_cls' if kind == 'vcls' else 'video_ret'}/{name}"
+        for i, r in enumerate(rows):
+            out.frames(r["video"], f"{media}/clip_{i}")
+        answers = [r.get("answer") or r["text"] for r in rows]
+        more = [dict(pos_text=a, neg_text=choices(a, answers, rng)) if kind == "vcls" else dict(caption=a) for a in answers]
+        out.table([dict(video_id=f"clip_{i}", **m) for i, m in enumerate(more)], f"{hub}/data/test-00000-of-00001.parquet")
+        return dict(row, parser="video_cls" if kind == "vcls" else "video_ret", hub=hub, modality="video", media=[media], inst=inst.strip(), tgt=tgt,
+                    **(dict(scope="local") if kind == "vcls" else dict(columns=["video_id", "caption"])))
+    if kind == "page":
+        hub = f"pocket/{name}-test"
+        pages = [p for r in rows for p in [r["target_image"], *r.get("wrong", [])]]
+        at = np.cumsum([0] + [1 + len(r.get("wrong", [])) for r in rows])
+        for part, table in (("queries", [{"query-id": i, "query": r["text"]} for i, r in enumerate(rows)]),
+                            ("corpus", [{"corpus-id": i, "image": png(p)} for i, p in enumerate(pages)]),
+                            ("qrels", [{"query-id": i, "corpus-id": int(at[i]), "score": 1} for i in range(len(rows))])):
+            out.table(table, f"{hub}/{part}/test-00000-of-00001.parquet")
+        return dict(row, parser="beir", hub=hub, modality="visdoc", inst=inst.strip(), tgt=tgt)
+    folder = f"{V2}/image-tasks"
+    save = lambda pixels, tag: out.picture(pixels, folder, f"{name}/{tag}.png")
+    answers = [r["text"] if kind == "i2t" else r.get("answer") for r in rows]
+    targets = [save(r["image"] if kind == "t2i" else r["target_image"], f"target_{i}") if kind in ("t2i", "i2i") else "" for i, r in enumerate(rows)]
+    table = []
+    for i, r in enumerate(rows):
+        if kind in ("t2i", "i2i"):
+            wrong = [save(p, f"wrong_{i}_{n}") for n, p in enumerate(r.get("wrong", []))]
+            paths = [targets[i], *wrong, *choices(targets[i], targets, rng, 20 - len(wrong))[1:]]
+            texts = [""] * len(paths)
+        else:
+            texts = choices(answers[i], answers, rng)
+            paths = [""] * len(texts)
+        table.append(dict(qry_inst=("" if kind == "t2i" else "<|image_1|>\n") + inst.strip(), qry_text=r.get("question") or (r.get("text") if kind != "i2t" else "") or "",
+                          qry_img_path="" if kind == "t2i" else save(r["image"], f"query_{i}"), tgt_inst=f"<|image_1|>\n{tgt}" if tgt else "", tgt_text=texts, tgt_img_path=paths))
+    out.table(table, f"{TEST_HUB}/{name}/test-00000-of-00001.parquet")
+    return dict(row, parser=PARSERS[kind], hub=TEST_HUB, table=["{hub}/{name}/test-*.parquet"], modality="image", scope="local", media=[folder])
+
+
+def write_world(root, seed=0, train=300, test=100, style="plain", steps=3, names=None):
+    """The whole world under `root`: both splits, datasets.json, pocket.json (the truth) and workers.jsonl (scripted rationales).
+
+    Train and test share no query. steps: moves of a Walk (harder worlds have more). names: only these families.
+    """
+    out, listing, workers = Writer(root), {"train": [], "eval": []}, []
+    for n, family in enumerate(FAMILIES):
+        name, make = family[:2]
+        if names and name not in names:
+            continue
+        rng, seen, rows = np.random.default_rng([seed, n]), set(), []
+        while len(rows) < train + test:
+            row = make(rng, style, steps)
+            key = (row.get("question"), row.get("text") if family[3] != "i2t" else None, *(p.tobytes() for p in [row.get("image"), *row.get("video", [])] if p is not None))
+            if key not in seen:
+                seen.add(key)
+                rows.append(row)
+        listing["train"].append(write_train(out, family, rows[:train]))
+        listing["eval"].append(write_test(out, family, rows[train:], rng))
+        for i, r in enumerate(rows[:train]):
+            for worker, text in dict(careful=r["careful"], captioner=r["caption"], sloppy=r["sloppy"], parrot=rng.choice(PARROT).item()).items():
+                workers.append(dict(id=f"{name}/{i}", side="query", worker=worker, text=text or "nothing"))
+    out.table(workers, "workers.jsonl")
+    for file, value in (("pocket.json", dict(seed=seed, style=style, steps=[f[0] for f in FAMILIES if f[2]])), ("datasets.json", listing)):
+        with open(os.path.join(root, file), "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer: byte-level BPE trained on the world's own words until each is one token
+
+
+def train_bpe(words):
+    """Merges (left, right) in byte letters so that every word of {word: count} ends as one token: most frequent pair first."""
+    letters = {b: ch for ch, b in byte_letters().items()}
+    split = {w: [letters[b] for b in w.encode()] for w in words}
+    merges = []
+    while True:
+        pairs = {}
+        for w, parts in split.items():
+            for p in zip(parts, parts[1:]):
+                pairs[p] = pairs.get(p, 0) + words[w]
+        if not pairs:
+            return merges, letters
+        best = max(sorted(pairs), key=pairs.get)                 # sorted: ties break the same way everywhere
+        merges.append(best)
+        for parts in split.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+                i += 1
+
+
+def pocket_tokenizer(texts):
+    """An ordinary tokenizer.json (as a dict) whose vocabulary is 256 bytes, the merges of these texts' words, and Qwen's specials."""
+    words = {"\n\n": 1}
+    for text in texts:
+        for w in re.findall(r" ?[a-zA-Z]+| ?[^a-zA-Z\s]+", text):    # what Qwen's pattern makes of plain English
+            words[w] = words.get(w, 0) + 1
+    merges, letters = train_bpe(words)
+    vocab = {}
+    for token in [*(letters[b] for b in range(256)), *("".join(m) for m in merges)]:
+        vocab.setdefault(token, len(vocab))
+    return tokenizer_spec(vocab, [list(m) for m in merges])
+
+
+def vocabulary_texts(seed=0):
+    """Every sentence form of the world, so that the tokenizer meets every word: pairs of each family, and pretraining documents."""
+    rng = np.random.default_rng([seed, 7])
+    out = [t for f in FAMILIES for t in f[4:6]] + list(PARROT) + [f" {w}" for w in (*CELLS, *MOVES, *ROWS, *TIMES, *DIGITS, *WORDS, *COLOURS, *SHAPES)]
+    for _, make, *_ in FAMILIES:
+        for _ in range(8):
+            row = make(rng, "plain", 3)
+            out += [v for v in row.values() if isinstance(v, str)]
+    bank = Bank(rng, copies=1)
+    return out + ["".join(t for t, _ in doc[1]) for _ in range(50) for doc in (base_document(bank, rng), table_document(rng))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining documents for the base stage: "describe what you see", and the look-ups that steps are made of
+
+
+class Bank:
+    """Tiles drawn once with Pillow and recomposed by indexing: a picture costs a copy instead of nine drawings."""
+
+    def __init__(self, rng, copies=40, style="plain"):
+        rgb = [tuple(int(v) for v in c) for c in rng.integers(40, 230, (6, 3))]
+        self.kinds = [*KINDS, *range(10), None, *WORDS, *rgb]
+        self.tiles = {k: np.stack([draw_tile(k, rng, style) for _ in range(copies)]) for k in self.kinds}
+
+    def draw(self, grid, rng):
+        """rows of kinds -> uint8 picture."""
+        one = lambda k: self.tiles[k][rng.integers(len(self.tiles[k]))]
+        return np.concatenate([np.concatenate([one(k) for k in row], axis=1) for row in grid], axis=0)
+
+
+def base_document(bank, rng, look=0.35):
+    """One document about something seen: (item, [(text, learn)]); the model is trained on the texts with learn=True, the others only ask.
+
+    Pictures: a description, or facts in any order: where a thing is, what a cell holds, what lies in a direction. Clips, pages and
+    crops: their description. look: the share of pictures that are described rather than asked about.
+    """
+    u = rng.random()
+    if u < 0.70:
+        kinds = glyphs(rng, 9) if rng.random() < 0.6 else [KINDS[rng.integers(len(KINDS))] if v < 0.4 else int(rng.integers(10)) if v < 0.8 else None for v in rng.random(9)]
+        asked = rng.random() > look
+        if asked and rng.random() < 0.6:                         # few things are easier to find than nine: the road to finding one of nine
+            few = rng.permutation(9)[: rng.integers(1, 6)]
+            kinds = [k if i in few else None for i, k in enumerate(kinds)]
+        item = {"image": bank.draw([kinds[0:3], kinds[3:6], kinds[6:9]], rng)}
+        return item, (facts(kinds, rng) if asked else []) or [(describe(kinds) or "blank", True)]
+    if u < 0.85:
+        two = rng.random() < 0.7
+        states = [[int(rng.integers(10)) if v < 0.7 else KINDS[rng.integers(len(KINDS))] for v in rng.random(1 + two)] for _ in range(3)]
+        item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
+        if rng.random() < 0.5:
+            return item, [(describe_clip(states), True)]
+        ask, out = [(t, side) for t in range(3) for side in range(1 + two)], []
+        for t, side in rng.permutation(ask).tolist():
+            out += [(f" . {('left', 'right')[side]} {TIMES[t]}" if two else f" . {TIMES[t]}", False), (f" {name(states[t][side])}", True)]
+        return item, out
+    if u < 0.95:
+        words, marks = rng.permutation(WORDS)[: 1 + int(rng.random() < 0.5)].tolist(), rng.integers(0, 10, 2).tolist()
+        grid = [[*words, None, None][:3], [None] * 3, [None] * 3, [*marks, None]]
+        return {"image": bank.draw(grid, rng)}, [(" ".join([*words, *(DIGITS[m] for m in marks)]), True)]
+    k = bank.kinds[rng.integers(60)]
+    return {"image": bank.draw([[k]], rng)}, [(name(k), True)]
+
+
+def table_document(rng, n=12):
+    """One document of the addition table modulo ten, by itself: text only."""
+    out = []
+    for a, b in rng.integers(0, 10, (n, 2)).tolist():
+        out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]
+    return {}, out
+
+
+def skill_of(item, parts, i):
+    """Which skill the i-th fragment of a document shows."""
+    if "video" in item:
+        return "clip"
+    if "image" not in item:
+        return "table"
+    if item["image"].shape[:2] != (96, 96):
+        return "page" if item["image"].shape[0] == 128 else "crop"
+    asked = parts[i - 1][0] if i else None
+    if asked is None:
+        return "describe"
+    last = asked.split()[-1]
+    return "move" if last in MOVES else "at" if last in CELLS else "where"
+
+
+def facts(scene, rng, n=10):
+    """Look-ups about a picture as (asked, answered) fragments."""
+    out = []
+    seen = [i for i, k in enumerate(scene) if k is not None]
+    shapes = [k[1] if isinstance(k, tuple) else None for k in scene]
+    once = [i for i in seen if shapes[i] and shapes.count(shapes[i]) == 1]
+    for i in rng.choice(seen, n).tolist() if seen else []:
+        u = rng.random()
+        if u < 0.5 and i in once:
+            out += [(f" . {scene[i][1]}", False), (f" {CELLS[i]}", True)]
+        elif u < 0.65:
+            out += [(f" . {CELLS[i]}", False), (f" {name(scene[i])}", True)]
+        else:
+            m = rng.choice(list(MOVES)).item()
+            r, c = i // 3 + MOVES[m][0], i % 3 + MOVES[m][1]
+            if 0 <= r < 3 and 0 <= c < 3 and scene[3 * r + c] is not None:
+                j = 3 * r + c
+                out += [(f" . {CELLS[i]} {name(scene[i])} . {m}", False), (f" {CELLS[j]} {name(scene[j])}", True)]
+    return out
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Write the pocket world: a root that data.py --check, train.py --data and eval.py --data open.")
+    ap.add_argument("--out", required=True)
+    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--train", type=int, default=300, help="training pairs per family")
+    ap.add_argument("--test", type=int, default=100, help="test queries per family")
+    ap.add_argument("--style", choices=("plain", "night"), default="plain")
+    ap.add_argument("--steps", type=int, default=3, help="moves of a Walk")
+    a = ap.parse_args()
+    if a.train < 1 or a.test < 2 or not 1 <= a.steps <= 5:
+        ap.error("--train wants at least 1, --test at least 2, --steps 1 to 5")
+    if os.path.exists(os.path.join(a.out, "datasets.json")):
+        ap.error(f"{a.out} already holds a world")
+    os.makedirs(a.out, exist_ok=True)
+    write_world(a.out, a.seed, a.train, a.test, a.style, a.steps)
+    print(f"families: {len(FAMILIES)}\ntrain_pairs: {a.train * len(FAMILIES)}\ntest_queries: {a.test * len(FAMILIES)}\nwritten: {a.out}")
+
+
+if __name__ == "__main__":
+    main()

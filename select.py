@@ -1,0 +1,298 @@
+"""
+Counterfactual selection of rationales: which words, if any, explain why this query belongs to this target?
+
+The idea. A rationale that merely looks like reasoning teaches a model the form of reasoning. So every candidate r of a pair (q, t) is
+put through a controlled experiment on one fixed candidate set C (the target and hard and random negatives):
+    m(q, r)      = log softmax_{c in C}( e(q, r)·e(c, ∅) / temperature )[t]       a margin: the positive AGAINST the others
+    Δ(r)         = m(q, r) − m(q, ∅)                                             with minus without      [the paper's counterfactual]
+    Δ_placebo(r) = m(q, r') − m(q, ∅)     r' = what the same worker wrote about another pair of the task with another target   [ours]
+    keep r  iff  Δ(r) > margin  and  Δ(r) > Δ_placebo(r)                         words about this pair helped, not the form
+    weight       w ∝ softmax(Δ / T) over the kept ones: the posterior over the latent rationale
+A margin of log 2 asks a rationale to double the target's probability; so where the direct embedding already gives it one half,
+nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
+The evaluator never trained on the pair that it judges: two warm-up embedders are cross-fitted on the two halves of the pairs [ours].
+
+`rule` offers the ablations: full | positive_only (Δ of the positive's cosine alone, in units of the temperature: "false-helpful" for
+15.7 % of cases in the SURE paper) | no_placebo | none (keep everything).
+
+How to run (inside a run it is the stages propose and select of train.py):
+    python select.py --write-requests requests.jsonl --data ROOT --model-name NAME [--k 4]     OpenAI batch format, pictures as data URLs
+    vllm run-batch -i requests.jsonl -o responses.jsonl --model NAME                           or any hosted model, on as many machines as you have
+    python select.py --read-responses responses.jsonl --worker NAME --out rationales.jsonl
+
+About the name: the standard library has a module `select` too, and subprocess, hence torch, import it. Where that is a shared library,
+this file hides it. So when it is *imported* as `select` the lines below hand the real module over; nothing here is imported by that
+name. train.py loads this file by its path. The `def`s that then still run are harmless: the importer already holds the real module.
+
+Left out: rationales for targets inside --write-requests (see --sides), judges other than an embedder, learned thresholds.
+Source: design.md sections 3, 4 and 8; the counterfactual is MMEmb-R1's (arXiv 2604.06156, abstract), the formula is ours.
+"""
+
+import sys
+
+if __name__ == "select":
+    def _hand_over():
+        import os
+        from importlib.machinery import BuiltinImporter, PathFinder
+        from importlib.util import module_from_spec
+
+        here = os.path.realpath(os.path.dirname(os.path.abspath(__file__)))
+        elsewhere = [p for p in sys.path if os.path.realpath(p or os.getcwd()) != here]
+        spec = BuiltinImporter.find_spec("select") or PathFinder.find_spec("select", elsewhere)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"there is no standard library 'select' besides {__file__}")
+        real = module_from_spec(spec)
+        spec.loader.exec_module(real)            # run it first, publish it second: other threads must not see it half made
+        globals().update({k: v for k, v in vars(real).items() if not k.startswith("__")})
+        sys.modules["select"] = real
+
+    _hand_over()
+else:
+    import argparse
+    import base64
+    import io
+    import json
+    import math
+    import os
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    import data as loader
+    from embed import collate, margin_score, pool
+
+# Nothing below may run at import (see above): only functions, and none with a name that the real `select` has.
+
+RULES = ("full", "positive_only", "no_placebo", "none")
+PROMPTS = (  # several ways to ask, so that one model is several workers
+    "Think step by step about what the {side} shows or asks for, look up whatever is needed, and end with what should be found.",
+    "List the facts in the {side} that matter for finding its match, one after the other, then draw the conclusion.",
+    "Describe the {side} briefly and precisely, then say in a few words what its match must look like.",
+    "Work out the answer to the {side}. Show every intermediate result. End with the answer alone.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiment
+
+
+def choose_placebos(pairs, rationales, rng):
+    """For every pair and worker a rationale by the same worker about another pair of the same dataset with another target.
+
+    pairs [{"id", "dataset", "answer" (a key that equal targets share)}]; rationales {id: {worker: text}} -> {id: {worker: text or None}}.
+    None where no such pair exists. Another pair with the same target would be no placebo: its words may well fit.
+    """
+    shelves = {}
+    for p in pairs:
+        for worker, text in rationales.get(p["id"], {}).items():
+            shelves.setdefault((p["dataset"], worker), []).append((p["answer"], text))
+    out = {}
+    for p in pairs:
+        out[p["id"]] = {}
+        for worker in rationales.get(p["id"], {}):
+            shelf, found = shelves[p["dataset"], worker], None
+            for i in rng.permutation(len(shelf))[:50]:
+                if shelf[i][0] != p["answer"]:
+                    found = shelf[i][1]
+                    break
+            out[p["id"]][worker] = found
+    return out
+
+
+def candidate_sets(pairs, rng, size=16):
+    """One fixed candidate set per pair: its target first, its own hard negatives, then random targets of its dataset; all different.
+
+    pairs [{"dataset", "target" (index into a list of targets), "answer", "negatives" [indices]}] -> int array (n, size), short rows
+    padded with -1. `size` 16: chance is 1/16, low enough that a rationale has room to help.
+    """
+    pools, out = {}, np.full((len(pairs), size), -1)
+    for p in pairs:
+        pools.setdefault(p["dataset"], {}).setdefault(p["answer"], p["target"])
+    for i, p in enumerate(pairs):
+        others = [t for a, t in pools[p["dataset"]].items() if a != p["answer"]]
+        pick = [p["target"], *p["negatives"][: size // 2]]
+        pick += [others[j] for j in rng.permutation(len(others))[: size - len(pick)]]
+        out[i, : len(pick)] = pick
+    return out
+
+
+def margins(model, reader, prompts, branches, targets, candidates, temperature=0.02, batch_size=32, positive_only=False, title=None):
+    """m(q, ∅) and m(q, r) for every branch of every query.
+
+    prompts [n] of Reader.read, branches [n] lists of rationale branches, targets (N, H) unit vectors, candidates (n, c) indices with
+    the target in column 0 and -1 for none -> list of n float arrays (1 + number of branches): the direct margin first.
+    positive_only: s(q, r; t)/temperature instead, the positive without the others.
+    """
+    out = [None] * len(prompts)
+    order = np.argsort([len(p["ids"]) + sum(map(len, b)) for p, b in zip(prompts, branches)], kind="stable")
+    with torch.no_grad():
+        for at in tqdm(range(0, len(order), batch_size), desc=title, disable=None if title else True):
+            rows = order[at : at + batch_size].tolist()
+            batch = collate([prompts[i] for i in rows], reader, [branches[i] for i in rows], model.device)
+            q = pool(model(batch), batch["ends"])                                             # (B, 1+G, H)
+            c = torch.from_numpy(candidates[rows]).to(q.device)                               # (B, c)
+            t = targets[c.clamp(min=0)]                                                       # (B, c, H)
+            s = torch.einsum("bgh,bch->bgc", q, t) / temperature
+            m = s[..., 0] if positive_only else s.masked_fill((c < 0)[:, None], float("-inf")).log_softmax(-1)[..., 0]
+            for i, row in zip(rows, m.cpu().numpy()):
+                out[i] = row[: 1 + len(branches[i])].astype(np.float64)
+    return out
+
+
+def keep_rule(delta, delta_placebo, rule="full", margin=0.69):
+    """The rule of the docstring, elementwise -> bool. A missing placebo (nan) cannot refuse anything."""
+    delta, placebo = np.asarray(delta, float), np.asarray(delta_placebo, float)
+    if rule == "none":
+        return np.ones(delta.shape, bool)
+    beats = ~(delta <= placebo) if rule in ("full", "positive_only") else True
+    return (delta > margin) & beats
+
+
+def posterior(delta, temperature=1.0):
+    """w ∝ softmax(Δ / T) over the kept rationales of one pair; sums to 1."""
+    z = np.asarray(delta, float) / temperature
+    w = np.exp(z - z.max())
+    return w / w.sum()
+
+
+def choose(results, rule="full", margin=0.69, temperature=1.0):
+    """results [{"id", "worker", "text", "delta", "delta_placebo"}] -> the kept ones, with "weight" (1 per pair in all)."""
+    by_pair = {}
+    for r in results:
+        if bool(keep_rule(r["delta"], np.nan if r["delta_placebo"] is None else r["delta_placebo"], rule, margin)):
+            by_pair.setdefault(r["id"], []).append(r)
+    return [dict(r, weight=float(w)) for rows in by_pair.values() for r, w in zip(rows, posterior([r["delta"] for r in rows], temperature))]
+
+
+def audit(results, kept, needs_steps=None, placebo_kept=None):
+    """The report: kept share per worker and per dataset, placebo acceptance, and against the truth precision and recall.
+
+    needs_steps: datasets whose careful rationales truly help (pocket world), or None where nobody knows. placebo_kept: bools, for every
+    placebo that was offered as the pair's own, whether the rule would have kept it.
+    """
+    dataset = lambda r: r["id"].rsplit("/", 1)[0]
+    share = lambda key: {k: round(sum(key(r) == k for r in kept) / sum(key(r) == k for r in results), 4) for k in sorted({key(r) for r in results})}
+    out = {"candidates": len(results), "kept": len(kept), "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset),
+           "placebo_accepted": round(float(np.mean(placebo_kept)), 4) if placebo_kept else None, "precision": None, "recall": None}
+    if needs_steps is not None:
+        helps = lambda r: r["worker"] == "careful" and dataset(r) in needs_steps
+        truly = {r["id"] for r in results if helps(r)}
+        found = {r["id"] for r in kept if helps(r)}
+        out["precision"] = round(sum(map(helps, kept)) / len(kept), 4) if kept else 0.0
+        out["recall"] = round(len(found) / len(truly), 4) if truly else None
+        sloppy = [r for r in results if r["worker"] == "sloppy" and dataset(r) in needs_steps]
+        ids = {(r["id"], r["worker"]) for r in kept}
+        out["sloppy_kept"] = round(sum((r["id"], r["worker"]) in ids for r in sloppy) / len(sloppy), 4) if sloppy else None
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: rationales, and the OpenAI batch format
+
+
+def read_rationales(path):
+    """rationales.jsonl -> rows. One object a line with id, side (query | target), worker, text; ValueError names file and line."""
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path} line {n}: not JSON ({e})") from None
+            for key in ("id", "worker", "text"):
+                if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                    raise ValueError(f"{path} line {n}: {key!r} is missing or not a string")
+            if row.setdefault("side", "query") not in ("query", "target"):
+                raise ValueError(f"{path} line {n}: side is {row['side']!r}, expected query or target")
+            rows.append(row)
+    return rows
+
+
+def write_rows(path, rows):
+    """JSON lines, complete or not at all."""
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    os.replace(path + ".part", path)
+
+
+def data_url(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def request(pair, k, model_name, side="query", max_tokens=256):
+    """One chat request of the OpenAI batch format for worker prompt k. The worker sees this side of the pair alone, never the other."""
+    item = pair[side]
+    pictures = item.get("image") or []
+    pictures = list(pictures if isinstance(pictures, list) else [pictures]) + list((item.get("video") or {}).get("frames", []))
+    content = [{"type": "image_url", "image_url": {"url": data_url(loader.load_picture(p))}} for p in pictures]
+    content.append({"type": "text", "text": item.get("text", "") + "\n\n" + PROMPTS[k % len(PROMPTS)].format(side="query" if side == "query" else "document")})
+    body = {"model": model_name, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0.7 if k >= len(PROMPTS) else 0.0}
+    return {"custom_id": f"{pair['id']}|{side}|{k}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def read_responses(path, worker):
+    """A batch's answers -> (rationale rows, failures [(custom_id, why)]). Thinking models' <think> markers are taken off."""
+    rows, failed = [], []
+    with open(path, encoding="utf-8") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                answer = json.loads(line)
+                pair, side, k = answer["custom_id"].rsplit("|", 2)
+            except (json.JSONDecodeError, KeyError, ValueError, TypeError, AttributeError) as e:
+                raise ValueError(f"{path} line {n}: not a batch response ({type(e).__name__}: {e})") from None
+            body = (answer.get("response") or {}).get("body") or {}
+            choices = body.get("choices") or []
+            text = ((choices[0].get("message") or {}).get("content") or "") if choices else ""
+            text = text.replace("<think>", "").replace("</think>", " ").strip()
+            if text:
+                rows.append({"id": pair, "side": side, "worker": f"{worker}-{k}", "text": text})
+            else:
+                failed.append((answer["custom_id"], str(answer.get("error") or "no text in the response")))
+    return rows, failed
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Rationales from models that run elsewhere: write requests, read responses.")
+    ap.add_argument("--write-requests", metavar="FILE", help="write chat requests for every training pair of --data")
+    ap.add_argument("--read-responses", metavar="FILE", help="turn a batch's responses into rationales")
+    ap.add_argument("--data", metavar="ROOT", help="training data, see data.py")
+    ap.add_argument("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", help="model field of the requests")
+    ap.add_argument("--k", type=int, default=4, help="requests per pair: four prompts greedy, further ones sampled")
+    ap.add_argument("--sides", choices=("query", "target", "both"), default="query")
+    ap.add_argument("--limit", type=int, help="at most this many pairs per dataset")
+    ap.add_argument("--worker", default="model", help="name that the rationales carry")
+    ap.add_argument("--out", default="rationales.jsonl")
+    a = ap.parse_args()
+    if bool(a.write_requests) == bool(a.read_responses):
+        ap.error("one of --write-requests and --read-responses")
+    try:
+        if a.read_responses:
+            rows, failed = read_responses(a.read_responses, a.worker)
+            write_rows(a.out, rows)
+            for custom_id, why in failed:
+                print(f"no rationale for {custom_id}: {why}", file=sys.stderr)
+            print(f"rationales: {len(rows)}\nfailed: {len(failed)}\nwritten: {a.out}")
+            return 0
+        if not a.data:
+            ap.error("--write-requests needs --data")
+        train = loader.train_sets(a.data)
+        n = 0
+        with open(a.write_requests, "w", encoding="utf-8") as f:
+            for s, size in enumerate(train.sizes):
+                for row in tqdm(range(min(size, a.limit or size)), desc=train.names[s], disable=None):
+                    pair = train.pair(s, row)
+                    for side in ("query", "target") if a.sides == "both" else (a.sides,):
+                        for k in range(a.k):
+                            f.write(json.dumps(request(pair, k, a.model_name, side), ensure_ascii=False) + "\n")
+                            n += 1
+        print(f"requests: {n}\nwritten: {a.write_requests}")
+        return 0
+    except (ValueError, OSError) as e:
+        print(f"select.py: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
