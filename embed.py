@@ -18,13 +18,14 @@ How to run:
     python embed.py --model runs/pocket/rl --input items.jsonl --output vectors.npy --reason auto
 
 Left out: pooling other than the last token, multi-vector output, audio.
-Sources: design.md sections 2, 3 and 7; template and limits as in Qwen3-VL-Embedding.
+Sources: template, limits and video rules as in Qwen3-VL-Embedding, qwen-vl-utils 0.0.14 and transformers 4.57 (facts; every line is ours).
 """
 
 import argparse
 import base64
 import binascii
 import json
+import numbers
 import os
 import sys
 import unicodedata
@@ -102,6 +103,8 @@ class Reader:
         instruction = instruction if own is None else own
         pixels, grids = [], []
         if item.get("messages") is not None:
+            if any(item.get(k) is not None for k in ("text", "image", "video")):
+                raise ValueError("an item has messages, or text, image and video, but not both")
             pieces = self.messages(item["messages"], instruction, pixels, grids)
         else:
             video, many = item.get("video"), lambda x: [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
@@ -181,7 +184,7 @@ class Reader:
         if not frames:
             raise ValueError("a video without frames: expected at least one")
         fps = self.fps if fps is None else fps
-        if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+        if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not 0 < fps < float("inf"):
             raise ValueError(f"a video's fps is {fps!r}, expected a number above 0")
         if not is_clip(v) and len(frames) > self.max_frames:     # as Qwen3-VL-Embedding thins out a list
             frames = [frames[i] for i in np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)]

@@ -869,11 +869,11 @@ def save(model, folder, tokenizer=None, limits=(4096, 1843200)):
     path = os.path.join(folder, "model.safetensors")
     save_file(state, path + ".tmp", metadata={"format": "pt"})   # aside and renamed: half a file is never seen, and a memory map
     os.replace(path + ".tmp", path)                              # of the old one (`load`) stays valid
-    write_json(os.path.join(folder, "config.json"), config_to_hf(c, dtype, eos, pad))
     write = lambda name, value: write_json(os.path.join(folder, name), value)
+    write("config.json", config_to_hf(c, dtype, eos, pad))
     write("generation_config.json", dict(eos_token_id=[eos, pad] if tokenizer else None, pad_token_id=pad, do_sample=False))
-    vision = dict(processor_class="Qwen3VLProcessor", patch_size=PATCH, temporal_patch_size=TEMPORAL, merge_size=MERGE, image_mean=[0.5] * 3,
-                  image_std=[0.5] * 3, do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)
+    vision = dict(processor_class="Qwen3VLProcessor", patch_size=PATCH, temporal_patch_size=TEMPORAL, merge_size=MERGE,
+                  image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)
     size = lambda low, top: dict(size=dict(shortest_edge=low, longest_edge=top))              # areas, in spite of the names
     write("preprocessor_config.json", dict(vision, image_processor_type="Qwen2VLImageProcessorFast", **size(*limits)))
     # transformers limits a whole clip where we limit each frame; the published whole-clip limits are the nearest thing

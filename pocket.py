@@ -582,7 +582,7 @@ def base_document(bank, rng, look=0.35):
     crops: their description. look: the share of pictures that are described rather than asked about.
     """
     u = rng.random()
-    if u < 0.70:
+    if u < 0.68:
         kinds = glyphs(rng, 9) if rng.random() < 0.6 else [KINDS[rng.integers(len(KINDS))] if v < 0.4 else int(rng.integers(10)) if v < 0.8 else None for v in rng.random(9)]
         asked = rng.random() > look
         if asked and rng.random() < 0.6:                         # few things are easier to find than nine: the road to finding one of nine
@@ -590,7 +590,7 @@ def base_document(bank, rng, look=0.35):
             kinds = [k if i in few else None for i, k in enumerate(kinds)]
         item = {"image": bank.draw([kinds[0:3], kinds[3:6], kinds[6:9]], rng)}
         return item, (facts(kinds, rng) if asked else []) or [(describe(kinds) or "blank", True)]
-    if u < 0.85:
+    if u < 0.82:
         two = rng.random() < 0.7
         states = [[int(rng.integers(10)) if v < 0.7 else KINDS[rng.integers(len(KINDS))] for v in rng.random(1 + two)] for _ in range(3)]
         item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
@@ -600,7 +600,7 @@ def base_document(bank, rng, look=0.35):
         for t, side in rng.permutation(ask).tolist():
             out += [(f" . {('left', 'right')[side]} {TIMES[t]}" if two else f" . {TIMES[t]}", False), (f" {name(states[t][side])}", True)]
         return item, out
-    if u < 0.95:
+    if u < 0.93:
         words, marks = rng.permutation(WORDS)[: 1 + int(rng.random() < 0.5)].tolist(), rng.integers(0, 10, 2).tolist()
         grid = [[*words, None, None][:3], [None] * 3, [None] * 3, [*marks, None]]
         return {"image": bank.draw(grid, rng)}, [(" ".join([*words, *(DIGITS[m] for m in marks)]), True)]

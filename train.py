@@ -78,7 +78,7 @@ class Config:
     max_frames: int = 8
     # optimisation, all stages
     optimizer: str = "muon"         # muon (matrices; AdamW for the rest) or adamw
-    lr_matrix: float = 0.004        # Muon's; scaled so that its updates have AdamW's size (match_rms_adamw)
+    lr_matrix: float = 0.002        # Muon's; scaled so that its updates have AdamW's size (match_rms_adamw)
     lr: float = 0.002               # AdamW's
     clip: float = 1.0               # gradient norm
     warmup: int = 30                # steps
@@ -87,8 +87,8 @@ class Config:
     chunk_tokens: int = 16384       # tokens of one forward pass; a larger batch goes through GradCache
     workers: int = 0                # threads that decode pictures (data that does not fit in memory)
     # base (pocket only)
-    base_steps: int = 600           # at least; it goes on until its skills are there ...
-    base_steps_max: int = 1200      # ... at most to here, and says so if they are not
+    base_steps: int = 700           # at least; it goes on until its skills are there ...
+    base_steps_max: int = 1400      # ... at most to here, and says so if they are not
     base_batch: int = 32            # documents about pictures per step, and a fifth as many about additions
     base_skill: float = 0.93        # every skill's held-out token accuracy before it cools down
     # propose
