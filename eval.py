@@ -20,7 +20,7 @@ How to run:
     python eval.py --model Qwen/Qwen3-VL-Embedding-2B --data MMEB_V2_ROOT --out DIR --reason never --prompts qwen --frames 64 [--tasks CIRR,MSVD]
     python eval.py --bench                                            ranking 1,000 queries over 100,000 and 1,000,000 candidates
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/leaderboard.json, DIR/summary.json; vectors in DIR/cache, by content: a
-run goes on where it stopped, and a changed model never meets old vectors.
+run goes on where it stopped, and a changed model never meets old vectors. pictures() draws a finished run of train.py and writes its report.md.
 
 Left out: ranking on a GPU (1,000 x 1,000,000 takes seconds without one), significance tests, more than the first 100 of a ranking in pred.jsonl.
 Not followed: the reference pairs labels and grades wrongly where ids are strings and grades are mixed (a perfect ranking gets 0.855 there).
@@ -31,14 +31,16 @@ import collections
 import dataclasses
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import sys
 import tempfile
+import textwrap
 import time
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -429,343 +431,6 @@ def leaderboard(metrics, rows, page_labels="fixed", metadata=None):
     return {"metadata": {**meta, **(metadata or {})}, "metrics": table}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and the report: what a finished run of train.py looks like, drawn from the files that it left
-
-COLOURS = {"never": "#0072B2", "always": "#D55E00", "adaptive": "#009E73", "random": "#707070", "oracle": "#000000"}     # Okabe and Ito's: safe for all eyes
-MARKERS = {"never": "s", "always": "D", "adaptive": "o", "random": "X", "oracle": "*"}
-STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "figure.dpi": 150,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9, "text.parse_math": False}
-
-
-def need(path, keys=(), lines=False):
-    """A JSON file of the run (lines: one object a line) that has these keys, else one ValueError with its name."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = [json.loads(line) for line in f] if lines else json.load(f)
-    except OSError as e:
-        raise ValueError(f"{path}: the report needs it ({e.strerror})") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: damaged ({e})") from None
-    for row in value if lines else [value]:
-        if lost := [k for k in keys if not isinstance(row, dict) or k not in row]:
-            raise ValueError(f"{path}: damaged (no {lost[0]!r} in it)")
-    return value
-
-
-def save(picture, path):
-    """A figure of matplotlib's, or a picture of Pillow's, as a PNG; complete or not at all."""
-    picture.savefig(path + ".part", format="png") if hasattr(picture, "savefig") else picture.save(path + ".part", "PNG")
-    os.replace(path + ".part", path)
-
-
-def verdict(modes):
-    """What the numbers say, in sentences, whichever way they fall. The first is short enough for a title."""
-    score, tokens = {k: m["overall"] for k, m in modes.items()}, {k: m["tokens_per_query"] for k, m in modes.items()}
-    a, beaten = score["adaptive"], [k for k in ("never", "always") if score["adaptive"] > score[k]]
-    word = {2: "beats both never and always", 1: f"beats {''.join(beaten)} only", 0: "beats neither never nor always"}[len(beaten)]
-    gap = score["oracle"] - score["random"]
-    return [f"Adaptive reasoning {word}",
-            f"Quality: {a:.3f} against {score['never']:.3f} for never ({a - score['never']:+.3f}) and {score['always']:.3f} for always ({a - score['always']:+.3f})",
-            f"Cost: {tokens['adaptive']:.1f} generated tokens per query" + (f", {tokens['adaptive'] / tokens['always']:.0%} of the {tokens['always']:.1f} that "
-            "always takes" if tokens["always"] else "") + f"; it reasons about {modes['adaptive']['reason_rate']:.0%} of the queries",
-            f"Decision: a coin tossed at the same rate gives {score['random']:.3f} and hindsight {score['oracle']:.3f}; adaptive covers "
-            f"{(a - score['random']) / gap:.0%} of the distance between them" if gap > 1e-9 else
-            f"Decision: hindsight gives {score['oracle']:.3f}, no more than a coin tossed at the same rate, so there was nothing to decide"]
-
-
-def label_points(ax, labels, lines):
-    """Write each (x, y, text, colour) near its point, where it covers no other label, no point and none of the lines [(x, y), ...] if that can be."""
-    ax.figure.draw_without_rendering()
-    frame, at, taken = ax.get_window_extent(), ax.transData.transform, []
-    dense = [np.stack([np.interp(np.linspace(0, len(p) - 1, 400), range(len(p)), column) for column in zip(*p)], 1) for p in lines]
-    marks = at(np.concatenate([[label[:2] for label in labels], *dense]))
-    for x, y, text, colour in labels:
-        note = ax.annotate(text, (x, y), (0, 0), textcoords="offset pixels", color=colour, ha="center", va="center", linespacing=1.2,
-                           arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 7})
-        half = super(type(note), note).get_window_extent().size / 2                    # of the text alone, without the line to the point
-
-        def cost(shift):
-            lo, hi = at((x, y)) + shift - half - 5, at((x, y)) + shift + half + 5
-            outside = (lo < frame.min).any() or (hi > frame.max).any()
-            return 1000 * outside + 100 * sum((lo < b).all() and (hi > a).all() for a, b in taken) + ((marks > lo) & (marks < hi)).all(1).sum()
-
-        ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)]
-        best = min((np.array(way) * (half + far) for far in (16, 40, 70, 110, 160, 220) for way in ways), key=cost)       # the first of the least, so the nearest
-        note.set_position(best)
-        taken.append((at((x, y)) + best - half, at((x, y)) + best + half))
-
-
-def draw_tradeoff(report, summary):
-    """Quality against generated tokens: the modes, the curve over tau, the coin's line; beside it the modalities."""
-    from matplotlib.figure import Figure
-    modes, fig = report["modes"], Figure((11, 5.2), layout="constrained")
-    ax, side = fig.subplots(1, 2, width_ratios=(3, 2))
-    at = {mode: (m["tokens_per_query"], m["overall"]) for mode, m in modes.items()}
-    coin, curve = [at["never"], at["always"]], [(c["tokens_per_query"], c["overall"]) for c in report["curve"]]
-    ax.plot(*zip(*coin), "--", color=COLOURS["random"], lw=1.2)
-    ax.plot(*zip(*curve), ".-", color=COLOURS["adaptive"], lw=1.2, ms=4, alpha=0.6)
-    for mode, point in at.items():
-        ax.plot(*point, MARKERS[mode], color=COLOURS[mode], ms=15 if mode == "oracle" else 9, mec="white", zorder=3 + (mode == "adaptive"))
-    y = [p[1] for p in [*at.values(), *curve]]
-    low, high, right = min(y), max(y), max(p[0] for p in [*at.values(), *curve]) or 1
-    room = max(0.18 * (high - low), 0.01)
-    ax.set(xlim=(-0.04 * right, 1.08 * right), ylim=(low - room, high + room), xlabel="generated tokens per query", ylabel="quality (mean over datasets)")
-    ax.set_title(f"{verdict(modes)[0]}:\nquality against cost, {len(summary['datasets'])} datasets, {sum(d['queries'] for d in summary['datasets'].values())} test queries")
-    middle = curve[int(np.argmin([abs(x - 0.6 * right) for x, _ in curve]))]
-    label_points(ax, [(*at[mode], f"{mode}\n{at[mode][1]:.3f}, {at[mode][0]:.1f} tokens", COLOURS[mode]) for mode in ("adaptive", "never", "always", "oracle", "random")]
-                 + [(0.75 * at["always"][0], 0.25 * at["never"][1] + 0.75 * at["always"][1], "a coin at other rates", COLOURS["random"]),
-                    (*middle, "adaptive at other τ", COLOURS["adaptive"])], [coin, curve])
-    kinds = [m for m in MODALITIES if modes["never"].get(m) is not None]
-    for i, mode in enumerate(("never", "always", "adaptive", "oracle")):
-        values, places = [modes[mode][m] for m in kinds], [k + 0.2 * (i - 1.5) for k in range(len(kinds))]
-        side.barh(places, values, 0.18, color=COLOURS[mode])
-        for value, place in zip(values, places):
-            side.text(value + 0.01, place, f"{mode} {value:.2f}", color=COLOURS[mode], va="center", fontsize=9)
-    count = collections.Counter(d["modality"] for d in summary["datasets"].values())
-    side.set_yticks(range(len(kinds)), [f"{m}\n{count[m]} dataset{'s' * (count[m] != 1)}\n{MODALITIES[m].replace('_linear', '')}" for m in kinds])
-    side.set(xlim=(0, 1.3), xlabel="quality", title="By modality")
-    side.set_xticks(np.arange(0, 1.1, 0.25))
-    side.invert_yaxis()
-    return fig
-
-
-def draw_families(report, summary):
-    """Every dataset under never, always and adaptive, sorted by what reasoning gains there; beside it how often the model chose to reason."""
-    from matplotlib.figure import Figure
-    modes = {mode: report["modes"][mode]["datasets"] for mode in ("never", "always", "adaptive")}
-    gain = {name: modes["always"][name] - modes["never"][name] for name in modes["never"]}
-    names = sorted(gain, key=lambda name: (-gain[name], name))
-    fig = Figure((11, 1.7 + 0.34 * len(names)), layout="constrained")
-    ax, side = fig.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    for i, name in enumerate(names):
-        ax.plot([modes["never"][name], modes["always"][name]], [i, i], color="#c8c8c8", lw=4, solid_capstyle="round", zorder=1)
-    for mode, shift, size in (("never", -0.2, 7), ("always", 0.2, 6), ("adaptive", 0, 7)):         # apart, so that equal scores do not hide each other
-        ax.plot([modes[mode][n] for n in names], np.arange(len(names)) + shift, MARKERS[mode], color=COLOURS[mode], ms=size, label=mode)
-    ax.set_yticks(range(len(names)), [f"{n} ({summary['datasets'][n]['modality']})" for n in names])
-    ax.set(xlim=(-0.03, 1.03), ylim=(len(names) - 0.4, -0.6), xlabel="quality")
-    ax.grid(axis="y", color="#eeeeee")
-    ax.set_axisbelow(True)
-    ax.set_title("Quality per dataset; at the top those that gain most by reasoning", pad=26)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handletextpad=0.2)
-    rates = [summary["datasets"][n]["reason_rate"] for n in names]
-    side.barh(range(len(names)), rates, 0.6, color=COLOURS["adaptive"], alpha=0.35)
-    for i, rate in enumerate(rates):
-        side.text(rate + 0.02, i, f"{rate:.0%}", va="center", fontsize=9)
-    side.set(xlim=(0, 1.22), xlabel="share of its queries")
-    side.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
-    side.set_title("How often it reasons", pad=26)
-    side.tick_params(axis="y", length=0)
-    return fig
-
-
-def draw_training(log):
-    """What the stages logged: faint as it came (one batch each), bold its running mean."""
-    from matplotlib.figure import Figure
-    rows = collections.defaultdict(list)
-    for row in log:
-        rows[row["stage"]] = [r for r in rows[row["stage"]] if r["step"] < row["step"]] + [row]          # a stage that began again replaces what it had
-    skills = [{"step": r["step"], "mean": float(np.mean(v)), "weakest": min(v)}
-              for r in rows["base skills"] for v in [[x for k, x in r.items() if k not in ("stage", "step")]]]
-    worst = min((k for k in rows["base skills"][-1] if k not in ("stage", "step")), key=rows["base skills"][-1].get) if skills else ""
-    nce, blue, red, green, grey = {"nce_direct": "InfoNCE, direct", "nce_reason": "InfoNCE, reasoned"}, *(COLOURS[k] for k in ("never", "always", "adaptive", "random"))
-    panels = [("base: loss", [(rows["base"], "loss", "loss", green)]),
-              ("base: accuracy", [(rows["base"], "accuracy", "next token", green), (skills, "mean", "held-out skills, mean", grey), (skills, "weakest", f"weakest in the end: {worst}", "#CC79A7")]),
-              ("select: the two evaluators' warm-up", [(rows[f"select{k}"], key, f"{text}, fold {k}", c) for k in (0, 1) for (key, text), c in zip(nce.items(), (blue, red))]),
-              ("embed: losses", [(rows["embed"], k, t, c) for (k, t), c in zip([*nce.items(), ("lm", "rationale tokens")], (blue, red, grey))]),
-              ("embed: decision agrees with selection", [(rows["embed"], "decision_right", "share right", green)]),
-              ("rl: reward", [(rows["rl"], k, t, c) for k, t, c in (("reward_reason", "reasoned", red), ("reward_direct", "direct", blue), ("reward", "by policy", green))]),
-              ("rl: when it reasons", [(rows["rl"], k, t, c) for k, t, c in (("p_reason", "mean p(reason)", green), ("reason_rate", "share with p > ½", grey), ("decision_right", "decision right", "#CC79A7"))]),
-              ("rl: tokens of a rationale", [(rows["rl"], "tokens", "tokens", red)]),
-              ("rl: losses beside", [(rows["rl"], k, t, c) for (k, t), c in zip(nce.items(), (blue, red))])]
-    fig = Figure((11, 8.5), layout="constrained")
-    for ax, (title, curves) in zip(fig.subplots(3, 3).flat, panels):
-        for i, (points, key, label, colour) in enumerate(curves):
-            x, y = [r["step"] for r in points if key in r], np.array([r[key] for r in points if key in r], np.float64)
-            smooth = [y[max(0, j - 4):j + 1].mean() for j in range(len(y))] if len(y) > 15 else y
-            ax.plot(x, y, color=colour, alpha=0.25, lw=1)
-            ax.plot(x, smooth, "--" if label.endswith("fold 1") else "-", marker="." if len(y) <= 15 else "", color=colour, label=label if len(y) else f"{label}: not logged")
-        ax.set_title(title)
-        ax.set_xlabel("step")
-        if len(curves) > 1:
-            ax.legend()
-    return fig
-
-
-def choose(records, modality, n=10):
-    """{dataset: records}, {dataset: modality} -> [(dataset, index)] for the gallery, by a rule and not by hand.
-
-    Reasoned and direct, right and wrong in turn, wrong ones first served as they are rare; each time the first such query of the dataset
-    that was shown least, modalities taking turns. Then sorted: right before wrong, reasoned before direct.
-    """
-    of = collections.defaultdict(list)
-    for name in records:
-        of[modality[name]].append(name)
-    turn = sorted(records, key=lambda name: ((of[modality[name]].index(name) + 0.5) / len(of[modality[name]]), list(MODALITIES).index(modality[name])))
-    kind = lambda r: (r["top3"]["adaptive"][0] not in r["label"], not r["reasoned"])
-    left, shown, out, kinds = {name: list(range(len(records[name]))) for name in turn}, collections.Counter(), [], [(True, False), (True, True), (False, False), (False, True)]
-    while len(out) < n:
-        before = len(out)
-        for want in kinds:
-            found = next(((name, i) for name in sorted(turn, key=lambda x: shown[x]) for i in left[name] if kind(records[name][i]) == want), None)
-            if found and len(out) < n:
-                out.append(found)
-                shown[found[0]] += 1
-                left[found[0]].remove(found[1])
-        if len(out) == before:
-            break
-    return sorted(out, key=lambda x: kind(records[x[0]][x[1]]))
-
-
-def thumbnail(item, side=196):
-    """An item's picture, or four frames of its video, in a square of Pillow's; None for text alone. Small ones grow by whole pixels."""
-    every = data.refs(item)
-    if not every:
-        return None
-    shots = [every[i] for i in np.linspace(0, len(every) - 1, min(4, len(every))).astype(int)]
-    out, cell = Image.new("RGB", (side, side), "white"), side if len(shots) == 1 else side // 2 - 2
-    for i, ref in enumerate(shots):
-        shot = data.load_picture(ref)
-        scale = min(cell / shot.width, cell / shot.height)
-        size = [max(1, round(x * (int(scale) if scale >= 1 else scale))) for x in shot.size]
-        out.paste(shot.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS), ((i % 2) * (cell + 4), (i // 2) * (cell + 4)))
-    return out
-
-
-def wrapped(text, font, width, most):
-    """Text -> at most so many lines of at most so many pixels; what does not fit ends in an ellipsis."""
-    lines, line = [], ""
-    for word in text[:4000].split():
-        while word:                                                                    # a word longer than a line is cut
-            fits = next(k for k in range(len(word), 0, -1) if k == 1 or font.getlength(word[:k]) <= width)
-            both, piece, word = f"{line} {word[:fits]}".strip(), word[:fits], word[fits:]
-            if font.getlength(both) > width and line:
-                lines, both = [*lines, line], piece
-            line = both
-    lines = [*lines, line] if line else lines
-    if len(lines) > most:
-        lines = lines[:most]
-        while font.getlength(lines[-1] + " …") > width:
-            lines[-1] = lines[-1][:-1]
-        lines[-1] += " …"
-    return lines
-
-
-def draw_gallery(picked, records, sets, tau):
-    """A row per picked query: its picture, its text with decision and rationale, the top three results; right ones in a thick frame with a tick."""
-    import matplotlib
-    from PIL import ImageDraw, ImageFont
-    face = lambda kind, size: ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{kind}.ttf"), size, layout_engine=ImageFont.Layout.BASIC)
-    plain, bold, slanted, big, grey = face("", 20), face("-Bold", 20), face("-Oblique", 20), face("-Bold", 26), COLOURS["random"]
-    side, gap, middle, step = 196, 24, 640, 27
-    columns = [gap, 2 * gap + side] + [3 * gap + side + middle + k * (side + 16) for k in range(3)]
-    width, blocks = columns[-1] + side + gap, []
-    for name, i in picked:
-        r, es = records[name][i], sets[name]
-        right, used = {mode: top[0] in r["label"] for mode, top in r["top3"].items()}, "always" if r["reasoned"] else "never"
-        lines = [(f"{name} ({es.modality})", bold, "black")]
-        lines += [(t, plain, "black") for t in wrapped(es.queries[i].get("text", ""), plain, middle, 5)]
-        lines += [(f"{'reasons' if r['reasoned'] else 'answers directly'}: p(reason) = {r['p_reason']:.2f} {'>' if r['reasoned'] else '≤'} τ = {tau:g}"
-                   + (f", {r['new_tokens']} tokens" if r["reasoned"] else ""), bold, COLOURS[used])]
-        says = f"“{r['rationale']}”" if r["reasoned"] else f"if forced to reason: “{r['rationale']}”"
-        lines += [(t, slanted, "black" if r["reasoned"] else grey) for t in wrapped(says, slanted, middle, 5)]
-        lines += [("first result: " + ", ".join(f"{mode} {'✓' if right[mode] else '✗'}" for mode in ("never", "always") if mode in right), plain, grey)]
-        blocks.append((r, es, es.queries[i], lines))
-    heights = [max(side, step * len(lines)) + 2 * gap for *_, lines in blocks]
-    sheet = Image.new("RGB", (width, 150 + sum(heights)), "white")
-    pen, y = ImageDraw.Draw(sheet), 150
-    pen.text((gap, 20), "Test queries as the trained model answers them", "black", big)
-    pen.text((gap, 60), f"Chosen by rule, not by hand: first those it gets right, then failures (shown more often than they occur); {len({n for n, _ in picked})} datasets.", grey, plain)
-    for x, title in zip(columns, ("query", "its text, the decision, the rationale", "1st result", "2nd", "3rd")):
-        pen.text((x, 108), title, "black", bold)
-    for (r, es, query, lines), height in zip(blocks, heights):
-        pen.line((gap, y, width - gap, y), "#c8c8c8", 2)
-        y += gap
-        results = [es.candidates[es.cand_ids.index(name)] if name in es.cand_ids else {"text": str(name)} for name in r["top3"]["adaptive"]]
-        for x, item, mark in zip((columns[0], *columns[2:]), (query, *results), (None, *(name in r["label"] for name in r["top3"]["adaptive"]))):
-            picture = thumbnail(item, side)
-            said = ["text only"] if mark is None else wrapped(item.get("text", ""), plain, side - 20, 7)
-            if picture:
-                sheet.paste(picture, (x, y))
-            else:
-                pen.multiline_text((x + 10, y + 8), "\n".join(said), grey if mark is None else "black", plain, spacing=4)
-            pen.rectangle((x - 5, y - 5, x + side + 4, y + side + 4), outline=COLOURS["adaptive"] if mark else "#c8c8c8", width=5 if mark else 1)
-            if mark:
-                pen.rectangle((x + side - 34, y + side - 34, x + side + 4, y + side + 4), fill=COLOURS["adaptive"])
-                pen.text((x + side - 25, y + side - 28), "✓", "white", bold)
-        for k, (text, font, colour) in enumerate(lines):
-            pen.text((columns[1], y + step * k - 3), text, colour, font)
-        y += height - gap
-    return sheet
-
-
-def table(head, rows):
-    """A Markdown table; numbers to the right, None as a dash."""
-    show = lambda x: "–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
-    return "\n".join(f"| {' | '.join(map(show, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
-
-
-def report_text(report, summary, config):
-    """report.md: the sentences, the tables, the pictures, and what made them."""
-    import importlib.metadata
-    import platform
-    import torch
-    modes, selection, seconds, per = report["modes"], report["selection"], report["seconds"], summary["datasets"]
-    versions = [f"Python {platform.python_version()}"] + [f"{p} {importlib.metadata.version(p)}" for p in ("torch", "numpy", "pillow", "matplotlib")]
-    cuda = (config.get("device") or "cuda").startswith("cuda") and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    names, (first, *rest) = ("never", "always", "adaptive"), verdict(modes)
-    picked = table(["", "kept"], [[f"by {k}", float(v)] for k, v in selection["by_worker"].items()]) if selection.get("by_worker") else ""
-    truth = [[k.replace("_", " "), selection[k]] for k in ("candidates", "kept", "precision", "recall", "placebo_accepted", "sloppy_kept") if k in selection]
-    lost = [f"Not in the root: {', '.join(summary['missing'])}." if summary["missing"] else "", f"Broken: {', '.join(summary['broken'])}." if summary["broken"] else ""]
-    return "\n\n".join(filter(None, [
-        f"# {first}", *(f"{s}." for s in rest), f"Preset {report['preset']}, seed {report['seed']}, scale {config.get('scale', 1)}; reason when p(reason) > {summary['tau']:g}. {' '.join(filter(None, lost))}",
-        "![quality against tokens](tradeoff.png)", "## Modes",
-        table(["", "overall", *MODALITIES, "reason rate", "tokens / query", "ms / query"],
-              [[k, m["overall"], *(m[x] for x in MODALITIES), m["reason_rate"], f"{m['tokens_per_query']:.1f}", f"{m['ms_per_query']:.1f}"] for k, m in modes.items()]),
-        "random: a coin tossed at adaptive's rate. oracle: the better of never and always for each query, with hindsight.",
-        "## Datasets", "![datasets](families.png)",
-        table(["", "modality", "metric", "queries", *modes, "reason rate"],
-              [[n, d["modality"], d["metric"], d["queries"], *(m["datasets"][n] for m in modes.values()), d["reason_rate"]] for n, d in per.items()]),
-        "## Selection of rationales", table(["", ""], truth), picked,
-        "## Training", "![training](training.png)", table(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in [*seconds.items(), ("all", sum(seconds.values()))]]),
-        "## Queries", "![queries](gallery.png)", f"Report written on {device} with {', '.join(versions)}."])) + "\n"
-
-
-def pictures(out, root):
-    """tradeoff.png, families.png, training.png, gallery.png and report.md of a finished run folder, whose test sets are under root.
-
-    A file that is missing or damaged is a ValueError that names it; what was finished before it stays.
-    """
-    import matplotlib.style
-    fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query", "datasets")
-    report = need(os.path.join(out, "report.json"), ("preset", "seed", "seconds", "modes", "selection", "curve"))
-    summary = need(os.path.join(out, "eval", "summary.json"), ("datasets", "tau", "missing", "broken"))
-    if lost := [m for m in COLOURS if set(fields) - set(report["modes"].get(m, ()))]:
-        raise ValueError(f"{out}/report.json: damaged (mode {lost[0]!r} is not whole)")
-    if lost := set(report["modes"]["never"]["datasets"]) ^ set(summary["datasets"]):
-        raise ValueError(f"{out}/report.json and eval/summary.json are of two runs: {min(lost)} is in one of them only")
-    log, config = need(os.path.join(out, "metrics.jsonl"), ("stage", "step"), True), need(os.path.join(out, "config.json"))
-    of = {name: d["modality"] for name, d in summary["datasets"].items()}
-    records = {name: need(os.path.join(out, "eval", kind, f"{name}_queries.jsonl"), ("id", "p_reason", "reasoned", "rationale", "new_tokens", "label", "top3"), True)
-               for name, kind in of.items()}
-    picked = choose(records, of)
-    sets = {name: data.load_eval(root, name) for name in sorted({name for name, _ in picked})}
-    for name, i in picked:
-        if i >= len(sets[name].queries) or sets[name].query_ids[i] != records[name][i]["id"]:
-            raise ValueError(f"{out}/eval/{of[name]}/{name}_queries.jsonl: query {records[name][i]['id']} is not the one at that place in {root}")
-    with matplotlib.style.context(["default", STYLE]):
-        for name, figure in (("tradeoff", draw_tradeoff(report, summary)), ("families", draw_families(report, summary)), ("training", draw_training(log))):
-            save(figure, os.path.join(out, f"{name}.png"))
-    save(draw_gallery(picked, records, sets, summary["tau"]), os.path.join(out, "gallery.png"))
-    with open(os.path.join(out, "report.md.part"), "w", encoding="utf-8") as f:
-        f.write(report_text(report, summary, config))
-    os.replace(os.path.join(out, "report.md.part"), os.path.join(out, "report.md"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
 def bench(sizes=(100_000, 1_000_000), n=1000, d=256):
     """Time and memory of ranking n queries over corpora of these sizes, from a memory-mapped file."""
     rng, times = np.random.default_rng(0), []
@@ -825,6 +490,250 @@ def main():
           f"broken: {', '.join(result['broken']) or 'none'}")
     for mode, m in result.get("modes", {}).items():
         print(f"{mode}: {100 * m['overall']:.2f} at {m['tokens_per_query']:.1f} tokens, {m['ms_per_query']:.1f} ms a query, reason rate {m['reason_rate']:.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and the report: what a finished run of train.py looks like, drawn from the files that it left
+
+COLOURS = {"never": "#0072B2", "always": "#D55E00", "adaptive": "#009E73", "random": "#707070", "oracle": "#000000"}      # told apart by all eyes
+MARKERS = dict(zip(COLOURS, "sDoX*"))
+STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "figure.dpi": 150, "axes.titlesize": 11, "axes.titleweight": "bold", "text.parse_math": False,
+         "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9}
+PANELS = {                                           # title: stages of metrics.jsonl, then field:colour
+    "base: loss": "base loss:adaptive", "base: next-token accuracy": "base accuracy:adaptive table_accuracy:random",
+    "base: accuracy, held-out skills": "base_skills mean:adaptive weakest:always", "select: loss of the evaluators": "select0,select1 loss:adaptive",
+    "embed: losses": "embed nce_direct:never nce_reason:always lm:random", "embed: decision as selected": "embed decision_right:adaptive",
+    "rl: reward": "rl reward_direct:never reward_reason:always reward:adaptive", "rl: tokens of a rationale": "rl tokens:always",
+    "rl: when it reasons": "rl p_reason:adaptive reason_rate:random decision_right:oracle"}
+
+
+def need(path, touch, lines=False):
+    """A JSON file of the run (lines: one object a line), out of which touch(object) can take what is needed; else one ValueError that names it."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f] if lines else [json.load(f)]
+        return rows if list(map(touch, rows)) and lines else rows[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: missing or damaged, and the report needs it ({type(e).__name__}: {e})") from None
+
+
+def verdict(modes):
+    """What the numbers say, in sentences, whichever way they fall; the first is short enough for a title."""
+    (never, always, a, coin, best), tokens = [[modes[k][field] for k in COLOURS] for field in ("overall", "tokens_per_query")]
+    how = ["beats" if a > x + 1e-9 else "loses to" if a < x - 1e-9 else "equals" for x in (never, always)]
+    spent = f", {tokens[2] / tokens[1]:.0%} of the {tokens[1]:.1f} that always takes" if tokens[1] else ""
+    share = f"covers {(a - coin) / (best - coin):.0%} of the way from the coin to hindsight" if best > coin + 1e-9 else "had nothing to win"
+    return [f"Adaptive reasoning {how[0]} never and {how[1] + ' ' if how[0] != how[1] else ''}always",
+            f"Quality: adaptive {a:.3f}; never {never:.3f}, so {a - never:+.3f}; always {always:.3f}, so {a - always:+.3f}",
+            f"Cost: {tokens[2]:.1f} generated tokens per query{spent}; it reasons about {modes['adaptive']['reason_rate']:.0%} of the queries",
+            f"Decision: a coin tossed at the same rate gives {coin:.3f}, hindsight {best:.3f}; adaptive {share}"]
+
+
+def label_points(ax, labels, points):
+    """Write each (x, y, text, colour) near its place, where it hides no label, stays inside and covers few of the points (n, 2)."""
+    ax.figure.draw_without_rendering()
+    frame, at, taken = ax.get_window_extent(), ax.transData.transform, []
+    ways = [(far, way) for far in (26, 50, 80, 120, 170) for way in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))]
+    for x, y, text, colour in labels:
+        note = ax.annotate(text, (x, y), (0, 0), textcoords="offset pixels", color=colour, ha="center", va="center", linespacing=1.2,
+                           arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 7})
+        half = super(type(note), note).get_window_extent().size / 2 + 5                            # of the text without its line to the point
+        middles = np.array([at((x, y)) + (half + far) * way for far, way in ways])
+        outside, path = ((middles - half < frame.min) | (middles + half > frame.max)).any(1), np.linspace(at((x, y)), middles, 20)
+        hidden = sum((abs(middles - m) < half + h).all(1) + (abs(path - m) < h).all(2).any(0) for m, h in taken)
+        covered = (abs(at(points) - middles[:, None]) < half).all(2).sum(1) + [far / 4 for far, _ in ways]
+        taken.append((middles[np.argmin(covered + 1000 * (hidden + outside))], half))
+        note.set_position(taken[-1][0] - at((x, y)))
+
+
+def draw_tradeoff(figure, report, datasets):
+    """Quality against generated tokens: the modes, the curve over tau, the coin's line; beside it the modalities."""
+    modes, fig, same = report["modes"], figure(11, 5.2), {}
+    ax, side = fig.subplots(1, 2, width_ratios=(3, 2))
+    for mode in ("random", "oracle", "always", "never", "adaptive"):                               # those at one place share a label
+        same.setdefault((round(modes[mode]["tokens_per_query"], 1), round(modes[mode]["overall"], 3)), []).append(mode)
+    coin = np.linspace(*([modes[mode]["tokens_per_query"], modes[mode]["overall"]] for mode in ("never", "always")), 300)
+    curve = [(c["tokens_per_query"], c["overall"]) for c in report["curve"]]
+    ax.plot(*coin.T, "--", color=COLOURS["random"], lw=1.2)
+    ax.plot(*zip(*curve), ".-", color=COLOURS["adaptive"], lw=1.2, ms=5, alpha=0.6)
+    labels = [(*place, f"{' = '.join(who)}\n{place[1]:.3f}, {place[0]:.1f} tokens", COLOURS[who[-1]]) for place, who in same.items()]
+    for place, who in same.items():
+        ax.plot(*place, MARKERS[who[-1]], color=COLOURS[who[-1]], ms=15 if who[-1] == "oracle" else 9, mec="white")
+    x, y = np.array([*same, *curve]).T
+    right, room = x.max() or 1, max(0.2 * np.ptp(y), 0.01)
+    ax.set(xlim=(-0.04 * right, 1.2 * right), ylim=(y.min() - room, y.max() + room), xlabel="generated tokens per query", ylabel="mean quality",
+           title=f"{verdict(modes)[0]}\n({len(datasets)} datasets, {sum(d['queries'] for d in datasets.values())} test queries)")
+    labels += [(*coin[220], "a coin at other rates", COLOURS["random"]),
+               (0.25 * right, np.interp(0.25 * right, *np.array(curve[::-1]).T), "adaptive at other τ", COLOURS["adaptive"])]
+    label_points(ax, labels, np.concatenate([list(same), coin, *(np.linspace(a, b, 40) for a, b in zip(curve, curve[1:]))]))
+    kinds, count = [m for m in MODALITIES if modes["never"][m] is not None], collections.Counter(d["modality"] for d in datasets.values())
+    for i, mode in enumerate(("never", "always", "adaptive", "oracle")):
+        bars = side.barh(np.arange(len(kinds)) + 0.2 * (i - 1.5), [modes[mode][m] for m in kinds], 0.18, color=COLOURS[mode])
+        side.bar_label(bars, [f"{mode} {modes[mode][m]:.2f}" for m in kinds], padding=3, color=COLOURS[mode], fontsize=9)
+    side.set_yticks(range(len(kinds)), [f"{m}\ndatasets: {count[m]}\n{MODALITIES[m].replace('_linear', '')}" for m in kinds])
+    side.set(xlim=(0, 1.35), ylim=(len(kinds) - 0.5, -0.5), xlabel="quality", title="By modality", xticks=np.arange(0, 1.1, 0.25))
+    return fig
+
+
+def draw_families(figure, report, datasets):
+    """Every dataset under never, always and adaptive, sorted by what reasoning gains there; beside it how often the model chose to reason."""
+    never, always, adaptive = scores = [report["modes"][mode]["datasets"] for mode in ("never", "always", "adaptive")]
+    names = sorted(datasets, key=lambda name: (never[name] - always[name], -datasets[name]["reason_rate"], name))
+    places, rates, fig = np.arange(len(names)), [datasets[n]["reason_rate"] for n in names], figure(11, 1.7 + 0.34 * len(names))
+    ax, side = fig.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    ax.hlines(places, [never[n] for n in names], [always[n] for n in names], color="#c8c8c8", lw=4)
+    for mode, score, shift in zip(COLOURS, scores, (-0.22, 0.22, 0)):                              # apart, so that none hides another
+        ax.plot([score[n] for n in names], places + shift, MARKERS[mode], color=COLOURS[mode], ms=6, label=mode)
+    ax.set_yticks(places, [f"{n} ({datasets[n]['modality']})" for n in names])
+    ax.set(xlim=(-0.03, 1.03), ylim=(len(names) - 0.4, -0.6), xlabel="quality", title="Quality per dataset; those that gain most by reasoning on top")
+    ax.grid(axis="y", color="#eeeeee", zorder=0)
+    fig.legend(loc="outside lower center", ncols=3, fontsize=10)
+    side.bar_label(side.barh(places, rates, 0.6, color=COLOURS["adaptive"], alpha=0.4), [f"{rate:.0%}" for rate in rates], padding=3, fontsize=9)
+    side.set(xlim=(0, 1.25), xlabel="share of its queries", xticks=(0, 0.5, 1), xticklabels=("0%", "50%", "100%"), title="How often it reasons")
+    return fig
+
+
+def draw_training(figure, log):
+    """What the stages logged: faint as it came, one batch each; bold the mean of the last five where there are many."""
+    fig, rows = figure(11, 8.5), collections.defaultdict(list)
+    for row in log:
+        stage, values = row["stage"].replace(" ", "_"), [v for k, v in row.items() if k not in ("stage", "step")]
+        row = {**row, "mean": float(np.mean(values)), "weakest": min(values)} if stage == "base_skills" else row
+        rows[stage] = [r for r in rows[stage] if r["step"] < row["step"]] + [row]                  # a stage that began again replaces its rows
+    for ax, (title, (stages, *fields)) in zip(fig.subplots(3, 3).flat, ((title, what.split()) for title, what in PANELS.items())):
+        for stage, (field, mode) in ((stage, f.split(":")) for stage in stages.split(",") for f in fields):
+            x, y = np.array([(r["step"], r[field]) for r in rows[stage] if field in r], np.float64).reshape(-1, 2).T
+            bold, style = [y[max(0, i - 4):i + 1].mean() for i in range(len(y))] if len(y) > 15 else y, "--" if stage == "select1" else "-"
+            name = (stage if "," in stages else field).replace("_", " ") + ": not logged" * (not len(y))
+            ax.plot(x, y, style, color=COLOURS[mode], alpha=0.25, lw=1)
+            ax.plot(x, bold, style, marker="" if len(y) > 15 else ".", color=COLOURS[mode], label=name)
+        ax.set(title=title, xlabel="step", **({"ylim": (-0.03, 1.03)} if any(w in title for w in ("accuracy", "decision", "when")) else {}))
+        ax.legend()
+    return fig
+
+
+def choose(records, modality, n=10):
+    """{dataset: records}, {dataset: modality} -> [(dataset, index)] of the gallery, by rule: wrong and right, direct and reasoned in turn, each
+    time the first query of the dataset shown least so far (then of the modality shown least). Sorted: right ones first, reasoned ones first."""
+    pool, picked, shown = collections.defaultdict(list), [], collections.Counter()
+    for name, i, r in ((name, i, r) for name, rows in records.items() for i, r in enumerate(rows)):
+        pool[r["top3"]["adaptive"][0] not in r["label"], not r["reasoned"]].append((name, i))
+    while len(picked) < n and any(pool.values()):
+        for want in [k for k in sorted(pool, reverse=True) if pool[k]][:n - len(picked)]:
+            name, i = min(pool[want], key=lambda x: (shown[x[0]], shown[modality[x[0]]]))
+            pool[want].remove((name, i))
+            picked.append((want, name, i))
+            shown.update((name, modality[name]))
+    return [(name, i) for _, name, i in sorted(picked, key=lambda x: x[0])]
+
+
+def thumbnail(shots, side):
+    """A picture, or four to eight frames of a video, on a white square; small ones grow by whole pixels."""
+    first, out = data.load_picture(shots[0]), Image.new("RGB", (side, side), "white")
+    n = min(len(shots), 8 if first.width > 1.5 * first.height else 4)
+    cell = side // np.array([min(n, 2), (n + 1) // 2]) - 2
+    for k, i in enumerate(np.linspace(0, len(shots) - 1, n).astype(int)):
+        shot = data.load_picture(shots[i])
+        scale = (cell / shot.size).min()
+        shot = shot.resize([max(1, int(v * (int(scale) or scale))) for v in shot.size], 0 if scale >= 1 else Image.Resampling.LANCZOS)
+        out.paste(shot, ((cell + 4) * (k % 2, k // 2) + (cell - shot.size) // 2).tolist())
+    return out
+
+
+def draw_gallery(picked, records, sets, tau, side=200, gap=24, middle=640, step=27):
+    """A row per picked query: its picture, its text with decision and rationale, the first three results; right ones framed and ticked."""
+    import matplotlib
+    grey, green, fonts = COLOURS["random"], COLOURS["adaptive"], os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans{}.ttf")
+    plain, bold, slanted, big = (ImageFont.truetype(fonts.format(kind), size, layout_engine=ImageFont.Layout.BASIC)
+                                 for kind, size in (("", 20), ("-Bold", 20), ("-Oblique", 20), ("-Bold", 26)))
+
+    def wrapped(text, width, most, font=plain, ink="black"):
+        ways = (textwrap.wrap(text[:2000].strip(), n, max_lines=most, placeholder=" …") for n in range(width // 5, 1, -1))
+        return [(line, font, ink) for line in next(lines for lines in ways if all(font.getlength(line) <= width for line in lines))]
+
+    def story(r, es, text):
+        choice, says = f"p(reason) = {r['p_reason']:.2f} {'>' if r['reasoned'] else '≤'} τ = {tau:g}", f"“{r['rationale'] or '(nothing)'}”"
+        right = ", ".join(f"{mode} {'✓' if top[0] in r['label'] else '✗'}" for mode, top in r["top3"].items())
+        answer = [(f"answers directly: {choice}", bold, COLOURS["never"]), *wrapped(f"if forced to reason: {says}", middle, 5, slanted, grey)]
+        if r["reasoned"]:
+            answer = [(f"reasons: {choice}, {r['new_tokens']} tokens", bold, COLOURS["always"]), *wrapped(says, middle, 5, slanted)]
+        return [(f"{es.name} ({es.modality})", bold, "black"), *wrapped(text, middle, 5), *answer, (f"first result right? {right}", plain, grey)]
+
+    stories = [story(records[name][i], sets[name], sets[name].queries[i].get("text", "")) for name, i in picked]
+    heights, y = [max(side, step * len(lines)) + 2 * gap for lines in stories], 150
+    columns = [gap, 2 * gap + side, *(3 * gap + side + middle + k * (side + 16) for k in range(3))]
+    sheet = Image.new("RGB", (columns[-1] + side + gap, y + sum(heights)), "white")
+    pen = ImageDraw.Draw(sheet)
+    put = lambda x, y, lines: [pen.text((x, y + step * k), text, ink, font) for k, (text, font, ink) in enumerate(lines)]
+    put(gap, 20, [("Test queries as the trained model answers them", big, "black")])
+    put(gap, 62, [("Chosen by a rule, not by hand: first queries that it gets right, then failures (more of them than their share).", plain, grey)])
+    for x, title in zip(columns, ("query", "its text, the decision, the rationale", "first result", "second", "third")):
+        put(x, 112, [(title, bold, "black")])
+    for (name, i), lines, height in zip(picked, stories, heights):
+        es, label, top3 = sets[name], records[name][i]["label"], records[name][i]["top3"]["adaptive"]
+        results = [es.candidates[es.cand_ids.index(key)] if key in es.cand_ids else {"text": str(key)} for key in top3]
+        pen.line((gap, y, sheet.width - gap, y), "#c8c8c8", 2)
+        put(columns[1], y + gap - 3, lines)
+        for x, item, right in zip((columns[0], *columns[2:]), (es.queries[i], *results), (None, *(key in label for key in top3))):
+            if shots := data.refs(item):
+                sheet.paste(thumbnail(shots, side), (x, y + gap))
+            else:
+                put(x + 10, y + gap + 8, [("text only", plain, grey)] if right is None else wrapped(item.get("text", ""), side - 20, 6))
+            pen.rectangle((x - 5, y + gap - 5, x + side + 4, y + gap + side + 4), None, green if right else "#c8c8c8", 5 if right else 1)
+            pen.text((x + side - 26, y + gap + side - 34), "✓" * bool(right), green, big, stroke_width=5, stroke_fill="white")
+        y += height
+    return sheet
+
+
+def report_text(report, summary, made):
+    """report.md: the sentences, the tables, the pictures, and what made them."""
+    modes, choice, stages = report["modes"], report["selection"], {**report["seconds"], "all": sum(report["seconds"].values())}
+    lacking = "".join(f"; {key} datasets: {', '.join(summary[key])}" for key in ("missing", "broken") if summary[key])
+    show = lambda x: "–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
+    table = lambda head, rows: "\n".join(f"| {' | '.join(map(show, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
+    numbers = lambda m: [*(m[k] for k in ("overall", *MODALITIES, "reason_rate")), f"{m['tokens_per_query']:.1f}", f"{m['ms_per_query']:.1f}"]
+    return "\n\n".join([
+        f"# {verdict(modes)[0]}", *(f"{sentence}." for sentence in verdict(modes)[1:]), "![quality against tokens](tradeoff.png)",
+        f"Preset {report['preset']}, seed {report['seed']}; reason when p(reason) > {summary['tau']:g}{lacking}. {', '.join(made)}.", "## Modes",
+        table(["mode", "overall", *MODALITIES, "reason rate", "tokens / query", "ms / query"], [[mode, *numbers(m)] for mode, m in modes.items()]),
+        "random: a coin tossed at adaptive's rate. oracle: with hindsight the better of never and always for each query.",
+        "## Datasets", "![per dataset](families.png)", table(["dataset", "modality", "metric", "queries", *modes, "reason rate"], [
+            [name, *(d[k] for k in ("modality", "metric", "queries")), *(m["datasets"][name] for m in modes.values()), d["reason_rate"]]
+            for name, d in summary["datasets"].items()]),
+        "## Selection of rationales", table(["", "all"], [[k.replace("_", " "), v] for k, v in choice.items() if not isinstance(v, dict)]),
+        *(table([k.removeprefix("by_"), "share kept"], of.items()) for k, of in choice.items() if isinstance(of, dict)),
+        "## Training", "![training curves](training.png)", "Names as in metrics.jsonl: nce is InfoNCE, lm the cross-entropy of rationale tokens.",
+        table(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in stages.items()]), "## Test queries", "![test queries](gallery.png)"]) + "\n"
+
+
+def pictures(out, root):
+    """tradeoff.png, families.png, training.png, gallery.png and report.md of a finished run folder, whose test sets lie under root."""
+    import matplotlib.style
+    import torch
+    from matplotlib.figure import Figure                          # no pyplot: no window, no state, and saving is Agg's
+    figure, path = lambda *size: Figure(size, layout="constrained"), lambda *parts: os.path.join(out, *parts)
+    fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query", "datasets")
+    report = need(path("report.json"), lambda r: [r["preset"], r["seed"], r["seconds"], r["selection"].items(), r["curve"][0]["tokens_per_query"],
+                                                  [r["modes"][mode][k] for mode in COLOURS for k in fields]])
+    summary = need(path("eval", "summary.json"), lambda s: [s["tau"], s["missing"], s["broken"], [
+        (d["modality"], d["reason_rate"], report["modes"][mode]["datasets"][name]) for name, d in s["datasets"].items() for mode in COLOURS]])
+    log = need(path("metrics.jsonl"), lambda row: (row["stage"], row["step"]), True)
+    config, of = need(path("config.json"), lambda c: (c["device"], c["scale"])), {name: d["modality"] for name, d in summary["datasets"].items()}
+    records = {name: need(path("eval", of[name], f"{name}_queries.jsonl"), lambda r: (r["top3"]["adaptive"][0], *(
+        r[k] for k in ("id", "p_reason", "reasoned", "rationale", "new_tokens", "label"))), True) for name in of}
+    picked = choose(records, of)
+    sets = {name: data.load_eval(root, name) for name in dict(picked)}
+    if bad := [name for name, i in picked if records[name][i]["id"] not in sets[name].query_ids[i:i + 1]]:
+        raise ValueError(f"{path('eval', of[bad[0]], bad[0] + '_queries.jsonl')}: its queries are not those of {bad[0]} in {root}")
+    with matplotlib.style.context(["default", STYLE]):
+        draw_tradeoff(figure, report, summary["datasets"]).savefig(path("tradeoff.png"))
+        draw_families(figure, report, summary["datasets"]).savefig(path("families.png"))
+        draw_training(figure, log).savefig(path("training.png"))
+    draw_gallery(picked, records, sets, summary["tau"]).save(path("gallery.png"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and config["device"] != "cpu" else f"CPU with {os.cpu_count()} cores"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "pillow", "matplotlib")]
+    with open(path("report.md"), "w", encoding="utf-8") as f:
+        f.write(report_text(report, summary, [f"Scale {config['scale']}", device, f"Python {sys.version.split()[0]}", *versions]))
 
 
 if __name__ == "__main__":

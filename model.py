@@ -78,7 +78,7 @@ PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH  # 1536 numbers in a patch
 CONFIGS = {
     # hidden 128 x 4 layers reads 3x3-tile pictures; ids and vocab are filled in by the pocket tokenizer
     "pocket": Config(vocab=0, hidden=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, mrope_section=(8, 4, 4),
-                     rope_theta=1e4, v_hidden=64, v_mlp=256, v_layers=2, v_heads=2, v_positions=144, v_deepstack=(0,)),
+                     rope_theta=1e4, v_hidden=128, v_mlp=256, v_layers=2, v_heads=4, v_positions=144, v_deepstack=(0,)),
     "2b": Config(),
     "4b": Config(hidden=2560, mlp=9728, layers=36, heads=32),
     "8b": Config(hidden=4096, mlp=12288, layers=36, heads=32, tie=False,

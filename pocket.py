@@ -548,13 +548,14 @@ def pocket_tokenizer(texts):
 def vocabulary_texts(seed=0):
     """Every sentence form of the world, so that the tokenizer meets every word: pairs of each family, and pretraining documents."""
     rng = np.random.default_rng([seed, 7])
-    out = [t for f in FAMILIES for t in f[4:6]] + list(PARROT) + [f" {w}" for w in (*CELLS, *MOVES, *ROWS, *TIMES, *DIGITS, *WORDS, *COLOURS, *SHAPES)]
+    out = [t for f in FAMILIES for t in f[4:6]] + list(PARROT) + [s + w for w in (*CELLS, *MOVES, *ROWS, *TIMES, *NUMBERS, *WORDS, *COLOURS, *SHAPES) for s in ("", " ")]
     for _, make, *_ in FAMILIES:
         for _ in range(8):
             row = make(rng, "plain", 3)
             out += [v for v in row.values() if isinstance(v, str)]
     bank = Bank(rng, copies=1)
-    return out + ["".join(t for t, _ in doc[1]) for _ in range(50) for doc in (base_document(bank, rng), table_document(rng))]
+    docs = [doc for _ in range(50) for doc in (base_document(bank, rng), text_document(rng))]
+    return out + ["describe", "blank"] + ["".join(t for t, _ in parts) for _, parts in docs] + [item.get("text", "") for item, _ in docs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,8 +579,8 @@ class Bank:
 def base_document(bank, rng, look=0.35):
     """One document about something seen: (item, [(text, learn)]); the model is trained on the texts with learn=True, the others only ask.
 
-    Pictures: a description, or facts in any order: where a thing is, what a cell holds, what lies in a direction. Clips, pages and
-    crops: their description. look: the share of pictures that are described rather than asked about.
+    Pictures are described, or asked about: the user's question is answered at once, or after a <think> block of look-ups, as a thinking
+    model would. Clips, pages and crops likewise. look: the share of pictures that are described rather than asked about.
     """
     u = rng.random()
     if u < 0.68:
@@ -589,17 +590,20 @@ def base_document(bank, rng, look=0.35):
             few = rng.permutation(9)[: rng.integers(1, 6)]
             kinds = [k if i in few else None for i, k in enumerate(kinds)]
         item = {"image": bank.draw([kinds[0:3], kinds[3:6], kinds[6:9]], rng)}
-        return item, (facts(kinds, rng) if asked else []) or [(describe(kinds) or "blank", True)]
+        found = facts(kinds, rng) if asked else []
+        if found:
+            return dict(item, text=found[-1][0]), answered(found, rng)
+        return item, [(describe(kinds) or "blank", True)]
     if u < 0.82:
         two = rng.random() < 0.7
         states = [[int(rng.integers(10)) if v < 0.7 else KINDS[rng.integers(len(KINDS))] for v in rng.random(1 + two)] for _ in range(3)]
         item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
         if rng.random() < 0.5:
             return item, [(describe_clip(states), True)]
-        ask, out = [(t, side) for t in range(3) for side in range(1 + two)], []
-        for t, side in rng.permutation(ask).tolist():
-            out += [(f" . {('left', 'right')[side]} {TIMES[t]}" if two else f" . {TIMES[t]}", False), (f" {name(states[t][side])}", True)]
-        return item, out
+        ask = rng.permutation([(t, side) for t in range(3) for side in range(1 + two)]).tolist()
+        say = lambda t, side: f"{('left', 'right')[side]} {TIMES[t]}" if two else TIMES[t]
+        found = [(f"what is {say(t, side)} ?", say(t, side), name(states[t][side]), name(states[t][side])) for t, side in ask]
+        return dict(item, text=found[-1][0]), answered(found, rng)
     if u < 0.93:
         words, marks = rng.permutation(WORDS)[: 1 + int(rng.random() < 0.5)].tolist(), rng.integers(0, 10, 2).tolist()
         grid = [[*words, None, None][:3], [None] * 3, [None] * 3, [*marks, None]]
@@ -608,12 +612,28 @@ def base_document(bank, rng, look=0.35):
     return {"image": bank.draw([[k]], rng)}, [(name(k), True)]
 
 
-def table_document(rng, n=12):
-    """One document of the addition table modulo ten, by itself: text only."""
-    out = []
-    for a, b in rng.integers(0, 10, (n, 2)).tolist():
-        out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]
-    return {}, out
+def answered(found, rng):
+    """facts (question, asked, told, answer), of which the user asked the last -> fragments of the assistant's turn."""
+    steps = [part for i, (_, asked, told, _) in enumerate(found) for part in ((f"{' . ' if i else ''}{asked}", False), (f" {told}", True))]
+    if rng.random() < 0.5:
+        return [("<think>", False), ("\n", False), *steps, ("\n", True), ("</think>", True), ("\n\n", True), (found[-1][3], True)]
+    return [(found[-1][3], True), (" . ", False), *steps[:-2]]
+
+
+def text_document(rng):
+    """One document without a picture: the addition table modulo ten, by itself, or a phrase to be repeated."""
+    if rng.random() < 0.5:
+        out = []
+        for a, b in rng.integers(0, 10, (12, 2)).tolist():
+            out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]
+        return {"text": "add"}, out
+    kinds = glyphs(rng, 3)
+    phrase = [name(kinds[0]), f"{DIGITS[rng.integers(10)]} {DIGITS[rng.integers(10)]}", caption_of([k if i < 3 else None for i, k in enumerate(kinds + [None] * 6)], rng),
+              " then ".join(map(name, kinds)), f"{kinds[0][1]} {rng.choice(['moves right', 'moves left', 'stays'])}", rng.choice(CELLS).item(),
+              " ".join(rng.permutation(WORDS)[:2]) + f" {DIGITS[rng.integers(10)]}"][rng.integers(7)]
+    if rng.random() < 0.5:
+        return {"text": phrase}, [(phrase, True)]
+    return {"text": "repeat the end"}, [("<think>", False), ("\n", False), (f"{name(kinds[1])} . {phrase}", False), ("\n", True), ("</think>", True), ("\n\n", True), (phrase, True)]
 
 
 def skill_of(item, parts, i):
@@ -621,34 +641,37 @@ def skill_of(item, parts, i):
     if "video" in item:
         return "clip"
     if "image" not in item:
-        return "table"
+        return "table" if item["text"] == "add" else "repeat"
     if item["image"].shape[:2] != (96, 96):
         return "page" if item["image"].shape[0] == 128 else "crop"
-    asked = parts[i - 1][0] if i else None
-    if asked is None:
+    if "text" not in item:
         return "describe"
-    last = asked.split()[-1]
+    if parts[i][0] in ("\n", "</think>", "\n\n"):
+        return "form"
+    if i == 0 or parts[i - 1][0] == "\n\n":
+        return "answer"
+    last = parts[i - 1][0].split()[-1]
     return "move" if last in MOVES else "at" if last in CELLS else "where"
 
 
-def facts(scene, rng, n=10):
-    """Look-ups about a picture as (asked, answered) fragments."""
+def facts(scene, rng, n=8):
+    """Look-ups about a picture: [(question, asked, told, answer)], "asked told" being the statement, "answer" the reply to the question."""
     out = []
     seen = [i for i, k in enumerate(scene) if k is not None]
     shapes = [k[1] if isinstance(k, tuple) else None for k in scene]
     once = [i for i in seen if shapes[i] and shapes.count(shapes[i]) == 1]
     for i in rng.choice(seen, n).tolist() if seen else []:
         u = rng.random()
-        if u < 0.5 and i in once:
-            out += [(f" . {scene[i][1]}", False), (f" {CELLS[i]}", True)]
-        elif u < 0.65:
-            out += [(f" . {CELLS[i]}", False), (f" {name(scene[i])}", True)]
+        if u < 0.55 and i in once:
+            out.append((f"where is the {shapes[i]} ?", shapes[i], CELLS[i], CELLS[i]))
+        elif u < 0.7:
+            out.append((f"what is at {CELLS[i]} ?", CELLS[i], name(scene[i]), name(scene[i])))
         else:
             m = rng.choice(list(MOVES)).item()
             r, c = i // 3 + MOVES[m][0], i % 3 + MOVES[m][1]
             if 0 <= r < 3 and 0 <= c < 3 and scene[3 * r + c] is not None:
                 j = 3 * r + c
-                out += [(f" . {CELLS[i]} {name(scene[i])} . {m}", False), (f" {CELLS[j]} {name(scene[j])}", True)]
+                out.append((f"what is {m} of {CELLS[i]} ?", f"{CELLS[i]} {name(scene[i])} . {m}", f"{CELLS[j]} {name(scene[j])}", name(scene[j])))
     return out
 
 

@@ -109,8 +109,8 @@ def candidate_sets(pairs, rng, size=16):
     for p in pairs:
         pools.setdefault(p["dataset"], {}).setdefault(p["answer"], p["target"])
     for i, p in enumerate(pairs):
-        others = [t for a, t in pools[p["dataset"]].items() if a != p["answer"]]
-        pick = [p["target"], *p["negatives"][: size // 2]]
+        pick = list(dict.fromkeys([p["target"], *p["negatives"][: size // 2]]))     # a negative may be another pair's target, or come twice
+        others = [t for a, t in pools[p["dataset"]].items() if a != p["answer"] and t not in pick]
         pick += [others[j] for j in rng.permutation(len(others))[: size - len(pick)]]
         out[i, : len(pick)] = pick
     return out
@@ -190,18 +190,19 @@ def audit(results, kept, needs_steps=None, placebo_kept=None):
 # Files: rationales, and the OpenAI batch format
 
 
-def read_rationales(path):
-    """rationales.jsonl -> rows. One object a line with id, side (query | target), worker, text; ValueError names file and line."""
+def read_rationales(path, numbers=()):
+    """rationales.jsonl -> rows. One object a line with id, side (query | target), worker, text, and the `numbers` asked for (selected.jsonl
+    has "weight"); ValueError names file and line."""
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:                                  # as bytes, so that what is not text has a line number too
         for n, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as e:
+            except ValueError as e:
                 raise ValueError(f"{path} line {n}: not JSON ({e})") from None
-            for key in ("id", "worker", "text"):
-                if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                    raise ValueError(f"{path} line {n}: {key!r} is missing or not a string")
+            for key, kind in (*((k, str) for k in ("id", "worker", "text")), *((k, (int, float)) for k in numbers)):
+                if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+                    raise ValueError(f"{path} line {n}: {key!r} is missing or not a {'string' if kind is str else 'number'}")
             if row.setdefault("side", "query") not in ("query", "target"):
                 raise ValueError(f"{path} line {n}: side is {row['side']!r}, expected query or target")
             rows.append(row)
@@ -235,12 +236,12 @@ def request(pair, k, model_name, side="query", max_tokens=256):
 def read_responses(path, worker):
     """A batch's answers -> (rationale rows, failures [(custom_id, why)]). Thinking models' <think> markers are taken off."""
     rows, failed = [], []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
                 answer = json.loads(line)
                 pair, side, k = answer["custom_id"].rsplit("|", 2)
-            except (json.JSONDecodeError, KeyError, ValueError, TypeError, AttributeError) as e:
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"{path} line {n}: not a batch response ({type(e).__name__}: {e})") from None
             body = (answer.get("response") or {}).get("body") or {}
             choices = body.get("choices") or []
