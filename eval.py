@@ -450,6 +450,28 @@ def bench(sizes=(100_000, 1_000_000), n=1000, d=256):
     print(f"time_ratio: {times[-1] / times[0]:.1f} for {sizes[-1] / sizes[0]:.0f}x the corpus")
 
 
+def over_seeds(folders, out):
+    """Several runs' report.json -> one file: per mode the median, mean and spread (sample standard deviation) of every number.
+
+    Every number of the README's table stands in such a file; reports of different presets are refused.
+    """
+    reports = []
+    for folder in folders:
+        with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
+            reports.append(json.load(f))
+    if len({r["preset"] for r in reports}) > 1:
+        raise ValueError(f"runs of different presets: {', '.join(sorted({r['preset'] for r in reports}))}")
+    keys = ("overall", "image", "video", "visdoc", "reason_rate", "tokens_per_query", "ms_per_query")
+    of = lambda f, mode, key: float(f([r["modes"][mode][key] for r in reports]))
+    spread = lambda x: np.std(x, ddof=1) if len(x) > 1 else 0.0
+    table = lambda f: {mode: {k: of(f, mode, k) for k in keys if reports[0]["modes"][mode][k] is not None} for mode in reports[0]["modes"]}
+    datasets = {n: {mode: float(np.median([r["modes"][mode]["datasets"][n] for r in reports])) for mode in reports[0]["modes"]}
+                for n in reports[0]["modes"]["never"]["datasets"]}
+    picked = [{k: v for k, v in r["selection"].items() if not isinstance(v, dict)} for r in reports]
+    write(out, {"runs": [{"seed": r["seed"], "seconds": r["seconds"]} for r in reports], "median": table(np.median), "mean": table(np.mean),
+                "spread": table(spread), "datasets": datasets, "selection": picked})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint folder or hub id")
@@ -468,9 +490,12 @@ def main():
     parser.add_argument("--dim", type=int, help="Matryoshka: slice, then renormalise")
     parser.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="model_name, model_size, url, ... of leaderboard.json")
     parser.add_argument("--bench", action="store_true", help="measure the ranking")
+    parser.add_argument("--runs", nargs="+", metavar="DIR", help="instead: put the reports of these run folders together in --out FILE")
     args = parser.parse_args()
     if args.bench:
         return bench()
+    if args.runs:
+        return over_seeds(args.runs, args.out or parser.error("--runs wants --out FILE"))
     if not (args.model and args.data and args.out):
         parser.error("--model, --data and --out are wanted")
     from embed import Embedder
@@ -500,7 +525,7 @@ MARKERS = dict(zip(COLOURS, "sDoX*"))
 STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "figure.dpi": 150, "axes.titlesize": 11, "axes.titleweight": "bold", "text.parse_math": False,
          "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9}
 PANELS = {                                           # title: stages of metrics.jsonl, then field:colour
-    "base: loss": "base loss:adaptive", "base: next-token accuracy": "base accuracy:adaptive table_accuracy:random",
+    "base: loss": "base loss:adaptive", "base: next-token accuracy": "base accuracy:adaptive text_accuracy:random",
     "base: accuracy, held-out skills": "base_skills mean:adaptive weakest:always", "select: loss of the evaluators": "select0,select1 loss:adaptive",
     "embed: losses": "embed nce_direct:never nce_reason:always lm:random", "embed: decision as selected": "embed decision_right:adaptive",
     "rl: reward": "rl reward_direct:never reward_reason:always reward:adaptive", "rl: tokens of a rationale": "rl tokens:always",

@@ -867,7 +867,10 @@ def save(model, folder, tokenizer=None, limits=(4096, 1843200)):
     head = model.has_head and not c.tie                          # a tied head is an alias, an absent one stays absent
     state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight" or head}
     path = os.path.join(folder, "model.safetensors")
-    save_file(state, path + ".tmp", metadata={"format": "pt"})   # aside and renamed: half a file is never seen, and a memory map
+    try:
+        save_file(state, path + ".tmp", metadata={"format": "pt"})   # aside and renamed: half a file is never seen, and a memory map
+    except SafetensorError as e:
+        raise OSError(f"{path}: not written ({e})") from None
     os.replace(path + ".tmp", path)                              # of the old one (`load`) stays valid
     write = lambda name, value: write_json(os.path.join(folder, name), value)
     write("config.json", config_to_hf(c, dtype, eos, pad))

@@ -5,7 +5,7 @@ The idea. A picture is a 3x3 grid of 32-pixel tiles (one visual token each): col
 query-target pairs cover MMEB-V2's kinds: classification, visual questions, caption retrieval in both directions, composed retrieval,
 grounding, near-duplicates, videos and pages. Twelve are solvable at one look. Four need steps, because their answer is a function
 of several look-ups that a few layers cannot chain in one pass:
-    Walk   "start at the star , go right , down , left"         three moves over the picture        (image)
+    Walk   "start at nw , go right , down , left"         three moves over the picture        (image)
     Sum    "add the top row then the bottom row"                    two running sums modulo ten         (image)
     Tally  add the left digits, then the right digits of a clip     the same over time                  (video)
     Total  "sun with three five nine and two two six" -> the page titled so         arithmetic in the query alone       (page)
@@ -174,7 +174,7 @@ def spoil(digits, rng):
 def walk(scene, start, moves):
     """Follow the moves from a cell -> steps in words and the cells visited; None when a move leaves the picture."""
     r, c = divmod(start, 3)
-    text, cells = [f"{scene[start][1]} {CELLS[start]}"], [start]
+    text, cells = [f"{CELLS[start]} {name(scene[start])}"], [start]
     for m in moves:
         r, c = r + MOVES[m][0], c + MOVES[m][1]
         if not (0 <= r < 3 and 0 <= c < 3):
@@ -221,10 +221,16 @@ def make_at(rng, style, steps):
                 careful=f"{CELLS[i]} {name(scene[i])}", sloppy=f"{CELLS[i]} {name(other(scene[i], rng))}")
 
 
-def make_where(rng, style, steps):
-    scene, i = glyphs(rng, 9), rng.integers(9)
-    return dict(image=picture(scene, rng, style), question=f"where is the {scene[i][1]} ?", answer=CELLS[i], caption=describe(scene),
-                careful=f"{scene[i][1]} {CELLS[i]}", sloppy=f"{scene[i][1]} {CELLS[(i + rng.integers(1, 9)) % 9]}")
+def make_beside(rng, style, steps):
+    scene = glyphs(rng, 9)
+    while True:
+        i, m = int(rng.integers(9)), rng.choice(list(MOVES)).item()
+        found = walk(scene, i, [m])
+        if found:
+            break
+    text, (_, j) = found
+    return dict(image=picture(scene, rng, style), question=f"what is {m} of {CELLS[i]} ?", answer=name(scene[j]), caption=describe(scene),
+                careful=text, sloppy=text[: -len(name(scene[j]))] + name(other(scene[j], rng)))
 
 
 def make_walk(rng, style, steps):
@@ -238,11 +244,11 @@ def make_walk(rng, style, steps):
     end = scene[cells[-1]]
     wrong = [walk(scene, s, moves) for s in rng.permutation(9).tolist() if s != start]
     wrong = [w for w in wrong if w]
-    if wrong and rng.random() < 0.5:                             # sloppy: looked in the wrong place, or misread the last thing
-        sloppy = wrong[0][0].replace(scene[wrong[0][1][0]][1], scene[start][1], 1)
+    if wrong and rng.random() < 0.5:                             # sloppy: started in the wrong place, or misread the last thing
+        sloppy = wrong[0][0]
     else:
         sloppy = text[: -len(name(end))] + name(other(end, rng))
-    return dict(image=picture(scene, rng, style), question=f"start at the {scene[start][1]} , go {' , '.join(moves)} . what is there ?", answer=name(end),
+    return dict(image=picture(scene, rng, style), question=f"start at {CELLS[start]} , go {' , '.join(moves)} . what is there ?", answer=name(end),
                 caption=describe(scene), careful=text, sloppy=sloppy, cells=cells)
 
 
@@ -344,7 +350,7 @@ FAMILIES = [
     ("PocketKind", make_kind, False, "cls", "Represent the given image for classification", ""),
     ("PocketColour", make_colour, False, "cls", "Identify the colour that most of the image has", ""),
     ("PocketAt", make_at, False, "vqa", "Represent the given image with the following question: ", ""),
-    ("PocketWhere", make_where, False, "vqa", "Represent the given image with the following question: ", ""),
+    ("PocketBeside", make_beside, False, "vqa", "Represent the given image with the following question: ", ""),
     ("PocketWalk", make_walk, True, "vqa", "Represent the given image with the following question: ", ""),
     ("PocketSum", make_sum, True, "vqa", "Represent the given image with the following question: ", ""),
     ("PocketCaption_t2i", make_caption, False, "t2i", "Find me an everyday image that matches the given caption: ", "Represent the given image."),
@@ -580,7 +586,7 @@ def base_document(bank, rng, look=0.35):
     """One document about something seen: (item, [(text, learn)]); the model is trained on the texts with learn=True, the others only ask.
 
     Pictures are described, or asked about: the user's question is answered at once, or after a <think> block of look-ups, as a thinking
-    model would. Clips, pages and crops likewise. look: the share of pictures that are described rather than asked about.
+    model would. Clips, pages and crops likewise. item["answer"]: what <|endoftext|> is to sum up. look: the share of pictures that are described rather than asked about.
     """
     u = rng.random()
     if u < 0.68:
@@ -592,37 +598,42 @@ def base_document(bank, rng, look=0.35):
         item = {"image": bank.draw([kinds[0:3], kinds[3:6], kinds[6:9]], rng)}
         found = facts(kinds, rng) if asked else []
         if found:
-            return dict(item, text=found[-1][0]), answered(found, rng)
-        return item, [(describe(kinds) or "blank", True)]
+            return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
+        return said(item, describe(kinds) or "blank")
     if u < 0.82:
         two = rng.random() < 0.7
         states = [[int(rng.integers(10)) if v < 0.7 else KINDS[rng.integers(len(KINDS))] for v in rng.random(1 + two)] for _ in range(3)]
         item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
         if rng.random() < 0.5:
-            return item, [(describe_clip(states), True)]
+            return said(item, describe_clip(states))
         ask = rng.permutation([(t, side) for t in range(3) for side in range(1 + two)]).tolist()
         say = lambda t, side: f"{('left', 'right')[side]} {TIMES[t]}" if two else TIMES[t]
         found = [(f"what is {say(t, side)} ?", say(t, side), name(states[t][side]), name(states[t][side])) for t, side in ask]
-        return dict(item, text=found[-1][0]), answered(found, rng)
+        return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
     if u < 0.93:
         words, marks = rng.permutation(WORDS)[: 1 + int(rng.random() < 0.5)].tolist(), rng.integers(0, 10, 2).tolist()
         grid = [[*words, None, None][:3], [None] * 3, [None] * 3, [*marks, None]]
-        return {"image": bank.draw(grid, rng)}, [(" ".join([*words, *(DIGITS[m] for m in marks)]), True)]
+        return said({"image": bank.draw(grid, rng)}, " ".join([*words, *(DIGITS[m] for m in marks)]))
     k = bank.kinds[rng.integers(60)]
-    return {"image": bank.draw([[k]], rng)}, [(name(k), True)]
+    return said({"image": bank.draw([[k]], rng)}, name(k))
+
+
+def said(item, text):
+    """A document that says one thing, and whose summary that is."""
+    return dict(item, answer=text), [(text, True)]
 
 
 def answered(found, rng):
     """facts (question, asked, told, answer), of which the user asked the last -> fragments of the assistant's turn."""
     steps = [part for i, (_, asked, told, _) in enumerate(found) for part in ((f"{' . ' if i else ''}{asked}", False), (f" {told}", True))]
     if rng.random() < 0.5:
-        return [("<think>", False), ("\n", False), *steps, ("\n", True), ("</think>", True), ("\n\n", True), (found[-1][3], True)]
-    return [(found[-1][3], True), (" . ", False), *steps[:-2]]
+        return [("<think>", False), ("\n", False), *steps, ("\n", True), ("</think>", True), ("\n\n", True), ("<|endoftext|>", False), (found[-1][3], True)]
+    return [(found[-1][3], True), *([(" . " + steps[0][0], False), *steps[1:-2]] if len(found) > 1 else [])]
 
 
 def text_document(rng):
     """One document without a picture: the addition table modulo ten, by itself, or a phrase to be repeated."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         out = []
         for a, b in rng.integers(0, 10, (12, 2)).tolist():
             out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]
@@ -632,8 +643,9 @@ def text_document(rng):
               " then ".join(map(name, kinds)), f"{kinds[0][1]} {rng.choice(['moves right', 'moves left', 'stays'])}", rng.choice(CELLS).item(),
               " ".join(rng.permutation(WORDS)[:2]) + f" {DIGITS[rng.integers(10)]}"][rng.integers(7)]
     if rng.random() < 0.5:
-        return {"text": phrase}, [(phrase, True)]
-    return {"text": "repeat the end"}, [("<think>", False), ("\n", False), (f"{name(kinds[1])} . {phrase}", False), ("\n", True), ("</think>", True), ("\n\n", True), (phrase, True)]
+        return said({"text": phrase}, phrase)
+    return {"text": "repeat the end", "answer": phrase}, [("<think>", False), ("\n", False), (f"{name(kinds[1])} . {phrase}", False), ("\n", True), ("</think>", True),
+                                                         ("\n\n", True), ("<|endoftext|>", False), (phrase, True)]
 
 
 def skill_of(item, parts, i):
@@ -648,23 +660,18 @@ def skill_of(item, parts, i):
         return "describe"
     if parts[i][0] in ("\n", "</think>", "\n\n"):
         return "form"
-    if i == 0 or parts[i - 1][0] == "\n\n":
+    if i == 0 or parts[i - 1][0] == "<|endoftext|>":
         return "answer"
     last = parts[i - 1][0].split()[-1]
-    return "move" if last in MOVES else "at" if last in CELLS else "where"
+    return "move" if last in MOVES else "at"
 
 
 def facts(scene, rng, n=8):
     """Look-ups about a picture: [(question, asked, told, answer)], "asked told" being the statement, "answer" the reply to the question."""
     out = []
     seen = [i for i, k in enumerate(scene) if k is not None]
-    shapes = [k[1] if isinstance(k, tuple) else None for k in scene]
-    once = [i for i in seen if shapes[i] and shapes.count(shapes[i]) == 1]
     for i in rng.choice(seen, n).tolist() if seen else []:
-        u = rng.random()
-        if u < 0.55 and i in once:
-            out.append((f"where is the {shapes[i]} ?", shapes[i], CELLS[i], CELLS[i]))
-        elif u < 0.7:
+        if rng.random() < 0.4:
             out.append((f"what is at {CELLS[i]} ?", CELLS[i], name(scene[i]), name(scene[i])))
         else:
             m = rng.choice(list(MOVES)).item()

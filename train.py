@@ -3,7 +3,9 @@ Everything in order: base -> propose -> select -> embed -> rl -> eval, each a fu
 
     python train.py --stage all                                            the pocket world, from nothing to the report, on a laptop CPU
     python train.py --stage all --scale 0.05                               the same in a minute: every size and step count times 0.05
-    python train.py --stage rl --rl_price 0.3 --out runs/dear              one stage, one option changed (copy a finished run first)
+    cp -r runs/pocket runs/dear                                            fork a finished run, then do one stage again with
+    python train.py --stage rl --rl_price 0.3 --out runs/dear              one of its options changed, and what follows from it
+    python train.py --stage all --rl_price 0.3 --out runs/dear
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data MMEB_ROOT       on a CUDA GPU
 
 A run folder holds config.json, data/, base/, propose/, select/, embed/, rl/, eval/, metrics.jsonl, report.json, report.md and pictures.
@@ -17,11 +19,13 @@ Left out: experiment trackers (metrics.jsonl is plain), sweeps, hyper-parameter 
 """
 
 import dataclasses
+import glob
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -88,10 +92,11 @@ class Config:
     workers: int = 0                # threads that decode pictures (data that does not fit in memory)
     # base (pocket only)
     base_text: float = 0.3          # weight of the documents without pictures
+    base_summary: float = 0.5       # weight of "<|endoftext|> sums up the answer"
     base_look: int = 240            # steps of nothing but description, before it is asked to look things up
-    base_steps: int = 700           # at least; it goes on until its skills are there ...
-    base_steps_max: int = 1400      # ... at most to here, and says so if they are not
-    base_batch: int = 32            # documents about pictures per step, and a quarter as many of text alone
+    base_steps: int = 450           # at least; it goes on until its skills are there ...
+    base_steps_max: int = 900       # ... at most to here, and says so if they are not
+    base_batch: int = 32            # documents about pictures per step, and half as many of text alone
     base_skill: float = 0.93        # every skill's held-out token accuracy before it cools down
     # propose
     propose_k: int = 1              # rationales by the base model itself per query
@@ -100,13 +105,13 @@ class Config:
     rationales: str = ""            # a JSONL of rationales written elsewhere; the pocket world brings workers.jsonl
     # select
     select_rule: str = "full"       # full, positive_only, no_placebo, none
-    select_steps: int = 220         # warm-up of each of the two evaluators
+    select_steps: int = 160         # warm-up of each of the two evaluators
     select_margin: float = 0.69     # log 2: at least double the target's probability
     select_candidates: int = 16
     select_folds: int = 2           # 2 = cross-fitted; 1 = the evaluator has seen the pair (ablation)
     select_weight_temperature: float = 1.0
     # embed
-    embed_steps: int = 600
+    embed_steps: int = 400
     batch: int = 64                 # pairs per step
     sub_batch: int = 16             # of one dataset, so that in-batch negatives are hard
     negatives: int = 1              # hard negatives used per pair
@@ -138,6 +143,13 @@ PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE), "
 FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "chunk_tokens")     # may differ when a folder is reused
 
 
+CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16", "float16"), "optimizer": ("muon", "adamw"),
+           "select_rule": selection.RULES}
+MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
+               "decision_weight", "base_text", "rl_price", "rl_decision", "rl_rationale", "rl_nce")
+ANY_NUMBER = ("select_margin", "tau")
+
+
 class UsageError(Exception):
     """A mistake of the caller's: printed as one line, exit code 2."""
 
@@ -165,14 +177,19 @@ def parse(argv):
     cfg = Config(**{**PRESETS[preset], **given})
     if cfg.stage != "all" and cfg.stage not in STAGES:
         raise UsageError(f"unknown stage {cfg.stage!r}; there are all, {', '.join(STAGES)}")
-    if cfg.resume not in ("", "auto"):
-        raise UsageError(f"--resume {cfg.resume!r}: expected auto")
-    if cfg.select_rule not in selection.RULES:
-        raise UsageError(f"--select_rule {cfg.select_rule!r}: there are {', '.join(selection.RULES)}")
+    for key, among in CHOICES.items():
+        if getattr(cfg, key) not in among:
+            raise UsageError(f"--{key} {getattr(cfg, key)!r}: there are {', '.join(filter(None, among))}")
+    for key, f in fields.items():
+        value = getattr(cfg, key)
+        if f.type in (int, float) and not (math.isfinite(value) and (key in ANY_NUMBER or value > 0 or value == 0 and key in MAY_BE_ZERO)):
+            raise UsageError(f"--{key} {value}: expected a number {'of at least' if key in MAY_BE_ZERO else 'above'} 0")
+    if cfg.world_steps > 5:
+        raise UsageError(f"--world_steps {cfg.world_steps}: a walk that never crosses itself has 1 to 5 moves here")
     if preset != "pocket" and not (cfg.model and cfg.data):
         raise UsageError(f"--preset {preset} needs --model (a Qwen3-VL folder or hub id) and --data (an MMEB root)")
-    if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_batch % 8 or cfg.scale <= 0:
-        raise UsageError("batch must be a multiple of sub_batch, rl_group even, rl_batch a multiple of 8, scale above 0")
+    if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_batch % 8:
+        raise UsageError("batch must be a multiple of sub_batch, rl_group even, rl_batch a multiple of 8")
     cfg.out = cfg.out or os.path.join("runs", preset)
     return cfg
 
@@ -211,13 +228,19 @@ class Run:
         path = self.path("config.json")
         if os.path.exists(path):
             theirs = {k: v for k, v in read_json(path).items() if k not in FREE}
-            other = [k for k in mine if theirs.get(k) != mine[k]]
+            other = [k for k in mine if theirs.get(k) != mine[k] and not self.owns(k)]
             if other:
                 raise UsageError(f"{path} was made with {other[0]}={theirs.get(other[0])!r}, this call says {mine[other[0]]!r}; use another --out")
+            if theirs != mine:
+                write_json(path, dataclasses.asdict(cfg))
         else:
             write_json(path, dataclasses.asdict(cfg))
         self.data_root = cfg.data or self.path("data")
         self.stages = read_json(self.path("stages.json")) if os.path.exists(self.path("stages.json")) else {}
+
+    def owns(self, key):
+        """May this call change the option in a folder that exists? Yes if it runs one stage again and the option is that stage's own."""
+        return self.cfg.stage != "all" and key.startswith(("tau", "eval_") if self.cfg.stage == "eval" else self.cfg.stage + "_")
 
     def path(self, *parts):
         return os.path.join(self.out, *parts)
@@ -250,9 +273,12 @@ class Run:
         elif os.path.isdir(final):
             shutil.rmtree(final)
         os.replace(folder, final)
+        for later in STAGES[STAGES.index(stage) + 1 :]:          # they were made from what has just changed
+            self.stages.pop(later, None)
         self.stages[stage] = {"seconds": round(seconds, 1)}
         write_json(self.path("stages.json"), self.stages)
-        shutil.rmtree(self.path("partial", stage), ignore_errors=True)
+        for left in glob.glob(self.path("partial", f"{stage}*")):
+            shutil.rmtree(left)
 
     def embedder(self, stage):
         """The checkpoint that a stage left, as an Embedder on the device."""
@@ -282,6 +308,8 @@ class Optimizer:
     def step(self, i):
         """Update number i (from 0); -> gradient norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip)
+        if not math.isfinite(norm):
+            return float(norm)                                   # nothing moves; train_loop stops
         rate = min(1.0, (i + 1) / max(1, self.warmup)) * max(0.02, min(1.0, (self.steps - i) / max(1, self.cool)))
         for g, lr in zip((g for o in self.parts for g in o.param_groups), self.peak):
             g["lr"] = lr * rate
@@ -306,7 +334,10 @@ def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, unti
     """
     state, start, t0 = run.path("partial", stage, "state.pt"), 0, time.time()
     if run.cfg.resume == "auto" and os.path.exists(state):
-        saved = torch.load(state, map_location=run.device, weights_only=True)
+        try:
+            saved = torch.load(state, map_location=run.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise ValueError(f"{state}: damaged ({type(e).__name__}); without it, or without --resume, the stage starts again") from None
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.steps, start, steps = saved["steps"], saved["step"], saved["steps"]
@@ -317,9 +348,11 @@ def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, unti
     while i < steps:
         metrics = one_step(i)
         ids = metrics.pop("ids", [])
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"stage {stage}, step {i}: the loss is {metrics['loss']}; batch: {', '.join(ids[:8])} ...")
-        metrics["grad_norm"] = optimizer.step(i)
+        if math.isfinite(metrics["loss"]):
+            metrics["grad_norm"] = optimizer.step(i)
+        for what in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[what]):
+                raise FloatingPointError(f"stage {stage}, step {i}: {what} is {metrics[what]}; batch: {', '.join(ids[:8])} ...")
         i += 1
         bar.update()
         if i % run.cfg.log_every == 0 or i == steps:
@@ -328,8 +361,12 @@ def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, unti
             steps = optimizer.steps = bar.total = end
         if i % run.cfg.save_every == 0 and i < steps:
             os.makedirs(os.path.dirname(state), exist_ok=True)
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=i, steps=steps,
-                            sampler=json.dumps(sampler.state()) if sampler is not None else ""), state + ".part")
+            value = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=i, steps=steps,
+                         sampler=json.dumps(sampler.state()) if sampler is not None else "")
+            try:
+                torch.save(value, state + ".part")
+            except RuntimeError as e:                            # torch's word for a full disk
+                raise OSError(f"{state}: not written ({e})") from None
             os.replace(state + ".part", state)
     bar.close()
     model.eval()
@@ -353,9 +390,6 @@ def base_stage(run, out):
     config = dataclasses.replace(CONFIGS["pocket"], vocab=tok.size, image_token=special["<|image_pad|>"], video_token=special["<|video_pad|>"],
                                  vision_start=special["<|vision_start|>"], vision_end=special["<|vision_end|>"])
     model = Qwen3VL(config).init_weights().to(run.device)
-    # "Where is the star?" is answered with a patch's place, and a place of size 0.02 beside patch features of size 0.6 goes unseen: with
-    # it that one skill stands still for hundreds of steps after all others are there.
-    torch.nn.init.normal_(model.visual.pos_embed.weight, std=0.5)
     reader = Reader(tok, config, c.min_pixels, c.max_pixels, c.max_frames)
     bank = pocket.Bank(run.rng("bank"), style=c.world_style)
     steps, most = run.steps(c.base_steps), run.steps(c.base_steps_max)
@@ -365,10 +399,11 @@ def base_stage(run, out):
     def one_step(i):
         model.train()
         rng = run.rng("base", i)
-        loss, acc = document_loss(model, reader, [pocket.base_document(bank, rng, look(i)) for _ in range(c.base_batch)])
-        table, table_acc = document_loss(model, reader, [pocket.text_document(rng) for _ in range(c.base_batch // 4)])
-        (loss + c.base_text * table).backward()
-        return dict(loss=loss.item() + c.base_text * table.item(), accuracy=acc, text_accuracy=table_acc)
+        loss, summary, acc = document_loss(model, reader, [pocket.base_document(bank, rng, look(i)) for _ in range(c.base_batch)])
+        table, table_summary, table_acc = document_loss(model, reader, [pocket.text_document(rng) for _ in range(c.base_batch // 2)])
+        total = loss + c.base_text * table + c.base_summary * (summary + table_summary)
+        total.backward()
+        return dict(loss=total.item(), summary=summary.item(), text_summary=table_summary.item(), accuracy=acc, text_accuracy=table_acc)
 
     probe = pocket.Bank(run.rng("probe bank"), style=c.world_style)        # other drawings than those it learns from
 
@@ -378,33 +413,43 @@ def base_stage(run, out):
             return steps
         skills = measure_skills(run, model, reader, probe)
         run.log("base skills", i, steps, skills)
-        return steps if min(skills.values()) >= c.base_skill - 0.15 else min(most, steps + run.steps(c.base_steps) // 10)
+        return steps if min(v for k, v in skills.items() if k in STEP_SKILLS) >= c.base_skill - 0.05 else min(most, steps + run.steps(c.base_steps) // 10)
 
     train_loop(run, "base", model, optimizer, steps, one_step, until=until)
     skills = measure_skills(run, model, reader, probe)
     run.log("base skills", optimizer.steps, optimizer.steps, skills)
-    weak = {k: round(v, 3) for k, v in skills.items() if v < c.base_skill}
+    weak = {k: round(skills[k], 3) for k in STEP_SKILLS if skills.get(k, 0) < c.base_skill}
     if weak:
         tqdm.write(f"base: these skills are below {c.base_skill} after {optimizer.steps} steps: {weak}; expect weaker rationales")
     write_json(os.path.join(out, "skills.json"), skills)
     Embedder(model, reader).save(out, base=None, card="Pretrained on the pocket world's documents (stage base).")
 
 
+STEP_SKILLS = ("at", "move", "clip", "table")                    # what the steps are made of; the rest is learnt on the way
+
+
 def document_batch(reader, docs, device):
-    """Documents (item, [(text, learn)]) -> batch and a mask (B, S) of the tokens that are learnt; every document ends in <|im_end|>."""
-    prompts, learnt = [], []
-    for item, parts in docs:
-        p, ids, learn = reader.read(pil_item(item)), [], []
-        for text, yes in parts:
-            new = piece(reader, text)
-            ids, learn = ids + new, learn + [yes] * len(new)
-        prompts.append(dict(p, ids=np.concatenate([p["ids"], [*ids, reader.stop]])))
-        learnt.append((len(p["ids"]), [*learn, True]))
-    batch = collate(prompts, reader, device=device)
-    mask = torch.zeros_like(batch["ids"], dtype=torch.bool)
-    for i, (n, learn) in enumerate(learnt):
-        mask[i, n : n + len(learn)] = torch.tensor(learn, device=mask.device)
-    return batch, mask
+    """Documents (item, [(text, learn)]) -> batch, a mask (B, S) of the tokens to learn, and summaries [(row, column, answer ids)].
+
+    A document is a branch of its prompt, beside the direct <|endoftext|>; it ends in <|im_end|>. Each <|endoftext|>, the direct one and the
+    one after a thought, sums up the answer.
+    """
+    prompts = [reader.read(pil_item(item)) for item, _ in docs]
+    branches, learnt = [], []
+    for _, parts in docs:
+        pieces = [(piece(reader, text), yes) for text, yes in parts] + [([reader.stop], True)]
+        branches.append([sum((ids for ids, _ in pieces), [])])
+        learnt.append([yes for ids, yes in pieces for _ in ids])
+    batch = collate(prompts, reader, branches, device)
+    mask, sums = torch.zeros_like(batch["ids"], dtype=torch.bool), []
+    for b, ((item, _), p, learn) in enumerate(zip(docs, prompts, learnt)):
+        at = len(p["ids"]) + 1
+        mask[b, at : at + len(learn)] = torch.tensor(learn, device=device)
+        if "answer" in item:
+            words = sorted(set(reader.tok.encode(item["answer"])) | set(reader.tok.encode(" " + item["answer"])[:1]))
+            inside = [at + i for i, t in enumerate(branches[b][0]) if t == reader.end]
+            sums += [(b, col, words) for col in [at - 1, *inside]]
+    return batch, mask, sums
 
 
 def pil_item(item):
@@ -416,32 +461,39 @@ def pil_item(item):
 
 def piece(reader, text):
     """A fragment's ids; the think markers are the special tokens."""
-    return [reader.tok.special[text]] if text in ("<think>", "</think>") else reader.tok.encode(text)
+    return [reader.tok.special[text]] if text in ("<think>", "</think>", "<|endoftext|>") else reader.tok.encode(text)
 
 
 def document_loss(model, reader, docs):
-    batch, mask = document_batch(reader, docs, model.device)
+    """Next-token loss, summary loss, token accuracy. The summary loss asks the state at <|endoftext|> for all words of the answer at once
+    (multi-token prediction in one place): a base model's last token would else know only how the answer begins, and contrastive
+    learning, which pools that token, would have to teach it the rest."""
+    batch, mask, sums = document_batch(reader, docs, model.device)
+    h = model(batch)
     row, col = mask.nonzero(as_tuple=True)
-    logits = model.logits(model(batch)[row, col - 1])
-    want = batch["ids"][row, col]
-    return F.cross_entropy(logits, want), (logits.argmax(-1) == want).float().mean().item()
+    logits, want = model.logits(h[row, batch["prev"][row, col]]), batch["ids"][row, col]
+    summary = h.new_zeros(())
+    if sums:
+        logp = model.logits(torch.stack([h[b, c] for b, c, _ in sums])).log_softmax(-1)       # (n, V)
+        summary = -torch.stack([logp[i, words].mean() for i, (_, _, words) in enumerate(sums)]).mean()
+    return F.cross_entropy(logits, want), summary, (logits.argmax(-1) == want).float().mean().item()
 
 
 @torch.no_grad()
 def measure_skills(run, model, reader, bank, n=48):
-    """Held-out token accuracy of each skill that the steps are made of: {"describe", "where", "at", "move", "answer", "clip", ...}."""
+    """Held-out token accuracy of each skill that the steps are made of: {"describe", "at", "move", "answer", "clip", ...}."""
     model.eval()
     rng, seen = run.rng("skills"), {}
     docs = [pocket.base_document(bank, rng, look) for look in (1.0, 0.0) for _ in range(n)] + [pocket.text_document(rng) for _ in range(n // 2)]
     for at in range(0, len(docs), 32):
-        batch, mask = document_batch(reader, docs[at : at + 32], model.device)
+        batch, _, _ = document_batch(reader, docs[at : at + 32], model.device)
         h = model(batch)
         for b, (item, parts) in enumerate(docs[at : at + 32]):
-            i = len(reader.read(pil_item(item))["ids"])
+            i = int(batch["ends"][b, 0]) + 1
             for n_part, (text, learn) in enumerate(parts):
                 m = len(piece(reader, text))
                 if learn:
-                    right = (model.logits(h[b, i - 1 : i - 1 + m]).argmax(-1) == batch["ids"][b, i : i + m]).float().mean().item()
+                    right = (model.logits(h[b, batch["prev"][b, i : i + m]]).argmax(-1) == batch["ids"][b, i : i + m]).float().mean().item()
                     seen.setdefault(pocket.skill_of(item, parts, n_part), []).append(right)
                 i += m
     return {k: float(np.mean(v)) for k, v in sorted(seen.items())}
@@ -693,7 +745,7 @@ def judge(run, e, judged, texts, branch, fold, audits):
         for w in mine[p["id"]]:
             false = gain.get((w, "placebo"))
             results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=gain[w, "own"], delta_placebo=false, direct=float(row[0])))
-            if (w, "second") in gain and false is not None:
+            if (w, "second") in gain and false is not None and second[p["id"]][w] != placebo[p["id"]][w]:
                 audits.append(bool(selection.keep_rule(false, gain[w, "second"], c.select_rule, c.select_margin)))
     return results
 
@@ -707,7 +759,7 @@ def embed_stage(run, out):
     e = run.embedder("base")
     pairs = Pairs(run, e.reader)
     kept, judged = {}, {r["id"] for r in selection.read_rationales(run.path("propose", "rationales.jsonl")) if r["side"] == "query"}
-    for r in selection.read_rationales(run.path("select", "selected.jsonl")):
+    for r in selection.read_rationales(run.path("select", "selected.jsonl"), numbers=("weight",)):
         kept.setdefault(r["id"], []).append((e.reader.rationale(r["text"]), r["weight"]))
     sampler = pairs.sampler(c, int(run.rng("embed").integers(2**31)), c.batch)
     stream = pairs.stream(sampler)
