@@ -5,10 +5,10 @@ The idea. A picture is a 3x3 grid of 32-pixel tiles (one visual token each): col
 query-target pairs cover MMEB-V2's kinds: classification, visual questions, caption retrieval in both directions, composed retrieval,
 grounding, near-duplicates, videos and pages. Twelve are solvable at one look. Four need steps, because their answer is a function
 of several look-ups that a few layers cannot chain in one pass:
-    Walk   "start at nw , go right , down , left"         three moves over the picture        (image)
-    Sum    "add the top row then the bottom row"                    two running sums modulo ten         (image)
-    Tally  add the left digits, then the right digits of a clip     the same over time                  (video)
-    Total  "sun with three five nine and two two six" -> the page titled so         arithmetic in the query alone       (page)
+    Walk   "start at nw and follow the colours three times"         each thing's colour says where next (image)
+    Sum    "add the top row , then go on with the bottom row"       running sums modulo ten             (image)
+    Tally  add the left digits, then go on with the right ones      the same over a clip's time         (video)
+    Total  "sun with three five nine then two two six" -> the page titled so         arithmetic in the query alone       (page)
 
 Scripted workers of known quality write rationales: careful (right steps), captioner (true words about the picture, no steps), sloppy
 (right form, one wrong fact, hence a wrong end) and parrot (form only). The truth that selection is marked against: a careful
@@ -41,6 +41,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "b
 KINDS = [(c, s) for c in COLOURS for s in SHAPES]                # 50 kinds of glyph
 CELLS = ("nw", "n", "ne", "w", "mid", "e", "sw", "s", "se")      # a 3x3 picture in reading order; one token each
 MOVES = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
+RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}      # where a colour sends you in Walk; purple nowhere
 ROWS = ("top", "middle", "bottom")
 TIMES = ("first", "second", "third")
 NUMBERS = ("zero one two three four five six seven eight nine "
@@ -146,29 +147,46 @@ def makes(total):
     return f"makes {NUMBERS[total]}" + (f" keep {DIGITS[total - 10]}" if total >= 10 else "")
 
 
-def running_sum(labels, digits):
+def running_sum(labels, digits, total=None):
     """"nw three n five makes eight ne nine makes seventeen keep seven": the steps of a sum modulo ten -> text and result."""
-    total, out = digits[0], [f"{labels[0]} {DIGITS[digits[0]]}".strip()]
-    for label, x in zip(labels[1:], digits[1:]):
+    out = []
+    for label, x in zip(labels, digits):
+        if total is None:                                        # the first of all is only read
+            total = x
+            out.append(f"{label} {DIGITS[x]}".strip())
+            continue
         out.append(f"{label} {DIGITS[x]} {makes(total + x)}".strip())
         total = (total + x) % 10
     return " ".join(out), total
 
 
 def two_sums(head, labels, digits):
-    """head, labels and digits are pairs -> "… . … . seven seven" and the two last digits as one text."""
-    parts = [running_sum(l, d) for l, d in zip(labels, digits)]
+    """head, labels and digits are pairs -> "… . … . seven four" and the answer "seven four": the total after the first list and, going on,
+    after the second."""
+    first = running_sum(labels[0], digits[0])
+    parts = [first, running_sum(labels[1], digits[1], first[1])]
     text = " . ".join(f"{h} {p[0]}".strip() for h, p in zip(head, parts))
     answer = f"{DIGITS[parts[0][1]]} {DIGITS[parts[1][1]]}"
     return f"{text} . {answer}", answer
 
 
 def spoil(digits, rng):
-    """The same two lists with one digit misread, so that one of the two sums ends wrong."""
+    """The same two lists with one digit of the first misread: both totals end wrong."""
     out = [list(d) for d in digits]
-    i, j = rng.integers(2), rng.integers(len(digits[0]))
-    out[i][j] = int((out[i][j] + rng.integers(1, 10)) % 10)
+    j = rng.integers(len(digits[0]))
+    out[0][j] = int((out[0][j] + rng.integers(1, 10)) % 10)
     return out
+
+
+def near_misses(answer, rng, n=4):
+    """Answers of two digits that share one with the right one."""
+    a = [DIGITS.index(x) for x in answer.split()]
+    out = []
+    for i in range(n):
+        b = list(a)
+        b[i % 2] = int((b[i % 2] + rng.integers(1, 10)) % 10)
+        out.append(f"{DIGITS[b[0]]} {DIGITS[b[1]]}")
+    return list(dict.fromkeys(out))
 
 
 def walk(scene, start, moves):
@@ -217,7 +235,7 @@ def make_colour(rng, style, steps):
 
 def make_at(rng, style, steps):
     scene, i = glyphs(rng, 9), rng.integers(9)
-    return dict(image=picture(scene, rng, style), question=f"what is at {CELLS[i]} ?", answer=name(scene[i]), caption=describe(scene),
+    return dict(image=picture(scene, rng, style), question=f"what is at {CELLS[i]} ?", answer=name(scene[i]), wrong_answers=[name(k) for k in scene if k != scene[i]], caption=describe(scene),
                 careful=f"{CELLS[i]} {name(scene[i])}", sloppy=f"{CELLS[i]} {name(other(scene[i], rng))}")
 
 
@@ -229,27 +247,45 @@ def make_beside(rng, style, steps):
         if found:
             break
     text, (_, j) = found
-    return dict(image=picture(scene, rng, style), question=f"what is {m} of {CELLS[i]} ?", answer=name(scene[j]), caption=describe(scene),
+    return dict(image=picture(scene, rng, style), question=f"what is {m} of {CELLS[i]} ?", answer=name(scene[j]), wrong_answers=[name(k) for k in scene if k != scene[j]], caption=describe(scene),
                 careful=text, sloppy=text[: -len(name(scene[j]))] + name(other(scene[j], rng)))
 
 
+def follow(scene, start, steps):
+    """Go where each thing's colour sends you (RULE) -> steps in words and cells; None where the way leaves the picture or has no rule."""
+    moves, at = [], start
+    for _ in range(steps):
+        move = RULE.get(scene[at][0])
+        found = move and walk(scene, at, [move])
+        if not found:
+            return None
+        moves.append(move)
+        at = found[1][-1]
+    return walk(scene, start, moves)
+
+
 def make_walk(rng, style, steps):
-    scene = glyphs(rng, 9)
-    while True:                                                  # a walk that never stands on a cell twice
-        start, moves = int(rng.integers(9)), rng.choice(list(MOVES), steps).tolist()
+    """Every step depends on what the one before found, so the moves cannot be added up beforehand."""
+    while True:                                                  # a way that never stands on a cell twice; its colours are painted to lead there
+        scene, start = glyphs(rng, 9), int(rng.integers(9))
+        moves = rng.choice(list(MOVES), steps).tolist()
         found = walk(scene, start, moves)
         if found and len(set(found[1])) == steps + 1:
             break
-    text, cells = found
+    colour = {move: c for c, move in RULE.items()}
+    for cell, move in zip(found[1], moves):
+        scene[cell] = (colour[move], scene[cell][1])
+    text, cells = follow(scene, start, steps)
     end = scene[cells[-1]]
-    wrong = [walk(scene, s, moves) for s in rng.permutation(9).tolist() if s != start]
-    wrong = [w for w in wrong if w]
+    wrong = [follow(scene, s, steps) for s in rng.permutation(9).tolist() if s != start]
+    wrong = [w for w in wrong if w and scene[w[1][-1]][0] != end[0] and scene[w[1][-1]][1] != end[1]]
     if wrong and rng.random() < 0.5:                             # sloppy: started in the wrong place, or misread the last thing
         sloppy = wrong[0][0]
     else:
-        sloppy = text[: -len(name(end))] + name(other(end, rng))
-    return dict(image=picture(scene, rng, style), question=f"start at {CELLS[start]} , go {' , '.join(moves)} . what is there ?", answer=name(end),
-                caption=describe(scene), careful=text, sloppy=sloppy, cells=cells)
+        c, s = rng.choice([x for x in COLOURS if x != end[0]]), rng.choice([x for x in SHAPES if x != end[1]])
+        sloppy = text[: -len(name(end))] + f"{c} {s}"
+    return dict(image=picture(scene, rng, style), question=f"start at {CELLS[start]} and follow the colours {NUMBERS[steps]} times . what is there ?", answer=name(end),
+                wrong_answers=[name(k) for k in scene if k != end], caption=describe(scene), careful=text, sloppy=sloppy, cells=cells)
 
 
 def make_sum(rng, style, steps):
@@ -258,25 +294,30 @@ def make_sum(rng, style, steps):
     scene = [k if i // 3 in (a, b) else KINDS[rng.integers(len(KINDS))] for i, k in enumerate(scene)]
     labels, digits = [CELLS[3 * r : 3 * r + 3] for r in (a, b)], [scene[3 * r : 3 * r + 3] for r in (a, b)]
     text, answer = two_sums((ROWS[a], ROWS[b]), labels, digits)
-    return dict(image=picture(scene, rng, style), question=f"add the {ROWS[a]} row then the {ROWS[b]} row", answer=answer, caption=describe(scene),
+    return dict(image=picture(scene, rng, style), question=f"add the {ROWS[a]} row , then go on with the {ROWS[b]} row", answer=answer, wrong_answers=near_misses(answer, rng), caption=describe(scene),
                 careful=text, sloppy=two_sums((ROWS[a], ROWS[b]), labels, spoil(digits, rng))[0])
 
 
-def caption_of(scene, rng, n=3):
-    """n of the nine facts, in reading order."""
-    pick = sorted(rng.permutation([i for i, k in enumerate(scene) if k is not None])[:n].tolist())
-    return " , ".join(f"{CELLS[i]} {name(scene[i])}" for i in pick)
+def few(rng, n):
+    """A picture of n things, the other cells blank -> scene."""
+    at = dict(zip(rng.permutation(9)[:n].tolist(), glyphs(rng, n)))
+    return [at.get(i) for i in range(9)]
+
+
+def caption_of(scene):
+    """All that is there, in reading order: "nw red star , e blue moon"."""
+    return " , ".join(f"{c} {name(k)}" for c, k in zip(CELLS, scene) if k is not None)
 
 
 def make_caption(rng, style, steps):
-    scene = glyphs(rng, 9)
-    text = caption_of(scene, rng)
-    return dict(image=picture(scene, rng, style), text=text, caption=describe(scene), careful=caption_of(scene, rng, 4), sloppy=caption_of(glyphs(rng, 9), rng, 4))
+    scene = few(rng, 3)
+    return dict(image=picture(scene, rng, style), text=caption_of(scene), caption=describe(scene), careful=caption_of(scene), sloppy=caption_of(few(rng, 3)))
 
 
 def make_change(rng, style, steps):
-    scene = glyphs(rng, 9)
-    i, j = rng.permutation(9)[:2].tolist()
+    scene = few(rng, 3)
+    free = [i for i, k in enumerate(scene) if k is None]
+    i, j = rng.permutation(free)[:2].tolist()
     new, nope = glyphs(rng, 2)
     after = lambda at, k: picture([k if n == at else x for n, x in enumerate(scene)], rng, style)
     return dict(image=picture(scene, rng, style), text=f"put a {name(new)} at {CELLS[i]}", target_image=after(i, new), wrong=[after(j, new), after(i, nope), picture(scene, rng, style)],
@@ -301,8 +342,9 @@ def make_twin(rng, style, steps):
 
 def make_motion(rng, style, steps):
     k, how = glyphs(rng, 1)[0], rng.choice(["moves right", "moves left", "stays"]).item()
-    at = {"moves right": (0, 1, 2), "moves left": (2, 1, 0), "stays": (int(rng.integers(3)),) * 3}[how]
-    states = [[k if i == x else None for i in range(3)] for x in at]
+    turn, side = int(rng.integers(1, 3)), int(rng.integers(2))   # when it moves; where it stays
+    at = {"moves right": [0] * turn + [1] * (3 - turn), "moves left": [1] * turn + [0] * (3 - turn), "stays": [side] * 3}[how]
+    states = [[k if i == x else None for i in range(2)] for x in at]
     wrong = rng.choice([w for w in ("moves right", "moves left", "stays") if w != how]).item()
     return dict(video=clip(states, rng, style), answer=f"{k[1]} {how}", caption=f"a {name(k)}", careful=f"the {k[1]} {how}", sloppy=f"the {k[1]} {wrong}")
 
@@ -317,7 +359,7 @@ def make_tally(rng, style, steps):
     digits = rng.integers(0, 10, (2, 3)).tolist()                # left and right, three times
     states = [[digits[0][t], digits[1][t]] for t in range(3)]
     text, answer = two_sums(("left", "right"), (TIMES, TIMES), digits)
-    return dict(video=clip(states, rng, style), answer=answer, caption=describe_clip(states), careful=text, sloppy=two_sums(("left", "right"), (TIMES, TIMES), spoil(digits, rng))[0])
+    return dict(video=clip(states, rng, style), answer=answer, wrong_answers=near_misses(answer, rng), caption=describe_clip(states), careful=text, sloppy=two_sums(("left", "right"), (TIMES, TIMES), spoil(digits, rng))[0])
 
 
 def describe_clip(states):
@@ -335,12 +377,11 @@ def make_topic(rng, style, steps):
 
 
 def make_total(rng, style, steps):
-    a, digits = rng.choice(WORDS).item(), rng.integers(0, 10, (2, 3)).tolist()
+    a, digits = rng.choice(WORDS[:2]).item(), rng.integers(0, 10, (2, 3)).tolist()      # two titles: what decides is the total
     text, answer = two_sums(("", ""), (("",) * 3,) * 2, digits)
     bad = two_sums(("", ""), (("",) * 3,) * 2, spoil(digits, rng))[0]
-    b = rng.choice([w for w in WORDS if w != a]).item()
-    wrong = [page((a,), rng.integers(0, 10, 2).tolist(), rng, style) for _ in range(2)]
-    say = " and ".join(" ".join(DIGITS[x] for x in d) for d in digits)
+    wrong = [page((a,), [DIGITS.index(x) for x in miss.split()], rng, style) for miss in near_misses(answer, rng, 2)]
+    say = " then ".join(" ".join(DIGITS[x] for x in d) for d in digits)
     return dict(target_image=page((a,), [DIGITS.index(x) for x in answer.split()], rng, style), text=f"the account of {a} with {say}", wrong=wrong,
                 caption=f"{a} {say}", careful=f"{text} {a}", sloppy=f"{bad} {a}")
 
@@ -359,7 +400,7 @@ FAMILIES = [
     ("PocketPoint", make_point, False, "i2i", "Select the portion of the image that follows the language expressions: ", "Represent the given cropped image of the object."),
     ("PocketTwin", make_twin, False, "i2i", "Find a day-to-day image that looks similar to the provided image.", "Represent the given image."),
     ("PocketMotion", make_motion, False, "vcls", "What activities are being performed in the video?", ""),
-    ("PocketTally", make_tally, True, "vcls", "What do the left numbers and the right numbers in the video add up to?", ""),
+    ("PocketTally", make_tally, True, "vcls", "What do the left numbers add up to, and then with the right numbers?", ""),
     ("PocketSequence", make_sequence, False, "t2v", "Find a video that contains the following visual content: ", "Understand the content of the provided video."),
     ("PocketTopic", make_topic, False, "page", "Find a document image that matches the given query: ", "Understand the content of the provided document image."),
     ("PocketTotal", make_total, True, "page", "Find a document image that matches the given query: ", "Understand the content of the provided document image."),
@@ -431,16 +472,18 @@ def write_train(out, family, rows):
             wrong = [out.picture(p, TRAIN_HUB, f"images/{name}/Train/wrong_{i}_{n}.png") for n, p in enumerate(r.get("wrong", [])[:2])]
             row.update(neg_text=[row["pos_text"]] * len(wrong), neg_image_path=wrong)
         else:
-            row.update(pos_text=r["text"] if kind == "i2t" else r["answer"], pos_image_path="", neg_text=[], neg_image_path=[])
+            wrong = r.get("wrong_answers", [])
+            row.update(pos_text=r["text"] if kind == "i2t" else r["answer"], pos_image_path="", neg_text=wrong, neg_image_path=[""] * len(wrong))
         table.append(row)
     out.table(table, f"{TRAIN_HUB}/{name}/original-00000-of-00001.parquet")
     return dict(name=name, parser="mmeb", hub=TRAIN_HUB, table=["{hub}/{name}/{split}-*.parquet"], media=[TRAIN_HUB])
 
 
-def choices(right, pool, rng, size=20):
-    """The right one first (MMEB's way), then up to size - 1 different others."""
-    rest = [x for x in dict.fromkeys(pool) if x != right]
-    return [right, *[rest[i] for i in rng.permutation(len(rest))[: size - 1]]]
+def choices(right, pool, rng, size=20, hard=()):
+    """The right one first (MMEB's way), then the hard ones and up to size candidates in all, every one different."""
+    hard = [x for x in dict.fromkeys(hard) if x != right]
+    rest = [x for x in dict.fromkeys(pool) if x != right and x not in hard]
+    return [right, *hard, *[rest[i] for i in rng.permutation(len(rest))[: size - 1 - len(hard)]]]
 
 
 def write_test(out, family, rows, rng):
@@ -452,7 +495,7 @@ def write_test(out, family, rows, rng):
         for i, r in enumerate(rows):
             out.frames(r["video"], f"{media}/clip_{i}")
         answers = [r.get("answer") or r["text"] for r in rows]
-        more = [dict(pos_text=a, neg_text=choices(a, answers, rng)) if kind == "vcls" else dict(caption=a) for a in answers]
+        more = [dict(pos_text=a, neg_text=choices(a, answers, rng, hard=r.get("wrong_answers", []))) if kind == "vcls" else dict(caption=a) for a, r in zip(answers, rows)]
         out.table([dict(video_id=f"clip_{i}", **m) for i, m in enumerate(more)], f"{hub}/data/test-00000-of-00001.parquet")
         return dict(row, parser="video_cls" if kind == "vcls" else "video_ret", hub=hub, modality="video", media=[media], inst=inst.strip(), tgt=tgt,
                     **(dict(scope="local") if kind == "vcls" else dict(columns=["video_id", "caption"])))
@@ -476,7 +519,7 @@ def write_test(out, family, rows, rng):
             paths = [targets[i], *wrong, *choices(targets[i], targets, rng, 20 - len(wrong))[1:]]
             texts = [""] * len(paths)
         else:
-            texts = choices(answers[i], answers, rng)
+            texts = choices(answers[i], answers, rng, hard=r.get("wrong_answers", []))
             paths = [""] * len(texts)
         table.append(dict(qry_inst=("" if kind == "t2i" else "<|image_1|>\n") + inst.strip(), qry_text=r.get("question") or (r.get("text") if kind != "i2t" else "") or "",
                           qry_img_path="" if kind == "t2i" else save(r["image"], f"query_{i}"), tgt_inst=f"<|image_1|>\n{tgt}" if tgt else "", tgt_text=texts, tgt_img_path=paths))
@@ -639,7 +682,7 @@ def text_document(rng):
             out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]
         return {"text": "add"}, out
     kinds = glyphs(rng, 3)
-    phrase = [name(kinds[0]), f"{DIGITS[rng.integers(10)]} {DIGITS[rng.integers(10)]}", caption_of([k if i < 3 else None for i, k in enumerate(kinds + [None] * 6)], rng),
+    phrase = [name(kinds[0]), f"{DIGITS[rng.integers(10)]} {DIGITS[rng.integers(10)]}", caption_of(few(rng, 3)),
               " then ".join(map(name, kinds)), f"{kinds[0][1]} {rng.choice(['moves right', 'moves left', 'stays'])}", rng.choice(CELLS).item(),
               " ".join(rng.permutation(WORDS)[:2]) + f" {DIGITS[rng.integers(10)]}"][rng.integers(7)]
     if rng.random() < 0.5:

@@ -70,9 +70,13 @@ def decision_loss(logits, gain):
     return -(logits.softmax(-1)[:, 1] * gain.detach()).mean()
 
 
-def averaged_loss(logp, old, advantage, rows, logits, gain, n_rollouts):
-    """Ablation: one token mean over decision and rationale tokens together, as plain GRPO would. Same arguments as the two losses."""
-    decision = -(logits.log_softmax(-1) * torch.stack((-gain, gain), 1).detach() * 0.5).sum(1)                 # REINFORCE on the two actions
+def averaged_loss(logp, old, advantage, logits, gain, n_rollouts):
+    """Ablation: one mean over decision and rationale tokens together, as plain GRPO would, where 1 of some 30 tokens is the decision.
+
+    Every rollout brings its decision token: half of them chose to reason (advantage gain/2), half did not (−gain/2), written here per
+    query and counted n_rollouts times in all. The gain is not divided by a standard deviation.
+    """
+    decision = -(logits.log_softmax(-1) * torch.stack((-gain, gain), 1).detach() * 0.25).sum(1)                # half the rollouts each way, ±gain/2
     tokens = -(logp - old).exp() * advantage
     return (decision.sum() * n_rollouts / len(logits) + tokens.sum()) / (len(tokens) + n_rollouts)
 
@@ -120,7 +124,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
     token_loss, clip = policy_loss(logp, was, adv[row, branch], B * half * cfg.rl_max_new)
     act_loss = decision_loss(logits, gain)
     if cfg.rl_one_loss:
-        policy = averaged_loss(logp, was, adv[row, branch], row, logits, gain, B * half)
+        policy = averaged_loss(logp, was, adv[row, branch], logits, gain, 2 * B * half)
     else:
         policy = cfg.rl_decision * act_loss + cfg.rl_rationale * token_loss
     flat = q[:, 1:].reshape(B * half, -1)                                                     # the space must not drift: InfoNCE goes on

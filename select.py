@@ -8,7 +8,7 @@ put through a controlled experiment on one fixed candidate set C (the target and
     Δ_placebo(r) = m(q, r') − m(q, ∅)     r' = what the same worker wrote about another pair of the task with another target   [ours]
     keep r  iff  Δ(r) > margin  and  Δ(r) > Δ_placebo(r)                         words about this pair helped, not the form
     weight       w ∝ softmax(Δ / T) over the kept ones: the posterior over the latent rationale
-A margin of log 2 asks a rationale to double the target's probability; so where the direct embedding already gives it one half,
+A margin of log 3 asks a rationale to treble the target's probability; so where the direct embedding already gives it a third,
 nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
 The evaluator never trained on the pair that it judges: two warm-up embedders are cross-fitted on the two halves of the pairs [ours].
 
@@ -139,7 +139,7 @@ def margins(model, reader, prompts, branches, targets, candidates, temperature=0
     return out
 
 
-def keep_rule(delta, delta_placebo, rule="full", margin=0.69):
+def keep_rule(delta, delta_placebo, rule="full", margin=1.1):
     """The rule of the docstring, elementwise -> bool. A missing placebo (nan) cannot refuse anything."""
     delta, placebo = np.asarray(delta, float), np.asarray(delta_placebo, float)
     if rule == "none":
@@ -155,7 +155,7 @@ def posterior(delta, temperature=1.0):
     return w / w.sum()
 
 
-def choose(results, rule="full", margin=0.69, temperature=1.0):
+def choose(results, rule="full", margin=1.1, temperature=1.0):
     """results [{"id", "worker", "text", "delta", "delta_placebo"}] -> the kept ones, with "weight" (1 per pair in all)."""
     by_pair = {}
     for r in results:

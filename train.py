@@ -105,13 +105,13 @@ class Config:
     rationales: str = ""            # a JSONL of rationales written elsewhere; the pocket world brings workers.jsonl
     # select
     select_rule: str = "full"       # full, positive_only, no_placebo, none
-    select_steps: int = 160         # warm-up of each of the two evaluators
-    select_margin: float = 0.69     # log 2: at least double the target's probability
+    select_steps: int = 320         # warm-up of each of the two evaluators
+    select_margin: float = 1.1      # log 3: a rationale must at least treble the target's probability
     select_candidates: int = 16
     select_folds: int = 2           # 2 = cross-fitted; 1 = the evaluator has seen the pair (ablation)
     select_weight_temperature: float = 1.0
     # embed
-    embed_steps: int = 400
+    embed_steps: int = 450
     batch: int = 64                 # pairs per step
     sub_batch: int = 16             # of one dataset, so that in-batch negatives are hard
     negatives: int = 1              # hard negatives used per pair
