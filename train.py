@@ -106,6 +106,7 @@ class Config:
     # select
     select_rule: str = "full"       # full, positive_only, no_placebo, none
     select_steps: int = 320         # warm-up of each of the two evaluators
+    select_lr: float = 1.0          # times the learning rates above
     select_margin: float = 1.1      # log 3: a rationale must at least treble the target's probability
     select_candidates: int = 16
     select_folds: int = 2           # 2 = cross-fitted; 1 = the evaluator has seen the pair (ablation)
@@ -707,7 +708,7 @@ def warm_up(run, e, pairs, branch, train_on, name):
         return contrastive_step(e.model, e.reader, batch, [o[rng.integers(len(o))] if o else None for o in options], [-1] * len(batch), cfg)
 
     steps = run.steps(c.select_steps)
-    train_loop(run, name, e.model, Optimizer(e.model, c, steps), steps, one_step, sampler)
+    train_loop(run, name, e.model, Optimizer(e.model, c, steps, c.select_lr), steps, one_step, sampler)
 
 
 def judge(run, e, judged, texts, branch, fold, audits):
