@@ -37,8 +37,8 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
-from data import BadData
 import data
+from data import BadData
 import embed
 from embed import Embedder, Reader, collate
 import eval as evaluation

@@ -105,14 +105,15 @@ class Config:
     rationales: str = ""            # a JSONL of rationales written elsewhere; the pocket world brings workers.jsonl
     # select
     select_rule: str = "full"       # full, positive_only, no_placebo, none
-    select_steps: int = 320         # warm-up of each of the two evaluators
-    select_lr: float = 1.0          # times the learning rates above
+    select_steps: int = 160         # warm-up of each of the two evaluators
+    select_lr: float = 0.3          # times the learning rates above: at 1.0 the evaluators learn their own pairs by heart and judge worse
     select_margin: float = 1.1      # log 3: a rationale must at least treble the target's probability
     select_candidates: int = 16
     select_folds: int = 2           # 2 = cross-fitted; 1 = the evaluator has seen the pair (ablation)
     select_weight_temperature: float = 1.0
     # embed
     embed_steps: int = 450
+    embed_lr: float = 0.5           # times the learning rates above
     batch: int = 64                 # pairs per step
     sub_batch: int = 16             # of one dataset, so that in-batch negatives are hard
     negatives: int = 1              # hard negatives used per pair
@@ -774,7 +775,7 @@ def embed_stage(run, out):
         return contrastive_step(e.model, e.reader, batch, branches, labels, c)
 
     steps = run.steps(c.embed_steps)
-    train_loop(run, "embed", e.model, Optimizer(e.model, c, steps), steps, one_step, sampler)
+    train_loop(run, "embed", e.model, Optimizer(e.model, c, steps, c.embed_lr), steps, one_step, sampler)
     e.save(out, base=c.model or None, card="Joint training of the direct and the reasoned path on selected rationales (stage embed).")
 
 
