@@ -6,9 +6,9 @@ query-target pairs cover MMEB-V2's kinds: classification, visual questions, capt
 grounding, near-duplicates, videos and pages. Twelve are solvable at one look. Four need steps, because their answer is a function
 of several look-ups that a few layers cannot chain in one pass:
     Walk   "start at nw and follow the colours three times"         each thing's colour says where next (image)
-    Sum    "add the top row , then go on with the bottom row"       running sums modulo ten             (image)
-    Tally  add the left digits, then go on with the right ones      the same over a clip's time         (video)
-    Total  "sun with three five nine then two two six" -> the page titled so         arithmetic in the query alone       (page)
+    Sum    "add four from ne on"                                    a running sum modulo ten            (image)
+    Tally  add all digits of a clip                                 the same over time                  (video)
+    Total  "the account of sun with rent three , food five ..."     the same, from words alone          (page)
 
 Scripted workers of known quality write rationales: careful (right steps), captioner (true words about the picture, no steps), sloppy
 (right form, one wrong fact, hence a wrong end) and parrot (form only). The truth that selection is marked against: a careful
@@ -48,6 +48,7 @@ NUMBERS = ("zero one two three four five six seven eight nine "
            "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen").split()   # words: one token each
 DIGITS = NUMBERS[:10]
 WORDS = ("sun", "map", "tea", "fox", "ink", "oak", "gem", "jar", "bee", "hat", "cup", "key")
+ITEMS = ("rent", "food", "heat", "tax", "fare", "wage")          # of an account, in this order
 PARROT = ("let me think step by step . first look , then go on , so the answer is clear",
           "step by step : start , go , look , add , so the answer is found",
           "first look at the picture . then think . then the answer is clear",
@@ -118,13 +119,16 @@ def clip(states, rng, style="plain"):
     return [f for s in states for f in [draw([s], rng, style)] * 2]
 
 
-def page(title, marks, rng, style="plain"):
-    """A 3x4-tile page: title words on top, two rows of text lines, marks (digits or None) at the bottom."""
-    words = [*title, None, None][:3]
-    out = draw([words, [None] * 3, [None] * 3, [*marks, None, None, None][:3]], rng, style).copy()
+def page_grid(title, marks):
+    """A page is 3x4 tiles: title words on top, marks (digits) at the bottom, text between them (`print_lines`)."""
+    return [[*title, None, None][:3], [None] * 3, [None] * 3, [*marks, None, None, None][:3]]
+
+
+def print_lines(page, rng):
+    """Lines of unreadable text, ragged on the right, on the two empty rows of a page -> a new page."""
+    out = page.copy()
     for y in range(TILE + 6, 3 * TILE, 8):
-        x = int(rng.integers(50, 90))
-        out[y : y + 3, 6:x] = 120                                # lines of unreadable text, ragged on the right
+        out[y : y + 3, 6 : int(rng.integers(50, 90))] = 120
     return out
 
 
@@ -148,45 +152,29 @@ def makes(total):
 
 
 def running_sum(labels, digits, total=None):
-    """"nw three n five makes eight ne nine makes seventeen keep seven": the steps of a sum modulo ten -> text and result."""
+    """"nw three . n five makes eight . ne nine makes seventeen keep seven": the steps of a sum modulo ten -> text and result."""
     out = []
     for label, x in zip(labels, digits):
-        if total is None:                                        # the first of all is only read
-            total = x
-            out.append(f"{label} {DIGITS[x]}".strip())
-            continue
-        out.append(f"{label} {DIGITS[x]} {makes(total + x)}".strip())
-        total = (total + x) % 10
-    return " ".join(out), total
+        step = f"{label} {DIGITS[x]}".strip()
+        if total is not None:                                    # the first of all is only read
+            step += f" {makes(total + x)}"
+        out.append(step)
+        total = x if total is None else (total + x) % 10
+    return " . ".join(out), total
 
 
-def two_sums(head, labels, digits):
-    """head, labels and digits are pairs -> "… . … . seven four" and the answer "seven four": the total after the first list and, going on,
-    after the second."""
-    first = running_sum(labels[0], digits[0])
-    parts = [first, running_sum(labels[1], digits[1], first[1])]
-    text = " . ".join(f"{h} {p[0]}".strip() for h, p in zip(head, parts))
-    answer = f"{DIGITS[parts[0][1]]} {DIGITS[parts[1][1]]}"
-    return f"{text} . {answer}", answer
+def add_up(labels, digits):
+    """The running sum with a head and the result at the end -> text and answer."""
+    text, total = running_sum(labels, digits)
+    return f"add {text} . {DIGITS[total]}", DIGITS[total]
 
 
 def spoil(digits, rng):
-    """The same two lists with one digit of the first misread: both totals end wrong."""
-    out = [list(d) for d in digits]
-    j = rng.integers(len(digits[0]))
-    out[0][j] = int((out[0][j] + rng.integers(1, 10)) % 10)
+    """The same digits with one of them misread: the sum ends wrong."""
+    out = list(digits)
+    j = rng.integers(len(out))
+    out[j] = int((out[j] + rng.integers(1, 10)) % 10)
     return out
-
-
-def near_misses(answer, rng, n=4):
-    """Answers of two digits that share one with the right one."""
-    a = [DIGITS.index(x) for x in answer.split()]
-    out = []
-    for i in range(n):
-        b = list(a)
-        b[i % 2] = int((b[i % 2] + rng.integers(1, 10)) % 10)
-        out.append(f"{DIGITS[b[0]]} {DIGITS[b[1]]}")
-    return list(dict.fromkeys(out))
 
 
 def walk(scene, start, moves):
@@ -289,13 +277,14 @@ def make_walk(rng, style, steps):
 
 
 def make_sum(rng, style, steps):
-    scene = [int(x) for x in rng.integers(0, 10, 9)]
-    a, b = rng.permutation(3)[:2].tolist()
-    scene = [k if i // 3 in (a, b) else KINDS[rng.integers(len(KINDS))] for i, k in enumerate(scene)]
-    labels, digits = [CELLS[3 * r : 3 * r + 3] for r in (a, b)], [scene[3 * r : 3 * r + 3] for r in (a, b)]
-    text, answer = two_sums((ROWS[a], ROWS[b]), labels, digits)
-    return dict(image=picture(scene, rng, style), question=f"add the {ROWS[a]} row , then go on with the {ROWS[b]} row", answer=answer, wrong_answers=near_misses(answer, rng), caption=describe(scene),
-                careful=text, sloppy=two_sums((ROWS[a], ROWS[b]), labels, spoil(digits, rng))[0])
+    """One digit more than steps, in reading order from some cell on (after se comes nw)."""
+    start, n = int(rng.integers(9)), steps + 1
+    cells = [(start + i) % 9 for i in range(n)]
+    scene = [int(rng.integers(10)) if i in cells else KINDS[rng.integers(len(KINDS))] for i in range(9)]
+    labels, digits = [CELLS[i] for i in cells], [scene[i] for i in cells]
+    text, answer = add_up(labels, digits)
+    return dict(image=picture(scene, rng, style), question=f"add {NUMBERS[n]} from {CELLS[start]} on", answer=answer, wrong_answers=[d for d in DIGITS if d != answer],
+                caption=describe(scene), careful=text, sloppy=add_up(labels, spoil(digits, rng))[0])
 
 
 def few(rng, n):
@@ -356,10 +345,13 @@ def make_sequence(rng, style, steps):
 
 
 def make_tally(rng, style, steps):
-    digits = rng.integers(0, 10, (2, 3)).tolist()                # left and right, three times
-    states = [[digits[0][t], digits[1][t]] for t in range(3)]
-    text, answer = two_sums(("left", "right"), (TIMES, TIMES), digits)
-    return dict(video=clip(states, rng, style), answer=answer, wrong_answers=near_misses(answer, rng), caption=describe_clip(states), careful=text, sloppy=two_sums(("left", "right"), (TIMES, TIMES), spoil(digits, rng))[0])
+    """One digit more than steps, two at a time."""
+    digits = rng.integers(0, 10, steps + 1).tolist()
+    states = [[*digits[i : i + 2], None][:2] for i in range(0, len(digits), 2)]
+    labels = [f"{t} {side}" for t in TIMES for side in ("left", "right")]
+    text, answer = add_up(labels, digits)
+    return dict(video=clip(states, rng, style), answer=answer, wrong_answers=[d for d in DIGITS if d != answer], caption=describe_clip(states), careful=text,
+                sloppy=add_up(labels, spoil(digits, rng))[0])
 
 
 def describe_clip(states):
@@ -372,18 +364,28 @@ def make_topic(rng, style, steps):
     a, b = rng.permutation(WORDS)[:2].tolist()
     d = rng.integers(0, 10, 2).tolist()
     say = f"{DIGITS[d[0]]} {DIGITS[d[1]]}"
-    return dict(target_image=page((a, b), d, rng, style), text=f"the page {say} about {a} and {b}", caption=f"{a} {b}", careful=f"{a} {b} {say}",
+    return dict(page=((a, b), tuple(d)), text=f"the page {say} about {a} and {b}", caption=f"{a} {b}", careful=f"{a} {b} {say}",
                 sloppy=f"{a} {rng.choice([w for w in WORDS if w not in (a, b)])} {say}")
 
 
 def make_total(rng, style, steps):
-    a, digits = rng.choice(WORDS[:2]).item(), rng.integers(0, 10, (2, 3)).tolist()      # two titles: what decides is the total
-    text, answer = two_sums(("", ""), (("",) * 3,) * 2, digits)
-    bad = two_sums(("", ""), (("",) * 3,) * 2, spoil(digits, rng))[0]
-    wrong = [page((a,), [DIGITS.index(x) for x in miss.split()], rng, style) for miss in near_misses(answer, rng, 2)]
-    say = " then ".join(" ".join(DIGITS[x] for x in d) for d in digits)
-    return dict(target_image=page((a,), [DIGITS.index(x) for x in answer.split()], rng, style), text=f"the account of {a} with {say}", wrong=wrong,
-                caption=f"{a} {say}", careful=f"{text} {a}", sloppy=f"{bad} {a}")
+    """One digit more than steps, each with its label: the page bears the sum of the first half and, going on, of all."""
+    title, digits = rng.choice(WORDS[:2]).item(), rng.integers(0, 10, steps + 1).tolist()        # two titles: what decides is the sums
+    half, labels = len(digits) // 2, ITEMS[: steps + 1]
+
+    def work(digits):
+        sums = running_sum(labels[:half], digits[:half])[1], running_sum(labels, digits)[1]
+        return f"add {running_sum(labels, digits)[0]} . {title} {DIGITS[sums[0]]} {DIGITS[sums[1]]}", sums
+
+    text, sums = work(digits)
+    near = [(sums[0], int((sums[1] + rng.integers(1, 10)) % 10)), (int((sums[0] + rng.integers(1, 10)) % 10), sums[1])]
+    say = account(labels, digits)
+    return dict(page=((title,), sums), wrong_pages=[((title,), x) for x in near], text=f"the account of {title} with {say}", caption=f"{title} {say}", careful=text,
+                sloppy=work([*spoil(digits[:half], rng), *digits[half:]])[0])                    # a slip at first: both sums end wrong
+
+
+def account(labels, digits):
+    return " , ".join(f"{label} {DIGITS[x]}" for label, x in zip(labels, digits))
 
 
 # name, maker, needs steps, kind of pair, query instruction, target instruction. Kinds: see LAYOUT below
@@ -400,7 +402,7 @@ FAMILIES = [
     ("PocketPoint", make_point, False, "i2i", "Select the portion of the image that follows the language expressions: ", "Represent the given cropped image of the object."),
     ("PocketTwin", make_twin, False, "i2i", "Find a day-to-day image that looks similar to the provided image.", "Represent the given image."),
     ("PocketMotion", make_motion, False, "vcls", "What activities are being performed in the video?", ""),
-    ("PocketTally", make_tally, True, "vcls", "What do the left numbers add up to, and then with the right numbers?", ""),
+    ("PocketTally", make_tally, True, "vcls", "What do all the numbers add up to?", ""),
     ("PocketSequence", make_sequence, False, "t2v", "Find a video that contains the following visual content: ", "Understand the content of the provided video."),
     ("PocketTopic", make_topic, False, "page", "Find a document image that matches the given query: ", "Understand the content of the provided document image."),
     ("PocketTotal", make_total, True, "page", "Find a document image that matches the given query: ", "Understand the content of the provided document image."),
@@ -448,7 +450,7 @@ def png(pixels):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def write_train(out, family, rows):
+def write_train(out, family, rows, rng, style):
     """One family's training pairs -> its row of datasets.json."""
     name, _, _, kind, inst, tgt = family
     if kind == "vcls" or kind == "t2v":
@@ -458,8 +460,8 @@ def write_train(out, family, rows):
         out.table([{"id": f"{name}_{i}", "video": f"{name}_{i}", "conversations": turn(r)} for i, r in enumerate(rows)], f"{CLIP_HUB}/{name}.jsonl")
         return dict(name=name, parser="video_caption" if kind == "vcls" else "video_retrieval", hub=CLIP_HUB, table=["{hub}/{name}.jsonl"], media=[f"{CLIP_HUB}/train_300k"])
     if kind == "page":
-        hub = f"pocket/{name}-train"
-        out.table([{"query": f"{inst}{r['text']}", "image": png(r["target_image"]), "source": "pocket"} for r in rows], f"{hub}/data/train-00000-of-00001.parquet")
+        hub, show = f"pocket/{name}-train", lambda p: print_lines(draw(page_grid(*p), rng, style), rng)
+        out.table([{"query": f"{inst}{r['text']}", "image": png(show(r["page"])), "source": "pocket"} for r in rows], f"{hub}/data/train-00000-of-00001.parquet")
         return dict(name=name, parser="page", hub=hub, table=["{hub}/data/train-*.parquet"])
     table = []
     for i, r in enumerate(rows):
@@ -469,7 +471,7 @@ def write_train(out, family, rows):
         if kind in ("t2i", "i2i"):
             pixels = r["image"] if kind == "t2i" else r["target_image"]
             row.update(pos_text=f"<|image_1|>\n{tgt}\n", pos_image_path=out.picture(pixels, TRAIN_HUB, f"images/{name}/Train/target_{i}.png"))
-            wrong = [out.picture(p, TRAIN_HUB, f"images/{name}/Train/wrong_{i}_{n}.png") for n, p in enumerate(r.get("wrong", [])[:2])]
+            wrong = [out.picture(p, TRAIN_HUB, f"images/{name}/Train/wrong_{i}_{n}.png") for n, p in enumerate(r.get("wrong", [])[:3])]
             row.update(neg_text=[row["pos_text"]] * len(wrong), neg_image_path=wrong)
         else:
             wrong = r.get("wrong_answers", [])
@@ -486,7 +488,7 @@ def choices(right, pool, rng, size=20, hard=()):
     return [right, *hard, *[rest[i] for i in rng.permutation(len(rest))[: size - 1 - len(hard)]]]
 
 
-def write_test(out, family, rows, rng):
+def write_test(out, family, rows, rng, style):
     """One family's test queries and candidates -> its row of datasets.json."""
     name, _, steps, kind, inst, tgt = family
     row = dict(name=name, queries=len(rows), family="steps" if steps else "one look", ood=False)
@@ -501,11 +503,10 @@ def write_test(out, family, rows, rng):
                     **(dict(scope="local") if kind == "vcls" else dict(columns=["video_id", "caption"])))
     if kind == "page":
         hub = f"pocket/{name}-test"
-        pages = [p for r in rows for p in [r["target_image"], *r.get("wrong", [])]]
-        at = np.cumsum([0] + [1 + len(r.get("wrong", [])) for r in rows])
+        pages = {p: i for i, p in enumerate(dict.fromkeys(p for r in rows for p in [r["page"], *r.get("wrong_pages", [])]))}    # every page once
         for part, table in (("queries", [{"query-id": i, "query": r["text"]} for i, r in enumerate(rows)]),
-                            ("corpus", [{"corpus-id": i, "image": png(p)} for i, p in enumerate(pages)]),
-                            ("qrels", [{"query-id": i, "corpus-id": int(at[i]), "score": 1} for i in range(len(rows))])):
+                            ("corpus", [{"corpus-id": i, "image": png(print_lines(draw(page_grid(*p), rng, style), rng))} for p, i in pages.items()]),
+                            ("qrels", [{"query-id": i, "corpus-id": pages[r["page"]], "score": 1} for i, r in enumerate(rows)])):
             out.table(table, f"{hub}/{part}/test-00000-of-00001.parquet")
         return dict(row, parser="beir", hub=hub, modality="visdoc", inst=inst.strip(), tgt=tgt)
     folder = f"{V2}/image-tasks"
@@ -544,8 +545,8 @@ def write_world(root, seed=0, train=300, test=100, style="plain", steps=3, names
             if key not in seen:
                 seen.add(key)
                 rows.append(row)
-        listing["train"].append(write_train(out, family, rows[:train]))
-        listing["eval"].append(write_test(out, family, rows[train:], rng))
+        listing["train"].append(write_train(out, family, rows[:train], rng, style))
+        listing["eval"].append(write_test(out, family, rows[train:], rng, style))
         for i, r in enumerate(rows[:train]):
             for worker, text in dict(careful=r["careful"], captioner=r["caption"], sloppy=r["sloppy"], parrot=rng.choice(PARROT).item()).items():
                 workers.append(dict(id=f"{name}/{i}", side="query", worker=worker, text=text or "nothing"))
@@ -597,7 +598,7 @@ def pocket_tokenizer(texts):
 def vocabulary_texts(seed=0):
     """Every sentence form of the world, so that the tokenizer meets every word: pairs of each family, and pretraining documents."""
     rng = np.random.default_rng([seed, 7])
-    out = [t for f in FAMILIES for t in f[4:6]] + list(PARROT) + [s + w for w in (*CELLS, *MOVES, *ROWS, *TIMES, *NUMBERS, *WORDS, *COLOURS, *SHAPES) for s in ("", " ")]
+    out = [t for f in FAMILIES for t in f[4:6]] + list(PARROT) + [s + w for w in (*CELLS, *MOVES, *ROWS, *TIMES, *NUMBERS, *WORDS, *ITEMS, *COLOURS, *SHAPES) for s in ("", " ")]
     for _, make, *_ in FAMILIES:
         for _ in range(8):
             row = make(rng, "plain", 3)
@@ -629,34 +630,37 @@ def base_document(bank, rng, look=0.35):
     """One document about something seen: (item, [(text, learn)]); the model is trained on the texts with learn=True, the others only ask.
 
     Pictures are described, or asked about: the user's question is answered at once, or after a <think> block of look-ups, as a thinking
-    model would. Clips, pages and crops likewise. item["answer"]: what <|endoftext|> is to sum up. look: the share of pictures that are described rather than asked about.
+    model would; or a change is asked for, and the picture described as it then would be. Clips, pages and crops likewise. item["answer"]: what <|endoftext|> is to sum up. look: the share of pictures that are described rather than asked about.
     """
     u = rng.random()
-    if u < 0.68:
+    if u < 0.06:
+        scene, i, new = few(rng, 3), int(rng.integers(9)), glyphs(rng, 1)[0]
+        item = {"image": bank.draw([scene[0:3], scene[3:6], scene[6:9]], rng), "text": f"put a {name(new)} at {CELLS[i]}"}
+        return said(item, describe([new if n == i else k for n, k in enumerate(scene)]))
+    if u < 0.60:
         kinds = glyphs(rng, 9) if rng.random() < 0.6 else [KINDS[rng.integers(len(KINDS))] if v < 0.4 else int(rng.integers(10)) if v < 0.8 else None for v in rng.random(9)]
         asked = rng.random() > look
         if asked and rng.random() < 0.6:                         # few things are easier to find than nine: the road to finding one of nine
-            few = rng.permutation(9)[: rng.integers(1, 6)]
-            kinds = [k if i in few else None for i, k in enumerate(kinds)]
+            shown = rng.permutation(9)[: rng.integers(1, 6)]
+            kinds = [k if i in shown else None for i, k in enumerate(kinds)]
         item = {"image": bank.draw([kinds[0:3], kinds[3:6], kinds[6:9]], rng)}
         found = facts(kinds, rng) if asked else []
         if found:
             return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
         return said(item, describe(kinds) or "blank")
-    if u < 0.82:
+    if u < 0.78:
         two = rng.random() < 0.7
-        states = [[int(rng.integers(10)) if v < 0.7 else KINDS[rng.integers(len(KINDS))] for v in rng.random(1 + two)] for _ in range(3)]
+        states = [[int(rng.integers(10)) if v < 0.6 else KINDS[rng.integers(len(KINDS))] if v < 0.85 else None for v in rng.random(1 + two)] for _ in range(int(rng.integers(2, 4)))]
         item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
-        if rng.random() < 0.5:
+        ask = rng.permutation([(t, side) for t, row in enumerate(states) for side, k in enumerate(row) if k is not None]).tolist()
+        if rng.random() < 0.5 or not ask:
             return said(item, describe_clip(states))
-        ask = rng.permutation([(t, side) for t in range(3) for side in range(1 + two)]).tolist()
         say = lambda t, side: f"{('left', 'right')[side]} {TIMES[t]}" if two else TIMES[t]
         found = [(f"what is {say(t, side)} ?", say(t, side), name(states[t][side]), name(states[t][side])) for t, side in ask]
         return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
-    if u < 0.93:
+    if u < 0.95:
         words, marks = rng.permutation(WORDS)[: 1 + int(rng.random() < 0.5)].tolist(), rng.integers(0, 10, 2).tolist()
-        grid = [[*words, None, None][:3], [None] * 3, [None] * 3, [*marks, None]]
-        return said({"image": bank.draw(grid, rng)}, " ".join([*words, *(DIGITS[m] for m in marks)]))
+        return said({"image": print_lines(bank.draw(page_grid(words, marks), rng), rng)}, " ".join([*words, *(DIGITS[m] for m in marks)]))
     k = bank.kinds[rng.integers(60)]
     return said({"image": bank.draw([[k]], rng)}, name(k))
 
@@ -675,19 +679,26 @@ def answered(found, rng):
 
 
 def text_document(rng):
-    """One document without a picture: the addition table modulo ten, by itself, or a phrase to be repeated."""
-    if rng.random() < 0.25:
+    """One document without a picture: the addition table modulo ten, an account to look things up in, or a phrase to be repeated."""
+    u = rng.random()
+    if u < 0.2:
+        digits = rng.integers(0, 10, rng.integers(2, 7)).tolist()
+        ask = rng.integers(0, len(digits), 6).tolist()
+        return {"text": account(ITEMS, digits)}, [part for i in ask for part in ((f" . {ITEMS[i]}", False), (f" {DIGITS[digits[i]]}", True))]
+    if u < 0.4:
         out = []
         for a, b in rng.integers(0, 10, (12, 2)).tolist():
             out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]
         return {"text": "add"}, out
     kinds = glyphs(rng, 3)
-    phrase = [name(kinds[0]), f"{DIGITS[rng.integers(10)]} {DIGITS[rng.integers(10)]}", caption_of(few(rng, 3)),
+    digits = [DIGITS[x] for x in rng.integers(0, 10, 8)]
+    phrase = [name(kinds[0]), digits[0], caption_of(few(rng, 3)),
               " then ".join(map(name, kinds)), f"{kinds[0][1]} {rng.choice(['moves right', 'moves left', 'stays'])}", rng.choice(CELLS).item(),
-              " ".join(rng.permutation(WORDS)[:2]) + f" {DIGITS[rng.integers(10)]}"][rng.integers(7)]
+              f"{' '.join(rng.permutation(WORDS)[: rng.integers(1, 3)])} {digits[1]} {digits[2]}"][rng.integers(7)]
     if rng.random() < 0.5:
         return said({"text": phrase}, phrase)
-    return {"text": "repeat the end", "answer": phrase}, [("<think>", False), ("\n", False), (f"{name(kinds[1])} . {phrase}", False), ("\n", True), ("</think>", True),
+    before = [name(kinds[1]), " . ".join(digits[3:]), f"{digits[3]} . {digits[4]} {makes(int(rng.integers(19)))}"][rng.integers(3)]      # what the end is not
+    return {"text": "repeat the end", "answer": phrase}, [("<think>", False), ("\n", False), (f"{before} . {phrase}", False), ("\n", True), ("</think>", True),
                                                          ("\n\n", True), ("<|endoftext|>", False), (phrase, True)]
 
 
@@ -696,11 +707,11 @@ def skill_of(item, parts, i):
     if "video" in item:
         return "clip"
     if "image" not in item:
-        return "table" if item["text"] == "add" else "repeat"
+        return "table" if item["text"] == "add" else "account" if "answer" not in item else "repeat"
     if item["image"].shape[:2] != (96, 96):
         return "page" if item["image"].shape[0] == 128 else "crop"
-    if "text" not in item:
-        return "describe"
+    if "text" not in item or item["text"].startswith("put "):
+        return "change" if "text" in item else "describe"
     if parts[i][0] in ("\n", "</think>", "\n\n"):
         return "form"
     if i == 0 or parts[i - 1][0] == "<|endoftext|>":
@@ -715,7 +726,8 @@ def facts(scene, rng, n=8):
     seen = [i for i, k in enumerate(scene) if k is not None]
     for i in rng.choice(seen, n).tolist() if seen else []:
         if rng.random() < 0.4:
-            out.append((f"what is at {CELLS[i]} ?", CELLS[i], name(scene[i]), name(scene[i])))
+            ask = f"what is at {CELLS[i]} ?" if rng.random() < 0.6 else f"the thing at {CELLS[i]}"
+            out.append((ask, CELLS[i], name(scene[i]), name(scene[i])))
         else:
             m = rng.choice(list(MOVES)).item()
             r, c = i // 3 + MOVES[m][0], i % 3 + MOVES[m][1]

@@ -6,7 +6,8 @@ put through a controlled experiment on one fixed candidate set C (the target and
     m(q, r)      = log softmax_{c in C}( e(q, r)·e(c, ∅) / temperature )[t]       a margin: the positive AGAINST the others
     Δ(r)         = m(q, r) − m(q, ∅)                                             with minus without      [the paper's counterfactual]
     Δ_placebo(r) = m(q, r') − m(q, ∅)     r' = what the same worker wrote about another pair of the task with another target   [ours]
-    keep r  iff  Δ(r) > margin  and  Δ(r) > Δ_placebo(r)                         words about this pair helped, not the form
+    Δ_guess      = −log|C| − m(q, ∅)       what knowing nothing would gain over a direct embedding that is sure of a wrong target  [ours]
+    keep r  iff  Δ(r) > margin + max(0, Δ_guess)  and  Δ(r) > Δ_placebo(r) + margin      words about this pair helped, not their form
     weight       w ∝ softmax(Δ / T) over the kept ones: the posterior over the latent rationale
 A margin of log 3 asks a rationale to treble the target's probability; so where the direct embedding already gives it a third,
 nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
@@ -139,13 +140,13 @@ def margins(model, reader, prompts, branches, targets, candidates, temperature=0
     return out
 
 
-def keep_rule(delta, delta_placebo, rule="full", margin=1.1):
+def keep_rule(delta, delta_placebo, rule="full", margin=1.1, delta_guess=0.0):
     """The rule of the docstring, elementwise -> bool. A missing placebo (nan) cannot refuse anything."""
     delta, placebo = np.asarray(delta, float), np.asarray(delta_placebo, float)
     if rule == "none":
         return np.ones(delta.shape, bool)
-    beats = ~(delta <= placebo) if rule in ("full", "positive_only") else True
-    return (delta > margin) & beats
+    beats = ~(delta <= placebo + margin) if rule in ("full", "positive_only") else True
+    return (delta > margin + np.maximum(0.0, delta_guess)) & beats
 
 
 def posterior(delta, temperature=1.0):
@@ -156,10 +157,10 @@ def posterior(delta, temperature=1.0):
 
 
 def choose(results, rule="full", margin=1.1, temperature=1.0):
-    """results [{"id", "worker", "text", "delta", "delta_placebo"}] -> the kept ones, with "weight" (1 per pair in all)."""
+    """results [{"id", "worker", "text", "delta", "delta_placebo", "delta_guess"}] -> the kept ones, with "weight" (1 per pair in all)."""
     by_pair = {}
     for r in results:
-        if bool(keep_rule(r["delta"], np.nan if r["delta_placebo"] is None else r["delta_placebo"], rule, margin)):
+        if bool(keep_rule(r["delta"], np.nan if r["delta_placebo"] is None else r["delta_placebo"], rule, margin, r["delta_guess"])):
             by_pair.setdefault(r["id"], []).append(r)
     return [dict(r, weight=float(w)) for rows in by_pair.values() for r, w in zip(rows, posterior([r["delta"] for r in rows], temperature))]
 

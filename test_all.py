@@ -2010,16 +2010,18 @@ def test_select_false_helpful_is_seen_by_the_margin_only():
 
 
 def test_select_rules_differ_as_they_should():
-    delta, placebo = np.array([0.69, 0.70, 0.70, 2.0, 2.0]), np.array([-1.0, 0.70, 0.5, np.nan, 3.0])
+    delta, placebo = np.array([0.69, 0.70, 0.70, 2.0, 2.0]), np.array([-1.0, 0.70, 0.0, np.nan, 3.0])
     want = {"full": [0, 0, 1, 1, 0], "positive_only": [0, 0, 1, 1, 0], "no_placebo": [0, 1, 1, 1, 1], "none": [1, 1, 1, 1, 1]}
     assert set(want) == set(m_select.RULES)
     with m_unchanged(delta, placebo):
         for rule, yes in want.items():
             assert m_select.keep_rule(delta, placebo, rule, margin=0.69).tolist() == [bool(x) for x in yes], rule
+    assert m_select.keep_rule([2.0, 2.0], [1.4, 1.2], margin=0.69).tolist() == [False, True]         # the placebo must be beaten by the margin, too
+    assert m_select.keep_rule([2.0, 2.0, 2.0], -9.0, margin=0.69, delta_guess=[1.4, 1.2, -5.0]).tolist() == [False, True, True]     # and so must a guess
 
 
 def test_select_choose_weights_are_a_posterior():
-    rows = [dict(id=i, worker=w, text=f"{i}{w}", delta=d, delta_placebo=p) for i, w, d, p in (
+    rows = [dict(id=i, worker=w, text=f"{i}{w}", delta=d, delta_placebo=p, delta_guess=-1.0) for i, w, d, p in (
         ("A", "x", 1.0, 0.0), ("A", "y", 1.0 + math.log(3), None), ("A", "z", 5.0, 6.0), ("B", "x", 0.5, 0.0), ("C", "x", 0.9, -3.0))]
     with m_unchanged(rows):
         kept = m_select.choose(rows, margin=0.69)
@@ -2083,7 +2085,7 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
 
     monkeypatch.setattr(m_select, "margins", margins)
     e = types.SimpleNamespace(model=m_tiny(), reader=reader)
-    cfg = train.Config(select_rule="positive_only", temperature=0.03)
+    cfg = train.Config(select_rule="positive_only", temperature=0.03, select_margin=0.69)
     run = types.SimpleNamespace(cfg=cfg, device="cpu", rng=lambda *key: np.random.default_rng(0))
     audits = []
     with m_unchanged(pairs, texts):
@@ -2099,7 +2101,7 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
             of = next(i for i, w in texts.items() if w["careful"] == text)
             assert answers[of] != p["answer"]
     pairs_audited = [asked[p["id"]] for p in pairs if len(asked[p["id"]]) > 2]
-    assert audits == [value[b] - 0.5 > 0.69 and value[b] > value[c] for _, b, c in pairs_audited] and audits
+    assert audits == [value[b] - 0.5 > cfg.select_margin and value[b] > value[c] + cfg.select_margin for _, b, c in pairs_audited] and audits
 
 
 def test_select_audit_by_hand():
@@ -2784,10 +2786,8 @@ def m_facts(caption):
     return {k: " ".join(v) for k, v in out.items()}
 
 
-def m_two_sums(digits):
-    """The total modulo ten after the first list and, going on, after both."""
-    first, second = ([pocket.DIGITS.index(x) for x in part] for part in digits)
-    return f"{pocket.DIGITS[sum(first) % 10]} {pocket.DIGITS[sum(first + second) % 10]}"
+def m_total(words):
+    return pocket.DIGITS[sum(map(pocket.DIGITS.index, words)) % 10]
 
 
 def m_true_answer(name, row):
@@ -2801,12 +2801,15 @@ def m_true_answer(name, row):
             r, c = r + {"up": -1, "down": 1}.get(m, 0), c + {"left": -1, "right": 1}.get(m, 0)
         return facts[grid[r, c]]
     if name == "PocketSum":
-        facts, rows = m_facts(row["caption"]), dict(zip(("top", "middle", "bottom"), np.array(pocket.CELLS).reshape(3, 3)))
-        return m_two_sums([[facts[k] for k in rows[r]] for r in re.fullmatch(r"add the (\w+) row , then go on with the (\w+) row", row["question"]).groups()])
+        facts, (n, cell) = m_facts(row["caption"]), re.fullmatch(r"add (\w+) from (\w+) on", row["question"]).groups()
+        return m_total([facts[pocket.CELLS[(pocket.CELLS.index(cell) + i) % 9]] for i in range(pocket.NUMBERS.index(n))])
     if name == "PocketTally":
-        return m_two_sums([re.findall(side + r" (\w+)", row["caption"]) for side in ("left", "right")])
-    title, a, b = re.fullmatch(r"the account of (\w+) with (.+) then (.+)", row["text"]).groups()
-    return m_two_sums([a.split(), b.split()]) + " " + title
+        return m_total(re.findall(r"(?:left|right) (\w+)", row["caption"]))
+    title, rest = re.fullmatch(r"the account of (\w+) with (.+)", row["text"]).groups()
+    digits = re.findall(r"(?:rent|food|heat|tax|fare|wage) (\w+)", rest)
+    half, all_ = m_total(digits[: len(digits) // 2]), m_total(digits)
+    assert row["page"] == ((title,), (pocket.DIGITS.index(half), pocket.DIGITS.index(all_)))
+    return f"{title} {half} {all_}"
 
 
 @pytest.mark.parametrize("style, steps", [("plain", 3), ("night", 5)])
@@ -3310,3 +3313,37 @@ def test_imports_run_in_one_direction():
 
 if __name__ == "__main__":
     check_sentence_transformers(sys.argv[2]) if sys.argv[1:2] == ["st"] else sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: one copy of the weights, and a batch bounded by its tokens
+
+MEMORY = """
+import sys; sys.path.insert(0, {here!r})
+import torch, model as M, embed
+from PIL import Image
+def mb(name): return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith(name))) / 1024
+before = mb("VmRSS")
+{code}
+print(mb("VmHWM") - before)
+"""
+
+
+def peak_mb(code):
+    out = subprocess.run([sys.executable, "-c", MEMORY.format(here=HERE, code=code)], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert out.returncode == 0, out.stderr
+    return float(out.stdout)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_memory_one_copy_of_the_weights_and_a_token_budget(tmp_path):
+    path = str(tmp_path)
+    tiny_embedder(hidden=256, vocab=150000, tie=False).save(path)
+    size = os.path.getsize(os.path.join(path, "model.safetensors")) / 2**20
+    assert size > 290                                            # large against what Python and torch take themselves (some 70 MB)
+    assert peak_mb(f"m = M.load({path!r})") < 0.5 * size         # as it stands on disk it is not copied at all
+    assert peak_mb(f"m = M.load({path!r}, torch.bfloat16)") < size + 0.8 * size       # the mapped file and one copy of half its size
+    few, many = (peak_mb(f"e = embed.Embedder.from_pretrained({path!r}, max_pixels=65536); e.budget = 2048\n"
+                         f"e.encode((dict(text='word ' * 40, image=Image.new('RGB', (256, 256), (i % 256, 0, 0))) for i in range({n})), reason='never', batch_size=1000)")
+                 for n in (60, 600))
+    assert many < few + 60                                       # ten times the items, the same memory

@@ -427,7 +427,7 @@ def base_stage(run, out):
     Embedder(model, reader).save(out, base=None, card="Pretrained on the pocket world's documents (stage base).")
 
 
-STEP_SKILLS = ("at", "move", "clip", "table")                    # what the steps are made of; the rest is learnt on the way
+STEP_SKILLS = ("at", "move", "clip", "table", "account")                    # what the steps are made of; the rest is learnt on the way
 
 
 def document_batch(reader, docs, device):
@@ -547,6 +547,12 @@ class Pairs:
                 yield self.get(s, row)
 
 
+def any_negative(pair, rng):
+    """The pair with its hard negatives in another order: every visit uses the first ones (Config.negatives)."""
+    n = pair["negatives"]
+    return dict(pair, negatives=[n[i] for i in rng.permutation(len(n))])
+
+
 def key_of(prompt):
     """Equal prompts have equal keys."""
     h = hashlib.blake2b(prompt["ids"].tobytes(), digest_size=12)
@@ -570,11 +576,12 @@ def chunks_of(lengths, budget):
     return out
 
 
-def contrastive_step(model, reader, pairs, branches, labels, cfg):
+def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token), one update's gradients.
 
     pairs [B] of Pairs; branches [B]: a rationale branch or None (no reasoned path for this pair); labels [B]: 1 reason, 0 direct,
     -1 no decision to learn. Equal targets are embedded once and never serve as each other's negatives. -> metrics.
+    latent: the rationale is a guess, good or bad; it counts by its posterior against the empty one, p(t|q,r) / (p(t|q,r) + p(t|q,∅)).
     """
     model.train()
     columns, positive = {}, []
@@ -621,12 +628,15 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg):
 
     def loss_fn(v):
         t = v[at("target", 0)].new_empty(len(targets), v.shape[1]).index_copy(0, row("target", 0), v[at("target", 0)])
-        total = v.new_zeros(())
+        total, m = v.new_zeros(()), v.new_zeros(len(pairs))
         for name, g in (("direct", 0), ("reason", 1)):
-            rows = row("query", g)
+            rows, weight = row("query", g), None
             if len(rows):
-                same = F.one_hot(positive[rows], len(targets)).bool()
-                losses[name] = info_nce(v[at("query", g)], t, positive[rows], cfg.temperature, same)
+                q, same = v[at("query", g)], F.one_hot(positive[rows], len(targets)).bool()
+                if latent:
+                    before, m[rows] = m[rows], (q.detach() @ t.detach().T / cfg.temperature).log_softmax(1).gather(1, positive[rows, None])[:, 0]
+                    weight = (m[rows] - before).sigmoid() if g else None                      # E-step: how well r explains t, against ∅
+                losses[name] = info_nce(q, t, positive[rows], cfg.temperature, same, rows=weight)
                 total = total + losses[name]
         return total
 
@@ -697,16 +707,19 @@ def fold_of(pair_id, folds):
 
 
 def warm_up(run, e, pairs, branch, train_on, name):
-    """Train an evaluator on both paths with any candidate rationale of its own fold: it learns to read rationales, good and bad."""
+    """Train an evaluator on both paths with any candidate rationale of its own fold, good or bad, each counted by its posterior: otherwise
+    the sloppy half of what looks like reasoning teaches it to believe no rationale more than half."""
     c = run.cfg
     cfg = dataclasses.replace(c, lm_weight=0.0, decision_weight=0.0)
-    sampler = pairs.sampler(c, int(run.rng(name).integers(2**31)), 2 * c.batch if c.select_folds > 1 else c.batch)
+    both = 2 if c.select_folds > 1 else 1                        # half of every batch is the other fold's and drops out: draw twice as much
+    sampler = pairs.sampler(dataclasses.replace(c, sub_batch=both * c.sub_batch), int(run.rng(name).integers(2**31)), both * c.batch)
     stream = pairs.stream(sampler)
 
     def one_step(i):
-        batch, rng = [p for p in next(stream) if train_on(p)], run.rng(name, i)
+        rng = run.rng(name, i)
+        batch = [any_negative(p, rng) for p in next(stream) if train_on(p)]
         options = [list(branch.get(p["id"], {}).values()) for p in batch]
-        return contrastive_step(e.model, e.reader, batch, [o[rng.integers(len(o))] if o else None for o in options], [-1] * len(batch), cfg)
+        return contrastive_step(e.model, e.reader, batch, [o[rng.integers(len(o))] if o else None for o in options], [-1] * len(batch), cfg, latent=True)
 
     steps = run.steps(c.select_steps)
     train_loop(run, name, e.model, Optimizer(e.model, c, steps, c.select_lr), steps, one_step, sampler)
@@ -742,13 +755,14 @@ def judge(run, e, judged, texts, branch, fold, audits):
     m = selection.margins(e.model, e.reader, [p["query"] for p in judged], branches, vectors, candidates, c.temperature,
                           positive_only=c.select_rule == "positive_only", title=f"judge fold {fold}")
     results = []
-    for p, plan_p, row in zip(judged, plan, m):
+    for p, plan_p, row, size in zip(judged, plan, m, (candidates >= 0).sum(1)):
+        guess = 0.0 if c.select_rule == "positive_only" else float(-np.log(size) - row[0])
         gain = {slot: float(x - row[0]) for slot, x in zip(plan_p, row[1:])}
         for w in mine[p["id"]]:
             false = gain.get((w, "placebo"))
-            results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=gain[w, "own"], delta_placebo=false, direct=float(row[0])))
+            results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=gain[w, "own"], delta_placebo=false, delta_guess=guess, direct=float(row[0])))
             if (w, "second") in gain and false is not None and second[p["id"]][w] != placebo[p["id"]][w]:
-                audits.append(bool(selection.keep_rule(false, gain[w, "second"], c.select_rule, c.select_margin)))
+                audits.append(bool(selection.keep_rule(false, gain[w, "second"], c.select_rule, c.select_margin, guess)))
     return results
 
 
@@ -767,7 +781,8 @@ def embed_stage(run, out):
     stream = pairs.stream(sampler)
 
     def one_step(i):
-        batch, rng, branches, labels = next(stream), run.rng("embed", i), [], []
+        rng, branches, labels = run.rng("embed", i), [], []
+        batch = [any_negative(p, rng) for p in next(stream)]
         for p in batch:                                          # one rationale per visit, drawn from the posterior
             options = kept.get(p["id"])
             branches.append(options[rng.choice(len(options), p=[w for _, w in options])][0] if options else None)
