@@ -5,12 +5,17 @@ The idea. A rationale that merely looks like reasoning teaches a model the form 
 put through a controlled experiment on one fixed candidate set C (the target and hard and random negatives):
     m(q, r)      = log softmax_{c in C}( e(q, r)·e(c, ∅) / temperature )[t]       a margin: the positive AGAINST the others
     Δ(r)         = m(q, r) − m(q, ∅)                                             with minus without      [the paper's counterfactual]
-    Δ_placebo(r) = m(q, r') − m(q, ∅)     r' = what the same worker wrote about another pair of the task with another target   [ours]
+    Δ_placebo(r) = m(q, r') − m(q, ∅)      r' = what the same worker wrote about another pair of the task with another target   [ours]
     Δ_guess      = −log|C| − m(q, ∅)       what knowing nothing would gain over a direct embedding that is sure of a wrong target  [ours]
-    keep r  iff  Δ(r) > margin + max(0, Δ_guess)  and  Δ(r) > Δ_placebo(r) + margin      words about this pair helped, not their form
+    keep r  iff  Δ(r) > Δ_placebo(r)  and  Δ(r) − max(0, Δ_guess) > t            words about this pair helped, neither form nor doubt
+    t            one per shelf (what one worker wrote for one dataset): the smallest t >= margin at which luck explains at most a share
+                 `fdr` of what passes, (1 + placebos above t) <= fdr · (rationales above t); a shelf without such a t keeps nothing  [ours]
     weight       w ∝ softmax(Δ / T) over the kept ones: the posterior over the latent rationale
 A margin of log 3 asks a rationale to treble the target's probability; so where the direct embedding already gives it a third,
 nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
+The shelf's threshold is the knockoff filter (Barber & Candès 2015): an evaluator that is easily impressed names the right one of ten
+answers once in ten times whatever it reads, so single rationales pass by luck; placebos show how many. Without it precision is 0.82
+in the pocket world, with it above 0.99 (results/selection.txt).
 The evaluator never trained on the pair that it judges: two warm-up embedders are cross-fitted on the two halves of the pairs [ours].
 
 `rule` offers the ablations: full | positive_only (Δ of the positive's cosine alone, in units of the temperature: "false-helpful" for
@@ -140,13 +145,38 @@ def margins(model, reader, prompts, branches, targets, candidates, temperature=0
     return out
 
 
-def keep_rule(delta, delta_placebo, rule="full", margin=1.1, delta_guess=0.0):
+def keep_rule(delta, delta_placebo, rule="full", threshold=1.1, delta_guess=0.0):
     """The rule of the docstring, elementwise -> bool. A missing placebo (nan) cannot refuse anything."""
     delta, placebo = np.asarray(delta, float), np.asarray(delta_placebo, float)
     if rule == "none":
         return np.ones(delta.shape, bool)
-    beats = ~(delta <= placebo + margin) if rule in ("full", "positive_only") else True
-    return (delta > margin + np.maximum(0.0, delta_guess)) & beats
+    beats = ~(delta <= placebo) if rule in ("full", "positive_only") else True
+    return (delta - np.maximum(0.0, delta_guess) > threshold) & beats
+
+
+def column(rows, key):
+    """A number of every row -> float array, nan for None."""
+    return np.array([np.nan if r[key] is None else r[key] for r in rows], float)
+
+
+def dataset_of(row):
+    return row["id"].rsplit("/", 1)[0]
+
+
+def thresholds(results, rule="full", margin=1.1, fdr=0.2):
+    """t of every shelf: {(dataset, worker): t}; inf for a shelf that keeps nothing. Rules without placebos have the margin for all."""
+    shelves, out = {}, {}
+    for r in results:
+        shelves.setdefault((dataset_of(r), r["worker"]), []).append(r)
+    for shelf, rows in shelves.items():
+        guess = np.maximum(0.0, column(rows, "delta_guess"))
+        own, false = np.sort(column(rows, "delta") - guess), np.sort((column(rows, "delta_placebo") - guess))
+        false = false[~np.isnan(false)]
+        t = np.concatenate(([margin], own[own > margin]))        # between two neighbours nothing changes
+        passed, lucky = len(own) - np.searchsorted(own, t, "right"), len(false) - np.searchsorted(false, t, "right")
+        good = t[1 + lucky <= fdr * passed] if rule in ("full", "positive_only") else t
+        out[shelf] = float(good[0]) if len(good) else math.inf
+    return out
 
 
 def posterior(delta, temperature=1.0):
@@ -156,25 +186,32 @@ def posterior(delta, temperature=1.0):
     return w / w.sum()
 
 
-def choose(results, rule="full", margin=1.1, temperature=1.0):
+def kept_mask(results, level, rule="full", delta="delta", placebo="delta_placebo"):
+    """Which of these rows the rule keeps, given thresholds' `level` -> bool array."""
+    at = np.array([level[dataset_of(r), r["worker"]] for r in results])
+    return keep_rule(column(results, delta), column(results, placebo), rule, at, column(results, "delta_guess"))
+
+
+def choose(results, level, rule="full", temperature=1.0):
     """results [{"id", "worker", "text", "delta", "delta_placebo", "delta_guess"}] -> the kept ones, with "weight" (1 per pair in all)."""
     by_pair = {}
-    for r in results:
-        if bool(keep_rule(r["delta"], np.nan if r["delta_placebo"] is None else r["delta_placebo"], rule, margin, r["delta_guess"])):
+    for r, keep in zip(results, kept_mask(results, level, rule)):
+        if keep:
             by_pair.setdefault(r["id"], []).append(r)
     return [dict(r, weight=float(w)) for rows in by_pair.values() for r, w in zip(rows, posterior([r["delta"] for r in rows], temperature))]
 
 
-def audit(results, kept, needs_steps=None, placebo_kept=None):
+def audit(results, kept, level, rule="full", needs_steps=None):
     """The report: kept share per worker and per dataset, placebo acceptance, and against the truth precision and recall.
 
-    needs_steps: datasets whose careful rationales truly help (pocket world), or None where nobody knows. placebo_kept: bools, for every
-    placebo that was offered as the pair's own, whether the rule would have kept it.
+    needs_steps: datasets whose careful rationales truly help (pocket world), or None where nobody knows. Rows with "delta_second" are
+    those whose placebo was offered as the pair's own, against a second placebo.
     """
-    dataset = lambda r: r["id"].rsplit("/", 1)[0]
+    dataset, offered = dataset_of, [r for r in results if r.get("delta_second") is not None]
+    placebo_kept = kept_mask(offered, level, rule, "delta_placebo", "delta_second") if offered else None
     share = lambda key: {k: round(sum(key(r) == k for r in kept) / sum(key(r) == k for r in results), 4) for k in sorted({key(r) for r in results})}
     out = {"candidates": len(results), "kept": len(kept), "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset),
-           "placebo_accepted": round(float(np.mean(placebo_kept)), 4) if placebo_kept else None, "precision": None, "recall": None}
+           "placebo_accepted": round(float(placebo_kept.mean()), 4) if offered else None, "precision": None, "recall": None}
     if needs_steps is not None:
         helps = lambda r: r["worker"] == "careful" and dataset(r) in needs_steps
         truly = {r["id"] for r in results if helps(r)}

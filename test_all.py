@@ -2015,21 +2015,40 @@ def test_select_rules_differ_as_they_should():
     assert set(want) == set(m_select.RULES)
     with m_unchanged(delta, placebo):
         for rule, yes in want.items():
-            assert m_select.keep_rule(delta, placebo, rule, margin=0.69).tolist() == [bool(x) for x in yes], rule
-    assert m_select.keep_rule([2.0, 2.0], [1.4, 1.2], margin=0.69).tolist() == [False, True]         # the placebo must be beaten by the margin, too
-    assert m_select.keep_rule([2.0, 2.0, 2.0], -9.0, margin=0.69, delta_guess=[1.4, 1.2, -5.0]).tolist() == [False, True, True]     # and so must a guess
+            assert m_select.keep_rule(delta, placebo, rule, 0.69).tolist() == [bool(x) for x in yes], rule
+    assert m_select.keep_rule([2.0, 2.0, 2.0], -9.0, threshold=0.69, delta_guess=[1.4, 1.2, -5.0]).tolist() == [False, True, True]   # a guess must be beaten, too
+
+
+def test_select_threshold_by_hand():
+    """One shelf: rationales at 1 ... 10, one of whose placebos reaches 2.5; another whose rationales do no better than their placebos."""
+    row = lambda d, i, delta, placebo, guess=-1.0: dict(id=f"{d}/{i}", worker="w", text="x", delta=delta, delta_placebo=placebo, delta_guess=guess)
+    good = [row("A", i, float(i), 2.5 if i == 1 else 0.0) for i in range(1, 11)]
+    luck = [row("B", i, float(i), float(i)) for i in range(10)]
+    with m_unchanged(good, luck):
+        t = m_select.thresholds(good + luck, margin=1.1, fdr=0.2)
+    # A: above 1.1 stand 9 rationales and 1 placebo, 2/9 is too much; above 2 it is 2/8; above 3 there are 7 and none, 1/7
+    assert t == {("A", "w"): 3.0, ("B", "w"): math.inf}
+    assert [r["id"] for r in m_select.choose(good + luck, t)] == [f"A/{i}" for i in range(4, 11)]
+    assert m_select.thresholds(good, margin=1.1, fdr=0.25) == {("A", "w"): 1.1}
+    assert m_select.thresholds(good, "no_placebo", 1.1) == {("A", "w"): 1.1}
+    assert m_select.thresholds(good[:4], margin=1.1, fdr=0.2) == {("A", "w"): math.inf}                       # too few to tell from luck
+    sure = [dict(r, delta_guess=3.0) for r in good]                                                           # the direct embedding is sure of a wrong target: a guess gains 3
+    assert m_select.thresholds(sure, margin=1.1, fdr=0.2) == {("A", "w"): 1.1} and [r["id"] for r in m_select.choose(sure, {("A", "w"): 1.1})] == [f"A/{i}" for i in range(5, 11)]
+    missing = [dict(r, delta_placebo=None) for r in good]
+    assert m_select.thresholds(missing, margin=1.1, fdr=0.2) == {("A", "w"): 1.1}
 
 
 def test_select_choose_weights_are_a_posterior():
     rows = [dict(id=i, worker=w, text=f"{i}{w}", delta=d, delta_placebo=p, delta_guess=-1.0) for i, w, d, p in (
         ("A", "x", 1.0, 0.0), ("A", "y", 1.0 + math.log(3), None), ("A", "z", 5.0, 6.0), ("B", "x", 0.5, 0.0), ("C", "x", 0.9, -3.0))]
     with m_unchanged(rows):
-        kept = m_select.choose(rows, margin=0.69)
-        cool = m_select.choose(rows, margin=0.69, temperature=2.0)
+        level = m_select.thresholds(rows, margin=0.69, fdr=9.0)
+        kept = m_select.choose(rows, level)
+        cool = m_select.choose(rows, level, temperature=2.0)
     assert [(r["id"], r["worker"], round(r["weight"], 6)) for r in kept] == [("A", "x", 0.25), ("A", "y", 0.75), ("C", "x", 1.0)]
     assert cool[1]["weight"] / cool[0]["weight"] == pytest.approx(math.sqrt(3)) and cool[0]["weight"] + cool[1]["weight"] == pytest.approx(1)
     np.testing.assert_allclose(m_select.posterior([1000.0, 1000.0 + math.log(4)]), [0.2, 0.8])       # no overflow
-    assert len(m_select.choose(rows, "none")) == 5 and len(m_select.choose(rows, "no_placebo", margin=0.69)) == 4
+    assert len(m_select.choose(rows, level, "none")) == 5 and len(m_select.choose(rows, level, "no_placebo")) == 4
 
 
 def test_select_placebo_never_shares_the_target():
@@ -2087,9 +2106,8 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
     e = types.SimpleNamespace(model=m_tiny(), reader=reader)
     cfg = train.Config(select_rule="positive_only", temperature=0.03, select_margin=0.69)
     run = types.SimpleNamespace(cfg=cfg, device="cpu", rng=lambda *key: np.random.default_rng(0))
-    audits = []
     with m_unchanged(pairs, texts):
-        results = train.judge(run, e, pairs, texts, None, 0, audits)
+        results = train.judge(run, e, pairs, texts, 0)
     assert asked["positive_only"] is True and asked["temperature"] == 0.03
     answers = {p["id"]: p["answer"] for p in pairs}
     assert len({*answers.values()}) > 1
@@ -2100,22 +2118,25 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
         for text in false:                                                               # somebody else's words, about another target
             of = next(i for i, w in texts.items() if w["careful"] == text)
             assert answers[of] != p["answer"]
-    pairs_audited = [asked[p["id"]] for p in pairs if len(asked[p["id"]]) > 2]
-    assert audits == [value[b] - 0.5 > cfg.select_margin and value[b] > value[c] + cfg.select_margin for _, b, c in pairs_audited] and audits
+    seconds = [value[asked[p["id"]][2]] - 0.5 if len(asked[p["id"]]) > 2 and asked[p["id"]][1] != asked[p["id"]][2] else None for p in pairs]
+    assert [r["delta_second"] for r in results] == seconds and any(s is not None for s in seconds)
 
 
 def test_select_audit_by_hand():
     """Walk needs steps, Kind does not. Truly helpful: careful on Walk, three pairs; two of them kept. 2 of 4 kept rows help."""
     ids = ["Walk/0", "Walk/1", "Walk/2", "Kind/0"]
-    results = [dict(id=i, worker=w) for i in ids for w in ("careful", "sloppy")]
+    results = [dict(id=i, worker=w, delta=2.0, delta_placebo=p, delta_second=0.0, delta_guess=0.0) for i, p in zip(ids, (1.5, 0.9, 0.0, -1.0)) for w in ("careful", "sloppy")]
+    for r in results[4:]:
+        r["delta_second"] = None                                 # these were not audited
     kept = [dict(id="Walk/0", worker="careful"), dict(id="Walk/1", worker="careful"), dict(id="Walk/1", worker="sloppy"), dict(id="Kind/0", worker="careful")]
+    level = {(d, w): 1.1 for d in ("Walk", "Kind") for w in ("careful", "sloppy")} | {("Walk", "sloppy"): math.inf}
     with m_unchanged(results, kept):
-        a = m_select.audit(results, kept, ["Walk"], [True, False, False, False])
+        a = m_select.audit(results, kept, level, "full", ["Walk"])
     assert a == dict(candidates=8, kept=4, by_worker={"careful": 0.75, "sloppy": 0.25}, by_dataset={"Kind": 0.5, "Walk": 0.5}, placebo_accepted=0.25,
-                     precision=0.5, recall=0.6667, sloppy_kept=0.3333)
-    blind = m_select.audit(results, kept, None, [])
+                     precision=0.5, recall=0.6667, sloppy_kept=0.3333)           # of four offered placebos one is above t on an open shelf
+    blind = m_select.audit(results[4:], kept, level)
     assert blind["precision"] is blind["recall"] is blind["placebo_accepted"] is None and blind["kept"] == 4
-    assert m_select.audit(results, [], ["Walk"])["precision"] == 0.0 and m_select.audit(results, [], ["Walk"])["recall"] == 0.0
+    assert m_select.audit(results, [], level, "full", ["Walk"])["precision"] == 0.0 and m_select.audit(results, [], level, "full", ["Walk"])["recall"] == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class Config:
     select_steps: int = 160         # warm-up of each of the two evaluators
     select_lr: float = 0.3          # times the learning rates above: at 1.0 the evaluators learn their own pairs by heart and judge worse
     select_margin: float = 1.1      # log 3: a rationale must at least treble the target's probability
+    select_fdr: float = 0.2         # at most this share of what one worker's shelf keeps may be luck, as its placebos measure it
     select_candidates: int = 16
     select_folds: int = 2           # 2 = cross-fitted; 1 = the evaluator has seen the pair (ablation)
     select_weight_temperature: float = 1.0
@@ -684,7 +685,7 @@ def select_stage(run, out):
     for r in selection.read_rationales(run.path("propose", "rationales.jsonl")):
         if r["side"] == "query":
             texts.setdefault(r["id"], {})[r["worker"]] = r["text"]
-    results, audits = [], []
+    results = []
     for fold in range(c.select_folds):
         e = run.embedder("base")
         pairs = Pairs(run, e.reader)
@@ -692,10 +693,11 @@ def select_stage(run, out):
         branch = {i: {w: e.reader.rationale(t) for w, t in ws.items()} for i, ws in texts.items()}
         warm_up(run, e, pairs, branch, (lambda p: not mine(p)) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
         judged = [p for p in pairs.all() if mine(p) and p["id"] in texts]
-        results += judge(run, e, judged, texts, branch, fold, audits)
-    kept = selection.choose(results, c.select_rule, c.select_margin, c.select_weight_temperature)
+        results += judge(run, e, judged, texts, fold)
+    level = selection.thresholds(results, c.select_rule, c.select_margin, c.select_fdr)
+    kept = selection.choose(results, level, c.select_rule, c.select_weight_temperature)
     truth = read_json(run.path("data", "pocket.json"))["steps"] if not c.data else None
-    report = selection.audit(results, kept, truth, audits)
+    report = selection.audit(results, kept, level, c.select_rule, truth)
     selection.write_rows(os.path.join(out, "selected.jsonl"), [{k: r[k] for k in ("id", "worker", "text", "delta", "delta_placebo", "weight")} for r in kept])
     selection.write_rows(os.path.join(out, "judged.jsonl"), results)
     write_json(os.path.join(out, "audit.json"), report)
@@ -725,8 +727,8 @@ def warm_up(run, e, pairs, branch, train_on, name):
     train_loop(run, name, e.model, Optimizer(e.model, c, steps, c.select_lr), steps, one_step, sampler)
 
 
-def judge(run, e, judged, texts, branch, fold, audits):
-    """Δ and Δ_placebo of every rationale of these pairs; audits gets, for a quarter of the pairs, whether their placebos pass as their own."""
+def judge(run, e, judged, texts, fold):
+    """Δ, Δ_placebo and Δ_guess of every rationale of these pairs -> rows; a quarter of them with a second placebo, for the audit."""
     c, rng = run.cfg, run.rng("judge", fold)
     targets, index = [], {}
     for p in judged:
@@ -759,10 +761,10 @@ def judge(run, e, judged, texts, branch, fold, audits):
         guess = 0.0 if c.select_rule == "positive_only" else float(-np.log(size) - row[0])
         gain = {slot: float(x - row[0]) for slot, x in zip(plan_p, row[1:])}
         for w in mine[p["id"]]:
-            false = gain.get((w, "placebo"))
-            results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=gain[w, "own"], delta_placebo=false, delta_guess=guess, direct=float(row[0])))
-            if (w, "second") in gain and false is not None and second[p["id"]][w] != placebo[p["id"]][w]:
-                audits.append(bool(selection.keep_rule(false, gain[w, "second"], c.select_rule, c.select_margin, guess)))
+            false, again = gain.get((w, "placebo")), gain.get((w, "second"))
+            if false is None or second[p["id"]][w] == placebo[p["id"]][w]:
+                again = None
+            results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=gain[w, "own"], delta_placebo=false, delta_second=again, delta_guess=guess, direct=float(row[0])))
     return results
 
 
