@@ -11,7 +11,7 @@ put through a controlled experiment on one fixed candidate set C (the target and
     t            one per shelf (what one worker wrote for one dataset): the smallest t >= margin at which luck explains at most a share
                  `fdr` of what passes, (1 + placebos above t) <= fdr · (rationales above t); a shelf without such a t keeps nothing  [ours]
     weight       w ∝ softmax(Δ / T) over the kept ones: the posterior over the latent rationale
-A margin of log 3 asks a rationale to treble the target's probability; so where the direct embedding already gives it a third,
+A margin of log 2 asks a rationale to double the target's probability; so where the direct embedding already gives it a half,
 nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
 The shelf's threshold is the knockoff filter (Barber & Candès 2015): an evaluator that is easily impressed names the right one of ten
 answers once in ten times whatever it reads, so single rationales pass by luck; placebos show how many. Without it precision is 0.82
@@ -145,7 +145,7 @@ def margins(model, reader, prompts, branches, targets, candidates, temperature=0
     return out
 
 
-def keep_rule(delta, delta_placebo, rule="full", threshold=1.1, delta_guess=0.0):
+def keep_rule(delta, delta_placebo, rule="full", threshold=0.7, delta_guess=0.0):
     """The rule of the docstring, elementwise -> bool. A missing placebo (nan) cannot refuse anything."""
     delta, placebo = np.asarray(delta, float), np.asarray(delta_placebo, float)
     if rule == "none":
@@ -163,7 +163,7 @@ def dataset_of(row):
     return row["id"].rsplit("/", 1)[0]
 
 
-def thresholds(results, rule="full", margin=1.1, fdr=0.2):
+def thresholds(results, rule="full", margin=0.7, fdr=0.1):
     """t of every shelf: {(dataset, worker): t}; inf for a shelf that keeps nothing. Rules without placebos have the margin for all."""
     shelves, out = {}, {}
     for r in results:
