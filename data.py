@@ -62,10 +62,11 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)         # Pillow'
 
 
 class BadData(ValueError):
-    """Something in the data is not what it should be: one line that names dataset, row or file."""
+    """Something in the data is not what it should be: one line that names dataset, row or file. all: the single complaints, where it sums up."""
 
-    def __init__(self, text):
-        super().__init__(str(text).replace("\n", " "))            # what Pillow, Arrow or the hub say may have several
+    def __init__(self, text, all=()):
+        super().__init__(str(text).replace("\n", " "))            # what Pillow, Arrow or the hub say may have several lines
+        self.all = list(all) or [str(self)]
 
 
 class Missing(BadData):
@@ -296,12 +297,22 @@ class Table:
         cells = {c: part.column(c)[i] for c in have}               # of the mapped file; nothing else is read
         return dict.fromkeys(self.columns) | {c: Picture(path, i, c) if c == "image" and v.is_valid else v.as_py() for c, v in cells.items()}
 
-    def empty(self, sides):
+    def empty(self, sides, on_bad="stop"):
         """(rows,) bool: has one of the sides (lists of columns) nothing in any of its columns?"""
+        def sides_of(part, i):
+            """Line i -> per side, has it something? Under "skip" a line that is not JSON has: it is met, and counted, when it is read."""
+            try:
+                row = part[i]
+                return [any(map(row.get, side)) for side in sides]
+            except BadData:
+                if on_bad == "stop":
+                    raise
+                return [True] * len(sides)
+
         whole = []                                                 # per part (rows, sides) bool: this side has something
         for path, part, _ in self.parts:
             if isinstance(part, Lines):
-                has = [[any(map(row.get, side)) for side in sides] for row in map(part.__getitem__, range(len(part)))]
+                has = [sides_of(part, i) for i in range(len(part))]
             else:
                 has = np.transpose([np.any([filled(path, c, part.column(c)) for c in side], 0) for side in sides])
             whole.append(np.reshape(has, (-1, len(sides))).astype(bool))
@@ -479,13 +490,16 @@ def complete(row, kind):
     if unknown := sorted(set(row) - set(DEFAULTS[kind]) - {"name"}):
         raise BadData(f"{name}: unknown key {unknown[0]!r} in its row; known: {', '.join(DEFAULTS[kind])}")
     row = {**DEFAULTS[kind], **row}
-    known = {"parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS, "modality": ("image", "video", "visdoc")}
+    for key, value in row.items():
+        texts = listed(value) if key in ("table", "media", "config", "columns") else [value]
+        if key in NUMBERS and value is not None and (type(value) not in (int, float) or not 0 <= value < 1e18):
+            raise BadData(f"{name}: {key} {value!r} is no number from 0 up")
+        if key not in NUMBERS | {"ood", "fetch", "labels", "original"} and not all(text is None or isinstance(text, str) for text in texts):
+            raise BadData(f"{name}: {key} {value!r} is no text")
+    known = {"parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS, "modality": ("image", "video", "visdoc"), "labels": LABELS}
     for key in known.keys() & row:
-        if row[key] not in known[key]:
+        if row[key] not in known[key] if isinstance(row[key], str) else key != "labels":
             raise BadData(f"{name}: unknown {key} {row[key]!r}; known: {', '.join(known[key])}")
-    for key in NUMBERS & row.keys():
-        if row[key] is not None and (type(row[key]) not in (int, float) or not 0 <= row[key] < 1e18):
-            raise BadData(f"{name}: {key} {row[key]!r} is no number from 0 up")
     row["table"] = listed(row["table"]) or (BEIR if row["parser"] == "beir" else TABLES)
     row["media"] = listed(row["media"]) or [row["hub"]]
     if kind == "eval":
@@ -571,7 +585,8 @@ class Media:
         """The Table of a config or part: the shards, sorted, of the first pattern that matches any ('*' matches no dot files such as
         AppleDouble's). Missing where the root has none; BadData where another part of it was there."""
         hub = self.spec["hub"]
-        fill = {k: glob.escape(v) for k, v in dict(hub=hub, repo=os.path.basename(hub), name=self.name, split=split, config=config, part=part).items()}
+        fill = dict(hub=hub, repo=os.path.basename(hub), name=self.name, split=split, config=config, part=part)
+        fill = {key: glob.escape(value) for key, value in fill.items()}
         for pattern in self.spec["table"]:
             try:
                 pattern = os.path.normpath("./" + pattern.format(**fill))
@@ -629,11 +644,11 @@ TRAIN_PARSERS = {  # name: (row -> pair, columns that must be there, columns tha
 class Source(Media):
     """A row of TRAIN opened. Rows with an empty side are dropped and counted, as the reference does: out of the first `cap`, not before."""
 
-    def __init__(self, spec, root, split):
+    def __init__(self, spec, root, split, on_bad="stop"):
         super().__init__(spec, root)
         self.parse, required, optional, sides = TRAIN_PARSERS[spec["parser"]]
         self.rows = self.table(required, optional, spec["split"] or split, spec["config"])
-        empty = self.rows.empty(sides)
+        empty = self.rows.empty(sides, on_bad)
         self.keep, self.dropped = np.flatnonzero(~empty).astype(np.int32), int(empty.sum())          # keep: usable rows, 4 bytes each
         if not len(self.keep):
             raise BadData(f"{self.name}: no usable row in {self.rows.parts[0][0]} ({len(empty)} rows, all with an empty side)")
@@ -682,7 +697,7 @@ class TrainData:
                 if self.on_bad == "stop":
                     raise error from None
                 self.bad[name] = str(error)
-        raise BadData(f"{self.names[source]}: not one usable row")
+        raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(self.bad.values()))}")
 
 
 def train_sets(root, names=None, split="original", on_bad="stop", caps=None, weights=None):
@@ -694,7 +709,7 @@ def train_sets(root, names=None, split="original", on_bad="stop", caps=None, wei
     for row in rows:
         own = {key: given[row["name"]] for key, given in (("cap", caps), ("weight", weights)) if row["name"] in (given or {})}
         try:
-            sources.append(Source({**row, **own}, root, split))
+            sources.append(Source({**row, **own}, root, split, on_bad))
         except Missing:
             if names is not None:
                 raise
@@ -769,6 +784,8 @@ def batches(data, sampler, workers=0, steps=None, load=True):
     Workers are threads, not processes: Pillow decodes outside the interpreter lock, and a decoded picture is much larger than its file, so
     handing it from process to process costs more than decoding it (results/bench_data.json has both figures; --bench measures them).
     """
+    if workers:
+        Image.core.set_blocks_max(64)        # Pillow's memory of 64 pictures is used again: getting it anew from the system is a quarter of decoding
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     try:
         for step in itertools.count() if steps is None else range(steps):
@@ -891,10 +908,10 @@ def image_set(b, row):
 def video_cls(b, row):
     """Global over the label list (not only the labels that occur: 1000 clips do not show all 700), or local over neg_text (SmthSmthV2)."""
     label = cell(row, "pos_text")
-    texts = cell(row, "neg_text", "texts") if b.spec["scope"] == "local" else [label]
+    texts = cell(row, "neg_text", "texts") if b.spec["scope"] == "local" else b.labels or [label]
     if label not in texts:
         raise BadData(f"the label {label!r} is not among its {len(texts)} options")
-    cands = [b.cand(text, lambda: b.say(text, "", text)) for text in texts]
+    cands = [b.cand(text, lambda: b.say(text, "", text)) for text in (texts if b.spec["scope"] == "local" else [label])]
     video = b.clip(cell(row, "video_id", "id"))
     b.query(b.say(" " + b.spec["inst"], b.spec["inst"], "", video=video), cands, [b.index[label]])
 
@@ -1064,8 +1081,8 @@ def load_eval(root, row, on_bad="stop", limit=None, page_labels="fixed", frames=
     spec = {**spec, **(spec["original"] or {})} if page_labels == "original" else spec
     b = EvalSet(spec, root, on_bad, frames, prompts)
     parse, required, optional = EVAL_PARSERS[spec["parser"]]
-    labels = LABELS[spec["labels"]] if isinstance(spec["labels"], str) else spec["labels"] or []
-    for label in labels:                             # candidates 0, 1, ... whether a clip shows them or not
+    b.labels = LABELS[spec["labels"]] if isinstance(spec["labels"], str) else spec["labels"] or []
+    for label in b.labels:                             # candidates 0, 1, ... whether a clip shows them or not
         b.cand(label, lambda: b.say(label, "", label))
     if parse is beir:
         beir(b, limit)
@@ -1074,7 +1091,7 @@ def load_eval(root, row, on_bad="stop", limit=None, page_labels="fixed", frames=
         b.dropped += b.each(table, f"{b.name}/", parse, limit, b.rows)
         b.rows += len(table)
     if not b.queries:
-        raise BadData(f"{b.name}: not one usable query in {b.rows} rows" + "".join(f"; first: {why}" for why in b.bad[:1]))
+        raise BadData(f"{b.name}: not one usable query in {b.rows} rows" + "".join(f"; first: {why}" for why in b.bad[:1]), b.bad)
     b.local = b.local if spec["scope"] == "local" else None            # None: everything in .candidates, for every query
     b.grades = b.grades if parse is beir else None                     # only pages are graded
     b.protocol = (f"{b.frames} frames, " * (spec["modality"] == "video") + f"{prompts} prompts"
@@ -1096,7 +1113,7 @@ def check_one(spec, kind, root, page_labels="fixed"):
             found = load_eval(root, spec, on_bad="skip", page_labels=page_labels)
             rows, usable, bad = found.rows, len(found.queries), found.bad
         else:
-            source = Source(spec, root, "original")
+            source = Source(spec, root, "original", on_bad="skip")
             rows = len(source.rows)
             for row in range(len(source.keep)):
                 try:
@@ -1109,7 +1126,7 @@ def check_one(spec, kind, root, page_labels="fixed"):
     except Missing:
         return "missing", 0, 0, []
     except BadData as e:
-        bad.append(str(e))
+        bad += e.all
     if bad:                                          # a table without a single one of its pictures is not broken: they were never fetched
         return "missing" if not usable and all(" is missing (looked in " in why for why in bad) else "broken", rows, usable, bad
     return "short" if rows < (spec["rows" if kind == "train" else "queries"] or 0) else "found", rows, usable, bad
@@ -1118,7 +1135,8 @@ def check_one(spec, kind, root, page_labels="fixed"):
 def downloads(spec, root, fetch=False):
     """The commands that bring one dataset; with fetch they are run (archives are then unpacked by the printed command, not by us)."""
     mine, commands = [f"{spec['name']}/*"] if "{hub}/{name}/" in spec["table"][0] else [], []
-    for hub, patterns, unpack in [(spec["hub"], mine, "")] + [(hub, [pattern], unpack) for hub, pattern, unpack in spec["fetch"]] if spec["hub"] else []:
+    wants = [(spec["hub"], mine, "")] + [(hub, [pattern], unpack) for hub, pattern, unpack in spec["fetch"]]
+    for hub, patterns, unpack in wants if spec["hub"] else []:
         folder = os.path.join(root, hub)
         commands.append(f"hf download {hub} --repo-type dataset --local-dir {folder}" + "".join(f" --include '{p}'" for p in patterns)
                         + f" && (cd {folder} && {unpack})" * bool(unpack))
@@ -1209,29 +1227,30 @@ def bench(rows, out, steps=10_000, pictures=512, batch=64):
             pq.write_table(pa.table(table), os.path.join(root, MMEB, name, "original-00000-of-00001.parquet"))
         for file in files:
             Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.BICUBIC).save(file, quality=90)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         data = train_sets(root, caps={name: None for name, *_ in MMEB_TRAIN})
         sampler = Sampler(data.sizes, data.weights, batch, 16)
         next(batches(data, sampler))
-        figures = {"rows": sum(data.sizes), "first_batch_s": round(time.perf_counter() - start, 2)}
+        figures = {"rows": sum(data.sizes), "first_batch_s": round(time.perf_counter() - start, 2), "first_batch_cpu_s": round(time.process_time() - cpu, 2)}
         before, start = resident(), time.perf_counter()
         for _ in tqdm(batches(data, sampler, steps=steps, load=False), total=steps, disable=None):
             pass
         figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
                     "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
         held = [files[i:i + batch] for i in range(0, pictures, batch)]
-        ways = {"pillow_alone": lambda: sum(pool.map(pillow_alone, held)),
-                "threads": lambda: sum(map(len, batches(data, sampler, cores, pictures // batch))) * 0,
-                "processes": lambda: sum(seconds for seconds, _ in pool.map(carried, held))}
+        ways = {"pillow_alone": lambda: pool.map(pillow_alone, held),             # each gives the CPU seconds of other processes
+                "threads": lambda: (0.0 for _ in batches(data, sampler, cores, pictures // batch)),
+                "processes": lambda: (seconds for seconds, _ in pool.map(carried, held))}
         for name, way in [*ways.items()] * 8:                     # in turn: the machine may be busy with something else
             wall, cpu = time.perf_counter(), time.process_time()
-            there = way()                                         # CPU seconds in the processes, to which this one's are added
+            there = sum(way())
             took[name].append([1000 * (time.perf_counter() - wall) / pictures, 1000 * (there + time.process_time() - cpu) / pictures])
     for name, times in took.items():
         wall, cpu = np.median(times[len(times) // 4:], 0)         # the first rounds start processes and fill the file cache
         figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}
     share = lambda name, what: round(figures[f"pillow_alone{what}"] / figures[f"{name}{what}"], 2)
-    record(figures | {f"{name}_share{what.removesuffix('_ms')}": share(name, what) for name in ("threads", "processes") for what in ("_ms", "_cpu_ms")}, out)
+    record(figures | {f"{name}_share{what.removesuffix('_ms')}": share(name, what)          # of what Pillow alone decodes
+                      for name in ("threads", "processes") for what in ("_ms", "_cpu_ms")}, out)
 
 
 def main():
