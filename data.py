@@ -696,7 +696,9 @@ class TrainData:
                 error = named(e, name := self.sources[source].id(at))
                 if self.on_bad == "stop":
                     raise error from None
-                self.bad[name] = str(error)
+                if name not in self.bad:
+                    self.bad[name] = str(error)
+                    tqdm.write(f"skipped ({len(self.bad)} so far): {error}")
         raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(self.bad.values()))}")
 
 
@@ -718,6 +720,7 @@ def train_sets(root, names=None, split="original", on_bad="stop", caps=None, wei
             if on_bad == "stop":
                 raise
             bad[row["name"]] = str(e)
+            tqdm.write(f"skipped: {e}")
     if not sources:
         raise BadData(f"{root}: none of the {len(rows)} training datasets can be used" + "".join(f"; {why}" for why in [*bad.values()][:1]))
     return TrainData(sources, missing, bad, on_bad)
@@ -784,10 +787,9 @@ def batches(data, sampler, workers=0, steps=None, load=True):
     Workers are threads, not processes: Pillow decodes outside the interpreter lock, and a decoded picture is much larger than its file, so
     handing it from process to process costs more than decoding it (results/bench_data.json has both figures; --bench measures them).
     """
-    if workers:
-        Image.core.set_blocks_max(64)        # Pillow's memory of 64 pictures is used again: getting it anew from the system is a quarter of decoding
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     try:
+        Image.core.set_blocks_max(sampler.batch if workers else 0)        # the last batch's memory serves the next: new pages cost a quarter of decoding
         for step in itertools.count() if steps is None else range(steps):
             while len(queue) < (3 if pool else 1) and (steps is None or step + len(queue) < steps):         # at most three are in memory
                 jobs = [functools.partial(data.fetch, source, row, load) for source, row in next(ahead)]
@@ -796,6 +798,7 @@ def batches(data, sampler, workers=0, steps=None, load=True):
             next(sampler)                                         # `ahead` may be two batches on; the state handed out is not
             yield batch
     finally:
+        Image.core.set_blocks_max(0)
         if pool:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -1190,8 +1193,8 @@ def record(figures, out):
             cpu = next((line.partition(": ")[2].strip() for line in f if line.startswith("model name")), platform.machine())
         versions = {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pyarrow")} | {"python": platform.python_version()}
         with open(out, "w", encoding="utf-8") as f:
-            json.dump({"device": f"{cpu}, {len(os.sched_getaffinity(0))} cores", "date": time.strftime("%Y-%m-%d"), "versions": versions,
-                       "figures": figures}, f, indent=1)
+            json.dump({"device": f"{cpu}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} (this program's included)",
+                       "date": time.strftime("%Y-%m-%d"), "versions": versions, "figures": figures}, f, indent=1)
 
 
 def pillow_alone(paths):

@@ -557,7 +557,7 @@ def noise_of(records):
 def verdict(modes, noise=(0, 0)):
     """What the numbers say, in sentences, whichever way they fall; the first is a title. Within two standard errors nothing is won or lost."""
     (never, always, a, coin, best), tokens = [[modes[k][field] for k in COLOURS] for field in ("overall", "tokens_per_query")]
-    gaps, least = (a - never, a - always), [max(1e-9, 2 * error) for error in noise]
+    gaps, least = (a - never, a - always), [max(1e-9, 2 * float(error)) for error in noise]
     how = ["beats" if gap > sure else "loses to" if -gap > sure else "is level with" if sure > 1e-9 else "equals" for gap, sure in zip(gaps, least)]
     told = [f"{gap:+.3f}" + f" ± {sure:.3f}" * (sure > 1e-9) for gap, sure in zip(gaps, least)]
     spent = f", {tokens[2] / tokens[1]:.0%} of the {tokens[1]:.1f} that always takes" if tokens[1] else ""
@@ -747,7 +747,7 @@ def report_text(report, summary, says, made):
         table(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in stages.items()]), "## Test queries", "![test queries](gallery.png)"]) + "\n"
 
 
-def pictures(out, root):
+def pictures(out, root, on_bad="stop"):
     """tradeoff.png, families.png, training.png, gallery.png and report.md of a finished run folder, whose test sets lie under root."""
     import matplotlib.style
     import torch
@@ -763,7 +763,7 @@ def pictures(out, root):
     records = {name: need(path("eval", of[name], f"{name}_queries.jsonl"), lambda r: (r["top3"]["adaptive"][0], *(
         r[k] for k in ("id", "p_reason", "reasoned", "rationale", "new_tokens", "label", "never", "always", "adaptive"))), True) for name in of}
     picked, says = choose(records, of), verdict(report["modes"], noise_of(records))
-    sets = {name: data.load_eval(root, name) for name in dict(picked)}
+    sets = {name: data.load_eval(root, name, on_bad) for name in dict(picked)}
     if bad := [name for name, i in picked if records[name][i]["id"] not in sets[name].query_ids[i:i + 1]]:
         raise ValueError(f"{path('eval', of[bad[0]], bad[0] + '_queries.jsonl')}: its queries are not those of {bad[0]} in {root}")
     with matplotlib.style.context(["default", STYLE]):
