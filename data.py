@@ -10,7 +10,7 @@ one row of TRAIN or EVAL below, every kind of file one parser of a few lines, an
 Strings are VLM2Vec's to the byte with its visual placeholder taken out (our chat template puts pictures first, so nothing is lost) and all other
 white space kept: it is worth 1.7 points on VisDial. prompts="qwen" instead moves the instruction to item["instruction"].
 
-The sampler's maths. A global batch of B pairs is B/b sub-batches of b pairs; each draws a dataset d with p(d) = w_d / Σw and takes the next b rows of
+The sampler's maths. A global batch of B pairs is B/b sub-batches of b; each draws a dataset d with p(d) = w_d / Σw and takes the next b rows of
 d's own shuffled walk. In-batch negatives of one sub-batch so share a source, which makes them hard. Every draw is a function of (seed, step), every
 shuffle of (seed, dataset, epoch): workers and ranks cannot change the stream, and its state is {"step", "taken"}.
 
@@ -126,8 +126,8 @@ class Picture:
 def load_picture(ref, draft=False):
     """path | bytes | {"bytes", "path"} | Picture | PIL -> RGB picture; BadData for anything else and for image bombs.
 
-    As in the reference (Image.open(...).convert("RGB")) the EXIF orientation is NOT applied. Unlike it, alpha is laid on white (convert drops it, which
-    turns transparent black letters into a black page) and 16-bit grey is scaled (convert clips it to white). draft: only to find faults, at an
+    As in the reference (Image.open(...).convert("RGB")) the EXIF orientation is NOT applied. Unlike it, alpha is laid on white (convert drops it,
+    which turns transparent black letters into a black page) and 16-bit grey is scaled (convert clips it to white). draft: only to find faults, at an
     eighth of a JPEG's size: cheap, and all its entropy-coded bytes are still read.
     """
     ref = (ref.get("bytes") or ref.get("path")) if isinstance(ref, dict) else ref
@@ -789,7 +789,7 @@ def batches(data, sampler, workers=0, steps=None, load=True):
     """
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     try:
-        Image.core.set_blocks_max(sampler.batch if workers else 0)        # the last batch's memory serves the next: new pages cost a quarter of decoding
+        Image.core.set_blocks_max(sampler.batch if workers else 0)        # the last batch's memory serves the next: new pages are slow to get
         for step in itertools.count() if steps is None else range(steps):
             while len(queue) < (3 if pool else 1) and (steps is None or step + len(queue) < steps):         # at most three are in memory
                 jobs = [functools.partial(data.fetch, source, row, load) for source, row in next(ahead)]
@@ -1197,18 +1197,11 @@ def record(figures, out):
                        "date": time.strftime("%Y-%m-%d"), "versions": versions, "figures": figures}, f, indent=1)
 
 
-def pillow_alone(paths):
-    """What the loader is measured against: a batch decoded and held. -> seconds of CPU."""
+def decode(paths, carry):
+    """A batch decoded and held: by Pillow alone, or (carry) as the loader does it and handed back. -> (seconds of CPU, pictures or None)."""
     start = time.process_time()
-    held = [Image.open(path).convert("RGB") for path in paths]
-    return time.process_time() - start if held else 0.0
-
-
-def carried(paths):
-    """The same by a worker process, and the pictures handed back. -> (seconds of CPU, pictures)."""
-    start = time.process_time()
-    held = [load_picture(path) for path in paths]
-    return time.process_time() - start, held
+    held = [load_picture(path) if carry else Image.open(path).convert("RGB") for path in paths]
+    return time.process_time() - start, held if carry else None
 
 
 def bench(rows, out, steps=10_000, pictures=512, batch=64):
@@ -1232,21 +1225,22 @@ def bench(rows, out, steps=10_000, pictures=512, batch=64):
             Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.BICUBIC).save(file, quality=90)
         start, cpu = time.perf_counter(), time.process_time()
         data = train_sets(root, caps={name: None for name, *_ in MMEB_TRAIN})
-        sampler = Sampler(data.sizes, data.weights, batch, 16)
+        sampler = Sampler(data.sizes, data.weights, batch, batch // 4)
         next(batches(data, sampler))
-        figures = {"rows": sum(data.sizes), "first_batch_s": round(time.perf_counter() - start, 2), "first_batch_cpu_s": round(time.process_time() - cpu, 2)}
+        figures = {"rows": sum(data.sizes), "first_batch_s": round(time.perf_counter() - start, 2),
+                   "first_batch_cpu_s": round(time.process_time() - cpu, 2)}
         before, start = resident(), time.perf_counter()
         for _ in tqdm(batches(data, sampler, steps=steps, load=False), total=steps, disable=None):
             pass
         figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
                     "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
         held = [files[i:i + batch] for i in range(0, pictures, batch)]
-        ways = {"pillow_alone": lambda: pool.map(pillow_alone, held),             # each gives the CPU seconds of other processes
-                "threads": lambda: (0.0 for _ in batches(data, sampler, cores, pictures // batch)),
-                "processes": lambda: (seconds for seconds, _ in pool.map(carried, held))}
+        elsewhere = lambda carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(carry)))       # CPU seconds
+        ways = {"pillow_alone": lambda: elsewhere(False), "processes": lambda: elsewhere(True),
+                "threads": lambda: sum(0.0 for _ in batches(data, sampler, cores, pictures // batch))}
         for name, way in [*ways.items()] * 8:                     # in turn: the machine may be busy with something else
             wall, cpu = time.perf_counter(), time.process_time()
-            there = sum(way())
+            there = way()
             took[name].append([1000 * (time.perf_counter() - wall) / pictures, 1000 * (there + time.process_time() - cpu) / pictures])
     for name, times in took.items():
         wall, cpu = np.median(times[len(times) // 4:], 0)         # the first rounds start processes and fill the file cache

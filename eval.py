@@ -8,11 +8,11 @@ adaptive's rate; oracle takes the better of the two with hindsight (direct on ti
 random towards oracle is what the decision has learnt.
 
 The maths. Rank of a positive p, pessimistic: 1 + #{wrong candidates with s >= s_p} + #{positives before it}; optimistic: the same with s > s_p.
-A collapsed model so scores 0 and not 100 % (upstream's argsort returns index 0, which is the answer in the 36 image sets). L = positives, k = 1, 5, 10:
+A collapsed model so scores 0, not 100 % (upstream's argsort returns index 0, which is the answer in the 36 image sets). L = positives, k = 1, 5, 10:
     hit 1 if any rank <= k      precision |hits|/k      recall |hits|/|L| (1 if L is empty)      f1 their harmonic mean
     map Σ_hits precision@rank / min(|L|, k)             mrr 1/first rank <= k                     ndcg Σ_hits g/log2(rank+1) / the same of the ideal
 with g = grade (linear) or 2^grade − 1 (exponential), grade 1 where there is none. Averages: a dataset = mean over its queries, a modality and
-the overall = plain mean over datasets (not over modalities). The expectation of the coin is exact: mean of many tosses = (1−rate)·never + rate·always.
+the overall = plain mean over datasets (not over modalities). The coin's expectation is exact: mean of many tosses = (1−rate)·never + rate·always.
 Scores are float64 products rounded to 2^-25, the resolution of float32 below 1: equal vectors tie exactly, however the corpus is cut into chunks.
 
 How to run:
@@ -255,10 +255,9 @@ class Cache:
             ms = 1000 * (time.perf_counter() - start) / len(distinct)
             vectors = np.asarray(vectors, np.float32)
             finite(vectors, f"{what}: item")
-            for ending, write in ((".npy", lambda f: np.save(f, vectors)), (".json", lambda f: f.write(json.dumps({"ms": ms, "infos": infos}).encode()))):
-                with open(path + ending + ".part", "wb") as f:    # a half-written file never has the final name
-                    write(f)
-                os.replace(path + ending + ".part", path + ending)
+            np.save(path + ".part.npy", vectors)                  # a half-written file never has the final name
+            os.replace(path + ".part.npy", path + ".npy")
+            write(path + ".json", [{"ms": ms, "infos": infos}])      # one line: compact
         vectors = np.load(path + ".npy", mmap_mode="r")
         with open(path + ".json") as f:
             kept = json.load(f)
@@ -296,8 +295,8 @@ def mode_table(per_dataset, tau=0.5, taus=np.linspace(0, 1, 41)):
     modes = {"never": entry(fill(0)), "always": entry(fill(1)), "adaptive": entry(at(tau))}
     modes["random"] = entry(fill(modes["adaptive"]["reason_rate"]))
     modes["oracle"] = entry({n: (d[n]["always"] > d[n]["never"]).astype(np.float64) for n in names})
-    curve = [{"tau": round(float(t), 6), **{k: v for k, v in entry(at(t)).items() if k in ("overall", "reason_rate", "tokens_per_query", "ms_per_query")}}
-             for t in taus]
+    shown = ("overall", "reason_rate", "tokens_per_query", "ms_per_query")
+    curve = [{"tau": round(float(t), 6), **{k: v for k, v in entry(at(t)).items() if k in shown}} for t in taus]
     return modes, curve
 
 
@@ -403,18 +402,19 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
             continue
         score, at = write_dataset(es, found, primary, out), KEYS.index(es.metric)
         metrics[es.modality][es.name] = score
-        infos = found[primary]["infos"]
+        mean = lambda key: float(np.mean([info[key] for info in found[primary]["infos"]]))
         datasets[es.name] = {"modality": es.modality, "metric": es.metric, "protocol": es.protocol, "queries": len(es.queries),
-                             "candidates": len(es.candidates), "dropped": es.dropped, "bad": es.bad, "want": row["queries"], "score": score[es.metric],
-                             "optimistic": float(found[primary]["best"].mean()), "reason_rate": float(np.mean([i["reasoned"] for i in infos])),
-                             "tokens_per_query": float(np.mean([i["new_tokens"] for i in infos])), "ms_per_query": found[primary]["ms"],
+                             "candidates": len(es.candidates), "dropped": es.dropped, "bad": es.bad, "want": row["queries"],
+                             "score": score[es.metric], "optimistic": float(found[primary]["best"].mean()), "reason_rate": mean("reasoned"),
+                             "tokens_per_query": mean("new_tokens"), "ms_per_query": found[primary]["ms"],
                              "modes": {mode: float(m["scores"][:, at].mean()) for mode, m in found.items()}}
         if {"never", "always"} <= set(found):
-            per[es.name] = {"modality": es.modality, "never": found["never"]["scores"][:, at], "always": found["always"]["scores"][:, at],
-                            "p_reason": [i["p_reason"] for i in found["never"]["infos"]], "tokens": [i["new_tokens"] for i in found["always"]["infos"]],
-                            "ms_never": found["never"]["ms"], "ms_always": found["always"]["ms"]}
+            never, always = found["never"], found["always"]
+            per[es.name] = {"modality": es.modality, "never": never["scores"][:, at], "always": always["scores"][:, at],
+                            "p_reason": [i["p_reason"] for i in never["infos"]], "tokens": [i["new_tokens"] for i in always["infos"]],
+                            "ms_never": never["ms"], "ms_always": always["ms"]}
     if not datasets:
-        raise BadData(f"{root}: none of the {len(rows)} datasets asked for could be evaluated; missing: {', '.join(missing[:5])} ... broken: {broken}")
+        raise BadData(f"{root}: none of the {len(rows)} datasets could be evaluated; missing: {', '.join(missing[:5])} ... broken: {broken}")
     summary = {**aggregate(metrics, rows), "mode": primary, "tau": tau, "missing": missing, "broken": broken, "datasets": datasets}
     if per:
         summary["modes"], summary["curve"] = mode_table(per, tau)
@@ -436,7 +436,7 @@ def leaderboard(metrics, rows, page_labels="fixed", metadata=None):
 
 def bench(out, sizes=(100_000, 1_000_000), n=1000, d=256):
     """Time and memory of ranking n queries over corpora of these sizes, which lie in memory-mapped files."""
-    rng, figures = np.random.default_rng(0), {}
+    rng, figures, took = np.random.default_rng(0), {}, []
     unit = lambda *shape: (x := rng.standard_normal(shape, np.float32)) / np.linalg.norm(x, axis=1, keepdims=True)
     queries, peak = unit(n, d), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with tempfile.TemporaryDirectory() as folder:
@@ -448,10 +448,10 @@ def bench(out, sizes=(100_000, 1_000_000), n=1000, d=256):
             del corpus                                            # a mapped page counts as resident, too
             before, start, cpu = data.resident(), time.perf_counter(), time.process_time()
             rank(queries, np.load(path, mmap_mode="r"), [[i] for i in range(n)])
-            figures |= {f"rank_{n}x{m}x{d}_s": round(time.perf_counter() - start, 1), f"rank_{n}x{m}x{d}_cpu_s": round(time.process_time() - cpu, 1),
+            took.append(np.array([time.perf_counter() - start, time.process_time() - cpu]))
+            figures |= {f"rank_{n}x{m}x{d}_s": round(took[-1][0], 1), f"rank_{n}x{m}x{d}_cpu_s": round(took[-1][1], 1),
                         f"before_{m}_mb": round(before), f"peak_{m}_mb": round(peak()), f"of_which_mapped_{m}_mb": round(m * d * 4 / 2**20)}
-    times = [[figures[f"rank_{n}x{m}x{d}{unit}_s"] for m in sizes] for unit in ("", "_cpu")]
-    figures |= {"corpus_ratio": sizes[-1] / sizes[0], "time_ratio": round(times[0][-1] / times[0][0], 1), "cpu_time_ratio": round(times[1][-1] / times[1][0], 1)}
+    figures |= {"corpus_ratio": sizes[-1] / sizes[0]} | dict(zip(("time_ratio", "cpu_time_ratio"), (took[-1] / took[0]).round(1).tolist()))
     data.record(figures, out)
 
 
@@ -512,14 +512,15 @@ def main():
                       args.batch_size, {"model_name": os.path.basename(os.path.normpath(args.model)), **dict(m.split("=", 1) for m in args.metadata)},
                       {"dim": args.dim} if args.dim else None)
     for name, d in result["datasets"].items():
-        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped; "
-              f"{d['protocol']}; reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
+        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped"
+              f"; {d['protocol']}; reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
     for key in ("image", "video", "visdoc", "overall"):
         print(f"{key}: {100 * result[key]:.2f}" if result[key] is not None else f"{key}: none")
     print(f"mode: {result['mode']}\ndatasets: {len(result['datasets'])}\nmissing: {', '.join(result['missing']) or 'none'}\n"
           f"broken: {', '.join(result['broken']) or 'none'}")
     for mode, m in result.get("modes", {}).items():
-        print(f"{mode}: {100 * m['overall']:.2f} at {m['tokens_per_query']:.1f} tokens, {m['ms_per_query']:.1f} ms a query, reason rate {m['reason_rate']:.2f}")
+        print(f"{mode}: {100 * m['overall']:.2f} at {m['tokens_per_query']:.1f} tokens, {m['ms_per_query']:.1f} ms a query, "
+              f"reason rate {m['reason_rate']:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,7 +564,8 @@ def verdict(modes, noise=(0, 0)):
     spent = f", {tokens[2] / tokens[1]:.0%} of the {tokens[1]:.1f} that always takes" if tokens[1] else ""
     share = f"covers {(a - coin) / (best - coin):.0%} of the way from the coin to hindsight" if best > coin + 1e-9 else "had nothing to win"
     return [f"Adaptive reasoning {how[0]} never and {how[1] + ' ' if how[0] != how[1] else ''}always",
-            f"Quality: adaptive {a:.3f}; never {never:.3f}, so {told[0]}; always {always:.3f}, so {told[1]}" + " (two standard errors over the queries)" * any(noise),
+            f"Quality: adaptive {a:.3f}; never {never:.3f}, so {told[0]}; always {always:.3f}, so {told[1]}"
+            + " (two standard errors over the queries)" * any(noise),
             f"Cost: {tokens[2]:.1f} generated tokens per query{spent}; it reasons about {modes['adaptive']['reason_rate']:.0%} of the queries",
             f"Decision: a coin tossed at the same rate gives {coin:.3f}, hindsight {best:.3f}; adaptive {share}"]
 

@@ -146,8 +146,8 @@ PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE), "
 FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "chunk_tokens")     # may differ when a folder is reused
 
 
-CHOICES = {"on_bad": ("stop", "skip"), "resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16", "float16"), "optimizer": ("muon", "adamw"),
-           "select_rule": selection.RULES}
+CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16", "float16"), "optimizer": ("muon", "adamw"),
+           "on_bad": ("stop", "skip"), "select_rule": selection.RULES}
 MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
                "decision_weight", "base_text", "rl_price", "rl_decision", "rl_rationale", "rl_nce")
 ANY_NUMBER = ("select_margin", "tau")
