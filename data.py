@@ -1,48 +1,51 @@
 """
 MMEB, whole: the training sources of VLM2Vec-V2 and the 78 test sets of MMEB-V2, as two tables of rows over a handful of parsers.
 
-The idea. A benchmark is not code, it is a table: where the rows lie, which columns they have, what is said before the picture. So every
-dataset here is one row of TRAIN or EVAL below, every kind of file one parser of a few lines, and the model only ever sees items:
+The idea. A benchmark is not code, it is a table: where the rows lie, which columns they have, what is said before the picture. So every dataset is
+one row of TRAIN or EVAL below, every kind of file one parser of a few lines, and the model only ever sees items:
 
     item = {"text": str, "image": ref | [ref, ...], "video": {"frames": [ref, ...], "fps": float}, "instruction": str}   (absent: omitted)
     ref  = an absolute path, or a Picture(table, row, column) inside a parquet file; load_picture(ref) decodes either
 
-Strings are VLM2Vec's to the byte with its visual placeholder taken out (our chat template puts pictures first, so nothing is lost) and all
-other white space kept: it is worth 1.7 points on VisDial. prompts="qwen" instead moves the instruction to item["instruction"].
+Strings are VLM2Vec's to the byte with its visual placeholder taken out (our chat template puts pictures first, so nothing is lost) and all other
+white space kept: it is worth 1.7 points on VisDial. prompts="qwen" instead moves the instruction to item["instruction"].
 
-The sampler's maths. A global batch of B pairs is B/b sub-batches of b pairs; each draws a dataset d with p(d) = w_d / Σw and takes the
-next b rows of d's own shuffled walk. In-batch negatives of one sub-batch so share a source, which makes them hard. Every draw is a
-function of (seed, step), every shuffle of (seed, dataset, epoch): workers and ranks cannot change the stream, and its state is
-{"step", "taken"}.
+The sampler's maths. A global batch of B pairs is B/b sub-batches of b; each draws a dataset d with p(d) = w_d / Σw and takes the next b rows of
+d's own shuffled walk. In-batch negatives of one sub-batch so share a source, which makes them hard. Every draw is a function of (seed, step), every
+shuffle of (seed, dataset, epoch): workers and ranks cannot change the stream, and its state is {"step", "taken"}.
 
 How to run:
     python data.py --check ROOT [--train | --eval] [--names A,B] [--on_bad skip]     what is found, missing, short or broken
     python data.py --check ROOT --fetch [--names A,B]                                the same after `hf download` of what is missing
-    python data.py --bench [--rows 1000000]                                          the scale figures, on generated tables
+    python data.py --bench [--out FILE.json]                                         the scale figures, on generated tables
 ROOT mirrors hub ids: ROOT/<hub id>/... as `hf download ID --repo-type dataset --local-dir ROOT/ID` leaves it (then unpack the archives).
-Your own data needs no code: put pairs in MMEB's columns (qry, qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path)
-into ROOT/train.jsonl and ROOT/test.jsonl (or .parquet), pictures beside them; or write ROOT/datasets.json (see "The row").
+Your own data needs no code: put pairs in MMEB's columns (qry, qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path) into
+ROOT/train.jsonl and ROOT/test.jsonl (or .parquet), pictures beside them; or write ROOT/datasets.json (see "The row").
 
-Left out: decoding videos (the published frame folders are read), audio, the agent and text-only tasks of MMEB-V3, the English-only copies
-of ViDoRe-V2 that the leaderboard does not count. Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; where the reference is wrong we say so.
+Left out: decoding videos (the published frame folders are read), audio, the agent and text-only tasks of MMEB-V3, the English-only copies of
+ViDoRe-V2 that the leaderboard does not count. Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; where the reference is wrong we say so.
 """
 
 import argparse
-import collections        # Counter, deque
+import collections        # Counter, deque, defaultdict
+import copy               # a sampler that runs ahead
 import dataclasses        # Picture
-import functools          # lru_cache
+import functools          # caches
 import glob               # tables by pattern
 import hashlib            # names of cached tables, VisRAG's page names
+import importlib.metadata # versions, for the record of the bench
 import io                 # pictures inside tables
 import itertools          # zip_longest, chain, count
 import json
+import multiprocessing    # the bench
 import os
+import platform           # the bench
 import re
 import sys
 import tempfile           # no half-written cache
 import time               # the bench
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -52,14 +55,18 @@ from PIL import Image
 from tqdm import tqdm
 
 IMG = "<|image_1|>"          # Phi-3.5-V's token, hard-coded in MMEB's text; we strip it, also where no picture follows (WebQA)
-SMALL = 4 << 20              # bytes of a parquet file that is simply read; larger ones are memory-mapped through CACHE
+SMALL = 1 << 20              # bytes of a parquet file that is simply read; larger ones are memory-mapped through CACHE
 CACHE = os.environ.get("NANOMMEMB_CACHE", os.path.expanduser("~/.cache/nanommemb"))      # never inside the user's data
 FRAMES, FPS = 8, 2.0         # VLM2Vec looks at 8 frames of a video (Qwen3-VL-Embedding at 64); 2 per second is what Qwen assumes
 warnings.simplefilter("error", Image.DecompressionBombWarning)         # Pillow's limit stays on (89 Mpx) and is an error, not a warning
 
 
 class BadData(ValueError):
-    """Something in the data is not what it should be. The message always names dataset, row or file."""
+    """Something in the data is not what it should be: one line that names dataset, row or file. all: the single complaints, where it sums up."""
+
+    def __init__(self, text, all=()):
+        super().__init__(str(text).replace("\n", " "))            # what Pillow, Arrow or the hub say may have several lines
+        self.all = list(all) or [str(self)]
 
 
 class Missing(BadData):
@@ -116,59 +123,49 @@ class Picture:
         return f"{self.table} row {self.row} column {self.column}"
 
 
-def open_picture(ref):
-    """ref -> (PIL picture of which only the header is read, its name for messages); BadData for what is none and for an image bomb."""
-    if isinstance(ref, Image.Image):
-        return ref, "picture"
-    if isinstance(ref, dict):
-        ref = ref.get("bytes") or ref.get("path")
-    name = f"{len(ref)} bytes" if isinstance(ref, bytes) else str(ref)
-    try:
-        body = ref.read() if isinstance(ref, Picture) else ref
-        im = Image.open(io.BytesIO(body) if isinstance(body, bytes) else body)
-    except BadData:
-        raise
-    except FileNotFoundError:
-        raise BadData(f"{name}: no such picture") from None
-    except Exception as e:               # Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...) at mutilated bytes
-        why = damage(ref) if isinstance(ref, str) and os.path.isfile(ref) else None
-        raise BadData(f"{name}: " + (why or f"{'too many pixels' if 'bomb' in str(e) else 'not a picture'} ({e})")) from None
-    if im.width * im.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):          # by the header, before a byte is decoded
-        raise BadData(f"{name}: {im.width}x{im.height} is too many pixels (limit {Image.MAX_IMAGE_PIXELS})")
-    return im, name
-
-
 def load_picture(ref, draft=False):
-    """path | bytes | {"bytes", "path"} | Picture | PIL -> RGB picture. draft: only to find faults, a JPEG comes at an eighth of its size.
+    """path | bytes | {"bytes", "path"} | Picture | PIL -> RGB picture; BadData for anything else and for image bombs.
 
-    As the reference (Image.open(...).convert("RGB")) the EXIF orientation is NOT applied. Unlike it, alpha is laid on white (convert drops
-    it, which turns transparent black letters into a black page) and 16-bit grey is scaled (convert clips it to white).
+    As in the reference (Image.open(...).convert("RGB")) the EXIF orientation is NOT applied. Unlike it, alpha is laid on white (convert drops it,
+    which turns transparent black letters into a black page) and 16-bit grey is scaled (convert clips it to white). draft: only to find faults, at an
+    eighth of a JPEG's size: cheap, and all its entropy-coded bytes are still read.
     """
-    im, name = open_picture(ref)
+    ref = (ref.get("bytes") or ref.get("path")) if isinstance(ref, dict) else ref
+    name = "picture" if isinstance(ref, Image.Image) else f"{len(ref)} bytes" if isinstance(ref, bytes) else str(ref)
+    body, fault = ref.read() if isinstance(ref, Picture) else ref, "not a picture"
     try:
+        im = body if isinstance(body, Image.Image) else Image.open(io.BytesIO(body) if isinstance(body, bytes) else body)
+        if im.width * im.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):          # the header says so, before a byte is decoded
+            raise Image.DecompressionBombError(f"{im.width}x{im.height}, the limit is {Image.MAX_IMAGE_PIXELS} in all")
+        fault = "broken picture"
         if draft:
-            im.draft("RGB", (1, 1))                               # cheap, and all entropy-coded bytes are still read
+            im.draft("RGB", (1, 1))
         im.load()
         if im.mode.startswith("I;16") or im.mode == "I":
             return Image.fromarray((np.clip(np.asarray(im, np.int64), 0, 65535) // 257).astype(np.uint8)).convert("RGB")
         if im.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in im.info:
             return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA")).convert("RGB")
         return im if im.mode == "RGB" else im.convert("RGB")
-    except Exception as e:
-        raise BadData(f"{name}: broken picture ({e})") from None
+    except FileNotFoundError:
+        raise BadData(f"{name}: no such picture") from None
+    except Exception as e:               # Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...) at mutilated bytes
+        if isinstance(ref, str) and os.path.isfile(ref):
+            sound(ref)                   # has a better reason, where there is one
+        raise BadData(f"{name}: {'too many pixels' if 'omb' in type(e).__name__ else fault} ({e})") from None
 
 
-def look(item, seen):
-    """The item; BadData if one of its pictures is broken. Each is decoded once (seen: ref -> what is wrong or None); seen=None: none is."""
-    for ref in refs(item) if seen is not None else []:
-        if ref not in seen:
-            try:
-                load_picture(ref, draft=True)
-                seen[ref] = None
-            except BadData as e:
-                seen[ref] = str(e)
-        if seen[ref]:
-            raise BadData(seen[ref])
+def fault_of(ref):
+    """What is wrong with a picture, in words, or None."""
+    try:
+        load_picture(ref, draft=True)
+    except BadData as e:
+        return str(e)
+
+
+def look(item, fault):
+    """The item, if none of its pictures is broken by fault(ref), a cached fault_of: a picture of many rows is decoded once. fault=None: no look."""
+    if why := next(filter(None, map(fault, refs(item))), None) if fault else None:
+        raise BadData(why)
     return item
 
 
@@ -193,14 +190,14 @@ def frames_of(folder, n):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: parquet and JSON lines as rows by number. Whatever cannot be read is a BadData that says which file and why.
 
-def damage(path):
-    """Why a file cannot be what it should be, from its first bytes: one line, or None."""
+def sound(path):
+    """BadData if a file's first bytes say that it cannot be what it should be."""
     with open(path, "rb") as f:
         head = f.read(64)
     if not head:
-        return "is empty (zero bytes)"
+        raise BadData(f"{path} is empty (zero bytes)")
     if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file: run `git lfs pull` or download it again"
+        raise BadData(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` or download it again")
 
 
 @functools.lru_cache(maxsize=None)
@@ -209,8 +206,7 @@ def _parquet(path, size, changed):
 
     Parquet is compressed by the row group: a random row costs a thousand. HF `datasets` unpacks to Arrow for the same reason.
     """
-    if why := damage(path):
-        raise BadData(f"{path} {why}")
+    sound(path)
     try:
         file = pq.ParquetFile(path, memory_map=True)
         if size <= SMALL:
@@ -220,8 +216,7 @@ def _parquet(path, size, changed):
             os.makedirs(CACHE, exist_ok=True)
             rows = 1024 if file.metadata.num_rows * 1024 < size else 65536       # of a batch: few where rows are pictures, many of text
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:               # so that no half-written file ever has the final name
-                part = os.path.join(folder, "part")
-                with pa.OSFile(part, "wb") as sink, pa.ipc.new_file(sink, file.schema_arrow) as out:
+                with pa.OSFile(part := os.path.join(folder, "part"), "wb") as sink, pa.ipc.new_file(sink, file.schema_arrow) as out:
                     for batch in file.iter_batches(batch_size=rows):
                         out.write_batch(batch)
                 os.replace(part, flat)
@@ -240,8 +235,7 @@ class Lines:
     """A JSONL file (or a JSON list) as rows: only where the lines start is held, so a million rows are 8 MB."""
 
     def __init__(self, path):
-        if why := damage(path):
-            raise BadData(f"{path} {why}")
+        sound(path)
         self.path, self.file = path, open(path, "rb")
         sizes = np.fromiter((len(line) if line.strip() else -len(line) for line in self.file), np.int64)      # < 0: blank, no row
         ends = np.cumsum(abs(sizes))
@@ -263,6 +257,15 @@ class Lines:
         if not isinstance(row, dict):
             raise BadData(f"{self.path} row {i}: a JSON object is wanted, this is {type(row).__name__}")
         return row
+
+
+def filled(path, name, column):
+    """Arrow column -> (rows,) bool: is anything in the cell? Of texts only the offsets are read; numbers and dates are no side of a pair."""
+    column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_primitive(column.type):
+        raise BadData(f"{path}: column {name} holds {column.type}, not text")
+    textual = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    return pc.fill_null(pc.greater(pc.binary_length(column), 0) if textual else column.is_valid(), False)
 
 
 class Table:
@@ -291,26 +294,25 @@ class Table:
         if isinstance(part, Lines):
             row = part[i]
             return {c: row.get(c) for c in self.columns}
-        row = dict.fromkeys(self.columns)
-        for c in have:
-            value = part.column(c)[i]                              # one cell of the mapped file; nothing else is read
-            row[c] = Picture(path, i, c) if c == "image" and value.is_valid else value.as_py()
-        return row
+        cells = {c: part.column(c)[i] for c in have}               # of the mapped file; nothing else is read
+        return dict.fromkeys(self.columns) | {c: Picture(path, i, c) if c == "image" and v.is_valid else v.as_py() for c, v in cells.items()}
 
-    def empty(self, sides):
-        """A bool per row: has one of the sides (lists of columns) nothing in any of its columns? Of Arrow text only offsets are read."""
-        def filled(path, name, column):
-            """Arrow column -> (rows,) bool; numbers and dates are no side of a pair."""
-            column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-            if pa.types.is_primitive(column.type):
-                raise BadData(f"{path}: column {name} holds {column.type}, not text")
-            textual = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-            return pc.fill_null(pc.greater(pc.binary_length(column), 0) if textual else column.is_valid(), False)
+    def empty(self, sides, on_bad="stop"):
+        """(rows,) bool: has one of the sides (lists of columns) nothing in any of its columns?"""
+        def sides_of(part, i):
+            """Line i -> per side, has it something? Under "skip" a line that is not JSON has: it is met, and counted, when it is read."""
+            try:
+                row = part[i]
+                return [any(map(row.get, side)) for side in sides]
+            except BadData:
+                if on_bad == "stop":
+                    raise
+                return [True] * len(sides)
 
         whole = []                                                 # per part (rows, sides) bool: this side has something
         for path, part, _ in self.parts:
             if isinstance(part, Lines):
-                has = [[any(map(row.get, side)) for side in sides] for row in map(part.__getitem__, range(len(part)))]
+                has = [sides_of(part, i) for i in range(len(part))]
             else:
                 has = np.transpose([np.any([filled(path, c, part.column(c)) for c in side], 0) for side in sides])
             whole.append(np.reshape(has, (-1, len(sides))).astype(bool))
@@ -351,6 +353,7 @@ def cell(row, column, kind="text"):
 #                list), language str (filter), original {...} (keys that page_labels="original" replaces)
 
 COMMON = dict(hub="", table=None, config="", media=None, fps=FPS, fetch=[], cap=None)
+NUMBERS = {"weight", "cap", "frames", "fps", "rows", "queries"}
 DEFAULTS = {
     "train": dict(COMMON, parser="mmeb", split=None, frames=FRAMES, rows=None, weight=1.0),
     "eval": dict(COMMON, parser="pairs", split="test", frames=None, modality="image", scope=None, queries=None, family="own", ood=True,
@@ -487,9 +490,16 @@ def complete(row, kind):
     if unknown := sorted(set(row) - set(DEFAULTS[kind]) - {"name"}):
         raise BadData(f"{name}: unknown key {unknown[0]!r} in its row; known: {', '.join(DEFAULTS[kind])}")
     row = {**DEFAULTS[kind], **row}
-    for key, known in (("parser", TRAIN_PARSERS if kind == "train" else EVAL_PARSERS), ("modality", ("image", "video", "visdoc"))):
-        if key in row and row[key] not in known:
-            raise BadData(f"{name}: unknown {key} {row[key]!r}; known: {', '.join(known)}")
+    for key, value in row.items():
+        texts = listed(value) if key in ("table", "media", "config", "columns") else [value]
+        if key in NUMBERS and value is not None and (type(value) not in (int, float) or not 0 <= value < 1e18):
+            raise BadData(f"{name}: {key} {value!r} is no number from 0 up")
+        if key not in NUMBERS | {"ood", "fetch", "labels", "original"} and not all(text is None or isinstance(text, str) for text in texts):
+            raise BadData(f"{name}: {key} {value!r} is no text")
+    known = {"parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS, "modality": ("image", "video", "visdoc"), "labels": LABELS}
+    for key in known.keys() & row:
+        if row[key] not in known[key] if isinstance(row[key], str) else key != "labels":
+            raise BadData(f"{name}: unknown {key} {row[key]!r}; known: {', '.join(known[key])}")
     row["table"] = listed(row["table"]) or (BEIR if row["parser"] == "beir" else TABLES)
     row["media"] = listed(row["media"]) or [row["hub"]]
     if kind == "eval":
@@ -502,6 +512,8 @@ def tables(root, kind):
     listing, own = os.path.join(root, "datasets.json"), {"train": "train", "eval": "test"}
     if not os.path.isdir(root):
         raise BadData(f"{root}: no such folder")
+    files = {k: [f for f in (f"{name}.jsonl", f"{name}.parquet") if os.path.exists(os.path.join(root, f))] for k, name in own.items()}
+    rows = TRAIN if kind == "train" else EVAL
     if os.path.exists(listing):
         try:
             with open(listing, encoding="utf-8") as f:
@@ -511,11 +523,8 @@ def tables(root, kind):
         if not isinstance(found, dict) or set(found) - set(own) or not all(isinstance(rows, list) for rows in found.values()):
             raise BadData(f"{listing}: wants {{\"train\": [rows], \"eval\": [rows]}}")
         rows = found.get(kind, [])
-    else:
-        files = {k: [f for f in (f"{name}.jsonl", f"{name}.parquet") if os.path.exists(os.path.join(root, f))] for k, name in own.items()}
-        rows = TRAIN if kind == "train" else EVAL
-        if any(files.values()):
-            rows = [dict(name="own", table=files[kind])] if files[kind] else []
+    elif any(files.values()):
+        rows = [dict(name="own", table=files[kind])] if files[kind] else []
     rows = [complete(row, kind) for row in rows]
     if twice := [name for name, n in collections.Counter(row["name"] for row in rows).items() if n > 1]:
         raise BadData(f"{listing}: {kind} dataset {twice[0]!r} is listed twice")
@@ -558,13 +567,11 @@ class Media:
 
     def find(self, relative, what="picture"):
         """Absolute path of a picture (or "clip folder") in the first of the media folders that has it."""
-        folders = self.spec["media"]
+        folders, there = self.spec["media"], os.path.isdir if what == "clip folder" else os.path.isfile
         for folder in folders:
-            path = self.inside(relative, folder)
-            if os.path.isdir(path) if what == "clip folder" else os.path.isfile(path):
+            if there(path := self.inside(relative, folder)):
                 return path
-        looked = ", ".join(f or "." for f in folders[:3]) + ", ..." * (len(folders) > 3)
-        raise BadData(f"{what} {relative!r} is missing (looked in {looked})")
+        raise BadData(f"{what} {relative!r} is missing (looked in {', '.join(f or '.' for f in folders[:3])}{', ...' * (len(folders) > 3)})")
 
     def picture(self, ref):
         """A path of the data -> an absolute one; nothing -> None; a Picture is one already."""
@@ -579,16 +586,18 @@ class Media:
         AppleDouble's). Missing where the root has none; BadData where another part of it was there."""
         hub = self.spec["hub"]
         fill = dict(hub=hub, repo=os.path.basename(hub), name=self.name, split=split, config=config, part=part)
+        fill = {key: glob.escape(value) for key, value in fill.items()}
         for pattern in self.spec["table"]:
-            pattern = os.path.normpath("./" + pattern.format(**{k: glob.escape(str(v)) for k, v in fill.items()}))
-            if ".." in pattern.split(os.sep):
-                raise BadData(f"{self.name}: table {pattern!r} leaves the root")
+            try:
+                pattern = os.path.normpath("./" + pattern.format(**fill))
+            except (LookupError, ValueError) as e:
+                raise BadData(f"{self.name}: table {pattern!r} is no pattern ({type(e).__name__}: {e}); it may hold {', '.join(fill)}") from None
             files = [f for f in sorted(glob.glob(pattern, root_dir=self.root)) if f.endswith((".parquet", ".jsonl", ".json"))]
-            if files := [self.inside(f) for f in files if os.path.isfile(os.path.join(self.root, f))]:
+            if files := [f for f in map(self.inside, files) if os.path.isfile(f)]:
                 self.opened = True
                 return Table(files, required, optional, self.name, self.spec["cap"])
-        which, looked = " ".join(filter(None, (part or config, "table"))), self.spec["table"][0].format(**fill)
-        raise (BadData if self.opened else Missing)(f"{self.name}: no {which} in {self.root} (looked for {looked})")
+        raise (BadData if self.opened else Missing)(
+            f"{self.name}: no {part or config or 'table'} in {self.root} (looked for {self.spec['table'][0].format(**fill)})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,21 +623,20 @@ def video_pair(m, row):
     return item("Answer a question based on the content of a video. " * (kind == "video_qa") + asked, video=clip), item(answer), []
 
 
-def page_qa_pair(m, row):
-    """colpali_train_set is used as question answering: page and question -> answer. Its own long prompts are left out, as VLM2Vec does."""
-    return item(" " + cell(row, "query", "text?"), m.picture(row["image"])), item(cell(row, "answer", "text?")), []
-
-
 def page_pair(m, row):
-    """Text -> page. The odd spaces are VLM2Vec's: f"{prompt} {query} {token}" of a prompt ending in a space, token or query empty."""
-    (before, after), query = VISRAG.get(row["source"], ("", "")), cell(row, "query", "text?")
-    return item(f"{before}  {query} " if before else f"{query} "), item(f"{after}  " if after else " ", m.picture(row["image"])), []
+    """Pages. colpali_train_set is used as question answering: page and question -> answer (its own long prompts are left out, as VLM2Vec does);
+    VisRAG as text -> page. The odd spaces are VLM2Vec's: f"{prompt} {query} {token}" of a prompt ending in a space, token or query empty."""
+    query, page = cell(row, "query", "text?"), m.picture(row["image"])
+    if m.spec["parser"] == "page_qa":
+        return item(" " + query, page), item(cell(row, "answer", "text?")), []
+    before, after = VISRAG.get(row["source"], ("", ""))
+    return item(f"{before}  {query} " if before else f"{query} "), item(f"{after}  " if after else " ", page), []
 
 
 PAIR, TALK = ["qry", "qry_image_path", "pos_text", "pos_image_path"], ["video", "conversations"]
 TRAIN_PARSERS = {  # name: (row -> pair, columns that must be there, columns that may be, columns of each side: all empty = row dropped)
     "mmeb":    (mmeb_pair, PAIR, ["neg_text", "neg_image_path"], [PAIR[:2], PAIR[2:]]),
-    "page_qa": (page_qa_pair, ["query", "image", "answer"], [], [["query", "image"], ["answer"]]),
+    "page_qa": (page_pair, ["query", "image", "answer"], [], [["query", "image"], ["answer"]]),
     "page":    (page_pair, ["query", "image"], ["source"], [["query"], ["image"]]),
     **{kind: (video_pair, TALK, [], [TALK[:1], TALK[1:]]) for kind in ("video_caption", "video_retrieval", "video_qa")}}
 
@@ -636,11 +644,11 @@ TRAIN_PARSERS = {  # name: (row -> pair, columns that must be there, columns tha
 class Source(Media):
     """A row of TRAIN opened. Rows with an empty side are dropped and counted, as the reference does: out of the first `cap`, not before."""
 
-    def __init__(self, spec, root, split):
+    def __init__(self, spec, root, split, on_bad="stop"):
         super().__init__(spec, root)
         self.parse, required, optional, sides = TRAIN_PARSERS[spec["parser"]]
         self.rows = self.table(required, optional, spec["split"] or split, spec["config"])
-        empty = self.rows.empty(sides)
+        empty = self.rows.empty(sides, on_bad)
         self.keep, self.dropped = np.flatnonzero(~empty).astype(np.int32), int(empty.sum())          # keep: usable rows, 4 bytes each
         if not len(self.keep):
             raise BadData(f"{self.name}: no usable row in {self.rows.parts[0][0]} ({len(empty)} rows, all with an empty side)")
@@ -682,15 +690,16 @@ class TrainData:
             try:
                 pair = self.pair(source, at)
                 if load:
-                    pair = {**pair, "query": decoded(pair["query"]), "target": decoded(pair["target"]),
-                            "negatives": [decoded(negative) for negative in pair["negatives"]]}
+                    pair |= {"query": decoded(pair["query"]), "target": decoded(pair["target"]), "negatives": [*map(decoded, pair["negatives"])]}
                 return pair
             except BadData as e:
                 error = named(e, name := self.sources[source].id(at))
                 if self.on_bad == "stop":
                     raise error from None
-                self.bad[name] = str(error)
-        raise BadData(f"{self.names[source]}: not one usable row")
+                if name not in self.bad:
+                    self.bad[name] = str(error)
+                    tqdm.write(f"skipped ({len(self.bad)} so far): {error}")
+        raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(self.bad.values()))}")
 
 
 def train_sets(root, names=None, split="original", on_bad="stop", caps=None, weights=None):
@@ -702,7 +711,7 @@ def train_sets(root, names=None, split="original", on_bad="stop", caps=None, wei
     for row in rows:
         own = {key: given[row["name"]] for key, given in (("cap", caps), ("weight", weights)) if row["name"] in (given or {})}
         try:
-            sources.append(Source({**row, **own}, root, split))
+            sources.append(Source({**row, **own}, root, split, on_bad))
         except Missing:
             if names is not None:
                 raise
@@ -711,6 +720,7 @@ def train_sets(root, names=None, split="original", on_bad="stop", caps=None, wei
             if on_bad == "stop":
                 raise
             bad[row["name"]] = str(e)
+            tqdm.write(f"skipped: {e}")
     if not sources:
         raise BadData(f"{root}: none of the {len(rows)} training datasets can be used" + "".join(f"; {why}" for why in [*bad.values()][:1]))
     return TrainData(sources, missing, bad, on_bad)
@@ -732,10 +742,11 @@ class Sampler:
         if sub_batch < 1 or batch % sub_batch or batch % world or not 0 <= rank < world:
             raise ValueError(f"batch {batch} must be a multiple of sub_batch {sub_batch} and of world {world}, and rank {rank} below world")
         self.sizes, self.p, self.batch, self.sub, self.seed = list(sizes), weights / weights.sum(), batch, sub_batch, seed
-        self.rank, self.world, self.step, self.taken, self.orders = rank, world, 0, [0] * len(self.sizes), {}
+        self.rank, self.world, self.step, self.taken = rank, world, 0, [0] * len(self.sizes)
+        self.orders = {}                                          # source: (epoch, shuffled rows); only the current epoch's, 4 bytes a row
 
     def order(self, source, epoch):
-        """The shuffled walk over a source in one epoch; only the current one of each source is held (4 bytes a row)."""
+        """The shuffled walk over a source in one epoch."""
         if self.orders.get(source, (None,))[0] != epoch:
             walk = np.random.default_rng([1, self.seed, source, epoch]).permutation(self.sizes[source])
             self.orders[source] = (epoch, walk.astype(np.int32))
@@ -759,12 +770,6 @@ class Sampler:
         share = self.batch // self.world
         return out[self.rank * share:(self.rank + 1) * share]
 
-    def copy(self):
-        """Another one at the same place."""
-        other = Sampler(self.sizes, self.p, self.batch, self.sub, self.seed, self.rank, self.world)
-        other.load(self.state())
-        return other
-
     def state(self):
         """All there is to save, as JSON; under 200 bytes for a few sources."""
         return {"seed": self.seed, "step": self.step, "taken": list(self.taken), "sizes": list(self.sizes), "batch": [self.batch, self.sub]}
@@ -779,10 +784,12 @@ class Sampler:
 def batches(data, sampler, workers=0, steps=None, load=True):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
 
-    Workers are threads: Pillow decodes outside the interpreter lock, and threads need neither pickling nor a second copy of the tables.
+    Workers are threads, not processes: Pillow decodes outside the interpreter lock, and a decoded picture is much larger than its file, so
+    handing it from process to process costs more than decoding it (results/bench_data.json has both figures; --bench measures them).
     """
-    pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, sampler.copy(), collections.deque()
+    pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     try:
+        Image.core.set_blocks_max(sampler.batch if workers else 0)        # the last batch's memory serves the next: new pages are slow to get
         for step in itertools.count() if steps is None else range(steps):
             while len(queue) < (3 if pool else 1) and (steps is None or step + len(queue) < steps):         # at most three are in memory
                 jobs = [functools.partial(data.fetch, source, row, load) for source, row in next(ahead)]
@@ -791,6 +798,7 @@ def batches(data, sampler, workers=0, steps=None, load=True):
             next(sampler)                                         # `ahead` may be two batches on; the state handed out is not
             yield batch
     finally:
+        Image.core.set_blocks_max(0)
         if pool:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -819,7 +827,7 @@ class EvalSet(Media):
         self.queries, self.query_ids, self.candidates, self.cand_ids, self.index = [], [], [], [], {}
         self.local, self.positives, self.grades, self.rows, self.dropped, self.bad = [], [], [], 0, 0, []
         self.asked = {}                              # of the parser pairs: query -> its number
-        self.looked = {} if on_bad == "skip" else None         # a run that must not stop later looks at every picture now
+        self.fault = functools.cache(fault_of) if on_bad == "skip" else None         # a run that must not stop later looks at every picture now
 
     def complain(self, error):
         """Up with it, or into the notes, under the name of the row being read."""
@@ -852,7 +860,7 @@ class EvalSet(Media):
         if key not in self.index:
             self.index[key] = None
             try:
-                made = look(make(), self.looked)
+                made = look(make(), self.fault)
             except BadData as e:
                 self.complain(e)
                 return None
@@ -865,7 +873,7 @@ class EvalSet(Media):
         """One query with its candidates and positives, both as what cand() gave."""
         if any(p is None for p in positives) or not positives:
             raise BadData("its positive is broken or there is none")
-        self.queries.append(look(made, self.looked))
+        self.queries.append(look(made, self.fault))
         self.query_ids.append(qid or self.where)                   # "Name/row in its table" where the data has no id
         self.local.append(np.array([c for c in cands if c is not None], np.int64))        # a broken candidate is not ranked
         self.positives.append(list(dict.fromkeys(positives)))      # a clip may be listed twice (MomentSeeker)
@@ -903,10 +911,10 @@ def image_set(b, row):
 def video_cls(b, row):
     """Global over the label list (not only the labels that occur: 1000 clips do not show all 700), or local over neg_text (SmthSmthV2)."""
     label = cell(row, "pos_text")
-    texts = cell(row, "neg_text", "texts") if b.spec["scope"] == "local" else [label]
+    texts = cell(row, "neg_text", "texts") if b.spec["scope"] == "local" else b.labels or [label]
     if label not in texts:
         raise BadData(f"the label {label!r} is not among its {len(texts)} options")
-    cands = [b.cand(text, lambda: b.say(text, "", text)) for text in texts]
+    cands = [b.cand(text, lambda: b.say(text, "", text)) for text in (texts if b.spec["scope"] == "local" else [label])]
     video = b.clip(cell(row, "video_id", "id"))
     b.query(b.say(" " + b.spec["inst"], b.spec["inst"], "", video=video), cands, [b.index[label]])
 
@@ -1076,8 +1084,8 @@ def load_eval(root, row, on_bad="stop", limit=None, page_labels="fixed", frames=
     spec = {**spec, **(spec["original"] or {})} if page_labels == "original" else spec
     b = EvalSet(spec, root, on_bad, frames, prompts)
     parse, required, optional = EVAL_PARSERS[spec["parser"]]
-    labels = LABELS[spec["labels"]] if isinstance(spec["labels"], str) else spec["labels"] or []
-    for label in labels:                             # candidates 0, 1, ... whether a clip shows them or not
+    b.labels = LABELS[spec["labels"]] if isinstance(spec["labels"], str) else spec["labels"] or []
+    for label in b.labels:                             # candidates 0, 1, ... whether a clip shows them or not
         b.cand(label, lambda: b.say(label, "", label))
     if parse is beir:
         beir(b, limit)
@@ -1086,7 +1094,7 @@ def load_eval(root, row, on_bad="stop", limit=None, page_labels="fixed", frames=
         b.dropped += b.each(table, f"{b.name}/", parse, limit, b.rows)
         b.rows += len(table)
     if not b.queries:
-        raise BadData(f"{b.name}: not one usable query in {b.rows} rows" + "".join(f"; first: {why}" for why in b.bad[:1]))
+        raise BadData(f"{b.name}: not one usable query in {b.rows} rows" + "".join(f"; first: {why}" for why in b.bad[:1]), b.bad)
     b.local = b.local if spec["scope"] == "local" else None            # None: everything in .candidates, for every query
     b.grades = b.grades if parse is beir else None                     # only pages are graded
     b.protocol = (f"{b.frames} frames, " * (spec["modality"] == "video") + f"{prompts} prompts"
@@ -1102,42 +1110,46 @@ def check_one(spec, kind, root, page_labels="fixed"):
 
     found | short (fewer rows than published) | broken | missing (no table, or a table of which not one picture is there).
     """
-    bad, usable, rows, seen = [], 0, 0, {}
+    bad, usable, rows, fault = [], 0, 0, functools.cache(fault_of)
     try:
         if kind == "eval":
             found = load_eval(root, spec, on_bad="skip", page_labels=page_labels)
             rows, usable, bad = found.rows, len(found.queries), found.bad
         else:
-            source = Source(spec, root, "original")
+            source = Source(spec, root, "original", on_bad="skip")
             rows = len(source.rows)
             for row in range(len(source.keep)):
                 try:
                     pair = source.pair(row)
                     for side in (pair["query"], pair["target"], *pair["negatives"]):
-                        look(side, seen)
+                        look(side, fault)
                     usable += 1
                 except BadData as e:
                     bad.append(str(named(e, source.id(row))))
     except Missing:
         return "missing", 0, 0, []
     except BadData as e:
-        bad.append(str(e))
+        bad += e.all
     if bad:                                          # a table without a single one of its pictures is not broken: they were never fetched
         return "missing" if not usable and all(" is missing (looked in " in why for why in bad) else "broken", rows, usable, bad
     return "short" if rows < (spec["rows" if kind == "train" else "queries"] or 0) else "found", rows, usable, bad
 
 
-def downloads(spec, root, fetch):
+def downloads(spec, root, fetch=False):
     """The commands that bring one dataset; with fetch they are run (archives are then unpacked by the printed command, not by us)."""
-    mine = [f"{spec['name']}/*"] if "{hub}/{name}/" in spec["table"][0] else []
-    all_ = [(spec["hub"], mine, "")] + [(hub, [pattern], unpack) for hub, pattern, unpack in spec["fetch"]]
-    for hub, patterns, unpack in all_ if spec["hub"] else []:
+    mine, commands = [f"{spec['name']}/*"] if "{hub}/{name}/" in spec["table"][0] else [], []
+    wants = [(spec["hub"], mine, "")] + [(hub, [pattern], unpack) for hub, pattern, unpack in spec["fetch"]]
+    for hub, patterns, unpack in wants if spec["hub"] else []:
         folder = os.path.join(root, hub)
-        if fetch:
-            from huggingface_hub import snapshot_download
-            snapshot_download(hub, repo_type="dataset", local_dir=folder, allow_patterns=patterns or None)
-        yield (f"hf download {hub} --repo-type dataset --local-dir {folder}" + "".join(f" --include '{p}'" for p in patterns)
-               + f" && (cd {folder} && {unpack})" * bool(unpack))
+        commands.append(f"hf download {hub} --repo-type dataset --local-dir {folder}" + "".join(f" --include '{p}'" for p in patterns)
+                        + f" && (cd {folder} && {unpack})" * bool(unpack))
+        try:
+            if fetch:
+                from huggingface_hub import snapshot_download
+                snapshot_download(hub, repo_type="dataset", local_dir=folder, allow_patterns=patterns or None)
+        except Exception as e:           # no network, no such id, no access, no room: whatever the hub's client raises, the dataset is named
+            raise BadData(f"{spec['name']}: {hub} could not be fetched ({type(e).__name__}: {e})") from None
+    return commands
 
 
 def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False, workers=2, page_labels="fixed"):
@@ -1149,7 +1161,7 @@ def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False,
     count, fatal, verdict = collections.Counter(), 0, lambda job: check_one(*job, root, page_labels)
     for job in todo if fetch else []:
         if verdict(job)[0] in ("missing", "short"):
-            list(downloads(job[0], root, fetch))
+            downloads(job[0], root, fetch)
     with ThreadPoolExecutor(workers) as pool:
         verdicts = tqdm(pool.map(verdict, todo), total=len(todo), desc="checking", disable=None)
         for (spec, kind), (status, rows, usable, bad) in zip(todo, verdicts):
@@ -1158,7 +1170,7 @@ def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False,
             want = spec["rows" if kind == "train" else "queries"] or "?"
             tqdm.write(f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {want:>8} rows, {usable:,} usable")
             more = [f"... and {len(bad) - 20} more like these"] if len(bad) > 20 else []
-            for line in bad[:20] + more + [*(downloads(spec, root, False) if status in ("missing", "short") else [])]:
+            for line in bad[:20] + more + (downloads(spec, root) if status in ("missing", "short") else []):
                 tqdm.write(f"         {line}")
     print(", ".join(f"{status}: {count[status]}" for status in ("found", "short", "missing", "broken")))
     return 1 if fatal else 2 if count["missing"] == len(todo) else 0
@@ -1173,21 +1185,35 @@ def resident():
         return next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS"))
 
 
-def pillow_alone(path):
-    """What the loader is measured against."""
-    with Image.open(path) as im:
-        return im.convert("RGB").size
+def record(figures, out):
+    """Prints the figures; with `out` also writes them, and what they were measured on, as JSON."""
+    print("\n".join(f"{name}: {figure:,}" for name, figure in figures.items()))
+    if out:
+        with open("/proc/cpuinfo") as f:
+            cpu = next((line.partition(": ")[2].strip() for line in f if line.startswith("model name")), platform.machine())
+        versions = {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pyarrow")} | {"python": platform.python_version()}
+        with open(out, "w", encoding="utf-8") as f:
+            json.dump({"device": f"{cpu}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} (this program's included)",
+                       "date": time.strftime("%Y-%m-%d"), "versions": versions, "figures": figures}, f, indent=1)
 
 
-def bench(rows, steps=10_000, pictures=512, batch=64):
-    """Time to the first batch, memory over 10,000 batches of references, pictures per second beside Pillow alone on as many processes.
+def decode(paths, carry):
+    """A batch decoded and held: by Pillow alone, or (carry) as the loader does it and handed back. -> (seconds of CPU, pictures or None)."""
+    start = time.process_time()
+    held = [load_picture(path) if carry else Image.open(path).convert("RGB") for path in paths]
+    return time.process_time() - start, held if carry else None
+
+
+def bench(rows, out, steps=10_000, pictures=512, batch=64):
+    """Time to the first batch, memory over 10,000 batches of references, and decoding: by Pillow alone on as many processes as there are cores,
+    by the loader's threads, and by processes that hand pictures back. Seconds of the clock, and CPU seconds, which other people's jobs do not bend.
 
     The world: `rows` training rows in 20 subsets that share `pictures` photograph-like JPEGs (smooth noise) of 640 x 480.
     """
-    from multiprocessing import Pool
-    rng, clock, cores, ours, theirs = np.random.default_rng(0), time.perf_counter, len(os.sched_getaffinity(0)), [], []
-    with tempfile.TemporaryDirectory() as root, Pool(cores) as pool:
-        files = [os.path.join(root, MMEB, f"{i}.jpg") for i in range(pictures)]
+    global CACHE
+    rng, cores, took = np.random.default_rng(0), len(os.sched_getaffinity(0)), collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        CACHE, files = os.path.join(root, "cache"), [os.path.join(root, MMEB, f"{i}.jpg") for i in range(pictures)]
         for name, *_ in MMEB_TRAIN:
             os.makedirs(os.path.join(root, MMEB, name))
             n = rows // len(MMEB_TRAIN)
@@ -1196,25 +1222,32 @@ def bench(rows, steps=10_000, pictures=512, batch=64):
                      "pos_text": [f"answer {i}" for i in range(n)], "pos_image_path": [""] * n}
             pq.write_table(pa.table(table), os.path.join(root, MMEB, name, "original-00000-of-00001.parquet"))
         for file in files:
-            noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
-            noise.resize((640, 480), Image.BICUBIC).save(file, quality=90)
-        start = clock()
+            Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.BICUBIC).save(file, quality=90)
+        start, cpu = time.perf_counter(), time.process_time()
         data = train_sets(root, caps={name: None for name, *_ in MMEB_TRAIN})
-        sampler = Sampler(data.sizes, data.weights, batch, 16)
+        sampler = Sampler(data.sizes, data.weights, batch, batch // 4)
         next(batches(data, sampler))
-        print(f"rows: {sum(data.sizes):,}\nfirst_batch_s: {clock() - start:.2f}")
-        before, start = resident(), clock()
+        figures = {"rows": sum(data.sizes), "first_batch_s": round(time.perf_counter() - start, 2),
+                   "first_batch_cpu_s": round(time.process_time() - cpu, 2)}
+        before, start = resident(), time.perf_counter()
         for _ in tqdm(batches(data, sampler, steps=steps, load=False), total=steps, disable=None):
             pass
-        print(f"resident_growth_mb: {resident() - before:.0f}\nreference_pairs_per_s: {steps * batch / (clock() - start):.0f}")
-        for _ in range(5):                                        # in turn: the machine may be busy with something else
-            start = clock()
-            pool.map(pillow_alone, files, chunksize=8)
-            middle = clock()
-            theirs.append(pictures / (middle - start))
-            ours.append(sum(map(len, batches(data, sampler, workers=cores, steps=pictures // batch))) / (clock() - middle))
-    ours, theirs = np.median(ours), np.median(theirs)
-    print(f"pillow_alone_per_s: {theirs:.0f}\nloader_per_s: {ours:.0f}\nloader_share: {ours / theirs:.2f}")
+        figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
+                    "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
+        held = [files[i:i + batch] for i in range(0, pictures, batch)]
+        elsewhere = lambda carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(carry)))       # CPU seconds
+        ways = {"pillow_alone": lambda: elsewhere(False), "processes": lambda: elsewhere(True),
+                "threads": lambda: sum(0.0 for _ in batches(data, sampler, cores, pictures // batch))}
+        for name, way in [*ways.items()] * 8:                     # in turn: the machine may be busy with something else
+            wall, cpu = time.perf_counter(), time.process_time()
+            there = way()
+            took[name].append([1000 * (time.perf_counter() - wall) / pictures, 1000 * (there + time.process_time() - cpu) / pictures])
+    for name, times in took.items():
+        wall, cpu = np.median(times[len(times) // 4:], 0)         # the first rounds start processes and fill the file cache
+        figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}
+    share = lambda name, what: round(figures[f"pillow_alone{what}"] / figures[f"{name}{what}"], 2)
+    record(figures | {f"{name}_share{what.removesuffix('_ms')}": share(name, what)          # of what Pillow alone decodes
+                      for name in ("threads", "processes") for what in ("_ms", "_cpu_ms")}, out)
 
 
 def main():
@@ -1231,129 +1264,22 @@ def main():
     add("--workers", type=int, default=os.cpu_count(), help="threads that look at pictures")
     add("--bench", action="store_true", help="measure the loader on generated tables")
     add("--rows", type=int, default=1_000_000, help="rows of the bench")
+    add("--out", metavar="FILE.json", help="where the bench's figures go")
     args = parser.parse_args()
     if args.bench:
-        return bench(args.rows)
+        return bench(args.rows, args.out)
     if not args.check:
         parser.error("--check ROOT or --bench is wanted")
     kinds = [kind for kind in ("train", "eval") if getattr(args, kind)] or ["train", "eval"]
     return check(args.check, kinds, args.names.split(",") if args.names else None, args.on_bad, args.fetch, args.workers, args.page_labels)
 
 
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Words that are only looked up. Nothing to read here.
+# Words that are only looked up: the class names of the test sets whose candidates are the whole list, also those that no test clip shows (VLM2Vec's
+# video_classification_utils.py), and VLM2Vec's prompts for VisRAG's training pages, {source: [what goes before the query, before the page]}
 
-# VLM2Vec's prompts for VisRAG's training pages: source | what goes before the query | what goes before the page
-VISRAG = {source: (query, page) for source, query, page in (" ".join(entry.split()).split(" | ") for entry in """
-NeurIPS Papers | This query is about a research paper from NeurIPS, a leading AI/ML conference. The document contains technical
-discussions, methodologies, and findings. Identify relevant papers and sections that address the query: | A research paper from NeurIPS on
-AI and ML topics.; Textbooks | This query is related to a college-level textbook, which provides structured explanations, definitions, and
-examples. Find the most relevant concepts or explanations that address the query: | A textbook page with structured educational content and
-explanations.; ICML Papers | This query is about a research paper from ICML, a leading AI/ML conference. The document contains theoretical
-insights, experiments, and applications. Identify relevant papers and sections that best answer the query: | A research paper from ICML,
-covering machine learning topics.; Manuallib | This query pertains to a product manual, which contains detailed technical specifications,
-usage instructions, and troubleshooting steps. Find the most relevant section that answers the query: | A product manual page with
-technical specifications and instructions.; ArxivQA | This query is related to retrieving a relevant figure from an ArXiv research paper.
-The retrieved figure should contain scientific plots, mathematical visualizations, or experimental results that best address the query: | A
-figure from a research paper, including plots or experimental results.; ChartQA | This query is related to retrieving a relevant chart that
-visually represents numerical or categorical data. The retrieved chart should contain bar graphs, line charts, or other visual elements
-necessary to analyze trends, compare values, or extract insights related to the query: | A statistical chart comparing values or analyzing
-trends.; MP-DocVQA | This query is related to retrieving a relevant page from a multi-page document, such as reports, invoices, or research
-papers. The retrieved document should contain text, tables, or structured information necessary to answer the query: | A page from a
-multi-page document with text or tables.; InfoVQA | This query is related to retrieving an infographic that visually presents statistical
-or factual information using charts, icons, and structured layouts. The retrieved image should contain the necessary visual elements to
-provide the best context for answering the query: | An infographic with structured data, charts, and annotations.; PlotQA | This query
-relates to retrieving a relevant plot or chart that visually represents numerical data. The retrieved figure should contain the necessary
-information to analyze trends, compare values, or extract key insights related to the query: | A numerical data visualization, such as bar
-charts or line graphs.; SlideVQA | This query is related to retrieving a relevant presentation slide that visually presents structured
-information. The retrieved slide should contain the necessary text, charts, or graphics to provide the best answer to the query: | A
-presentation slide with text, bullet points, and diagrams.""".split(";"))}
-
-# The class names of the test sets whose candidates are the whole list, also those that no test clip shows: VLM2Vec's
-# video_classification_utils.py. As in a shell, making_{cheese tea} is making_cheese making_tea.
-LABELS = {name: re.sub(r"(\S+){(.*?)}", lambda m: " ".join(m[1] + end for end in m[2].split()), names, flags=re.S).split()
-          for name, names in {
-"K700": """abseiling acting_in_play adjusting_glasses air_drumming alligator_wrestling answering_questions applauding applying_cream
-archaeological_excavation archery arguing arm_wrestling arranging_flowers arresting assembling_{bicycle computer} attending_conference
-auctioning baby_waking_up backflip_(human) baking_cookies bandaging barbequing bartending base_jumping bathing_dog battle_rope_training
-beatboxing bee_keeping being_{excited in_zero_gravity} belly_dancing bench_pressing bending_{back metal} biking_through_snow blasting_sand
-blending_fruit blowdrying_hair blowing_{bubble_gum glass leaves nose out_candles} bobsledding bodysurfing bookbinding bottling
-bouncing_{ball_(not_juggling) on_bouncy_castle on_trampoline} bowling braiding_hair breading_or_breadcrumbing breakdancing breaking_{boards
-glass} breathing_fire brush_painting brushing_{floor hair teeth} building_{cabinet lego sandcastle shed} bulldozing bungee_jumping burping
-busking calculating calligraphy canoeing_or_kayaking capoeira capsizing card_stacking card_throwing carrying_{baby weight} cartwheeling
-carving_{ice marble pumpkin wood_with_a_knife} casting_fishing_line catching_{fish or_throwing_baseball or_throwing_frisbee
-or_throwing_softball} celebrating changing_{gear_in_car oil wheel_(not_on_bike)} chasing checking_{tires watch} cheerleading chewing_gum
-chiseling_{stone wood} chopping_{meat wood} clam_digging clapping clay_pottery_making clean_and_jerk cleaning_{gutters pool shoes toilet
-windows} climbing_{a_rope ladder tree} closing_door coloring_in combing_hair contact_juggling contorting cooking_{chicken egg on_campfire
-sausages_(not_on_barbeque) scallops} cosplaying coughing counting_money country_line_dancing cracking_{back knuckles neck} crawling_baby
-crocheting crossing_{eyes river} crying cumbia curling_{(sport) eyelashes hair} cutting_{apple cake nails orange pineapple watermelon}
-dancing_{ballet charleston gangnam_style macarena} deadlifting dealing_cards decorating_the_christmas_tree decoupage delivering_mail
-digging dining directing_traffic disc_golfing diving_cliff docking_boat dodgeball doing_{aerobics jigsaw_puzzle laundry nails sudoku}
-drawing dribbling_basketball drinking_shots driving_{car tractor} drooling drop_kicking drumming_fingers dumpster_diving dunking_basketball
-dyeing_{eyebrows hair} eating_{burger cake carrots chips doughnuts hotdog ice_cream nachos spaghetti watermelon} egg_hunting embroidering
-entering_church exercising_{arm with_an_exercise_ball} extinguishing_fire faceplanting falling_{off_bike off_chair} feeding_{birds fish
-goats} fencing_(sport) fidgeting filling_{cake eyebrows} finger_snapping fixing_{bicycle hair} flint_knapping flipping_{bottle pancake}
-fly_tying flying_kite folding_{clothes napkins paper} front_raises frying_vegetables gargling geocaching getting_{a_haircut a_piercing
-a_tattoo} giving_or_receiving_award gold_panning golf_chipping golf_driving golf_putting gospel_singing_in_church grinding_meat
-grooming_{cat dog horse} gymnastics_tumbling hammer_throw hand_washing_clothes head_stand headbanging headbutting helmet_diving
-herding_cattle high_fiving high_jump high_kick historical_reenactment hitting_baseball hockey_stop holding_snake home_roasting_coffee
-hopscotch hoverboarding huddling hugging_{(not_baby) baby} hula_hooping hurdling hurling_(sport) ice_climbing ice_fishing ice_skating
-ice_swimming inflating_balloons installing_carpet ironing ironing_hair javelin_throw jaywalking jetskiing jogging juggling_{balls fire
-soccer_ball} jumping_{bicycle into_pool jacks sofa} jumpstyle_dancing karaoke kicking_{field_goal soccer_ball} kissing kitesurfing knitting
-krumping land_sailing laughing lawn_mower_racing laying_{bricks concrete decking stone tiles} leatherworking letting_go_of_balloon licking
-lifting_hat lighting_{candle fire} listening_with_headphones lock_picking long_jump longboarding looking_{at_phone in_mirror} luge lunge
-making_{a_cake a_sandwich balloon_shapes bubbles cheese horseshoes jewelry latte_art paper_aeroplanes pizza slime snowman sushi tea
-the_bed} marching marriage_proposal massaging_{back feet legs neck person's_head} metal_detecting milking_{cow goat} mixing_colours
-moon_walking mopping_floor mosh_pit_dancing motorcycling mountain_climber_(exercise) moving_{baby child furniture} mowing_lawn
-mushroom_foraging needle_felting news_anchoring opening_{bottle_(not_wine) coconuts door present refrigerator wine_bottle} packing
-paragliding parasailing parkour passing_{American_football_(in_game) American_football_(not_in_game) soccer_ball} peeling_{apples banana
-potatoes} person_collecting_garbage petting_{animal_(not_cat) cat horse} photobombing photocopying picking_{apples blueberries}
-pillow_fight pinching pirouetting planing_wood planting_trees plastering playing_{accordion american_football badminton bagpipes basketball
-bass_guitar beer_pong billiards blackjack cards cello checkers chess clarinet controller cricket cymbals darts didgeridoo dominoes drums
-field_hockey flute gong guitar hand_clapping_games harmonica harp ice_hockey keyboard kickball laser_tag lute mahjong maracas marbles
-monopoly netball nose_flute oboe ocarina organ paintball pan_pipes piano piccolo pinball ping_pong poker polo recorder road_hockey rounders
-rubiks_cube saxophone scrabble shuffleboard slot_machine squash_or_racquetball tennis trombone trumpet ukulele violin volleyball
-with_trains xylophone} poaching_eggs poking_bellybutton pole_vault polishing_{furniture metal} popping_balloons pouring_{beer milk wine}
-preparing_salad presenting_weather_forecast pretending_to_be_a_statue pull_ups pulling_{espresso_shot rope_(game)} pumping_{fist gas}
-punching_{bag person_(boxing)} push_up pushing_{car cart wheelbarrow wheelchair} putting_{in_contact_lenses on_eyeliner on_foundation
-on_lipstick on_mascara on_sari on_shoes wallpaper_on_wall} raising_eyebrows reading_{book newspaper} recording_music repairing_puncture
-riding_{a_bike camel elephant mechanical_bull mule or_walking_with_horse scooter snow_blower unicycle} ripping_paper roasting_{marshmallows
-pig} robot_dancing rock_climbing rock_scissors_paper roller_skating rolling_{eyes pastry} rope_pushdown running_on_treadmill sailing
-salsa_dancing saluting sanding_{floor wood} sausage_making sawing_wood scrambling_eggs scrapbooking scrubbing_face scuba_diving
-seasoning_food separating_eggs setting_table sewing shaking_{hands head} shaping_bread_dough sharpening_{knives pencil} shaving_{head legs}
-shearing_sheep shining_{flashlight shoes} shoot_dance shooting_{basketball goal_(soccer) off_fireworks} shopping shot_put shouting
-shoveling_snow shredding_paper shucking_oysters shuffling_{cards feet} side_kick sieving sign_language_interpreting silent_disco singing
-sipping_cup situp skateboarding ski_ballet ski_jumping skiing_{crosscountry mono slalom} skipping_{rope stone} skydiving slacklining
-slapping sled_dog_racing sleeping slicing_onion smashing smelling_feet smoking smoking_hookah smoking_pipe snatch_weight_lifting sneezing
-snorkeling snowboarding snowkiting snowmobiling somersaulting spelunking spinning_{plates poi} splashing_water spray_painting spraying
-springboard_diving square_dancing squat squeezing_orange stacking_{cups dice} standing_on_hands staring steer_roping steering_car
-sticking_tongue_out stomping_grapes stretching_{arm leg} sucking_lolly surfing_{crowd water} surveying sweeping_floor swimming_{backstroke
-breast_stroke butterfly_stroke front_crawl with_dolphins with_sharks} swing_dancing swinging_{baseball_bat on_something} sword_{fighting
-swallowing} tackling tagging_graffiti tai_chi taking_photo talking_on_cell_phone tango_dancing tap_dancing tapping_{guitar pen}
-tasting_{beer food wine} testifying texting threading_needle throwing_{axe ball_(not_baseball_or_American_football) discus knife snowballs
-tantrum water_balloon} tickling tie_dying tightrope_walking tiptoeing tobogganing tossing_{coin salad} training_dog trapezing treating_wood
-trimming_{or_shaving_beard shrubs trees} triple_jump twiddling_fingers tying_{bow_tie knot_(not_on_a_tie) necktie shoe_laces} unboxing
-uncorking_champagne unloading_truck using_{a_microscope a_paint_roller a_power_drill a_sledge_hammer a_wrench atm bagging_machine
-circular_saw inhaler megaphone puppets remote_controller_(not_gaming) segway} vacuuming_{car floor} visiting_the_zoo wading_{through_mud
-through_water} waiting_in_line waking_up walking_{on_stilts the_dog through_snow with_crutches} washing_{dishes feet hair hands}
-watching_tv water_{skiing sliding} watering_plants waving_hand waxing_{armpits back chest eyebrows legs} weaving_{basket fabric} welding
-whistling windsurfing winking wood_burning_(art) wrapping_present wrestling writing yarn_spinning yawning yoga zumba""",
-"UCF101": """ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball BasketballDunk BenchPress
-Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling BoxingPunchingBag BoxingSpeedBag BreastStroke BrushingTeeth
-CleanAndJerk CliffDiving CricketBowling CricketShot CuttingInKitchen Diving Drumming Fencing FieldHockeyPenalty FloorGymnastics
-FrisbeeCatch FrontCrawl GolfSwing Haircut Hammering HammerThrow HandstandPushups HandstandWalking HeadMassage HighJump HorseRace
-HorseRiding HulaHoop IceDancing JavelinThrow JugglingBalls JumpingJack JumpRope Kayaking Knitting LongJump Lunges MilitaryParade Mixing
-MoppingFloor Nunchucks ParallelBars PizzaTossing PlayingCello PlayingDaf PlayingDhol PlayingFlute PlayingGuitar PlayingPiano PlayingSitar
-PlayingTabla PlayingViolin PoleVault PommelHorse PullUps Punch PushUps Rafting RockClimbingIndoor RopeClimbing Rowing SalsaSpin
-ShavingBeard Shotput SkateBoarding Skiing Skijet SkyDiving SoccerJuggling SoccerPenalty StillRings SumoWrestling Surfing Swing
-TableTennisShot TaiChi TennisSwing ThrowDiscus TrampolineJumping Typing UnevenBars VolleyballSpiking WalkingWithDog WallPushups
-WritingOnBoard YoYo""",
-"HMDB51": """brush_hair cartwheel catch chew clap climb climb_stairs dive draw_sword dribble drink eat fall_floor fencing flic_flac golf
-handstand hit hug jump kick kick_ball kiss laugh pick pour pullup punch push pushup ride_bike ride_horse run shake_hands shoot_{ball bow
-gun} sit situp smile smoke somersault stand swing_baseball sword sword_exercise talk throw turn walk wave""",
-"Breakfast": """cereal coffee friedegg juice milk pancake salad sandwich scrambledegg tea"""}.items()}
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.json"), encoding="utf-8") as f:
+    LABELS, VISRAG = json.load(f).values()
 
 if __name__ == "__main__":
     try:

@@ -8,17 +8,17 @@ adaptive's rate; oracle takes the better of the two with hindsight (direct on ti
 random towards oracle is what the decision has learnt.
 
 The maths. Rank of a positive p, pessimistic: 1 + #{wrong candidates with s >= s_p} + #{positives before it}; optimistic: the same with s > s_p.
-A collapsed model so scores 0 and not 100 % (upstream's argsort returns index 0, which is the answer in the 36 image sets). L = positives, k = 1, 5, 10:
+A collapsed model so scores 0, not 100 % (upstream's argsort returns index 0, which is the answer in the 36 image sets). L = positives, k = 1, 5, 10:
     hit 1 if any rank <= k      precision |hits|/k      recall |hits|/|L| (1 if L is empty)      f1 their harmonic mean
     map Σ_hits precision@rank / min(|L|, k)             mrr 1/first rank <= k                     ndcg Σ_hits g/log2(rank+1) / the same of the ideal
 with g = grade (linear) or 2^grade − 1 (exponential), grade 1 where there is none. Averages: a dataset = mean over its queries, a modality and
-the overall = plain mean over datasets (not over modalities). The expectation of the coin is exact: mean of many tosses = (1−rate)·never + rate·always.
+the overall = plain mean over datasets (not over modalities). The coin's expectation is exact: mean of many tosses = (1−rate)·never + rate·always.
 Scores are float64 products rounded to 2^-25, the resolution of float32 below 1: equal vectors tie exactly, however the corpus is cut into chunks.
 
 How to run:
     python eval.py --model runs/pocket/rl --data runs/pocket/data --out runs/pocket/eval --modes never,always,adaptive
     python eval.py --model Qwen/Qwen3-VL-Embedding-2B --data MMEB_V2_ROOT --out DIR --reason never --prompts qwen --frames 64 [--tasks CIRR,MSVD]
-    python eval.py --bench                                            ranking 1,000 queries over 100,000 and 1,000,000 candidates
+    python eval.py --bench [--out FILE.json]                          ranking 1,000 queries over 100,000 and 1,000,000 candidates
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/leaderboard.json, DIR/summary.json; vectors in DIR/cache, by content: a
 run goes on where it stopped, and a changed model never meets old vectors. pictures() draws a finished run of train.py and writes its report.md.
 
@@ -34,6 +34,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import resource            # peak memory, for the bench
 import sys
 import tempfile
 import textwrap
@@ -254,10 +255,9 @@ class Cache:
             ms = 1000 * (time.perf_counter() - start) / len(distinct)
             vectors = np.asarray(vectors, np.float32)
             finite(vectors, f"{what}: item")
-            for ending, write in ((".npy", lambda f: np.save(f, vectors)), (".json", lambda f: f.write(json.dumps({"ms": ms, "infos": infos}).encode()))):
-                with open(path + ending + ".part", "wb") as f:    # a half-written file never has the final name
-                    write(f)
-                os.replace(path + ending + ".part", path + ending)
+            np.save(path + ".part.npy", vectors)                  # a half-written file never has the final name
+            os.replace(path + ".part.npy", path + ".npy")
+            write(path + ".json", [{"ms": ms, "infos": infos}])      # one line: compact
         vectors = np.load(path + ".npy", mmap_mode="r")
         with open(path + ".json") as f:
             kept = json.load(f)
@@ -295,8 +295,8 @@ def mode_table(per_dataset, tau=0.5, taus=np.linspace(0, 1, 41)):
     modes = {"never": entry(fill(0)), "always": entry(fill(1)), "adaptive": entry(at(tau))}
     modes["random"] = entry(fill(modes["adaptive"]["reason_rate"]))
     modes["oracle"] = entry({n: (d[n]["always"] > d[n]["never"]).astype(np.float64) for n in names})
-    curve = [{"tau": round(float(t), 6), **{k: v for k, v in entry(at(t)).items() if k in ("overall", "reason_rate", "tokens_per_query", "ms_per_query")}}
-             for t in taus]
+    shown = ("overall", "reason_rate", "tokens_per_query", "ms_per_query")
+    curve = [{"tau": round(float(t), 6), **{k: v for k, v in entry(at(t)).items() if k in shown}} for t in taus]
     return modes, curve
 
 
@@ -383,6 +383,8 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
     if not modes or set(modes) - {"never", "always", "adaptive"}:
         raise ValueError(f"modes are never, always, adaptive; got {modes}")
     every = data.tables(root, "eval")
+    if not every:
+        raise BadData(f"{root}: has no test set (test.jsonl, or \"eval\" rows in datasets.json)")
     rows, primary = data.wanted(every, tasks), "adaptive" if "adaptive" in modes else modes[0]
     cache = Cache(embedder, os.path.join(out, "cache"), batch_size, dict(options or {}))
     metrics, datasets, per, missing, broken = {m: {} for m in MODALITIES}, {}, {}, [], {}
@@ -400,18 +402,19 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
             continue
         score, at = write_dataset(es, found, primary, out), KEYS.index(es.metric)
         metrics[es.modality][es.name] = score
-        infos = found[primary]["infos"]
+        mean = lambda key: float(np.mean([info[key] for info in found[primary]["infos"]]))
         datasets[es.name] = {"modality": es.modality, "metric": es.metric, "protocol": es.protocol, "queries": len(es.queries),
-                             "candidates": len(es.candidates), "dropped": es.dropped, "bad": es.bad, "want": row["queries"], "score": score[es.metric],
-                             "optimistic": float(found[primary]["best"].mean()), "reason_rate": float(np.mean([i["reasoned"] for i in infos])),
-                             "tokens_per_query": float(np.mean([i["new_tokens"] for i in infos])), "ms_per_query": found[primary]["ms"],
+                             "candidates": len(es.candidates), "dropped": es.dropped, "bad": es.bad, "want": row["queries"],
+                             "score": score[es.metric], "optimistic": float(found[primary]["best"].mean()), "reason_rate": mean("reasoned"),
+                             "tokens_per_query": mean("new_tokens"), "ms_per_query": found[primary]["ms"],
                              "modes": {mode: float(m["scores"][:, at].mean()) for mode, m in found.items()}}
         if {"never", "always"} <= set(found):
-            per[es.name] = {"modality": es.modality, "never": found["never"]["scores"][:, at], "always": found["always"]["scores"][:, at],
-                            "p_reason": [i["p_reason"] for i in found["never"]["infos"]], "tokens": [i["new_tokens"] for i in found["always"]["infos"]],
-                            "ms_never": found["never"]["ms"], "ms_always": found["always"]["ms"]}
+            never, always = found["never"], found["always"]
+            per[es.name] = {"modality": es.modality, "never": never["scores"][:, at], "always": always["scores"][:, at],
+                            "p_reason": [i["p_reason"] for i in never["infos"]], "tokens": [i["new_tokens"] for i in always["infos"]],
+                            "ms_never": never["ms"], "ms_always": always["ms"]}
     if not datasets:
-        raise BadData(f"{root}: none of the {len(rows)} datasets asked for could be evaluated; missing: {', '.join(missing[:5])} ... broken: {broken}")
+        raise BadData(f"{root}: none of the {len(rows)} datasets could be evaluated; missing: {', '.join(missing[:5])} ... broken: {broken}")
     summary = {**aggregate(metrics, rows), "mode": primary, "tau": tau, "missing": missing, "broken": broken, "datasets": datasets}
     if per:
         summary["modes"], summary["curve"] = mode_table(per, tau)
@@ -431,23 +434,25 @@ def leaderboard(metrics, rows, page_labels="fixed", metadata=None):
     return {"metadata": {**meta, **(metadata or {})}, "metrics": table}
 
 
-def bench(sizes=(100_000, 1_000_000), n=1000, d=256):
-    """Time and memory of ranking n queries over corpora of these sizes, from a memory-mapped file."""
-    rng, times = np.random.default_rng(0), []
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    queries = unit(rng.standard_normal((n, d), np.float32))
+def bench(out, sizes=(100_000, 1_000_000), n=1000, d=256):
+    """Time and memory of ranking n queries over corpora of these sizes, which lie in memory-mapped files."""
+    rng, figures, took = np.random.default_rng(0), {}, []
+    unit = lambda *shape: (x := rng.standard_normal(shape, np.float32)) / np.linalg.norm(x, axis=1, keepdims=True)
+    queries, peak = unit(n, d), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with tempfile.TemporaryDirectory() as folder:
         for m in sizes:
-            corpus = np.lib.format.open_memmap(os.path.join(folder, f"{m}.npy"), "w+", np.float32, (m, d))
+            corpus = np.lib.format.open_memmap(path := os.path.join(folder, f"{m}.npy"), "w+", np.float32, (m, d))
             for at in range(0, m, 50_000):
-                corpus[at:at + 50_000] = unit(rng.standard_normal((min(50_000, m - at), d), np.float32))
+                corpus[at:at + 50_000] = unit(min(50_000, m - at), d)
             corpus.flush()
-            corpus = np.load(os.path.join(folder, f"{m}.npy"), mmap_mode="r")
-            start = time.perf_counter()
-            rank(queries, corpus, [[i] for i in range(n)])
-            times.append(time.perf_counter() - start)
-            print(f"rank_{n}x{m}_s: {times[-1]:.1f}\nresident_mb: {data.resident():.0f} (of which the mapped corpus {m * d * 4 / 2**20:.0f} at most)")
-    print(f"time_ratio: {times[-1] / times[0]:.1f} for {sizes[-1] / sizes[0]:.0f}x the corpus")
+            del corpus                                            # a mapped page counts as resident, too
+            before, start, cpu = data.resident(), time.perf_counter(), time.process_time()
+            rank(queries, np.load(path, mmap_mode="r"), [[i] for i in range(n)])
+            took.append(np.array([time.perf_counter() - start, time.process_time() - cpu]))
+            figures |= {f"rank_{n}x{m}x{d}_s": round(took[-1][0], 1), f"rank_{n}x{m}x{d}_cpu_s": round(took[-1][1], 1),
+                        f"before_{m}_mb": round(before), f"peak_{m}_mb": round(peak()), f"of_which_mapped_{m}_mb": round(m * d * 4 / 2**20)}
+    figures |= {"corpus_ratio": sizes[-1] / sizes[0]} | dict(zip(("time_ratio", "cpu_time_ratio"), (took[-1] / took[0]).round(1).tolist()))
+    data.record(figures, out)
 
 
 def over_seeds(folders, out):
@@ -476,7 +481,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint folder or hub id")
     parser.add_argument("--data", help="the root (python data.py --check ROOT says what is in it)")
-    parser.add_argument("--out", help="where the results go")
+    parser.add_argument("--out", help="where the results go (--runs, --bench: one JSON file)")
     parser.add_argument("--tasks", help="only these datasets, with commas")
     parser.add_argument("--reason", choices=["auto", "never", "always"], default="auto", help="how queries are embedded; targets are always direct")
     parser.add_argument("--modes", help="instead of --reason: never,always,adaptive (with never and always also random, oracle and the tau curve)")
@@ -493,7 +498,7 @@ def main():
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="instead: put the reports of these run folders together in --out FILE")
     args = parser.parse_args()
     if args.bench:
-        return bench()
+        return bench(args.out)
     if args.runs:
         return over_seeds(args.runs, args.out or parser.error("--runs wants --out FILE"))
     if not (args.model and args.data and args.out):
@@ -507,14 +512,15 @@ def main():
                       args.batch_size, {"model_name": os.path.basename(os.path.normpath(args.model)), **dict(m.split("=", 1) for m in args.metadata)},
                       {"dim": args.dim} if args.dim else None)
     for name, d in result["datasets"].items():
-        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped; "
-              f"{d['protocol']}; reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
+        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped"
+              f"; {d['protocol']}; reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
     for key in ("image", "video", "visdoc", "overall"):
         print(f"{key}: {100 * result[key]:.2f}" if result[key] is not None else f"{key}: none")
     print(f"mode: {result['mode']}\ndatasets: {len(result['datasets'])}\nmissing: {', '.join(result['missing']) or 'none'}\n"
           f"broken: {', '.join(result['broken']) or 'none'}")
     for mode, m in result.get("modes", {}).items():
-        print(f"{mode}: {100 * m['overall']:.2f} at {m['tokens_per_query']:.1f} tokens, {m['ms_per_query']:.1f} ms a query, reason rate {m['reason_rate']:.2f}")
+        print(f"{mode}: {100 * m['overall']:.2f} at {m['tokens_per_query']:.1f} tokens, {m['ms_per_query']:.1f} ms a query, "
+              f"reason rate {m['reason_rate']:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,14 +548,24 @@ def need(path, touch, lines=False):
         raise ValueError(f"{path}: missing or damaged, and the report needs it ({type(e).__name__}: {e})") from None
 
 
-def verdict(modes):
-    """What the numbers say, in sentences, whichever way they fall; the first is short enough for a title."""
+def noise_of(records):
+    """{dataset: records of its queries} -> standard errors of adaptive minus never and adaptive minus always, paired query by query; as the overall
+    is the plain mean over D datasets, its variance is Σ var_d / n_d over D²."""
+    gaps = [np.array([[r["adaptive"] - r[other] for other in ("never", "always")] for r in rows]) for rows in records.values()]
+    return np.sqrt(sum((gap.var(0, ddof=1) / len(gap) for gap in gaps if len(gap) > 1), np.zeros(2))) / len(gaps)
+
+
+def verdict(modes, noise=(0, 0)):
+    """What the numbers say, in sentences, whichever way they fall; the first is a title. Within two standard errors nothing is won or lost."""
     (never, always, a, coin, best), tokens = [[modes[k][field] for k in COLOURS] for field in ("overall", "tokens_per_query")]
-    how = ["beats" if a > x + 1e-9 else "loses to" if a < x - 1e-9 else "equals" for x in (never, always)]
+    gaps, least = (a - never, a - always), [max(1e-9, 2 * float(error)) for error in noise]
+    how = ["beats" if gap > sure else "loses to" if -gap > sure else "is level with" if sure > 1e-9 else "equals" for gap, sure in zip(gaps, least)]
+    told = [f"{gap:+.3f}" + f" ± {sure:.3f}" * (sure > 1e-9) for gap, sure in zip(gaps, least)]
     spent = f", {tokens[2] / tokens[1]:.0%} of the {tokens[1]:.1f} that always takes" if tokens[1] else ""
     share = f"covers {(a - coin) / (best - coin):.0%} of the way from the coin to hindsight" if best > coin + 1e-9 else "had nothing to win"
     return [f"Adaptive reasoning {how[0]} never and {how[1] + ' ' if how[0] != how[1] else ''}always",
-            f"Quality: adaptive {a:.3f}; never {never:.3f}, so {a - never:+.3f}; always {always:.3f}, so {a - always:+.3f}",
+            f"Quality: adaptive {a:.3f}; never {never:.3f}, so {told[0]}; always {always:.3f}, so {told[1]}"
+            + " (two standard errors over the queries)" * any(noise),
             f"Cost: {tokens[2]:.1f} generated tokens per query{spent}; it reasons about {modes['adaptive']['reason_rate']:.0%} of the queries",
             f"Decision: a coin tossed at the same rate gives {coin:.3f}, hindsight {best:.3f}; adaptive {share}"]
 
@@ -571,7 +587,7 @@ def label_points(ax, labels, points):
         note.set_position(taken[-1][0] - at((x, y)))
 
 
-def draw_tradeoff(figure, report, datasets):
+def draw_tradeoff(figure, report, datasets, title):
     """Quality against generated tokens: the modes, the curve over tau, the coin's line; beside it the modalities."""
     modes, fig, same = report["modes"], figure(11, 5.2), {}
     ax, side = fig.subplots(1, 2, width_ratios=(3, 2))
@@ -587,7 +603,7 @@ def draw_tradeoff(figure, report, datasets):
     x, y = np.array([*same, *curve]).T
     right, room = x.max() or 1, max(0.2 * np.ptp(y), 0.01)
     ax.set(xlim=(-0.04 * right, 1.2 * right), ylim=(y.min() - room, y.max() + room), xlabel="generated tokens per query", ylabel="mean quality",
-           title=f"{verdict(modes)[0]}\n({len(datasets)} datasets, {sum(d['queries'] for d in datasets.values())} test queries)")
+           title=f"{title}\n({len(datasets)} datasets, {sum(d['queries'] for d in datasets.values())} test queries)")
     labels += [(*coin[220], "a coin at other rates", COLOURS["random"]),
                (0.25 * right, np.interp(0.25 * right, *np.array(curve[::-1]).T), "adaptive at other τ", COLOURS["adaptive"])]
     label_points(ax, labels, np.concatenate([list(same), coin, *(np.linspace(a, b, 40) for a, b in zip(curve, curve[1:]))]))
@@ -710,7 +726,7 @@ def draw_gallery(picked, records, sets, tau, side=200, gap=24, middle=640, step=
     return sheet
 
 
-def report_text(report, summary, made):
+def report_text(report, summary, says, made):
     """report.md: the sentences, the tables, the pictures, and what made them."""
     modes, choice, stages = report["modes"], report["selection"], {**report["seconds"], "all": sum(report["seconds"].values())}
     lacking = "".join(f"; {key} datasets: {', '.join(summary[key])}" for key in ("missing", "broken") if summary[key])
@@ -718,7 +734,9 @@ def report_text(report, summary, made):
     table = lambda head, rows: "\n".join(f"| {' | '.join(map(show, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
     numbers = lambda m: [*(m[k] for k in ("overall", *MODALITIES, "reason_rate")), f"{m['tokens_per_query']:.1f}", f"{m['ms_per_query']:.1f}"]
     return "\n\n".join([
-        f"# {verdict(modes)[0]}", *(f"{sentence}." for sentence in verdict(modes)[1:]), "![quality against tokens](tradeoff.png)",
+        f"# {says[0]} (one run, {sum(d['queries'] for d in summary['datasets'].values())} test queries)", *(f"{sentence}." for sentence in says[1:]),
+        "Never and always are this same model, forced: how a model would do that was trained for one of them alone is not measured here.",
+        "![quality against tokens](tradeoff.png)",
         f"Preset {report['preset']}, seed {report['seed']}; reason when p(reason) > {summary['tau']:g}{lacking}. {', '.join(made)}.", "## Modes",
         table(["mode", "overall", *MODALITIES, "reason rate", "tokens / query", "ms / query"], [[mode, *numbers(m)] for mode, m in modes.items()]),
         "random: a coin tossed at adaptive's rate. oracle: with hindsight the better of never and always for each query.",
@@ -731,7 +749,7 @@ def report_text(report, summary, made):
         table(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in stages.items()]), "## Test queries", "![test queries](gallery.png)"]) + "\n"
 
 
-def pictures(out, root):
+def pictures(out, root, on_bad="stop"):
     """tradeoff.png, families.png, training.png, gallery.png and report.md of a finished run folder, whose test sets lie under root."""
     import matplotlib.style
     import torch
@@ -745,20 +763,20 @@ def pictures(out, root):
     log = need(path("metrics.jsonl"), lambda row: (row["stage"], row["step"]), True)
     config, of = need(path("config.json"), lambda c: (c["device"], c["scale"])), {name: d["modality"] for name, d in summary["datasets"].items()}
     records = {name: need(path("eval", of[name], f"{name}_queries.jsonl"), lambda r: (r["top3"]["adaptive"][0], *(
-        r[k] for k in ("id", "p_reason", "reasoned", "rationale", "new_tokens", "label"))), True) for name in of}
-    picked = choose(records, of)
-    sets = {name: data.load_eval(root, name) for name in dict(picked)}
+        r[k] for k in ("id", "p_reason", "reasoned", "rationale", "new_tokens", "label", "never", "always", "adaptive"))), True) for name in of}
+    picked, says = choose(records, of), verdict(report["modes"], noise_of(records))
+    sets = {name: data.load_eval(root, name, on_bad) for name in dict(picked)}
     if bad := [name for name, i in picked if records[name][i]["id"] not in sets[name].query_ids[i:i + 1]]:
         raise ValueError(f"{path('eval', of[bad[0]], bad[0] + '_queries.jsonl')}: its queries are not those of {bad[0]} in {root}")
     with matplotlib.style.context(["default", STYLE]):
-        draw_tradeoff(figure, report, summary["datasets"]).savefig(path("tradeoff.png"))
+        draw_tradeoff(figure, report, summary["datasets"], says[0]).savefig(path("tradeoff.png"))
         draw_families(figure, report, summary["datasets"]).savefig(path("families.png"))
         draw_training(figure, log).savefig(path("training.png"))
     draw_gallery(picked, records, sets, summary["tau"]).save(path("gallery.png"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and config["device"] != "cpu" else f"CPU with {os.cpu_count()} cores"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "pillow", "matplotlib")]
     with open(path("report.md"), "w", encoding="utf-8") as f:
-        f.write(report_text(report, summary, [f"Scale {config['scale']}", device, f"Python {sys.version.split()[0]}", *versions]))
+        f.write(report_text(report, summary, says, [f"Scale {config['scale']}", device, f"Python {sys.version.split()[0]}", *versions]))
 
 
 if __name__ == "__main__":

@@ -3332,6 +3332,255 @@ def test_imports_run_in_one_direction():
     assert not imports["model"] & {"data", "embed", "rl", "eval", "pocket"} and not imports["data"] & {"model", "embed", "rl", "eval", "pocket", "torch"}
 
 
+# =====================================================================================================================
+# data: what is fetched, one's own pairs from end to end, more bad input, the benches
+
+def test_data_fetch_downloads_what_is_missing(tmp_path, monkeypatch, capsys):
+    """--fetch asks the hub for the missing dataset's own files, as a mirror of the id; what cannot be had is one line with its name."""
+    import huggingface_hub
+    calls = []
+
+    def fake(repo_id, **options):
+        calls.append((repo_id, options))
+        if repo_id == TRAIN_HUB and options["allow_patterns"] == ["CIRR/*"]:
+            write_train(tmp_path, "CIRR", [dict(AOK, qry_image_path="")])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    assert data.check(str(tmp_path), ("train",), ["CIRR"], fetch=True) == 0 and "short    train CIRR" in capsys.readouterr().out
+    folder = os.path.join(str(tmp_path), TRAIN_HUB)
+    assert calls == [(TRAIN_HUB, dict(repo_type="dataset", local_dir=folder, allow_patterns=[pattern])) for pattern in ("CIRR/*", "images_zip/CIRR.zip")]
+    calls.clear()
+    data.check(str(tmp_path), ("eval",), ["ViDoRe_tatdqa"], fetch=True)            # a hub id of its own: all of it
+    assert calls == [("vidore/tatdqa_test_beir", dict(repo_type="dataset", local_dir=str(tmp_path / "vidore/tatdqa_test_beir"), allow_patterns=None))]
+    calls.clear()
+    data.check(str(tmp_path), ("train",), ["CIRR"])                                # not asked for: nothing is fetched
+    assert not calls
+
+    def offline(*_, **__):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(sys, "argv", ["data.py", "--check", str(tmp_path), "--names", "NIGHTS", "--train", "--fetch"])
+    with pytest.raises(BadData, match=r"^NIGHTS: TIGER-Lab/MMEB-train could not be fetched \(ConnectionError: no route to host\)$"):
+        data.main()
+
+
+def own_root(root, n=8):
+    """The least that README's "Your own data" asks for: two JSONL files and pictures."""
+    colors, lines = ["red", "green", "blue", "white"], {"train": [], "test": []}
+    for i in range(n):
+        write_picture(f"{root}/pics/{i}.png", colors[i % 4], (40, 40))
+        lines["train"].append({"qry": f"{IMG}\nWhich colour is this?\n", "qry_image_path": f"pics/{i}.png", "pos_text": colors[i % 4], "pos_image_path": ""})
+        lines["test"].append(dict(lines["train"][-1], qry=f"{IMG}\nWhat colour?\n"))
+    for name, rows in lines.items():
+        with open(f"{root}/{name}.jsonl", "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(root)
+
+
+OWN = ("--scale 0.02 --device cpu --propose_max_new 2 --select_steps 100 --select_candidates 4 --embed_steps 100 --batch 8 --sub_batch 4 --rl_steps 100 --rl_batch 8 "
+       "--rl_group 2 --rl_max_new 2 --eval_max_new 2 --log_every 1").split()
+
+
+def test_own_data_trains_and_evaluates_with_no_code(m_finished, tmp_path, monkeypatch, capsys):
+    """The README's commands on two JSONL files: check, all stages from a base checkpoint, eval.py on what came out. One broken row is
+    named and stops the run; under --on_bad skip it is left out, counted and named, in training and in the report."""
+    root, out, base = own_root(tmp_path / "root"), str(tmp_path / "run"), os.path.join(m_finished, "base")
+    monkeypatch.setattr(sys, "argv", ["data.py", "--check", root])
+    assert data.main() == 0 and "found: 2" in capsys.readouterr().out
+    with open(f"{root}/pics/3.png", "r+b") as f:
+        f.truncate(60)
+    command = ["--stage", "all", "--out", out, "--data", root, "--model", base, *OWN]
+    assert train.main(command) == 1 and re.search(r"^train.py: own/3: .*3\.png: broken picture", capsys.readouterr().err, re.M)
+    shutil.rmtree(out)
+    assert train.main([*command, "--on_bad", "skip"]) == 0
+    assert "skipped (1 so far): own/3: " in capsys.readouterr().out and "own" in m_json(out, "report.json")["modes"]["never"]["datasets"] and os.path.exists(f"{out}/report.md")
+    summary = m_json(out, "eval", "summary.json")["datasets"]["own"]
+    assert (summary["queries"], summary["dropped"], summary["candidates"]) == (7, 1, 4) and summary["bad"][0].startswith("own/3: ")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", f"{out}/rl", "--data", root, "--out", str(tmp_path / "eval"), "--reason", "never", "--on_bad", "skip"])
+    evaluation.main()
+    assert m_json(tmp_path, "eval", "summary.json")["datasets"]["own"]["score"] == pytest.approx(m_json(out, "report.json")["modes"]["never"]["datasets"]["own"])
+
+
+def test_own_data_without_a_test_set_is_refused_before_training(m_finished, tmp_path, capsys):
+    root = own_root(tmp_path / "root")
+    os.remove(f"{root}/test.jsonl")
+    assert train.main(["--stage", "all", "--out", str(tmp_path / "run"), "--data", root, "--model", os.path.join(m_finished, "base"), *OWN]) == 2
+    assert "no test set" in capsys.readouterr().err
+    with pytest.raises(BadData, match="no test set"):
+        evaluation.evaluate(Guess(), root, str(tmp_path / "eval"))
+
+
+def more_bad_roots(tmp_path):
+    """[(root, train or eval, dataset, what must be said, usable rows)]: what bad_roots() has for training, in the test sets, and faults inside tables."""
+    def image_set(key, name, rows, harm=lambda folder: None):
+        write_image_set(tmp_path / key, name, rows, pictures=False)
+        for path in ("s/1.jpg", "s/2.jpg", "s/3.jpg"):
+            write_picture(tmp_path / key / V2 / "image-tasks" / path, size=(99, 99))
+        harm(tmp_path / key / V2 / "image-tasks/s")
+        return str(tmp_path / key), "eval", name
+
+    def pages_of(key, corpus):
+        write_beir(tmp_path / key, "vidore/tatdqa_test_beir", [{"query-id": 1, "query": "x"}], corpus, [{"query-id": 1, "corpus-id": 5, "score": 1}])
+        return str(tmp_path / key), "eval", "ViDoRe_tatdqa"
+
+    classify = [dict(CLS, qry_img_path="s/1.jpg"), dict(CLS, qry_img_path="s/2.jpg")]
+    find = {"qry_inst": "Find:", "qry_text": "A.", "tgt_inst": IMG, "tgt_text": None, "tgt_img_path": ["s/1.jpg", "s/2.jpg", "s/3.jpg"]}
+    page = lambda body: pages([5]) + [{"corpus-id": 6, "image": {"bytes": body, "path": "6.png"}}]
+    yield *image_set("gone", "SUN397", classify, lambda s: os.remove(s / "2.jpg")), r"SUN397/1: picture 's/2\.jpg' is missing", 1
+    yield *image_set("cut", "SUN397", classify, lambda s: (s / "2.jpg").write_bytes((s / "2.jpg").read_bytes()[:-100])), r"SUN397/1: .*2\.jpg: broken picture", 1
+    yield *image_set("bomb", "SUN397", classify, lambda s: (s / "2.jpg").write_bytes(bomb())), r"SUN397/1: .*2\.jpg: too many pixels", 1
+    yield *image_set("pointer", "SUN397", classify, lambda s: (s / "2.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")), r"SUN397/1: .*git-lfs", 1
+    yield *image_set("dots", "SUN397", [classify[0], dict(CLS, qry_img_path="../../../../x.jpg")]), r"SUN397/1: path '../../../../x.jpg' leaves the root", 1
+    yield *image_set("dots2", "SUN397", [dict(CLS, qry_img_path="s/9.jpg"), dict(CLS, qry_img_path="../x.jpg")]), r"SUN397/1: path '../x.jpg' leaves the root", 0
+    yield *image_set("null", "SUN397", [classify[0], dict(CLS, tgt_text=["a", None])]), "SUN397/1: column tgt_text is list", 1
+    yield *image_set("target", "MSCOCO_t2i", [find, dict(find, tgt_img_path=["s/2.jpg"])], lambda s: os.remove(s / "2.jpg")), r"MSCOCO_t2i/0: picture 's/2\.jpg' is missing", 1
+    yield *image_set("target dots", "MSCOCO_t2i", [dict(find, tgt_img_path=["s/1.jpg", "../x.jpg"])]), r"MSCOCO_t2i/0: path '../x.jpg' leaves", 1
+    yield *pages_of("page bomb", page(bomb())), "corpus row 1: .*row 1 column image: too many pixels", 1
+    yield *pages_of("page cut", page(png(size=(99, 99))[:70])), "corpus row 1: .*row 1 column image: broken picture", 1
+    yield *pages_of("page null", page(None)), "corpus row 1: .*row 1 column image: no picture bytes", 1
+    yield *pages_of("page id", pages(["5"]) + [{"corpus-id": "../../secret", "image": None}]), r"corpus row 1: path '../../secret.png' leaves the root", 1
+    write_table(f"{tmp_path}/label/VLM2Vec/UCF101/data/test-00000-of-00001.parquet", [{"video_id": "a", "pos_text": "Biking"}, {"video_id": "a", "pos_text": "Flying"}])
+    write_frames(tmp_path / "label" / V2 / "video-tasks/frames/video_cls/UCF101/a", 2)
+    yield str(tmp_path / "label"), "eval", "UCF101", "UCF101/1: the label 'Flying' is not among its 101 options", 1
+    for key, lines, what in (("line", ["{oops"], "own/1: .*row 1: not JSON"), ("number", [json.dumps(dict(AOK, qry=3, qry_image_path=""))], "own/1: column qry is int"),
+                             ("away", [json.dumps(dict(AOK, qry_image_path="/etc/passwd"))], "own/1: path '/etc/passwd' leaves the root")):
+        os.makedirs(tmp_path / key)
+        (tmp_path / key / "train.jsonl").write_text("\n".join([json.dumps(dict(AOK, qry_image_path="")), *lines, json.dumps(dict(AOK, qry_image_path=""))]))
+        yield str(tmp_path / key), "train", "own", what, 2
+
+
+def test_data_more_bad_input_is_found_named_and_skipped(tmp_path, capsys):
+    for root, kind, name, what, usable in more_bad_roots(tmp_path):
+        def read(on_bad):
+            if kind == "eval":
+                found = evaluation.evaluate(Fake(lambda item: np.ones(4)), root, os.path.join(root, on_bad), [name], ("never",), on_bad=on_bad)["datasets"][name]
+                return found["queries"], found["bad"]
+            d = data.train_sets(root, on_bad=on_bad)
+            ids = {p["id"] for batch in data.batches(d, data.Sampler(d.sizes, d.weights, 4, 4), steps=3) for p in batch}
+            return len(ids), [*d.bad.values()]
+        assert data.check(root, (kind,), [name]) == 1, root
+        out = capsys.readouterr().out
+        assert re.search(what, out) and f", {usable} usable" in out, (root, out)
+        with pytest.raises(BadData) as e:
+            read("stop")
+        last = what.split(": ")[-1]
+        assert "\n" not in str(e.value) and (not usable or re.search(last, str(e.value)) and (kind == "train" or name in str(e.value))), (root, str(e.value))
+        if usable:
+            count, bad = read("skip")
+            assert count == usable and bad and re.search(what, bad[0]), (root, bad)
+
+
+def test_data_odd_but_valid_input_passes(tmp_path, capsys):
+    """Odd pictures, null optional columns and AppleDouble files beside everything: --check finds nothing, training and evaluation read all."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    odd = {"thin.png": (Image.new("RGB", (24, 640), "red"), {}), "dot.png": (Image.new("RGB", (1, 1)), {}), "cmyk.jpg": (Image.new("CMYK", (8, 8)), {}),
+           "palette.gif": (Image.new("P", (8, 8)), {}), "deep.png": (Image.fromarray(np.full((4, 4), 40000, np.uint16)), {}),
+           "turned.jpg": (Image.new("RGB", (8, 6)), {"exif": exif}), "webp.jpg": (Image.new("RGB", (8, 8)), {"format": "WEBP"})}
+    hub, tasks = tmp_path / TRAIN_HUB, tmp_path / V2
+    for folder in (hub / "images", tasks / "image-tasks/images"):
+        os.makedirs(folder)
+        for name, (picture, save) in odd.items():
+            picture.save(folder / name, **save)
+            (folder / f"._{name}").write_bytes(b"AppleDouble")
+    write_train(tmp_path, "CIRR", [dict(AOK, qry_image_path=f"images/{name}", neg_text=None, neg_image_path=None, pos_image_path=None) for name in odd], pictures=False)
+    write_image_set(tmp_path, "SUN397", [dict(CLS, qry_img_path=f"images/{name}", qry_text=None) for name in odd], pictures=False)
+    write_table(f"{tmp_path}/VLM2Vec/UCF101/data/test-00000-of-00001.parquet", [{"video_id": "a", "pos_text": "Biking"}])
+    write_frames(tasks / "video-tasks/frames/video_cls/UCF101/a", 3)
+    for path in (hub / "CIRR/._original-00000-of-00001.parquet", tmp_path / TEST_HUB / "SUN397/._test-0.parquet", tasks / "video-tasks/frames/video_cls/UCF101/a/._frame_0001.jpg"):
+        path.write_bytes(b"AppleDouble")
+    assert data.check(str(tmp_path)) == 0 and "broken: 0" in capsys.readouterr().out
+    d = data.train_sets(str(tmp_path), ["CIRR"])
+    batch = next(data.batches(d, data.Sampler(d.sizes, d.weights, 7, 7), workers=2))
+    assert {p["id"] for p in batch} == {f"CIRR/{i}" for i in range(7)} and all(p["query"]["image"].mode == "RGB" and not p["negatives"] for p in batch)
+    found = [data.load_eval(str(tmp_path), name) for name in ("SUN397", "UCF101")]
+    assert [len(es.queries) for es in found] == [7, 1] and len(found[1].queries[0]["video"]["frames"]) == 3
+    for es in found:
+        assert all(data.load_picture(ref).mode == "RGB" for item in es.queries for ref in data.refs(item))
+
+
+def test_data_rows_of_datasets_json_have_types(tmp_path):
+    for row, word in (({"weight": "a"}, "weight"), ({"cap": -1}, "cap"), ({"table": "{foo}/*.parquet"}, "foo"), ({"table": 3}, "table"), ({"hub": 3}, "hub"),
+                      ({"media": [1]}, "media"), ({"split": 3}, "split"), ({"frames": float("nan")}, "frames"), ({"parser": ["mmeb"]}, "parser")):
+        (tmp_path / "datasets.json").write_text(json.dumps({"train": [{"name": "x", **row}]}))
+        with pytest.raises(BadData, match=f"^x: .*{word}"):
+            data.train_sets(str(tmp_path))
+    (tmp_path / "datasets.json").write_text(json.dumps({"eval": [{"name": "x", "parser": "video_cls", "labels": "K7000"}]}))
+    with pytest.raises(BadData, match="^x: unknown labels 'K7000'"):
+        data.load_eval(str(tmp_path), "x")
+
+
+def test_data_the_other_published_layouts(tmp_path):
+    """What mmeb's users found on disk beside the usual: annotation mirrors as jsonl, flat and doubled frame folders, page tables inside
+    MMEB-V2, other file names of a triple, the older split name, pictures one folder deeper, ShareGPTVideo unpacked elsewhere."""
+    tasks, label = tmp_path / V2 / "video-tasks", lambda text, **more: {"video_id": "a", "pos_text": text, **more}
+    moment = {"query": "q", "video_path": "x/a.mp4"}
+    mirrors = {"k700": ("K700", "K700", label("archery")), "ucf101": ("UCF101", "UCF101", label("Biking")), "hmdb51": ("HMDB51", "HMDB51", label("catch")),
+               "breakfast": ("Breakfast", "Breakfast", label("tea")), "ssv2": ("SmthSmthV2", "SSv2", label("A", neg_text=["A", "B"])),
+               "activitynetqa": ("ActivityNetQA", "video_qa/video_qa/ActivityNetQA", {"video_name": "a", "question": "is it", "answer": "yes"}),
+               "qvhighlight": ("QVHighlight", "QVHighlight", moment), "charades_sta": ("Charades-STA", "Charades-STA", moment)}
+    os.makedirs(tasks / "data")
+    for mirror, (name, folder, row) in mirrors.items():
+        (tasks / "data" / f"{mirror}.jsonl").write_text(json.dumps(row) + "\n")
+        for clip in ("v_a",) if mirror == "activitynetqa" else ("a/query", "a/positive", "a/negative_0") if row is moment else ("a",):
+            write_frames(tasks / "frames" / folder / clip, 2)
+        es = data.load_eval(str(tmp_path), name)
+        assert len(es.queries) == 1 and len(es.queries[0]["video"]["frames"]) == 2 and es.rows == 1, name
+    write_frames(tasks / "frames/video_qa/video_qa/Video-MME/a", 2, "{:04d}.png")
+    write_table(f"{tmp_path}/VLM2Vec/Video-MME/test-00000-of-00001.parquet", [{"videoID": "a", "question": "?", "options": ["A. x", "B. y"], "answer": "B"}])
+    assert data.load_eval(str(tmp_path), "Video-MME").positives == [[1]]
+    triple = [{"query-id": 1, "query": "x"}], pages([5]), [{"query-id": 1, "corpus-id": 5, "score": 1}]
+    for name, hub, split, folder in (("ViDoRe_docvqa", V2 + "/visdoc-tasks/data/docvqa_test_subsampled_beir", "test", "{part}/{split}-0.parquet"),
+                                     ("VisRAG_PlotQA", V2 + "/visdoc-tasks/data/openbmb/VisRAG-Ret-Test-PlotQA", "train", "{part}/{split}-0.parquet"),
+                                     ("ViDoRe_tatdqa", "vidore/tatdqa_test_beir", "test", "data/{part}/{split}-0.parquet"),
+                                     ("ViDoRe_tabfquad", "vidore/tabfquad_test_subsampled_beir", "test", "{part}-{split}.parquet"),
+                                     ("ViDoSeek-doc", "VLM2Vec/ViDoSeek", "test", "{part}.parquet")):
+        write_beir(tmp_path, hub, *triple, split, folder)
+        assert data.load_eval(str(tmp_path), name).grades == [[1]], name
+    for folder in ("image/", "images/"):
+        write_train(tmp_path / folder, "CIRR", [AOK], split="train", folder=folder)
+        assert f"/{folder}images/" in data.train_sets(str(tmp_path / folder), split="train").pair(0, 0)["query"]["image"]
+    share = tmp_path / "ShareGPTVideo/train_video_and_instruction"
+    write_frames(share / "video_frames/train_300k/v1", 3)
+    talk = {"video": "v1", "conversations": [{"from": "human", "value": "<video>\nDescribe."}, {"from": "gpt", "value": "A cat."}]}
+    (share / "video_caption_300k.jsonl").write_text(json.dumps(talk))
+    d = data.train_sets(str(tmp_path), ["video_caption_300k"])
+    assert len(d.pair(0, 0)["query"]["video"]["frames"]) == 3
+
+
+def test_data_knows_nothing_of_the_pocket_world():
+    source = open(data.__file__, encoding="utf-8").read()
+    assert not any(family[0] in source for family in pocket.FAMILIES) and "pocket" not in source.lower()
+
+
+def test_headline_claims_no_more_than_the_figures(run, root):
+    gap = lambda *pairs: [{"adaptive": a, "never": b, "always": 0.0} for a, b in pairs]
+    records = {"A": gap((1, 0), (1, 1), (0, 0), (1, 0)), "B": gap((1, 1), (0, 0))}
+    a, b = np.var([1, 0, 0, 1], ddof=1) / 4, 0
+    assert evaluation.noise_of(records)[0] == pytest.approx(np.sqrt(a + b) / 2)
+    assert evaluation.noise_of({"A": gap((1, 0))}).tolist() == [0, 0]                      # one query: nothing is known of its noise
+    say = lambda gain, noise: evaluation.verdict(modes(.5, .5, .5 + gain, .5, .9), (noise, noise))[0]
+    assert say(.05, .02).endswith("beats never and always") and say(-.05, .02).endswith("loses to never and always")
+    assert say(.03, .02).endswith(say(-.03, .02)) and say(.03, .02).endswith("is level with never and always")
+    evaluation.pictures(run, root)                                # Guess's vectors are noise: nobody may win
+    text = open(os.path.join(run, "report.md")).read()
+    assert text.startswith("# Adaptive reasoning is level with never and always (one run, ") and " ± " in text
+
+
+def test_benches_write_what_they_measured(tmp_path, monkeypatch, capsys):
+    """The scripts on small tables; and the committed figures keep what is asked of them at full size."""
+    monkeypatch.setattr(data, "CACHE", data.CACHE)                # put back afterwards what the bench sets
+    data.bench(200, str(tmp_path / "data.json"), steps=3, pictures=8, batch=4)
+    evaluation.bench(str(tmp_path / "rank.json"), sizes=(200, 2000), n=10, d=8)
+    kept, out = {}, capsys.readouterr().out
+    for mine, name in (("data.json", "bench_data.json"), ("rank.json", "bench_rank.json")):
+        small, kept[name] = m_json(tmp_path, mine), m_json(HERE, "results", name)
+        assert {"device", "date", "versions", "figures"} == set(small) == set(kept[name]) and all(f"{key}: " in out for key in small["figures"])
+    figures, ranks = kept["bench_data.json"]["figures"], kept["bench_rank.json"]["figures"]
+    assert figures["rows"] == 1_000_000 and figures["batches"] == 10_000 and figures["first_batch_s"] < 10 and figures["resident_growth_mb"] < 300
+    assert figures["threads_share"] >= 0.9 and figures["processes_share_cpu"] < figures["threads_share_cpu"]
+    assert ranks["corpus_ratio"] == 10 and ranks["cpu_time_ratio"] <= 12 and ranks["peak_1000000_mb"] - ranks["of_which_mapped_1000000_mb"] < ranks["before_1000000_mb"] + 500
+
+
 if __name__ == "__main__":
     check_sentence_transformers(sys.argv[2]) if sys.argv[1:2] == ["st"] else sys.exit(pytest.main([__file__, *sys.argv[1:]]))
 

@@ -89,6 +89,7 @@ class Config:
     log_every: int = 10
     save_every: int = 100           # steps between checkpoints inside a stage
     chunk_tokens: int = 16384       # tokens of one forward pass; a larger batch goes through GradCache
+    on_bad: str = "stop"            # skip: rows of --data that are broken are left out, named and counted
     workers: int = 0                # threads that decode pictures (data that does not fit in memory)
     # base (pocket only)
     base_text: float = 0.3          # weight of the documents without pictures
@@ -147,7 +148,7 @@ FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every"
 
 
 CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16", "float16"), "optimizer": ("muon", "adamw"),
-           "select_rule": selection.RULES}
+           "on_bad": ("stop", "skip"), "select_rule": selection.RULES}
 MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
                "decision_weight", "base_text", "rl_price", "rl_decision", "rl_rationale", "rl_nce")
 ANY_NUMBER = ("select_margin", "tau")
@@ -511,10 +512,12 @@ class Pairs:
 
     def __init__(self, run, reader):
         c = run.cfg
-        self.data, self.reader, self.workers = loader.train_sets(run.data_root), reader, c.workers
+        self.data, self.reader, self.workers = loader.train_sets(run.data_root, on_bad=c.on_bad), reader, c.workers
         self.kept = {} if sum(self.data.sizes) <= 20000 else None         # 20,000 pairs of pocket pictures are about 1 GB
         if self.data.missing:
             tqdm.write(f"training data: missing {', '.join(self.data.missing)}")
+        if dropped := {name: n for name, n in self.data.dropped.items() if n}:
+            tqdm.write(f"training data: rows dropped because a side is empty: {dropped}")
 
     def read(self, pair):
         """-> {"id", "dataset", "query", "target", "negatives"} as prompts, and "answer": a key that equal targets share."""
@@ -524,9 +527,9 @@ class Pairs:
 
     def get(self, source, row):
         if self.kept is None:
-            return self.read(self.data.pair(source, row))
+            return self.read(self.data.fetch(source, row))
         if (source, row) not in self.kept:
-            self.kept[source, row] = self.read(self.data.pair(source, row))
+            self.kept[source, row] = self.read(self.data.fetch(source, row))
         return self.kept[source, row]
 
     def sampler(self, cfg, seed, batch, keep=None):
@@ -542,10 +545,13 @@ class Pairs:
             yield [self.read(p) for p in pairs]
 
     def all(self, limit=None):
-        """Every pair (at most `limit` per dataset), in order."""
+        """Every pair (at most `limit` per dataset), in order; once, also where another's broken row was replaced by it."""
+        seen = set()
         for s, size in enumerate(self.data.sizes):
             for row in range(min(size, limit or size)):
-                yield self.get(s, row)
+                if (pair := self.get(s, row))["id"] not in seen:
+                    seen.add(pair["id"])
+                    yield pair
 
 
 def any_negative(pair, rng):
@@ -831,7 +837,7 @@ def rl_stage(run, out):
 def eval_stage(run, out):
     c = run.cfg
     e = run.embedder("rl")
-    found = evaluation.evaluate(e, run.data_root, out, tau=c.tau, batch_size=c.eval_batch, options=dict(max_new_tokens=c.eval_max_new))
+    found = evaluation.evaluate(e, run.data_root, out, tau=c.tau, on_bad=c.on_bad, batch_size=c.eval_batch, options=dict(max_new_tokens=c.eval_max_new))
     write_json(os.path.join(out, "modes.json"), dict(modes=found["modes"], curve=found["curve"]))
 
 
@@ -842,7 +848,7 @@ def report(run):
     out = dict(preset=run.cfg.preset, seed=run.cfg.seed, seconds={k: v["seconds"] for k, v in run.stages.items()}, modes=found["modes"],
                selection={k: audit[k] for k in keys if k in audit}, curve=found["curve"])
     write_json(run.path("report.json"), out)
-    evaluation.pictures(run.out, run.data_root)
+    evaluation.pictures(run.out, run.data_root, run.cfg.on_bad)
     lines = {"seconds": round(sum(out["seconds"].values()), 1)}
     for mode in ("never", "always", "adaptive", "random", "oracle"):
         lines |= {mode: round(out["modes"][mode]["overall"], 4), f"{mode}_tokens": round(out["modes"][mode]["tokens_per_query"], 2)}
@@ -856,6 +862,8 @@ def report(run):
 def world(run):
     """Draw the pocket world once, unless --data names a root."""
     c, final = run.cfg, run.path("data")
+    if c.data and c.stage == "all" and not loader.tables(c.data, "eval"):
+        raise UsageError(f"--data {c.data} has no test set (test.jsonl beside train.jsonl), and --stage all ends with one; name the stages instead")
     if c.data or os.path.exists(os.path.join(final, "datasets.json")):
         return
     aside = run.path("data.part")
