@@ -329,11 +329,16 @@ def make_twin(rng, style, steps):
     return dict(image=show(rgb), target_image=show(tint()), wrong=[show(x) for x in near], caption="a picture of nine patches", careful="nine patches", sloppy="nine dark patches")
 
 
-def make_motion(rng, style, steps):
+def motion(rng):
+    """One thing in a clip of two tiles, that moves or stays -> states, kind, and which."""
     k, how = glyphs(rng, 1)[0], rng.choice(["moves right", "moves left", "stays"]).item()
     turn, side = int(rng.integers(1, 3)), int(rng.integers(2))   # when it moves; where it stays
     at = {"moves right": [0] * turn + [1] * (3 - turn), "moves left": [1] * turn + [0] * (3 - turn), "stays": [side] * 3}[how]
-    states = [[k if i == x else None for i in range(2)] for x in at]
+    return [[k if i == x else None for i in range(2)] for x in at], k, how
+
+
+def make_motion(rng, style, steps):
+    states, k, how = motion(rng)
     wrong = rng.choice([w for w in ("moves right", "moves left", "stays") if w != how]).item()
     return dict(video=clip(states, rng, style), answer=f"{k[1]} {how}", caption=f"a {name(k)}", careful=f"the {k[1]} {how}", sloppy=f"the {k[1]} {wrong}")
 
@@ -378,9 +383,8 @@ def make_total(rng, style, steps):
         return f"add {running_sum(labels, digits)[0]} . {title} {DIGITS[sums[0]]} {DIGITS[sums[1]]}", sums
 
     text, sums = work(digits)
-    near = [(sums[0], int((sums[1] + rng.integers(1, 10)) % 10)), (int((sums[0] + rng.integers(1, 10)) % 10), sums[1])]
     say = account(labels, digits)
-    return dict(page=((title,), sums), wrong_pages=[((title,), x) for x in near], text=f"the account of {title} with {say}", caption=f"{title} {say}", careful=text,
+    return dict(page=((title,), sums), text=f"the account of {title} with {say}", caption=f"{title} {say}", careful=text,
                 sloppy=work([*spoil(digits[:half], rng), *digits[half:]])[0])                    # a slip at first: both sums end wrong
 
 
@@ -503,7 +507,7 @@ def write_test(out, family, rows, rng, style):
                     **(dict(scope="local") if kind == "vcls" else dict(columns=["video_id", "caption"])))
     if kind == "page":
         hub = f"pocket/{name}-test"
-        pages = {p: i for i, p in enumerate(dict.fromkeys(p for r in rows for p in [r["page"], *r.get("wrong_pages", [])]))}    # every page once
+        pages = {p: i for i, p in enumerate(dict.fromkeys(r["page"] for r in rows))}       # every page once
         for part, table in (("queries", [{"query-id": i, "query": r["text"]} for i, r in enumerate(rows)]),
                             ("corpus", [{"corpus-id": i, "image": png(print_lines(draw(page_grid(*p), rng, style), rng))} for p, i in pages.items()]),
                             ("qrels", [{"query-id": i, "corpus-id": pages[r["page"]], "score": 1} for i, r in enumerate(rows)])):
@@ -648,7 +652,10 @@ def base_document(bank, rng, look=0.35):
         if found:
             return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
         return said(item, describe(kinds) or "blank")
-    if u < 0.78:
+    if u < 0.63:
+        states, k, how = motion(rng)
+        return said({"video": [f for s in states for f in [bank.draw([s], rng)] * 2], "text": "what happens ?"}, f"{k[1]} {how}")
+    if u < 0.79:
         two = rng.random() < 0.7
         states = [[int(rng.integers(10)) if v < 0.6 else KINDS[rng.integers(len(KINDS))] if v < 0.85 else None for v in rng.random(1 + two)] for _ in range(int(rng.integers(2, 4)))]
         item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
@@ -705,7 +712,7 @@ def text_document(rng):
 def skill_of(item, parts, i):
     """Which skill the i-th fragment of a document shows."""
     if "video" in item:
-        return "clip"
+        return "motion" if item.get("text") == "what happens ?" else "clip"
     if "image" not in item:
         return "table" if item["text"] == "add" else "account" if "answer" not in item else "repeat"
     if item["image"].shape[:2] != (96, 96):
