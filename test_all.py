@@ -918,7 +918,7 @@ def test_grad_cache():
     def encode(chunk):
         b = collate(chunk, r)
         h = e.model(b)
-        return embed.pool(h, b["ends"])[:, 0], embed.decision_logits(e.model, h, b, r).square().sum()
+        return embed.pool(h, b["ends"])[:, 0], lambda: embed.decision_logits(e.model, h, b, r).square().sum()
 
     t = F.normalize(torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     loss_fn = lambda v: embed.info_nce(v, t, torch.arange(9), temperature=0.3)
@@ -2329,7 +2329,7 @@ def test_rl_decision_gradient_is_the_closed_form():
 
 
 def m_rl_cfg(**change):
-    return types.SimpleNamespace(**{**dict(rl_group=4, rl_max_new=6, rl_temperature=1.0, rl_price=0.2, rl_decision=0.7, rl_rationale=1.3, rl_nce=0.1, rl_one_loss=False,
+    return types.SimpleNamespace(**{**dict(rl_group=4, rl_max_new=6, rl_temperature=1.0, rl_price=0.2, rl_decision=0.7, rl_rationale=1.3, rl_nce=0.1, rl_one_loss=False, chunk_tokens=9999,
                                            temperature=0.5), **change})
 
 
@@ -2671,7 +2671,7 @@ def test_train_non_finite_gradient_stops_too(tmp_path):
 def test_train_damaged_checkpoint_is_one_line(tmp_path, m_world, capsys):
     out = str(tmp_path)
     m_toy_loop(out, m_toy(1))
-    with open(os.path.join(out, "partial", "toy", "state.pt"), "wb") as f:
+    with open(os.path.join(out, "partial", "toy", "00000009.state.pt"), "wb") as f:
         f.write(b"PK\x03\x04 half a file")
     with pytest.raises((ValueError, OSError), match="state.pt"):
         m_toy_loop(out, m_toy(1), resume="auto")
