@@ -808,7 +808,8 @@ def shard(model, dtype):
         fully_shard(layer, mp_policy=policy)
     fully_shard(model.text, mp_policy=policy, ignored_params={model.text.embed_tokens.weight})
     for m in (model.text, *model.text.layers):
-        m.set_gradient_divide_factor(1.0)                        # each rank has the gradient of its own rows: they add up
+        m.set_gradient_divide_factor(1.0)                        # a sum, not a mean: each rank has the gradient of its own rows
+        m.set_force_sum_reduction_for_comms(True)
     return model
 
 

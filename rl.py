@@ -136,7 +136,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
         logits, adv, gain = decision_logits(model, h, batch, reader), seen["adv"][mine][row, branch], seen["gain"][mine]
         token_loss, clip = policy_loss(logp, was, adv, B * half * cfg.rl_max_new)
         p_reason[rows, 0] = logits.detach().softmax(-1)[:, 1]
-        parts["clip"] += float(clip.detach()) * len(logp) / max(1, new.sum())
+        parts["clip"] += float(clip.detach()) * len(logp) / max(1, int(new.sum()))
         parts["gap"] += [float((logp.detach() - was).abs().max())] if len(was) else []
         if cfg.rl_one_loss:
             return averaged_loss(logp, was, adv, logits, gain, 2 * half, new.sum() + 2 * B * half)
