@@ -423,15 +423,44 @@ def gather_rows(x):
 def add_gradients(params):
     """The sum over ranks of every gradient. One that is absent on all ranks stays absent, so that AdamW's momentum rests as it does alone;
     sharded ones were added up in the backward pass."""
-    whole = [p for p in params if not hasattr(p, "full_tensor")]
-    if ranks() == 1 or not whole:
+    here = [p for p in params if not is_sharded(p)]
+    if ranks() == 1 or not here:
         return
-    there = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32, device=whole[0].device)
+    there = torch.tensor([p.grad is not None for p in here], dtype=torch.int32, device=here[0].device)
     dist.all_reduce(there)
-    for p, n in zip(whole, there.tolist()):
+    for p, n in zip(here, there.tolist()):
         if n:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
+
+
+def clip_gradients(params, limit):
+    """Scale all gradients down to this norm of all of them together, the shards of other ranks among them -> the norm before."""
+    local = [p.grad.to_local() for p in params if is_sharded(p)]
+    if not local:
+        return torch.nn.utils.clip_grad_norm_(params, limit)
+    here = [p.grad for p in params if p.grad is not None and not is_sharded(p)]
+    square = torch.nn.utils.get_total_norm(local) ** 2
+    dist.all_reduce(square)
+    norm = (square + torch.nn.utils.get_total_norm(here) ** 2).sqrt()
+    torch._foreach_mul_(here + local, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def is_sharded(p):
+    return hasattr(p, "full_tensor")                             # FSDP2's parameters are DTensors
+
+
+def whole(x):
+    """Containers with every sharded tensor gathered, for a file; on all ranks alike."""
+    if isinstance(x, (dict, list)):
+        return {k: whole(v) for k, v in x.items()} if isinstance(x, dict) else [whole(v) for v in x]
+    return x.full_tensor().cpu() if is_sharded(x) else x
+
+
+def like(x, p):
+    """A tensor of a file in shards, where the parameter p is in shards and x of its shape."""
+    return dist.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements) if is_sharded(p) and x.shape == p.shape else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

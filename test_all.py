@@ -3343,8 +3343,13 @@ H_CONFIG = train.Config(device="cpu", batch=10, rl_batch=4, optimizer="adamw", w
 
 
 def h_after(model, optimizer):
-    """Norm and weights after one update."""
-    return optimizer.step(3), {k: v.clone() for k, v in M.merge_lora(model).state_dict().items()}
+    """Of the joined batch: gradient norm, gradients, and the weights after one update."""
+    embed.add_gradients(optimizer.params)
+    grads = embed.whole({n: p.grad.clone() for n, p in model.named_parameters()})
+    norm = embed.clip_gradients(optimizer.params, optimizer.clip)
+    for part in optimizer.parts:
+        part.step()
+    return float(norm), grads, {k: v.clone() for k, v in M.merge_lora(model).state_dict().items()}
 
 
 def h_rank(root, out):
@@ -3362,9 +3367,9 @@ def h_rank(root, out):
             step = H_STEPS["contrastive"](model, root, r, n)
             first = train.Optimizer(model, H_CONFIG, 10)
             first.step(3)
-            state, second = train.whole(first.state_dict()), train.Optimizer(model, H_CONFIG, 10)
+            state, second = embed.whole(first.state_dict()), train.Optimizer(model, H_CONFIG, 10)
             second.load_state_dict(copy.deepcopy(state))
-            found["state"] = all(m_equal(a["state"], b["state"]) for a, b in zip(state, train.whole(second.state_dict()))), [p.shape for p in m_tiny(5).parameters()]
+            found["state"] = all(a["state"] and m_equal(a["state"], b["state"]) for a, b in zip(state, embed.whole(second.state_dict())))
     if r == 0:
         torch.save(found, out)
 
@@ -3378,14 +3383,14 @@ def test_scale_two_ranks_equal_one(m_world, tmp_path):
     for name, step in H_STEPS.items():
         model = m_tiny(5)
         metrics = step(model, m_world, budget=100000)
-        norm, weights = h_after(model, train.Optimizer(model, H_CONFIG, 10))
+        norm, grads, weights = h_after(model, train.Optimizer(model, H_CONFIG, 10))
         moved = m_gap(m_tiny(5).state_dict(), weights)
         for sharded in (False, True):
-            theirs, their_norm, their_weights = found[name, sharded]
-            assert their_norm == pytest.approx(norm, rel=1e-5), (name, sharded)
+            theirs, their_norm, their_grads, their_weights = found[name, sharded]
+            assert m_gap(their_grads, grads) < 1e-5 and their_norm == pytest.approx(norm, rel=1e-5), (name, sharded)
             assert {k: v for k, v in theirs.items() if not k.startswith("s_")} == pytest.approx({k: metrics[k] for k in theirs if not k.startswith("s_")}, abs=1e-4), name
             assert m_gap(their_weights, weights) < 0.01 * moved and moved > 1e-3, (name, sharded)
-    assert found["state"][0]
+    assert found["state"]
 
 
 def test_scale_lora_merged_equals_unmerged(m_world, tmp_path):
@@ -3546,13 +3551,13 @@ def h_timeless(x):
     return [h_timeless(v) for v in x] if isinstance(x, list) else x
 
 
-def h_killed_run(out, argv, kills, rows, seed, say=lambda text: None):
+def h_killed_run(out, argv, kills, rows, seed, longest=0.4, say=lambda text: None):
     """train.py --resume auto, killed at `kills` random moments on its way to `rows` rows of metrics, then let go -> moments at which it was killed."""
     rng, found = np.random.default_rng(seed), []
     start = lambda: subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), "--stage", "all", "--out", out, "--resume", "auto", *argv], env={**os.environ, "OMP_NUM_THREADS": "1"},
                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for n, at in enumerate(sorted(rng.integers(0, rows, kills).tolist())):
-        p, wait = start(), float(rng.uniform(0, 0.4))
+        p, wait = start(), float(rng.uniform(0, longest))
         while p.poll() is None and (len(h_rows(out)) < at or not os.path.exists(os.path.join(out, "config.json"))):
             time.sleep(0.02)
         time.sleep(wait)
@@ -3581,10 +3586,10 @@ def kill(n):
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         argv, seed = [*M_RUN, "--scale", "0.06", "--save_every", "2"], int.from_bytes(os.urandom(4), "little")
-        h_killed_run(os.path.join(folder, "whole"), argv, 0, 1, 0)
+        h_killed_run(os.path.join(folder, "whole"), argv, 0, 1, seed)
         want, report = h_rows(os.path.join(folder, "whole")), m_json(folder, "whole", "report.json")
         print(f"python test_all.py kill {n}   (seed {seed}; torch {torch.__version__})\ntrain.py --stage all {' '.join(argv)}\nuninterrupted: {len(want)} rows of metrics", flush=True)
-        found = h_killed_run(os.path.join(folder, "killed"), argv, n, len(want), seed, functools.partial(print, flush=True))
+        found = h_killed_run(os.path.join(folder, "killed"), argv, n, len(want) + 1, seed, 2.0, functools.partial(print, flush=True))
         same = h_timeless(m_json(folder, "killed", "report.json")) == h_timeless(report), h_rows(os.path.join(folder, "killed")) == want
         print(f"killed: {sum(k['code'] == -signal.SIGKILL for k in found)} times\nreport.json equal but for times: {same[0]}\nmetrics.jsonl equal but for times, no row twice: {same[1]}")
     return 0 if all(same) else 1

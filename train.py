@@ -49,8 +49,8 @@ import data as loader
 import eval as evaluation
 import pocket
 import rl
-from embed import NOTHING, Embedder, Reader, add_gradients, branch_logp, chunks_of, collate, decision_logits, gather_objects, grad_cache, info_nce
-from embed import pool, rank, ranks
+from embed import NOTHING, Embedder, Reader, branch_logp, chunks_of, collate, decision_logits, grad_cache, info_nce, pool
+from embed import add_gradients, clip_gradients, gather_objects, is_sharded, like, rank, ranks, whole
 from model import CONFIGS, Qwen3VL, Tokenizer, add_lora, generate, merge_lora, read_json, shard, write_json
 
 
@@ -261,12 +261,13 @@ class Run:
         """Refuse what was made under other options, FREE ones aside; note ours where nothing is noted yet, or where they are the stage's own."""
         gather_objects(None)                                     # rank 0 alone writes, when all have come here and before any goes on
         mine = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE}
-        theirs = {k: v for k, v in read_json(path).items() if k not in FREE} if os.path.exists(path) else {}
-        other = [k for k in mine if theirs and theirs.get(k) != mine[k] and not owns(k)]
+        theirs = {**dataclasses.asdict(Config()), **read_json(path)} if os.path.exists(path) else {}         # an option it lacks is newer than it
+        other = [k for k in mine if theirs and theirs[k] != mine[k]]
+        alien = [k for k in other if not owns(k)]
         gather_objects(None)
-        if other:
-            raise UsageError(f"{path} was made with {other[0]}={theirs.get(other[0])!r}, this call says {mine[other[0]]!r}; {remedy}")
-        if theirs != mine and rank() == 0:
+        if alien:
+            raise UsageError(f"{path} was made with {alien[0]}={theirs[alien[0]]!r}, this call says {mine[alien[0]]!r}; {remedy}")
+        if (other or not theirs) and rank() == 0:
             write_json(path, dataclasses.asdict(self.cfg))
 
     def partial(self, name):
@@ -315,9 +316,8 @@ class Run:
         path = self.path("metrics.jsonl")
         if rank() == 0 and os.path.exists(path):
             with open(path, encoding="utf-8") as f:
-                lines = [line for line in f if line.endswith("\n")]
-            rows = map(json.loads, lines)
-            write_text(path, "".join(line for line, r in zip(lines, rows) if r["step"] <= step or r["stage"] not in (stage, f"{stage} skills")))
+                rows = [json.loads(line) for line in f if line.endswith("\n")]
+            selection.write_rows(path, [r for r in rows if r["step"] <= step or r["stage"] not in (stage, f"{stage} skills")])
 
     def finish(self, stage, folder, seconds):
         """Put a finished stage's folder in its place and note it; what was made from the old one is done no longer."""
@@ -387,7 +387,7 @@ class Run:
 
 def join(c):
     """Under torchrun, meet the other ranks. -> this rank's device; UsageError where the machine or the ranks do not fit."""
-    n, local, kind = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    n, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not hasattr(torch.optim, "Muon"):
         raise UsageError(f"torch {torch.__version__} is too old: 2.9 or newer is needed")
@@ -399,18 +399,10 @@ def join(c):
             raise UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; --device cpu runs without")
         if local >= torch.cuda.device_count():
             raise UsageError(f"rank {local} of this node has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
-        device = f"cuda:{local}" if n > 1 else device
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local) if n > 1 else None
     if n > 1 and not dist.is_initialized():                      # ranks wait for each other as long as a stage of one of them may take
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(days=30))
-    return device
-
-
-def write_text(path, text):
-    """Written aside and renamed."""
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".part", path)
+    return f"cuda:{local}" if n > 1 and device.startswith("cuda") else device
 
 
 def flush(*paths):
@@ -436,9 +428,9 @@ class Optimizer:
     def __init__(self, model, cfg, steps, scale=1.0, cool=0.4):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrix = [p for n, p in named if cfg.optimizer == "muon" and p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-        inside, self.shards = set(map(id, matrix)), [p for _, p in named if hasattr(p, "full_tensor")]
-        rest = [p for _, p in named if id(p) not in inside and not hasattr(p, "full_tensor")]
-        self.parts = [torch.optim.AdamW(ps, lr=cfg.lr * scale, betas=(0.9, 0.98), weight_decay=0.0, fused=ps[0].is_cuda) for ps in (rest, self.shards) if ps]
+        inside = set(map(id, matrix))
+        rest = [[p for _, p in named if id(p) not in inside and is_sharded(p) == sharded] for sharded in (False, True)]      # which do not mix
+        self.parts = [torch.optim.AdamW(ps, lr=cfg.lr * scale, betas=(0.9, 0.98), weight_decay=0.0, fused=ps[0].is_cuda) for ps in rest if ps]
         if matrix:
             self.parts.append(torch.optim.Muon(matrix, lr=cfg.lr_matrix * scale, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         self.peak = [g["lr"] for o in self.parts for g in o.param_groups]
@@ -447,7 +439,7 @@ class Optimizer:
     def step(self, i):
         """Update number i (from 0); -> gradient norm before clipping."""
         add_gradients(self.params)
-        norm = self.clip_norm()
+        norm = clip_gradients(self.params, self.clip)
         if not math.isfinite(norm):
             return float(norm)                                   # nothing moves; train_loop stops
         rate = min(1.0, (i + 1) / max(1, self.warmup)) * max(0.02, min(1.0, (self.steps - i) / max(1, self.cool)))
@@ -458,17 +450,6 @@ class Optimizer:
             o.zero_grad(set_to_none=True)
         return float(norm)
 
-    def clip_norm(self):
-        """Clip the gradient of all parameters together, sharded ones with the rest -> its norm before."""
-        if not self.shards:
-            return torch.nn.utils.clip_grad_norm_(self.params, self.clip)
-        whole, local = [p.grad for p in self.params if p.grad is not None and not hasattr(p, "full_tensor")], [p.grad.to_local() for p in self.shards]
-        square = torch.nn.utils.get_total_norm(local) ** 2
-        dist.all_reduce(square)
-        norm = (square + torch.nn.utils.get_total_norm(whole) ** 2).sqrt()
-        torch._foreach_mul_(whole + local, (self.clip / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
     def state_dict(self):
         return [o.state_dict() for o in self.parts]
 
@@ -477,22 +458,6 @@ class Optimizer:
             params = [p for g in o.param_groups for p in g["params"]]
             s["state"] = {i: {k: like(v, params[i]) for k, v in x.items()} for i, x in s["state"].items()}
             o.load_state_dict(s)
-
-
-def whole(x):
-    """Containers with every sharded tensor gathered, for the file; on all ranks alike."""
-    if isinstance(x, dict):
-        return {k: whole(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [whole(v) for v in x]
-    return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
-
-
-def like(x, p):
-    """x of a file as p is: on its device, and in shards where p is in shards."""
-    if not hasattr(p, "full_tensor") or x.shape != p.shape:
-        return x
-    return dist.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
 
 
 def store(run, stage, i, steps, model, optimizer, sampler):
