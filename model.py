@@ -12,6 +12,7 @@ What serves embedding and RL, and is ours:
   * a row may hold one prompt and several *branches* that continue it: `branch` says which token belongs to which; a token sees
     its prompt and its own branch only. So the direct embedding, the decision and K rationales cost one prompt (see `tree_mask`);
   * `generate`: G rollouts share the prompt's keys and values (never copied G times), finished rollouts are retired.
+  * `add_lora`, `shard`, `merge_lora`: large models in training, and the way back to a plain checkpoint.
 
 Shape vocabulary of all files:
   B rows (queries or targets)   G rollouts or branches of a row   S tokens of a row   T generated tokens

@@ -3494,7 +3494,8 @@ def test_scale_what_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.delattr(torch.optim, "Muon")
         refused("too old")
-    refused("--fsdp", "--fsdp", "true")
+    refused("--fsdp goes with", "--fsdp", "true")
+    refused("there is one", "--fsdp", "true", "--optimizer", "adamw")
     m_toy_loop(tmp_path / "toy", m_toy(1), lr=0.01)
     os.unlink(tmp_path / "toy" / "config.json")
     with pytest.raises(train.UsageError, match="lr=0.01"):

@@ -7,7 +7,7 @@ Everything in order: base -> propose -> select -> embed -> rl -> eval, each a fu
     python train.py --stage rl --rl_price 0.3 --out runs/dear              one of its options changed, and what follows from it
     python train.py --stage all --rl_price 0.3 --out runs/dear
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data MMEB_ROOT       on a CUDA GPU
-    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 5e-6 --fsdp true              on the GPUs of a node
+    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 5e-6 --compile false --fsdp true      on the GPUs of a node, in full
 
 A run folder holds config.json, data/, base/, propose/, select/, embed/, rl/, eval/, metrics.jsonl, report.json, report.md and pictures.
 A finished stage is skipped; one that broke off starts again, or with --resume auto from its last checkpoint. SIGTERM writes one first.
@@ -369,7 +369,7 @@ class Run:
             layer.compile()                                      # one layer at a time: all of them share the compiled code
         if dtype != torch.float32:                               # each call is an autocast of its own: weights cast without gradient must not stay
             model.forward, model.logits = (torch.autocast(kind, dtype)(f) for f in (model.forward, model.logits))
-        if c.fsdp and ranks() > 1:
+        if c.fsdp:
             shard(model, dtype)
         return e
 
@@ -381,7 +381,7 @@ class Run:
     def save(self, e, out, card):
         """The checkpoint that a stage leaves: plain, in the Hugging Face layout, written once."""
         if rank() == 0:
-            need_space(out, sum(p.numel() * p.element_size() for p in e.model.parameters()))
+            need_space(out, sum(p.nbytes for p in e.model.parameters()))
             e.save(out, base=self.cfg.model or None, card=card)
 
 
@@ -394,6 +394,8 @@ def join(c):
     for key in ("batch", "rl_batch"):
         if getattr(c, key) % n:
             raise UsageError(f"--{key} {getattr(c, key)} is not a multiple of the {n} ranks")
+    if c.fsdp and n == 1:
+        raise UsageError("--fsdp true shards over the ranks of torchrun --nproc_per_node=N; there is one")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; --device cpu runs without")
@@ -463,12 +465,12 @@ class Optimizer:
 def store(run, stage, i, steps, model, optimizer, sampler):
     """A checkpoint inside a stage: what is trained, the optimizer, the place in the data. Random numbers depend on the step alone (Run.rng).
     Written aside and renamed; the last `keep` stay."""
-    value = whole(dict(model=dict((n, p.detach()) for n, p in model.named_parameters() if p.requires_grad), optimizer=optimizer.state_dict(), step=i, steps=steps,
-                       sampler=json.dumps(sampler.state()) if sampler is not None else ""))
+    weights, moments = whole([{n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, optimizer.state_dict()])
+    value = dict(model=weights, optimizer=moments, step=i, steps=steps, sampler=json.dumps(sampler.state()) if sampler is not None else "")
     if rank() == 0:
         folder = run.path("partial", stage)
-        path, states = os.path.join(folder, f"{i:08d}.state.pt"), [x for o in value["optimizer"] for s in o["state"].values() for x in s.values()]
-        need_space(folder, sum(x.numel() * x.element_size() for x in [*value["model"].values(), *states]))
+        path = os.path.join(folder, f"{i:08d}.state.pt")
+        need_space(folder, sum(x.nbytes for x in [*weights.values(), *(x for o in moments for s in o["state"].values() for x in s.values())]))
         try:
             torch.save(value, path + ".part")
         except RuntimeError as e:                                # torch's word for a full disk
