@@ -33,6 +33,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
@@ -61,6 +62,8 @@ class Reader:
     max_length              tokens of a prompt with its <|endoftext|>: ordinary text is cut at its end, markers and pictures never are
     Whatever cannot be read is a ValueError.
     """
+
+    pad_to = 1                                                   # collate pads rows to a multiple of so many tokens: fewer shapes to compile
 
     def __init__(self, tokenizer, config, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, max_frames=64, fps=2.0, max_length=8192):
         if not FACTOR**2 <= max_pixels >= min_pixels > 0:
@@ -248,7 +251,7 @@ def collate(prompts, reader, branches=None, device="cpu", pad_left=False):
     branches = branches or [[] for _ in prompts]
     rows = [[[reader.end], *b] for b in branches]
     n = [len(p["ids"]) + sum(map(len, r)) for p, r in zip(prompts, rows)]
-    B, S, G = len(prompts), max(n), max(map(len, rows))
+    B, S, G = len(prompts), -(-max(n) // reader.pad_to) * reader.pad_to, max(map(len, rows))
     ids, pos = np.full((B, S), reader.end), np.ones((3, B, S), dtype=np.int64)
     branch, prev, ends = np.full((B, S), -1), np.full((B, S), -1), np.full((B, G), -1)
     for b, (p, row) in enumerate(zip(prompts, rows)):
@@ -343,31 +346,121 @@ def margin_score(q, t, target, temperature=0.02):
     return (torch.einsum("...h,...mh->...m", q, t) / temperature).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
 
 
-def grad_cache(chunks, encode, loss_fn, fits=False):
-    """GradCache: the gradient of a loss over ALL vectors with the memory of one chunk.
+def chunks_of(lengths, budget):
+    """Indices sorted by length and cut where a chunk would exceed the budget of padded tokens, or pad by more than a half."""
+    order, out = np.argsort(lengths, kind="stable")[::-1].tolist(), []
+    for i in order:
+        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= budget and lengths[i] * 1.5 >= lengths[out[-1][0]]:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return out
 
-    encode(chunk) -> (vectors (n, H), extra scalar loss or None); loss_fn(all vectors (sum n, H)) -> scalar loss.
-    Once without gradients to get the vectors, then d loss / d vectors, then chunk by chunk again with gradients; the extra
-    losses are added on the second pass. fits: all chunks' activations fit in memory at once; then the plain way is the same and half
-    the work. -> (loss, sum of extras) as floats. Leaves gradients in the parameters.
+
+def grad_cache(chunks, encode, loss_fn, fits=False):
+    """GradCache: the gradient of a loss over ALL vectors, of all chunks and all ranks, with the memory of one chunk.
+
+    encode(chunk) -> vectors (n, H) and a function that gives the chunk's extra loss, or None; it is called after loss_fn. encode(None)
+    -> no rows, from a pass that counts nothing: ranks make equally many passes, because sharded layers meet in each.
+    loss_fn(all vectors: rank after rank, chunk after chunk) -> scalar loss, on every rank the same.
+    Once without gradients to get the vectors, then d loss / d vectors, of which this rank takes its own rows, then chunk by chunk again
+    with gradients. fits: the activations of all chunks fit in memory at once; then they are kept, which is the same and half the work.
+    -> (loss, sum of extras) as floats. Leaves in the parameters this rank's part of the gradient: the ranks' parts add up to the whole.
     """
-    if fits or len(chunks) == 1:
-        vectors, extras = zip(*(encode(c) for c in chunks))
-        loss = loss_fn(torch.cat(vectors))
-        extra = sum((e for e in extras if e is not None), loss.new_zeros(()))
-        (loss + extra).backward()
-        return float(loss.detach()), float(extra.detach())
-    with torch.no_grad():
-        parts = [encode(c)[0] for c in chunks]
-    v = torch.cat(parts).requires_grad_()
-    loss, total = loss_fn(v), 0.0
+    told = gather_objects((len(chunks), fits))
+    chunks = [*chunks, *[None] * (max(n for n, _ in told) - len(chunks))]
+    keep, total = all(fits or n <= 1 for n, fits in told), 0.0
+    with torch.set_grad_enabled(keep):
+        kept = [encode(c) if keep else (encode(c)[0], None) for c in chunks]
+    sizes = [len(v) for v, _ in kept]
+    vectors, first = gather_rows(torch.cat([v.detach() for v, _ in kept]))
+    loss = loss_fn(vectors.requires_grad_())
     loss.backward()
-    for c, g in zip(chunks, v.grad.split([len(p) for p in parts])):
-        w, extra = encode(c)
-        surrogate = (w * g).sum()                                # its gradient is the chain rule's
-        (surrogate if extra is None else surrogate + extra).backward()
-        total += float(extra.detach()) if extra is not None else 0.0
-    return float(loss.detach()), total
+    for i, g in enumerate(vectors.grad[first : first + sum(sizes)].split(sizes)):
+        v, extra = kept[i] if keep else encode(chunks[i])
+        kept[i] = None                                           # its activations may go
+        surrogate = (v * g).sum()                                # its gradient is the chain rule's
+        if extra is not None:
+            value = extra()
+            surrogate, total = surrogate + value, total + float(value.detach())
+        surrogate.backward()
+    return float(loss.detach()), sum(gather_objects(total))
+
+
+NOTHING = {"ids": np.zeros(1, dtype=np.int64), "pixels": [], "grids": []}                     # the prompt of encode(None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks: what the processes of one torchrun tell each other. Alone, each of these is the identity
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def gather_objects(x):
+    """[x of rank 0, x of rank 1, ...]; nobody goes on before all are here."""
+    out = [x] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(out, x)
+    return out
+
+
+def gather_rows(x):
+    """x (n, H), n differing from rank to rank -> the rows of all ranks, and where this rank's begin. No gradient: see grad_cache."""
+    n = gather_objects(len(x))
+    if len(n) == 1:
+        return x, 0
+    out = [x.new_empty(max(n), x.shape[1]) for _ in n]
+    dist.all_gather(out, F.pad(x, (0, 0, 0, max(n) - len(x))))
+    return torch.cat([rows[:m] for rows, m in zip(out, n)]), sum(n[: rank()])
+
+
+def add_gradients(params):
+    """The sum over ranks of every gradient. One that is absent on all ranks stays absent, so that AdamW's momentum rests as it does alone;
+    sharded ones were added up in the backward pass."""
+    here = [p for p in params if not is_sharded(p)]
+    if ranks() == 1 or not here:
+        return
+    there = torch.tensor([p.grad is not None for p in here], dtype=torch.int32, device=here[0].device)
+    dist.all_reduce(there)
+    for p, n in zip(here, there.tolist()):
+        if n:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+
+
+def clip_gradients(params, limit):
+    """Scale all gradients down to this norm of all of them together, the shards of other ranks among them -> the norm before."""
+    local = [p.grad.to_local() for p in params if is_sharded(p)]
+    if not local:
+        return torch.nn.utils.clip_grad_norm_(params, limit)
+    here = [p.grad for p in params if p.grad is not None and not is_sharded(p)]
+    square = torch.nn.utils.get_total_norm(local) ** 2
+    dist.all_reduce(square)
+    norm = (square + torch.nn.utils.get_total_norm(here) ** 2).sqrt()
+    torch._foreach_mul_(here + local, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def is_sharded(p):
+    return hasattr(p, "full_tensor")                             # FSDP2's parameters are DTensors
+
+
+def whole(x):
+    """Containers with every sharded tensor gathered, for a file; on all ranks alike."""
+    if isinstance(x, (dict, list)):
+        return {k: whole(v) for k, v in x.items()} if isinstance(x, dict) else [whole(v) for v in x]
+    return x.full_tensor().cpu() if is_sharded(x) else x
+
+
+def like(x, p):
+    """A tensor of a file in shards, where the parameter p is in shards and x of its shape."""
+    return dist.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements) if is_sharded(p) and x.shape == p.shape else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

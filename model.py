@@ -12,6 +12,7 @@ What serves embedding and RL, and is ours:
   * a row may hold one prompt and several *branches* that continue it: `branch` says which token belongs to which; a token sees
     its prompt and its own branch only. So the direct embedding, the decision and K rationales cost one prompt (see `tree_mask`);
   * `generate`: G rollouts share the prompt's keys and values (never copied G times), finished rollouts are retired.
+  * `add_lora`, `shard`, `merge_lora`: large models in training, and the way back to a plain checkpoint.
 
 Shape vocabulary of all files:
   B rows (queries or targets)   G rollouts or branches of a row   S tokens of a row   T generated tokens
@@ -774,6 +775,64 @@ def patchify(frames):
 def resize(picture, h, w):
     """PIL picture (RGB) -> uint8 (h, w, 3), bicubic with antialiasing, exactly Pillow's."""
     return np.asarray(picture if picture.size == (w, h) else picture.resize((w, h), Image.Resampling.BICUBIC))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large models in training: LoRA, shards, and the way back to a plain model
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + (alpha / rank) * B A x with W frozen. W keeps its name, so a checkpoint of the base still fits."""
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.lora_scale
+
+
+def add_lora(model, rank, alpha):
+    """Freeze the model and give every linear layer of both towers' blocks a trainable update of this rank, zero at first (B = 0)."""
+    model.requires_grad_(False)
+    for layer in [m for tower in (model.text.layers, model.visual.blocks) for m in tower.modules() if type(m) is nn.Linear]:
+        new = lambda *shape: nn.Parameter(torch.zeros(*shape, device=layer.weight.device))                # fp32, whatever W is
+        layer.__class__, layer.lora_scale = LoRALinear, alpha / rank
+        layer.lora_a, layer.lora_b = new(rank, layer.in_features), new(layer.out_features, rank)
+        nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
+    return model
+
+
+def shard(model, dtype):
+    """FSDP2: every rank holds its part of each text layer in fp32 and gathers a layer in `dtype` while it runs. The vision tower and the
+    embeddings stay whole: which of them a batch uses differs from rank to rank, and a collective must never wait for one that stays away."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.text.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model.text, mp_policy=policy, ignored_params={model.text.embed_tokens.weight})
+    for m in (model.text, *model.text.layers):
+        m.set_gradient_divide_factor(1.0)                        # a sum, not a mean: each rank has the gradient of its own rows
+        m.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+@torch.no_grad()
+def merge_lora(model, dtype=None, into=None):
+    """What is being trained as a plain model of `dtype` (None: fp32): shards gathered, LoRA merged in fp32 and rounded once. The model
+    itself stays as it is. into: the plain model of an earlier call, to be written over. On every rank alike where there are shards."""
+    own, plain = dict(model.named_parameters()), into
+    if plain is None:
+        with torch.device("meta"):
+            plain = Qwen3VL(model.c)
+        plain.to(dtype or torch.float32).to_empty(device=model.device).requires_grad_(False)
+        plain.has_head = model.has_head
+        if "lm_head.weight" not in own:                          # tied, or absent and never used
+            plain.lm_head.weight = plain.text.embed_tokens.weight
+    for name, p in plain.named_parameters():
+        w = own[name].full_tensor() if hasattr(own[name], "full_tensor") else own[name]
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if type(layer) is LoRALinear and name.endswith("weight"):
+            w = w.float() + layer.lora_scale * (layer.lora_b @ layer.lora_a)
+        p.copy_(w)
+    return plain.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

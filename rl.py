@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from embed import branch_logp, collate, decision_logits, info_nce, pool
+from embed import NOTHING, branch_logp, chunks_of, collate, decision_logits, gather_objects, gather_rows, grad_cache, info_nce, pool, rank
 from model import generate
 
 
@@ -70,15 +70,14 @@ def decision_loss(logits, gain):
     return -(logits.softmax(-1)[:, 1] * gain.detach()).mean()
 
 
-def averaged_loss(logp, old, advantage, logits, gain, n_rollouts):
-    """Ablation: one mean over decision and rationale tokens together, as plain GRPO would, where 1 of some 30 tokens is the decision.
+def averaged_loss(logp, old, advantage, logits, gain, group, n):
+    """Ablation: one mean over the n decision and rationale tokens together, as plain GRPO would, where 1 of some 30 tokens is the decision.
 
-    Every rollout brings its decision token: half of them chose to reason (advantage gain/2), half did not (−gain/2), written here per
-    query and counted n_rollouts times in all. The gain is not divided by a standard deviation.
+    Every rollout of the group brings its decision token: half of them chose to reason (advantage gain/2), half did not (−gain/2), written
+    here per query and counted `group` times. The gain is not divided by a standard deviation.
     """
     decision = -(logits.log_softmax(-1) * torch.stack((-gain, gain), 1).detach() * 0.25).sum(1)                # half the rollouts each way, ±gain/2
-    tokens = -(logp - old).exp() * advantage
-    return (decision.sum() * n_rollouts / len(logits) + tokens.sum()) / (len(tokens) + n_rollouts)
+    return (decision.sum() * group - ((logp - old).exp() * advantage).sum()) / n
 
 
 def rollouts(model, reader, prompts, half, max_new, temperature, generator):
@@ -90,56 +89,84 @@ def rollouts(model, reader, prompts, half, max_new, temperature, generator):
     return out["tokens"], out["logp"], out["new"], out["closed"]
 
 
-def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targets):
-    """One GRPO step on B queries; leaves gradients in the parameters.
+def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targets, actor=None):
+    """One GRPO step on B queries, of which each rank has its share b; leaves gradients in the parameters.
 
-    prompts [B] queries; targets [B] prompts of their targets; same (B, B) bool, True where two targets are equal; encode_targets(prompts)
-    -> (B, H) unit vectors with gradient. cfg: rl_group, rl_max_new, rl_temperature, rl_price, rl_nce, rl_one_loss, temperature.
-    -> metrics dict; "sample" holds one rationale with its reward.
+    prompts [b] queries; targets [b] prompts of their targets; same (B, B) bool over the joined batch, True where two targets are equal;
+    encode_targets(prompts) -> (n, H) unit vectors with gradient; actor: who writes the rollouts, the model itself by default. cfg: rl_group,
+    rl_max_new, rl_temperature, rl_price, rl_decision, rl_rationale, rl_nce, rl_one_loss, temperature, chunk_tokens.
+    -> metrics of the joined batch; "sample" holds one rationale of this rank with its reward.
     """
-    B, half, t0 = len(prompts), cfg.rl_group // 2, time.time()
-    tokens, old, new, closed = rollouts(model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator)
-    t1 = time.time()
+    b, B, half, t0 = len(prompts), len(same), cfg.rl_group // 2, time.time()
+    tokens, old, new, closed = rollouts(actor or model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator)
     model.train()
-    batch = collate(prompts, reader, tokens, model.device)
-    h = model(batch)
-    q = pool(h, batch["ends"])                                                                # (B, 1+half, H): direct first
-    t = encode_targets(targets)
-    device, own = q.device, torch.arange(B, device=q.device)
-    with torch.no_grad():
-        s = torch.einsum("bgh,ch->bgc", q, t) / cfg.temperature                               # (B, 1+half, B): the batch's targets are C
-        other = same & ~torch.eye(B, dtype=torch.bool, device=device)
-        quality = s.masked_fill(other[:, None], float("-inf")).softmax(-1)[own, :, own]       # (B, 1+half)
-        spent = torch.from_numpy(new).to(device)
-        reason = rewards(quality[:, 1:], spent, torch.from_numpy(~closed).to(device), cfg.rl_price, cfg.rl_max_new)
-        direct = rewards(quality[:, 0], torch.zeros(B, device=device), torch.ones(B, device=device), cfg.rl_price, cfg.rl_max_new)
-        adv, live = advantages(reason, direct)
-        gain = reason.mean(1) - direct
-    t2 = time.time()
-    logp, row, branch = branch_logp(model, h, batch, reader, len(reader.prefix))
-    chosen = chosen_tokens(row, branch, new)                                                  # leaves out closings that were forced
-    logp, row, branch = logp[chosen], row[chosen], branch[chosen]
-    was = torch.tensor([x for b in range(B) for g in range(half) for x in old[b][g]], device=device)
-    logits = decision_logits(model, h, batch, reader)
-    token_loss, clip = policy_loss(logp, was, adv[row, branch], B * half * cfg.rl_max_new)
-    act_loss = decision_loss(logits, gain)
-    if cfg.rl_one_loss:
-        policy = averaged_loss(logp, was, adv[row, branch], logits, gain, 2 * B * half)
-    else:
-        policy = cfg.rl_decision * act_loss + cfg.rl_rationale * token_loss
-    flat = q[:, 1:].reshape(B * half, -1)                                                     # the space must not drift: InfoNCE goes on
-    nce = info_nce(q[:, 0], t, own, cfg.temperature, same)
-    nce_r = info_nce(flat, t, own.repeat_interleave(half), cfg.temperature, same.repeat_interleave(half, 0))
-    (policy + cfg.rl_nce * (nce + nce_r)).backward()
-    p = logits.detach().softmax(-1)[:, 1]
+    new, closed = (np.concatenate(gather_objects(x)) for x in (new, closed))                  # (B, half)
+    first, device, n_vectors, seen = rank() * b, model.device, B * (1 + half), {"t1": time.time()}
+    q_len, t_len = [len(p["ids"]) + 1 + sum(map(len, t)) for p, t in zip(prompts, tokens)], [len(t["ids"]) + 1 for t in targets]
+    chunks = [(kind, rows) for kind, lengths in (("query", q_len), ("target", t_len)) for rows in chunks_of(lengths, cfg.chunk_tokens)]
+    place = lambda kind, i: range((first + i) * (1 + half), (first + i + 1) * (1 + half)) if kind == "query" else [n_vectors + first + i]
+    order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in place(kind, i)]), []))
+    p_reason, parts = torch.zeros(b, 1, device=device), dict(clip=0.0, gap=[0.0])
+
+    def encode(chunk):
+        kind, rows = chunk or ("nothing", [])
+        if kind == "target":
+            return encode_targets([targets[i] for i in rows]), None
+        batch = collate([prompts[i] for i in rows] or [NOTHING], reader, [tokens[i] for i in rows] or None, device)
+        h = model(batch)
+        q = pool(h, batch["ends"]).flatten(0, 1)                                              # (rows * (1+half), H): direct first
+        return (q, lambda: policy(h, batch, rows)) if rows else (q[:0], None)
+
+    def loss_fn(v):
+        """Rewards of all rollouts, and InfoNCE: the space must not drift."""
+        q, t = v[order[:n_vectors]].view(B, 1 + half, -1), v[order[n_vectors:]]
+        seen.update(score(q.detach(), t.detach(), same, new, closed, cfg), t2=time.time())
+        own, flat = torch.arange(B, device=device), q[:, 1:].reshape(B * half, -1)
+        seen["nce"] = [info_nce(q[:, 0], t, own, cfg.temperature, same),
+                       info_nce(flat, t, own.repeat_interleave(half), cfg.temperature, same.repeat_interleave(half, 0))]
+        return cfg.rl_nce * sum(seen["nce"])
+
+    def policy(h, batch, rows):
+        """The two losses of some rows: their sums over constants of the joined batch."""
+        mine = first + np.array(rows)
+        logp, row, branch = branch_logp(model, h, batch, reader, len(reader.prefix))
+        chosen = chosen_tokens(row, branch, new[mine])                                        # leaves out closings that were forced
+        logp, row, branch = logp[chosen], row[chosen], branch[chosen]
+        was = torch.tensor([x for i in rows for g in range(half) for x in old[i][g]], device=device)
+        logits, adv, gain = decision_logits(model, h, batch, reader), seen["adv"][mine][row, branch], seen["gain"][mine]
+        token_loss, clip = policy_loss(logp, was, adv, B * half * cfg.rl_max_new)
+        p_reason[rows, 0] = logits.detach().softmax(-1)[:, 1]
+        parts["clip"] += float(clip.detach()) * len(logp) / max(1, int(new.sum()))
+        parts["gap"] += [float((logp.detach() - was).abs().max())] if len(was) else []
+        if cfg.rl_one_loss:
+            return averaged_loss(logp, was, adv, logits, gain, 2 * half, new.sum() + 2 * B * half)
+        return cfg.rl_decision * decision_loss(logits, gain) * len(rows) / B + cfg.rl_rationale * token_loss
+
+    grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
+    p, reason, direct, gain = gather_rows(p_reason)[0][:, 0], seen["reason"], seen["direct"], seen["gain"]
     entropy = -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log()).mean()
-    worst = int(reason.mean(1).argmin())
+    told, worst = gather_objects(parts), int(reason[first : first + b].mean(1).argmin())
     return dict(reward=float((p * reason.mean(1) + (1 - p) * direct).mean()), reward_reason=float(reason.mean()), reward_direct=float(direct.mean()),
                 reason_rate=float((p > 0.5).float().mean()), p_reason=float(p.mean()), decision_entropy=float(entropy),
-                decision_right=float(((p > 0.5) == (gain > 0)).float().mean()), zero_variance=float((~live).float().mean()), clip_share=float(clip.detach()),
-                logp_gap=float((logp.detach() - was).abs().max()) if len(was) else 0.0, tokens=float(new.mean()), closed_by_force=float(closed.mean()),
-                nce_direct=float(nce.detach()), nce_reason=float(nce_r.detach()), s_generate=t1 - t0, s_score=t2 - t1, s_update=time.time() - t2,
-                sample=dict(row=worst, rationale=reader.rationale_text(tokens[worst][0]), reward=float(reason[worst, 0]), direct=float(direct[worst])))
+                decision_right=float(((p > 0.5) == (gain > 0)).float().mean()), zero_variance=float((~seen["live"]).float().mean()),
+                clip_share=sum(x["clip"] for x in told), logp_gap=max(sum((x["gap"] for x in told), [])), tokens=float(new.mean()),
+                closed_by_force=float(closed.mean()), nce_direct=float(seen["nce"][0].detach()), nce_reason=float(seen["nce"][1].detach()),
+                s_generate=seen["t1"] - t0, s_score=seen["t2"] - seen["t1"], s_update=time.time() - seen["t2"],
+                sample=dict(row=worst, rationale=reader.rationale_text(tokens[worst][0]), reward=float(reason[first + worst, 0]),
+                            direct=float(direct[first + worst])))
+
+
+def score(q, t, same, new, closed, cfg):
+    """Rewards and what follows from them. q (B, 1+half, H), direct first; t (B, H) -> reason, adv (B, half); direct, gain, live (B,)."""
+    B, device = len(q), q.device
+    own, other = torch.arange(B, device=device), same & ~torch.eye(B, dtype=torch.bool, device=device)
+    s = torch.einsum("bgh,ch->bgc", q, t) / cfg.temperature                                   # (B, 1+half, B): the batch's targets are C
+    quality = s.masked_fill(other[:, None], float("-inf")).softmax(-1)[own, :, own]           # (B, 1+half)
+    spent, ended = torch.from_numpy(new).to(device), torch.from_numpy(~closed).to(device)
+    reason = rewards(quality[:, 1:], spent, ended, cfg.rl_price, cfg.rl_max_new)
+    direct = rewards(quality[:, 0], torch.zeros(B, device=device), torch.ones(B, device=device), cfg.rl_price, cfg.rl_max_new)
+    adv, live = advantages(reason, direct)
+    return dict(reason=reason, direct=direct, adv=adv, live=live, gain=reason.mean(1) - direct)
 
 
 def chosen_tokens(row, branch, new):

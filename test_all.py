@@ -4,6 +4,7 @@ planted faults, the README's commands. No network, no GPU, no skipped test.
 
     python -m pytest -q test_all.py                  all of it, in about two minutes on two cores
     python -m pytest -q test_all.py -k parity        one subject
+    python test_all.py kill 10                       train.py killed at ten random moments ends as if it had not been
     python test_all.py st FOLDER                     a saved folder against sentence-transformers (needs it and torchvision installed)
     QWEN_TOKENIZER=tokenizer.json python -m pytest -q test_all.py -k official     10,000 hard strings against the official file
 """
@@ -22,8 +23,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 
 from PIL import Image
@@ -918,7 +921,7 @@ def test_grad_cache():
     def encode(chunk):
         b = collate(chunk, r)
         h = e.model(b)
-        return embed.pool(h, b["ends"])[:, 0], embed.decision_logits(e.model, h, b, r).square().sum()
+        return embed.pool(h, b["ends"])[:, 0], lambda: embed.decision_logits(e.model, h, b, r).square().sum()
 
     t = F.normalize(torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     loss_fn = lambda v: embed.info_nce(v, t, torch.arange(9), temperature=0.3)
@@ -2352,7 +2355,7 @@ def test_rl_decision_gradient_is_the_closed_form():
 
 
 def m_rl_cfg(**change):
-    return types.SimpleNamespace(**{**dict(rl_group=4, rl_max_new=6, rl_temperature=1.0, rl_price=0.2, rl_decision=0.7, rl_rationale=1.3, rl_nce=0.1, rl_one_loss=False,
+    return types.SimpleNamespace(**{**dict(rl_group=4, rl_max_new=6, rl_temperature=1.0, rl_price=0.2, rl_decision=0.7, rl_rationale=1.3, rl_nce=0.1, rl_one_loss=False, chunk_tokens=9999,
                                            temperature=0.5), **change})
 
 
@@ -2694,7 +2697,7 @@ def test_train_non_finite_gradient_stops_too(tmp_path):
 def test_train_damaged_checkpoint_is_one_line(tmp_path, m_world, capsys):
     out = str(tmp_path)
     m_toy_loop(out, m_toy(1))
-    with open(os.path.join(out, "partial", "toy", "state.pt"), "wb") as f:
+    with open(os.path.join(out, "partial", "toy", "00000009.state.pt"), "wb") as f:
         f.write(b"PK\x03\x04 half a file")
     with pytest.raises((ValueError, OSError), match="state.pt"):
         m_toy_loop(out, m_toy(1), resume="auto")
@@ -3617,3 +3620,292 @@ def test_memory_one_copy_of_the_weights_and_a_token_budget(tmp_path):
                          f"e.encode((dict(text='word ' * 40, image=Image.new('RGB', (256, 256), (i % 256, 0, 0))) for i in range({n})), reason='never', batch_size=1000)")
                  for n in (60, 600))
     assert many < few + 60                                       # ten times the items, the same memory
+
+
+# Full scale: ranks, shards, LoRA, masters, checkpointing, compiling; interruptions
+
+
+def h_share(case, r, n):
+    """Rank r's share of lists and arrays that run over the batch."""
+    b = len(case[0]) // n
+    return [x[r * b : (r + 1) * b] for x in case]
+
+
+def h_contrastive(model, root, r=0, n=1, budget=64):
+    cfg = dataclasses.replace(train.Config(), temperature=0.05, lm_weight=0.6, decision_weight=0.3, chunk_tokens=budget)
+    return train.contrastive_step(model, m_reader(), *h_share(m_step_case(root), r, n), cfg)
+
+
+def h_grpo(model, root, r=0, n=1, budget=64, one_loss=False):
+    """With rollouts and their log-probabilities given: sampling differs from rank to rank."""
+    prompts, targets, same, *given = m_rl_case(root)
+    with torch.no_grad():
+        given.insert(1, [[m_token_logp(model, p, t)[2 : 2 + k].tolist() for t, k in zip(row, ks)] for p, row, ks in zip(prompts, given[0], given[1])])
+    before, rl.rollouts = rl.rollouts, lambda *a: h_share(given, r, n)
+    try:
+        return rl.grpo_step(model, m_reader(), *h_share((prompts, targets), r, n), same, m_rl_cfg(chunk_tokens=budget, rl_one_loss=one_loss), None, m_vectors(model))
+    finally:
+        rl.rollouts = before
+
+
+H_STEPS = {"contrastive": h_contrastive, "grpo": h_grpo, "one loss": functools.partial(h_grpo, one_loss=True)}
+H_CONFIG = train.Config(device="cpu", batch=10, rl_batch=4, optimizer="adamw", warmup=1, clip=0.01)
+
+
+def h_after(model, optimizer):
+    """Of the joined batch: gradient norm, gradients, and the weights after one update."""
+    embed.add_gradients(optimizer.params)
+    grads = embed.whole({n: p.grad.clone() for n, p in model.named_parameters()})
+    norm = embed.clip_gradients(optimizer.params, optimizer.clip)
+    for part in optimizer.parts:
+        part.step()
+    return float(norm), grads, {k: v.clone() for k, v in M.merge_lora(model).state_dict().items()}
+
+
+def h_rank(root, out):
+    """What torchrun starts, see test_scale_two_ranks_equal_one: every step on this rank's share, plain and sharded; rank 0 writes down what came of it."""
+    train.join(H_CONFIG)
+    r, n, found = embed.rank(), embed.ranks(), {}
+    for sharded in (False, True):
+        for name, step in H_STEPS.items():
+            model = m_tiny(5)
+            metrics = step(M.shard(model, torch.float32) if sharded and name == "contrastive" else model, root, r, n)
+            optimizer = train.Optimizer(model, H_CONFIG, 10)
+            found[name, sharded] = {k: float(v) for k, v in metrics.items() if isinstance(v, float)}, *h_after(model, optimizer)
+        if sharded:                                              # a checkpoint of shards holds whole tensors, and fits where there are none
+            model = M.shard(m_tiny(5), torch.float32)
+            step = H_STEPS["contrastive"](model, root, r, n)
+            first = train.Optimizer(model, H_CONFIG, 10)
+            first.step(3)
+            state, second = embed.whole(first.state_dict()), train.Optimizer(model, H_CONFIG, 10)
+            second.load_state_dict(copy.deepcopy(state))
+            found["state"] = all(a["state"] and m_equal(a["state"], b["state"]) for a, b in zip(state, embed.whole(second.state_dict())))
+    if r == 0:
+        torch.save(found, out)
+
+
+def test_scale_two_ranks_equal_one(m_world, tmp_path):
+    """torchrun, gloo: metrics, gradient norm and updated weights of the joined batch, whatever each rank's number of chunks; and so with FSDP2."""
+    out = str(tmp_path / "found.pt")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(HERE, "test_all.py"), "rank", m_world, out],
+                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    found = torch.load(out, weights_only=True)
+    for name, step in H_STEPS.items():
+        model = m_tiny(5)
+        metrics = step(model, m_world, budget=100000)
+        norm, grads, weights = h_after(model, train.Optimizer(model, H_CONFIG, 10))
+        moved = m_gap(m_tiny(5).state_dict(), weights)
+        for sharded in (False, True):
+            theirs, their_norm, their_grads, their_weights = found[name, sharded]
+            assert m_gap(their_grads, grads) < 1e-5 and their_norm == pytest.approx(norm, rel=1e-5), (name, sharded)
+            assert {k: v for k, v in theirs.items() if not k.startswith("s_")} == pytest.approx({k: metrics[k] for k in theirs if not k.startswith("s_")}, abs=1e-4), name
+            assert m_gap(their_weights, weights) < 0.01 * moved and moved > 1e-3, (name, sharded)
+    assert found["state"]
+
+
+def test_scale_lora_merged_equals_unmerged(m_world, tmp_path):
+    base, model = m_tiny(3), M.add_lora(m_tiny(3), 4, 8.0)
+    pairs = m_pairs(m_world, 1)[:4]
+    vectors = lambda m: m_vectors(m)([p["query"] for p in pairs]).detach()
+    assert torch.equal(vectors(base), vectors(model))                                    # B = 0: nothing has changed yet
+    h_contrastive(model, m_world)
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {n for n, p in model.named_parameters() if n.endswith("lora_b")} and len(trained) == 2 * 7 + 1 * 4
+    torch.manual_seed(0)
+    for n, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.1) if n.endswith("lora_b") else None
+    plain, unmerged = M.merge_lora(model), vectors(model)
+    assert (vectors(plain) - unmerged).abs().max() < 1e-5 and (unmerged - vectors(base)).abs().max() > 0.05
+    assert m_equal(dict(M.merge_lora(model, into=m_tiny(9)).state_dict()), dict(plain.state_dict())) and (vectors(model) - unmerged).abs().max() == 0
+    Embedder(plain, m_reader()).save(str(tmp_path))
+    again = M.load(str(tmp_path))
+    assert (vectors(again) - unmerged).abs().max() < 1e-5 and not [k for k in load_file(tmp_path / "model.safetensors") if "lora" in k]
+
+
+def h_folder(tmp_path, model, **change):
+    """A run whose base is this model."""
+    run = m_run(tmp_path, **change)
+    Embedder(model, m_reader()).save(run.path("base"))
+    run.stages["base"] = {}
+    return run
+
+
+def test_scale_bf16_trains_fp32_masters(m_world, tmp_path):
+    """Autocast's gradients are near fp32's, chunked as whole (weights cast without gradient must not stay); small updates are not rounded away."""
+    want = m_tiny(5)
+    h_contrastive(want, m_world)
+    run = h_folder(tmp_path, m_tiny(5), dtype="bfloat16", optimizer="adamw", lr=1e-5, train_vision=False)
+    e = run.trainee("base")
+    assert {p.dtype for p in e.model.text.parameters()} == {torch.float32} and {p.dtype for p in e.model.visual.parameters()} == {torch.bfloat16}
+    got = []
+    for budget in (64, 100000):
+        e.model.zero_grad()
+        h_contrastive(e.model, m_world, budget=budget)
+        got.append(m_grads(e.model))
+    near = {k: v for k, v in m_grads(want).items() if "visual" not in k}
+    assert m_gap(got[0], near) < 0.2 and m_gap(got[0], got[1]) < 0.05
+    before = {n: p.clone() for n, p in e.model.named_parameters()}
+    train.Optimizer(e.model, run.cfg, 4).step(2)
+    still = [n for n, p in e.model.named_parameters() if torch.equal(p, before[n])]
+    assert all("visual" in n for n in still) and len(still) == len(list(e.model.visual.parameters()))
+    os.makedirs(run.path("saved"))
+    run.save(Embedder(run.plain(e.model), e.reader), run.path("saved"), "")
+    assert M.load(run.path("saved")).dtype == torch.bfloat16
+
+
+def test_scale_checkpointing_changes_nothing(m_world, monkeypatch):
+    calls, real, found = [], M.checkpoint, []
+    monkeypatch.setattr(M, "checkpoint", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    for on in (False, True):
+        model = m_tiny(5)
+        model.set_checkpointing(on)
+        h_contrastive(model, m_world, budget=1000)
+        found.append((m_grads(model), len(calls)))
+    assert m_gap(found[1][0], found[0][0]) < 1e-6 and found[0][1] == 0 < found[1][1]
+
+
+def test_scale_compiled_equals_eager(m_world, tmp_path, monkeypatch):
+    """One training step, rows padded to multiples of 32, layers recomputed in the backward pass: few graphs serve all layers. The backend is
+    aot_eager: inductor passes as well, but its C++ takes minutes to build."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+    model = m_tiny(5)
+    h_contrastive(model, m_world, budget=1000)
+    run = h_folder(tmp_path, m_tiny(5), compile=True, pad_to=32, checkpointing=True)
+    e = run.trainee("base")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    m_reader().pad_to = e.reader.pad_to
+    try:
+        h_contrastive(e.model, m_world, budget=1000)
+    finally:
+        m_reader().pad_to = 1
+    assert m_gap(m_grads(e.model), m_grads(model)) < 1e-5
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+def test_scale_what_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
+    """World size, GPU, torch, options, and a checkpoint of another configuration: exit code 2, and nothing is begun."""
+    def refused(word, *argv):
+        assert train.main(["--out", str(tmp_path / "run"), *argv]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and word in said and not os.path.exists(tmp_path / "run"), said
+    with monkeypatch.context() as m:
+        m.setenv("WORLD_SIZE", "3")
+        refused("--batch 64 is not a multiple of the 3 ranks")
+        refused("--rl_batch 32 is not", "--batch", "96")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("no CUDA GPU", "--device", "cuda")
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, "is_available", lambda: True)
+        m.setattr(torch.cuda, "device_count", lambda: 1)
+        m.setenv("LOCAL_RANK", "1")
+        refused("has no GPU")
+    with monkeypatch.context() as m:
+        m.delattr(torch.optim, "Muon")
+        refused("too old")
+    refused("--fsdp goes with", "--fsdp", "true")
+    refused("there is one", "--fsdp", "true", "--optimizer", "adamw")
+    m_toy_loop(tmp_path / "toy", m_toy(1), lr=0.01)
+    os.unlink(tmp_path / "toy" / "config.json")
+    with pytest.raises(train.UsageError, match="lr=0.01"):
+        m_toy_loop(tmp_path / "toy", m_toy(1), lr=0.02, resume="auto")
+
+
+def test_scale_last_checkpoints_are_kept_and_a_full_disk_is_said_first(tmp_path, monkeypatch):
+    m_toy_loop(tmp_path, m_toy(1), stop_at=None, keep=2)
+    kept = lambda: sorted(f for f in os.listdir(tmp_path / "partial" / "toy") if f.endswith("pt"))
+    assert kept() == ["00000006.state.pt", "00000009.state.pt"]
+    os.unlink(tmp_path / "partial" / "toy" / "00000009.state.pt")                        # so that step 9 has to be saved again
+    before, disk = m_bytes(tmp_path / "partial"), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk._replace(free=2**20))
+    with pytest.raises(OSError, match="does not fit"):
+        m_toy_loop(tmp_path, m_toy(1), resume="auto", keep=2)
+    assert kept() == ["00000006.state.pt"] and m_bytes(tmp_path / "partial") == before
+    monkeypatch.undo()
+    m_toy_loop(tmp_path, m_toy(1), resume="auto", keep=2)
+    assert kept() == ["00000006.state.pt", "00000009.state.pt"]
+
+
+def test_scale_sigterm_saves_and_says_so(m_finished, tmp_path, monkeypatch, capsys):
+    """The signal comes in the third step: one line, a checkpoint of that step, and the resumed run is the whole one."""
+    out, step, calls = m_copy(m_finished, tmp_path / "run"), train.contrastive_step, []
+
+    def signalled(*a):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*a)
+
+    monkeypatch.setattr(train, "contrastive_step", signalled)
+    assert m_main(out, stage="embed") == 143 and len(calls) == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 1 and "SIGTERM after step 3" in said[0] and "00000003.state.pt" in os.listdir(os.path.join(out, "partial", "embed"))
+    assert m_main(out, "--resume", "auto", stage="embed") == 0 and len(calls) == 4
+    weights = [open(os.path.join(root, "embed", "model.safetensors"), "rb").read() for root in (out, m_finished)]
+    assert weights[0] == weights[1] and [r["step"] for r in h_rows(out) if r["stage"] == "embed"] == [1, 2, 3, 4]
+
+
+# Kill -9
+
+
+def h_rows(out):
+    """metrics.jsonl without times; a half line at its end is no row."""
+    path = os.path.join(out, "metrics.jsonl")
+    lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
+    return [h_timeless(json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def h_timeless(x):
+    if isinstance(x, dict):
+        return {k: h_timeless(v) for k, v in x.items() if not k.startswith(("seconds", "ms_", "s_"))}
+    return [h_timeless(v) for v in x] if isinstance(x, list) else x
+
+
+def h_killed_run(out, argv, kills, rows, seed, longest=0.4, say=lambda text: None):
+    """train.py --resume auto, killed at `kills` random moments on its way to `rows` rows of metrics, then let go -> moments at which it was killed."""
+    rng, found = np.random.default_rng(seed), []
+    start = lambda: subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), "--stage", "all", "--out", out, "--resume", "auto", *argv], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for n, at in enumerate(sorted(rng.integers(0, rows, kills).tolist())):
+        p, wait = start(), float(rng.uniform(0, longest))
+        while p.poll() is None and (len(h_rows(out)) < at or not os.path.exists(os.path.join(out, "config.json"))):
+            time.sleep(0.02)
+        time.sleep(wait)
+        p.kill()
+        p.communicate()
+        last = h_rows(out)[-1:]
+        found.append(dict(code=p.returncode, rows=len(h_rows(out)), after=f"{last[0]['stage']} {last[0]['step']}" if last else "nothing",
+                          open=sorted(f for f in os.listdir(out) if f.endswith(".part"))))
+        say(f"kill {n + 1}: {wait:.2f} s after row {at}; last row {found[-1]['after']}, rows {found[-1]['rows']}, unfinished {', '.join(found[-1]['open']) or 'none'}, code {p.returncode}")
+    p = start()
+    said = p.communicate()[1]
+    assert p.returncode == 0, said
+    return found
+
+
+def test_scale_kill_9_changes_nothing(m_finished, tmp_path):
+    """Twice killed at random moments: report and metrics are those of the run that nobody disturbed, no row twice."""
+    out, want = str(tmp_path / "run"), h_rows(m_finished)
+    found = h_killed_run(out, [*M_RUN, "--save_every", "2"], 2, len(want), seed=int.from_bytes(os.urandom(4), "little"))
+    assert [k["code"] for k in found] == [-signal.SIGKILL] * 2
+    assert h_timeless(m_json(out, "report.json")) == h_timeless(m_json(m_finished, "report.json")) and h_rows(out) == want
+
+
+def kill(n):
+    """python test_all.py kill N: a longer run, killed N times; what happened goes to the screen (results/kill9.txt is such a log)."""
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        argv, seed = [*M_RUN, "--scale", "0.06", "--save_every", "2"], int.from_bytes(os.urandom(4), "little")
+        h_killed_run(os.path.join(folder, "whole"), argv, 0, 1, seed)
+        want, report = h_rows(os.path.join(folder, "whole")), m_json(folder, "whole", "report.json")
+        print(f"python test_all.py kill {n}   (seed {seed}; torch {torch.__version__})\ntrain.py --stage all {' '.join(argv)}\nuninterrupted: {len(want)} rows of metrics", flush=True)
+        found = h_killed_run(os.path.join(folder, "killed"), argv, n, len(want) + 1, seed, 2.0, functools.partial(print, flush=True))
+        same = h_timeless(m_json(folder, "killed", "report.json")) == h_timeless(report), h_rows(os.path.join(folder, "killed")) == want
+        print(f"killed: {sum(k['code'] == -signal.SIGKILL for k in found)} times\nreport.json equal but for times: {same[0]}\nmetrics.jsonl equal but for times, no row twice: {same[1]}")
+    return 0 if all(same) else 1
+
+
+if __name__ == "__main__":
+    command = {"st": lambda: check_sentence_transformers(sys.argv[2]), "rank": lambda: h_rank(*sys.argv[2:]), "kill": lambda: kill(int(sys.argv[2]))}
+    sys.exit(command[sys.argv[1]]() if sys.argv[1:2] and sys.argv[1] in command else pytest.main([__file__, *sys.argv[1:]]))

@@ -7,18 +7,25 @@ Everything in order: base -> propose -> select -> embed -> rl -> eval, each a fu
     python train.py --stage rl --rl_price 0.3 --out runs/dear              one of its options changed, and what follows from it
     python train.py --stage all --rl_price 0.3 --out runs/dear
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data MMEB_ROOT       on a CUDA GPU
+    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 5e-6 --compile false --fsdp true      on the GPUs of a node, in full
 
 A run folder holds config.json, data/, base/, propose/, select/, embed/, rl/, eval/, metrics.jsonl, report.json, report.md and pictures.
-A finished stage is skipped; one that broke off starts again, or with --resume auto from its last checkpoint. A folder of another
-configuration is refused. Options are the fields of Config: --key=value or --key value; an unknown one is an error.
+A finished stage is skipped; one that broke off starts again, or with --resume auto from its last checkpoint. SIGTERM writes one first.
+A folder of another configuration is refused. Options are the fields of Config: --key=value or --key value; an unknown one is an error.
+
+Precision: what is trained is fp32, what is frozen and all arithmetic are in --dtype (autocast). bf16 weights with fp32 masters beside them
+would cost the same 16 bytes per weight, and GradCache adds up dozens of chunks' gradients, which bf16 would round away.
+Ranks: each reads its share of every batch; vectors are gathered, the loss is that of the joined batch (embed.grad_cache), gradients add up.
 
 The method's maths stands in embed.py, select.py and rl.py; the order of the stages and why in design section 3: select is the E-step of
 an EM over the latent rationale, embed the M-step, rl learns the prior over rationales, the empty one among them.
 
-Left out: experiment trackers (metrics.jsonl is plain), sweeps, hyper-parameter schedules beyond warm-up, flat, cool-down.
+Left out: experiment trackers (metrics.jsonl is plain), sweeps, hyper-parameter schedules beyond warm-up, flat, cool-down; a "best"
+checkpoint: nothing is held out inside a stage, and what the loss says of a batch depends on the batch.
 """
 
 import dataclasses
+import datetime
 import glob
 import hashlib
 import importlib.util
@@ -27,12 +34,14 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -40,8 +49,9 @@ import data as loader
 import eval as evaluation
 import pocket
 import rl
-from embed import Embedder, Reader, branch_logp, collate, decision_logits, grad_cache, info_nce, pool
-from model import CONFIGS, Qwen3VL, Tokenizer, generate, read_json, write_json
+from embed import NOTHING, Embedder, Reader, branch_logp, chunks_of, collate, decision_logits, grad_cache, info_nce, pool
+from embed import add_gradients, clip_gradients, gather_objects, is_sharded, like, rank, ranks, whole
+from model import CONFIGS, Qwen3VL, Tokenizer, add_lora, generate, merge_lora, read_json, shard, write_json
 
 
 def sibling(name):
@@ -70,7 +80,7 @@ class Config:
     scale: float = 1.0              # times the world's sizes and every step count
     resume: str = ""                # "auto": go on inside a stage from its last checkpoint
     device: str = ""                # empty: CUDA when there is one
-    dtype: str = "float32"
+    dtype: str = "float32"          # of the arithmetic and of what is saved; what is trained is fp32 while it is trained
     # world
     world_train: int = 300          # training pairs per family
     world_test: int = 100           # test queries per family
@@ -88,9 +98,18 @@ class Config:
     warmup: int = 30                # steps
     log_every: int = 10
     save_every: int = 100           # steps between checkpoints inside a stage
+    keep: int = 2                   # the last so many of them are kept
     chunk_tokens: int = 16384       # tokens of one forward pass; a larger batch goes through GradCache
     on_bad: str = "stop"            # skip: rows of --data that are broken are left out, named and counted
     workers: int = 0                # threads that decode pictures (data that does not fit in memory)
+    # full scale, all stages but base
+    train_vision: bool = True       # false: the vision tower stays as it is
+    lora: int = 0                   # rank of the updates of all linear layers; 0 trains every weight
+    lora_alpha: float = 64.0        # an update counts alpha / rank times
+    checkpointing: bool = False     # keep no activations inside layers, compute them again: a third more time, a fraction of the memory
+    compile: bool = False           # the text layers, in training
+    pad_to: int = 1                 # rows are padded to a multiple of so many tokens: few shapes to compile
+    fsdp: bool = False              # shard the text layers over the ranks, where one cannot hold weights and optimizer states
     # base (pocket only)
     base_text: float = 0.3          # weight of the documents without pictures
     base_summary: float = 0.5       # weight of "<|endoftext|> sums up the answer"
@@ -142,20 +161,26 @@ class Config:
 
 LARGE = dict(dtype="bfloat16", optimizer="adamw", lr=1e-5, warmup=100, min_pixels=4096, max_pixels=1003520, world_train=0, world_test=0, workers=8,
              propose_k=4, propose_max_new=256, select_steps=500, embed_steps=5000, batch=1024, sub_batch=64, rl_steps=500, rl_batch=64, rl_max_new=128,
-             rl_price=0.1, eval_batch=16, eval_max_new=128, save_every=200)
-PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE), "qwen3vl-8b": dict(LARGE, lr=5e-6)}
-FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "chunk_tokens")     # may differ when a folder is reused
+             rl_price=0.1, eval_batch=16, eval_max_new=128, save_every=200, checkpointing=True, compile=True, pad_to=128)
+LORA = dict(lora=32, lr=1e-4)       # 16 bytes per weight: 4B in full is 71 GB before the first activation
+PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE, **LORA), "qwen3vl-8b": dict(LARGE, **LORA)}
+FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "keep", "chunk_tokens", "checkpointing", "compile", "pad_to",
+        "fsdp")                     # may differ when a folder is reused
 
 
-CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16", "float16"), "optimizer": ("muon", "adamw"),
+CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16"), "optimizer": ("muon", "adamw"),
            "on_bad": ("stop", "skip"), "select_rule": selection.RULES}
 MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
-               "decision_weight", "base_text", "rl_price", "rl_decision", "rl_rationale", "rl_nce")
+               "decision_weight", "base_text", "rl_price", "rl_decision", "rl_rationale", "rl_nce", "lora")
 ANY_NUMBER = ("select_margin", "tau")
 
 
 class UsageError(Exception):
     """A mistake of the caller's: printed as one line, exit code 2."""
+
+
+class Interrupted(Exception):
+    """SIGTERM: printed as one line, exit code 143."""
 
 
 def parse(argv):
@@ -194,6 +219,9 @@ def parse(argv):
         raise UsageError(f"--preset {preset} needs --model (a Qwen3-VL folder or hub id) and --data (an MMEB root)")
     if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_batch % 8:
         raise UsageError("batch must be a multiple of sub_batch, rl_group even, rl_batch a multiple of 8")
+    if cfg.fsdp and (cfg.optimizer == "muon" or cfg.lora or cfg.compile):
+        raise UsageError("--fsdp goes with --optimizer adamw, --lora 0 and --compile false: Muon needs whole matrices, a rank can hold what LoRA trains, "
+                         "and sharded layers were never compiled here")
     cfg.out = cfg.out or os.path.join("runs", preset)
     return cfg
 
@@ -225,22 +253,34 @@ class Run:
     """Paths, the log, finished stages, and the few things that stages share."""
 
     def __init__(self, cfg):
-        self.cfg, self.out = cfg, cfg.out
-        self.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.cfg, self.out, self.device, self.stopping, self.looping = cfg, cfg.out, join(cfg), False, False
         os.makedirs(cfg.out, exist_ok=True)
-        mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE}
-        path = self.path("config.json")
-        if os.path.exists(path):
-            theirs = {k: v for k, v in read_json(path).items() if k not in FREE}
-            other = [k for k in mine if theirs.get(k) != mine[k] and not self.owns(k)]
-            if other:
-                raise UsageError(f"{path} was made with {other[0]}={theirs.get(other[0])!r}, this call says {mine[other[0]]!r}; use another --out")
-            if theirs != mine:
-                write_json(path, dataclasses.asdict(cfg))
-        else:
-            write_json(path, dataclasses.asdict(cfg))
+        self.same_configuration(self.path("config.json"), "use another --out", self.owns)
         self.data_root = cfg.data or self.path("data")
         self.stages = read_json(self.path("stages.json")) if os.path.exists(self.path("stages.json")) else {}
+
+    def same_configuration(self, path, remedy, owns=lambda key: False):
+        """Refuse what was made under other options, FREE ones aside; note ours where nothing is noted yet, or where they are the stage's own."""
+        gather_objects(None)                                     # rank 0 alone writes, when all have come here and before any goes on
+        mine = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE}
+        theirs = {**dataclasses.asdict(Config()), **read_json(path)} if os.path.exists(path) else {}         # an option it lacks is newer than it
+        other = [k for k in mine if theirs and theirs[k] != mine[k]]
+        alien = [k for k in other if not owns(k)]
+        gather_objects(None)
+        if alien:
+            raise UsageError(f"{path} was made with {alien[0]}={theirs[alien[0]]!r}, this call says {mine[alien[0]]!r}; {remedy}")
+        if (other or not theirs) and rank() == 0:
+            write_json(path, dataclasses.asdict(self.cfg))
+
+    def partial(self, name):
+        """The folder of what is left of an unfinished stage; emptied unless --resume auto goes on with it."""
+        folder = self.path("partial", name)
+        if rank() == 0:
+            if self.cfg.resume != "auto":
+                shutil.rmtree(folder, ignore_errors=True)
+            os.makedirs(folder, exist_ok=True)
+        self.same_configuration(os.path.join(folder, "config.json"), "without --resume the stage starts again")
+        return folder
 
     def owns(self, key):
         """May this call change the option in a folder that exists? Yes if it runs one stage again and the option is that stage's own."""
@@ -263,26 +303,49 @@ class Run:
 
     def log(self, stage, step, steps, metrics):
         """One line on the screen, one JSON object in metrics.jsonl."""
-        row = {"stage": stage, "step": step, **{k: v for k, v in metrics.items()}}
-        with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        numbers = " ".join(f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, (int, float)))
-        tqdm.write(f"{stage} {step}/{steps} {numbers}")
+        if rank() == 0:
+            with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
+                f.write(json.dumps({"stage": stage, "step": step, **metrics}, ensure_ascii=False) + "\n")
+            numbers = " ".join(f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, (int, float)))
+            self.say(f"{stage} {step}/{steps} {numbers}")
+
+    def say(self, text):
+        if rank() == 0:
+            tqdm.write(text)
+
+    def forget(self, stage, step=0):
+        """Take a stage's rows after this step out of metrics.jsonl: they will be written again. And half a line, which a kill may leave."""
+        path = self.path("metrics.jsonl")
+        if rank() == 0 and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                rows = [json.loads(line) for line in f if line.endswith("\n")]
+            selection.write_rows(path, [r for r in rows if r["step"] <= step or r["stage"] not in (stage, f"{stage} skills")])
 
     def finish(self, stage, folder, seconds):
-        """Put a finished stage's folder in its place and note it."""
-        final = self.path(stage)
-        if os.path.islink(final) or os.path.isfile(final):
-            os.unlink(final)
-        elif os.path.isdir(final):
-            shutil.rmtree(final)
-        os.replace(folder, final)
-        for later in STAGES[STAGES.index(stage) + 1 :]:          # they were made from what has just changed
+        """Put a finished stage's folder in its place and note it; what was made from the old one is done no longer."""
+        for later in STAGES[STAGES.index(stage) :]:
             self.stages.pop(later, None)
+        gather_objects(None)                                     # when all ranks are done
+        if rank() == 0:
+            final = self.path(stage)
+            flush(*glob.glob(os.path.join(folder, "**"), recursive=True))
+            write_json(self.path("stages.json"), self.stages)
+            if os.path.isdir(final) and not os.path.islink(final):
+                shutil.rmtree(final)
+            elif os.path.lexists(final):
+                os.unlink(final)
+            os.replace(folder, final)
+            write_json(self.path("stages.json"), {**self.stages, stage: {"seconds": round(seconds, 1)}})
+            for left in (x for name in STAGES[STAGES.index(stage) :] for x in glob.glob(self.path("partial", f"{name}*"))):
+                shutil.rmtree(left)
+        gather_objects(None)
         self.stages[stage] = {"seconds": round(seconds, 1)}
-        write_json(self.path("stages.json"), self.stages)
-        for left in glob.glob(self.path("partial", f"{stage}*")):
-            shutil.rmtree(left)
+
+    def terminate(self, *_):
+        """SIGTERM: inside a training loop at the next step boundary, elsewhere at once."""
+        self.stopping = True
+        if not self.looping:
+            raise Interrupted("stopped by SIGTERM; --resume auto goes on")
 
     def embedder(self, stage):
         """The checkpoint that a stage left, as an Embedder on the device."""
@@ -290,6 +353,74 @@ class Run:
         if stage not in self.stages:
             raise UsageError(f"stage {stage} has not finished in {self.out}; run --stage {stage} (or all) first")
         return Embedder.from_pretrained(self.path(stage), self.device, c.dtype, max_pixels=c.max_pixels, min_pixels=c.min_pixels, max_frames=c.max_frames)
+
+    def trainee(self, stage):
+        """The same, ready to be trained: LoRA, what is frozen, fp32 masters, checkpointing, length buckets, compiled layers, shards."""
+        c, e = self.cfg, self.embedder(stage)
+        model, dtype, kind = e.model, getattr(torch, c.dtype), torch.device(self.device).type
+        if c.lora:
+            torch.manual_seed(int(self.rng("lora").integers(2**31)))
+            add_lora(model, c.lora, c.lora_alpha)
+        if not c.train_vision:
+            model.visual.requires_grad_(False)
+        for p in model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+        model.set_checkpointing(c.checkpointing)
+        e.reader.pad_to = c.pad_to
+        for layer in model.text.layers if c.compile else ():
+            layer.compile()                                      # one layer at a time: all of them share the compiled code
+        if dtype != torch.float32:                               # each call is an autocast of its own: weights cast without gradient must not stay
+            model.forward, model.logits = (torch.autocast(kind, dtype)(f) for f in (model.forward, model.logits))
+        if c.fsdp:
+            shard(model, dtype)
+        return e
+
+    def plain(self, model, into=None):
+        """What was trained as an ordinary model of --dtype: to judge with, to write rollouts with, to save."""
+        c = self.cfg
+        return merge_lora(model, getattr(torch, c.dtype), into) if c.lora or c.fsdp or c.compile or c.dtype != "float32" else model.eval()
+
+    def save(self, e, out, card):
+        """The checkpoint that a stage leaves: plain, in the Hugging Face layout, written once."""
+        if rank() == 0:
+            need_space(out, sum(p.nbytes for p in e.model.parameters()))
+            e.save(out, base=self.cfg.model or None, card=card)
+
+
+def join(c):
+    """Under torchrun, meet the other ranks. -> this rank's device; UsageError where the machine or the ranks do not fit."""
+    n, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageError(f"torch {torch.__version__} is too old: 2.9 or newer is needed")
+    for key in ("batch", "rl_batch"):
+        if getattr(c, key) % n:
+            raise UsageError(f"--{key} {getattr(c, key)} is not a multiple of the {n} ranks")
+    if c.fsdp and n == 1:
+        raise UsageError("--fsdp true shards over the ranks of torchrun --nproc_per_node=N; there is one")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; --device cpu runs without")
+        if local >= torch.cuda.device_count():
+            raise UsageError(f"rank {local} of this node has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
+        torch.cuda.set_device(local) if n > 1 else None
+    if n > 1 and not dist.is_initialized():                      # ranks wait for each other as long as a stage of one of them may take
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(days=30))
+    return f"cuda:{local}" if n > 1 and device.startswith("cuda") else device
+
+
+def flush(*paths):
+    """On the disk, not only on its way there: before a name says that a file is whole."""
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+
+def need_space(folder, size):
+    """Said before anything is written: what is there stays untouched."""
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.02 + 2**20:
+        raise OSError(f"{folder}: a checkpoint of {size / 1e9:.2f} GB does not fit, {free / 1e9:.2f} GB are free; the one before is untouched")
 
 
 class Optimizer:
@@ -302,8 +433,8 @@ class Optimizer:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrix = [p for n, p in named if cfg.optimizer == "muon" and p.ndim == 2 and "embed" not in n and "lm_head" not in n]
         inside = set(map(id, matrix))
-        rest = [p for _, p in named if id(p) not in inside]
-        self.parts = [torch.optim.AdamW(rest, lr=cfg.lr * scale, betas=(0.9, 0.98), weight_decay=0.0)]
+        rest = [[p for _, p in named if id(p) not in inside and is_sharded(p) == sharded] for sharded in (False, True)]      # which do not mix
+        self.parts = [torch.optim.AdamW(ps, lr=cfg.lr * scale, betas=(0.9, 0.98), weight_decay=0.0, fused=ps[0].is_cuda) for ps in rest if ps]
         if matrix:
             self.parts.append(torch.optim.Muon(matrix, lr=cfg.lr_matrix * scale, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         self.peak = [g["lr"] for o in self.parts for g in o.param_groups]
@@ -311,7 +442,8 @@ class Optimizer:
 
     def step(self, i):
         """Update number i (from 0); -> gradient norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip)
+        add_gradients(self.params)
+        norm = clip_gradients(self.params, self.clip)
         if not math.isfinite(norm):
             return float(norm)                                   # nothing moves; train_loop stops
         rate = min(1.0, (i + 1) / max(1, self.warmup)) * max(0.02, min(1.0, (self.steps - i) / max(1, self.cool)))
@@ -327,28 +459,59 @@ class Optimizer:
 
     def load_state_dict(self, states):
         for o, s in zip(self.parts, states):
+            params = [p for g in o.param_groups for p in g["params"]]
+            s["state"] = {i: {k: like(v, params[i]) for k, v in x.items()} for i, x in s["state"].items()}
             o.load_state_dict(s)
+
+
+def store(run, stage, i, steps, model, optimizer, sampler):
+    """A checkpoint inside a stage: what is trained, the optimizer, the place in the data. Random numbers depend on the step alone (Run.rng).
+    Written aside and renamed; the last `keep` stay."""
+    weights, moments = whole([{n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, optimizer.state_dict()])
+    value = dict(model=weights, optimizer=moments, step=i, steps=steps, sampler=json.dumps(sampler.state()) if sampler is not None else "")
+    if rank() == 0:
+        folder = run.path("partial", stage)
+        path = os.path.join(folder, f"{i:08d}.state.pt")
+        need_space(folder, sum(x.nbytes for x in [*weights.values(), *(x for o in moments for s in o["state"].values() for x in s.values())]))
+        try:
+            torch.save(value, path + ".part")
+        except RuntimeError as e:                                # torch's word for a full disk
+            raise OSError(f"{path}: not written ({e})") from None
+        flush(path + ".part")
+        os.replace(path + ".part", path)
+        for old in sorted(glob.glob(os.path.join(folder, "*.state.pt")))[: -run.cfg.keep]:
+            os.unlink(old)
+
+
+def restore(path, model, optimizer, sampler):
+    """-> step, steps of the checkpoint."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path}: damaged ({type(e).__name__}); without it the one before is used, without --resume the stage starts again") from None
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(like(saved["model"][n], p))
+    optimizer.load_state_dict(saved["optimizer"])
+    if sampler is not None:
+        sampler.load(json.loads(saved["sampler"]))
+    return saved["step"], saved["steps"]
 
 
 def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, until=None):
     """The loop of every trained stage. one_step(i) leaves gradients and returns metrics ("loss" and "ids" among them).
 
-    A non-finite loss stops the run with the step and the batch's ids. Checkpoints are written aside and renamed. `until(i)` may end the
-    flat part early: it returns the final number of steps once it knows it.
+    A non-finite loss stops the run with the step and the batch's ids. `until(i)` may end the flat part early: it returns the final number
+    of steps once it knows it.
     """
-    state, start, t0 = run.path("partial", stage, "state.pt"), 0, time.time()
-    if run.cfg.resume == "auto" and os.path.exists(state):
-        try:
-            saved = torch.load(state, map_location=run.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{state}: damaged ({type(e).__name__}); without it, or without --resume, the stage starts again") from None
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        optimizer.steps, start, steps = saved["steps"], saved["step"], saved["steps"]
-        if sampler is not None:
-            sampler.load(json.loads(saved["sampler"]))
-    bar = tqdm(total=steps, initial=start, desc=stage, disable=None)
-    i = start
+    start, t0, found = 0, time.time(), sorted(glob.glob(os.path.join(run.partial(stage), "*.state.pt")))
+    if found:
+        start, steps = restore(found[-1], model, optimizer, sampler)
+        optimizer.steps = steps
+    run.forget(stage, start)
+    bar = tqdm(total=steps, initial=start, desc=stage, disable=None if rank() == 0 else True)
+    i, run.looping = start, True
     while i < steps:
         metrics = one_step(i)
         ids = metrics.pop("ids", [])
@@ -363,17 +526,23 @@ def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, unti
             run.log(stage, i, steps, dict(metrics, seconds=round(time.time() - t0, 1)))
         if until is not None and (end := until(i, steps)) != steps:
             steps = optimizer.steps = bar.total = end
-        if i % run.cfg.save_every == 0 and i < steps:
-            os.makedirs(os.path.dirname(state), exist_ok=True)
-            value = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=i, steps=steps,
-                         sampler=json.dumps(sampler.state()) if sampler is not None else "")
-            try:
-                torch.save(value, state + ".part")
-            except RuntimeError as e:                            # torch's word for a full disk
-                raise OSError(f"{state}: not written ({e})") from None
-            os.replace(state + ".part", state)
+        stop = any(gather_objects(run.stopping))
+        if stop or i % run.cfg.save_every == 0 and i < steps:
+            store(run, stage, i, steps, model, optimizer, sampler)
+        if stop:
+            raise Interrupted(f"stopped by SIGTERM after step {i} of {steps} of stage {stage}; --resume auto goes on from there")
     bar.close()
+    run.looping = False
     model.eval()
+
+
+def fit(run, name, e, pairs, one_step, batch, sub_batch, steps, rate):
+    """Train the Embedder on the pairs for so many steps at `rate` times the learning rates; it ends as a plain one. one_step(i, pairs)."""
+    sampler, steps = pairs.sampler(int(run.rng(name).integers(2**31)), batch, sub_batch), run.steps(steps)
+    stream = pairs.stream(sampler)
+    visit = lambda i: [any_negative(p, run.rng(name, "negatives", i, p["id"])) for p in next(stream)]
+    train_loop(run, name, e.model, Optimizer(e.model, run.cfg, steps, rate), steps, lambda i: one_step(i, visit(i)), sampler)
+    e.model = run.plain(e.model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,11 +551,12 @@ def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, unti
 
 def base_stage(run, out):
     c = run.cfg
-    if c.model:
+    if c.model and rank() == 0:
         source = Embedder.from_pretrained(c.model, "cpu", "bfloat16")     # opens it whole: a broken checkpoint is refused here, not in an hour
         if not source.model.has_head:
             raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales; start from an Instruct checkpoint")
         source.save(out, base=c.model)
+    if c.model:
         return
     torch.manual_seed(int(run.rng("weights").integers(2**31)))
     tok = Tokenizer(pocket.pocket_tokenizer(pocket.vocabulary_texts()))
@@ -406,7 +576,7 @@ def base_stage(run, out):
         loss, summary, acc = document_loss(model, reader, [pocket.base_document(bank, rng, look(i)) for _ in range(c.base_batch)])
         table, table_summary, table_acc = document_loss(model, reader, [pocket.text_document(rng) for _ in range(c.base_batch // 2)])
         total = loss + c.base_text * table + c.base_summary * (summary + table_summary)
-        total.backward()
+        (total / ranks()).backward()                             # it is tiny: every rank does the same, and gradients add up
         return dict(loss=total.item(), summary=summary.item(), text_summary=table_summary.item(), accuracy=acc, text_accuracy=table_acc)
 
     probe = pocket.Bank(run.rng("probe bank"), style=c.world_style)        # other drawings than those it learns from
@@ -424,9 +594,10 @@ def base_stage(run, out):
     run.log("base skills", optimizer.steps, optimizer.steps, skills)
     weak = {k: round(skills[k], 3) for k in STEP_SKILLS if skills.get(k, 0) < c.base_skill}
     if weak:
-        tqdm.write(f"base: these skills are below {c.base_skill} after {optimizer.steps} steps: {weak}; expect weaker rationales")
-    write_json(os.path.join(out, "skills.json"), skills)
-    Embedder(model, reader).save(out, base=None, card="Pretrained on the pocket world's documents (stage base).")
+        run.say(f"base: these skills are below {c.base_skill} after {optimizer.steps} steps: {weak}; expect weaker rationales")
+    run.save(Embedder(model, reader), out, "Pretrained on the pocket world's documents (stage base).")
+    if rank() == 0:
+        write_json(os.path.join(out, "skills.json"), skills)
 
 
 STEP_SKILLS = ("at", "move", "clip", "table", "account")                    # what the steps are made of; the rest is learnt on the way
@@ -515,9 +686,9 @@ class Pairs:
         self.data, self.reader, self.workers = loader.train_sets(run.data_root, on_bad=c.on_bad), reader, c.workers
         self.kept = {} if sum(self.data.sizes) <= 20000 else None         # 20,000 pairs of pocket pictures are about 1 GB
         if self.data.missing:
-            tqdm.write(f"training data: missing {', '.join(self.data.missing)}")
+            run.say(f"training data: missing {', '.join(self.data.missing)}")
         if dropped := {name: n for name, n in self.data.dropped.items() if n}:
-            tqdm.write(f"training data: rows dropped because a side is empty: {dropped}")
+            run.say(f"training data: rows dropped because a side is empty: {dropped}")
 
     def read(self, pair):
         """-> {"id", "dataset", "query", "target", "negatives"} as prompts, and "answer": a key that equal targets share."""
@@ -532,10 +703,9 @@ class Pairs:
             self.kept[source, row] = self.read(self.data.fetch(source, row))
         return self.kept[source, row]
 
-    def sampler(self, cfg, seed, batch, keep=None):
-        """Batches of (source, row); keep: only these sources."""
-        weights = [w if keep is None or n in keep else 0.0 for n, w in zip(self.data.names, self.data.weights)]
-        return loader.Sampler(self.data.sizes, weights, batch, min(cfg.sub_batch, batch), seed)
+    def sampler(self, seed, batch, sub_batch):
+        """This rank's share of batches of (source, row)."""
+        return loader.Sampler(self.data.sizes, self.data.weights, batch, sub_batch, seed, rank(), ranks())
 
     def stream(self, sampler):
         if self.kept is not None:
@@ -572,113 +742,113 @@ def key_of(prompt):
 # The contrastive step, shared by the warm-up of select and by embed
 
 
-def chunks_of(lengths, budget):
-    """Indices sorted by length and cut where a chunk would exceed the budget of padded tokens, or pad by more than a half."""
-    order, out = np.argsort(lengths, kind="stable")[::-1].tolist(), []
-    for i in order:
-        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= budget and lengths[i] * 1.5 >= lengths[out[-1][0]]:
-            out[-1].append(i)
-        else:
-            out.append([i])
-    return out
-
-
 def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token), one update's gradients.
 
     pairs [B] of Pairs; branches [B]: a rationale branch or None (no reasoned path for this pair); labels [B]: 1 reason, 0 direct,
-    -1 no decision to learn. Equal targets are embedded once and never serve as each other's negatives. -> metrics.
+    -1 no decision to learn. Equal targets are embedded once and never serve as each other's negatives. All this is one rank's share of a
+    batch; the loss is that of the joined one. -> its metrics.
     latent: the rationale is a guess, good or bad; it counts by its posterior against the empty one, p(t|q,r) / (p(t|q,r) + p(t|q,∅)).
     """
     model.train()
-    columns, positive = {}, []
-    for p in pairs:
-        positive.append(columns.setdefault(p["answer"], (len(columns), p["target"]))[0])
-    for p in pairs:
-        for n in p["negatives"][: cfg.negatives]:
-            columns.setdefault(key_of(n), (len(columns), n))
-    targets = [t for _, t in columns.values()]
     device = model.device
-    positive = torch.tensor(positive, device=device)
-    n_tokens = max(1, sum(len(b) - len(reader.prefix) - len(reader.tail) for b in branches if b))
-    n_labels = max(1, sum(l >= 0 for l in labels))
-    q_len = [len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)]
-    chunks = [("query", rows) for rows in chunks_of(q_len, cfg.chunk_tokens)] + [("target", rows) for rows in chunks_of([len(t["ids"]) + 1 for t in targets], cfg.chunk_tokens)]
-    where = [(kind, i, g) for kind, rows in chunks for i in rows for g in (range(2) if kind == "query" and branches[i] else range(1))]
-    at = lambda kind, g: torch.tensor([n for n, (k, _, b) in enumerate(where) if k == kind and b == g], dtype=torch.long, device=device)
-    row = lambda kind, g: torch.tensor([i for k, i, b in where if k == kind and b == g], dtype=torch.long, device=device)
-    parts = dict(lm=0.0, decision=0.0, decision_right=0.0)
+    mine = [(p["answer"], [key_of(n) for n in p["negatives"][: cfg.negatives]], len(b or []), l) for p, b, l in zip(pairs, branches, labels)]
+    told = gather_objects(mine)
+    joined, first = sum(told, []), sum(map(len, told[: rank()]))
+    columns = {}                                                 # key -> column, and which pair embeds it: the first that has it
+    for i, (answer, *_) in enumerate(joined):
+        columns.setdefault(answer, (len(columns), i, None))
+    for i, (_, keys, *_) in enumerate(joined):
+        for j, key in enumerate(keys):
+            columns.setdefault(key, (len(columns), i, j))
+    own = [(n, pairs[i - first]["target"] if j is None else pairs[i - first]["negatives"][j]) for n, i, j in columns.values() if 0 <= i - first < len(pairs)]
+    lengths = torch.tensor([length for _, _, length, _ in joined])
+    positive, N = torch.tensor([columns[answer][0] for answer, *_ in joined], device=device), len(joined)
+    n_tokens = max(1, sum(n - len(reader.prefix) - len(reader.tail) for n in lengths.tolist() if n))
+    n_labels = max(1, sum(label >= 0 for *_, label in joined))
+    q_len, t_len = [len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)], [len(t["ids"]) + 1 for _, t in own]
+    chunks = [(kind, rows) for kind, lengths_of in (("query", q_len), ("target", t_len)) for rows in chunks_of(lengths_of, cfg.chunk_tokens)]
+    # vectors are numbered: N direct ones, N reasoned ones (some absent), the columns; `order` brings the chunks' rows of all ranks there
+    number = lambda kind, i: [2 * N + own[i][0]] if kind == "target" else [first + i, N + first + i] if branches[i] else [first + i]
+    order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in number(kind, i)]), []))
+    parts, losses = dict(lm=0.0, decision=0.0, decision_right=0.0), {}
 
     def encode(chunk):
-        kind, rows = chunk
-        if kind == "target":
-            batch = collate([targets[i] for i in rows], reader, device=device)
-            return pool(model(batch), batch["ends"])[:, 0], None
+        kind, rows = chunk or ("nothing", [])
+        if kind != "query":
+            batch = collate([own[i][1] for i in rows] or [NOTHING], reader, device=device)
+            return pool(model(batch), batch["ends"])[: len(rows), 0], None
         batch = collate([pairs[i]["query"] for i in rows], reader, [[branches[i]] if branches[i] else [] for i in rows], device)
         h = model(batch)
-        v = pool(h, batch["ends"])
+        return pool(h, batch["ends"])[batch["ends"] >= 0], lambda: beside(h, batch, rows)
+
+    def beside(h, batch, rows):
+        """The cross-entropies of some rows: their sums over constants of the joined batch."""
         extra = h.new_zeros(())
-        if torch.is_grad_enabled() and cfg.lm_weight and any(branches[i] for i in rows):
+        if cfg.lm_weight and any(branches[i] for i in rows):
             logp, _, _ = branch_logp(model, h, batch, reader, len(reader.prefix))
             extra = extra - cfg.lm_weight * logp.sum() / n_tokens
             parts["lm"] -= float(logp.detach().sum()) / n_tokens
         want = torch.tensor([labels[i] for i in rows], device=device)
-        if torch.is_grad_enabled() and cfg.decision_weight and bool((want >= 0).any()):
+        if cfg.decision_weight and bool((want >= 0).any()):
             logits = decision_logits(model, h, batch, reader)
             ce = F.cross_entropy(logits, want, ignore_index=-1, reduction="sum") / n_labels
             extra = extra + cfg.decision_weight * ce
             parts["decision"] += float(ce.detach())
             parts["decision_right"] += float(((logits.argmax(1) == want) & (want >= 0)).sum()) / n_labels
-        return v[batch["ends"] >= 0], extra
-
-    losses = {}
+        return extra
 
     def loss_fn(v):
-        t = v[at("target", 0)].new_empty(len(targets), v.shape[1]).index_copy(0, row("target", 0), v[at("target", 0)])
-        total, m = v.new_zeros(()), v.new_zeros(len(pairs))
-        for name, g in (("direct", 0), ("reason", 1)):
-            rows, weight = row("query", g), None
-            if len(rows):
-                q, same = v[at("query", g)], F.one_hot(positive[rows], len(targets)).bool()
-                if latent:
-                    before, m[rows] = m[rows], (q.detach() @ t.detach().T / cfg.temperature).log_softmax(1).gather(1, positive[rows, None])[:, 0]
-                    weight = (m[rows] - before).sigmoid() if g else None                      # E-step: how well r explains t, against ∅
-                losses[name] = info_nce(q, t, positive[rows], cfg.temperature, same, rows=weight)
-                total = total + losses[name]
-        return total
+        has = (lengths > 0).to(device)
+        direct, reason, t = v[order].split([N, int(has.sum()), len(columns)])
+        weight, m = None, lambda q, of: (q.detach() @ t.detach().T / cfg.temperature).log_softmax(1).gather(1, of[:, None])[:, 0]
+        if latent:                                               # E-step: how well r explains t, against ∅
+            weight = (m(reason, positive[has]) - m(direct, positive)[has]).sigmoid()
+        for name, q, of, w in (("direct", direct, positive, None), ("reason", reason, positive[has], weight)):
+            losses[name] = info_nce(q, t, of, cfg.temperature, F.one_hot(of, len(t)).bool(), rows=w) if len(q) else v.new_zeros(())
+        return losses["direct"] + losses["reason"]
 
-    fits = sum(q_len) + sum(len(t["ids"]) for t in targets) <= cfg.chunk_tokens
-    loss, extra = grad_cache(chunks, encode, loss_fn, fits)
-    return dict(loss=loss + extra, nce_direct=float(losses["direct"].detach()), nce_reason=float(losses["reason"].detach()) if "reason" in losses else 0.0,
-                **parts, ids=[p["id"] for p in pairs])
+    loss, extra = grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
+    told = gather_objects(parts)
+    return dict(loss=loss + extra, nce_direct=float(losses["direct"].detach()), nce_reason=float(losses["reason"].detach()),
+                **{k: sum(x[k] for x in told) for k in parts}, ids=[p["id"] for p in pairs])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 2, propose: K candidate rationales per query. No worker sees the target
 
 
-@torch.no_grad()
 def propose_stage(run, out):
     c = run.cfg
     e = run.embedder("base")
-    pairs = Pairs(run, e.reader)
+    pairs, folder = Pairs(run, e.reader), run.partial("propose")
     source = c.rationales or (run.path("data", "workers.jsonl") if not c.data else "")
     rows = selection.read_rationales(source) if source else []
-    todo = list(pairs.all()) if c.propose_k else []
-    todo.sort(key=lambda p: len(p["query"]["ids"]))
-    for n, at in enumerate(tqdm(range(0, len(todo), 64), desc="propose", disable=None)):
-        part = todo[at : at + 64]
-        batch = collate([p["query"] for p in part], e.reader, device=run.device)
-        got = generate(e.model, batch, c.propose_max_new, c.propose_k, e.reader.prefix, (e.reader.unthink,), e.reader.tail, e.reader.close,
-                       e.reader.ban, c.propose_temperature, run.generator("propose", n))
-        for p, tokens in zip(part, got["tokens"]):
-            for k, ids in enumerate(tokens):
-                text = e.reader.rationale_text(ids)
-                if text:
-                    rows.append(dict(id=p["id"], side="query", worker="base" if c.propose_k == 1 else f"base-{k}", text=text))
+    refs = [(s, r) for s, size in enumerate(pairs.data.sizes) for r in range(size)] if c.propose_k else []
+    parts = [os.path.join(folder, f"{at:09d}.jsonl") for at in range(0, len(refs), 1024)]
+    for n, path in enumerate(tqdm(parts, desc="propose", disable=None)):     # each rank its windows; a finished one is not done again
+        if n % ranks() == rank() and not os.path.exists(path):
+            selection.write_rows(path, propose(run, e, [pairs.get(*r) for r in refs[1024 * n :][:1024]], n))
+    gather_objects(None)
+    rows += [r for path in parts for r in selection.read_rationales(path)]
     if not rows:
         raise UsageError("no rationale was proposed: --propose_k is 0 and no --rationales file was given")
-    selection.write_rows(os.path.join(out, "rationales.jsonl"), rows)
+    if rank() == 0:
+        selection.write_rows(os.path.join(out, "rationales.jsonl"), rows)
+
+
+def propose(run, e, pairs, n):
+    """The base model's rationales for one window of pairs, neighbours in length together."""
+    c, rows, rng = run.cfg, [], run.generator("propose", n)
+    pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))
+    for part in (pairs[at : at + 64] for at in range(0, len(pairs), 64)):
+        batch = collate([p["query"] for p in part], e.reader, device=run.device)
+        got = generate(e.model, batch, c.propose_max_new, c.propose_k, e.reader.prefix, (e.reader.unthink,), e.reader.tail, e.reader.close,
+                       e.reader.ban, c.propose_temperature, rng)
+        for p, tokens in zip(part, got["tokens"]):
+            texts = [e.reader.rationale_text(ids) for ids in tokens]
+            rows += [dict(id=p["id"], side="query", worker="base" if c.propose_k == 1 else f"base-{k}", text=text) for k, text in enumerate(texts) if text]
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,21 +863,31 @@ def select_stage(run, out):
             texts.setdefault(r["id"], {})[r["worker"]] = r["text"]
     results = []
     for fold in range(c.select_folds):
-        e = run.embedder("base")
+        judgement = os.path.join(run.partial(f"select{fold}"), "judged.json")
+        if os.path.exists(judgement):                            # --resume auto, and this fold was through
+            results += read_json(judgement)
+            continue
+        e = run.trainee("base")
         pairs = Pairs(run, e.reader)
         mine = lambda p: fold_of(p["id"], c.select_folds) == fold          # this evaluator judges these ...
         branch = {i: {w: e.reader.rationale(t) for w, t in ws.items()} for i, ws in texts.items()}
         warm_up(run, e, pairs, branch, (lambda p: not mine(p)) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
         judged = [p for p in pairs.all() if mine(p) and p["id"] in texts]
-        results += judge(run, e, judged, texts, fold)
+        rows = judge(run, e, judged, texts, fold)
+        results += rows
+        if rank() == 0:
+            write_json(judgement, rows)
     level = selection.thresholds(results, c.select_rule, c.select_margin, c.select_fdr)
     kept = selection.choose(results, level, c.select_rule, c.select_weight_temperature)
     truth = read_json(run.path("data", "pocket.json"))["steps"] if not c.data else None
     report = selection.audit(results, kept, level, c.select_rule, truth)
+    run.forget("select")
+    run.log("select", 1, 1, {k: v for k, v in report.items() if not isinstance(v, dict)})
+    if rank() > 0:
+        return
     selection.write_rows(os.path.join(out, "selected.jsonl"), [{k: r[k] for k in ("id", "worker", "text", "delta", "delta_placebo", "weight")} for r in kept])
     selection.write_rows(os.path.join(out, "judged.jsonl"), results)
     write_json(os.path.join(out, "audit.json"), report)
-    run.log("select", 1, 1, {k: v for k, v in report.items() if not isinstance(v, dict)})
 
 
 def fold_of(pair_id, folds):
@@ -719,18 +899,16 @@ def warm_up(run, e, pairs, branch, train_on, name):
     the sloppy half of what looks like reasoning teaches it to believe no rationale more than half."""
     c = run.cfg
     cfg = dataclasses.replace(c, lm_weight=0.0, decision_weight=0.0)
+
+    def one_step(i, batch):
+        batch, drawn = [p for p in batch if train_on(p)], []
+        for p in batch:
+            options = list(branch.get(p["id"], {}).values())
+            drawn.append(options[run.rng(name, i, p["id"]).integers(len(options))] if options else None)
+        return contrastive_step(e.model, e.reader, batch, drawn, [-1] * len(batch), cfg, latent=True)
+
     both = 2 if c.select_folds > 1 else 1                        # half of every batch is the other fold's and drops out: draw twice as much
-    sampler = pairs.sampler(dataclasses.replace(c, sub_batch=both * c.sub_batch), int(run.rng(name).integers(2**31)), both * c.batch)
-    stream = pairs.stream(sampler)
-
-    def one_step(i):
-        rng = run.rng(name, i)
-        batch = [any_negative(p, rng) for p in next(stream) if train_on(p)]
-        options = [list(branch.get(p["id"], {}).values()) for p in batch]
-        return contrastive_step(e.model, e.reader, batch, [o[rng.integers(len(o))] if o else None for o in options], [-1] * len(batch), cfg, latent=True)
-
-    steps = run.steps(c.select_steps)
-    train_loop(run, name, e.model, Optimizer(e.model, c, steps, c.select_lr), steps, one_step, sampler)
+    fit(run, name, e, pairs, one_step, both * c.batch, both * c.sub_batch, c.select_steps, c.select_lr)
 
 
 def judge(run, e, judged, texts, fold):
@@ -742,11 +920,13 @@ def judge(run, e, judged, texts, fold):
             if key not in index:
                 index[key] = len(targets)
                 targets.append(t)
-    vectors = torch.empty(len(targets), e.model.c.hidden, device=run.device)
+    vectors = torch.zeros(len(targets), e.model.c.hidden, device=run.device)
     with torch.no_grad():
-        for rows in chunks_of([len(t["ids"]) + 1 for t in targets], c.chunk_tokens):
+        for rows in chunks_of([len(t["ids"]) + 1 for t in targets], c.chunk_tokens)[rank() :: ranks()]:
             batch = collate([targets[i] for i in rows], e.reader, device=run.device)
             vectors[rows] = pool(e.model(batch), batch["ends"])[:, 0]
+    if ranks() > 1:
+        dist.all_reduce(vectors)                                 # each rank has filled in its rows
     table = [dict(id=p["id"], dataset=p["dataset"], answer=p["answer"], target=index[p["answer"]], negatives=[index[key_of(n)] for n in p["negatives"]]) for p in judged]
     candidates = selection.candidate_sets(table, rng, c.select_candidates)
     mine = {p["id"]: texts[p["id"]] for p in judged}
@@ -760,10 +940,12 @@ def judge(run, e, judged, texts, fold):
         plan.append(own + false + again)
     words = {"own": mine, "placebo": placebo, "second": second}
     branches = [[e.reader.rationale(words[kind][p["id"]][w]) for w, kind in plan_p] for p, plan_p in zip(judged, plan)]
-    m = selection.margins(e.model, e.reader, [p["query"] for p in judged], branches, vectors, candidates, c.temperature,
+    share = slice(rank(), None, ranks())
+    m = selection.margins(e.model, e.reader, [p["query"] for p in judged[share]], branches[share], vectors, candidates[share], c.temperature,
                           positive_only=c.select_rule == "positive_only", title=f"judge fold {fold}")
-    results = []
-    for p, plan_p, row, size in zip(judged, plan, m, (candidates >= 0).sum(1)):
+    told, results = gather_objects(m), []
+    for i, (p, plan_p, size) in enumerate(zip(judged, plan, (candidates >= 0).sum(1))):
+        row = told[i % ranks()][i // ranks()]
         guess = 0.0 if c.select_rule == "positive_only" else float(-np.log(size) - row[0])
         gain = {slot: float(x - row[0]) for slot, x in zip(plan_p, row[1:])}
         for w in mine[p["id"]]:
@@ -780,26 +962,22 @@ def judge(run, e, judged, texts, fold):
 
 def embed_stage(run, out):
     c = run.cfg
-    e = run.embedder("base")
+    e = run.trainee("base")
     pairs = Pairs(run, e.reader)
     kept, judged = {}, {r["id"] for r in selection.read_rationales(run.path("propose", "rationales.jsonl")) if r["side"] == "query"}
     for r in selection.read_rationales(run.path("select", "selected.jsonl"), numbers=("weight",)):
         kept.setdefault(r["id"], []).append((e.reader.rationale(r["text"]), r["weight"]))
-    sampler = pairs.sampler(c, int(run.rng("embed").integers(2**31)), c.batch)
-    stream = pairs.stream(sampler)
 
-    def one_step(i):
-        rng, branches, labels = run.rng("embed", i), [], []
-        batch = [any_negative(p, rng) for p in next(stream)]
+    def one_step(i, batch):
+        branches, labels = [], []
         for p in batch:                                          # one rationale per visit, drawn from the posterior
             options = kept.get(p["id"])
-            branches.append(options[rng.choice(len(options), p=[w for _, w in options])][0] if options else None)
+            branches.append(options[run.rng("embed", i, p["id"]).choice(len(options), p=[w for _, w in options])][0] if options else None)
             labels.append(1 if options else 0 if p["id"] in judged else -1)
         return contrastive_step(e.model, e.reader, batch, branches, labels, c)
 
-    steps = run.steps(c.embed_steps)
-    train_loop(run, "embed", e.model, Optimizer(e.model, c, steps, c.embed_lr), steps, one_step, sampler)
-    e.save(out, base=c.model or None, card="Joint training of the direct and the reasoned path on selected rationales (stage embed).")
+    fit(run, "embed", e, pairs, one_step, c.batch, c.sub_batch, c.embed_steps, c.embed_lr)
+    run.save(e, out, "Joint training of the direct and the reasoned path on selected rationales (stage embed).")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -808,26 +986,23 @@ def embed_stage(run, out):
 
 def rl_stage(run, out):
     c = run.cfg
-    e = run.embedder("embed")
-    pairs = Pairs(run, e.reader)
-    sampler = pairs.sampler(dataclasses.replace(c, sub_batch=8), int(run.rng("rl").integers(2**31)), c.rl_batch)
-    stream = pairs.stream(sampler)
+    e = run.trainee("embed")
+    pairs, actor = Pairs(run, e.reader), run.plain(e.model)
 
     def encode_targets(targets):
         batch = collate(targets, e.reader, device=run.device)
         return pool(e.model(batch), batch["ends"])[:, 0]
 
-    def one_step(i):
-        batch = next(stream)
-        keys = np.array([p["answer"] for p in batch])
+    def one_step(i, batch):
+        keys = np.array(sum(gather_objects([p["answer"] for p in batch]), []))
         same = torch.from_numpy(keys[:, None] == keys[None]).to(run.device)
-        m = rl.grpo_step(e.model, e.reader, [p["query"] for p in batch], [p["target"] for p in batch], same, c, run.generator("rl", i), encode_targets)
+        m = rl.grpo_step(e.model, e.reader, [p["query"] for p in batch], [p["target"] for p in batch], same, c, run.generator("rl", i, rank()),
+                         encode_targets, run.plain(e.model, actor))
         m["sample"]["id"] = batch[m["sample"].pop("row")]["id"]
         return dict(m, loss=m["nce_direct"] + m["nce_reason"], ids=[p["id"] for p in batch])
 
-    steps = run.steps(c.rl_steps)
-    train_loop(run, "rl", e.model, Optimizer(e.model, c, steps, c.rl_lr), steps, one_step, sampler)
-    e.save(out, base=c.model or None, card="Adaptive reasoning learnt by GRPO with a price on latency (stage rl).")
+    fit(run, "rl", e, pairs, one_step, c.rl_batch, 8, c.rl_steps, c.rl_lr)
+    run.save(e, out, "Adaptive reasoning learnt by GRPO with a price on latency (stage rl).")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -836,6 +1011,8 @@ def rl_stage(run, out):
 
 def eval_stage(run, out):
     c = run.cfg
+    if rank() > 0:
+        return
     e = run.embedder("rl")
     found = evaluation.evaluate(e, run.data_root, out, tau=c.tau, on_bad=c.on_bad, batch_size=c.eval_batch, options=dict(max_new_tokens=c.eval_max_new))
     write_json(os.path.join(out, "modes.json"), dict(modes=found["modes"], curve=found["curve"]))
@@ -864,7 +1041,7 @@ def world(run):
     c, final = run.cfg, run.path("data")
     if c.data and c.stage == "all" and not loader.tables(c.data, "eval"):
         raise UsageError(f"--data {c.data} has no test set (test.jsonl beside train.jsonl), and --stage all ends with one; name the stages instead")
-    if c.data or os.path.exists(os.path.join(final, "datasets.json")):
+    if c.data or os.path.exists(os.path.join(final, "datasets.json")) or rank() > 0:
         return
     aside = run.path("data.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -877,29 +1054,48 @@ def main(argv):
     if {"--help", "-h"} & set(argv):
         print(usage())
         return 0
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         cfg = parse(argv)
         run = Run(cfg)
+        signal.signal(signal.SIGTERM, run.terminate)
         world(run)
         for stage in STAGES if cfg.stage == "all" else (cfg.stage,):
             if cfg.stage == "all" and stage in run.stages:
-                tqdm.write(f"{stage}: done before")
+                run.say(f"{stage}: done before")
                 continue
             t0, aside = time.time(), run.path(f"{stage}.part")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.makedirs(aside)
+            if rank() == 0:
+                if stage != "eval" or cfg.resume != "auto":      # what eval.part/cache holds need not be embedded again
+                    shutil.rmtree(aside, ignore_errors=True)
+                os.makedirs(aside, exist_ok=True)
             {"base": base_stage, "propose": propose_stage, "select": select_stage, "embed": embed_stage, "rl": rl_stage, "eval": eval_stage}[stage](run, aside)
             run.finish(stage, aside, time.time() - t0)
-            tqdm.write(f"{stage}: {time.time() - t0:.0f} s")
-        if "eval" in run.stages:
+            run.say(f"{stage}: {time.time() - t0:.0f} s")
+        if "eval" in run.stages and rank() == 0:
             report(run)
+        if ranks() > 1:
+            dist.destroy_process_group()
         return 0
     except UsageError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
+        return complain(e, 2)
+    except Interrupted as e:
+        return complain(e, 143)
+    except torch.OutOfMemoryError as e:
+        return complain(f"out of GPU memory ({str(e).splitlines()[0]}) with --chunk_tokens {cfg.chunk_tokens}: lower it, or --checkpointing true, "
+                        "--lora 32, --fsdp true on several GPUs", 1)
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 1
+        return complain(e, 1)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def complain(e, code):
+    """One line; of what all ranks notice alike, rank 0 alone speaks."""
+    n = int(os.environ.get("RANK", 0))
+    if n == 0 or code == 1:
+        print(f"train.py: {f'rank {n}: ' if n else ''}{e}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
