@@ -47,7 +47,7 @@ import rl
 import train
 from embed import Embedder, Reader, collate, info_nce, pool
 from eval import rank
-from model import CONFIGS, LEVELS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, generate, tokenizer_spec
+from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, generate, levels, tokenizer_spec
 
 SIZES = {                                                        # configuration, and the largest picture in pixels
     "tiny": (dataclasses.replace(CONFIGS["pocket"], hidden=64, mlp=96, layers=2, v_hidden=32, v_mlp=64, heads=2, kv_heads=1), 16384),
@@ -133,7 +133,7 @@ class Peer:
             for x in p["pixels"]:
                 h, w = p["grids"][i]
                 pixels, grids = seen["image" if kinds[i] == c.image_token else "video"]
-                pixels.append(x if torch.is_tensor(x) else torch.from_numpy(LEVELS[x])), grids.append([len(x) // (h * w), h, w])
+                pixels.append(x if torch.is_tensor(x) else levels(x)), grids.append([len(x) // (h * w), h, w])
                 i += len(x) // (h * w)
         for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if seen[kind][0]:
@@ -277,7 +277,7 @@ def compare(size, rows, o):
     race(rows, f"embed text, {size}", lambda: embed_all(e, texts), lambda: peer.embed_all(texts), len(texts), "items/s", o)
 
     pictures = sum((x["image"] if isinstance(x["image"], list) else [x["image"]] for x in still if "image" in x), [])
-    mine = lambda: torch.from_numpy(LEVELS[np.concatenate([p for x in pictures for p in r.read({"image": x})["pixels"]])])
+    mine = lambda: levels(np.concatenate([p["pixels"][0] for window in e.windows(pictures, None, 1 << 20) for p in window]))
     agree(f"preprocess, {size}", mine(), peer.eyes(images=pictures, return_tensors="pt")["pixel_values"], 1e-5)
     race(rows, f"preprocess, {size}", mine, lambda: peer.eyes(images=pictures, return_tensors="pt"), len(pictures), "pictures/s", o)
 

@@ -24,12 +24,14 @@ Sources: template, limits and video rules as in Qwen3-VL-Embedding, qwen-vl-util
 import argparse
 import base64
 import binascii
+import itertools
 import json
 import numbers
 import os
 import sys
 import unicodedata
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import load_picture
-from model import FACTOR, LEVELS, Cache, Tokenizer, generate, load, patchify, read_json, resize, rope_positions, save, smart_resize
+from model import FACTOR, Cache, Tokenizer, generate, levels, load, patchify, read_json, resize, rope_positions, save, smart_resize
 from model import write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def collate(prompts, reader, branches=None, device="cpu", pad_left=False):
     plain = G == 1 and not pad_left                              # nothing but prompt + <|endoftext|>, padded right: causal is enough
     tensor = lambda x: torch.from_numpy(x).to(device)
     return {"ids": tensor(ids), "pos": tensor(pos), "lengths": torch.tensor(n, device=device), "branch": None if plain else tensor(branch),
-            "pixels": tensor(LEVELS[np.concatenate(pixels)]) if pixels else None, "grids": [g for p in prompts for g in p["grids"]],
+            "pixels": levels(np.concatenate(pixels), device) if pixels else None, "grids": [g for p in prompts for g in p["grids"]],
             "ends": tensor(ends), "prev": tensor(prev)}
 
 
@@ -454,25 +456,30 @@ class Embedder:
 
     def windows(self, items, instruction, batch_size):
         """Lists of prompts, each long enough to sort and short enough to hold: up to 16 batches or 4 token budgets."""
-        window, tokens = [], 0
-        for i, item in enumerate(items):
+        def read(numbered):
             try:
-                prompt = self.reader.read(item, instruction)
+                return self.reader.read(numbered[1], instruction)
             except ValueError as e:
-                raise ItemError(i, e) from e
-            window.append(prompt)
-            tokens += len(prompt["ids"])
-            if len(window) == 16 * batch_size or tokens > 4 * self.budget:
-                yield window
-                window, tokens = [], 0
+                raise ItemError(numbered[0], e) from e
+
+        window, tokens, numbered = [], 0, enumerate(items)
+        with ThreadPoolExecutor(torch.get_num_threads()) as readers:         # pictures are resized outside Python's lock
+            while some := list(itertools.islice(numbered, 16)):
+                for prompt in readers.map(read, some):
+                    window.append(prompt)
+                    tokens += len(prompt["ids"])
+                    if len(window) == 16 * batch_size or tokens > 4 * self.budget:
+                        yield window
+                        window, tokens = [], 0
         if window:
             yield window
 
     def batches(self, lengths, batch_size):
-        """Indices, longest first (what does not fit fails at once), in batches of rows x longest row <= budget."""
+        """Indices, longest first (what does not fit fails at once), in batches of rows x longest row <= budget; at most a third is padding."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         while order:
-            n = max(1, min(batch_size, self.budget // lengths[order[0]]))
+            longest = lengths[order[0]]
+            n = max(1, min(batch_size, self.budget // longest, sum(lengths[i] * 1.5 >= longest for i in order)))
             yield order[:n]
             order = order[n:]
 

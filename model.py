@@ -282,7 +282,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):                                        # fp32 inside, cast back, then the weight (as published)
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        mean = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]       # of the squares, in one pass
+        y = y * torch.rsqrt(mean + self.eps)
         return self.weight * y.to(x.dtype)
 
 
@@ -819,7 +820,9 @@ def append_end(spec):
 # ---------------------------------------------------------------------------------------------------------------------
 # Eyes: pictures -> patches
 
-LEVELS = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5).astype(np.float32)            # every value a pixel can become
+def levels(patches, device="cpu"):
+    """uint8 numpy -> fp32 tensor in -1 ... 1. Bytes travel to the device, floats are made there."""
+    return torch.from_numpy(patches).to(device).float().mul_(2 / 255).sub_(1)
 
 
 def smart_resize(height, width, min_pixels, max_pixels):
@@ -840,7 +843,7 @@ def patchify(frames):
     """frames (F, height, width, 3) uint8 of one size, F = 1 (a picture) or even -> patches (N, 1536) uint8 and the (h, w) grid.
 
     Order, as published: frame group, 2x2 merge blocks in raster order, the four patches in a block; in a patch: channel, frame,
-    row, column. Bytes are shuffled before they become floats (`LEVELS[patches]`): a quarter of the memory traffic.
+    row, column. Bytes are shuffled before they become floats (`levels`): a quarter of the memory traffic.
     """
     if len(frames) == 1:
         frames = np.repeat(frames, TEMPORAL, axis=0)             # a picture is a video of two equal frames

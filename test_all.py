@@ -607,7 +607,7 @@ def full_forward(e, prompt, tokens):
     """States (S, H) of one plain sequence: the prompt, then tokens. No cache, no branches."""
     ids = np.concatenate([prompt["ids"], np.array(tokens, int)])
     pos = torch.from_numpy(M.rope_positions(ids, prompt["grids"], e.model.c))[:, None]
-    pixels = torch.from_numpy(M.LEVELS[np.concatenate(prompt["pixels"])]) if prompt["pixels"] else None
+    pixels = M.levels(np.concatenate(prompt["pixels"])) if prompt["pixels"] else None
     lengths = torch.tensor([len(ids)])
     return e.model(dict(ids=torch.from_numpy(ids)[None], pos=pos, lengths=lengths, branch=None, pixels=pixels, grids=prompt["grids"]))[0]
 
@@ -1941,7 +1941,7 @@ def m_plain(model, prompt, tail=()):
     reader, ids = m_reader(), np.concatenate([prompt["ids"], np.array([*tail] or [m_reader().end])])
     pos = M.rope_positions(prompt["ids"], prompt["grids"], reader.c)
     pos = np.concatenate([pos, np.broadcast_to(pos.max() + 1 + np.arange(len(ids) - pos.shape[1]), (3, len(ids) - pos.shape[1]))], 1)
-    pixels = torch.from_numpy(M.LEVELS[np.concatenate(prompt["pixels"])]) if prompt["pixels"] else None
+    pixels = M.levels(np.concatenate(prompt["pixels"])) if prompt["pixels"] else None
     h = model({"ids": torch.from_numpy(ids)[None], "pos": torch.from_numpy(pos)[:, None].contiguous(), "lengths": torch.tensor([len(ids)]), "branch": None,
                "pixels": pixels, "grids": prompt["grids"]})
     return h[0], ids
