@@ -42,19 +42,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import rl
 import train
-from embed import Embedder, Reader, collate, info_nce, pool
+from embed import Embedder, Reader, collate, find_device, info_nce, pool
 from eval import rank
-from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, generate, levels, tokenizer_spec
+from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, generate, levels, tokenizer_spec, write_json
 
 SIZES = {                                                        # configuration, and the largest picture in pixels
     "tiny": (dataclasses.replace(CONFIGS["pocket"], hidden=64, mlp=96, layers=2, v_hidden=32, v_mlp=64, heads=2, kv_heads=1), 16384),
     "pocket": (CONFIGS["pocket"], 65536),
     "mid": (Config(hidden=512, mlp=1536, layers=8, heads=8, kv_heads=4, head_dim=64, mrope_section=(12, 10, 10), v_hidden=384, v_mlp=1536,
                    v_layers=6, v_heads=6, v_deepstack=(1, 3, 5)), 262144),
-    "2b": (CONFIGS["2b"], 1003520), "4b": (CONFIGS["4b"], 1003520),
+    "2b": (CONFIGS["2b"], 262144), "4b": (CONFIGS["4b"], 262144),
 }
 
 
@@ -321,24 +322,203 @@ def train_rows(size, rows, o, e, peer):
     e.model.eval()
 
 
-def main(argv=None):
+# ---------------------------------------------------------------------------------------------------------------------
+# Against the device itself
+
+
+def speed_limits(o):
+    """What this device reaches, measured: FLOP/s of a large matrix product and bytes/s (read and written) of a large copy."""
+    n, size = (8192, 1 << 30) if o.device.type == "cuda" else (768, 1 << 26)
+    a, x = torch.randn(n, n, device=o.device).to(o.dtype), torch.zeros(size, dtype=torch.uint8, device=o.device)
+    y = torch.empty_like(x)
+    best = lambda f: min(seconds(f, o.device) for _ in range(10))
+    return 2 * n**3 / best(lambda: a @ a), 2 * size / best(lambda: y.copy_(x))
+
+
+def limit_rows(size, e, o):
+    """Direct embedding and a contrastive step as shares of the matrix rate, decoding one row as a share of the copy bandwidth."""
+    flops, bandwidth = speed_limits(o)
+    prompts, pairs, r, rows = [e.reader.read(x) for x in make_items(o.items, e.reader.max_pixels)], make_pairs(e, o.batch, 4), e.reader, []
+    both = {"embed": lambda: embed_all(e, prompts),
+            "contrastive": lambda: train.contrastive_step(e.model, r, pairs, [None] * o.batch, [-1] * o.batch, make_cfg(o))}
+    for name, f in both.items():
+        with FlopCounterMode(display=False) as counter:          # padding counts as work: it is computed
+            f()
+        if o.compile:
+            e.model.compile_layers()
+            f()
+        t = float(np.median([seconds(f, o.device) for _ in range(o.repeats)]))
+        rows.append(dict(name=f"{name}, {size}", value=counter.get_total_flops() / t, unit="FLOP/s", limit=flops, peak_mb=peak_mb(f, o.device)))
+        e.model.zero_grad(set_to_none=True)
+    e.model.eval()
+    batch = collate(prompts[:1], r, device=o.device)
+    write = lambda T: generate(e.model, batch, T, 1, r.prefix, (), r.tail, r.close, r.ban)
+    write(2 * o.tokens)
+    t = [float(np.median([seconds(lambda: write(T), o.device) for _ in range(o.repeats)])) for T in (o.tokens, 2 * o.tokens)]
+    c, width = e.model.c, e.model.lm_head.weight.element_size()
+    weights = sum(p.numel() for p in (*e.model.text.layers.parameters(), e.model.lm_head.weight))                         # read for every token
+    cache = 2 * c.layers * c.kv_heads * c.head_dim * (len(prompts[0]["ids"]) + 1.5 * o.tokens)
+    rows.append(dict(name=f"decode batch 1, {size}", value=(weights + cache) * width * o.tokens / max(t[1] - t[0], 1e-9), unit="bytes/s", limit=bandwidth,
+                     peak_mb=peak_mb(lambda: write(o.tokens), o.device)))
+    for x in rows:
+        x["share"] = x["value"] / x["limit"]
+        print(f"{x['name']:<34}{x['value']:>12.3g} {x['unit']:<8} of {x['limit']:.3g}: {x['share']:.0%}, peak {x['peak_mb']:,.0f} MB", flush=True)
+    return rows
+
+
+def whole_step(size, o):
+    """One training step with its optimizer on o.train pairs through GradCache, with checkpointing; --lora trains adapters only."""
+    if o.lora and not hasattr(train, "add_lora"):
+        print(f"train, {size}: left out, train.py has no add_lora")
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        e = make_model(size, folder, o.dtype, o.device)
+    if o.lora:
+        train.add_lora(e.model, o.lora)
+    e.model.set_checkpointing(True)
+    cfg, pairs = dataclasses.replace(make_cfg(o), optimizer="adamw", chunk_tokens=16384, batch=o.train), make_pairs(e, o.train, 8)
+    optimizer = train.Optimizer(e.model, cfg, 10)
+
+    def f():
+        train.contrastive_step(e.model, e.reader, pairs, [None] * o.train, [-1] * o.train, cfg)
+        optimizer.step(0)
+
+    f()                                                          # the optimizer's states come to be
+    peak, t = peak_mb(f, o.device), seconds(f, o.device)
+    how = f"LoRA {o.lora}" if o.lora else "full"
+    print(f"train {how}, {size}: {o.train} pairs in {t:.1f} s, peak {peak:,.0f} MB", flush=True)
+    return [dict(name=f"train {how}, {size}", value=o.train / t, unit="pairs/s", peak_mb=peak)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How cost grows
+
+
+def peak_mb(f, device):
+    """Peak memory of f() in MB: all of it on a GPU; on the CPU what it adds (Linux keeps the resident peak, and resets it on request)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        f()
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
+    with open("/proc/self/clear_refs", "w") as w:
+        w.write("5")
+    before = status("VmRSS")
+    f()
+    return max(0.0, status("VmHWM") - before)
+
+
+def growth_cases(e, size):
+    """{axis: (values, value -> a function to time)}: one thing grows, the others stay."""
+    r, rng = e.reader, np.random.default_rng(0)
+    prompt = lambda n: {"ids": rng.integers(0, 250, n), "pixels": [], "grids": []}
+    side = int(math.sqrt(r.max_pixels)) // 2
+    seen = lambda n: r.read({"image": [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(n)]})
+    unit = lambda n: F.normalize(torch.from_numpy(rng.standard_normal((n, 128), dtype=np.float32)), dim=1).numpy()
+    one = lambda prompts: lambda: e.embed(prompts, "never", 0.5, 1)
+    write = lambda G: lambda: generate(e.model, collate([seen_once] * 2, r, device=e.model.device), 16, G, r.prefix, (), r.tail, r.close, r.ban, 1.0)
+    rows = lambda n: lambda: rank(queries, unit(n), [[0]] * len(queries))
+    queries, seen_once, k = unit(32), seen(1), (1 if size == "tiny" else 4)
+    with_grad = lambda B: lambda: train.contrastive_step(e.model, r, [dict(id=i, query=prompt(64), target=prompt(64), answer=i, negatives=[])
+                                                                      for i in range(B)], [None] * B, [-1] * B, train.Config())
+    return {"batch (rows of 128 tokens)": ([k * x for x in (1, 2, 4, 8)], lambda n: one([prompt(128) for _ in range(n)])),
+            "length (tokens of a row)": ([k * x for x in (128, 256, 512, 1024)], lambda n: one([prompt(n)])),
+            "pictures per item": ([k * x for x in (1, 2, 4, 8)], lambda n: one([seen(n)])),
+            "group size (rollouts)": ([k * x for x in (1, 2, 4, 8)], write),
+            "training batch (pairs)": ([k * x for x in (2, 4, 8, 16)], with_grad),
+            "corpus (vectors ranked)": ([k * x for x in (1000, 4000, 16000, 64000)], rows)}
+
+
+def growth(o, png):
+    """-> rows {axis, value, seconds, peak_mb, exponent}: time ~ value^exponent between this value and the one before; a plot beside the JSON."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with tempfile.TemporaryDirectory() as folder:
+        e = make_model(o.size.split(",")[0], folder, o.dtype, o.device)
+    rows, cases = [], growth_cases(e, o.size.split(",")[0])
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
+    for (axis, (values, make)), ax in zip(cases.items(), axes.flat):
+        for v in values:
+            f = make(v)
+            f()
+            t = float(np.median([seconds(f, o.device) for _ in range(o.repeats)]))
+            last = rows[-1] if v != values[0] else None
+            rows.append(dict(axis=axis, value=v, seconds=t, peak_mb=peak_mb(f, o.device),
+                             exponent=last and math.log(t / last["seconds"]) / math.log(v / last["value"])))
+            e.model.zero_grad(set_to_none=True)
+            power = "" if last is None else f"  ~ value^{rows[-1]['exponent']:.2f}"
+            print(f"{axis:<30}{v:>8}{t:>10.4f} s{rows[-1]['peak_mb']:>10.1f} MB{power}", flush=True)
+        mine = rows[-len(values):]
+        ax.loglog(values, [x["seconds"] for x in mine], "o-", label="seconds")
+        ax.loglog(values, [mine[0]["seconds"] * v / values[0] for v in values], ":", color="grey", label="linear")
+        ax.set_title(axis)
+        twin = ax.twinx()
+        twin.plot(values, [x["peak_mb"] for x in mine], "s--", color="tab:orange")
+        twin.set_ylabel("peak MB")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(png, dpi=80)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse(argv):
     a = argparse.ArgumentParser(description="Side by side with transformers: embedding, generation, GRPO and contrastive steps, preprocessing.")
-    a.add_argument("--out", required=True, help="JSON file")
-    a.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a.add_argument("--out", required=True, help="JSON file; --growth draws a .png beside it")
+    a.add_argument("--device", help="CUDA when there is one")
     a.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on the CPU, bfloat16 on a GPU")
-    a.add_argument("--size", default="pocket,mid", help=f"of {', '.join(SIZES)}")
-    a.add_argument("--compile", action="store_true", help="torch.compile of our layers (and CUDA graphs of our decoding)")
-    for name, value in (("queries", 64), ("rollouts", 8), ("tokens", 64), ("items", 48), ("batch", 16), ("repeats", 5)):
-        a.add_argument("--" + name, type=int, default=value)
-    a.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor seconds of this process, for a machine shared with others")
+    a.add_argument("--size", default="pocket,mid", help=f"some of {','.join(SIZES)}")
+    a.add_argument("--compile", action="store_true", help="torch.compile our layers, and CUDA graphs for our decoding")
+    a.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor seconds, for a machine that others use too")
+    for name, value, what in (("queries", 64, "of the generation row"), ("rollouts", 8, "per query"), ("tokens", 64, "per rollout"), ("items", 48, "to embed"),
+                              ("batch", 16, "pairs of the contrastive row"), ("repeats", 5, "in turns; medians are reported")):
+        a.add_argument("--" + name, type=int, default=value, help=f"{what} ({value})")
+    a.add_argument("--train", type=int, default=0, help="also one whole training step of each size on so many pairs")
+    a.add_argument("--lora", type=int, default=0, help="... by LoRA of this rank instead of in full")
+    a.add_argument("--growth", action="store_true", help="how cost grows (first size only) instead of the comparison")
     o = a.parse_args(argv)
+    o.device = find_device(o.device)
+    o.dtype = getattr(torch, o.dtype or ("bfloat16" if o.device.type == "cuda" else "float32"))
+    if bad := [s for s in o.size.split(",") if s not in SIZES]:
+        raise ValueError(f"--size {bad[0]}: expected some of {', '.join(SIZES)}")
+    if low := [n for n in ("queries", "rollouts", "tokens", "items", "batch", "repeats") if getattr(o, n) < (6 if n == "items" else 1)]:
+        raise ValueError(f"--{low[0]} {getattr(o, low[0])}: expected at least {6 if low[0] == 'items' else 1}")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(o.out))):
+        raise ValueError(f"--out {o.out}: no such folder")
+    return o
+
+
+def main(argv=None):
     global CLOCK
-    CLOCK = time.process_time if o.clock == "cpu" else time.perf_counter
-    o.device, o.dtype = torch.device(o.device), getattr(torch, o.dtype or ("float32" if o.device == "cpu" else "bfloat16"))
-    o.peer_name = "transformers"
-    rows = []
-    for size in o.size.split(","):
-        compare(size, rows, o)
+    try:
+        o = parse(argv)
+        CLOCK = time.process_time if o.clock == "cpu" else time.perf_counter
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        o.peer_name = f"transformers {transformers.__version__}"
+        name = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+        out = dict(device=name, dtype=str(o.dtype).removeprefix("torch."), clock=o.clock, compiled=o.compile, repeats=o.repeats, rows=[], limits=[],
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__))
+        if o.growth:
+            out["growth"] = growth(o, os.path.splitext(o.out)[0] + ".png")
+        for size in [] if o.growth else o.size.split(","):
+            e = compare(size, out["rows"], o)
+            out["limits"] += limit_rows(size, e, o)
+            del e
+            out["limits"] += whole_step(size, o) if o.train else []
+            write_json(o.out, out)                               # after each size: a long run may be stopped
+        write_json(o.out, out)
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"bench.py: out of memory with --size {o.size}: try smaller --queries, --rollouts, --tokens, --batch, or --lora ({str(e).splitlines()[0]})")
+    except ValueError as e:
+        sys.exit(f"bench.py: {e}")
+    print(f"device {name}; {o.out} written")
 
 
 if __name__ == "__main__":

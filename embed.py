@@ -241,16 +241,16 @@ def data_url(ref):
 # Collating: prompts and their branches -> a batch
 
 
-def collate(prompts, reader, branches=None, device="cpu", pad_left=False):
+def collate(prompts, reader, branches=None, device="cpu", pad_left=False, multiple=1):
     """Prompts (of Reader.read) and, per row, a list of rationale branches -> the batch dict of model.Qwen3VL, and beside it
         ends (B, 1 + G) int64   where each branch ends: column 0 the direct <|endoftext|>, then the rationales; -1 where there is none
         prev (B, S) int64       the place whose logits predict this token (a branch's first token: the last of the prompt); -1 in the prompt
-    Row layout: prompt, <|endoftext|> (branch 1), rationale 1 (branch 2), rationale 2 (branch 3), ...
+    S is rounded up to a multiple, so that a compiled model meets few lengths. Row layout: prompt, <|endoftext|> (branch 1), rationale 1 (branch 2), rationale 2 (branch 3), ...
     """
     branches = branches or [[] for _ in prompts]
     rows = [[[reader.end], *b] for b in branches]
     n = [len(p["ids"]) + sum(map(len, r)) for p, r in zip(prompts, rows)]
-    B, S, G = len(prompts), max(n), max(map(len, rows))
+    B, S, G = len(prompts), -(-max(n) // multiple) * multiple, max(map(len, rows))
     ids, pos = np.full((B, S), reader.end), np.ones((3, B, S), dtype=np.int64)
     branch, prev, ends = np.full((B, S), -1), np.full((B, S), -1), np.full((B, G), -1)
     for b, (p, row) in enumerate(zip(prompts, rows)):
@@ -398,9 +398,9 @@ class Embedder:
 
     @classmethod
     def from_pretrained(cls, path_or_id, device=None, dtype=None, max_pixels=None, min_pixels=None, max_frames=None, fps=None,
-                        max_length=None):
+                        max_length=None, compile=False):
         """A folder, or the id of a repository on the Hugging Face hub. device: CUDA when there is one. dtype: "bfloat16",
-        torch.float32 ...; None keeps the file's. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
+        torch.float32 ...; None keeps the file's. compile: see Qwen3VL.compile_layers; pays for many batches. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
         folder = find_folder(path_or_id)
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else None if dtype == "auto" else dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -409,8 +409,8 @@ class Embedder:
         given = dict(max_pixels=max_pixels, min_pixels=min_pixels, max_frames=max_frames, fps=fps, max_length=max_length)
         limits.update({k: v for k, v in given.items() if v is not None})
         tokenizer = Tokenizer.load(folder)
-        model = load(folder, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, Reader(tokenizer, model.c, **limits))
+        model = load(folder, dtype, find_device(device))
+        return cls(model.compile_layers() if compile else model, Reader(tokenizer, model.c, **limits))
 
     @torch.no_grad()
     def encode(self, items, instruction=None, reason="auto", tau=0.5, dim=None, batch_size=16, normalize=True, convert_to_numpy=True,
@@ -443,7 +443,11 @@ class Embedder:
             for prompts in self.windows(items, instruction, batch_size):
                 out, info = torch.empty(len(prompts), self.model.c.hidden), [None] * len(prompts)
                 for rows in self.batches([len(p["ids"]) + 1 for p in prompts], batch_size):
-                    v, facts = self.embed([prompts[i] for i in rows], reason, tau, max_new_tokens, temperature, generator)
+                    try:
+                        v, facts = self.embed([prompts[i] for i in rows], reason, tau, max_new_tokens, temperature, generator)
+                    except torch.OutOfMemoryError as e:
+                        raise torch.OutOfMemoryError(f"out of memory with {len(rows)} rows of up to {len(prompts[rows[0]]['ids']) + 1} tokens: lower the token "
+                                                     f"budget (Embedder.budget, now {self.budget}), batch_size or max_pixels") from e
                     out[rows] = v.cpu()
                     for i, fact in zip(rows, facts):
                         info[i] = fact
@@ -487,7 +491,7 @@ class Embedder:
         """One batch -> raw states (n, H) fp32 and the infos. One prefill gives the direct vector and the decision; only the rows that
         reason go on from its cache."""
         model, reader = self.model, self.reader
-        batch = collate(prompts, reader, device=model.device)
+        batch = collate(prompts, reader, device=model.device, multiple=64 if model.compiled else 1)
         cache = Cache() if reason != "never" and model.has_head else None
         h = model(batch, cache)
         v = h.gather(1, batch["ends"][..., None].expand(-1, -1, h.shape[-1]))[:, 0].float()   # (n, H) at <|endoftext|>
@@ -541,6 +545,17 @@ def progress(total, batch_size, show):
 
     quiet = not sys.stderr.isatty() or (total is not None and total <= batch_size)
     return tqdm(total=total, unit="item", desc="encode", disable=quiet if show is None else not show)
+
+
+def find_device(name=None):
+    """"cpu", "cuda", "cuda:1" ... -> torch.device; None: CUDA when there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    return device
 
 
 def find_folder(path_or_id):
@@ -706,7 +721,7 @@ def main():
                                 max_new_tokens=o.max_new_tokens)
     except ItemError as e:
         sys.exit(f"embed.py: {o.input}, line {lines[e.index]}: {e}")
-    except ValueError as e:
+    except (ValueError, torch.OutOfMemoryError) as e:
         sys.exit(f"embed.py: {e}")
     np.save(o.output, v)
     with open(o.output[: -len(".npy")] + ".jsonl", "w", encoding="utf-8") as f:
