@@ -24,12 +24,14 @@ Sources: template, limits and video rules as in Qwen3-VL-Embedding, qwen-vl-util
 import argparse
 import base64
 import binascii
+import itertools
 import json
 import numbers
 import os
 import sys
 import unicodedata
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import load_picture
-from model import FACTOR, LEVELS, Cache, Tokenizer, generate, load, patchify, read_json, resize, rope_positions, save, smart_resize
+from model import FACTOR, Cache, Tokenizer, generate, levels, load, patchify, read_json, resize, rope_positions, save, smart_resize
 from model import write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,16 +244,18 @@ def data_url(ref):
 # Collating: prompts and their branches -> a batch
 
 
-def collate(prompts, reader, branches=None, device="cpu", pad_left=False):
+def collate(prompts, reader, branches=None, device="cpu", pad_left=False, multiple=None):
     """Prompts (of Reader.read) and, per row, a list of rationale branches -> the batch dict of model.Qwen3VL, and beside it
         ends (B, 1 + G) int64   where each branch ends: column 0 the direct <|endoftext|>, then the rationales; -1 where there is none
         prev (B, S) int64       the place whose logits predict this token (a branch's first token: the last of the prompt); -1 in the prompt
+    S is rounded up to a multiple (reader.pad_to by default), so that a compiled model meets few lengths.
     Row layout: prompt, <|endoftext|> (branch 1), rationale 1 (branch 2), rationale 2 (branch 3), ...
     """
     branches = branches or [[] for _ in prompts]
     rows = [[[reader.end], *b] for b in branches]
     n = [len(p["ids"]) + sum(map(len, r)) for p, r in zip(prompts, rows)]
-    B, S, G = len(prompts), -(-max(n) // reader.pad_to) * reader.pad_to, max(map(len, rows))
+    to = multiple or reader.pad_to
+    B, S, G = len(prompts), -(-max(n) // to) * to, max(map(len, rows))
     ids, pos = np.full((B, S), reader.end), np.ones((3, B, S), dtype=np.int64)
     branch, prev, ends = np.full((B, S), -1), np.full((B, S), -1), np.full((B, G), -1)
     for b, (p, row) in enumerate(zip(prompts, rows)):
@@ -268,7 +272,7 @@ def collate(prompts, reader, branches=None, device="cpu", pad_left=False):
     plain = G == 1 and not pad_left                              # nothing but prompt + <|endoftext|>, padded right: causal is enough
     tensor = lambda x: torch.from_numpy(x).to(device)
     return {"ids": tensor(ids), "pos": tensor(pos), "lengths": torch.tensor(n, device=device), "branch": None if plain else tensor(branch),
-            "pixels": tensor(LEVELS[np.concatenate(pixels)]) if pixels else None, "grids": [g for p in prompts for g in p["grids"]],
+            "pixels": levels(np.concatenate(pixels), device) if pixels else None, "grids": [g for p in prompts for g in p["grids"]],
             "ends": tensor(ends), "prev": tensor(prev)}
 
 
@@ -489,9 +493,9 @@ class Embedder:
 
     @classmethod
     def from_pretrained(cls, path_or_id, device=None, dtype=None, max_pixels=None, min_pixels=None, max_frames=None, fps=None,
-                        max_length=None):
+                        max_length=None, compile=False):
         """A folder, or the id of a repository on the Hugging Face hub. device: CUDA when there is one. dtype: "bfloat16",
-        torch.float32 ...; None keeps the file's. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
+        torch.float32 ...; None keeps the file's. compile: see Qwen3VL.compile_layers; pays for many batches. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
         folder = find_folder(path_or_id)
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else None if dtype == "auto" else dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -500,8 +504,8 @@ class Embedder:
         given = dict(max_pixels=max_pixels, min_pixels=min_pixels, max_frames=max_frames, fps=fps, max_length=max_length)
         limits.update({k: v for k, v in given.items() if v is not None})
         tokenizer = Tokenizer.load(folder)
-        model = load(folder, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, Reader(tokenizer, model.c, **limits))
+        model = load(folder, dtype, find_device(device))
+        return cls(model.compile_layers() if compile else model, Reader(tokenizer, model.c, **limits))
 
     @torch.no_grad()
     def encode(self, items, instruction=None, reason="auto", tau=0.5, dim=None, batch_size=16, normalize=True, convert_to_numpy=True,
@@ -534,7 +538,11 @@ class Embedder:
             for prompts in self.windows(items, instruction, batch_size):
                 out, info = torch.empty(len(prompts), self.model.c.hidden), [None] * len(prompts)
                 for rows in self.batches([len(p["ids"]) + 1 for p in prompts], batch_size):
-                    v, facts = self.embed([prompts[i] for i in rows], reason, tau, max_new_tokens, temperature, generator)
+                    try:
+                        v, facts = self.embed([prompts[i] for i in rows], reason, tau, max_new_tokens, temperature, generator)
+                    except torch.OutOfMemoryError as e:
+                        raise torch.OutOfMemoryError(f"out of memory with {len(rows)} rows of up to {len(prompts[rows[0]]['ids']) + 1} tokens: lower the token "
+                                                     f"budget (Embedder.budget, now {self.budget}), batch_size or max_pixels") from e
                     out[rows] = v.cpu()
                     for i, fact in zip(rows, facts):
                         info[i] = fact
@@ -547,25 +555,30 @@ class Embedder:
 
     def windows(self, items, instruction, batch_size):
         """Lists of prompts, each long enough to sort and short enough to hold: up to 16 batches or 4 token budgets."""
-        window, tokens = [], 0
-        for i, item in enumerate(items):
+        def read(numbered):
             try:
-                prompt = self.reader.read(item, instruction)
+                return self.reader.read(numbered[1], instruction)
             except ValueError as e:
-                raise ItemError(i, e) from e
-            window.append(prompt)
-            tokens += len(prompt["ids"])
-            if len(window) == 16 * batch_size or tokens > 4 * self.budget:
-                yield window
-                window, tokens = [], 0
+                raise ItemError(numbered[0], e) from e
+
+        window, tokens, numbered = [], 0, enumerate(items)
+        with ThreadPoolExecutor(torch.get_num_threads()) as readers:         # pictures are resized outside Python's lock
+            while some := list(itertools.islice(numbered, 16)):
+                for prompt in readers.map(read, some):
+                    window.append(prompt)
+                    tokens += len(prompt["ids"])
+                    if len(window) == 16 * batch_size or tokens > 4 * self.budget:
+                        yield window
+                        window, tokens = [], 0
         if window:
             yield window
 
     def batches(self, lengths, batch_size):
-        """Indices, longest first (what does not fit fails at once), in batches of rows x longest row <= budget."""
+        """Indices, longest first (what does not fit fails at once), in batches of rows x longest row <= budget; at most a third is padding."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         while order:
-            n = max(1, min(batch_size, self.budget // lengths[order[0]]))
+            longest = lengths[order[0]]
+            n = max(1, min(batch_size, self.budget // longest, sum(lengths[i] * 1.5 >= longest for i in order)))
             yield order[:n]
             order = order[n:]
 
@@ -573,7 +586,7 @@ class Embedder:
         """One batch -> raw states (n, H) fp32 and the infos. One prefill gives the direct vector and the decision; only the rows that
         reason go on from its cache."""
         model, reader = self.model, self.reader
-        batch = collate(prompts, reader, device=model.device)
+        batch = collate(prompts, reader, device=model.device, multiple=64 if model.compiled else None)
         cache = Cache() if reason != "never" and model.has_head else None
         h = model(batch, cache)
         v = h.gather(1, batch["ends"][..., None].expand(-1, -1, h.shape[-1]))[:, 0].float()   # (n, H) at <|endoftext|>
@@ -627,6 +640,17 @@ def progress(total, batch_size, show):
 
     quiet = not sys.stderr.isatty() or (total is not None and total <= batch_size)
     return tqdm(total=total, unit="item", desc="encode", disable=quiet if show is None else not show)
+
+
+def find_device(name=None):
+    """"cpu", "cuda", "cuda:1" ... -> torch.device; None: CUDA when there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    return device
 
 
 def find_folder(path_or_id):
@@ -792,7 +816,7 @@ def main():
                                 max_new_tokens=o.max_new_tokens)
     except ItemError as e:
         sys.exit(f"embed.py: {o.input}, line {lines[e.index]}: {e}")
-    except ValueError as e:
+    except (ValueError, torch.OutOfMemoryError) as e:
         sys.exit(f"embed.py: {e}")
     np.save(o.output, v)
     with open(o.output[: -len(".npy")] + ".jsonl", "w", encoding="utf-8") as f:

@@ -283,7 +283,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):                                        # fp32 inside, cast back, then the weight (as published)
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        mean = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]       # of the squares, in one pass
+        y = y * torch.rsqrt(mean + self.eps)
         return self.weight * y.to(x.dtype)
 
 
@@ -298,20 +299,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.eps)
         self.k_norm = RMSNorm(c.head_dim, c.eps)
 
-    def forward(self, x, cos, sin, mask, cache, layer):
-        """x (B, S, H); cos, sin (B, 1, S, d); mask None (causal) or bool (B, 1, S, S), True = may look. `cache`: see Cache."""
+    def forward(self, x, cos, sin, mask, past):
+        """x (B, S, H); cos, sin (B, 1, S, d); mask None (causal) or bool (B, 1, S, S), True = may look; past: None, or what Cache.past
+        gives while rollouts are written -> (B, S, H), and the keys and values (B, C, S, d) of these tokens."""
         B, S, d = x.shape[0], x.shape[1], self.c.head_dim
         q = self.q_norm(self.q_proj(x).view(B, S, -1, d)).transpose(1, 2)                     # (B, A, S, d)
         k = self.k_norm(self.k_proj(x).view(B, S, -1, d)).transpose(1, 2)                     # (B, C, S, d)
         v = self.v_proj(x).view(B, S, -1, d).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None and cache.decoding:
-            y = cache.attend(layer, q, k, v)
-        else:
-            if cache is not None:
-                cache.keep(k, v)
+        if past is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.c.heads != self.c.kv_heads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))
+        else:
+            y = attend(q, k, v, *past)
+        return self.o_proj(y.transpose(1, 2).reshape(B, S, -1)), k, v
 
 
 class Block(nn.Module):
@@ -323,10 +323,11 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(c.hidden, c.mlp, bias=False), "up_proj": nn.Linear(c.hidden, c.mlp, bias=False),
                                   "down_proj": nn.Linear(c.mlp, c.hidden, bias=False)})
 
-    def forward(self, x, cos, sin, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+    def forward(self, x, cos, sin, mask, past):
+        y, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+        x = x + y
         y = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)), k, v
 
 
 class TextTower(nn.Module):
@@ -342,10 +343,9 @@ class TextTower(nn.Module):
         """pos (3, B, S) -> cos, sin (B, 1, S, d). Frequency i turns with time, row or column by i mod 3 (interleaved M-RoPE)."""
         half = self.c.head_dim // 2
         inv = self.c.rope_theta ** -(torch.arange(half, device=pos.device, dtype=torch.float32) / half)
-        axis = torch.zeros(half, dtype=torch.long)               # 0 = time, also for the last frequencies beyond 3 * section
-        for a in (1, 2):
-            axis[a : 3 * self.c.mrope_section[a] : 3] = a
-        angle = pos[axis.to(pos.device)].permute(1, 2, 0).float() * inv                       # (B, S, d/2)
+        i, (_, row, col) = torch.arange(half, device=pos.device), self.c.mrope_section
+        axis = ((i % 3 == 1) & (i < 3 * row)) + 2 * ((i % 3 == 2) & (i < 3 * col))            # 0 = time, also beyond 3 * section
+        angle = pos[axis].permute(1, 2, 0).float() * inv                                      # (B, S, d/2)
         angle = torch.cat((angle, angle), dim=-1)[:, None]
         return angle.cos().to(dtype), angle.sin().to(dtype)      # the cast is transformers' too: bf16 parity needs it
 
@@ -353,10 +353,13 @@ class TextTower(nn.Module):
         """x (B, S, H) embedded tokens; deep: features for the places `where` (M,) of the flattened batch -> (B, S, H), final norm done."""
         cos, sin = self.rope(pos, x.dtype)
         for i, layer in enumerate(self.layers):
+            past = cache and cache.past(i)
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, cache, i, use_reentrant=False)
+                x = checkpoint(lambda layer, *a: layer(*a)[0], layer, x, cos, sin, mask, past, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache, i)
+                x, k, v = layer(x, cos, sin, mask, past)
+                if cache and not past:                           # a prefill: its keys and values are kept
+                    cache.k.append(k), cache.v.append(v)
             if i < len(deep):                                    # DeepStack: only the first layers, only visual places
                 x = x.flatten(0, 1).index_add(0, where, deep[i].to(x.dtype)).view_as(x)
         return self.norm(x)
@@ -392,6 +395,7 @@ class Qwen3VL(nn.Module):
         self.lm_head = nn.Linear(c.hidden, c.vocab, bias=False)
         if c.tie:
             self.lm_head.weight = self.model["language_model"].embed_tokens.weight
+        self.compiled = False                                    # see compile_layers
         self.has_head = True                                     # False for embedding checkpoints that were published without one
 
     @property
@@ -420,6 +424,14 @@ class Qwen3VL(nn.Module):
 
     def set_checkpointing(self, on):
         self.visual.checkpointing = self.text.checkpointing = on
+
+    def compile_layers(self):
+        """torch.compile of a text layer: all layers share its code, so one compilation serves a model of any depth. On a GPU `generate`
+        then records its step as a CUDA graph besides. The vision tower's segments change with every batch; it stays eager."""
+        for layer in self.text.layers:
+            layer.compile()
+        self.compiled = True
+        return self
 
     def forward(self, batch, cache=None):
         """-> (B, S, H) states after the final norm: pool these (the ones before it are a well-known silent mistake)."""
@@ -483,50 +495,84 @@ def rope_positions(ids, grids, c, valid=None):
 class Cache:
     """Keys and values of B prompts, and of the G rollouts that continue each of them.
 
-    prompt k, v per layer (B, C, P, d), read by all G rollouts in one matrix product; suffix k, v per layer (B, C, G, T, d).
-    All rollouts move in step, so `t` is one number; a finished rollout idles until `retire` drops it.
+    k, v per layer (B, C, P, d): the prompts, read by all G rollouts in one matrix product; seen (B, P) bool: not padding.
+    ks, vs per layer (B, C, G, T, d): each rollout's own tokens, all rollouts in step. `own` and `at` belong to the present step: see `step`.
     """
 
     def __init__(self):
-        self.k, self.v, self.decoding = [], [], False
+        self.k, self.v, self.ks = [], [], None
 
-    def keep(self, k, v):
-        self.k.append(k), self.v.append(v)
+    def past(self, layer):
+        """What `attend` needs of one layer; None during the prefill."""
+        return self.ks and (self.k[layer], self.v[layer], self.ks[layer], self.vs[layer], self.seen, self.own, self.at)
 
-    def take(self, rows):
-        """A new cache of these rows' prompts; this one stays as it is (a slice shares the memory)."""
+    def take(self, rows, lengths):
+        """A new cache that continues the first lengths[b] tokens of these rows; this one stays as it is (a slice shares the memory)."""
         new = Cache()
         new.k, new.v = [x[rows] for x in self.k], [x[rows] for x in self.v]
+        new.seen = torch.arange(new.k[0].shape[2], device=lengths.device) < lengths[:, None]
         return new
 
-    def start(self, lengths, G, T):
-        """From prefill to decoding: the first lengths[b] tokens of row b are its prompt; room for T more per rollout."""
-        B, C, P, d = self.k[0].shape
-        room = lambda x: x.new_zeros(B, C, G, T, d)
-        self.ks, self.vs = [room(x) for x in self.k], [room(x) for x in self.v]
-        self.seen = torch.arange(P, device=lengths.device) < lengths[:, None]                 # (B, P)
-        self.t, self.decoding = 0, True
+    def room(self, G, T):
+        """Room for G rollouts of T tokens. What one rollout has written before becomes part of its prompt."""
+        if self.ks:
+            self.k = [torch.cat((x, y[:, :, 0]), 2) for x, y in zip(self.k, self.ks)]
+            self.v = [torch.cat((x, y[:, :, 0]), 2) for x, y in zip(self.v, self.vs)]
+            self.seen = F.pad(self.seen, (0, self.ks[0].shape[3]), value=True)
+        B, C, _, d = self.k[0].shape
+        self.ks, self.vs = ([x.new_zeros(B, C, G, T, d) for x in y] for y in (self.k, self.v))
 
-    def attend(self, layer, q, k, v):
-        """q (B, A, G, d), k, v (B, C, G, d): the G next tokens -> (B, A, G, d). One softmax over prompt and own suffix."""
-        B, A, G, d = q.shape
-        C, P, t = k.shape[1], self.k[layer].shape[2], self.t
-        self.ks[layer][:, :, :, t], self.vs[layer][:, :, :, t] = k, v
-        ks, vs = self.ks[layer][:, :, :, : t + 1], self.vs[layer][:, :, :, : t + 1]           # (B, C, G, t+1, d)
-        q = q.view(B, C, A // C, G, d).transpose(2, 3) * d**-0.5                              # (B, C, G, A/C, d)
-        prompt = q.reshape(B, C, -1, d) @ self.k[layer].transpose(2, 3)                       # (B, C, G*A/C, P)
-        prompt = prompt.masked_fill(~self.seen[:, None, None], float("-inf")).view(B, C, G, -1, P)
-        own = q @ ks.transpose(3, 4)                                                          # (B, C, G, A/C, t+1)
-        w = torch.cat((prompt, own), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        y = (w[..., :P].reshape(B, C, -1, P) @ self.v[layer]).view(B, C, G, -1, d) + w[..., P:] @ vs
-        return y.transpose(2, 3).reshape(B, A, G, d)
+    def pick(self, rows, slots):
+        """A new cache of rows (B',) and of each the rollouts slots (B', G')."""
+        new, B = Cache(), len(self.seen)
+        cut = lambda x: x[rows[:, None], :, slots].transpose(1, 2).contiguous()               # (B', G', C, T, d) -> (B', C, G', T, d)
+        new.ks, new.vs = [cut(x) for x in self.ks], [cut(x) for x in self.vs]
+        new.k, new.v, new.seen = (self.k, self.v, self.seen) if len(rows) == B else ([x[rows] for x in self.k], [x[rows] for x in self.v], self.seen[rows])
+        return new
 
-    def retire(self, rows, slots):
-        """Keep rows (B',) and of each the rollouts slots (B', G')."""
-        pick = lambda x: x[rows[:, None], :, slots].transpose(1, 2).contiguous()              # (B', G', C, T, d) -> (B', C, G', T, d)
-        self.ks, self.vs = [pick(x) for x in self.ks], [pick(x) for x in self.vs]
-        if len(rows) < len(self.seen):
-            self.k, self.v, self.seen = [x[rows] for x in self.k], [x[rows] for x in self.v], self.seen[rows]
+
+def attend(q, k, v, prompt_k, prompt_v, ks, vs, seen, own, at):
+    """q (B, A, G*m, d), k, v (B, C, G*m, d): the next m tokens of G rollouts, written to the columns at (m,) of ks, vs (B, C, G, T, d)
+    -> (B, A, G*m, d). own (B or 1, G or 1, m, W): which of the first W columns each token sees. One softmax over prompt and own tokens."""
+    B, A, S, d = q.shape
+    C, P, m, W, G, R = k.shape[1], seen.shape[1], own.shape[2], own.shape[3], S // own.shape[2], A // k.shape[1]
+    ks.index_copy_(3, at, k.reshape(B, C, G, m, d)), vs.index_copy_(3, at, v.reshape(B, C, G, m, d))
+    q = q.view(B, C, R, S, d).transpose(2, 3).reshape(B, C, S * R, d) * d**-0.5               # the R query heads of a kv head side by side
+    prompt = (q @ prompt_k.transpose(2, 3)).masked_fill(~seen[:, None, None], float("-inf"))  # (B, C, S*R, P)
+    mine = (q.view(B, C, G, m * R, d) @ ks[..., :W, :].transpose(3, 4)).view(B, C, G, m, R, W)
+    mine = mine.masked_fill(~own[:, None, :, :, None], float("-inf"))
+    w = torch.cat((prompt, mine.view(B, C, S * R, W)), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+    y = w[..., :P] @ prompt_v + (w[..., P:].reshape(B, C, G, m * R, W) @ vs[..., :W, :]).view(B, C, S * R, d)
+    return y.view(B, C, S, R, d).transpose(2, 3).reshape(B, A, S, d)
+
+
+def step(model, cache, ids, pos, own, at):
+    """The next m tokens ids (B, G, m) of every rollout at positions pos (B, G, m), alike on all three axes -> states (B, G, m, H)."""
+    cache.own, cache.at = own, at
+    x = model.text.embed_tokens(ids.flatten(1))                  # to the network a row's G*m tokens are just a longer row
+    return model.text(x, pos.flatten(1).expand(3, -1, -1), cache=cache).view(*ids.shape, -1)
+
+
+class Recorded:
+    """A function of tensors recorded as a CUDA graph: hundreds of kernels are started by one call, so that small batches are not bound by
+    Python. Shapes and what the function has closed over stay as they are; the result is overwritten by the next call."""
+
+    def __init__(self, f, *args):
+        self.args = [a.clone() for a in args]
+        side = torch.cuda.Stream()                               # a first run compiles and allocates, which a recording must not
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            f(*self.args)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = f(*self.args)
+
+    def __call__(self, *args):
+        for mine, new in zip(self.args, args):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.out
 
 
 @torch.no_grad()
@@ -536,8 +582,8 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     rollouts do not see. prefill: the (hidden, cache) of an earlier `model(batch, cache)`, continued here instead of computed again.
     rows: indices (B',) of the rows to continue, all by default; B is B' in everything below.
 
-    Each rollout is: prefix (forced), up to max_new sampled tokens ending with one of `stop`; one that never stopped gets `close`
-    forced on it; then `tail` is forced. temperature 0 is greedy. `ban`ned ids have probability 0.
+    Each rollout is: prefix (forced, computed once per row), up to max_new sampled tokens ending with one of `stop`; one that never
+    stopped gets `close` forced on it; then `tail` is forced. temperature 0 is greedy. `ban`ned ids have probability 0.
     Returns a dict: hidden (B, S, H) of the prefill; tokens [B][G] lists of ids, prefix to tail; new (B, G) number of sampled tokens;
     logp [B][G] lists, one per sampled token; closed (B, G) True where `close` was forced; last (B, G, H) state of the last token.
     """
@@ -546,76 +592,110 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     if prefill is None:
         cache = Cache()
         prefill = model(batch, cache), cache
-    hidden, cache = prefill[0][rows], prefill[1].take(rows)
-    B, device, H = len(hidden), hidden.device, hidden.shape[-1]
+    hidden, device = prefill[0][rows], prefill[0].device
+    B, H, p = len(hidden), hidden.shape[-1], len(prefix)
+    tensor = lambda x: torch.tensor(x, dtype=torch.long, device=device)
+    place, prefix_ids, ban_ids, stop_ids = torch.arange(p + max_new, device=device), tensor(list(prefix)), tensor(sorted(ban)), tensor(list(stop))
     n = batch["lengths"].to(device)[rows] - 1                                                 # prompt without the extra token
-    cache.start(n, G, len(prefix) + max_new + len(close) + len(tail))
-    pos = batch["pos"][0].to(device)[rows].gather(1, n[:, None]).expand(B, G).clone()         # of the next token, all axes alike
-    forced = [[list(prefix) for _ in range(G)] for _ in range(B)]                             # tokens still to be fed without sampling
-    tokens, logp = [[[] for _ in range(G)] for _ in range(B)], [[[] for _ in range(G)] for _ in range(B)]
-    new, closed, last = np.zeros((B, G), int), np.zeros((B, G), bool), hidden.new_zeros(B, G, H)
-    ended = np.zeros((B, G), bool)                                                            # sampled its last token
-    live = np.ones((B, G), bool)
-    rows = np.arange(B)[:, None].repeat(G, 1)                                                 # (B', G') original row of each slot
-    slots = np.arange(G)[None].repeat(B, 0)
-    banned = torch.tensor(sorted(ban), dtype=torch.long, device=device)
-    h = hidden.gather(1, (n - 1).view(-1, 1, 1).expand(-1, 1, H)).expand(B, G, H)             # state that predicts the first token
-    while True:
-        # 1) choose every slot's next token: forced where something is queued, sampled otherwise
-        sample = np.array([[live[b, g] and not forced[b][g] and not ended[b, g] for b, g in zip(*rg)] for rg in zip(rows, slots)])
-        pick, lp = sample_tokens(model, h, sample, banned, temperature, generator)
-        nxt = np.zeros(rows.shape, int)
-        for (i, j), b, g in zip(np.ndindex(rows.shape), rows.flat, slots.flat):
-            if not live[b, g]:
-                continue
-            if forced[b][g]:
-                nxt[i, j] = forced[b][g].pop(0)
-            else:
-                nxt[i, j] = pick[i, j]
-                new[b, g] += 1
-                logp[b][g].append(float(lp[i, j]))
-                if nxt[i, j] in stop or new[b, g] == max_new:
-                    ended[b, g], closed[b, g] = True, nxt[i, j] not in stop
-                    forced[b][g] = (list(close) if closed[b, g] else []) + list(tail)
-            tokens[b][g].append(int(nxt[i, j]))
-        # 2) one step of the network for all slots at once: the G next tokens of a row are just S = G tokens to it
-        x = model.text.embed_tokens(torch.from_numpy(nxt).to(device))
-        h = model.text(x, pos[None].expand(3, -1, -1), cache=cache)
-        cache.t, pos = cache.t + 1, pos + 1
-        # 3) a rollout with nothing queued after its last token is done; retire when a quarter of the work would be idle
-        done = np.array([[live[b, g] and ended[b, g] and not forced[b][g] for b, g in zip(*rg)] for rg in zip(rows, slots)])
-        if done.any():
-            last[rows[done], slots[done]] = h[torch.from_numpy(done).to(device)]
-            live[rows[done], slots[done]] = False
-            alive = live[rows, slots]
-            if not alive.any():
-                break
-            r = np.flatnonzero(alive.any(1))
-            width = int(alive.sum(1).max())
-            if len(r) * width <= 0.75 * alive.size:
-                order = np.argsort(~alive[r], axis=1, kind="stable")[:, :width]               # live slots first
-                rows, slots = np.take_along_axis(rows[r], order, 1), np.take_along_axis(slots[r], order, 1)
-                ti, to = torch.from_numpy(r).to(device), torch.from_numpy(order).to(device)
-                cache.retire(ti, to)
-                h, pos = h[ti[:, None], to], pos[ti[:, None], to]
-    return dict(hidden=hidden, tokens=tokens, new=new, logp=logp, closed=closed, last=last)
+    pos = batch["pos"][0].to(device)[rows].gather(1, n[:, None])[:, None]                     # (B, 1, 1) of the next token, all axes alike
+    cache, h = prefill[1].take(rows, n), hidden.gather(1, (n - 1).view(-1, 1, 1).expand(-1, 1, H))                        # (B, 1, H)
+    if p:
+        cache.room(1, p)
+        causal = torch.ones(1, 1, p, p, dtype=torch.bool, device=device).tril()
+        h = step(model, cache, prefix_ids.expand(B, 1, p), pos + place[:p], causal, place[:p])[:, :, -1]
+    cache.room(G, max_new + 1 + len(close) + len(tail))
+    h, pos = h.expand(B, G, H), (pos + p).expand(B, G, 1)
+    ids, logp = torch.zeros(B, G, max_new, dtype=torch.long, device=device), torch.zeros(B, G, max_new, device=device)
+    new, closed, last = torch.zeros(B, G, dtype=torch.long, device=device), torch.zeros(B, G, dtype=torch.bool, device=device), hidden.new_zeros(B, G, H)
+    live = torch.ones(B, G, dtype=torch.bool, device=device)
+    r, g = torch.arange(B, device=device)[:, None].expand(B, G), torch.arange(G, device=device).expand(B, G)              # whose slot it is
+    bucket, patience = (256, 8) if device.type == "cuda" else (16, 1)                         # columns per recording; steps per look at `live`
+    recorded = {}                                                                             # {columns: the step as a CUDA graph}
+    for t in range(max_new):
+        # 1) every slot's next token. A finished one goes on idly: what it says is cut off by `new`
+        pick, lp = sample_tokens(model, h, ban_ids, temperature, generator)
+        ids[r, g, t], logp[r, g, t] = pick, lp
+        new[r, g] += live
+        live = live & ~torch.isin(pick, stop_ids)
+        # 2) when a quarter of the work is idle, finished rollouts get their end and leave
+        end = t + 1 == max_new
+        if end or t % patience == patience - 1:
+            alive = live.cpu().numpy() & (not end)
+            rest = rectangle(alive)
+            if rest[1].size <= 0.75 * alive.size:
+                done, order = (torch.from_numpy(x).to(device) for x in rectangle(~alive))
+                rr, gg, over = r[done[:, None], order], g[done[:, None], order], torch.from_numpy(~alive).to(device)[done[:, None], order]
+                closed[r, g] = live
+                sub = cache if order.shape == live.shape else cache.pick(done, order)
+                state = finish(model, sub, ids[rr, gg], new[rr, gg], closed[rr, gg], pos[done[:, None], order], close, tail)
+                last[rr[over], gg[over]] = state[over]
+                if not alive.any():
+                    break
+                keep, order = (torch.from_numpy(x).to(device) for x in rest)
+                cache, recorded = cache.pick(keep, order), {}
+                r, g, pick, pos, live = (x[keep[:, None], order] for x in (r, g, pick, pos, live))
+        # 3) one step of the network for all slots at once
+        columns = min(cache.ks[0].shape[3], -(-(t + 1) // bucket) * bucket)
+        move = lambda ids, pos, at: step(model, cache, ids, pos, (torch.arange(columns, device=device) <= at)[None, None, None], at)[:, :, 0]
+        args = pick[..., None], pos + t, place[t : t + 1]
+        if device.type == "cuda" and model.compiled:
+            if columns not in recorded:
+                recorded[columns] = Recorded(move, *args)
+            h = recorded[columns](*args)
+        else:
+            h = move(*args)
+    ids, logp, new, closed = (x.cpu().numpy() for x in (ids, logp, new, closed))
+    end = lambda b, g: (list(close) if closed[b, g] else []) + list(tail)
+    tokens = [[[*prefix, *ids[b, g, : new[b, g]].tolist(), *end(b, g)] for g in range(G)] for b in range(B)]
+    return dict(hidden=hidden, tokens=tokens, new=new, logp=[[logp[b, g, : new[b, g]].tolist() for g in range(G)] for b in range(B)], closed=closed, last=last)
 
 
-def sample_tokens(model, h, sample, banned, temperature, generator):
-    """h (B', G', H), sample (B', G') bool: which slots need a token -> ids and log-probabilities (B', G') as numpy."""
-    if not sample.any():
-        return np.zeros(sample.shape, int), np.zeros(sample.shape)
-    where = torch.from_numpy(sample).to(h.device)
-    logits = model.logits(h[where])                                                           # (n, V): only the slots that sample
-    logits[:, banned] = float("-inf")
-    logp = logits.log_softmax(-1)
-    if temperature == 0:
-        pick = logits.argmax(-1)
-    else:
-        pick = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
-    ids, lps = np.zeros(sample.shape, int), np.zeros(sample.shape)
-    ids[sample], lps[sample] = pick.cpu().numpy(), logp.gather(1, pick[:, None]).squeeze(1).cpu().numpy()
-    return ids, lps
+def rectangle(wanted):
+    """wanted (B, G) bool -> the smallest rectangle of slots that holds all of them: rows (B',), and of each the slots (B', G')."""
+    rows = np.flatnonzero(wanted.any(1))
+    width = int(wanted.sum(1).max())
+    return rows, np.argsort(~wanted[rows], axis=1, kind="stable")[:, :width]                 # wanted ones first
+
+
+def finish(model, cache, ids, new, closed, pos, close, tail):
+    """The last sampled token, `close` where it was forced, and `tail`, in one forward -> states (B, G, H) of each rollout's last token.
+
+    ids (B, G, max_new), of which new (B, G) count; pos (B, G, 1) of the first. These tokens go to the last columns of the cache.
+    """
+    device, T, m = ids.device, cache.ks[0].shape[3], 1 + len(close) + len(tail)
+    ends = torch.tensor([[*tail, *[0] * len(close)], [*close, *tail]], dtype=torch.long, device=device)
+    chunk = torch.cat((ids.gather(2, new[..., None] - 1), ends[closed.long()]), dim=2)        # (B, G, m)
+    col, step_no = torch.arange(T, device=device), torch.arange(m, device=device)
+    own = (col < new[..., None, None] - 1) | ((col >= T - m) & (col - (T - m) <= step_no[:, None]))                       # (B, G, m, T)
+    states = step(model, cache, chunk, pos + new[..., None] - 1 + step_no, own, col[T - m :])
+    at = len(tail) + len(close) * closed.long()
+    return states.gather(2, at[..., None, None].expand(-1, -1, 1, states.shape[-1])).squeeze(2)
+
+
+def sample_tokens(model, h, banned, temperature, generator):
+    """h (..., H) -> ids (...) and their log-probabilities (at temperature 1, whatever the sampling's) (...)."""
+    logits = model.logits(h.flatten(0, -2))                                                   # (n, V) fp32
+    logits.index_fill_(1, banned, float("-inf"))
+    p, best = logits.softmax(-1), logits.argmax(-1, keepdim=True)
+    pick = best if temperature == 0 else draw(p if temperature == 1 else (logits / temperature).softmax(-1), generator)
+    logp = logits.gather(1, pick) - logits.gather(1, best) + p.gather(1, best).log()         # p of a rare token may underflow, the best one's cannot
+    return pick.view(h.shape[:-1]), logp.view(h.shape[:-1])
+
+
+def draw(p, generator, block=128):
+    """p (n, V) -> ids (n, 1), one drawn per row: first a block, then a token in it, both where the running sum passes a random number.
+
+    One random number per row and one pass over p; torch.multinomial draws one per token of the vocabulary. fp64 sums, so that a token of
+    probability 0 is never drawn. (The real vocabulary, 151,936, is a multiple of 128.)
+    """
+    p = F.pad(p, (0, -p.shape[1] % block)) if p.shape[1] % block else p
+    p = p.view(len(p), -1, block)
+    total = p.sum(-1).double().cumsum(-1)                                                     # (n, blocks)
+    x = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.float64) * total[:, -1:] * (1 - 1e-12)
+    k = torch.searchsorted(total, x, right=True)
+    inside = p.gather(1, k[..., None].expand(-1, -1, block)).squeeze(1).double().cumsum(-1)   # (n, block)
+    x = torch.minimum(x - F.pad(total, (1, 0)).gather(1, k), inside[:, -1:] * (1 - 1e-12))
+    return k * block + torch.searchsorted(inside, x, right=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -741,7 +821,9 @@ def append_end(spec):
 # ---------------------------------------------------------------------------------------------------------------------
 # Eyes: pictures -> patches
 
-LEVELS = ((np.arange(256, dtype=np.float32) / 255 - 0.5) / 0.5).astype(np.float32)            # every value a pixel can become
+def levels(patches, device="cpu"):
+    """uint8 numpy -> fp32 tensor in -1 ... 1. Bytes travel to the device, floats are made there."""
+    return torch.from_numpy(patches).to(device).float().mul_(2 / 255).sub_(1)
 
 
 def smart_resize(height, width, min_pixels, max_pixels):
@@ -762,7 +844,7 @@ def patchify(frames):
     """frames (F, height, width, 3) uint8 of one size, F = 1 (a picture) or even -> patches (N, 1536) uint8 and the (h, w) grid.
 
     Order, as published: frame group, 2x2 merge blocks in raster order, the four patches in a block; in a patch: channel, frame,
-    row, column. Bytes are shuffled before they become floats (`LEVELS[patches]`): a quarter of the memory traffic.
+    row, column. Bytes are shuffled before they become floats (`levels`): a quarter of the memory traffic.
     """
     if len(frames) == 1:
         frames = np.repeat(frames, TEMPORAL, axis=0)             # a picture is a video of two equal frames

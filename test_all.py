@@ -40,6 +40,7 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
+import bench
 import data
 from data import BadData
 import embed
@@ -610,7 +611,7 @@ def full_forward(e, prompt, tokens):
     """States (S, H) of one plain sequence: the prompt, then tokens. No cache, no branches."""
     ids = np.concatenate([prompt["ids"], np.array(tokens, int)])
     pos = torch.from_numpy(M.rope_positions(ids, prompt["grids"], e.model.c))[:, None]
-    pixels = torch.from_numpy(M.LEVELS[np.concatenate(prompt["pixels"])]) if prompt["pixels"] else None
+    pixels = M.levels(np.concatenate(prompt["pixels"])) if prompt["pixels"] else None
     lengths = torch.tensor([len(ids)])
     return e.model(dict(ids=torch.from_numpy(ids)[None], pos=pos, lengths=lengths, branch=None, pixels=pixels, grids=prompt["grids"]))[0]
 
@@ -1944,7 +1945,7 @@ def m_plain(model, prompt, tail=()):
     reader, ids = m_reader(), np.concatenate([prompt["ids"], np.array([*tail] or [m_reader().end])])
     pos = M.rope_positions(prompt["ids"], prompt["grids"], reader.c)
     pos = np.concatenate([pos, np.broadcast_to(pos.max() + 1 + np.arange(len(ids) - pos.shape[1]), (3, len(ids) - pos.shape[1]))], 1)
-    pixels = torch.from_numpy(M.LEVELS[np.concatenate(prompt["pixels"])]) if prompt["pixels"] else None
+    pixels = M.levels(np.concatenate(prompt["pixels"])) if prompt["pixels"] else None
     h = model({"ids": torch.from_numpy(ids)[None], "pos": torch.from_numpy(pos)[:, None].contiguous(), "lengths": torch.tensor([len(ids)]), "branch": None,
                "pixels": pixels, "grids": prompt["grids"]})
     return h[0], ids
@@ -3320,7 +3321,7 @@ def test_readme_numbers_stand_in_a_results_file():
 def test_every_script_has_help():
     """--help of each script that is one: exit code 0 and a usage text."""
     running = [subprocess.Popen([sys.executable, os.path.join(HERE, f"{n}.py"), "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-               for n in ("train", "select", "eval", "embed", "data", "pocket")]
+               for n in ("train", "select", "eval", "embed", "data", "pocket", "bench")]
     for p in running:
         out = p.communicate(timeout=120)[0]
         assert p.returncode == 0 and "--" in out, out
@@ -3582,6 +3583,108 @@ def test_benches_write_what_they_measured(tmp_path, monkeypatch, capsys):
     assert figures["rows"] == 1_000_000 and figures["batches"] == 10_000 and figures["first_batch_s"] < 10 and figures["resident_growth_mb"] < 300
     assert figures["threads_share"] >= 0.9 and figures["processes_share_cpu"] < figures["threads_share_cpu"]
     assert ranks["corpus_ratio"] == 10 and ranks["cpu_time_ratio"] <= 12 and ranks["peak_1000000_mb"] - ranks["of_which_mapped_1000000_mb"] < ranks["before_1000000_mb"] + 500
+
+
+# =====================================================================================================================
+# bench: speed, and that nothing changes by it
+
+def test_bench_writes_what_was_promised(tmp_path, capsys):
+    """A tiny run of the real thing: both sides agree, every kind of row is there, a ratio is ours over theirs."""
+    out = str(tmp_path / "b.json")
+    small = ["--out", out, "--device", "cpu", "--size", "tiny", "--queries", "2", "--rollouts", "2", "--tokens", "3", "--items", "6", "--batch", "2", "--repeats", "1"]
+    bench.main([*small, "--train", "2"])
+    got = json.load(open(out))
+    assert got["device"].startswith("CPU") and got["versions"].keys() >= {"torch", "transformers"}
+    assert {r["name"].split()[0].rstrip(",") for r in got["rows"]} == {"embed", "generate", "grpo", "contrastive", "preprocess"}
+    for r in got["rows"]:
+        assert r["ours"] > 0 and r["peer"] > 0 and r["ratio"] == pytest.approx(r["ours"] / r["peer"]) and r["unit"] and r["peer_name"].startswith("transformers")
+    assert all(x["share"] == pytest.approx(x["value"] / x["limit"]) for x in got["limits"][:3]) and "train in full" in got["limits"][3]["name"]
+    bench.main([*small, "--growth"])
+    rows = json.load(open(out))["growth"]
+    assert len({r["axis"] for r in rows}) == 6 and all(r["seconds"] > 0 and r["peak_mb"] >= 0 for r in rows) and os.path.getsize(tmp_path / "b.png") > 5000
+
+
+@pytest.mark.parametrize("argv, word", [(["--size", "huge"], "--size huge"), (["--device", "cuda:9"], "sees"), (["--device", "abc"], "'abc'"),
+                                        (["--tokens", "0"], "--tokens 0"), (["--out", "/nowhere/x.json"], "no such folder")])
+def test_bench_refuses(argv, word, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        bench.main(["--out", str(tmp_path / "x.json"), *argv])
+    assert word in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bench_notices_a_different_computation():
+    with pytest.raises(ValueError, match="not the same computation"):
+        bench.agree("embed", torch.zeros(3), torch.tensor([0, 0, 1.0]), 1e-4)
+    with pytest.raises(ValueError, match="not the same computation"):
+        bench.agree("embed", torch.zeros(1), torch.tensor([math.nan]), 1e-4)
+
+
+def test_compiled_equals_eager():
+    """States, gradients and written tokens of compiled layers against eager ones, fp32."""
+    e, c = tiny_embedder(5, layers=2), tiny_embedder(5, layers=2)
+    c.model.compile_layers()
+    r, prompts = e.reader, [e.reader.read(ITEMS[i]) for i in (0, 5, 9)]
+    a, b = collate(prompts, r), collate(prompts, r, multiple=64)
+    assert b["ids"].shape[1] % 64 == 0 and a["ids"].shape[1] % 64
+    got = []
+    for x, batch in ((e, a), (c, b)):
+        v = embed.pool(x.model(batch), batch["ends"])[:, 0]
+        v[:, 0].sum().backward()
+        out = M.generate(x.model, batch, 5, 2, r.prefix, (r.unthink,), r.tail, r.close, r.ban)
+        got.append((v.detach(), x.model.text.layers[0].mlp["up_proj"].weight.grad, out["last"], out["tokens"]))
+    for x, y in zip(got[0][:3], got[1][:3]):
+        assert (x - y).abs().max() < 1e-5
+    assert got[0][3] == got[1][3] and not e.model.compiled and c.model.compiled
+
+
+def test_checkpointing_equals_plain():
+    grads = []
+    for on in (False, True):
+        e = tiny_embedder(6)
+        e.model.train().set_checkpointing(on)
+        batch = collate([e.reader.read(ITEMS[i]) for i in (5, 0)], e.reader, [[e.reader.rationale("because")], []])
+        embed.pool(e.model(batch), batch["ends"])[:, 0].square()[:, ::2].sum().backward()
+        grads.append([p.grad for p in e.model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 40 and all(torch.equal(x, y) for x, y in zip(*grads))
+
+
+def test_draw_is_the_distribution():
+    """Frequencies against probabilities; a token of probability 0 never, not even with blocks of nothing and at the ends of the vocabulary."""
+    p = torch.zeros(300)
+    p[[1, 127, 128, 290]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    got = M.draw(p.expand(20000, -1), torch.Generator().manual_seed(0))
+    counts = torch.bincount(got[:, 0], minlength=300) / 20000
+    assert got.shape == (20000, 1) and (counts - p).abs().max() < 0.02 and (counts[p == 0] == 0).all()
+    assert torch.equal(got, M.draw(p.expand(20000, -1), torch.Generator().manual_seed(0)))
+
+
+def test_rollouts_that_leave_early_change_nothing(monkeypatch):
+    """Many stop tokens, so that rollouts leave at every step; the same tokens and states as when none may leave before the last one is done."""
+    e = tiny_embedder(2)
+    r, prompts = e.reader, [e.reader.read(ITEMS[i]) for i in (7, 0, 9)]
+    rng, banned = np.random.default_rng(0), sorted(set(e.reader.ban))
+    stop = tuple(int(x) for x in rng.choice(sorted(set(range(r.tok.size)) - set(banned)), 60, replace=False))
+    tokens = []
+    monkeypatch.setattr(M, "sample_tokens", lambda model, h, banned, t, g: (h.sum(-1).mul(1e4).long() % 260, h.sum(-1)))  # wild, but a function of the state
+    for early in (True, False):
+        if not early:
+            monkeypatch.setattr(M, "rectangle", lambda wanted, old=M.rectangle: old(wanted if not wanted.any() else np.ones_like(wanted)))
+        out = M.generate(e.model, collate(prompts, r), 12, 5, r.prefix, stop, r.tail, r.close, r.ban)
+        tokens.append(out["new"])
+        for b, p in enumerate(prompts):
+            for g in range(5):
+                assert (full_forward(e, p, out["tokens"][b][g])[-1] - out["last"][b, g]).abs().max() < 1e-5
+    assert len(set(tokens[0].flatten())) > 1 or not tokens[0].size
+
+
+def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+    monkeypatch.setattr(Embedder, "embed", full)
+    write(tmp_path / "items.jsonl", '"one"\n"two"\n')
+    monkeypatch.setattr(sys, "argv", ["embed.py", "--model", folder, "--input", str(tmp_path / "items.jsonl"), "--output", str(tmp_path / "v.npy"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="^embed.py: out of memory with 2 rows of up to [0-9]+ tokens: lower the token budget .* max_pixels$"):
+        embed.main()
 
 
 if __name__ == "__main__":
