@@ -124,9 +124,11 @@ def analyse(embedder, root, rng, tau=0.5, temperature=0.02, max_new=48, batch_si
     for row in data.tables(root, "eval"):
         es = data.load_eval(root, row)
         found[es.name] = probe(es, embedder, rng, temperature, max_new, batch_size)
-    named = lambda x: dict(zip(WORDS, x.mean(0).tolist()))
-    families = {name: dict(reason_rate=float((f["p"] > tau).mean()), gain=float(f["gain"].mean()), false_helpful=float((f["rises"] & (f["gain"] < 0)).mean()),
-                           score=named(f["score"]), to_direct=named(f["to_direct"]), to_own=named(f["to_own"])) for name, f in found.items()}
+    families = {}
+    for name, f in found.items():
+        score, direct, own = (dict(zip(WORDS, f[k].mean(0).tolist())) for k in ("score", "to_direct", "to_own"))
+        families[name] = {"reason_rate": float((f["p"] > tau).mean()), "gain": float(f["gain"].mean()), "false_helpful": float((f["rises"] & (f["gain"] < 0)).mean()),
+                          **{f"score {w}": x for w, x in score.items()}, **{f"{w} ~ direct": x for w, x in direct.items()}, **{f"{w} ~ own": x for w, x in own.items()}}
     p, gain = (np.concatenate([f[k] for f in found.values()]) for k in ("p", "gain"))
     tenth, bins = np.minimum((p * 10).astype(int), 9), []
     for b in range(10):
@@ -150,49 +152,47 @@ def read(*path):
 def figures(modes, mode, steps, **more):
     """One mode of a report -> what the tables show of it; steps: the datasets that need steps."""
     m = modes[mode]
-    mean = lambda names: float(np.mean([m["datasets"][n] for n in names])) if names else None
-    return dict(dict.fromkeys(FIGURES), overall=m["overall"], steps=mean([n for n in m["datasets"] if n in steps]), one_look=mean([n for n in m["datasets"] if n not in steps]),
-                reason_rate=m["reason_rate"], tokens=m["tokens_per_query"], ms=m["ms_per_query"], datasets=m["datasets"], **more)
+    mean = lambda yes: float(np.mean(x)) if (x := [score for name, score in m["datasets"].items() if (name in steps) == yes]) else None
+    return dict(dict.fromkeys(FIGURES), overall=m["overall"], steps=mean(True), one_look=mean(False), reason_rate=m["reason_rate"], tokens=m["tokens_per_query"],
+                ms=m["ms_per_query"], datasets=m["datasets"], **more)
 
 
 def collect(folder):
-    """The study's folder -> ({variant: {seed: figures}}, names of the datasets that need steps, [config of each variant])."""
-    rows, steps, configs = {}, [], {}
-    paths = sorted(glob.glob(os.path.join(folder, "seed*", "*", "report.json")), key=lambda p: int(p.split(os.sep)[-3][4:]))
-    for run in map(os.path.dirname, paths):
-        name, report, config = os.path.basename(run), read(run, "report.json"), read(run, "config.json")
-        seed, modes, steps = config["seed"], report["modes"], read(run, "data", "pocket.json")["steps"]
-        choice = {k: report["selection"][k] for k in ("precision", "recall")} if not config["embed_workers"] else {}
+    """The study's folder -> ({variant: {seed: figures}}, the datasets that need steps, {variant: [datasets left out]}). A colon in a name: measured
+    elsewhere than on the ordinary test sets; a comma: the full method's weights, used otherwise."""
+    rows, steps, left_out = {}, [], {}
+    for report in sorted(glob.glob(os.path.join(folder, "seed*", "*", "report.json"))):
+        run = os.path.dirname(report)
+        name, report, config, steps = os.path.basename(run), read(report), read(run, "config.json"), read(run, "data", "pocket.json")["steps"]
+        put = lambda label, modes, mode, **more: rows.setdefault(label, {}).update({config["seed"]: figures(modes, mode, steps, **more)})
+        choice = {k: report["selection"][k] for k in ("precision", "recall") if not config["embed_workers"]}
         reasons = {n: d["reason_rate"] for n, d in read(run, "eval", "summary.json")["datasets"].items()}
-        put = lambda name, *a, **more: rows.setdefault(name, {}).update({seed: figures(*a, **more)})
-        put(name, modes, "adaptive", steps, seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
-        configs[name] = config
-        if name == "full":                                       # the same weights, used otherwise
-            for label, mode in (("full, never", "never"), ("full, always", "always"), ("random", "random"), ("oracle", "oracle")):
-                put(label, modes, mode, steps)
-        for modes_file in glob.glob(os.path.join(run, "*", "modes.json")):
-            where = os.path.basename(os.path.dirname(modes_file))
-            for mode in ("never", "always", "adaptive") if where != "eval" else ():
-                put(f"{where}: {name}, {mode}", read(modes_file), mode, steps)
-        if name == "both_sides":
-            for mode in ("never", "always"):
-                put(f"direct_documents: {name}, {mode}", modes, mode, steps)
+        put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
+        for label, mode in {"full, never": "never", "full, always": "always", "random": "random", "oracle": "oracle"}.items() if name == "full" else ():
+            put(label, report["modes"], mode)
+        places = {os.path.basename(os.path.dirname(p)): read(p) for p in glob.glob(os.path.join(run, "*", "modes.json"))}
+        for where, modes in places.items():                      # where the documents reason, those that do not belong beside them
+            where = where if where != "eval" else "direct_documents" if "reasoned_documents" in places else None
+            for mode in ("never", "always", "adaptive") if where else ():
+                put(f"{where}: {name}, {mode}", modes, mode)
+        if config["leave_out"]:
+            left_out[name] = config["leave_out"].split(",")
     if "full" not in rows:
         raise ValueError(f"{folder}: no finished run of the full method in seed*/full")
-    return rows, steps, configs
+    return rows, steps, left_out
 
 
 def gather(folder):
     """-> study.json's content: per variant its figures by seed, their intervals, and the paired test against the full method."""
-    rows, steps, configs = collect(folder)
+    rows, steps, left_out = collect(folder)
     full, out = rows["full"], {}
     for name, of in rows.items():
-        same = [seed for seed in of if seed in full]
+        same = sorted(set(of) & set(full))
         spread = {k: interval([r[k] for r in of.values()]) for k in FIGURES}
         out[name] = dict(seeds=of, mean={k: v[0] for k, v in spread.items()}, half={k: v[1] for k, v in spread.items()},
                          datasets={n: interval([r["datasets"][n] for r in of.values()]) for n in next(iter(of.values()))["datasets"]},
-                         full_minus={k: paired([full[s][k] for s in same], [of[s][k] for s in same]) for k in ("overall", "steps", "one_look") if full[same[0]][k] is not None})
-    return dict(seeds=list(full), steps=steps, variants=out, left_out={n: c["leave_out"].split(",") for n, c in configs.items() if c["leave_out"]})
+                         full_minus=paired([full[s]["overall"] for s in same], [of[s]["overall"] for s in same]) if same else None)
+    return dict(seeds=sorted(full), steps=steps, left_out=left_out, variants=dict(sorted(out.items(), key=lambda x: x[0] != "full")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,28 +205,30 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
 
 
+def plain(found):
+    """The variants on the ordinary test sets: those without a colon."""
+    return {name: v for name, v in found["variants"].items() if ":" not in name}
+
+
 def main_table(found):
     """The table of the README: every variant beside the full method."""
     rows = []
-    for name, v in found["variants"].items():
-        if ":" in name:
-            continue
-        mean, half, test = v["mean"], v["half"], v["full_minus"]["overall"]
-        by = ["", "", ""] if name == "full" else [show(test["diff"], test["half"], sign="+"), show(test["p"]), test["n"]]
+    for name, v in plain(found).items():
+        mean, half, test = v["mean"], v["half"], v["full_minus"]
+        by = ["", "", ""] if name == "full" else [show(test["diff"], test["half"], sign="+"), show(test["p"]), test["n"]] if test else ["–"] * 3
         rows.append([name.replace("_", " "), show(mean["overall"], half["overall"]), *(show(mean[k]) for k in ("steps", "one_look")), show(mean["reason_rate"], digits=2),
                      show(mean["tokens"], half["tokens"], 1), show(mean["ms"], digits=1), *by, *(show(mean[k], digits=2) for k in ("precision", "recall"))])
-    head = ["variant", "overall", "need steps", "one look", "reason rate", "tokens / query", "ms / query", "full − it", "p", "n", "precision", "recall"]
-    return table(head, sorted(rows, key=lambda r: r[0] != "full"))
+    return table(["variant", "overall", "need steps", "one look", "reason rate", "tokens / query", "ms / query", "full − it", "p", "n", "precision", "recall"], rows)
 
 
 def verdict(found):
     """The study's question answered in sentences, whichever way the numbers fall."""
-    v = found["variants"]
-    out = []
-    for name in (n for n in ("never", "always") if n in v):
-        d = v[name]["full_minus"]["overall"]
-        sure = "" if d["half"] is None else ", its interval above zero" if d["diff"] > d["half"] else ", its interval below zero" if d["diff"] < -d["half"] else ", within noise"
-        out.append(f"Full minus {name}: {show(d['diff'], d['half'], sign='+')} over {d['n']} seeds{sure}.")
+    v, out = plain(found), []
+    sign = lambda d: 0 if d["half"] is None or abs(d["diff"]) <= d["half"] else math.copysign(1, d["diff"])
+    for name in (n for n in ("never", "always") if n in v and v[n]["full_minus"]):
+        d = v[name]["full_minus"]
+        sure = {1: ", the interval above zero", -1: ", the interval below zero", 0: ", within noise" if d["half"] is not None else ""}[sign(d)]
+        out.append(f"Full minus {name}: {show(d['diff'], d['half'], sign='+')} over {d['n']} seed{'s' * (d['n'] > 1)}{sure}.")
     for name, aim in (("always", 0.6), ("oracle", 1.15)):
         if name in v and v[name]["mean"]["tokens"]:
             ratio = v["full"]["mean"]["tokens"] / v[name]["mean"]["tokens"]
@@ -234,17 +236,16 @@ def verdict(found):
     best, coin, full = (v[n]["mean"]["overall"] for n in ("oracle", "random", "full"))
     if best > coin:
         out.append(f"Decision: {(full - coin) / (best - coin):.0%} of the way from a coin to hindsight (aim: at least 80%).")
-    judged = {n: x["full_minus"]["overall"] for n, x in v.items() if ":" not in n and "," not in n and n not in ("full", "oracle", "random")}
-    better, worse = ([n for n, d in judged.items() if d["half"] is not None and sign * d["diff"] > d["half"]] for sign in (-1, 1))
-    return out + [f"Beyond noise better than full: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}."]
+    rivals = {n: sign(x["full_minus"]) for n, x in v.items() if "," not in n and n not in ("full", "oracle", "random") and x["full_minus"]}
+    better, worse = (", ".join(n for n, way in rivals.items() if way == w) or "none" for w in (-1, 1))
+    return out + [f"Beyond noise better than full: {better}; worse: {worse}."]
 
 
 def family_table(found):
-    names = [n for n in found["variants"] if ":" not in n]
-    full = found["variants"]["full"]
-    rows = [[d + (" (steps)" if d in found["steps"] else ""), *(show(*found["variants"][n]["datasets"][d], digits=2) for n in names),
+    full, v = found["variants"]["full"], plain(found)
+    rows = [[d + (" (steps)" if d in found["steps"] else ""), *(show(*x["datasets"][d], digits=2) for x in v.values()),
              show(float(np.mean([r["reasons"][d] for r in full["seeds"].values()])), digits=2)] for d in full["datasets"]]
-    return table(["family", *(n.replace("_", " ") for n in names), "full reasons"], rows)
+    return table(["family", *(n.replace("_", " ") for n in v), "full reasons"], rows)
 
 
 def elsewhere_table(found):
@@ -261,20 +262,20 @@ def left_out_table(found):
         for name, of in found["left_out"].items() for d in of])
 
 
+SHOWN = ("reason_rate", "gain", "false_helpful", *(f"score {w}" for w in WORDS), "own ~ direct", "empty ~ direct", "shuffled ~ own", "other ~ own")
+
+
 def analysis_tables(parts):
     """analysis.json of each seed -> means over seeds: per family, and the calibration (weighted by the number of queries)."""
-    mean = lambda name, *keys: float(np.mean([value(p["families"][name], keys) for p in parts]))
-    value = lambda x, keys: value(x[keys[0]], keys[1:]) if keys else x
-    keys = [("reason_rate",), ("gain",), *(("score", w) for w in WORDS), ("to_direct", "own"), ("to_direct", "empty"), ("to_own", "shuffled"), ("to_own", "other"), ("false_helpful",)]
-    head = ["family", "reasons", "gain", *(f"score {w}" for w in WORDS), "cos(own, direct)", "cos(empty, direct)", "cos(shuffled, own)", "cos(other, own)", "false-helpful"]
     names = list(parts[0]["families"])
-    rows = [[n, *(show(mean(n, *k), digits=2) for k in keys)] for n in names] + [["mean", *(show(float(np.mean([mean(n, *k) for n in names])), digits=2) for k in keys)]]
+    x = np.array([[[p["families"][n][k] for k in SHOWN] for n in names] for p in parts]).mean(0)                       # (families, columns)
+    rows = [[n, *(show(v, digits=2) for v in row)] for n, row in zip([*names, "mean"], [*x, x.mean(0)])]
     bins = []
     for b in range(10):
         mine = [p["calibration"][b] for p in parts if p["calibration"][b]["n"]]
-        weighted = lambda k: show(float(np.average([x[k] for x in mine], weights=[x["n"] for x in mine])), digits=2) if mine else "–"
-        bins.append([f"{b / 10:.1f} … {(b + 1) / 10:.1f}", sum(x["n"] for x in mine), weighted("p"), weighted("gain"), weighted("pays")])
-    return table(head, rows), table(["p_reason", "queries", "mean p", "mean gain", "share with gain > 0"], bins)
+        mean = lambda k: float(np.average([x[k] for x in mine], weights=[x["n"] for x in mine])) if mine else None
+        bins.append([f"{b / 10:.1f} … {(b + 1) / 10:.1f}", sum(x["n"] for x in mine), *(show(mean(k), digits=2) for k in ("p", "gain", "pays"))])
+    return table(["family", *(k.replace("_", " ") for k in SHOWN)], rows), table(["p_reason", "queries", "mean p", "mean gain", "share with gain > 0"], bins)
 
 
 def draw(found, path):
@@ -284,7 +285,7 @@ def draw(found, path):
     with matplotlib.style.context(["default", evaluation.STYLE]):
         fig = Figure((9, 5.5), layout="constrained")
         ax, labels = fig.subplots(), []
-        for name, v in ((n, v) for n, v in found["variants"].items() if ":" not in n):
+        for name, v in plain(found).items():
             colour = evaluation.COLOURS.get({"full": "adaptive"}.get(name, name.removeprefix("full, ")), "#8a5a9e")
             x, y = v["mean"]["tokens"], v["mean"]["overall"]
             ax.errorbar(x, y, xerr=v["half"]["tokens"], yerr=v["half"]["overall"], fmt="o" if "," not in name else "s", color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
@@ -315,7 +316,7 @@ def summarise(folder):
         evaluation.write(os.path.join(folder, "analysis.json"), each)
         families, calibration = analysis_tables(list(each.values()))
         parts += ["## What the counterfactual says of the trained model", "Score: the family's metric, the query embedded directly or after its own, an empty, a shuffled or another query's "
-                  "rationale. gain: m(q, own) − m(q, ∅).", families, calibration]
+                  "rationale. a ~ b: cosine of two such vectors. gain: m(q, own) − m(q, ∅).", families, calibration]
     with open(os.path.join(folder, "study.md"), "w", encoding="utf-8") as f:
         f.write("\n\n".join(parts) + "\n")
     return "\n".join(verdict(found) + [f"written: {os.path.join(folder, 'study.md')}"])
