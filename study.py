@@ -127,8 +127,9 @@ def analyse(embedder, root, rng, tau=0.5, temperature=0.02, max_new=48, batch_si
     families = {}
     for name, f in found.items():
         score, direct, own = (dict(zip(WORDS, f[k].mean(0).tolist())) for k in ("score", "to_direct", "to_own"))
-        families[name] = {"reason_rate": float((f["p"] > tau).mean()), "gain": float(f["gain"].mean()), "false_helpful": float((f["rises"] & (f["gain"] < 0)).mean()),
-                          **{f"score {w}": x for w, x in score.items()}, **{f"{w} ~ direct": x for w, x in direct.items()}, **{f"{w} ~ own": x for w, x in own.items()}}
+        families[name] = {"reason_rate": float((f["p"] > tau).mean()), "gain": float(f["gain"].mean()),
+                          "false_helpful": float((f["rises"] & (f["gain"] < 0)).mean()), **{f"score {w}": x for w, x in score.items()},
+                          **{f"{w} ~ direct": x for w, x in direct.items()}, **{f"{w} ~ own": x for w, x in own.items()}}
     p, gain = (np.concatenate([f[k] for f in found.values()]) for k in ("p", "gain"))
     tenth, bins = np.minimum((p * 10).astype(int), 9), []
     for b in range(10):
@@ -153,8 +154,8 @@ def figures(modes, mode, steps, **more):
     """One mode of a report -> what the tables show of it; steps: the datasets that need steps."""
     m = modes[mode]
     mean = lambda yes: float(np.mean(x)) if (x := [score for name, score in m["datasets"].items() if (name in steps) == yes]) else None
-    return dict(dict.fromkeys(FIGURES), overall=m["overall"], steps=mean(True), one_look=mean(False), reason_rate=m["reason_rate"], tokens=m["tokens_per_query"],
-                ms=m["ms_per_query"], datasets=m["datasets"], **more)
+    return dict(dict.fromkeys(FIGURES), overall=m["overall"], steps=mean(True), one_look=mean(False), reason_rate=m["reason_rate"],
+                tokens=m["tokens_per_query"], ms=m["ms_per_query"], datasets=m["datasets"], **more)
 
 
 def collect(folder):
@@ -170,7 +171,7 @@ def collect(folder):
         put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
         for label, mode in {"full, never": "never", "full, always": "always", "random": "random", "oracle": "oracle"}.items() if name == "full" else ():
             put(label, report["modes"], mode)
-        places = {os.path.basename(os.path.dirname(p)): read(p) for p in glob.glob(os.path.join(run, "*", "modes.json"))}
+        places = {os.path.basename(os.path.dirname(p)): read(p)["modes"] for p in glob.glob(os.path.join(run, "*", "modes.json"))}
         for where, modes in places.items():                      # where the documents reason, those that do not belong beside them
             where = where if where != "eval" else "direct_documents" if "reasoned_documents" in places else None
             for mode in ("never", "always", "adaptive") if where else ():
@@ -216,9 +217,10 @@ def main_table(found):
     for name, v in plain(found).items():
         mean, half, test = v["mean"], v["half"], v["full_minus"]
         by = ["", "", ""] if name == "full" else [show(test["diff"], test["half"], sign="+"), show(test["p"]), test["n"]] if test else ["–"] * 3
-        rows.append([name.replace("_", " "), show(mean["overall"], half["overall"]), *(show(mean[k]) for k in ("steps", "one_look")), show(mean["reason_rate"], digits=2),
+        rows.append([name.replace("_", " "), show(mean["overall"], half["overall"]), show(mean["steps"]), show(mean["one_look"]), show(mean["reason_rate"], digits=2),
                      show(mean["tokens"], half["tokens"], 1), show(mean["ms"], digits=1), *by, *(show(mean[k], digits=2) for k in ("precision", "recall"))])
-    return table(["variant", "overall", "need steps", "one look", "reason rate", "tokens / query", "ms / query", "full − it", "p", "n", "precision", "recall"], rows)
+    return table(["variant", "overall", "need steps", "one look", "reason rate", "tokens / query", "ms / query", "full − it", "p", "n",
+                  "precision", "recall"], rows)
 
 
 def verdict(found):
@@ -250,8 +252,8 @@ def family_table(found):
 
 def elsewhere_table(found):
     """Other worlds, and the four combinations of sides: rows of the names with a colon."""
-    rows = [[*name.replace("_", " ").split(": "), *(show(v["mean"][k], v["half"][k]) for k in ("overall", "steps", "one_look")), show(v["mean"]["reason_rate"], digits=2),
-             show(v["mean"]["tokens"], digits=1)] for name, v in sorted(found["variants"].items()) if ":" in name]
+    rows = [[*name.replace("_", " ").split(": "), *(show(v["mean"][k], v["half"][k]) for k in ("overall", "steps", "one_look")),
+             show(v["mean"]["reason_rate"], digits=2), show(v["mean"]["tokens"], digits=1)] for name, v in sorted(found["variants"].items()) if ":" in name]
     return table(["where", "variant, mode", "overall", "need steps", "one look", "reason rate", "tokens / query"], rows)
 
 
@@ -288,10 +290,10 @@ def draw(found, path):
         for name, v in plain(found).items():
             colour = evaluation.COLOURS.get({"full": "adaptive"}.get(name, name.removeprefix("full, ")), "#8a5a9e")
             x, y = v["mean"]["tokens"], v["mean"]["overall"]
-            ax.errorbar(x, y, xerr=v["half"]["tokens"], yerr=v["half"]["overall"], fmt="o" if "," not in name else "s", color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
+            ax.errorbar(x, y, v["half"]["overall"], v["half"]["tokens"], "s" if "," in name else "o", color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
             labels.append((x, y, name.replace("_", " "), colour))
         ax.margins(0.15)
-        ax.set(xlabel="generated tokens per query", ylabel="mean quality", title=f"Does thinking when needed pay? Mean and 95 % interval over {len(found['seeds'])} seeds")
+        ax.set(xlabel="generated tokens per query", ylabel="mean quality", title=f"Mean and 95 % interval, seeds: {len(found['seeds'])}")
         evaluation.label_points(ax, labels, np.array([label[:2] for label in labels]))
         fig.savefig(path)
 
@@ -302,10 +304,10 @@ def summarise(folder):
     paths = sorted(glob.glob(os.path.join(folder, "seed*", "full", "analysis.json")))
     evaluation.write(os.path.join(folder, "study.json"), found)
     draw(found, os.path.join(folder, "study.png"))
-    parts = ["# Does thinking when needed pay?", *verdict(found), f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; p is of the paired t-test "
-             "against full over n seeds, two-sided, uncorrected. Overall: mean over families.", "![quality against tokens](study.png)", main_table(found),
-             "random: a coin at full's reason rate. oracle: with hindsight the better of never and always. 'full, never' and 'full, always': the full method's weights, forced.",
-             "## Families", family_table(found)]
+    parts = ["# Does thinking when needed pay?", *verdict(found), f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
+             "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. random: a coin at full's reason rate. "
+             "oracle: with hindsight the better of never and always. 'full, never' and 'full, always': the full method's weights, forced.",
+             "![quality against tokens](study.png)", main_table(found), "## Families", family_table(found)]
     if any(":" in name for name in found["variants"]):
         parts += ["## Other worlds, and who reasons", "hard: longer paths and sums than in training. night: light on dark, never drawn in training. "
                   "direct_documents, reasoned_documents: the variant both sides, whose targets learnt to reason offline.", elsewhere_table(found)]
@@ -315,8 +317,8 @@ def summarise(folder):
         each = {os.path.basename(os.path.dirname(os.path.dirname(p))): read(p) for p in paths}
         evaluation.write(os.path.join(folder, "analysis.json"), each)
         families, calibration = analysis_tables(list(each.values()))
-        parts += ["## What the counterfactual says of the trained model", "Score: the family's metric, the query embedded directly or after its own, an empty, a shuffled or another query's "
-                  "rationale. a ~ b: cosine of two such vectors. gain: m(q, own) − m(q, ∅).", families, calibration]
+        parts += ["## What the counterfactual says of the trained model", "Score: the family's metric, the query embedded directly or after "
+                  "its own, an empty, a shuffled or another query's rationale. a ~ b: cosine of two such vectors. gain: m(q, own) − m(q, ∅).", families, calibration]
     with open(os.path.join(folder, "study.md"), "w", encoding="utf-8") as f:
         f.write("\n\n".join(parts) + "\n")
     return "\n".join(verdict(found) + [f"written: {os.path.join(folder, 'study.md')}"])

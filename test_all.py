@@ -3394,9 +3394,13 @@ def s_study(m_finished, tmp_path_factory):
         note("nce" if cfg.lm_weight else "select", [p["id"] for p in pairs], branches), step(model, reader, pairs, branches, labels, cfg))[1])
     patch.setattr(train.rl, "grpo_step", lambda model, reader, prompts, *a: (note("grpo", [len(p["ids"]) for p in prompts], None), grpo(model, reader, prompts, *a))[1])
     patch.setattr(train.evaluation, "pictures", lambda *a: None)
+    patch.setattr(train, "judge", lambda run, e, judged, texts, *a: [          # what the judge says is no matter here, and slow
+        dict(id=p["id"], worker=w, text=t, delta=2.0 * (w == "careful"), delta_placebo=0.0, direct=-1.0) for p in judged for w, t in texts[p["id"]].items()])
+    patch.setattr(train, "ELSEWHERE", {"hard": dict(world_steps=5)})
+    patch.setattr(train, "TRAVELLERS", ("full",))
     patch.setitem(train.VARIANTS, "again", ("full", "embed", {}))                        # the full method once more: what the others are held against
     try:
-        assert train.main(["--stage", "study", "--study_seeds", "1", "--study_variants", "again,never,always,both_sides,without_tally,supervised", "--out", out, *M_RUN]) == 0
+        assert train.main(["--stage", "study", "--study_seeds", "1", "--study_variants", "again,never,always,both_sides,supervised", "--out", out, *M_RUN]) == 0
     finally:
         patch.undo()
     return os.path.join(out, "study"), updates
@@ -3430,14 +3434,16 @@ def test_study_forks_share_and_repeat(s_study):
     assert all(r["weight"] == pytest.approx(1 / share[r["id"]], abs=1e-4) for r in kept) and min(share.values()) > 1      # no selection: all alike
 
 
-def test_study_leaves_one_family_out(s_study, m_finished, tmp_path, capsys):
-    seen = [i for what, pairs, _ in s_study[1]["without_tally"] if what != "grpo" for i in pairs]
-    assert len(seen) > 50 and not any(i.startswith("PocketTally/") for i in seen)
-    folder = os.path.join(s_study[0], "seed2", "without_tally")
-    assert not any(json.loads(x)["id"].startswith("PocketTally/") for x in open(os.path.join(folder, "select", "judged.jsonl")))
-    assert "PocketTally" in m_json(folder, "report.json")["modes"]["adaptive"]["datasets"] and "PocketTally" in m_json(s_study[0], "study.json")["left_out"]["without_tally"]
-    run = m_run(tmp_path / "run", leave_out="PocketTall")
-    run.data_root = os.path.join(m_finished, "data")
+def test_study_leaves_families_out(m_world, tmp_path):
+    """What select, embed and rl draw from: all() and sampler() of Pairs."""
+    run = m_run(tmp_path / "run", leave_out="PocketTally,PocketAt")
+    run.data_root = m_world
+    pairs = train.Pairs(run, m_reader())
+    families = {p["dataset"] for p in pairs.all()}
+    assert families == {f[0] for f in pocket.FAMILIES} - {"PocketTally", "PocketAt"}
+    sampler = pairs.sampler(run.cfg, 0, 64)
+    assert {pairs.data.names[s] for _ in range(30) for s, _ in next(sampler)} == families
+    run.cfg.leave_out = "PocketTall"
     with pytest.raises(train.UsageError, match="--leave_out PocketTall: no such dataset; there are .*PocketTally"):
         train.Pairs(run, m_reader())
 
@@ -3453,6 +3459,7 @@ def test_study_targets_learn_to_reason_too(s_study):
     direct, reasoned = m_json(folder, "eval", "modes.json")["modes"], m_json(folder, "reasoned_documents", "modes.json")
     assert set(direct) == set(reasoned) and direct["never"]["datasets"] != reasoned["never"]["datasets"]
     names = m_json(s_study[0], "study.json")["variants"]
+    assert {f"hard: full, {mode}" for mode in ("never", "always", "adaptive")} <= set(names)
     assert {f"{docs}_documents: both_sides, {q}" for docs in ("direct", "reasoned") for q in ("never", "always")} <= set(names)      # the four combinations
     assert names["reasoned_documents: both_sides, never"]["mean"]["overall"] == reasoned["never"]["overall"] != direct["never"]["overall"]
 

@@ -955,7 +955,7 @@ def run_variant(cfg, name, seed):
         if not os.path.exists(run.path(folder, "modes.json")):
             found = evaluation.evaluate(run.embedder("rl"), root, run.path(folder), tau=c.tau, batch_size=c.eval_batch,
                                         options=dict(max_new_tokens=2 * c.eval_max_new), **how)           # harder queries may take longer
-            write_json(run.path(folder, "modes.json"), found["modes"])
+            write_json(run.path(folder, "modes.json"), dict(modes=found["modes"], curve=found["curve"]))
 
     for where, how in ELSEWHERE.items() if name in TRAVELLERS else ():
         world(c, place(f"world_{where}"), world_train=1, seed=seed + 1000, **how)
