@@ -324,9 +324,9 @@ def aggregate(metrics, rows=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
-def measure(es, cache, modes, tau):
+def measure(es, cache, modes, tau, targets="never"):
     """One EvalSet -> {mode: {"scores" (n, 24), "best" (n,), "top", "infos", "ms"}} for the modes that are embedded: never, always, adaptive."""
-    targets, _, _ = cache.embed(es.candidates, es.cand_ids, "never", f"{es.name} candidate")
+    targets, _, _ = cache.embed(es.candidates, es.cand_ids, targets, f"{es.name} candidate")
     out = {}
     for mode in ("never", "always", "adaptive"):
         if mode not in modes or (mode == "adaptive" and {"never", "always"} <= set(modes)):
@@ -375,10 +375,11 @@ def write_dataset(es, found, primary, out):
 
 
 def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptive"), tau=0.5, on_bad="stop", limit=None, page_labels="fixed",
-             frames=None, prompts="vlm2vec", batch_size=16, metadata=None, options=None):
+             frames=None, prompts="vlm2vec", batch_size=16, metadata=None, options=None, targets="never"):
     """Every dataset of a root (or the tasks named) -> summary; also written, with the files named in the module's docstring.
 
     The score files hold adaptive where it is among the modes, else the first one. options go to encode() (dim, max_new_tokens, ...).
+    targets: "always" lets the candidates reason too (offline: their tokens are not counted).
     """
     if not modes or set(modes) - {"never", "always", "adaptive"}:
         raise ValueError(f"modes are never, always, adaptive; got {modes}")
@@ -391,7 +392,7 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
     for row in tqdm(rows, desc="datasets", disable=None):
         try:
             es = data.load_eval(root, row, on_bad, limit, page_labels, frames, prompts)
-            found = measure(es, cache, modes, tau)
+            found = measure(es, cache, modes, tau, targets)
         except Missing:
             missing.append(row["name"])
             continue

@@ -49,6 +49,7 @@ import eval as evaluation
 import model as M
 import pocket
 import rl
+import study
 import train
 
 torch.set_num_threads(1)
@@ -3585,7 +3586,8 @@ def test_benches_write_what_they_measured(tmp_path, monkeypatch, capsys):
     assert ranks["corpus_ratio"] == 10 and ranks["cpu_time_ratio"] <= 12 and ranks["peak_1000000_mb"] - ranks["of_which_mapped_1000000_mb"] < ranks["before_1000000_mb"] + 500
 
 
-# =====================================================================================================================
+# ==============================================================================================================
+
 # bench: speed, and that nothing changes by it
 
 def test_bench_writes_what_was_promised(tmp_path, capsys):
@@ -3685,6 +3687,225 @@ def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["embed.py", "--model", folder, "--input", str(tmp_path / "items.jsonl"), "--output", str(tmp_path / "v.npy"), "--device", "cpu"])
     with pytest.raises(SystemExit, match="^embed.py: out of memory with 2 rows of up to [0-9]+ tokens: lower the token budget .* max_pixels$"):
         embed.main()
+=======
+# study.py, and train.py --stage study: does thinking when needed pay?
+
+
+def test_study_student_t_against_tables_and_integrals():
+    for df, t in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)):              # printed tables, two-sided 95 %
+        assert study.t_quantile(df) == pytest.approx(t, abs=2e-5) and study.t_inside(t, df) == pytest.approx(0.95, abs=1e-6)
+    assert study.t_inside(1.0, 1) == pytest.approx(0.5) and study.t_inside(3.0, 2) == pytest.approx(3 / math.sqrt(11))             # closed forms
+    for df in (5, 8, 13):
+        x = np.linspace(-1.7, 1.7, 20001)
+        density = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2) * (1 + x * x / df) ** (-(df + 1) / 2)
+        assert study.t_inside(1.7, df) == pytest.approx(np.trapezoid(density, x), abs=1e-7)
+
+
+def test_study_interval_and_paired_by_hand():
+    assert study.interval([1.0, None, 3.0]) == (2.0, pytest.approx(12.7062, abs=1e-4)) and study.interval([4.0]) == (4.0, None) and study.interval([None]) == (None, None)
+    got = study.paired([1, 2, 3], [0, 2, 1])                                             # differences 1 0 2: mean 1, s 1, t √3 with 2 degrees
+    assert got["n"] == 3 and got["diff"] == 1 and got["t"] == pytest.approx(math.sqrt(3)) and got["half"] == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
+    assert got["p"] == pytest.approx(1 - math.sqrt(3 / 5)) and study.paired([0, 2, 1], [1, 2, 3])["diff"] == -1
+    assert study.paired([1], [0]) == dict(diff=1.0, half=None, t=None, p=None, n=1) and study.paired([1, 2], [0, 1])["p"] is None
+
+
+def test_study_vectors_equal_rows_one_by_one(m_world):
+    model, reader = m_tiny(), m_reader()
+    queries = [es.queries[0] for es in (data.load_eval(m_world, name) for name in ("PocketAt", "PocketTotal", "PocketTally"))]
+    texts = [["red star", ""], ["one two . three", "moon"], ["a b", "a"]]
+    got = study.under(types.SimpleNamespace(model=model, reader=reader), queries, texts, 2)
+    for q, row, v in zip(queries, texts, got):
+        with torch.no_grad():
+            want = torch.stack([m_vector(model, reader.read(q), tail) for tail in ((), *map(reader.rationale, row))])
+        assert np.abs(v - want.numpy()).max() < 1e-5 and np.abs(v[0] - v[1]).max() > 1e-3
+
+
+def test_study_counterfactual_by_hand(monkeypatch, m_world):
+    """Two queries in the plane. The first is pulled towards its target by its own rationale; the second too, but towards a wrong candidate even more."""
+    unit = lambda *angles: np.array([[math.cos(a), math.sin(a)] for a in np.radians(angles)], np.float32)
+    es = types.SimpleNamespace(name="A", metric="hit@1", queries=["q", "r"], candidates=["a", "b", "c"], positives=[[0], [2]], grades=None, local=[[0, 1, 0], [1, 2]])
+    candidates, asked = unit(0, 90, 50), []
+    own = unit(10, 72)                                           # direct: at 60 and 2 degrees, the others as below
+
+    class Model:
+        def encode(self, items, reason, return_info=False, **options):
+            infos = [dict(p_reason=p, rationale=t) for p, t in ((0.95, "x y z"), (0.15, "u v w"))]
+            return (own, infos) if return_info else candidates
+
+    def under(embedder, queries, texts, batch_size):
+        asked.extend(texts)
+        return np.stack([unit(60, 10, 60, 20, 72), unit(2, 72, 2, 72, 10)])
+
+    monkeypatch.setattr(study, "under", under)
+    got = study.probe(es, Model(), np.random.default_rng(0), 0.1, 8, 4)
+    assert [(t[0], t[1], sorted(t[2].split()), t[3]) for t in asked] == [("x y z", "", ["x", "y", "z"], "u v w"), ("u v w", "", ["u", "v", "w"], "x y z")]
+    c, s = (lambda a: math.cos(math.radians(a))), (lambda a: math.sin(math.radians(a)))
+    m = lambda right, *wrong: -math.log(1 + sum(math.exp((w - right) / 0.1) for w in wrong))
+    assert got["gain"] == pytest.approx([m(c(10), s(10)) - m(c(60), s(60)), m(c(22), c(18)) - m(c(48), c(88))], abs=1e-5)
+    assert got["rises"].tolist() == [True, True] and got["gain"][0] > 0 > got["gain"][1]
+    assert got["score"].tolist() == [[0, 1, 0, 1, 0], [1, 0, 1, 0, 1]] and got["to_direct"][0] == pytest.approx([1, c(50), 1, c(40), c(12)], abs=1e-6)
+    assert got["to_own"][1] == pytest.approx([c(70), 1, c(70), 1, c(62)], abs=1e-6)
+    monkeypatch.setattr(study.data, "tables", lambda *a: ["one set"])
+    monkeypatch.setattr(study.data, "load_eval", lambda *a: es)
+    found = study.analyse(Model(), "root", np.random.default_rng(0), tau=0.5, temperature=0.1)
+    a = found["families"]["A"]
+    assert (a["reason_rate"], a["false_helpful"], a["score direct"], a["score own"]) == (0.5, 0.5, 0.5, 0.5) and a["gain"] == pytest.approx(got["gain"].mean())
+    bins = found["calibration"]
+    assert [b["n"] for b in bins] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1] and (bins[9]["p"], bins[9]["pays"], bins[1]["pays"]) == (0.95, 1.0, 0.0)
+    assert bins[1]["gain"] == pytest.approx(got["gain"][1])
+    table, calibration = study.analysis_tables([found, found])
+    assert f"| A | 0.50 | {a['gain']:.2f} | 0.50 | 0.50 |" in table and "| 0.9 … 1.0 | 2 | 0.95 |" in calibration and "| 0.2 … 0.3 | 0 | – |" in calibration
+
+
+s_steps = dict(embed=4, rl=2)                                    # M_RUN's embed_steps and rl_steps at its scale
+
+
+@pytest.fixture(scope="session")
+def s_study(m_finished, tmp_path_factory):
+    """A tiny study of one seed, whose full run is m_finished -> (folder, {variant: [(what, pairs, branches)]} of every update)."""
+    out, updates, patch = str(tmp_path_factory.mktemp("s_study")), {}, pytest.MonkeyPatch()
+    shutil.copytree(m_finished, os.path.join(out, "study", "seed2", "full"))
+    note, now = (lambda *what: updates.setdefault(now[-1], []).append(what)), []
+    step, grpo, variant = train.contrastive_step, train.rl.grpo_step, train.run_variant
+    patch.setattr(train, "run_variant", lambda cfg, name, seed: (now.append(name), variant(cfg, name, seed)))
+    patch.setattr(train, "contrastive_step", lambda model, reader, pairs, branches, labels, cfg: (
+        note("nce" if cfg.lm_weight else "select", [p["id"] for p in pairs], branches), step(model, reader, pairs, branches, labels, cfg))[1])
+    patch.setattr(train.rl, "grpo_step", lambda model, reader, prompts, *a: (note("grpo", [len(p["ids"]) for p in prompts], None), grpo(model, reader, prompts, *a))[1])
+    patch.setattr(train.evaluation, "pictures", lambda *a: None)
+    patch.setattr(train, "judge", lambda run, e, judged, texts, *a: [          # what the judge says is no matter here, and slow
+        dict(id=p["id"], worker=w, text=t, delta=2.0 * (w == "careful"), delta_placebo=0.0, direct=-1.0) for p in judged for w, t in texts[p["id"]].items()])
+    patch.setattr(train, "ELSEWHERE", {"hard": dict(world_steps=5)})
+    patch.setattr(train, "TRAVELLERS", ("full",))
+    patch.setitem(train.VARIANTS, "again", ("full", "embed", {}))                        # the full method once more: what the others are held against
+    try:
+        assert train.main(["--stage", "study", "--study_seeds", "1", "--study_variants", "again,never,always,both_sides,supervised", "--out", out, *M_RUN]) == 0
+    finally:
+        patch.undo()
+    return os.path.join(out, "study"), updates
+
+
+def test_study_variants_have_the_same_budget(s_study):
+    """never and always get as many updates as the full method, on the same pairs in the same order; only what is written differs."""
+    updates = s_study[1]
+    kind = lambda name: [what for what, *_ in updates[name] if what != "select"]
+    ids = lambda name, what: [pairs for w, pairs, _ in updates[name] if w == what]
+    assert kind("again") == kind("always") == ["nce"] * s_steps["embed"] + ["grpo"] * s_steps["rl"] and kind("never") == ["nce"] * (s_steps["embed"] + s_steps["rl"])
+    assert ids("again", "nce") == ids("always", "nce") == ids("never", "nce")[: s_steps["embed"]] and ids("again", "grpo") == ids("always", "grpo")
+    assert [len(x) for x in ids("never", "nce")] == [16] * s_steps["embed"] + [8] * s_steps["rl"] and {len(x) for x in ids("always", "grpo")} == {8}
+    assert all(b is None for _, _, branches in updates["never"] for b in branches)
+    careful = {r["id"]: m_reader().rationale(r["text"]) for r in m_select.read_rationales(os.path.join(s_study[0], "seed2", "full", "propose", "rationales.jsonl")) if r["worker"] == "careful"}
+    for what, pairs, branches in updates["always"]:
+        assert what == "grpo" or branches == [careful[i] for i in pairs]
+    assert kind("supervised") == [] and [w for w, *_ in updates["always"]].count("select") == 0                       # shared: not done again
+
+
+def test_study_forks_share_and_repeat(s_study):
+    root = os.path.join(s_study[0], "seed2")
+    weights = lambda name, stage: open(os.path.join(root, name, stage, "model.safetensors"), "rb").read()
+    assert weights("again", "rl") == weights("full", "rl") != weights("never", "rl") and weights("supervised", "rl") == weights("full", "embed")
+    for name, linked in (("never", "data base propose select"), ("no_selection", "data base propose"), ("both_sides", "data base"), ("supervised", "data base propose select embed")):
+        assert sorted(n for n in os.listdir(os.path.join(root, name)) if os.path.islink(os.path.join(root, name, n))) == sorted(linked.split()), name
+    modes = {name: m_json(root, name, "report.json")["modes"] for name in ("never", "always")}
+    assert modes["never"]["adaptive"]["reason_rate"] == 0 and modes["always"]["adaptive"]["reason_rate"] == 1
+    kept = [json.loads(x) for x in open(os.path.join(root, "always", "select", "selected.jsonl"))]
+    share = collections.Counter(r["id"] for r in kept)
+    assert all(r["weight"] == pytest.approx(1 / share[r["id"]], abs=1e-4) for r in kept) and min(share.values()) > 1      # no selection: all alike
+
+
+def test_study_leaves_families_out(m_world, tmp_path):
+    """What select, embed and rl draw from: all() and sampler() of Pairs."""
+    run = m_run(tmp_path / "run", leave_out="PocketTally,PocketAt")
+    run.data_root = m_world
+    pairs = train.Pairs(run, m_reader())
+    families = {p["dataset"] for p in pairs.all()}
+    assert families == {f[0] for f in pocket.FAMILIES} - {"PocketTally", "PocketAt"}
+    sampler = pairs.sampler(run.cfg, 0, 64)
+    assert {pairs.data.names[s] for _ in range(30) for s, _ in next(sampler)} == families
+    run.cfg.leave_out = "PocketTall"
+    with pytest.raises(train.UsageError, match="--leave_out PocketTall: no such dataset; there are .*PocketTally"):
+        train.Pairs(run, m_reader())
+
+
+def test_study_targets_learn_to_reason_too(s_study):
+    folder = os.path.join(s_study[0], "seed2", "both_sides")
+    rows = m_select.read_rationales(os.path.join(folder, "propose", "rationales.jsonl"))
+    full = m_select.read_rationales(os.path.join(s_study[0], "seed2", "full", "propose", "rationales.jsonl"))
+    said = {r["id"]: m_reader().rationale(r["text"]) for r in rows if r["side"] == "target"}
+    assert [r for r in rows if r["side"] == "query"] == full and len(said) > 20          # the queries' are those of the full method
+    steps = [(pairs, branches) for what, pairs, branches in s_study[1]["both_sides"] if what == "nce"]
+    assert [all(b == said.get(i) for i, b in zip(*step)) for step in steps] == [False, True] * (s_steps["embed"] // 2)
+    direct, reasoned = m_json(folder, "eval", "modes.json")["modes"], m_json(folder, "reasoned_documents", "modes.json")
+    assert set(direct) == set(reasoned) and direct["never"]["datasets"] != reasoned["never"]["datasets"]
+    names = m_json(s_study[0], "study.json")["variants"]
+    assert {f"hard: full, {mode}" for mode in ("never", "always", "adaptive")} <= set(names)
+    assert {f"{docs}_documents: both_sides, {q}" for docs in ("direct", "reasoned") for q in ("never", "always")} <= set(names)      # the four combinations
+    assert names["reasoned_documents: both_sides, never"]["mean"]["overall"] == reasoned["never"]["overall"] != direct["never"]["overall"]
+
+
+def test_study_candidates_reason_when_asked():
+    asked, es = [], types.SimpleNamespace(name="A", candidates=["c"], cand_ids=["c"])
+    def embed_items(items, ids, reason, what):
+        asked.append((items, reason))
+        raise KeyboardInterrupt
+    for targets in ("never", "always"):
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.measure(es, types.SimpleNamespace(embed=embed_items), ("never",), 0.5, targets)
+    assert asked == [(["c"], "never"), (["c"], "always")]
+
+
+def test_study_resumes_and_writes_tables(s_study, tmp_path, monkeypatch, capsys):
+    """Asked again it trains nothing; a second seed (the first one's figures, moved by a known amount) gives means, intervals and tests."""
+    out = str(tmp_path / "run")
+    shutil.copytree(s_study[0], os.path.join(out, "study"), symlinks=True)
+    for stage in train.STAGES:
+        monkeypatch.setattr(train, f"{stage}_stage", lambda *a: pytest.fail("a finished stage ran again"))
+    monkeypatch.setattr(train.evaluation, "evaluate", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(train.study, "analyse", lambda *a: pytest.fail("analysed again"))
+    again = ["--stage", "study", "--study_seeds", "1", "--out", out, *M_RUN]
+    assert train.main([*again, "--study_variants", "never,always"]) == 0 and "written: " in capsys.readouterr().out
+    assert train.main([*again, "--study_variants", "never", "--rl_price", "0.9"]) == 2 and "rl_price" in capsys.readouterr().err
+    assert train.main([*again, "--study_variants", "nver"]) == 2 and "'nver'" in capsys.readouterr().err
+    root, moved = os.path.join(out, "study"), {"full": 0.10, "never": 0.06}
+    for name in os.listdir(os.path.join(root, "seed2")):
+        if name not in moved:
+            shutil.rmtree(os.path.join(root, "seed2", name))
+    shutil.copytree(os.path.join(root, "seed2"), os.path.join(root, "seed3"), symlinks=True)
+    for name, by in moved.items():
+        report, config = (m_json(root, "seed3", name, f) for f in ("report.json", "config.json"))
+        report["modes"]["adaptive"]["overall"] += by
+        for file, value in (("report.json", report), ("config.json", dict(config, seed=3))):
+            M.write_json(os.path.join(root, "seed3", name, file), value)
+    study.summarise(root)
+    found, text = m_json(root, "study.json"), open(os.path.join(root, "study.md"), encoding="utf-8").read()
+    a, b = (found["variants"][n]["mean"]["overall"] for n in ("full", "never"))
+    test = found["variants"]["never"]["full_minus"]
+    first = [m_json(root, "seed2", n, "report.json")["modes"]["adaptive"]["overall"] for n in ("full", "never")]
+    assert (a, b) == (pytest.approx(first[0] + 0.05), pytest.approx(first[1] + 0.03)) and found["seeds"] == [2, 3] and found["variants"]["full"]["half"]["overall"] == pytest.approx(12.7062 * 0.05, rel=1e-4)
+    assert test["n"] == 2 and test["diff"] == pytest.approx(a - b) and test["half"] == pytest.approx(12.7062 * 0.02, rel=1e-4)
+    assert f"Full minus never: {a - b:+.3f} ± {test['half']:.3f} over 2 seeds, within noise." in text and "PocketWalk (steps)" in text and "## What the counterfactual says" in text
+    assert f"| never | {b:.3f} ± {12.7062 * 0.03:.3f} |" in text and os.path.getsize(os.path.join(root, "study.png")) > 5000
+    steps = [f[0] for f in pocket.FAMILIES if f[2]]
+    assert found["variants"]["never"]["seeds"]["2"]["steps"] == pytest.approx(np.mean([m_json(root, "seed2", "never", "report.json")["modes"]["adaptive"]["datasets"][n] for n in steps]))
+
+
+def test_study_readme_marks(tmp_path):
+    path = tmp_path / "R.md"
+    path.write_text("a\n<!-- study -->\nold\n<!-- /study -->\nb\n")
+    study.into_readme(path, "| new |")
+    assert path.read_text() == "a\n<!-- study -->\n| new |\n<!-- /study -->\nb\n"
+    path.write_text("<!-- study --> no end")
+    with pytest.raises(ValueError, match="R.md: no <!-- study -->"):
+        study.into_readme(path, "x")
+
+
+def test_study_unknown_worker_is_one_line(m_finished, tmp_path, capsys):
+    assert m_main(m_copy(m_finished, tmp_path / "run"), "--embed_workers", "carful", stage="embed") == 2
+    said = capsys.readouterr().err
+    assert "--embed_workers carful" in said and "careful" in said and said.count("train.py: ") == 1
+
+
+def test_study_imports_nothing_that_trains():
+    assert not re.search(r"^(import|from) (train|rl|pocket)\b", open(study.__file__, encoding="utf-8").read(), re.M)
 
 
 if __name__ == "__main__":

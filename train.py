@@ -6,6 +6,7 @@ Everything in order: base -> propose -> select -> embed -> rl -> eval, each a fu
     cp -r runs/pocket runs/dear                                            fork a finished run, then do one stage again with
     python train.py --stage rl --rl_price 0.3 --out runs/dear              one of its options changed, and what follows from it
     python train.py --stage all --rl_price 0.3 --out runs/dear
+    python train.py --stage study --study_seeds 5                          does thinking when needed pay? Every ablation, and what the seeds say
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data MMEB_ROOT       on a CUDA GPU
     torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 5e-6 --compile false --fsdp true      on the GPUs of a node, in full
 
@@ -49,6 +50,7 @@ import data as loader
 import eval as evaluation
 import pocket
 import rl
+import study
 from embed import NOTHING, Embedder, Reader, branch_logp, chunks_of, collate, decision_logits, grad_cache, info_nce, pool
 from embed import add_gradients, clip_gradients, gather_objects, is_sharded, like, rank, ranks, whole
 from model import CONFIGS, Qwen3VL, Tokenizer, add_lora, generate, merge_lora, read_json, shard, write_json
@@ -72,7 +74,7 @@ STAGES = ("base", "propose", "select", "embed", "rl", "eval")
 @dataclass
 class Config:
     preset: str = "pocket"          # a row of PRESETS
-    stage: str = "all"              # all, or one of STAGES
+    stage: str = "all"              # all, or one of STAGES; study: all VARIANTS for several seeds
     out: str = ""                   # run folder; empty: runs/<preset>
     model: str = ""                 # start from this Qwen3-VL folder or hub id; empty: pretrain the pocket model from nothing
     data: str = ""                  # training and test root (see data.py); empty: draw the pocket world
@@ -81,6 +83,10 @@ class Config:
     resume: str = ""                # "auto": go on inside a stage from its last checkpoint
     device: str = ""                # empty: CUDA when there is one
     dtype: str = "float32"          # of the arithmetic and of what is saved; what is trained is fp32 while it is trained
+    leave_out: str = ""             # datasets (commas) that select, embed and rl never see; the tests keep them
+    # study
+    study_seeds: int = 5            # seed, seed + 1, ...
+    study_variants: str = ""        # only these (commas) and those that they are forked from; empty: all of VARIANTS
     # world
     world_train: int = 300          # training pairs per family
     world_test: int = 100           # test queries per family
@@ -119,6 +125,7 @@ class Config:
     base_batch: int = 32            # documents about pictures per step, and half as many of text alone
     base_skill: float = 0.93        # every skill's held-out token accuracy before it cools down
     # propose
+    sides: str = "query"            # who may reason: query, or both (targets too, offline: nobody waits for them)
     propose_k: int = 1              # rationales by the base model itself per query
     propose_temperature: float = 0.7
     propose_max_new: int = 40
@@ -135,6 +142,7 @@ class Config:
     # embed
     embed_steps: int = 450
     embed_lr: float = 0.5           # times the learning rates above
+    embed_workers: str = ""         # only these workers' rationales (commas), "none": nobody's (ablations)
     batch: int = 64                 # pairs per step
     sub_batch: int = 16             # of one dataset, so that in-batch negatives are hard
     negatives: int = 1              # hard negatives used per pair
@@ -144,14 +152,14 @@ class Config:
     # rl
     rl_steps: int = 60
     rl_batch: int = 32              # queries per step
-    rl_group: int = 8               # rollouts per query: half reason, half direct
+    rl_group: int = 8               # rollouts per query: half reason, half direct; 0: no rollouts, the same steps of InfoNCE alone (ablation)
     rl_max_new: int = 48            # T_max of the price, too
     rl_temperature: float = 1.0
     rl_price: float = 0.1           # reward charged for a rationale of T_max tokens: THE latency price
     rl_decision: float = 1.0        # weight of the decision loss
     rl_rationale: float = 1.0       # weight of the rationale loss
     rl_nce: float = 0.1             # weight of InfoNCE beside
-    rl_lr: float = 0.1              # times the learning rates above
+    rl_lr: float = 0.02             # times the learning rates above; at 0.1 the noise of rollouts that all succeed unlearns rationales
     rl_one_loss: bool = False       # ablation: decision and rationale tokens in one mean
     # eval
     tau: float = 0.5                # reason when p_reason > tau
@@ -165,13 +173,13 @@ LARGE = dict(dtype="bfloat16", optimizer="adamw", lr=1e-5, warmup=100, min_pixel
 LORA = dict(lora=32, lr=1e-4)       # 16 bytes per weight: 4B in full is 71 GB before the first activation
 PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE, **LORA), "qwen3vl-8b": dict(LARGE, **LORA)}
 FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "keep", "chunk_tokens", "checkpointing", "compile", "pad_to",
-        "fsdp")                     # may differ when a folder is reused
+        "fsdp", "study_seeds", "study_variants")                 # may differ when a folder is reused
 
 
 CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16"), "optimizer": ("muon", "adamw"),
-           "on_bad": ("stop", "skip"), "select_rule": selection.RULES}
+           "on_bad": ("stop", "skip"), "select_rule": selection.RULES, "sides": ("query", "both")}
 MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
-               "decision_weight", "base_text", "rl_price", "rl_decision", "rl_rationale", "rl_nce", "lora")
+               "decision_weight", "base_text", "rl_price", "rl_steps", "rl_group", "rl_decision", "rl_rationale", "rl_nce", "lora")
 ANY_NUMBER = ("select_margin", "tau")
 
 
@@ -204,8 +212,8 @@ def parse(argv):
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     cfg = Config(**{**PRESETS[preset], **given})
-    if cfg.stage != "all" and cfg.stage not in STAGES:
-        raise UsageError(f"unknown stage {cfg.stage!r}; there are all, {', '.join(STAGES)}")
+    if cfg.stage not in ("all", "study", *STAGES):
+        raise UsageError(f"unknown stage {cfg.stage!r}; there are all, study, {', '.join(STAGES)}")
     for key, among in CHOICES.items():
         if getattr(cfg, key) not in among:
             raise UsageError(f"--{key} {getattr(cfg, key)!r}: there are {', '.join(filter(None, among))}")
@@ -290,8 +298,8 @@ class Run:
         return os.path.join(self.out, *parts)
 
     def steps(self, n):
-        """A step count under --scale: never less than 2."""
-        return max(2, round(n * self.cfg.scale))
+        """A step count under --scale: never less than 2, unless it is 0."""
+        return max(2, round(n * self.cfg.scale)) if n else 0
 
     def rng(self, *key):
         """A numpy generator that depends on the seed and the key alone: nothing to save, nothing to restore."""
@@ -685,6 +693,9 @@ class Pairs:
         c = run.cfg
         self.data, self.reader, self.workers = loader.train_sets(run.data_root, on_bad=c.on_bad), reader, c.workers
         self.kept = {} if sum(self.data.sizes) <= 20000 else None         # 20,000 pairs of pocket pictures are about 1 GB
+        self.left_out = set(filter(None, c.leave_out.split(",")))
+        if unknown := sorted(self.left_out - set(self.data.names)):
+            raise UsageError(f"--leave_out {unknown[0]}: no such dataset; there are {', '.join(self.data.names)}")
         if self.data.missing:
             run.say(f"training data: missing {', '.join(self.data.missing)}")
         if dropped := {name: n for name, n in self.data.dropped.items() if n}:
@@ -705,7 +716,8 @@ class Pairs:
 
     def sampler(self, seed, batch, sub_batch):
         """This rank's share of batches of (source, row)."""
-        return loader.Sampler(self.data.sizes, self.data.weights, batch, sub_batch, seed, rank(), ranks())
+        weights = [0.0 if n in self.left_out else w for n, w in zip(self.data.names, self.data.weights)]
+        return loader.Sampler(self.data.sizes, weights, batch, sub_batch, seed, rank(), ranks())
 
     def stream(self, sampler):
         if self.kept is not None:
@@ -718,7 +730,7 @@ class Pairs:
         """Every pair (at most `limit` per dataset), in order; once, also where another's broken row was replaced by it."""
         seen = set()
         for s, size in enumerate(self.data.sizes):
-            for row in range(min(size, limit or size)):
+            for row in range(0 if self.data.names[s] in self.left_out else min(size, limit or size)):
                 if (pair := self.get(s, row))["id"] not in seen:
                     seen.add(pair["id"])
                     yield pair
@@ -824,11 +836,12 @@ def propose_stage(run, out):
     pairs, folder = Pairs(run, e.reader), run.partial("propose")
     source = c.rationales or (run.path("data", "workers.jsonl") if not c.data else "")
     rows = selection.read_rationales(source) if source else []
-    refs = [(s, r) for s, size in enumerate(pairs.data.sizes) for r in range(size)] if c.propose_k else []
-    parts = [os.path.join(folder, f"{at:09d}.jsonl") for at in range(0, len(refs), 1024)]
-    for n, path in enumerate(tqdm(parts, desc="propose", disable=None)):     # each rank its windows; a finished one is not done again
+    refs = [(s, r) for s, size in enumerate(pairs.data.sizes) if pairs.data.names[s] not in pairs.left_out for r in range(size)] if c.propose_k else []
+    windows = [(side, at) for side in (("query", "target") if c.sides == "both" else ("query",)) for at in range(0, len(refs), 1024)]
+    parts = [os.path.join(folder, f"{side}_{at:09d}.jsonl") for side, at in windows]
+    for n, ((side, at), path) in enumerate(zip(windows, tqdm(parts, desc="propose", disable=None))):     # each rank its windows; a finished one is not done again
         if n % ranks() == rank() and not os.path.exists(path):
-            selection.write_rows(path, propose(run, e, [pairs.get(*r) for r in refs[1024 * n :][:1024]], n))
+            selection.write_rows(path, propose(run, e, [pairs.get(*r) for r in refs[at : at + 1024]], n, side))
     gather_objects(None)
     rows += [r for path in parts for r in selection.read_rationales(path)]
     if not rows:
@@ -837,17 +850,17 @@ def propose_stage(run, out):
         selection.write_rows(os.path.join(out, "rationales.jsonl"), rows)
 
 
-def propose(run, e, pairs, n):
-    """The base model's rationales for one window of pairs, neighbours in length together."""
+def propose(run, e, pairs, n, side):
+    """The base model's rationales for one side of one window of pairs, neighbours in length together."""
     c, rows, rng = run.cfg, [], run.generator("propose", n)
-    pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))
+    pairs = sorted(pairs, key=lambda p: len(p[side]["ids"]))
     for part in (pairs[at : at + 64] for at in range(0, len(pairs), 64)):
-        batch = collate([p["query"] for p in part], e.reader, device=run.device)
+        batch = collate([p[side] for p in part], e.reader, device=run.device)
         got = generate(e.model, batch, c.propose_max_new, c.propose_k, e.reader.prefix, (e.reader.unthink,), e.reader.tail, e.reader.close,
                        e.reader.ban, c.propose_temperature, rng)
         for p, tokens in zip(part, got["tokens"]):
             texts = [e.reader.rationale_text(ids) for ids in tokens]
-            rows += [dict(id=p["id"], side="query", worker="base" if c.propose_k == 1 else f"base-{k}", text=text) for k, text in enumerate(texts) if text]
+            rows += [dict(id=p["id"], side=side, worker="base" if c.propose_k == 1 else f"base-{k}", text=text) for k, text in enumerate(texts) if text]
     return rows
 
 
@@ -964,12 +977,27 @@ def embed_stage(run, out):
     c = run.cfg
     e = run.trainee("base")
     pairs = Pairs(run, e.reader)
-    kept, judged = {}, {r["id"] for r in selection.read_rationales(run.path("propose", "rationales.jsonl")) if r["side"] == "query"}
+    kept, proposed = {}, selection.read_rationales(run.path("propose", "rationales.jsonl"))
+    judged, workers = {r["id"] for r in proposed if r["side"] == "query"}, set(filter(None, c.embed_workers.split(",")))
+    if unknown := sorted(workers - {r["worker"] for r in proposed} - {"none"}):
+        raise UsageError(f"--embed_workers {unknown[0]}: no rationale is by such a worker; there are {', '.join(sorted({r['worker'] for r in proposed}))}")
     for r in selection.read_rationales(run.path("select", "selected.jsonl"), numbers=("weight",)):
-        kept.setdefault(r["id"], []).append((e.reader.rationale(r["text"]), r["weight"]))
+        if not workers or r["worker"] in workers:
+            kept.setdefault(r["id"], []).append((e.reader.rationale(r["text"]), r["weight"]))
+    kept = {i: [(b, w / sum(w for _, w in options)) for b, w in options] for i, options in kept.items()}
+    offline = {}                                                 # what targets may say; nothing judges it, so it only serves --sides both
+    for r in proposed:
+        if r["side"] == "target" and c.sides == "both":
+            offline.setdefault(r["id"], []).append(e.reader.rationale(r["text"]))
+    if c.sides == "both" and not offline:
+        raise UsageError("--sides both: propose left no rationale of a target (propose_k is 0, and the file given has none)")
 
     def one_step(i, batch):
         branches, labels = [], []
+        if c.sides == "both" and i % 2:                          # every other step targets reason: pairs turned round, each target once
+            batch = list({p["answer"]: dict(p, query=p["target"], target=p["query"], answer=key_of(p["query"]), negatives=[]) for p in batch}.values())
+            options = [offline.get(p["id"], [None]) for p in batch]
+            return contrastive_step(e.model, e.reader, batch, [o[run.rng("embed", i, p["id"]).integers(len(o))] for o, p in zip(options, batch)], [-1] * len(batch), c)
         for p in batch:                                          # one rationale per visit, drawn from the posterior
             options = kept.get(p["id"])
             branches.append(options[run.rng("embed", i, p["id"]).choice(len(options), p=[w for _, w in options])][0] if options else None)
@@ -994,6 +1022,8 @@ def rl_stage(run, out):
         return pool(e.model(batch), batch["ends"])[:, 0]
 
     def one_step(i, batch):
+        if not c.rl_group:
+            return contrastive_step(e.model, e.reader, batch, [None] * len(batch), [-1] * len(batch), c)
         keys = np.array(sum(gather_objects([p["answer"] for p in batch]), []))
         same = torch.from_numpy(keys[:, None] == keys[None]).to(run.device)
         m = rl.grpo_step(e.model, e.reader, [p["query"] for p in batch], [p["target"] for p in batch], same, c, run.generator("rl", i, rank()),
@@ -1036,18 +1066,127 @@ def report(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def world(run):
-    """Draw the pocket world once, unless --data names a root."""
-    c, final = run.cfg, run.path("data")
-    if c.data and c.stage == "all" and not loader.tables(c.data, "eval"):
-        raise UsageError(f"--data {c.data} has no test set (test.jsonl beside train.jsonl), and --stage all ends with one; name the stages instead")
-    if c.data or os.path.exists(os.path.join(final, "datasets.json")) or rank() > 0:
+def world(cfg, final, **change):
+    """Draw the pocket world once."""
+    if os.path.exists(os.path.join(final, "datasets.json")) or rank() > 0:
         return
-    aside = run.path("data.part")
+    aside, c = final + ".part", dataclasses.replace(cfg, **change)
     shutil.rmtree(aside, ignore_errors=True)
     os.makedirs(aside)
     pocket.write_world(aside, c.seed, max(4, round(c.world_train * c.scale)), max(4, round(c.world_test * c.scale)), c.world_style, c.world_steps)
     os.replace(aside, final)
+
+
+def run_stages(cfg):
+    """The stages that this call asks for, in one run folder -> its Run."""
+    run = Run(cfg)
+    signal.signal(signal.SIGTERM, run.terminate)
+    if cfg.data and cfg.stage == "all" and not loader.tables(cfg.data, "eval"):
+        raise UsageError(f"--data {cfg.data} has no test set (test.jsonl beside train.jsonl), and --stage all ends with one; name the stages instead")
+    if not cfg.data:
+        world(cfg, run.path("data"))
+    gather_objects(None)                                         # the other ranks wait for the world
+    for stage in STAGES if cfg.stage == "all" else (cfg.stage,):
+        if cfg.stage == "all" and stage in run.stages:
+            run.say(f"{stage}: done before")
+            continue
+        t0, aside = time.time(), run.path(f"{stage}.part")
+        if rank() == 0:
+            if stage != "eval" or cfg.resume != "auto":          # what eval.part/cache holds need not be embedded again
+                shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(aside, exist_ok=True)
+        {"base": base_stage, "propose": propose_stage, "select": select_stage, "embed": embed_stage, "rl": rl_stage, "eval": eval_stage}[stage](run, aside)
+        run.finish(stage, aside, time.time() - t0)
+        run.say(f"{stage}: {time.time() - t0:.0f} s")
+    if "eval" in run.stages and rank() == 0:
+        report(run)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study: does thinking when needed pay? Variants are run folders forked from one another, so they share every stage
+# before the first that differs: data, base and proposals always, the embedder where only rl does. What the seeds say: study.py
+
+VARIANTS = {                                                     # name: (forked from, first stage done again, what differs)
+    "full": ("", "base", {}),
+    # VLM2Vec-style: contrastive without a rationale, as many updates of embed and rl on batches of the same size
+    "never": ("full", "embed", dict(embed_workers="none", decision_weight=0.0, rl_group=0, tau=1.0)),
+    "no_selection": ("full", "select", dict(select_rule="none", select_weight_temperature=1e6)),          # a huge T: all candidates alike
+    # UME-R1-style: a rationale on every query in training (the best worker's, or any) and in use, no decision, no price
+    "always": ("no_selection", "embed", dict(embed_workers="careful", decision_weight=0.0, rl_decision=0.0, rl_price=0.0, tau=-1.0)),
+    "always_any": ("no_selection", "embed", dict(decision_weight=0.0, rl_decision=0.0, rl_price=0.0, tau=-1.0)),
+    "positive_only": ("full", "select", dict(select_rule="positive_only")),
+    "no_placebo": ("full", "select", dict(select_rule="no_placebo")),
+    "no_crossfit": ("full", "select", dict(select_folds=1)),
+    "supervised": ("full", "rl", dict(rl_steps=0)),              # the decision as selection labelled it
+    "no_price": ("full", "rl", dict(rl_price=0.0)),
+    "one_loss": ("full", "rl", dict(rl_one_loss=True)),
+    "both_sides": ("full", "propose", dict(sides="both")),
+    "without_tally": ("full", "select", dict(leave_out="PocketTally")),                                   # never seen, then tested
+}
+ELSEWHERE = {"hard": dict(world_steps=5), "night": dict(world_style="night")}                             # test worlds that nobody trained on ...
+TRAVELLERS = ("full", "never", "always")                                                                  # ... and who goes there
+
+
+def lineage(name):
+    """The variant's forebears, "full" first, and itself."""
+    return [*lineage(VARIANTS[name][0]), name] if name else []
+
+
+def fork(parent, out, stages):
+    """A run folder whose data and first stages are links to its parent's."""
+    if os.path.exists(os.path.join(out, "stages.json")):
+        return
+    os.makedirs(out, exist_ok=True)
+    for name in ("data", *stages):
+        if not os.path.lexists(os.path.join(out, name)):
+            os.symlink(os.path.relpath(os.path.join(parent, name), out), os.path.join(out, name))
+    with open(os.path.join(parent, "metrics.jsonl"), encoding="utf-8") as f:
+        selection.write_rows(os.path.join(out, "metrics.jsonl"), [row for row in map(json.loads, f) if row["stage"].startswith(stages)])
+    done = read_json(os.path.join(parent, "stages.json"))
+    write_json(os.path.join(out, "stages.json"), {k: done[k] for k in stages})
+
+
+def run_variant(cfg, name, seed):
+    """One variant under one seed, and what is measured of it beside its report; whatever is there already is not done again."""
+    parent, first, _ = VARIANTS[name]
+    place = lambda name: os.path.join(cfg.out, "study", f"seed{seed}", name)
+    c = dataclasses.replace(cfg, stage="all", seed=seed, out=place(name), **{k: v for n in lineage(name) for k, v in VARIANTS[n][2].items()})
+    if parent:
+        fork(place(parent), c.out, STAGES[: STAGES.index(first)])
+    run = Run(c)                                                 # refuses a folder of another configuration
+    if not os.path.exists(run.path("report.json")):
+        run = run_stages(c)
+
+    def measure(folder, root, **how):
+        if not os.path.exists(run.path(folder, "modes.json")):
+            found = evaluation.evaluate(run.embedder("rl"), root, run.path(folder), tau=c.tau, batch_size=c.eval_batch,
+                                        options=dict(max_new_tokens=2 * c.eval_max_new), **how)           # harder queries may take longer
+            write_json(run.path(folder, "modes.json"), dict(modes=found["modes"], curve=found["curve"]))
+
+    for where, how in ELSEWHERE.items() if name in TRAVELLERS else ():
+        world(c, place(f"world_{where}"), world_train=1, seed=seed + 1000, **how)
+        measure(where, place(f"world_{where}"))
+    if c.sides == "both":
+        measure("reasoned_documents", run.data_root, targets="always")
+    if name == "full" and not os.path.exists(run.path("analysis.json")):
+        write_json(run.path("analysis.json"), study.analyse(run.embedder("rl"), run.data_root, run.rng("analysis"), c.tau, c.temperature, c.eval_max_new, c.eval_batch))
+
+
+def study_stage(cfg):
+    chosen = cfg.study_variants.split(",") if cfg.study_variants else list(VARIANTS)
+    if unknown := [n for n in chosen if n not in VARIANTS]:
+        raise UsageError(f"--study_variants {unknown[0]!r}: there are {', '.join(VARIANTS)}")
+    if cfg.data or cfg.model:
+        raise UsageError("--stage study draws its own worlds and pretrains its own models: no --data, no --model")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("--stage study runs in one process: start it without torchrun")
+    wanted = {n for name in chosen for n in lineage(name)}
+    for seed in range(cfg.seed, cfg.seed + cfg.study_seeds):
+        for name in filter(wanted.__contains__, VARIANTS):
+            tqdm.write(f"study: seed {seed}, {name}")
+            run_variant(cfg, name, seed)
+        print(study.summarise(os.path.join(cfg.out, "study")))
 
 
 def main(argv):
@@ -1057,23 +1196,7 @@ def main(argv):
     handler = signal.getsignal(signal.SIGTERM)
     try:
         cfg = parse(argv)
-        run = Run(cfg)
-        signal.signal(signal.SIGTERM, run.terminate)
-        world(run)
-        for stage in STAGES if cfg.stage == "all" else (cfg.stage,):
-            if cfg.stage == "all" and stage in run.stages:
-                run.say(f"{stage}: done before")
-                continue
-            t0, aside = time.time(), run.path(f"{stage}.part")
-            if rank() == 0:
-                if stage != "eval" or cfg.resume != "auto":      # what eval.part/cache holds need not be embedded again
-                    shutil.rmtree(aside, ignore_errors=True)
-                os.makedirs(aside, exist_ok=True)
-            {"base": base_stage, "propose": propose_stage, "select": select_stage, "embed": embed_stage, "rl": rl_stage, "eval": eval_stage}[stage](run, aside)
-            run.finish(stage, aside, time.time() - t0)
-            run.say(f"{stage}: {time.time() - t0:.0f} s")
-        if "eval" in run.stages and rank() == 0:
-            report(run)
+        study_stage(cfg) if cfg.stage == "study" else run_stages(cfg)
         if ranks() > 1:
             dist.destroy_process_group()
         return 0

@@ -1,0 +1,353 @@
+"""
+What a finished study says: does thinking when needed pay, does every part of the method earn its place, and are the rationales read at all?
+
+train.py --stage study runs the variants (its table VARIANTS) and leaves one run folder per seed and variant; this file, apart because nothing
+here trains, does the statistics, the tables and the picture, and puts the trained model itself to the counterfactual test.
+
+The maths. Over n seeds a figure is its mean ± t(0.975, n − 1)·s/√n. A variant is compared with the full method seed by seed, since both share data,
+base and proposals: paired t of the n differences, two-sided, not corrected for the number of variants. Student's t is summed in closed form.
+    m(q, r) = log softmax_c( e(q, r)·e(c) / temperature )[the target] over the query's own test candidates;   gain = m(q, its own rationale) − m(q, ∅)
+    false-helpful (SURE): the rationale raises the cosine to the target and yet lowers m, because it raises the others more
+
+How to run:
+    python study.py runs/pocket/study [--readme README.md]        tables anew; also between <!-- study --> and <!-- /study --> of that file
+
+Left out: corrections for multiple comparisons, tests that assume nothing of the differences (five seeds cannot carry them: sign test p >= 0.06).
+"""
+
+import argparse
+import glob
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+
+import data
+import eval as evaluation
+from embed import collate, pool
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def t_inside(t, df):
+    """P(|T| <= t) of Student's t with df degrees of freedom (an integer), t >= 0: the finite sums in θ = atan(t/√df)."""
+    angle = math.atan(t / math.sqrt(df))
+    c, odd = math.cos(angle), df % 2
+    term, total = (c if odd else 1.0), 0.0
+    for k in range(1, (df - odd) // 2 + 1):
+        total += term
+        term *= c * c * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def t_quantile(df, inside=0.95):
+    """The t with P(|T| <= t) = inside, by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_inside(middle, df) < inside else (low, middle)
+    return high
+
+
+def interval(values):
+    """-> mean and half the 95 % interval (None for fewer than two values); values that are None are left out."""
+    x = [v for v in values if v is not None]
+    if not x:
+        return None, None
+    return float(np.mean(x)), float(t_quantile(len(x) - 1) * np.std(x, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
+
+
+def paired(a, b):
+    """Figures of two variants under the same seeds -> {"diff" (a − b), "half", "t", "p", "n"}; t and p are None where the differences do not vary."""
+    d = np.asarray(a, float) - np.asarray(b, float)
+    diff, half = interval(d.tolist())
+    spread = np.std(d, ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0.0
+    t = float(diff / spread) if spread > 1e-12 else None
+    return dict(diff=diff, half=half, t=t, p=None if t is None else 1 - t_inside(abs(t), len(d) - 1), n=len(d))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trained model under its own rationale, and under others
+
+WORDS = ("direct", "own", "empty", "shuffled", "other")          # columns: what is written between <think> and </think>; direct: no <think> at all
+
+
+@torch.no_grad()
+def under(embedder, queries, texts, batch_size):
+    """Unit vectors (n, 1 + k, H) of queries: direct, and after each of the k rationales in texts[i]."""
+    reader, out = embedder.reader, []
+    for at in range(0, len(queries), batch_size):
+        prompts = [reader.read(q) for q in queries[at : at + batch_size]]
+        batch = collate(prompts, reader, [[reader.rationale(t) for t in row] for row in texts[at : at + batch_size]], embedder.model.device)
+        out.append(pool(embedder.model(batch), batch["ends"]).cpu().numpy())
+    return np.concatenate(out)
+
+
+def margin(scores, right, temperature):
+    """scores (c, k) of candidates under k vectors, right: the target's row -> m (k,)."""
+    z = scores / temperature
+    top = z.max(0)
+    return z[right] - top - np.log(np.exp(z - top).sum(0))
+
+
+def probe(es, embedder, rng, temperature, max_new, batch_size):
+    """One test set -> {"p" (n,), "gain" (n,), "rises" (n,), "score", "to_direct", "to_own" (n, 5)}: the columns are WORDS."""
+    targets = embedder.encode(es.candidates, reason="never", batch_size=batch_size)
+    _, infos = embedder.encode(es.queries, reason="always", batch_size=batch_size, max_new_tokens=max_new, return_info=True)
+    own, texts = [info["rationale"] for info in infos], []
+    for i, text in enumerate(own):                               # another query's: one with another answer, where there is one
+        order = [j for j in rng.permutation(len(own)).tolist() if j != i] or [i]
+        other = min(order, key=lambda j: set(es.positives[j]) == set(es.positives[i]))
+        texts.append([text, "", " ".join(rng.permutation(text.split()).tolist()), own[other]])
+    v = under(embedder, es.queries, texts, batch_size)                                        # (n, 5, H)
+    score, m, positive = [], [], []
+    for k in range(len(WORDS)):
+        ranked, grades = evaluation.rank(v[:, k], targets, es.positives, es.grades, es.local), es.grades or [None] * len(own)
+        score.append([evaluation.score_ranks(r, g)[evaluation.KEYS.index(es.metric)] for r, g in zip(ranked.worst, grades)])
+    for i, right in enumerate(es.positives):
+        among = np.unique(es.local[i]) if es.local is not None else np.arange(len(targets))
+        rows = [right[0], *among[~np.isin(among, right)]]
+        s = targets[rows] @ v[i].T                                                            # (c, 5)
+        m.append(margin(s, 0, temperature)), positive.append(s[0])
+    m, positive = np.array(m), np.array(positive)
+    return dict(p=np.array([info["p_reason"] for info in infos]), gain=m[:, 1] - m[:, 0], rises=positive[:, 1] > positive[:, 0], score=np.array(score).T,
+                to_direct=np.einsum("nkh,nh->nk", v, v[:, 0]), to_own=np.einsum("nkh,nh->nk", v, v[:, 1]))
+
+
+def analyse(embedder, root, rng, tau=0.5, temperature=0.02, max_new=48, batch_size=64):
+    """-> {"families": {name: figures}, "calibration": [{"p", "n", "gain", "pays"} per tenth of p_reason]}."""
+    found = {}
+    for row in data.tables(root, "eval"):
+        es = data.load_eval(root, row)
+        found[es.name] = probe(es, embedder, rng, temperature, max_new, batch_size)
+    families = {}
+    for name, f in found.items():
+        score, direct, own = (dict(zip(WORDS, f[k].mean(0).tolist())) for k in ("score", "to_direct", "to_own"))
+        families[name] = {"reason_rate": float((f["p"] > tau).mean()), "gain": float(f["gain"].mean()),
+                          "false_helpful": float((f["rises"] & (f["gain"] < 0)).mean()), **{f"score {w}": x for w, x in score.items()},
+                          **{f"{w} ~ direct": x for w, x in direct.items()}, **{f"{w} ~ own": x for w, x in own.items()}}
+    p, gain = (np.concatenate([f[k] for f in found.values()]) for k in ("p", "gain"))
+    tenth, bins = np.minimum((p * 10).astype(int), 9), []
+    for b in range(10):
+        mine = tenth == b
+        bins.append(dict(p=float(p[mine].mean()), n=int(mine.sum()), gain=float(gain[mine].mean()), pays=float((gain[mine] > 0).mean())) if mine.any() else
+                    dict(p=None, n=0, gain=None, pays=None))
+    return dict(families=families, calibration=bins)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From run folders to figures
+
+FIGURES = ("overall", "steps", "one_look", "reason_rate", "tokens", "ms", "precision", "recall", "seconds")
+
+
+def read(*path):
+    with open(os.path.join(*path), encoding="utf-8") as f:
+        return json.load(f)
+
+
+def figures(modes, mode, steps, **more):
+    """One mode of a report -> what the tables show of it; steps: the datasets that need steps."""
+    m = modes[mode]
+    mean = lambda yes: float(np.mean(x)) if (x := [score for name, score in m["datasets"].items() if (name in steps) == yes]) else None
+    return dict(dict.fromkeys(FIGURES), overall=m["overall"], steps=mean(True), one_look=mean(False), reason_rate=m["reason_rate"],
+                tokens=m["tokens_per_query"], ms=m["ms_per_query"], datasets=m["datasets"], **more)
+
+
+def collect(folder):
+    """The study's folder -> ({variant: {seed: figures}}, the datasets that need steps, {variant: [datasets left out]}). A colon in a name: measured
+    elsewhere than on the ordinary test sets; a comma: the full method's weights, used otherwise."""
+    rows, steps, left_out = {}, [], {}
+    for report in sorted(glob.glob(os.path.join(folder, "seed*", "*", "report.json"))):
+        run = os.path.dirname(report)
+        name, report, config, steps = os.path.basename(run), read(report), read(run, "config.json"), read(run, "data", "pocket.json")["steps"]
+        put = lambda label, modes, mode, **more: rows.setdefault(label, {}).update({config["seed"]: figures(modes, mode, steps, **more)})
+        choice = {k: report["selection"][k] for k in ("precision", "recall") if not config["embed_workers"]}
+        reasons = {n: d["reason_rate"] for n, d in read(run, "eval", "summary.json")["datasets"].items()}
+        put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
+        for label, mode in {"full, never": "never", "full, always": "always", "random": "random", "oracle": "oracle"}.items() if name == "full" else ():
+            put(label, report["modes"], mode)
+        places = {os.path.basename(os.path.dirname(p)): read(p)["modes"] for p in glob.glob(os.path.join(run, "*", "modes.json"))}
+        for where, modes in places.items():                      # where the documents reason, those that do not belong beside them
+            where = where if where != "eval" else "direct_documents" if "reasoned_documents" in places else None
+            for mode in ("never", "always", "adaptive") if where else ():
+                put(f"{where}: {name}, {mode}", modes, mode)
+        if config["leave_out"]:
+            left_out[name] = config["leave_out"].split(",")
+    if "full" not in rows:
+        raise ValueError(f"{folder}: no finished run of the full method in seed*/full")
+    return rows, steps, left_out
+
+
+def gather(folder):
+    """-> study.json's content: per variant its figures by seed, their intervals, and the paired test against the full method."""
+    rows, steps, left_out = collect(folder)
+    full, out = rows["full"], {}
+    for name, of in rows.items():
+        same = sorted(set(of) & set(full))
+        spread = {k: interval([r[k] for r in of.values()]) for k in FIGURES}
+        out[name] = dict(seeds=of, mean={k: v[0] for k, v in spread.items()}, half={k: v[1] for k, v in spread.items()},
+                         datasets={n: interval([r["datasets"][n] for r in of.values()]) for n in next(iter(of.values()))["datasets"]},
+                         full_minus=paired([full[s]["overall"] for s in same], [of[s]["overall"] for s in same]) if same else None)
+    return dict(seeds=sorted(full), steps=steps, left_out=left_out, variants=dict(sorted(out.items(), key=lambda x: x[0] != "full")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From figures to words
+
+show = lambda x, half=None, digits=3, sign="": "–" if x is None else f"{x:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def table(head, rows):
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
+
+
+def plain(found):
+    """The variants on the ordinary test sets: those without a colon."""
+    return {name: v for name, v in found["variants"].items() if ":" not in name}
+
+
+def main_table(found):
+    """The table of the README: every variant beside the full method."""
+    rows = []
+    for name, v in plain(found).items():
+        mean, half, test = v["mean"], v["half"], v["full_minus"]
+        by = ["", "", ""] if name == "full" else [show(test["diff"], test["half"], sign="+"), show(test["p"]), test["n"]] if test else ["–"] * 3
+        rows.append([name.replace("_", " "), show(mean["overall"], half["overall"]), show(mean["steps"]), show(mean["one_look"]), show(mean["reason_rate"], digits=2),
+                     show(mean["tokens"], half["tokens"], 1), show(mean["ms"], digits=1), *by, *(show(mean[k], digits=2) for k in ("precision", "recall"))])
+    return table(["variant", "overall", "need steps", "one look", "reason rate", "tokens / query", "ms / query", "full − it", "p", "n",
+                  "precision", "recall"], rows)
+
+
+def verdict(found):
+    """The study's question answered in sentences, whichever way the numbers fall."""
+    v, out = plain(found), []
+    sign = lambda d: 0 if d["half"] is None or abs(d["diff"]) <= d["half"] else math.copysign(1, d["diff"])
+    for name in (n for n in ("never", "always") if n in v and v[n]["full_minus"]):
+        d = v[name]["full_minus"]
+        sure = {1: ", the interval above zero", -1: ", the interval below zero", 0: ", within noise" if d["half"] is not None else ""}[sign(d)]
+        out.append(f"Full minus {name}: {show(d['diff'], d['half'], sign='+')} over {d['n']} seed{'s' * (d['n'] > 1)}{sure}.")
+    for name, aim in (("always", 0.6), ("oracle", 1.15)):
+        if name in v and v[name]["mean"]["tokens"]:
+            ratio = v["full"]["mean"]["tokens"] / v[name]["mean"]["tokens"]
+            out.append(f"Tokens: {ratio:.2f} times those of {name} (aim: at most {aim}; {'met' if ratio <= aim else 'missed'}).")
+    best, coin, full = (v[n]["mean"]["overall"] for n in ("oracle", "random", "full"))
+    if best > coin:
+        out.append(f"Decision: {(full - coin) / (best - coin):.0%} of the way from a coin to hindsight (aim: at least 80%).")
+    rivals = {n: sign(x["full_minus"]) for n, x in v.items() if "," not in n and n not in ("full", "oracle", "random") and x["full_minus"]}
+    better, worse = (", ".join(n for n, way in rivals.items() if way == w) or "none" for w in (-1, 1))
+    return out + [f"Beyond noise better than full: {better}; worse: {worse}."]
+
+
+def family_table(found):
+    full, v = found["variants"]["full"], plain(found)
+    rows = [[d + (" (steps)" if d in found["steps"] else ""), *(show(*x["datasets"][d], digits=2) for x in v.values()),
+             show(float(np.mean([r["reasons"][d] for r in full["seeds"].values()])), digits=2)] for d in full["datasets"]]
+    return table(["family", *(n.replace("_", " ") for n in v), "full reasons"], rows)
+
+
+def elsewhere_table(found):
+    """Other worlds, and the four combinations of sides: rows of the names with a colon."""
+    rows = [[*name.replace("_", " ").split(": "), *(show(v["mean"][k], v["half"][k]) for k in ("overall", "steps", "one_look")),
+             show(v["mean"]["reason_rate"], digits=2), show(v["mean"]["tokens"], digits=1)] for name, v in sorted(found["variants"].items()) if ":" in name]
+    return table(["where", "variant, mode", "overall", "need steps", "one look", "reason rate", "tokens / query"], rows)
+
+
+def left_out_table(found):
+    mean = lambda n, d, key: show(*interval([r[key][d] for r in found["variants"][n]["seeds"].values()]))
+    return table(["variant", "family", "score", "reason rate", "full", "full reasons"], [
+        [name.replace("_", " "), d, mean(name, d, "datasets"), mean(name, d, "reasons"), mean("full", d, "datasets"), mean("full", d, "reasons")]
+        for name, of in found["left_out"].items() for d in of])
+
+
+SHOWN = ("reason_rate", "gain", "false_helpful", *(f"score {w}" for w in WORDS), "own ~ direct", "empty ~ direct", "shuffled ~ own", "other ~ own")
+
+
+def analysis_tables(parts):
+    """analysis.json of each seed -> means over seeds: per family, and the calibration (weighted by the number of queries)."""
+    names = list(parts[0]["families"])
+    x = np.array([[[p["families"][n][k] for k in SHOWN] for n in names] for p in parts]).mean(0)                       # (families, columns)
+    rows = [[n, *(show(v, digits=2) for v in row)] for n, row in zip([*names, "mean"], [*x, x.mean(0)])]
+    bins = []
+    for b in range(10):
+        mine = [p["calibration"][b] for p in parts if p["calibration"][b]["n"]]
+        mean = lambda k: float(np.average([x[k] for x in mine], weights=[x["n"] for x in mine])) if mine else None
+        bins.append([f"{b / 10:.1f} … {(b + 1) / 10:.1f}", sum(x["n"] for x in mine), *(show(mean(k), digits=2) for k in ("p", "gain", "pays"))])
+    return table(["family", *(k.replace("_", " ") for k in SHOWN)], rows), table(["p_reason", "queries", "mean p", "mean gain", "share with gain > 0"], bins)
+
+
+def draw(found, path):
+    """Quality against tokens, every variant with its intervals."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+    with matplotlib.style.context(["default", evaluation.STYLE]):
+        fig = Figure((9, 5.5), layout="constrained")
+        ax, labels = fig.subplots(), []
+        for name, v in plain(found).items():
+            colour = evaluation.COLOURS.get({"full": "adaptive"}.get(name, name.removeprefix("full, ")), "#8a5a9e")
+            x, y = v["mean"]["tokens"], v["mean"]["overall"]
+            ax.errorbar(x, y, v["half"]["overall"], v["half"]["tokens"], "s" if "," in name else "o", color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
+            labels.append((x, y, name.replace("_", " "), colour))
+        ax.margins(0.15)
+        ax.set(xlabel="generated tokens per query", ylabel="mean quality", title=f"Mean and 95 % interval, seeds: {len(found['seeds'])}")
+        evaluation.label_points(ax, labels, np.array([label[:2] for label in labels]))
+        fig.savefig(path)
+
+
+def summarise(folder):
+    """study.json, analysis.json, study.md and study.png of the runs that are finished -> the verdict as text."""
+    found = gather(folder)
+    paths = sorted(glob.glob(os.path.join(folder, "seed*", "full", "analysis.json")))
+    evaluation.write(os.path.join(folder, "study.json"), found)
+    draw(found, os.path.join(folder, "study.png"))
+    parts = ["# Does thinking when needed pay?", *verdict(found), f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
+             "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. random: a coin at full's reason rate. "
+             "oracle: with hindsight the better of never and always. 'full, never' and 'full, always': the full method's weights, forced.",
+             "![quality against tokens](study.png)", main_table(found), "## Families", family_table(found)]
+    if any(":" in name for name in found["variants"]):
+        parts += ["## Other worlds, and who reasons", "hard: longer paths and sums than in training. night: light on dark, never drawn in training. "
+                  "direct_documents, reasoned_documents: the variant both sides, whose targets learnt to reason offline.", elsewhere_table(found)]
+    if found["left_out"]:
+        parts += ["## A family that was never trained on", left_out_table(found)]
+    if paths:
+        each = {os.path.basename(os.path.dirname(os.path.dirname(p))): read(p) for p in paths}
+        evaluation.write(os.path.join(folder, "analysis.json"), each)
+        families, calibration = analysis_tables(list(each.values()))
+        parts += ["## What the counterfactual says of the trained model", "Score: the family's metric, the query embedded directly or after "
+                  "its own, an empty, a shuffled or another query's rationale. a ~ b: cosine of two such vectors. gain: m(q, own) − m(q, ∅).", families, calibration]
+    with open(os.path.join(folder, "study.md"), "w", encoding="utf-8") as f:
+        f.write("\n\n".join(parts) + "\n")
+    return "\n".join(verdict(found) + [f"written: {os.path.join(folder, 'study.md')}"])
+
+
+def into_readme(path, text):
+    """Replace what stands between <!-- study --> and <!-- /study -->."""
+    with open(path, encoding="utf-8") as f:
+        before, opened, rest = f.read().partition("<!-- study -->")
+    _, closed, after = rest.partition("<!-- /study -->")
+    if not (opened and closed):
+        raise ValueError(f"{path}: no <!-- study --> … <!-- /study -->")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{before}{opened}\n{text}\n{closed}{after}")
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Tables and picture of a study that train.py --stage study has run.")
+    ap.add_argument("folder", help="the folder that holds seed1/, seed2/, ...")
+    ap.add_argument("--readme", metavar="FILE", help="also put the main table between its <!-- study --> marks")
+    a = ap.parse_args()
+    try:
+        print(summarise(a.folder))
+        if a.readme:
+            found = gather(a.folder)
+            into_readme(a.readme, "\n\n".join([main_table(found), " ".join(verdict(found))]))
+    except (ValueError, OSError) as e:
+        sys.exit(f"study.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
