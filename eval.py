@@ -456,15 +456,48 @@ def bench(out, sizes=(100_000, 1_000_000), n=1000, d=256):
     data.record(figures, out)
 
 
-def over_seeds(folders, out):
+def into_readme(path, mark, text):
+    """Replace what stands between <!-- mark --> and <!-- /mark -->: the README's tables are written by the program that measured."""
+    with open(path, encoding="utf-8") as f:
+        before, opened, rest = f.read().partition(f"<!-- {mark} -->")
+    _, closed, after = rest.partition(f"<!-- /{mark} -->")
+    if not (opened and closed):
+        raise ValueError(f"{path}: no <!-- {mark} --> … <!-- /{mark} -->")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{before}{opened}\n{text}\n{closed}{after}")
+
+
+def seeds_tables(found):
+    """over_seeds' file -> markdown: the modes, the families that need steps, what was selected."""
+    median, spread, sets = found["median"], found["spread"], found["datasets"]
+    rows = ["| mode | overall | reason rate | tokens per query |", "| --- | --- | --- | --- |"]
+    rows += [f"| {mode} | {m['overall']:.3f} ± {spread[mode]['overall']:.3f} | {m['reason_rate']:.2f} | {m['tokens_per_query']:.1f} |" for mode, m in median.items()]
+    rows += ["", "| family that needs steps | never | always | adaptive |", "| --- | --- | --- | --- |"]
+    rows += [f"| {n} | " + " | ".join(f"{sets[n][mode]:.2f}" for mode in ("never", "always", "adaptive")) + " |" for n in found["steps"]]
+    never, always, adaptive, random, oracle = (median[m]["overall"] for m in ("never", "always", "adaptive", "random", "oracle"))
+    tokens = {m: median[m]["tokens_per_query"] for m in median}
+    picked = {k: float(np.median([p[k] for p in found["selection"]])) for k in ("precision", "recall", "placebo_accepted", "sloppy_kept")}
+    n, seconds = len(found["runs"]), ", ".join(f"{sum(r['seconds'].values()):.0f}" for r in found["runs"])
+    rows += ["", f"Medians over {n} seed{'s' * (n > 1)} ({', '.join(str(r['seed']) for r in found['runs'])}), ± their standard deviation. Adaptive − never {adaptive - never:+.3f}, adaptive − always "
+             f"{adaptive - always:+.3f}; from the coin to hindsight {(adaptive - random) / (oracle - random):.0%} of the way; tokens {tokens['adaptive'] / tokens['always']:.0%} of always', "
+             f"{tokens['adaptive'] / tokens['oracle']:.2f} times the oracle's. Selection against the truth: precision {picked['precision']:.3f}, recall {picked['recall']:.3f}, placebos accepted "
+             f"{picked['placebo_accepted']:.3f}, sloppy rationales kept {picked['sloppy_kept']:.3f}. Seconds per run: {seconds}."]
+    return "\n".join(rows)
+
+
+def over_seeds(folders, out, readme=None):
     """Several runs' report.json -> one file: per mode the median, mean and spread (sample standard deviation) of every number.
 
-    Every number of the README's table stands in such a file; reports of different presets are refused.
+    Every number of the README's table stands in such a file; reports of different presets are refused. readme: see into_readme, mark "pocket".
     """
-    reports = []
+    reports, steps = [], []
     for folder in folders:
         with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
             reports.append(json.load(f))
+        truth = os.path.join(folder, "data", "pocket.json")
+        if os.path.exists(truth):
+            with open(truth, encoding="utf-8") as f:
+                steps = json.load(f)["steps"]
     if len({r["preset"] for r in reports}) > 1:
         raise ValueError(f"runs of different presets: {', '.join(sorted({r['preset'] for r in reports}))}")
     keys = ("overall", "image", "video", "visdoc", "reason_rate", "tokens_per_query", "ms_per_query")
@@ -474,8 +507,11 @@ def over_seeds(folders, out):
     datasets = {n: {mode: float(np.median([r["modes"][mode]["datasets"][n] for r in reports])) for mode in reports[0]["modes"]}
                 for n in reports[0]["modes"]["never"]["datasets"]}
     picked = [{k: v for k, v in r["selection"].items() if not isinstance(v, dict)} for r in reports]
-    write(out, {"runs": [{"seed": r["seed"], "seconds": r["seconds"]} for r in reports], "median": table(np.median), "mean": table(np.mean),
-                "spread": table(spread), "datasets": datasets, "selection": picked})
+    found = {"runs": [{"seed": r["seed"], "seconds": r["seconds"]} for r in reports], "median": table(np.median), "mean": table(np.mean),
+             "spread": table(spread), "steps": steps, "datasets": datasets, "selection": picked}
+    write(out, found)
+    if readme:
+        into_readme(readme, "pocket", seeds_tables(found))
 
 
 def main():
@@ -497,11 +533,12 @@ def main():
     parser.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="model_name, model_size, url, ... of leaderboard.json")
     parser.add_argument("--bench", action="store_true", help="measure the ranking")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="instead: put the reports of these run folders together in --out FILE")
+    parser.add_argument("--readme", metavar="FILE", help="with --runs: also put the tables between FILE's <!-- pocket --> marks")
     args = parser.parse_args()
     if args.bench:
         return bench(args.out)
     if args.runs:
-        return over_seeds(args.runs, args.out or parser.error("--runs wants --out FILE"))
+        return over_seeds(args.runs, args.out or parser.error("--runs wants --out FILE"), args.readme)
     if not (args.model and args.data and args.out):
         parser.error("--model, --data and --out are wanted")
     from embed import Embedder

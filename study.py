@@ -324,17 +324,6 @@ def summarise(folder):
     return "\n".join(verdict(found) + [f"written: {os.path.join(folder, 'study.md')}"])
 
 
-def into_readme(path, text):
-    """Replace what stands between <!-- study --> and <!-- /study -->."""
-    with open(path, encoding="utf-8") as f:
-        before, opened, rest = f.read().partition("<!-- study -->")
-    _, closed, after = rest.partition("<!-- /study -->")
-    if not (opened and closed):
-        raise ValueError(f"{path}: no <!-- study --> … <!-- /study -->")
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(f"{before}{opened}\n{text}\n{closed}{after}")
-
-
 def main():
     ap = argparse.ArgumentParser(description="Tables and picture of a study that train.py --stage study has run.")
     ap.add_argument("folder", help="the folder that holds seed1/, seed2/, ...")
@@ -344,7 +333,7 @@ def main():
         print(summarise(a.folder))
         if a.readme:
             found = gather(a.folder)
-            into_readme(a.readme, "\n\n".join([main_table(found), " ".join(verdict(found))]))
+            evaluation.into_readme(a.readme, "study", "\n\n".join([main_table(found), " ".join(verdict(found))]))
     except (ValueError, OSError) as e:
         sys.exit(f"study.py: {e}")
 
