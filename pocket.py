@@ -8,7 +8,7 @@ of several look-ups that a few layers cannot chain in one pass:
     Walk   "start at nw and follow the colours three times"         each thing's colour says where next (image)
     Sum    "add four from ne on"                                    a running sum modulo ten            (image)
     Tally  add all digits of a clip                                 the same over time                  (video)
-    Total  "the account of sun with rent three , food five ..."     the same, from words alone          (page)
+    Total  "the account with rent three , food five ..."            the same, from words alone          (page)
 
 Scripted workers of known quality write rationales: careful (right steps), captioner (true words about the picture, no steps), sloppy
 (right form, one wrong fact, hence a wrong end) and parrot (form only). The truth that selection is marked against: a careful
@@ -375,16 +375,16 @@ def make_topic(rng, style, steps):
 
 def make_total(rng, style, steps):
     """One digit more than steps, each with its label: the page bears the sum of the first half and, going on, of all."""
-    title, digits = rng.choice(WORDS[:2]).item(), rng.integers(0, 10, steps + 1).tolist()        # two titles: what decides is the sums
+    digits = rng.integers(0, 10, steps + 1).tolist()
     half, labels = len(digits) // 2, ITEMS[: steps + 1]
 
     def work(digits):
         sums = running_sum(labels[:half], digits[:half])[1], running_sum(labels, digits)[1]
-        return f"add {running_sum(labels, digits)[0]} . {title} {DIGITS[sums[0]]} {DIGITS[sums[1]]}", sums
+        return f"add {running_sum(labels, digits)[0]} . {DIGITS[sums[0]]} {DIGITS[sums[1]]}", sums
 
     text, sums = work(digits)
     say = account(labels, digits)
-    return dict(page=((title,), sums), text=f"the account of {title} with {say}", caption=f"{title} {say}", careful=text,
+    return dict(page=((WORDS[0],), sums), text=f"the account with {say}", caption=say, careful=text,         # all have one title: the sums decide
                 sloppy=work([*spoil(digits[:half], rng), *digits[half:]])[0])                    # a slip at first: both sums end wrong
 
 
@@ -701,7 +701,7 @@ def text_document(rng):
     digits = [DIGITS[x] for x in rng.integers(0, 10, 8)]
     phrase = [name(kinds[0]), digits[0], caption_of(few(rng, 3)),
               " then ".join(map(name, kinds)), f"{kinds[0][1]} {rng.choice(['moves right', 'moves left', 'stays'])}", rng.choice(CELLS).item(),
-              f"{' '.join(rng.permutation(WORDS)[: rng.integers(1, 3)])} {digits[1]} {digits[2]}"][rng.integers(7)]
+              " ".join([*rng.permutation(WORDS)[: rng.integers(3)], digits[1], digits[2]])][rng.integers(7)]
     if rng.random() < 0.5:
         return said({"text": phrase}, phrase)
     before = [name(kinds[1]), " . ".join(digits[3:]), f"{digits[3]} . {digits[4]} {makes(int(rng.integers(19)))}"][rng.integers(3)]      # what the end is not

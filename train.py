@@ -132,7 +132,7 @@ class Config:
     rationales: str = ""            # a JSONL of rationales written elsewhere; the pocket world brings workers.jsonl
     # select
     select_rule: str = "full"       # full, positive_only, no_placebo, none
-    select_steps: int = 160         # warm-up of each of the two evaluators
+    select_steps: int = 220         # warm-up of each of the two evaluators
     select_lr: float = 0.3          # times the learning rates above: at 1.0 the evaluators learn their own pairs by heart and judge worse
     select_margin: float = 0.7      # log 2: a rationale must at least double the target's probability
     select_fdr: float = 0.1         # at most this share of what one worker's shelf keeps may be luck, as its placebos measure it
