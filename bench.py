@@ -219,9 +219,9 @@ def peak_mb(f, o):
         f()
         return torch.cuda.max_memory_allocated() / 1e6
     status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
+    ctypes.CDLL(None).malloc_trim(0)                             # memory that was freed but kept would hide the peak
     with open("/proc/self/clear_refs", "w") as w:
         w.write("5")
-    ctypes.CDLL(None).malloc_trim(0)                             # memory that was freed but kept would hide the peak
     before = status("VmRSS")
     f()
     return max(0.0, status("VmHWM") - before)
