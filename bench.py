@@ -16,7 +16,7 @@ num_return_sequences, logits of the written tokens only; the losses are ours. Pa
 
 How cost grows (--growth). Linear: batch, corpus, pictures per item. Better than linear: rollouts of a query, whose prompt is computed once.
 Worse than linear: length, for every token looks at every earlier one (S² x layers x heads x d beside S x parameters; at the real sizes the
-square overtakes beyond some 10,000 tokens), and pictures are length, once there are many in one item.
+square overtakes beyond some 20,000 tokens), and pictures are length, once there are many in one item.
 
 How to run:
     python bench.py --out FILE.json                                                         pocket and mid size
