@@ -16,7 +16,7 @@ num_return_sequences, logits of the written tokens only; the losses are ours. Pa
 
 How cost grows (--growth). Linear: batch, corpus, pictures per item. Better than linear: rollouts of a query, whose prompt is computed once.
 Worse than linear: length, for every token looks at every earlier one (S² x layers x heads x d beside S x parameters; at the real sizes the
-square overtakes beyond some 10,000 tokens), and pictures are length, once there are many in one item.
+square overtakes beyond some 20,000 tokens), and pictures are length, once there are many in one item.
 
 How to run:
     python bench.py --out FILE.json                                                         pocket and mid size
@@ -194,22 +194,16 @@ class Peer:
         self.model.zero_grad(set_to_none=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-def seconds(f, o):
-    """Of one run; the median of o.repeats runs is `median`."""
-    now, wait = time.process_time if o.clock == "cpu" else time.perf_counter, torch.cuda.synchronize if o.device.type == "cuda" else lambda: None
-    wait()
-    t = now()
-    f()
-    wait()
-    return now() - t
-
-
-def median(f, o):
-    return float(np.median([seconds(f, o) for _ in range(o.repeats)]))
+def seconds(f, o, repeats=1):
+    """The median of so many runs."""
+    now, wait, times = time.process_time if o.clock == "cpu" else time.perf_counter, torch.cuda.synchronize if o.device.type == "cuda" else int, []
+    for _ in range(repeats):
+        wait()
+        t = now()
+        f()
+        wait()
+        times.append(now() - t)
+    return float(np.median(times))
 
 
 def peak_mb(f, o):
@@ -219,9 +213,9 @@ def peak_mb(f, o):
         f()
         return torch.cuda.max_memory_allocated() / 1e6
     status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
+    ctypes.CDLL(None).malloc_trim(0)                             # memory that was freed but kept would hide the peak
     with open("/proc/self/clear_refs", "w") as w:
         w.write("5")
-    ctypes.CDLL(None).malloc_trim(0)                             # memory that was freed but kept would hide the peak
     before = status("VmRSS")
     f()
     return max(0.0, status("VmHWM") - before)
@@ -317,11 +311,11 @@ def against_device(size, e, prompt, flops, out, o):
     a, x = torch.randn(n, n, device=o.device).to(o.dtype), torch.zeros(width, dtype=torch.uint8, device=o.device)
     y, best = torch.empty_like(x), lambda f: min(seconds(f, o) for _ in range(10))
     rate, bandwidth = 2 * n**3 / best(lambda: a @ a), 2 * width / best(lambda: y.copy_(x))
-    rows = [(name, total / median(f, o), "FLOP/s", rate, peak_mb(f, o)) for name, (f, total) in flops.items()]
+    rows = [(name, total / seconds(f, o, o.repeats), "FLOP/s", rate, peak_mb(f, o)) for name, (f, total) in flops.items()]
     e.model.eval()
     decode = lambda T: write(e, [prompt], 1, T, 0.0, stop=False)
     decode(2 * o.tokens)
-    t, c = [median(lambda: decode(T), o) for T in (o.tokens, 2 * o.tokens)], e.model.c                                    # their difference: no prefill
+    t, c = [seconds(lambda: decode(T), o, o.repeats) for T in (o.tokens, 2 * o.tokens)], e.model.c                                    # their difference: no prefill
     weights = sum(p.numel() for p in (*e.model.text.layers.parameters(), e.model.lm_head.weight))                         # all are read for a token
     cache = 2 * c.layers * c.kv_heads * c.head_dim * (len(prompt["ids"]) + 1.5 * o.tokens)
     moved = (weights + cache) * e.model.lm_head.weight.element_size() * o.tokens / max(t[1] - t[0], 1e-9)
@@ -349,10 +343,6 @@ def whole_step(size, out, o):
     print(f"{name:<34}{o.train} pairs in {t:.1f} s, peak {peak:,.0f} MB", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How cost grows
-
-
 def growth(out, o):
     """One thing grows, the others stay. Rows {axis, value, seconds, peak_mb, exponent}: time ~ value^exponent since the value before."""
     with tempfile.TemporaryDirectory() as folder:
@@ -374,7 +364,7 @@ def growth(out, o):
         for value in (first, 2 * first, 4 * first, 8 * first):
             f, last = make(value), mine[-1:] or [None]
             f()
-            t = median(f, o)
+            t = seconds(f, o, o.repeats)
             mine.append(dict(axis=axis, value=value, seconds=t, peak_mb=peak_mb(f, o), exponent=last[0] and math.log2(t / last[0]["seconds"])))
             print(f"{axis:<30}{value:>8}{t:>10.4f} s{mine[-1]['peak_mb']:>10.1f} MB   exponent {mine[-1]['exponent'] or math.nan:.2f}", flush=True)
         x, y = [m["value"] for m in mine], [m["seconds"] for m in mine]
@@ -382,10 +372,6 @@ def growth(out, o):
         ax.twinx().plot(x, [m["peak_mb"] for m in mine], "s--", color="tab:orange")
         out["growth"] += mine
     axes[0, 0].legend(title="orange: peak MB"), figure.tight_layout(), figure.savefig(os.path.splitext(o.out)[0] + ".png", dpi=80)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
 
 
 def parse(argv):
@@ -406,7 +392,7 @@ def parse(argv):
     o.dtype = getattr(torch, o.dtype or ("bfloat16" if o.device.type == "cuda" else "float32"))
     if bad := [s for s in o.size.split(",") if s not in SIZES]:
         raise ValueError(f"--size {bad[0]}: expected some of {', '.join(SIZES)}")
-    if low := [n for n in ("queries", "rollouts", "tokens", "batch", "repeats") if getattr(o, n) < 1] or (["items"] if o.items < 2 else []):
+    if low := [n for n in ("queries", "rollouts", "tokens", "items", "batch", "repeats") if getattr(o, n) < 1 + (n == "items")]:
         raise ValueError(f"--{low[0]} {getattr(o, low[0])}: too few")
     if not os.path.isdir(os.path.dirname(os.path.abspath(o.out))):
         raise ValueError(f"--out {o.out}: no such folder")

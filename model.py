@@ -425,11 +425,12 @@ class Qwen3VL(nn.Module):
     def set_checkpointing(self, on):
         self.visual.checkpointing = self.text.checkpointing = on
 
-    def compile_layers(self):
-        """torch.compile of a text layer: all layers share its code, so one compilation serves a model of any depth. On a GPU `generate`
-        then records its step as a CUDA graph besides. The vision tower's segments change with every batch; it stays eager."""
-        for layer in self.text.layers:
-            layer.compile()
+    def compile_layers(self, **options):
+        """torch.compile (with its options) of a text layer: all layers share its code, so one compilation serves a model of any depth. On a
+        GPU `generate` then records its step as a CUDA graph besides. The vision tower's segments change with every batch; it stays eager."""
+        torch._dynamo.config.recompile_limit = 64                # 8 by default, then silently eager: training, prefill, decoding and endings
+        for layer in self.text.layers:                           # each want their own code, first for one shape and then for any
+            layer.compile(**options)
         self.compiled = True
         return self
 
