@@ -2932,7 +2932,7 @@ def m_raw(root, name):
 # One whole run
 
 M_RUN = ("--scale 0.02 --device cpu --base_steps 150 --base_steps_max 150 --base_batch 6 --propose_max_new 4 --select_steps 100 --select_candidates 4 --embed_steps 200 --batch 16 --sub_batch 8 "
-         "--rl_steps 100 --rl_batch 8 --rl_group 4 --rl_max_new 6 --eval_max_new 6 --select_margin 0.1 --decision_weight 0.01 --seed 2 --log_every 1").split()
+         "--rl_steps 100 --rl_batch 8 --rl_group 4 --rl_max_new 6 --eval_max_new 6 --select_margin 0.1 --select_fdr 9 --decision_weight 0.01 --seed 2 --log_every 1").split()
 
 
 def m_main(out, *more, stage="all"):
@@ -3081,7 +3081,7 @@ def test_run_embed_draws_from_the_posterior(m_finished, tmp_path, monkeypatch):
                        ("propose/rationales", [r for r in proposed if ids.index(r["id"]) % 3 != 2])):
         os.unlink(os.path.join(out, f"{name}.jsonl"))
         m_select.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
-    monkeypatch.setattr(train, "contrastive_step", lambda model, reader, pairs, branches, labels, cfg: (seen.extend(zip(pairs, branches, labels)), dict(loss=0.0, ids=[]))[1])
+    monkeypatch.setattr(train, "contrastive_step", lambda model, reader, pairs, branches, labels, cfg, **_: (seen.extend(zip(pairs, branches, labels)), dict(loss=0.0, ids=[]))[1])
     assert m_main(out, stage="embed") == 0 and {label for *_, label in seen} == {1, 0, -1}
     for pair, branch, label in seen:
         n = ids.index(pair["id"])
@@ -3094,8 +3094,8 @@ def test_run_select_is_cross_fitted(m_finished, tmp_path, monkeypatch, folds):
     """A pair is judged once, by the evaluator that never trained on it; with one fold (the ablation) by one that may have."""
     out, taught, judged = m_copy(m_finished, tmp_path / "run"), [], []
 
-    def step(model, reader, pairs, branches, labels, cfg):
-        assert cfg.lm_weight == cfg.decision_weight == 0 and set(labels) == {-1}
+    def step(model, reader, pairs, branches, labels, cfg, latent):
+        assert latent and cfg.lm_weight == cfg.decision_weight == 0 and set(labels) == {-1}
         own = {r["id"]: [] for r in proposed}
         for r in proposed:
             own[r["id"]].append(reader.rationale(r["text"]))
@@ -3770,12 +3770,12 @@ def s_study(m_finished, tmp_path_factory):
     note, now = (lambda *what: updates.setdefault(now[-1], []).append(what)), []
     step, grpo, variant = train.contrastive_step, train.rl.grpo_step, train.run_variant
     patch.setattr(train, "run_variant", lambda cfg, name, seed: (now.append(name), variant(cfg, name, seed)))
-    patch.setattr(train, "contrastive_step", lambda model, reader, pairs, branches, labels, cfg: (
-        note("nce" if cfg.lm_weight else "select", [p["id"] for p in pairs], branches), step(model, reader, pairs, branches, labels, cfg))[1])
+    patch.setattr(train, "contrastive_step", lambda model, reader, pairs, branches, labels, cfg, **how: (
+        note("nce" if cfg.lm_weight else "select", [p["id"] for p in pairs], branches), step(model, reader, pairs, branches, labels, cfg, **how))[1])
     patch.setattr(train.rl, "grpo_step", lambda model, reader, prompts, *a: (note("grpo", [len(p["ids"]) for p in prompts], None), grpo(model, reader, prompts, *a))[1])
     patch.setattr(train.evaluation, "pictures", lambda *a: None)
     patch.setattr(train, "judge", lambda run, e, judged, texts, *a: [          # what the judge says is no matter here, and slow
-        dict(id=p["id"], worker=w, text=t, delta=2.0 * (w == "careful"), delta_placebo=0.0, direct=-1.0) for p in judged for w, t in texts[p["id"]].items()])
+        dict(id=p["id"], worker=w, text=t, delta=2.0 * (w == "careful"), delta_placebo=0.0, delta_second=None, delta_guess=0.0, direct=-1.0) for p in judged for w, t in texts[p["id"]].items()])
     patch.setattr(train, "ELSEWHERE", {"hard": dict(world_steps=5)})
     patch.setattr(train, "TRAVELLERS", ("full",))
     patch.setitem(train.VARIANTS, "again", ("full", "embed", {}))                        # the full method once more: what the others are held against
@@ -3821,7 +3821,7 @@ def test_study_leaves_families_out(m_world, tmp_path):
     pairs = train.Pairs(run, m_reader())
     families = {p["dataset"] for p in pairs.all()}
     assert families == {f[0] for f in pocket.FAMILIES} - {"PocketTally", "PocketAt"}
-    sampler = pairs.sampler(run.cfg, 0, 64)
+    sampler = pairs.sampler(0, 64, 16)
     assert {pairs.data.names[s] for _ in range(30) for s, _ in next(sampler)} == families
     run.cfg.leave_out = "PocketTall"
     with pytest.raises(train.UsageError, match="--leave_out PocketTall: no such dataset; there are .*PocketTally"):
@@ -3908,10 +3908,6 @@ def test_study_unknown_worker_is_one_line(m_finished, tmp_path, capsys):
 
 def test_study_imports_nothing_that_trains():
     assert not re.search(r"^(import|from) (train|rl|pocket)\b", open(study.__file__, encoding="utf-8").read(), re.M)
-
-
-if __name__ == "__main__":
-    check_sentence_transformers(sys.argv[2]) if sys.argv[1:2] == ["st"] else sys.exit(pytest.main([__file__, *sys.argv[1:]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
