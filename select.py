@@ -25,6 +25,7 @@ How to run (inside a run it is the stages propose and select of train.py):
     python select.py --write-requests requests.jsonl --data ROOT --model-name NAME [--k 4]     OpenAI batch format, pictures as data URLs
     vllm run-batch -i requests.jsonl -o responses.jsonl --model NAME                           or any hosted model, on as many machines as you have
     python select.py --read-responses responses.jsonl --worker NAME --out rationales.jsonl
+    python select.py --audit runs/pocket                                                       a pocket run's judgements under other rules
 
 About the name: the standard library has a module `select` too, and subprocess, hence torch, import it. Where that is a shared library,
 this file hides it. So when it is *imported* as `select` the lines below hand the real module over; nothing here is imported by that
@@ -224,6 +225,19 @@ def audit(results, kept, level, rule="full", needs_steps=None):
     return out
 
 
+def compare_rules(run, margin=0.7, fdr=0.1):
+    """A finished run's judged rationales under other rules -> table rows [(rule, audit)]. positive_only is missing: it needs other Δ."""
+    with open(os.path.join(run, "select", "judged.jsonl"), encoding="utf-8") as f:
+        results = [json.loads(line) for line in f]
+    with open(os.path.join(run, "data", "pocket.json"), encoding="utf-8") as f:
+        truth = json.load(f)["steps"]
+    out = []
+    for name, rule, luck in (("full", "full", fdr), ("full, one margin for all shelves", "full", 1e9), ("no_placebo", "no_placebo", fdr), ("none", "none", fdr)):
+        level = thresholds(results, rule, margin, luck)
+        out.append((name, audit(results, choose(results, level, rule), level, rule, truth)))
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: rationales, and the OpenAI batch format
 
@@ -296,6 +310,7 @@ def main():
     ap = argparse.ArgumentParser(description="Rationales from models that run elsewhere: write requests, read responses.")
     ap.add_argument("--write-requests", metavar="FILE", help="write chat requests for every training pair of --data")
     ap.add_argument("--read-responses", metavar="FILE", help="turn a batch's responses into rationales")
+    ap.add_argument("--audit", metavar="RUN", help="a pocket run: what other rules would have kept, against the truth")
     ap.add_argument("--data", metavar="ROOT", help="training data, see data.py")
     ap.add_argument("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", help="model field of the requests")
     ap.add_argument("--k", type=int, default=4, help="requests per pair: four prompts greedy, further ones sampled")
@@ -304,9 +319,13 @@ def main():
     ap.add_argument("--worker", default="model", help="name that the rationales carry")
     ap.add_argument("--out", default="rationales.jsonl")
     a = ap.parse_args()
-    if bool(a.write_requests) == bool(a.read_responses):
-        ap.error("one of --write-requests and --read-responses")
+    if sum(map(bool, (a.write_requests, a.read_responses, a.audit))) != 1:
+        ap.error("one of --write-requests, --read-responses and --audit")
     try:
+        if a.audit:
+            for rule, found in compare_rules(a.audit):
+                print(f"{rule:34s}" + "  ".join(f"{k} {found[k]}" for k in ("kept", "precision", "recall", "placebo_accepted", "sloppy_kept")))
+            return 0
         if a.read_responses:
             rows, failed = read_responses(a.read_responses, a.worker)
             write_rows(a.out, rows)

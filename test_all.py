@@ -3789,7 +3789,7 @@ def s_study(m_finished, tmp_path_factory):
 def test_study_variants_have_the_same_budget(s_study):
     """never and always get as many updates as the full method, on the same pairs in the same order; only what is written differs."""
     updates = s_study[1]
-    kind = lambda name: [what for what, *_ in updates[name] if what != "select"]
+    kind = lambda name: [what for what, *_ in updates.get(name, []) if what != "select"]
     ids = lambda name, what: [pairs for w, pairs, _ in updates[name] if w == what]
     assert kind("again") == kind("always") == ["nce"] * s_steps["embed"] + ["grpo"] * s_steps["rl"] and kind("never") == ["nce"] * (s_steps["embed"] + s_steps["rl"])
     assert ids("again", "nce") == ids("always", "nce") == ids("never", "nce")[: s_steps["embed"]] and ids("again", "grpo") == ids("always", "grpo")
