@@ -3798,7 +3798,7 @@ def test_study_variants_have_the_same_budget(s_study):
     careful = {r["id"]: m_reader().rationale(r["text"]) for r in m_select.read_rationales(os.path.join(s_study[0], "seed2", "full", "propose", "rationales.jsonl")) if r["worker"] == "careful"}
     for what, pairs, branches in updates["always"]:
         assert what == "grpo" or branches == [careful[i] for i in pairs]
-    assert kind("supervised") == [] and [w for w, *_ in updates["always"]].count("select") == 0                       # shared: not done again
+    assert "supervised" not in updates and [w for w, *_ in updates["always"]].count("select") == 0                       # shared: not done again
 
 
 def test_study_forks_share_and_repeat(s_study):
@@ -3861,6 +3861,8 @@ def test_study_resumes_and_writes_tables(s_study, tmp_path, monkeypatch, capsys)
     shutil.copytree(s_study[0], os.path.join(out, "study"), symlinks=True)
     for stage in train.STAGES:
         monkeypatch.setattr(train, f"{stage}_stage", lambda *a: pytest.fail("a finished stage ran again"))
+    monkeypatch.setattr(train, "TRAVELLERS", ("full",))                                  # as in s_study
+    monkeypatch.setattr(train, "ELSEWHERE", {"hard": dict(world_steps=5)})
     monkeypatch.setattr(train.evaluation, "evaluate", lambda *a, **k: pytest.fail("measured again"))
     monkeypatch.setattr(train.study, "analyse", lambda *a: pytest.fail("analysed again"))
     again = ["--stage", "study", "--study_seeds", "1", "--out", out, *M_RUN]
