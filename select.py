@@ -14,8 +14,8 @@ put through a controlled experiment on one fixed candidate set C (the target and
 A margin of log 2 asks a rationale to double the target's probability; so where the direct embedding already gives it a half,
 nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
 The shelf's threshold is the knockoff filter (Barber & Candès 2015): an evaluator that is easily impressed names the right one of ten
-answers once in ten times whatever it reads, so single rationales pass by luck; placebos show how many. Without it precision is 0.82
-in the pocket world, with it above 0.99 (results/selection.txt).
+answers once in ten times whatever it reads, so single rationales pass by luck; placebos show how many (with and without it:
+results/selection.txt).
 The evaluator never trained on the pair that it judges: two warm-up embedders are cross-fitted on the two halves of the pairs [ours].
 
 `rule` offers the ablations: full | positive_only (Δ of the positive's cosine alone, in units of the temperature: "false-helpful" for
