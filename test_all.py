@@ -3836,7 +3836,7 @@ def test_study_targets_learn_to_reason_too(s_study):
     assert [r for r in rows if r["side"] == "query"] == full and len(said) > 20          # the queries' are those of the full method
     steps = [(pairs, branches) for what, pairs, branches in s_study[1]["both_sides"] if what == "nce"]
     assert [all(b == said.get(i) for i, b in zip(*step)) for step in steps] == [False, True] * (s_steps["embed"] // 2)
-    direct, reasoned = m_json(folder, "eval", "modes.json")["modes"], m_json(folder, "reasoned_documents", "modes.json")
+    direct, reasoned = (m_json(folder, where, "modes.json")["modes"] for where in ("eval", "reasoned_documents"))
     assert set(direct) == set(reasoned) and direct["never"]["datasets"] != reasoned["never"]["datasets"]
     names = m_json(s_study[0], "study.json")["variants"]
     assert {f"hard: full, {mode}" for mode in ("never", "always", "adaptive")} <= set(names)

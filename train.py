@@ -1158,17 +1158,17 @@ def run_variant(cfg, name, seed):
     if not os.path.exists(run.path("report.json")):
         run = run_stages(c)
 
-    def measure(folder, root, **how):
+    def measure(folder, root, max_new, **how):
         if not os.path.exists(run.path(folder, "modes.json")):
             found = evaluation.evaluate(run.embedder("rl"), root, run.path(folder), tau=c.tau, batch_size=c.eval_batch,
-                                        options=dict(max_new_tokens=2 * c.eval_max_new), **how)           # harder queries may take longer
+                                        options=dict(max_new_tokens=max_new), **how)
             write_json(run.path(folder, "modes.json"), dict(modes=found["modes"], curve=found["curve"]))
 
     for where, how in ELSEWHERE.items() if name in TRAVELLERS else ():
         world(c, place(f"world_{where}"), world_train=1, seed=seed + 1000, **how)
-        measure(where, place(f"world_{where}"))
+        measure(where, place(f"world_{where}"), 2 * c.eval_max_new)                                       # longer paths take more words
     if c.sides == "both":
-        measure("reasoned_documents", run.data_root, targets="always")
+        measure("reasoned_documents", run.data_root, c.eval_max_new, targets="always")
     if name == "full" and not os.path.exists(run.path("analysis.json")):
         write_json(run.path("analysis.json"), study.analyse(run.embedder("rl"), run.data_root, run.rng("analysis"), c.tau, c.temperature, c.eval_max_new, c.eval_batch))
 
