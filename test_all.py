@@ -3231,7 +3231,7 @@ def test_a_missing_or_damaged_file_is_named(run, root, name, harm):
     text = open(path).read()
     os.remove(path)
     if harm != "gone":
-        open(path, "w").write({"cut": text[:len(text) // 2 - 3], "empty object": "{}\n", "another kind": "[3]\n"}[harm])
+        open(path, "w").write({"cut": text[: text.rfind("\n", 0, len(text) // 2) + 1] + '{"', "empty object": "{}\n", "another kind": "[3]\n"}[harm])
     with pytest.raises(ValueError) as e:
         evaluation.pictures(run, root)
     assert os.path.basename(name) in str(e.value) and "\n" not in str(e.value)
