@@ -159,7 +159,7 @@ class Config:
     rl_decision: float = 1.0        # weight of the decision loss
     rl_rationale: float = 1.0       # weight of the rationale loss
     rl_nce: float = 0.1             # weight of InfoNCE beside
-    rl_lr: float = 0.02             # times the learning rates above; at 0.1 the noise of rollouts that all succeed unlearns rationales
+    rl_lr: float = 0.02             # times the learning rates above; at 0.1 rationales are unlearnt (results/tuning.txt)
     rl_one_loss: bool = False       # ablation: decision and rationale tokens in one mean
     # eval
     tau: float = 0.5                # reason when p_reason > tau
