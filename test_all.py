@@ -2733,7 +2733,7 @@ def m_step_case(root):
     return pairs, branches, [1, 0, 1, -1, 0, -1, 1, 0, 0, 1]
 
 
-def m_step_naive(model, pairs, branches, labels, cfg):
+def m_step_naive(model, pairs, branches, labels, cfg, latent=False):
     """Every item as one plain row; losses by loops."""
     reader = m_reader()
     negatives = [n for p in pairs for n in p["negatives"][: cfg.negatives]]
@@ -2743,20 +2743,28 @@ def m_step_naive(model, pairs, branches, labels, cfg):
     key = lambda p: (p["ids"].tobytes(), b"".join(x.tobytes() for x in p["pixels"]))
     t = {k: m_vector(model, p) for k, p in pool.items()}
 
-    def nce(vectors, of):
+    def nce(vectors, of, weights):
         total = 0.0
-        for i, v in zip(of, vectors):
+        for i, v, weight in zip(of, vectors, weights):
             own = key(pairs[i]["target"])
             s = {k: v @ x for k, x in t.items()}
             up = [s[k] / cfg.temperature for k in s if k == own or s[k] <= s[own] + 0.1]
             back = [(w @ t[own], j) for w, j in zip(vectors, of)]
             down = [x / cfg.temperature for x, j in back if j == i or key(pairs[j]["target"]) != own and x <= v @ t[own] + 0.1]
-            total = total - (2 * s[own] / cfg.temperature - torch.stack(up).logsumexp(0) - torch.stack(down).logsumexp(0)) / 2
-        return total / len(of)
+            total = total - weight * (2 * s[own] / cfg.temperature - torch.stack(up).logsumexp(0) - torch.stack(down).logsumexp(0)) / 2
+        return total / sum(weights)
 
-    direct = nce([m_vector(model, p["query"]) for p in pairs], range(len(pairs)))
+    def likely(i, v):                                            # p(t|q, .) of pair i's target
+        e = {k: math.exp((v @ x).item() / cfg.temperature) for k, x in t.items()}
+        return e[key(pairs[i]["target"])] / sum(e.values())
+
+    plain = [m_vector(model, p["query"]) for p in pairs]
+    direct = nce(plain, range(len(pairs)), [1.0] * len(pairs))
     of = [i for i, b in enumerate(branches) if b]
-    reasoned = nce([m_vector(model, pairs[i]["query"], branches[i]) for i in of], of)
+    after = [m_vector(model, pairs[i]["query"], branches[i]) for i in of]
+    weights = [likely(i, v) / (likely(i, v) + likely(i, plain[i])) if latent else 1.0 for i, v in zip(of, after)]
+    assert not latent or max(weights) - min(weights) > 0.05      # they tell rationales apart, or the test would say nothing
+    reasoned = nce(after, of, weights)
     logp = torch.cat([m_token_logp(model, pairs[i]["query"], branches[i])[len(reader.prefix) : -len(reader.tail)] for i in of])
     told = [(i, l) for i, l in enumerate(labels) if l >= 0]
     decision = -sum(model.logits(m_plain(model, pairs[i]["query"])[0][-2])[[reader.end, reader.think]].log_softmax(0)[l] for i, l in told) / len(told)
@@ -2765,7 +2773,8 @@ def m_step_naive(model, pairs, branches, labels, cfg):
     return dict(nce_direct=direct.item(), nce_reason=reasoned.item(), lm=-logp.mean().item(), decision=decision.item(), targets=len(pool))
 
 
-def test_train_contrastive_step_equals_loops_and_grad_cache_equals_both(m_world, monkeypatch):
+@pytest.mark.parametrize("latent", [False, True])
+def test_train_contrastive_step_equals_loops_and_grad_cache_equals_both(m_world, monkeypatch, latent):
     model, case = m_tiny(5), m_step_case(m_world)
     cfg = dataclasses.replace(train.Config(), temperature=0.05, lm_weight=0.6, decision_weight=0.3, negatives=1)
     collated = []
@@ -2775,12 +2784,12 @@ def test_train_contrastive_step_equals_loops_and_grad_cache_equals_both(m_world,
         collated.clear()
         model.zero_grad()
         with m_unchanged(*case):
-            m = train.contrastive_step(model, m_reader(), *case, dataclasses.replace(cfg, chunk_tokens=budget))
+            m = train.contrastive_step(model, m_reader(), *case, dataclasses.replace(cfg, chunk_tokens=budget), latent)
         return m, m_grads(model), sum(collated), len(collated)
 
     whole, gw, rows, _ = step(100000)
     small, gs, rows_small, chunks = step(64)
-    naive = m_step_naive(model, *case, cfg)
+    naive = m_step_naive(model, *case, cfg, latent)
     assert rows == len(case[0]) + naive["targets"] and naive["targets"] < 20 and chunks > 10 and rows_small == 2 * rows      # each target once a pass
     for k in ("nce_direct", "nce_reason", "lm", "decision"):
         assert whole[k] == pytest.approx(naive[k], rel=1e-4) and small[k] == pytest.approx(naive[k], rel=1e-4), k
@@ -2788,6 +2797,15 @@ def test_train_contrastive_step_equals_loops_and_grad_cache_equals_both(m_world,
     assert whole["loss"] == pytest.approx(total, rel=1e-4) and small["loss"] == pytest.approx(total, rel=1e-4)
     assert m_gap(gw, m_grads(model)) < 2e-5 and m_gap(gs, gw) < 5e-6
     assert whole["ids"] == [p["id"] for p in case[0]] and 0 <= whole["decision_right"] <= 1
+
+
+def test_train_every_hard_negative_gets_its_turn():
+    """Each visit shuffles a copy of the pair: all negatives come first sometimes, the pair itself stays as it is."""
+    pair = dict(id="a", negatives=["x", "y", "z"])
+    with m_unchanged(pair):
+        seen = [train.any_negative(pair, np.random.default_rng(i)) for i in range(30)]
+    assert {p["negatives"][0] for p in seen} == {"x", "y", "z"} and all(sorted(p["negatives"]) == ["x", "y", "z"] and p["id"] == "a" for p in seen)
+    assert train.any_negative(dict(negatives=[]), np.random.default_rng(0)) == dict(negatives=[])
 
 
 def test_train_contrastive_step_without_rationales(m_world):
