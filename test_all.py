@@ -2039,6 +2039,8 @@ def test_select_threshold_by_hand():
     assert m_select.thresholds(good[:4], margin=1.1, fdr=0.2) == {("A", "w"): math.inf}                       # too few to tell from luck
     sure = [dict(r, delta_guess=3.0) for r in good]                                                           # the direct embedding is sure of a wrong target: a guess gains 3
     assert m_select.thresholds(sure, margin=1.1, fdr=0.2) == {("A", "w"): 1.1} and [r["id"] for r in m_select.choose(sure, {("A", "w"): 1.1})] == [f"A/{i}" for i in range(5, 11)]
+    level = [row("C", i, 2.0 + i, 3.0 if i < 2 else 0.0) for i in range(12)]                                 # two placebos stand exactly at 3: not above it
+    assert m_select.thresholds(level, margin=1.1, fdr=0.12) == {("C", "w"): 3.0}
     missing = [dict(r, delta_placebo=None) for r in good]
     assert m_select.thresholds(missing, margin=1.1, fdr=0.2) == {("A", "w"): 1.1}
 
@@ -2092,7 +2094,8 @@ def test_select_candidate_sets():
         assert (c[:19] >= 0).all() and (c[19:22] >= 0).sum() == 12 and (c[22] >= 0).sum() == 8                       # filled up where there is enough, padded where not
 
 
-def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
+@pytest.mark.parametrize("rule", ["positive_only", "full"])
+def test_select_judge_asks_the_right_questions(m_world, monkeypatch, rule):
     """train.judge with margins() replaced by a table of texts: own Δ against own words, placebo Δ against the placebo's, audits by the second."""
     pairs, reader = [p for p in m_pairs(m_world) if p["dataset"] == "PocketAt"][:4], m_reader()
     texts = {p["id"]: {"careful": f"nw {pocket.SHAPES[i]}"} for i, p in enumerate(pairs)}
@@ -2100,7 +2103,7 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
     asked = {}
 
     def margins(model, reader, prompts, branches, targets, candidates, temperature, positive_only, title):
-        asked.update(positive_only=positive_only, temperature=temperature)
+        asked.update(positive_only=positive_only, temperature=temperature, sizes=(candidates >= 0).sum(1).tolist())
         for p, t in zip(pairs, candidates):
             np.testing.assert_allclose(targets[t[0]].numpy(), m_vector(e.model, p["target"]).detach().numpy(), atol=1e-5)
         for p, b in zip(pairs, branches):
@@ -2109,11 +2112,13 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
 
     monkeypatch.setattr(m_select, "margins", margins)
     e = types.SimpleNamespace(model=m_tiny(), reader=reader)
-    cfg = train.Config(select_rule="positive_only", temperature=0.03, select_margin=0.69)
+    cfg = train.Config(select_rule=rule, temperature=0.03, select_margin=0.69)
     run = types.SimpleNamespace(cfg=cfg, device="cpu", rng=lambda *key: np.random.default_rng(0))
     with m_unchanged(pairs, texts):
         results = train.judge(run, e, pairs, texts, 0)
-    assert asked["positive_only"] is True and asked["temperature"] == 0.03
+    assert asked["positive_only"] is (rule == "positive_only") and asked["temperature"] == 0.03
+    guess = [0.0 if rule == "positive_only" else math.log(1 / n) - 0.5 for n in asked["sizes"]]           # what a blind choice among n gains over m = 0.5
+    assert [r["delta_guess"] for r in results] == pytest.approx(guess) and min(asked["sizes"]) > 1
     answers = {p["id"]: p["answer"] for p in pairs}
     assert len({*answers.values()}) > 1
     for r, p in zip(results, pairs):
