@@ -37,6 +37,7 @@ import platform
 import sys
 import tempfile
 import time
+import types
 
 import matplotlib
 
@@ -50,11 +51,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import rl
-import train
-from embed import Embedder, Reader, collate, find_device, info_nce, pool
+from embed import Embedder, Reader, collate, contrastive_step, find_device, info_nce, pool
 from eval import rank
-from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, generate, levels, tokenizer_spec, write_json
+from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, tokenizer_spec, write_json
 
+# what a step is told, as train.py's Config has it
+STEP = types.SimpleNamespace(temperature=0.02, negatives=1, lm_weight=1.0, decision_weight=0.2, chunk_tokens=16384, rl_temperature=1.0, rl_price=0.1,
+                             rl_decision=1.0, rl_rationale=1.0, rl_nce=0.1, rl_one_loss=False)
 SIZES = {                                                        # configuration, and the largest picture in pixels
     "tiny": (dataclasses.replace(CONFIGS["pocket"], hidden=64, mlp=96, layers=2, v_hidden=32, v_mlp=64, heads=2, kv_heads=1), 16384),
     "pocket": (CONFIGS["pocket"], 65536),
@@ -256,7 +259,7 @@ def read_pairs(e, n):
 
 
 def contrastive(e, pairs, cfg, drop=True):
-    loss = train.contrastive_step(e.model, e.reader, pairs, [None] * len(pairs), [-1] * len(pairs), cfg)["loss"]
+    loss = contrastive_step(e.model, e.reader, pairs, [None] * len(pairs), [-1] * len(pairs), cfg)["loss"]
     if drop:
         e.model.zero_grad(set_to_none=True)
     return loss
@@ -269,7 +272,7 @@ def compare(size, out, o):
         peer = Peer(folder, e.reader, o)
     r, exact, items = e.reader, o.dtype == torch.float32, make_items(o.items, e.reader.max_pixels)
     prompts, still, pairs = [r.read(x) for x in items], [x for x in items if "video" not in x], read_pairs(e, o.batch)
-    cfg = dataclasses.replace(train.Config(), rl_group=2 * max(1, o.rollouts // 2), rl_max_new=o.tokens)
+    cfg = types.SimpleNamespace(**vars(STEP), rl_group=2 * max(1, o.rollouts // 2), rl_max_new=o.tokens)
     flops = {}
     for name, f in (("embed", lambda: embed_all(e, prompts)), ("contrastive", lambda: contrastive(e, pairs, cfg))):
         with FlopCounterMode(display=False) as counter:          # padding counts as work: it is computed
@@ -327,16 +330,11 @@ def against_device(size, e, prompt, flops, out, o):
 
 def whole_step(size, out, o):
     """One training step with its optimizer on o.train pairs, through GradCache and with checkpointing; --lora trains adapters only."""
-    if o.lora and not hasattr(train, "add_lora"):
-        raise ValueError("--lora: train.py has no add_lora(model, rank)")
     with tempfile.TemporaryDirectory() as folder:
         e = make_model(size, folder, o)
-    if o.lora:
-        train.add_lora(e.model, o.lora)
-    e.model.set_checkpointing(True)
-    cfg, pairs = dataclasses.replace(train.Config(), optimizer="adamw"), read_pairs(e, o.train)
-    optimizer = train.Optimizer(e.model, cfg, 10)
-    step = lambda: (contrastive(e, pairs, cfg, drop=False), optimizer.step(0))
+    for_training(e.model, o.dtype, o.lora, checkpointing=True)
+    pairs, optimizer = read_pairs(e, o.train), torch.optim.AdamW([p for p in e.model.parameters() if p.requires_grad], lr=1e-5, fused=o.device.type == "cuda")
+    step = lambda: (contrastive(e, pairs, STEP, drop=False), optimizer.step(), optimizer.zero_grad(set_to_none=True))
     step()                                                       # the optimizer's states come to be
     t, peak, name = seconds(step, o), peak_mb(step, o), f"train {f'LoRA {o.lora}' if o.lora else 'in full'}, {size}"
     out["limits"].append(dict(name=name, value=o.train / t, unit="pairs/s", peak_mb=peak))
@@ -356,7 +354,7 @@ def growth(out, o):
     queries, once, k = unit(32), [seen(1)] * 2, 1 if o.size == "tiny" else 4
     cases = [("batch (rows of 128 tokens)", k, lambda n: embed([text(128)] * n)), ("length (tokens of a row)", 128 * k, lambda n: embed([text(n)])),
              ("pictures per item", k, lambda n: embed([seen(n)])), ("group size (rollouts)", k, lambda n: lambda: write(e, once, n, 16)),
-             ("training batch (pairs)", 2 * k, lambda n: (lambda pairs: lambda: contrastive(e, pairs, train.Config()))([pair(i) for i in range(n)])),
+             ("training batch (pairs)", 2 * k, lambda n: (lambda pairs: lambda: contrastive(e, pairs, STEP))([pair(i) for i in range(n)])),
              ("corpus (vectors ranked)", 1000 * k, lambda n: (lambda corpus: lambda: rank(queries, corpus, [[0]] * 32))(unit(n)))]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6))
     for (axis, first, make), ax in zip(cases, axes.flat):

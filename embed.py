@@ -24,6 +24,7 @@ Sources: template, limits and video rules as in Qwen3-VL-Embedding, qwen-vl-util
 import argparse
 import base64
 import binascii
+import hashlib
 import itertools
 import json
 import numbers
@@ -346,7 +347,7 @@ def info_nce(q, t, positive, temperature=0.02, same=None, margin=0.1, rows=None)
 
 
 def margin_score(q, t, target, temperature=0.02):
-    """m(q, r) = log softmax over candidates of s/temperature, at the target. q (..., H), t (..., m, H), target (...) -> (...)."""
+    """m(q, r) = log softmax over candidates of s/temperature, at the target. q (..., H), t (..., m, H) or (m, H), target (...) -> (...)."""
     return (torch.einsum("...h,...mh->...m", q, t) / temperature).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
 
 
@@ -468,6 +469,91 @@ def like(x, p):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The contrastive step, shared by the warm-up of select and by embed (train.py)
+
+
+def key_of(prompt):
+    """Equal prompts have equal keys."""
+    h = hashlib.blake2b(prompt["ids"].tobytes(), digest_size=12)
+    for x in prompt["pixels"]:
+        h.update(np.ascontiguousarray(x).tobytes())
+    return h.hexdigest()
+
+
+def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
+    """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token), one update's gradients.
+
+    pairs [B] of Pairs; branches [B]: a rationale branch or None (no reasoned path for this pair); labels [B]: 1 reason, 0 direct,
+    -1 no decision to learn. Equal targets are embedded once and never serve as each other's negatives. All this is one rank's share of a
+    batch; the loss is that of the joined one. -> its metrics.
+    latent: the rationale is a guess, good or bad; it counts by its posterior against the empty one, p(t|q,r) / (p(t|q,r) + p(t|q,∅)).
+    cfg: temperature, negatives (hard ones used per pair), lm_weight λ, decision_weight μ, chunk_tokens.
+    """
+    model.train()
+    device = model.device
+    mine = [(p["answer"], [key_of(n) for n in p["negatives"][: cfg.negatives]], len(b or []), l) for p, b, l in zip(pairs, branches, labels)]
+    told = gather_objects(mine)
+    joined, first = sum(told, []), sum(map(len, told[: rank()]))
+    columns = {}                                                 # key -> column, and which pair embeds it: the first that has it
+    for i, (answer, *_) in enumerate(joined):
+        columns.setdefault(answer, (len(columns), i, None))
+    for i, (_, keys, *_) in enumerate(joined):
+        for j, key in enumerate(keys):
+            columns.setdefault(key, (len(columns), i, j))
+    own = [(n, pairs[i - first]["target"] if j is None else pairs[i - first]["negatives"][j]) for n, i, j in columns.values() if 0 <= i - first < len(pairs)]
+    lengths = torch.tensor([length for _, _, length, _ in joined])
+    positive, N = torch.tensor([columns[answer][0] for answer, *_ in joined], device=device), len(joined)
+    n_tokens = max(1, sum(n - len(reader.prefix) - len(reader.tail) for n in lengths.tolist() if n))
+    n_labels = max(1, sum(label >= 0 for *_, label in joined))
+    q_len, t_len = [len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)], [len(t["ids"]) + 1 for _, t in own]
+    chunks = [(kind, rows) for kind, lengths_of in (("query", q_len), ("target", t_len)) for rows in chunks_of(lengths_of, cfg.chunk_tokens)]
+    # vectors are numbered: N direct ones, N reasoned ones (some absent), the columns; `order` brings the chunks' rows of all ranks there
+    number = lambda kind, i: [2 * N + own[i][0]] if kind == "target" else [first + i, N + first + i] if branches[i] else [first + i]
+    order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in number(kind, i)]), []))
+    parts, losses = dict(lm=0.0, decision=0.0, decision_right=0.0), {}
+
+    def encode(chunk):
+        kind, rows = chunk or ("nothing", [])
+        if kind != "query":
+            batch = collate([own[i][1] for i in rows] or [NOTHING], reader, device=device)
+            return pool(model(batch), batch["ends"])[: len(rows), 0], None
+        batch = collate([pairs[i]["query"] for i in rows], reader, [[branches[i]] if branches[i] else [] for i in rows], device)
+        h = model(batch)
+        return pool(h, batch["ends"])[batch["ends"] >= 0], lambda: beside(h, batch, rows)
+
+    def beside(h, batch, rows):
+        """The cross-entropies of some rows: their sums over constants of the joined batch."""
+        extra = h.new_zeros(())
+        if cfg.lm_weight and any(branches[i] for i in rows):
+            logp, _, _ = branch_logp(model, h, batch, reader, len(reader.prefix))
+            extra = extra - cfg.lm_weight * logp.sum() / n_tokens
+            parts["lm"] -= float(logp.detach().sum()) / n_tokens
+        want = torch.tensor([labels[i] for i in rows], device=device)
+        if cfg.decision_weight and bool((want >= 0).any()):
+            logits = decision_logits(model, h, batch, reader)
+            ce = F.cross_entropy(logits, want, ignore_index=-1, reduction="sum") / n_labels
+            extra = extra + cfg.decision_weight * ce
+            parts["decision"] += float(ce.detach())
+            parts["decision_right"] += float(((logits.argmax(1) == want) & (want >= 0)).sum()) / n_labels
+        return extra
+
+    def loss_fn(v):
+        has = (lengths > 0).to(device)
+        direct, reason, t = v[order].split([N, int(has.sum()), len(columns)])
+        weight, m = None, lambda q, of: margin_score(q.detach(), t.detach(), of, cfg.temperature)
+        if latent:                                               # E-step: how well r explains t, against ∅
+            weight = (m(reason, positive[has]) - m(direct, positive)[has]).sigmoid()
+        for name, q, of, w in (("direct", direct, positive, None), ("reason", reason, positive[has], weight)):
+            losses[name] = info_nce(q, t, of, cfg.temperature, F.one_hot(of, len(t)).bool(), rows=w) if len(q) else v.new_zeros(())
+        return losses["direct"] + losses["reason"]
+
+    loss, extra = grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
+    told = gather_objects(parts)
+    return dict(loss=loss + extra, nce_direct=float(losses["direct"].detach()), nce_reason=float(losses["reason"].detach()),
+                **{k: sum(x[k] for x in told) for k in parts}, ids=[p["id"] for p in pairs])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The Embedder: items in, vectors out
 
 
@@ -495,7 +581,8 @@ class Embedder:
     def from_pretrained(cls, path_or_id, device=None, dtype=None, max_pixels=None, min_pixels=None, max_frames=None, fps=None,
                         max_length=None, compile=False):
         """A folder, or the id of a repository on the Hugging Face hub. device: CUDA when there is one. dtype: "bfloat16",
-        torch.float32 ...; None keeps the file's. compile: see Qwen3VL.compile_layers; pays for many batches. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
+        torch.float32 ...; None keeps the file's. compile: see Qwen3VL.compile_layers; pays for many
+        batches. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
         folder = find_folder(path_or_id)
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else None if dtype == "auto" else dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

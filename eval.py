@@ -471,17 +471,21 @@ def seeds_tables(found):
     """over_seeds' file -> markdown: the modes, the families that need steps, what was selected."""
     median, spread, sets = found["median"], found["spread"], found["datasets"]
     rows = ["| mode | overall | reason rate | tokens per query |", "| --- | --- | --- | --- |"]
-    rows += [f"| {mode} | {m['overall']:.3f} ± {spread[mode]['overall']:.3f} | {m['reason_rate']:.2f} | {m['tokens_per_query']:.1f} |" for mode, m in median.items()]
+    rows += [f"| {mode} | {m['overall']:.3f} ± {spread[mode]['overall']:.3f} | {m['reason_rate']:.2f} | {m['tokens_per_query']:.1f} |"
+             for mode, m in median.items()]
     rows += ["", "| family that needs steps | never | always | adaptive |", "| --- | --- | --- | --- |"]
     rows += [f"| {n} | " + " | ".join(f"{sets[n][mode]:.2f}" for mode in ("never", "always", "adaptive")) + " |" for n in found["steps"]]
     never, always, adaptive, random, oracle = (median[m]["overall"] for m in ("never", "always", "adaptive", "random", "oracle"))
     tokens = {m: median[m]["tokens_per_query"] for m in median}
     picked = {k: float(np.median([p[k] for p in found["selection"]])) for k in ("precision", "recall", "placebo_accepted", "sloppy_kept")}
-    n, seconds = len(found["runs"]), ", ".join(f"{sum(r['seconds'].values()):.0f}" for r in found["runs"])
-    rows += ["", f"Medians over {n} seed{'s' * (n > 1)} ({', '.join(str(r['seed']) for r in found['runs'])}), ± their standard deviation. Adaptive − never {adaptive - never:+.3f}, adaptive − always "
-             f"{adaptive - always:+.3f}; from the coin to hindsight {(adaptive - random) / (oracle - random):.0%} of the way; tokens {tokens['adaptive'] / tokens['always']:.0%} of always', "
-             f"{tokens['adaptive'] / tokens['oracle']:.2f} times the oracle's. Selection against the truth: precision {picked['precision']:.3f}, recall {picked['recall']:.3f}, placebos accepted "
-             f"{picked['placebo_accepted']:.3f}, sloppy rationales kept {picked['sloppy_kept']:.3f}. Seconds per run: {seconds}."]
+    runs = found["runs"]
+    seeds, seconds = ", ".join(str(r["seed"]) for r in runs), ", ".join(f"{sum(r['seconds'].values()):.0f}" for r in runs)
+    way = (adaptive - random) / (oracle - random)
+    rows += ["", f"Medians over {len(runs)} seed{'s' * (len(runs) > 1)} ({seeds}), ± their standard deviation. Adaptive − never {adaptive - never:+.3f}, "
+             f"adaptive − always {adaptive - always:+.3f}; from the coin to hindsight {way:.0%} of the way; tokens {tokens['adaptive'] / tokens['always']:.0%} "
+             f"of always', {tokens['adaptive'] / tokens['oracle']:.2f} times the oracle's. Selection against the truth: precision {picked['precision']:.3f}, "
+             f"recall {picked['recall']:.3f}, placebos accepted {picked['placebo_accepted']:.3f}, sloppy rationales kept {picked['sloppy_kept']:.3f}. "
+             f"Seconds per run: {seconds}."]
     return "\n".join(rows)
 
 

@@ -882,6 +882,23 @@ def add_lora(model, rank, alpha):
     return model
 
 
+def for_training(model, dtype, lora=0, alpha=64.0, vision=True, checkpointing=False, compile=False):
+    """Make a model ready to be trained, in place: what is trained is fp32 and what is frozen stays as it is, all arithmetic is in `dtype`.
+    lora: the rank, 0 trains every weight; vision: the tower too."""
+    if lora:
+        add_lora(model, lora, alpha)
+    if not vision:
+        model.visual.requires_grad_(False)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    model.set_checkpointing(checkpointing)
+    if compile:
+        model.compile_layers()
+    if dtype != torch.float32:                                   # each call is an autocast of its own: weights cast without gradient must not stay
+        model.forward, model.logits = (torch.autocast(model.device.type, dtype)(f) for f in (model.forward, model.logits))
+    return model
+
+
 def shard(model, dtype):
     """FSDP2: every rank holds its part of each text layer in fp32 and gathers a layer in `dtype` while it runs. The vision tower and the
     embeddings stay whole: which of them a batch uses differs from rank to rank, and a collective must never wait for one that stays away."""

@@ -634,7 +634,8 @@ def base_document(bank, rng, look=0.35):
     """One document about something seen: (item, [(text, learn)]); the model is trained on the texts with learn=True, the others only ask.
 
     Pictures are described, or asked about: the user's question is answered at once, or after a <think> block of look-ups, as a thinking
-    model would; or a change is asked for, and the picture described as it then would be. Clips, pages and crops likewise. item["answer"]: what <|endoftext|> is to sum up. look: the share of pictures that are described rather than asked about.
+    model would; or a change is asked for, and the picture described as it then would be. Clips (what is in them, or what happens), pages
+    and crops likewise. item["answer"]: what <|endoftext|> is to sum up. look: the share of pictures that are described rather than asked about.
     """
     u = rng.random()
     if u < 0.06:

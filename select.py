@@ -67,7 +67,8 @@ else:
     from tqdm import tqdm
 
     import data as loader
-    from embed import collate, margin_score, pool
+    from embed import collate, pool
+    from model import read_json
 
 # Nothing below may run at import (see above): only functions, and none with a name that the real `select` has.
 
@@ -171,7 +172,7 @@ def thresholds(results, rule="full", margin=0.7, fdr=0.1):
         shelves.setdefault((dataset_of(r), r["worker"]), []).append(r)
     for shelf, rows in shelves.items():
         guess = np.maximum(0.0, column(rows, "delta_guess"))
-        own, false = np.sort(column(rows, "delta") - guess), np.sort((column(rows, "delta_placebo") - guess))
+        own, false = np.sort(column(rows, "delta") - guess), np.sort(column(rows, "delta_placebo") - guess)
         false = false[~np.isnan(false)]
         t = np.concatenate(([margin], own[own > margin]))        # between two neighbours nothing changes
         passed, lucky = len(own) - np.searchsorted(own, t, "right"), len(false) - np.searchsorted(false, t, "right")
@@ -208,32 +209,31 @@ def audit(results, kept, level, rule="full", needs_steps=None):
     needs_steps: datasets whose careful rationales truly help (pocket world), or None where nobody knows. Rows with "delta_second" are
     those whose placebo was offered as the pair's own, against a second placebo.
     """
-    dataset, offered = dataset_of, [r for r in results if r.get("delta_second") is not None]
+    offered = [r for r in results if r.get("delta_second") is not None]
     placebo_kept = kept_mask(offered, level, rule, "delta_placebo", "delta_second") if offered else None
     share = lambda key: {k: round(sum(key(r) == k for r in kept) / sum(key(r) == k for r in results), 4) for k in sorted({key(r) for r in results})}
-    out = {"candidates": len(results), "kept": len(kept), "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset),
+    out = {"candidates": len(results), "kept": len(kept), "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset_of),
            "placebo_accepted": round(float(placebo_kept.mean()), 4) if offered else None, "precision": None, "recall": None}
     if needs_steps is not None:
-        helps = lambda r: r["worker"] == "careful" and dataset(r) in needs_steps
+        helps = lambda r: r["worker"] == "careful" and dataset_of(r) in needs_steps
         truly = {r["id"] for r in results if helps(r)}
         found = {r["id"] for r in kept if helps(r)}
         out["precision"] = round(sum(map(helps, kept)) / len(kept), 4) if kept else 0.0
         out["recall"] = round(len(found) / len(truly), 4) if truly else None
-        sloppy = [r for r in results if r["worker"] == "sloppy" and dataset(r) in needs_steps]
+        sloppy = [r for r in results if r["worker"] == "sloppy" and dataset_of(r) in needs_steps]
         ids = {(r["id"], r["worker"]) for r in kept}
         out["sloppy_kept"] = round(sum((r["id"], r["worker"]) in ids for r in sloppy) / len(sloppy), 4) if sloppy else None
     return out
 
 
-def compare_rules(run, margin=0.7, fdr=0.1):
-    """A finished run's judged rationales under other rules -> table rows [(rule, audit)]. positive_only is missing: it needs other Δ."""
+def compare_rules(run):
+    """A finished pocket run's judged rationales under other rules -> table rows [(rule, audit)]. positive_only is missing: it needs other Δ."""
     with open(os.path.join(run, "select", "judged.jsonl"), encoding="utf-8") as f:
         results = [json.loads(line) for line in f]
-    with open(os.path.join(run, "data", "pocket.json"), encoding="utf-8") as f:
-        truth = json.load(f)["steps"]
-    out = []
-    for name, rule, luck in (("full", "full", fdr), ("full, one margin for all shelves", "full", 1e9), ("no_placebo", "no_placebo", fdr), ("none", "none", fdr)):
-        level = thresholds(results, rule, margin, luck)
+    c, truth, out = read_json(os.path.join(run, "config.json")), read_json(os.path.join(run, "data", "pocket.json"))["steps"], []
+    rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9), "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
+    for name, (rule, luck) in rules.items():
+        level = thresholds(results, rule, c["select_margin"], luck)
         out.append((name, audit(results, choose(results, level, rule), level, rule, truth)))
     return out
 

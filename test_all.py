@@ -2591,7 +2591,7 @@ def m_fields_read(source, skip=("parse", "usage", "Config")):
 def test_train_every_option_is_read():
     """A field that nobody reads is a switch without a wire. Reading it while parsing does not count, setting it neither."""
     fields = {f.name for f in dataclasses.fields(train.Config)}
-    read = set().union(*(m_fields_read(open(os.path.join(M_HERE, f"{name}.py"), encoding="utf-8").read()) for name in ("train", "rl")))
+    read = set().union(*(m_fields_read(open(os.path.join(M_HERE, f"{name}.py"), encoding="utf-8").read()) for name in ("train", "embed", "rl")))
     out = {"out"}                                                                        # parse() fills it in and Run reads it
     assert fields - read - out == set()
     assert set(train.FREE) <= fields and all(set(row) <= fields for row in train.PRESETS.values())
@@ -2783,7 +2783,8 @@ def test_train_contrastive_step_equals_loops_and_grad_cache_equals_both(m_world,
     model, case = m_tiny(5), m_step_case(m_world)
     cfg = dataclasses.replace(train.Config(), temperature=0.05, lm_weight=0.6, decision_weight=0.3, negatives=1)
     collated = []
-    monkeypatch.setattr(train, "collate", lambda prompts, *a, **k: (collated.append(len(prompts)), embed.collate(prompts, *a, **k))[1])
+    collate = embed.collate
+    monkeypatch.setattr(embed, "collate", lambda prompts, *a, **k: (collated.append(len(prompts)), collate(prompts, *a, **k))[1])
 
     def step(budget):
         collated.clear()
@@ -3353,7 +3354,7 @@ def test_imports_run_in_one_direction():
     """train.py orchestrates and nobody imports it; model.py knows nothing of the others, data.py nothing of models."""
     imports = {n: {a.name for node in ast.walk(ast.parse(open(os.path.join(HERE, f"{n}.py"), encoding="utf-8").read())) if isinstance(node, ast.Import)
                    for a in node.names} | {node.module for node in ast.walk(ast.parse(open(os.path.join(HERE, f"{n}.py"), encoding="utf-8").read()))
-                                           if isinstance(node, ast.ImportFrom)} for n in ("model", "data", "embed", "rl", "eval", "pocket", "select", "train")}
+                                           if isinstance(node, ast.ImportFrom)} for n in ("model", "data", "embed", "rl", "eval", "pocket", "select", "study", "bench", "train")}
     assert not any("train" in found for n, found in imports.items())
     assert not imports["model"] & {"data", "embed", "rl", "eval", "pocket"} and not imports["data"] & {"model", "embed", "rl", "eval", "pocket", "torch"}
 

@@ -51,9 +51,9 @@ import eval as evaluation
 import pocket
 import rl
 import study
-from embed import NOTHING, Embedder, Reader, branch_logp, chunks_of, collate, decision_logits, grad_cache, info_nce, pool
+from embed import Embedder, Reader, chunks_of, collate, contrastive_step, key_of, pool
 from embed import add_gradients, clip_gradients, gather_objects, is_sharded, like, rank, ranks, whole
-from model import CONFIGS, Qwen3VL, Tokenizer, add_lora, generate, merge_lora, read_json, shard, write_json
+from model import CONFIGS, Qwen3VL, Tokenizer, for_training, generate, merge_lora, read_json, shard, write_json
 
 
 def sibling(name):
@@ -365,22 +365,11 @@ class Run:
     def trainee(self, stage):
         """The same, ready to be trained: LoRA, what is frozen, fp32 masters, checkpointing, length buckets, compiled layers, shards."""
         c, e = self.cfg, self.embedder(stage)
-        model, dtype, kind = e.model, getattr(torch, c.dtype), torch.device(self.device).type
-        if c.lora:
-            torch.manual_seed(int(self.rng("lora").integers(2**31)))
-            add_lora(model, c.lora, c.lora_alpha)
-        if not c.train_vision:
-            model.visual.requires_grad_(False)
-        for p in model.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
-        model.set_checkpointing(c.checkpointing)
-        e.reader.pad_to = c.pad_to
-        for layer in model.text.layers if c.compile else ():
-            layer.compile()                                      # one layer at a time: all of them share the compiled code
-        if dtype != torch.float32:                               # each call is an autocast of its own: weights cast without gradient must not stay
-            model.forward, model.logits = (torch.autocast(kind, dtype)(f) for f in (model.forward, model.logits))
+        dtype, e.reader.pad_to = getattr(torch, c.dtype), c.pad_to
+        torch.manual_seed(int(self.rng("lora").integers(2**31)))
+        for_training(e.model, dtype, c.lora, c.lora_alpha, c.train_vision, c.checkpointing, c.compile)
         if c.fsdp:
-            shard(model, dtype)
+            shard(e.model, dtype)
         return e
 
     def plain(self, model, into=None):
@@ -740,90 +729,6 @@ def any_negative(pair, rng):
     """The pair with its hard negatives in another order: every visit uses the first ones (Config.negatives)."""
     n = pair["negatives"]
     return dict(pair, negatives=[n[i] for i in rng.permutation(len(n))])
-
-
-def key_of(prompt):
-    """Equal prompts have equal keys."""
-    h = hashlib.blake2b(prompt["ids"].tobytes(), digest_size=12)
-    for x in prompt["pixels"]:
-        h.update(np.ascontiguousarray(x).tobytes())
-    return h.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The contrastive step, shared by the warm-up of select and by embed
-
-
-def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
-    """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token), one update's gradients.
-
-    pairs [B] of Pairs; branches [B]: a rationale branch or None (no reasoned path for this pair); labels [B]: 1 reason, 0 direct,
-    -1 no decision to learn. Equal targets are embedded once and never serve as each other's negatives. All this is one rank's share of a
-    batch; the loss is that of the joined one. -> its metrics.
-    latent: the rationale is a guess, good or bad; it counts by its posterior against the empty one, p(t|q,r) / (p(t|q,r) + p(t|q,∅)).
-    """
-    model.train()
-    device = model.device
-    mine = [(p["answer"], [key_of(n) for n in p["negatives"][: cfg.negatives]], len(b or []), l) for p, b, l in zip(pairs, branches, labels)]
-    told = gather_objects(mine)
-    joined, first = sum(told, []), sum(map(len, told[: rank()]))
-    columns = {}                                                 # key -> column, and which pair embeds it: the first that has it
-    for i, (answer, *_) in enumerate(joined):
-        columns.setdefault(answer, (len(columns), i, None))
-    for i, (_, keys, *_) in enumerate(joined):
-        for j, key in enumerate(keys):
-            columns.setdefault(key, (len(columns), i, j))
-    own = [(n, pairs[i - first]["target"] if j is None else pairs[i - first]["negatives"][j]) for n, i, j in columns.values() if 0 <= i - first < len(pairs)]
-    lengths = torch.tensor([length for _, _, length, _ in joined])
-    positive, N = torch.tensor([columns[answer][0] for answer, *_ in joined], device=device), len(joined)
-    n_tokens = max(1, sum(n - len(reader.prefix) - len(reader.tail) for n in lengths.tolist() if n))
-    n_labels = max(1, sum(label >= 0 for *_, label in joined))
-    q_len, t_len = [len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)], [len(t["ids"]) + 1 for _, t in own]
-    chunks = [(kind, rows) for kind, lengths_of in (("query", q_len), ("target", t_len)) for rows in chunks_of(lengths_of, cfg.chunk_tokens)]
-    # vectors are numbered: N direct ones, N reasoned ones (some absent), the columns; `order` brings the chunks' rows of all ranks there
-    number = lambda kind, i: [2 * N + own[i][0]] if kind == "target" else [first + i, N + first + i] if branches[i] else [first + i]
-    order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in number(kind, i)]), []))
-    parts, losses = dict(lm=0.0, decision=0.0, decision_right=0.0), {}
-
-    def encode(chunk):
-        kind, rows = chunk or ("nothing", [])
-        if kind != "query":
-            batch = collate([own[i][1] for i in rows] or [NOTHING], reader, device=device)
-            return pool(model(batch), batch["ends"])[: len(rows), 0], None
-        batch = collate([pairs[i]["query"] for i in rows], reader, [[branches[i]] if branches[i] else [] for i in rows], device)
-        h = model(batch)
-        return pool(h, batch["ends"])[batch["ends"] >= 0], lambda: beside(h, batch, rows)
-
-    def beside(h, batch, rows):
-        """The cross-entropies of some rows: their sums over constants of the joined batch."""
-        extra = h.new_zeros(())
-        if cfg.lm_weight and any(branches[i] for i in rows):
-            logp, _, _ = branch_logp(model, h, batch, reader, len(reader.prefix))
-            extra = extra - cfg.lm_weight * logp.sum() / n_tokens
-            parts["lm"] -= float(logp.detach().sum()) / n_tokens
-        want = torch.tensor([labels[i] for i in rows], device=device)
-        if cfg.decision_weight and bool((want >= 0).any()):
-            logits = decision_logits(model, h, batch, reader)
-            ce = F.cross_entropy(logits, want, ignore_index=-1, reduction="sum") / n_labels
-            extra = extra + cfg.decision_weight * ce
-            parts["decision"] += float(ce.detach())
-            parts["decision_right"] += float(((logits.argmax(1) == want) & (want >= 0)).sum()) / n_labels
-        return extra
-
-    def loss_fn(v):
-        has = (lengths > 0).to(device)
-        direct, reason, t = v[order].split([N, int(has.sum()), len(columns)])
-        weight, m = None, lambda q, of: (q.detach() @ t.detach().T / cfg.temperature).log_softmax(1).gather(1, of[:, None])[:, 0]
-        if latent:                                               # E-step: how well r explains t, against ∅
-            weight = (m(reason, positive[has]) - m(direct, positive)[has]).sigmoid()
-        for name, q, of, w in (("direct", direct, positive, None), ("reason", reason, positive[has], weight)):
-            losses[name] = info_nce(q, t, of, cfg.temperature, F.one_hot(of, len(t)).bool(), rows=w) if len(q) else v.new_zeros(())
-        return losses["direct"] + losses["reason"]
-
-    loss, extra = grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
-    told = gather_objects(parts)
-    return dict(loss=loss + extra, nce_direct=float(losses["direct"].detach()), nce_reason=float(losses["reason"].detach()),
-                **{k: sum(x[k] for x in told) for k in parts}, ids=[p["id"] for p in pairs])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
