@@ -351,11 +351,12 @@ def margin_score(q, t, target, temperature=0.02):
     return (torch.einsum("...h,...mh->...m", q, t) / temperature).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
 
 
-def chunks_of(lengths, budget):
-    """Indices sorted by length and cut where a chunk would exceed the budget of padded tokens, or pad by more than a half."""
+def chunks_of(lengths, budget, waste=1.25):
+    """Indices sorted by length and cut where a chunk would exceed the budget of padded tokens, or its longest row be more than `waste`
+    times its shortest."""
     order, out = np.argsort(lengths, kind="stable")[::-1].tolist(), []
     for i in order:
-        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= budget and lengths[i] * 1.5 >= lengths[out[-1][0]]:
+        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= budget and lengths[i] * waste >= lengths[out[-1][0]]:
             out[-1].append(i)
         else:
             out.append([i])

@@ -124,12 +124,12 @@ def candidate_sets(pairs, rng, size=16):
     return out
 
 
-def margins(model, reader, prompts, branches, targets, candidates, temperature=0.02, batch_size=32, positive_only=False, title=None):
-    """m(q, ∅) and m(q, r) for every branch of every query.
+def margins(model, reader, prompts, branches, targets, candidates, temperature=0.02, batch_size=32, title=None):
+    """m(q, ∅) and m(q, r) for every branch of every query, and what the positive alone says.
 
     prompts [n] of Reader.read, branches [n] lists of rationale branches, targets (N, H) unit vectors, candidates (n, c) indices with
-    the target in column 0 and -1 for none -> list of n float arrays (1 + number of branches): the direct margin first.
-    positive_only: s(q, r; t)/temperature instead, the positive without the others.
+    the target in column 0 and -1 for none -> list of n float arrays (2, 1 + number of branches), the direct embedding first: the margins,
+    and s(q, r; t)/temperature, the positive without the others.
     """
     out = [None] * len(prompts)
     order = np.argsort([len(p["ids"]) + sum(map(len, b)) for p, b in zip(prompts, branches)], kind="stable")
@@ -141,9 +141,9 @@ def margins(model, reader, prompts, branches, targets, candidates, temperature=0
             c = torch.from_numpy(candidates[rows]).to(q.device)                               # (B, c)
             t = targets[c.clamp(min=0)]                                                       # (B, c, H)
             s = torch.einsum("bgh,bch->bgc", q, t) / temperature
-            m = s[..., 0] if positive_only else s.masked_fill((c < 0)[:, None], float("-inf")).log_softmax(-1)[..., 0]
-            for i, row in zip(rows, m.cpu().numpy()):
-                out[i] = row[: 1 + len(branches[i])].astype(np.float64)
+            m = s.masked_fill((c < 0)[:, None], float("-inf")).log_softmax(-1)[..., 0]        # (B, 1+G)
+            for i, both in zip(rows, torch.stack((m, s[..., 0]), 1).cpu().numpy()):
+                out[i] = both[:, : 1 + len(branches[i])].astype(np.float64)
     return out
 
 
@@ -154,6 +154,13 @@ def keep_rule(delta, delta_placebo, rule="full", threshold=0.7, delta_guess=0.0)
         return np.ones(delta.shape, bool)
     beats = ~(delta <= placebo) if rule in ("full", "positive_only") else True
     return (delta - np.maximum(0.0, delta_guess) > threshold) & beats
+
+
+def under(rule, results):
+    """Judged rows as the rule sees them: positive_only has other Δs, and no guess."""
+    if rule != "positive_only":
+        return results
+    return [dict(r, delta_guess=0.0, **dict(zip(("delta", "delta_placebo", "delta_second"), r["positive"]))) for r in results]
 
 
 def column(rows, key):
@@ -227,14 +234,16 @@ def audit(results, kept, level, rule="full", needs_steps=None):
 
 
 def compare_rules(run):
-    """A finished pocket run's judged rationales under other rules -> table rows [(rule, audit)]. positive_only is missing: it needs other Δ."""
+    """A finished pocket run's judged rationales under other rules -> table rows [(rule, audit)]."""
     with open(os.path.join(run, "select", "judged.jsonl"), encoding="utf-8") as f:
         results = [json.loads(line) for line in f]
     c, truth, out = read_json(os.path.join(run, "config.json")), read_json(os.path.join(run, "data", "pocket.json"))["steps"], []
-    rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9), "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
+    rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9), "positive_only": ("positive_only", c["select_fdr"]),
+             "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
     for name, (rule, luck) in rules.items():
-        level = thresholds(results, rule, c["select_margin"], luck)
-        out.append((name, audit(results, choose(results, level, rule), level, rule, truth)))
+        seen = under(rule, results)
+        level = thresholds(seen, rule, c["select_margin"], luck)
+        out.append((name, audit(seen, choose(seen, level, rule), level, rule, truth)))
     return out
 
 

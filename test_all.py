@@ -1994,22 +1994,22 @@ def test_select_delta_by_hand():
     with m_unchanged(prompts, branches, targets, candidates):
         m = m_select.margins(m_Stub(table), m_reader(), prompts, branches, targets, candidates, temperature=1.0, batch_size=2)
     e = math.e
-    assert [len(x) for x in m] == [3, 2, 1]
+    assert [x.shape for x in m] == [(2, 3), (2, 2), (2, 1)]
+    m = [x[0] for x in m]
     np.testing.assert_allclose(m[0], [-math.log(1 + e + 1 / e), 1 - math.log(e + 2), -math.log(1 + e + 1 / e)], atol=1e-6)
     np.testing.assert_allclose(m[1], [-0.313262, -1.313262], atol=1e-6)                  # two candidates: the third is padding
     np.testing.assert_allclose(m[2], [-math.log(2)], atol=1e-6)
     assert [round(float(x - m[0][0]), 5) for x in m[0][1:]] == [0.85616, 0.0] and round(float(m[1][1] - m[1][0]), 5) == -1.0
     half = m_select.margins(m_Stub(table), m_reader(), prompts, branches, targets, candidates, temperature=0.5)
-    np.testing.assert_allclose(half[0][1] - half[0][0], 1.903390, atol=1e-5)
-    alone = m_select.margins(m_Stub(table), m_reader(), prompts, branches, targets, candidates, temperature=0.5, positive_only=True)
-    np.testing.assert_allclose(np.concatenate(alone), [0, 2, 0, 2, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(half[0][0, 1] - half[0][0, 0], 1.903390, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([x[1] for x in half]), [0, 2, 0, 2, 0, 0], atol=1e-6)      # the positive alone
 
 
 def test_select_false_helpful_is_seen_by_the_margin_only():
     """The rationale moves the query towards the target AND further towards a wrong candidate: the positive alone calls that help."""
     targets = torch.tensor([[1., 0, 0], [0, 1, 0]])
     args = (m_Stub({1: [(0.1, 0, 0.995), (0.6, 0.8, 0)]}), m_reader(), [m_text_prompt(1, 3)], [[[7]]], targets, np.array([[0, 1]]), 0.1)
-    margin, alone = m_select.margins(*args)[0], m_select.margins(*args, positive_only=True)[0]
+    margin, alone = m_select.margins(*args)[0]
     assert margin[1] - margin[0] == pytest.approx(math.log((1 + math.exp(-1)) / (1 + math.exp(2))), abs=1e-5) and abs(alone[1] - alone[0] - 5) < 1e-4
     assert not m_select.keep_rule(margin[1] - margin[0], 0.0) and m_select.keep_rule(alone[1] - alone[0], 0.0, "positive_only")
 
@@ -2094,30 +2094,30 @@ def test_select_candidate_sets():
         assert (c[:19] >= 0).all() and (c[19:22] >= 0).sum() == 12 and (c[22] >= 0).sum() == 8                       # filled up where there is enough, padded where not
 
 
-@pytest.mark.parametrize("rule", ["positive_only", "full"])
-def test_select_judge_asks_the_right_questions(m_world, monkeypatch, rule):
+def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
     """train.judge with margins() replaced by a table of texts: own Δ against own words, placebo Δ against the placebo's, audits by the second."""
     pairs, reader = [p for p in m_pairs(m_world) if p["dataset"] == "PocketAt"][:4], m_reader()
     texts = {p["id"]: {"careful": f"nw {pocket.SHAPES[i]}"} for i, p in enumerate(pairs)}
     value = {f"nw {pocket.SHAPES[i]}": float(i) for i in range(4)}
     asked = {}
 
-    def margins(model, reader, prompts, branches, targets, candidates, temperature, positive_only, title):
-        asked.update(positive_only=positive_only, temperature=temperature, sizes=(candidates >= 0).sum(1).tolist())
+    def margins(model, reader, prompts, branches, targets, candidates, temperature, title):
+        asked.update(temperature=temperature, sizes=(candidates >= 0).sum(1).tolist())
         for p, t in zip(pairs, candidates):
             np.testing.assert_allclose(targets[t[0]].numpy(), m_vector(e.model, p["target"]).detach().numpy(), atol=1e-5)
         for p, b in zip(pairs, branches):
             asked[p["id"]] = [reader.rationale_text(x) for x in b]
-        return [np.array([0.5, *(value[reader.rationale_text(x)] for x in b)]) for b in branches]
+        m = [np.array([0.5, *(value[reader.rationale_text(x)] for x in b)]) for b in branches]
+        return [np.stack((x, 10 * x)) for x in m]                                        # the positive alone says ten times as much
 
     monkeypatch.setattr(m_select, "margins", margins)
     e = types.SimpleNamespace(model=m_tiny(), reader=reader)
-    cfg = train.Config(select_rule=rule, temperature=0.03, select_margin=0.69)
+    cfg = train.Config(temperature=0.03, select_margin=0.69)
     run = types.SimpleNamespace(cfg=cfg, device="cpu", rng=lambda *key: np.random.default_rng(0))
     with m_unchanged(pairs, texts):
         results = train.judge(run, e, pairs, texts, 0)
-    assert asked["positive_only"] is (rule == "positive_only") and asked["temperature"] == 0.03
-    guess = [0.0 if rule == "positive_only" else math.log(1 / n) - 0.5 for n in asked["sizes"]]           # what a blind choice among n gains over m = 0.5
+    assert asked["temperature"] == 0.03
+    guess = [math.log(1 / n) - 0.5 for n in asked["sizes"]]                              # what a blind choice among n gains over m = 0.5
     assert [r["delta_guess"] for r in results] == pytest.approx(guess) and min(asked["sizes"]) > 1
     answers = {p["id"]: p["answer"] for p in pairs}
     assert len({*answers.values()}) > 1
@@ -2130,6 +2130,11 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch, rule):
             assert answers[of] != p["answer"]
     seconds = [value[asked[p["id"]][2]] - 0.5 if len(asked[p["id"]]) > 2 and asked[p["id"]][1] != asked[p["id"]][2] else None for p in pairs]
     assert [r["delta_second"] for r in results] == seconds and any(s is not None for s in seconds)
+    assert m_select.under("full", results) is results
+    for r, alone in zip(results, m_select.under("positive_only", results)):
+        for key in ("delta", "delta_placebo", "delta_second"):
+            assert alone[key] == (None if r[key] is None else pytest.approx(10 * r[key]))
+        assert alone["delta_guess"] == 0.0 and alone["text"] == r["text"]
 
 
 def test_select_audit_by_hand():
@@ -3113,6 +3118,22 @@ def test_run_embed_draws_from_the_posterior(m_finished, tmp_path, monkeypatch):
         assert (branch, label) == (want, {0: 1, 1: 0, 2: -1}[n % 3])
 
 
+def test_run_select_under_another_rule_takes_the_judgements_of_another_run(m_finished, tmp_path, monkeypatch, capsys):
+    """Nothing is trained or judged again, and what is kept is what the rule keeps of those judgements; other options or texts are refused."""
+    out = m_copy(m_finished, tmp_path / "run")
+    monkeypatch.setattr(train, "judge_all", lambda *a: pytest.fail("judged again"))
+    assert m_main(out, "--select_rule", "none", "--select_judged", m_finished, stage="select") == 0
+    same = lambda name: open(os.path.join(out, "select", name)).read() == open(os.path.join(m_finished, "select", name)).read()
+    kept, judged = (m_select.read_rationales(os.path.join(out, "select", f"{n}.jsonl")) for n in ("selected", "judged"))
+    assert same("judged.jsonl") and sorted((r["id"], r["worker"]) for r in kept) == sorted((r["id"], r["worker"]) for r in judged)
+    capsys.readouterr()
+    assert m_main(out, "--select_steps", "99", "--select_judged", m_finished, stage="select") == 2 and "select_steps" in capsys.readouterr().err
+    rows = m_select.read_rationales(os.path.join(out, "propose", "rationales.jsonl"))
+    os.unlink(os.path.join(out, "propose", "rationales.jsonl"))
+    m_select.write_rows(os.path.join(out, "propose", "rationales.jsonl"), rows[1:])
+    assert m_main(out, "--select_judged", m_finished, stage="select") == 2 and "other rationales" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("folds", [2, 1])
 def test_run_select_is_cross_fitted(m_finished, tmp_path, monkeypatch, folds):
     """A pair is judged once, by the evaluator that never trained on it; with one fold (the ablation) by one that may have."""
@@ -3799,7 +3820,7 @@ def s_study(m_finished, tmp_path_factory):
     patch.setattr(train.rl, "grpo_step", lambda model, reader, prompts, *a: (note("grpo", [len(p["ids"]) for p in prompts], None), grpo(model, reader, prompts, *a))[1])
     patch.setattr(train.evaluation, "pictures", lambda *a: None)
     patch.setattr(train, "judge", lambda run, e, judged, texts, *a: [          # what the judge says is no matter here, and slow
-        dict(id=p["id"], worker=w, text=t, delta=2.0 * (w == "careful"), delta_placebo=0.0, delta_second=None, delta_guess=0.0, direct=-1.0) for p in judged for w, t in texts[p["id"]].items()])
+        dict(id=p["id"], worker=w, text=t, delta=2.0 * (w == "careful"), delta_placebo=0.0, delta_second=None, delta_guess=0.0, direct=-1.0, positive=[0.0, 0.0, None]) for p in judged for w, t in texts[p["id"]].items()])
     patch.setattr(train, "ELSEWHERE", {"hard": dict(world_steps=5)})
     patch.setattr(train, "TRAVELLERS", ("full",))
     patch.setitem(train.VARIANTS, "again", ("full", "embed", {}))                        # the full method once more: what the others are held against

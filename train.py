@@ -139,6 +139,7 @@ class Config:
     select_candidates: int = 16
     select_folds: int = 2           # 2 = cross-fitted; 1 = the evaluator has seen the pair (ablation)
     select_weight_temperature: float = 1.0
+    select_judged: str = ""         # a finished run whose judgements of the same rationales serve here too: another rule then costs seconds
     # embed
     embed_steps: int = 450
     embed_lr: float = 0.5           # times the learning rates above
@@ -173,7 +174,7 @@ LARGE = dict(dtype="bfloat16", optimizer="adamw", lr=1e-5, warmup=100, min_pixel
 LORA = dict(lora=32, lr=1e-4)       # 16 bytes per weight: 4B in full is 71 GB before the first activation
 PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE, **LORA), "qwen3vl-8b": dict(LARGE, **LORA)}
 FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "keep", "chunk_tokens", "checkpointing", "compile", "pad_to",
-        "fsdp", "study_seeds", "study_variants")                 # may differ when a folder is reused
+        "fsdp", "study_seeds", "study_variants", "select_judged")                 # may differ when a folder is reused
 
 
 CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16"), "optimizer": ("muon", "adamw"),
@@ -568,13 +569,26 @@ def base_stage(run, out):
     look = lambda i: 1.0 if i < run.steps(c.base_look) else 0.4    # first learn to see, then to look things up
 
     def one_step(i):
+        """Pictures' documents and half as many of text alone, each kind's losses being means over its own tokens and summaries."""
         model.train()
         rng = run.rng("base", i)
-        loss, summary, acc = document_loss(model, reader, [pocket.base_document(bank, rng, look(i)) for _ in range(c.base_batch)])
-        table, table_summary, table_acc = document_loss(model, reader, [pocket.text_document(rng) for _ in range(c.base_batch // 2)])
-        total = loss + c.base_text * table + c.base_summary * (summary + table_summary)
-        (total / ranks()).backward()                             # it is tiny: every rank does the same, and gradients add up
-        return dict(loss=total.item(), summary=summary.item(), text_summary=table_summary.item(), accuracy=acc, text_accuracy=table_acc)
+        docs = [pocket.base_document(bank, rng, look(i)) for _ in range(c.base_batch)] + [pocket.text_document(rng) for _ in range(c.base_batch // 2)]
+        docs, text = [read_document(reader, *d) for d in docs], torch.arange(len(docs)) >= c.base_batch
+        count = lambda x: torch.stack((x[~text].sum(), x[text].sum()))
+        tokens, summaries = (torch.tensor([n(d) for d in docs]) for n in (lambda d: sum(d["learn"]), lambda d: len(d["ends"])))
+        share = torch.tensor([1.0, c.base_text])[text.long()] / count(tokens)[text.long()]
+        share_summary = c.base_summary / count(summaries).clamp(min=1)[text.long()]
+        found = torch.zeros(3, len(docs))                        # sums over each document: loss, summary loss, right tokens
+        for rows in chunks_of([len(d["prompt"]["ids"]) + 1 + len(d["branch"]) for d in docs], c.chunk_tokens):
+            got = document_losses(model, reader, [docs[r] for r in rows])
+            loss = (got[0] * share[rows].to(run.device)).sum() + (got[1] * share_summary[rows].to(run.device)).sum()
+            (loss / ranks()).backward()                          # it is tiny: every rank does the same, and gradients add up
+            found[:, rows] = got.detach().cpu()
+        loss, summary, right = (count(x) for x in found)
+        (loss, text_loss), (summary, text_summary) = (loss / count(tokens)).tolist(), (summary / count(summaries).clamp(min=1)).tolist()
+        accuracy, text_accuracy = (right / count(tokens)).tolist()
+        return dict(loss=loss + c.base_text * text_loss + c.base_summary * (summary + text_summary), summary=summary, text_summary=text_summary,
+                    accuracy=accuracy, text_accuracy=text_accuracy)
 
     probe = pocket.Bank(run.rng("probe bank"), style=c.world_style)        # other drawings than those it learns from
 
@@ -600,28 +614,15 @@ def base_stage(run, out):
 STEP_SKILLS = ("at", "move", "clip", "table", "account")                    # what the steps are made of; the rest is learnt on the way
 
 
-def document_batch(reader, docs, device):
-    """Documents (item, [(text, learn)]) -> batch, a mask (B, S) of the tokens to learn, and summaries [(row, column, answer ids)].
-
-    A document is a branch of its prompt, beside the direct <|endoftext|>; it ends in <|im_end|>. Each <|endoftext|>, the direct one and the
-    one after a thought, sums up the answer.
-    """
-    prompts = [reader.read(pil_item(item)) for item, _ in docs]
-    branches, learnt = [], []
-    for _, parts in docs:
-        pieces = [(piece(reader, text), yes) for text, yes in parts] + [([reader.stop], True)]
-        branches.append([sum((ids for ids, _ in pieces), [])])
-        learnt.append([yes for ids, yes in pieces for _ in ids])
-    batch = collate(prompts, reader, branches, device)
-    mask, sums = torch.zeros_like(batch["ids"], dtype=torch.bool), []
-    for b, ((item, _), p, learn) in enumerate(zip(docs, prompts, learnt)):
-        at = len(p["ids"]) + 1
-        mask[b, at : at + len(learn)] = torch.tensor(learn, device=device)
-        if "answer" in item:
-            words = sorted(set(reader.tok.encode(item["answer"])) | set(reader.tok.encode(" " + item["answer"])[:1]))
-            inside = [at + i for i, t in enumerate(branches[b][0]) if t == reader.end]
-            sums += [(b, col, words) for col in [at - 1, *inside]]
-    return batch, mask, sums
+def read_document(reader, item, parts):
+    """A document (item, [(text, learn)]) -> {"prompt", "branch" ids, "learn" bool per id, "ends" places in the branch of its <|endoftext|>s
+    (-1: the direct one), "words" that these sum up}. A document is a branch of its prompt, beside the direct <|endoftext|>; it ends in <|im_end|>."""
+    pieces = [(piece(reader, text), yes) for text, yes in parts] + [([reader.stop], True)]
+    branch, words = sum((ids for ids, _ in pieces), []), []
+    if "answer" in item:
+        words = sorted(set(reader.tok.encode(item["answer"])) | set(reader.tok.encode(" " + item["answer"])[:1]))
+    return dict(prompt=reader.read(pil_item(item)), branch=branch, learn=[yes for ids, yes in pieces for _ in ids], words=words,
+                ends=[-1, *(i for i, t in enumerate(branch) if t == reader.end)] if words else [])
 
 
 def pil_item(item):
@@ -636,19 +637,28 @@ def piece(reader, text):
     return [reader.tok.special[text]] if text in ("<think>", "</think>", "<|endoftext|>") else reader.tok.encode(text)
 
 
-def document_loss(model, reader, docs):
-    """Next-token loss, summary loss, token accuracy. The summary loss asks the state at <|endoftext|> for all words of the answer at once
-    (multi-token prediction in one place): a base model's last token would else know only how the answer begins, and contrastive
-    learning, which pools that token, would have to teach it the rest."""
-    batch, mask, sums = document_batch(reader, docs, model.device)
-    h = model(batch)
-    row, col = mask.nonzero(as_tuple=True)
+def document_losses(model, reader, docs):
+    """Documents of `read_document` [n] -> (3, n): sums over each document's tokens of the next-token loss, over its <|endoftext|>s of the
+    summary loss, and the number of tokens that were right.
+
+    The summary loss asks the state at <|endoftext|> for all words of the answer at once (multi-token prediction in one place): a base
+    model's last token would else know only how the answer begins, and contrastive learning, which pools that token, would have to teach
+    it the rest."""
+    batch = collate([d["prompt"] for d in docs], reader, [[d["branch"]] for d in docs], model.device)
+    h, first = model(batch), [len(d["prompt"]["ids"]) + 1 for d in docs]                      # where each branch begins
+    tensor, n = lambda x: torch.tensor(x, device=model.device), len(docs)
+    row, col = tensor([(b, first[b] + i) for b, d in enumerate(docs) for i, yes in enumerate(d["learn"]) if yes]).T
     logits, want = model.logits(h[row, batch["prev"][row, col]]), batch["ids"][row, col]
-    summary = h.new_zeros(())
+    per_doc = lambda row, x: h.new_zeros(n).index_add(0, row, x.to(h.dtype))
+    out, sums = [per_doc(row, F.cross_entropy(logits, want, reduction="none")), h.new_zeros(n), per_doc(row, logits.argmax(-1) == want)], [
+        (b, first[b] + at) for b, d in enumerate(docs) for at in d["ends"]]
     if sums:
-        logp = model.logits(torch.stack([h[b, c] for b, c, _ in sums])).log_softmax(-1)       # (n, V)
-        summary = -torch.stack([logp[i, words].mean() for i, (_, _, words) in enumerate(sums)]).mean()
-    return F.cross_entropy(logits, want), summary, (logits.argmax(-1) == want).float().mean().item()
+        row, col = tensor(sums).T
+        said = torch.zeros(len(sums), reader.c.vocab, device=model.device)                    # each of an answer's k words counts 1/k
+        for i, (b, _) in enumerate(sums):
+            said[i, docs[b]["words"]] = 1 / len(docs[b]["words"])
+        out[1] = per_doc(row, -(model.logits(h[row, col]).log_softmax(-1) * said).sum(-1))
+    return torch.stack(out)
 
 
 @torch.no_grad()
@@ -658,7 +668,8 @@ def measure_skills(run, model, reader, bank, n=48):
     rng, seen = run.rng("skills"), {}
     docs = [pocket.base_document(bank, rng, look) for look in (1.0, 0.0) for _ in range(n)] + [pocket.text_document(rng) for _ in range(n // 2)]
     for at in range(0, len(docs), 32):
-        batch, _, _ = document_batch(reader, docs[at : at + 32], model.device)
+        read = [read_document(reader, *d) for d in docs[at : at + 32]]
+        batch = collate([d["prompt"] for d in read], reader, [[d["branch"]] for d in read], model.device)
         h = model(batch)
         for b, (item, parts) in enumerate(docs[at : at + 32]):
             i = int(batch["ends"][b, 0]) + 1
@@ -774,12 +785,46 @@ def propose(run, e, pairs, n, side):
 
 
 def select_stage(run, out):
-    c = run.cfg
-    texts = {}
+    """judged.jsonl: what the evaluators say of every rationale, whatever the rule; selected.jsonl: what the rule keeps."""
+    c, texts = run.cfg, {}
     for r in selection.read_rationales(run.path("propose", "rationales.jsonl")):
         if r["side"] == "query":
             texts.setdefault(r["id"], {})[r["worker"]] = r["text"]
-    results = []
+    judged = judged_before(c, texts) if c.select_judged else judge_all(run, texts)
+    results = selection.under(c.select_rule, judged)
+    level = selection.thresholds(results, c.select_rule, c.select_margin, c.select_fdr)
+    kept = selection.choose(results, level, c.select_rule, c.select_weight_temperature)
+    truth = read_json(run.path("data", "pocket.json"))["steps"] if not c.data else None
+    report = selection.audit(results, kept, level, c.select_rule, truth)
+    run.forget("select")
+    run.log("select", 1, 1, {k: v for k, v in report.items() if not isinstance(v, dict)})
+    if rank() > 0:
+        return
+    selection.write_rows(os.path.join(out, "selected.jsonl"), [{k: r[k] for k in ("id", "worker", "text", "delta", "delta_placebo", "weight")} for r in kept])
+    selection.write_rows(os.path.join(out, "judged.jsonl"), judged)
+    write_json(os.path.join(out, "audit.json"), report)
+
+
+SHAPES_THE_JUDGE = ("model", "data", "seed", "scale", "dtype", "leave_out", "min_pixels", "max_pixels", "max_frames", "optimizer", "lr_matrix", "lr", "clip", "warmup",
+                    "train_vision", "lora", "lora_alpha", "select_steps", "select_lr", "select_candidates", "select_folds", "batch", "sub_batch", "negatives", "temperature")
+
+
+def judged_before(c, texts):
+    """The judgements of another run, made under the same options of the same texts {id: {worker: text}}: another rule costs seconds."""
+    theirs = {**dataclasses.asdict(Config()), **read_json(os.path.join(c.select_judged, "config.json"))}
+    for k, mine in dataclasses.asdict(c).items():
+        if (k in SHAPES_THE_JUDGE or k.startswith(("base_", "world_"))) and theirs[k] != mine:
+            raise UsageError(f"--select_judged {c.select_judged}: it was judged with {k}={theirs[k]!r}, this run says {mine!r}")
+    with open(os.path.join(c.select_judged, "select", "judged.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    if sorted((r["id"], r["worker"], r["text"]) for r in rows) != sorted((i, w, t) for i, ws in texts.items() for w, t in ws.items()):
+        raise UsageError(f"--select_judged {c.select_judged}: other rationales were proposed there")
+    return rows
+
+
+def judge_all(run, texts):
+    """Every proposed rationale of a query {id: {worker: text}}, judged by the evaluator that never trained on its pair -> rows of judged.jsonl."""
+    c, results = run.cfg, []
     for fold in range(c.select_folds):
         judgement = os.path.join(run.partial(f"select{fold}"), "judged.json")
         if os.path.exists(judgement):                            # --resume auto, and this fold was through
@@ -790,22 +835,11 @@ def select_stage(run, out):
         mine = lambda p: fold_of(p["id"], c.select_folds) == fold          # this evaluator judges these ...
         branch = {i: {w: e.reader.rationale(t) for w, t in ws.items()} for i, ws in texts.items()}
         warm_up(run, e, pairs, branch, (lambda p: not mine(p)) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
-        judged = [p for p in pairs.all() if mine(p) and p["id"] in texts]
-        rows = judge(run, e, judged, texts, fold)
+        rows = judge(run, e, [p for p in pairs.all() if mine(p) and p["id"] in texts], texts, fold)
         results += rows
         if rank() == 0:
             write_json(judgement, rows)
-    level = selection.thresholds(results, c.select_rule, c.select_margin, c.select_fdr)
-    kept = selection.choose(results, level, c.select_rule, c.select_weight_temperature)
-    truth = read_json(run.path("data", "pocket.json"))["steps"] if not c.data else None
-    report = selection.audit(results, kept, level, c.select_rule, truth)
-    run.forget("select")
-    run.log("select", 1, 1, {k: v for k, v in report.items() if not isinstance(v, dict)})
-    if rank() > 0:
-        return
-    selection.write_rows(os.path.join(out, "selected.jsonl"), [{k: r[k] for k in ("id", "worker", "text", "delta", "delta_placebo", "weight")} for r in kept])
-    selection.write_rows(os.path.join(out, "judged.jsonl"), results)
-    write_json(os.path.join(out, "audit.json"), report)
+    return results
 
 
 def fold_of(pair_id, folds):
@@ -860,17 +894,17 @@ def judge(run, e, judged, texts, fold):
     branches = [[e.reader.rationale(words[kind][p["id"]][w]) for w, kind in plan_p] for p, plan_p in zip(judged, plan)]
     share = slice(rank(), None, ranks())
     m = selection.margins(e.model, e.reader, [p["query"] for p in judged[share]], branches[share], vectors, candidates[share], c.temperature,
-                          positive_only=c.select_rule == "positive_only", title=f"judge fold {fold}")
+                          title=f"judge fold {fold}")
     told, results = gather_objects(m), []
     for i, (p, plan_p, size) in enumerate(zip(judged, plan, (candidates >= 0).sum(1))):
-        row = told[i % ranks()][i // ranks()]
-        guess = 0.0 if c.select_rule == "positive_only" else float(-np.log(size) - row[0])
-        gain = {slot: float(x - row[0]) for slot, x in zip(plan_p, row[1:])}
+        m, positive = told[i % ranks()][i // ranks()]
+        gains = [{slot: float(x - row[0]) for slot, x in zip(plan_p, row[1:])} for row in (m, positive)]
         for w in mine[p["id"]]:
-            false, again = gain.get((w, "placebo")), gain.get((w, "second"))
-            if false is None or second[p["id"]][w] == placebo[p["id"]][w]:
-                again = None
-            results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=gain[w, "own"], delta_placebo=false, delta_second=again, delta_guess=guess, direct=float(row[0])))
+            own, alone = ([gain.get((w, kind)) for kind in ("own", "placebo", "second")] for gain in gains)
+            if own[1] is None or second[p["id"]][w] == placebo[p["id"]][w]:
+                own[2] = alone[2] = None
+            results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=own[0], delta_placebo=own[1], delta_second=own[2], positive=alone,
+                                delta_guess=float(-np.log(size) - m[0]), direct=float(m[0])))
     return results
 
 
@@ -1016,17 +1050,17 @@ VARIANTS = {                                                     # name: (forked
     "full": ("", "base", {}),
     # VLM2Vec-style: contrastive without a rationale, as many updates of embed and rl on batches of the same size
     "never": ("full", "embed", dict(embed_workers="none", decision_weight=0.0, rl_group=0, tau=1.0)),
-    "no_selection": ("full", "select", dict(select_rule="none", select_weight_temperature=1e6)),          # a huge T: all candidates alike
+    "no_selection": ("full", "select", dict(select_rule="none", select_weight_temperature=1e6, select_judged="full")),      # a huge T: all alike
     # UME-R1-style: a rationale on every query in training (the best worker's, or any) and in use, no decision, no price
     "always": ("no_selection", "embed", dict(embed_workers="careful", decision_weight=0.0, rl_decision=0.0, rl_price=0.0, tau=-1.0)),
     "always_any": ("no_selection", "embed", dict(decision_weight=0.0, rl_decision=0.0, rl_price=0.0, tau=-1.0)),
-    "positive_only": ("full", "select", dict(select_rule="positive_only")),
-    "no_placebo": ("full", "select", dict(select_rule="no_placebo")),
+    "positive_only": ("full", "select", dict(select_rule="positive_only", select_judged="full")),
+    "no_placebo": ("full", "select", dict(select_rule="no_placebo", select_judged="full")),
     "no_crossfit": ("full", "select", dict(select_folds=1)),
     "supervised": ("full", "rl", dict(rl_steps=0)),              # the decision as selection labelled it
     "no_price": ("full", "rl", dict(rl_price=0.0)),
     "one_loss": ("full", "rl", dict(rl_one_loss=True)),
-    "both_sides": ("full", "propose", dict(sides="both")),
+    "both_sides": ("full", "propose", dict(sides="both", select_judged="full")),         # its queries' rationales are the same
     "without_tally": ("full", "select", dict(leave_out="PocketTally")),                                   # never seen, then tested
 }
 ELSEWHERE = {"hard": dict(world_steps=5), "night": dict(world_style="night")}                             # test worlds that nobody trained on ...
@@ -1057,6 +1091,7 @@ def run_variant(cfg, name, seed):
     parent, first, _ = VARIANTS[name]
     place = lambda name: os.path.join(cfg.out, "study", f"seed{seed}", name)
     c = dataclasses.replace(cfg, stage="all", seed=seed, out=place(name), **{k: v for n in lineage(name) for k, v in VARIANTS[n][2].items()})
+    c.select_judged = c.select_judged and place(c.select_judged)
     if parent:
         fork(place(parent), c.out, STAGES[: STAGES.index(first)])
     run = Run(c)                                                 # refuses a folder of another configuration
