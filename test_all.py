@@ -2637,9 +2637,10 @@ def test_train_optimizer_schedule_and_groups():
     want = [min(1, (i + 1) / 4) * max(0.02, min(1, (20 - i) / 8)) for i in range(20)]
     assert want[3:13] == [1.0] * 10 and want[-1] == 1 / 8                                # warm-up, flat, the last 40 % down
     np.testing.assert_allclose(rates, np.outer(want, [0.005, 0.01]), rtol=1e-12)
-    muon = {id(p) for p in o.parts[1].param_groups[0]["params"]}
-    names = [n for n, p in model.named_parameters() if id(p) in muon]
-    assert any("mlp" in n for n in names) and any("qkv" in n for n in names) and not [n for n in names if "embed" in n or "norm" in n or "lm_head" in n or "bias" in n]
+    muon = {p.data_ptr() for p in o.parts[1].param_groups[0]["params"]}
+    names = [n for n, p in model.named_parameters() if p.data_ptr() in muon]
+    assert any("mlp" in n for n in names) and any("qkv" in n for n in names) and any("patch_embed" in n for n in names)
+    assert not [n for n in names if "embed_tokens" in n or "pos_embed" in n or "norm" in n or "lm_head" in n or "bias" in n]
     count = lambda parts: sum(len(g["params"]) for part in parts for g in part.param_groups)
     assert count(o.parts) == len(list(model.parameters()))
     plain = train.Optimizer(model, dataclasses.replace(cfg, optimizer="adamw"), 20)
