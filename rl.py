@@ -7,12 +7,17 @@ is deterministic: it is computed once and counts G/2 times. A rollout's reward s
                                                             format = 0.1 when the rationale closed itself (a direct answer is well formed);
                                                             tokens are those generated: charged, because seconds are not reproducible
 Two losses, never averaged together (one decision token among 30 would carry 3 % of a token mean, and collapse):
-    decision   J(q) = p_reason · mean R_reason + (1 − p_reason) · R_direct, hence dJ/dp = mean R_reason − R_direct in closed form: no noise
-               from sampling the action, no importance weight for the forced draw
-    rationale  token-level clipped policy gradient on the tokens that were chosen, </think> among them
+    decision   J(q) = p · mean R_reason + (1 − p) · R_direct + β · entropy(p), p = p_reason. Its maximum is p* = σ(gain / β) with gain = mean
+               R_reason − R_direct, in closed form: no noise from sampling the action. The loss is the cross-entropy between p* and p, whose
+               gradient in the logit is p − p*; that of J itself, p(1 − p)·(...), vanishes where the decision is sure, so that a model
+               which was taught to think would not learn that the price has gone up. p_reason thus foretells the gain, and reasoning
+               when p_reason > tau means: when gain > β · logit(tau)
+    rationale  token-level clipped policy gradient on the tokens that were chosen, </think> among them. The rollouts were forced to reason, so
+               each counts by its importance weight, p_reason: where the policy would not reason, what it was made to write teaches nothing
 
 Which GRPO this is, in six lines:
-    advantage          R − group mean (the G/2 direct ones count); the reward is summed before it is normalised
+    advantage          R − group mean (the G/2 direct ones count); the reward is summed before it is normalised. Of this the rationale tokens
+                       get what differs between the rollouts; what they share says whether to reason, and the decision's loss has it
     standard deviation of the whole batch, not of the group: a group's own would let a tiny price decide wherever quality ties
     reduction          token level over a constant denominator (rollouts x T_max): no length bias
     clip / KL          ratio clipped to 0.8 ... 1.28; no reference model, no KL
@@ -65,9 +70,11 @@ def policy_loss(logp, old, advantage, denominator, low=0.2, high=0.28):
     return -torch.minimum(plain, clipped).sum() / denominator, (clipped < plain).float().mean() if len(logp) else logp.sum()
 
 
-def decision_loss(logits, gain):
-    """logits (B, 2) of [direct, reason], gain (B,) = mean R_reason − R_direct -> −J averaged: its gradient is −p(1−p)·gain."""
-    return -(logits.softmax(-1)[:, 1] * gain.detach()).mean()
+def decision_loss(logits, gain, beta=0.1):
+    """logits (B, 2) of [direct, reason], gain (B,) = mean R_reason − R_direct -> mean cross-entropy to p* = σ(gain / β), the maximum of
+    p·gain + β·entropy(p); its gradient in the logit of `reason` is (p − p*) / B."""
+    best = (gain.detach() / beta).sigmoid()
+    return -(torch.stack((1 - best, best), 1) * logits.log_softmax(-1)).sum(1).mean()
 
 
 def averaged_loss(logp, old, advantage, logits, gain, group, n):
@@ -94,7 +101,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
 
     prompts [b] queries; targets [b] prompts of their targets; same (B, B) bool over the joined batch, True where two targets are equal;
     encode_targets(prompts) -> (n, H) unit vectors with gradient; actor: who writes the rollouts, the model itself by default. cfg: rl_group,
-    rl_max_new, rl_temperature, rl_price, rl_decision, rl_rationale, rl_nce, rl_one_loss, temperature, chunk_tokens.
+    rl_max_new, rl_temperature, rl_price, rl_beta, rl_decision, rl_rationale, rl_nce, rl_one_loss, temperature, chunk_tokens.
     -> metrics of the joined batch; "sample" holds one rationale of this rank with its reward.
     """
     b, B, half, t0 = len(prompts), len(same), cfg.rl_group // 2, time.time()
@@ -115,16 +122,17 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
         batch = collate([prompts[i] for i in rows] or [NOTHING], reader, [tokens[i] for i in rows] or None, device)
         h = model(batch)
         q = pool(h, batch["ends"]).flatten(0, 1)                                              # (rows * (1+half), H): direct first
+        p_reason[rows, 0] = decision_logits(model, h, batch, reader).detach().softmax(-1)[: len(rows), 1]
         return (q, lambda: policy(h, batch, rows)) if rows else (q[:0], None)
 
     def loss_fn(v):
         """Rewards of all rollouts, and InfoNCE: the space must not drift."""
         q, t = v[order[:n_vectors]].view(B, 1 + half, -1), v[order[n_vectors:]]
-        seen.update(score(q.detach(), t.detach(), same, new, closed, cfg), t2=time.time())
-        own, flat = torch.arange(B, device=device), q[:, 1:].reshape(B * half, -1)
+        seen.update(score(q.detach(), t.detach(), same, new, closed, cfg), p=gather_rows(p_reason)[0][:, 0], t2=time.time())
+        own, flat, each = torch.arange(B, device=device), q[:, 1:].reshape(B * half, -1), lambda x: x.repeat_interleave(half, 0)
         seen["nce"] = [info_nce(q[:, 0], t, own, cfg.temperature, same),
-                       info_nce(flat, t, own.repeat_interleave(half), cfg.temperature, same.repeat_interleave(half, 0))]
-        return cfg.rl_nce * sum(seen["nce"])
+                       info_nce(flat, t, each(own), cfg.temperature, each(same), rows=each(seen["p"].clamp(min=1e-6)))]
+        return cfg.rl_nce * (seen["nce"][0] + seen["p"].mean() * seen["nce"][1])             # rollouts by their importance weight here too
 
     def policy(h, batch, rows):
         """The two losses of some rows: their sums over constants of the joined batch."""
@@ -133,17 +141,17 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
         chosen = chosen_tokens(row, branch, new[mine])                                        # leaves out closings that were forced
         logp, row, branch = logp[chosen], row[chosen], branch[chosen]
         was = torch.tensor([x for i in rows for g in range(half) for x in old[i][g]], device=device)
-        logits, adv, gain = decision_logits(model, h, batch, reader), seen["adv"][mine][row, branch], seen["gain"][mine]
-        token_loss, clip = policy_loss(logp, was, adv, B * half * cfg.rl_max_new)
-        p_reason[rows, 0] = logits.detach().softmax(-1)[:, 1]
+        logits, adv, gain, p = decision_logits(model, h, batch, reader), seen["adv"][mine], seen["gain"][mine], seen["p"][mine]
+        own = p[:, None] * (adv - adv.mean(1, keepdim=True))                                  # (rows, half)
+        token_loss, clip = policy_loss(logp, was, own[row, branch], B * half * cfg.rl_max_new)
         parts["clip"] += float(clip.detach()) * len(logp) / max(1, int(new.sum()))
         parts["gap"] += [float((logp.detach() - was).abs().max())] if len(was) else []
         if cfg.rl_one_loss:
-            return averaged_loss(logp, was, adv, logits, gain, 2 * half, new.sum() + 2 * B * half)
-        return cfg.rl_decision * decision_loss(logits, gain) * len(rows) / B + cfg.rl_rationale * token_loss
+            return averaged_loss(logp, was, adv[row, branch], logits, gain, 2 * half, new.sum() + 2 * B * half)
+        return cfg.rl_decision * decision_loss(logits, gain, cfg.rl_beta) * len(rows) / B + cfg.rl_rationale * token_loss
 
     grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
-    p, reason, direct, gain = gather_rows(p_reason)[0][:, 0], seen["reason"], seen["direct"], seen["gain"]
+    p, reason, direct, gain = seen["p"], seen["reason"], seen["direct"], seen["gain"]
     entropy = -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log()).mean()
     told, worst = gather_objects(parts), int(reason[first : first + b].mean(1).argmin())
     return dict(reward=float((p * reason.mean(1) + (1 - p) * direct).mean()), reward_reason=float(reason.mean()), reward_direct=float(direct.mean()),

@@ -2349,17 +2349,20 @@ def test_rl_clip():
 
 
 def test_rl_decision_gradient_is_the_closed_form():
+    """(p − p*) / B in the logit of `reason`; p* maximises p·R_reason + (1 − p)·R_direct + β·entropy, found here by trying every p."""
     logits = torch.tensor([[0.2, -0.4], [1.0, 1.5], [-2.0, 0.5]], dtype=torch.float64, requires_grad=True)
-    reason, direct = torch.tensor([[0.9, 0.5], [0.1, 0.3], [0.7, 0.7]], dtype=torch.float64), torch.tensor([0.2, 0.6, 0.7], dtype=torch.float64)
+    reason, direct, beta = torch.tensor([[0.9, 0.5], [0.1, 0.3], [0.7, 0.7]], dtype=torch.float64), torch.tensor([0.2, 0.6, 0.7], dtype=torch.float64), 0.2
     gain = (reason.mean(1) - direct).requires_grad_()
-    rl.decision_loss(logits, gain).backward()
+    rl.decision_loss(logits, gain, beta).backward()
     assert gain.grad is None                                                             # rewards are constants
-    p, g = logits.detach().softmax(1)[:, 1], gain.detach()
-    np.testing.assert_allclose(logits.grad, torch.stack((p * (1 - p) * g, -p * (1 - p) * g), 1) / 3, atol=1e-12)
-    twin = logits.detach().clone().requires_grad_()                                      # J enumerated: both actions, every rollout
-    q = twin.softmax(1)
-    (-sum(q[b, 0] * direct[b] + q[b, 1] * (reason[b, 0] + reason[b, 1]) / 2 for b in range(3)) / 3).backward()
-    np.testing.assert_allclose(logits.grad, twin.grad, atol=1e-12)
+    p = torch.linspace(1e-5, 1 - 1e-5, 200001, dtype=torch.float64)
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log())
+    best = torch.stack([p[(p * reason[b].mean() + (1 - p) * direct[b] + beta * entropy).argmax()] for b in range(3)])
+    now = logits.detach().softmax(1)[:, 1]
+    np.testing.assert_allclose(logits.grad, torch.stack((best - now, now - best), 1) / 3, atol=1e-5)
+    sure = torch.tensor([[-9.0, 9.0]], requires_grad=True)                               # was taught to think; now it does not pay: the gradient does not vanish
+    rl.decision_loss(sure, torch.tensor([-1.0]), beta).backward()
+    assert sure.grad[0, 1] > 0.99
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2367,7 +2370,7 @@ def test_rl_decision_gradient_is_the_closed_form():
 
 
 def m_rl_cfg(**change):
-    return types.SimpleNamespace(**{**dict(rl_group=4, rl_max_new=6, rl_temperature=1.0, rl_price=0.2, rl_decision=0.7, rl_rationale=1.3, rl_nce=0.1, rl_one_loss=False, chunk_tokens=9999,
+    return types.SimpleNamespace(**{**dict(rl_group=4, rl_max_new=6, rl_temperature=1.0, rl_price=0.2, rl_beta=0.3, rl_decision=0.7, rl_rationale=1.3, rl_nce=0.1, rl_one_loss=False, chunk_tokens=9999,
                                            temperature=0.5), **change})
 
 
@@ -2425,20 +2428,22 @@ def m_grpo_naive(model, case, cfg):
             reward[b, g] = math.exp(s[b]) / sum(map(math.exp, s.values()))
             reward[b, g] += 0.1 if g == 0 else 0.1 * (not closed[b, g - 1]) - cfg.rl_price * new[b, g - 1] / cfg.rl_max_new
     group = np.concatenate([np.repeat(reward[:, :1], half, 1), reward[:, 1:]], 1)
-    adv = reward[:, 1:] - group.mean(1, keepdims=True)
+    adv = reward[:, 1:] - reward[:, 1:].mean(1, keepdims=True)                           # among the reasoned ones; the std is that of all
     adv /= np.sqrt(((group - group.mean(1, keepdims=True)) ** 2).mean()) + 1e-4
-    loss = 0.0
+    loss, ps = 0.0, []
     for b in range(B):
+        h, _ = m_plain(model, prompts[b])
+        p = model.logits(h[-2])[[reader.end, reader.think]].softmax(0)
+        ps.append(p[1].item())
+        best = 1 / (1 + math.exp(-(reward[b, 1:].mean() - reward[b, 0]) / cfg.rl_beta))
+        loss = loss - cfg.rl_decision * (best * p[1].log() + (1 - best) * p[0].log()) / B
         for g in range(half):
             logp = m_token_logp(model, prompts[b], tokens[b][g])[2 : 2 + new[b, g]]      # after the forced opening; as many as were sampled
-            loss = loss - cfg.rl_rationale * adv[b, g] * logp.sum() / (B * half * cfg.rl_max_new)
-        h, _ = m_plain(model, prompts[b])
-        logits = model.logits(h[-2])[[reader.end, reader.think]]
-        loss = loss - cfg.rl_decision * logits.softmax(0)[1] * (reward[b, 1:].mean() - reward[b, 0]) / B
+            loss = loss - cfg.rl_rationale * ps[b] * adv[b, g] * logp.sum() / (B * half * cfg.rl_max_new)
     own = torch.arange(B)
     loss = loss + cfg.rl_nce * embed.info_nce(torch.stack([x[0] for x in q]), t, own, cfg.temperature, same)
     flat, at = torch.stack([x for row in q for x in row[1:]]), own.repeat_interleave(half)
-    loss = loss + cfg.rl_nce * embed.info_nce(flat, t, at, cfg.temperature, same[at])
+    loss = loss + cfg.rl_nce * np.mean(ps) * embed.info_nce(flat, t, at, cfg.temperature, same[at], rows=torch.tensor(ps).repeat_interleave(half))
     model.zero_grad()
     loss.backward()
     return reward

@@ -157,10 +157,11 @@ class Config:
     rl_max_new: int = 48            # T_max of the price, too
     rl_temperature: float = 1.0
     rl_price: float = 0.1           # reward charged for a rationale of T_max tokens: THE latency price
+    rl_beta: float = 0.1            # temperature of the decision: p_reason learns to be sigmoid(gain / beta)
     rl_decision: float = 1.0        # weight of the decision loss
     rl_rationale: float = 1.0       # weight of the rationale loss
     rl_nce: float = 0.1             # weight of InfoNCE beside
-    rl_lr: float = 0.02             # times the learning rates above; at 0.1 rationales are unlearnt (results/tuning.txt)
+    rl_lr: float = 0.1              # times the learning rates above (results/tuning.txt)
     rl_one_loss: bool = False       # ablation: decision and rationale tokens in one mean
     # eval
     tau: float = 0.5                # reason when p_reason > tau
