@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import http.server
 import io
 import json
 import math
@@ -29,6 +30,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import urllib.request
@@ -478,6 +480,63 @@ def test_hub_ids(folder, tmp_path, monkeypatch):
         Embedder.from_pretrained("Qwen/Some")
     monkeypatch.chdir(os.path.dirname(os.path.dirname(folder)))
     Embedder.from_pretrained("/".join(folder.split("/")[-2:]))   # looks like an id, is a folder
+
+
+@contextlib.contextmanager
+def hub(repository, folder):
+    """A stand-in of the Hugging Face hub on localhost with one repository -> its address, and the files that were asked for."""
+    files = [os.path.relpath(os.path.join(d, f), folder) for d, _, names in os.walk(folder) for f in names]
+    asked, sha = [], "0" * 40
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, (kind, _, name) = None, self.path.partition(f"/resolve/{sha}/")
+            if kind == "/" + repository and name in files:
+                asked.append(name)
+                with open(os.path.join(folder, name), "rb") as f:
+                    body = f.read()
+            elif kind.startswith(f"/api/models/{repository}/revision/"):
+                body = json.dumps(dict(id=repository, sha=sha, siblings=[dict(rfilename=f) for f in files])).encode()
+            elif kind.startswith(f"/api/models/{repository}/tree/{sha}"):
+                body = json.dumps([dict(type="file", path=f, size=os.path.getsize(os.path.join(folder, f)), oid=sha) for f in files]).encode()
+            self.send_response(404 if body is None else 200)
+            for header in (("X-Error-Code", "RepoNotFound") if body is None else ("X-Repo-Commit", sha), ("ETag", hashlib.md5(name.encode()).hexdigest()),
+                           ("Content-Length", len(body or b""))):
+                self.send_header(header[0], str(header[1]))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body or b"")
+
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_hub_repository_is_opened_by_its_id(folder, tmp_path, monkeypatch):
+    """huggingface_hub itself against the stand-in: shards arrive, programs and pickles of the repository are never asked for, a second opening
+    finds them in the cache, and what cannot be had is one line."""
+    import huggingface_hub
+    repository, real = vary(folder, str(tmp_path / "repository"), shards=3), huggingface_hub.snapshot_download
+    kept = set(os.listdir(repository))
+    for name in ("modeling_qwen3_vl.py", "pytorch_model.bin", "optimizer.pt", "README.md", "adapter.pkl"):
+        write(f"{repository}/{name}", "raise SystemExit('this was run')")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with hub("owner/name", repository) as (address, asked):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(real, endpoint=address, cache_dir=tmp_path / "cache", token=False))
+        got = Embedder.from_pretrained("owner/name", **SMALL).encode(ITEMS[5:7], reason="never")
+        assert np.array_equal(got, Embedder.from_pretrained(folder).encode(ITEMS[5:7], reason="never"))
+        assert set(asked) == kept and len([f for f in kept if f.endswith(".safetensors")]) == 3
+        asked.clear()
+        with pytest.raises(ValueError, match=r"^nobody/nothing: no such folder, and the hub does not give it \(RepositoryNotFoundError: [^\n]*\)$"):
+            Embedder.from_pretrained("nobody/nothing")
+        assert not asked
+    Embedder.from_pretrained("owner/name")                       # the hub is gone, the copy is not
+    with pytest.raises(ValueError, match=r"^owner/other: no such folder, and the hub does not give it \(LocalEntryNotFoundError: [^\n]*\)$"):
+        Embedder.from_pretrained("owner/other")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
