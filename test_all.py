@@ -399,7 +399,7 @@ def test_saved_folder(folder):
     assert card.startswith("---\nlibrary_name:") and "base_model: owner/name" in card and "A test." in card
 
 
-NORM, INDEX = "model.language_model.norm.weight", "/model.safetensors.index.json"
+NORM, WORDS, INDEX = "model.language_model.norm.weight", "model.language_model.embed_tokens.weight", "/model.safetensors.index.json"
 BAD = {
     "missing": (lambda d: edit(d, lambda s: s.pop("model.visual.merger.norm.bias")), "model.visual.merger.norm.bias is missing"),
     "extra": (lambda d: edit(d, lambda s: s.update(other=torch.zeros(1))), "unexpected tensor other"),
@@ -418,6 +418,21 @@ BAD = {
     "no config": (lambda d: os.remove(d + "/config.json"), "config.json: No such file"),
     "no tokenizer": (lambda d: os.remove(d + "/tokenizer.json"), "tokenizer.json: No such file"),
     "index": (lambda d: write(d + INDEX, '{"weight_map": {"a": "../../b.safetensors"}}'), "not a plain file name"),
+    "no index": (lambda d: write(d + INDEX, "[]"), "index.json: no weight_map in it"),
+    "numbers for files": (lambda d: write(d + INDEX, '{"weight_map": {"a": 3}}'), "index.json: no weight_map in it"),
+    "float8": (lambda d: edit(d, lambda s: s.update({NORM: torch.zeros(64).to(torch.float8_e4m3fn)})), "norm.weight is torch.float8_e4m3fn"),
+    "no heads": (lambda d: part(d, "text_config", num_key_value_heads=0), r"config.json: kv_heads \(text_config\) is 0"),
+    "half a head": (lambda d: part(d, "vision_config", num_heads=4.0), r"config.json: v_heads \(vision_config\) is 4.0"),
+    "eps": (lambda d: part(d, "text_config", rms_norm_eps="x"), "config.json: a value is of the wrong type"),
+    "two axes": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_section=[4, 4])), "length of mrope_section is 2"),
+    "old M-RoPE": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_interleaved=False)), "mrope_interleaved is False"),
+    "other markers": (lambda d: config(d, image_token_id=3), "image_pad.* has the id 4.. in the tokenizer and 3 in the model's config"),
+    "few ids": (lambda d: (part(d, "text_config", vocab_size=9), edit(d, lambda s: s.update({WORDS: s[WORDS][:9].clone()}))), "the model's vocabulary 9:"),
+    "tokenizer list": (lambda d: write(d + "/tokenizer.json", "[]"), "tokenizer.json: expected a byte-level BPE tokenizer .*NoneType"),
+    "no NFC": (lambda d: config(d, "tokenizer.json", normalizer=None), "tokenizer.json: the normalizer is None"),
+    "no limits": (lambda d: (write(d + "/embedder_config.json", "[]"), write(d + "/preprocessor_config.json", "{}")), "no limits where"),
+    "limits": (lambda d: (write(d + "/embedder_config.json", '{"max_frames": "x", "fps": 2, "max_length": 99}'),
+                          write(d + "/preprocessor_config.json", '{"size": {"shortest_edge": 1024, "longest_edge": 8192}}')), "no limits where .*TypeError"),
     "shard": (lambda d: write(d + INDEX, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: named by the index"),
 }
 
@@ -443,10 +458,14 @@ def write(path, text):
         f.write(text)
 
 
-def config(d, **change):
-    with open(d + "/config.json") as f:
+def config(d, name="config.json", **change):
+    with open(f"{d}/{name}") as f:
         c = json.load(f)
-    write(d + "/config.json", json.dumps({**c, **change}))
+    write(f"{d}/{name}", json.dumps({**c, **change}))
+
+
+def part(d, name, **change):
+    config(d, **{name: {**M.read_json(d + "/config.json")[name], **change}})
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -833,7 +852,7 @@ def said(content, role="user"):
 BAD_ITEMS = [
     (5, "a int"), (None, "a NoneType"), (["a"], "a list"), ({"txt": "a"}, "'txt'"), ({"text": 5}, "text is a int"),
     ({"text": "a", "instruction": 3}, "an instruction is a string"), (b"no picture", "not a picture"),
-    ({"image": "/no/such.png"}, "such.png"), ({"image": 5}, "5"), ({"image": "data:image/png;base64,@@"}, "base64"),
+    ({"image": "/no/such.png"}, "such.png"), ({"image": 5}, "a int: not a picture"), (np.zeros((99, 99, 3)), "a ndarray: not a picture .{,99}$"), ({"image": "data:image/png;base64,@@"}, "base64"),
     (Image.new("RGB", (10, 3000)), "200 to 1"),
     ({"video": []}, "without frames"), ({"video": {"frames": []}}, "without frames"), ({"video": "film.mp4"}, "a video of type str"),
     ({"video": {"fps": 2}}, "a video of type dict"), ({"video": clip(2, 0)}, "fps is 0"), ({"video": clip(2, "x")}, "fps is 'x'"),
@@ -903,7 +922,7 @@ def test_encode_options():
     assert np.array_equal(e.encode_document(ITEMS[:3]), v) and np.allclose(e.process([{"text": ITEMS[0]}]).numpy(), v[:1], atol=1e-6)
     assert e.encode_query(ITEMS[:1], reason="always", return_info=True, max_new_tokens=1)[1][0]["new_tokens"] == 1
     assert torch.allclose(e.similarity(v, torch.from_numpy(v) * 3), torch.from_numpy(v @ v.T), atol=1e-6)
-    for bad in (dict(reason="yes"), dict(dim=0), dict(dim=65), dict(batch_size=0), dict(max_new_tokens=0)):
+    for bad in (dict(reason="yes"), dict(dim=0), dict(dim=65), dict(batch_size=0), dict(max_new_tokens=0), dict(temperature=-1)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             e.encode(["a"], **bad)
     seed = lambda n: torch.Generator().manual_seed(n)
