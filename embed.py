@@ -912,7 +912,9 @@ def main():
                                 max_new_tokens=o.max_new_tokens)
     except ItemError as e:
         sys.exit(f"embed.py: {o.input}, line {lines[e.index]}: {e}")
-    except (ValueError, torch.OutOfMemoryError) as e:
+    except UnicodeDecodeError as e:
+        sys.exit(f"embed.py: {o.input}: not UTF-8 ({e})")
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"embed.py: {e}")
     np.save(o.output, v)
     with open(o.output[: -len(".npy")] + ".jsonl", "w", encoding="utf-8") as f:

@@ -958,6 +958,12 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=message) as e:
             run()
         assert "\n" not in str(e.value) and str(e.value).startswith("embed.py: ")
+    with open(tmp_path / "in.jsonl", "wb") as f:
+        f.write(b"\xff\xfe")
+    with pytest.raises(SystemExit, match="^embed.py: .*in.jsonl: not UTF-8"):
+        run()
+    with pytest.raises(SystemExit, match="^embed.py: .*Is a directory"):
+        run("--input", str(tmp_path))
     with pytest.raises(SystemExit, match="embed.py: .*expected a name that ends in .npy"):
         run(output="v.txt")
     with pytest.raises(SystemExit, match="embed.py: .*expected a checkpoint folder"):
