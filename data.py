@@ -131,7 +131,8 @@ def load_picture(ref, draft=False):
     eighth of a JPEG's size: cheap, and all its entropy-coded bytes are still read.
     """
     ref = (ref.get("bytes") or ref.get("path")) if isinstance(ref, dict) else ref
-    name = "picture" if isinstance(ref, Image.Image) else f"{len(ref)} bytes" if isinstance(ref, bytes) else str(ref)
+    name = ("picture" if isinstance(ref, Image.Image) else f"{len(ref)} bytes" if isinstance(ref, bytes)
+            else str(ref) if isinstance(ref, (str, os.PathLike, Picture)) else f"a {type(ref).__name__}")
     body, fault = ref.read() if isinstance(ref, Picture) else ref, "not a picture"
     try:
         im = body if isinstance(body, Image.Image) else Image.open(io.BytesIO(body) if isinstance(body, bytes) else body)

