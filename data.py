@@ -566,12 +566,13 @@ class Media:
         return path
 
     def find(self, relative, what="picture"):
-        """Absolute path of a picture (or "clip folder") in the first of the media folders that has it."""
+        """Absolute path of a picture (or "clip folder") in the first of the media folders that has it (or it by another name, for a list)."""
         folders, there = self.spec["media"], os.path.isdir if what == "clip folder" else os.path.isfile
-        for folder in folders:
-            if there(path := self.inside(relative, folder)):
+        names = relative if isinstance(relative, list) else [relative]
+        for folder, name in itertools.product(folders, names):
+            if there(path := self.inside(name, folder)):
                 return path
-        raise BadData(f"{what} {relative!r} is missing (looked in {', '.join(f or '.' for f in folders[:3])}{', ...' * (len(folders) > 3)})")
+        raise BadData(f"{what} {' or '.join(map(repr, names))} is missing (looked in {', '.join(f or '.' for f in folders[:3])}{', ...' * (len(folders) > 3)})")
 
     def picture(self, ref):
         """A path of the data -> an absolute one; nothing -> None; a Picture is one already."""
@@ -948,8 +949,8 @@ def video_qa(b, row):
 
 
 def stem(path):
-    """Video name without folders and without a video ending."""
-    return re.sub(r"\.(mp4|avi|mkv|webm|mov)$", "", os.path.basename(path), flags=re.I)
+    """Video name without folders and without a video ending (DiDeMo has .mov, .m4v, .3gp, ...); QVHighlight's ..._210.0 is no ending."""
+    return re.sub(r"\.(?=\d*[a-z])[a-z\d]{2,4}$", "", os.path.basename(path), flags=re.I)
 
 
 def target_clip(b, key, path, n=0):
@@ -1027,8 +1028,7 @@ def beir(b, limit):
         if page in pages:
             raise BadData(f"corpus-id {page!r} occurs twice")
         pages.add(page)                                  # also a broken one: a qrel that names it is not at fault
-        file = short_name(page) if page.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) else f"{page}.png"
-        b.cand(page, lambda: b.say(" " + spec["tgt"], "", "", image=b.picture(row["image"] or file)))
+        b.cand(page, lambda: b.say(" " + spec["tgt"], "", "", image=b.picture(row["image"]) or b.find([f"{page}.png", short_name(page)])))
 
     def qrels(b, row):
         """How relevant a page is to a query: 0 (not at all) ... 3."""
