@@ -274,13 +274,13 @@ class Table:
     Pictures (column "image") stay where they are, as Picture references.
     """
 
-    def __init__(self, files, required, optional, name, cap=None):
+    def __init__(self, files, required, optional, cap=None):
         self.columns, self.parts = [*required, *optional], []      # parts: (path, Lines or Arrow table, the columns it has)
         for path in files:
             part = parquet(path) if path.endswith(".parquet") else Lines(path)
             have = part.column_names if isinstance(part, pa.Table) else list(part[0]) if len(part) else required
             if lost := [c for c in required if c not in have]:
-                raise BadData(f"{name}: {path} has no column {', '.join(lost)} (it has {', '.join(have)})")
+                raise BadData(f"{path} has no column {', '.join(lost)} (it has {', '.join(have)})")
             self.parts.append((path, part, [c for c in self.columns if c in have]))
         self.ends = np.cumsum([len(part) for _, part, _ in self.parts])            # shard k holds rows ends[k - 1] ... ends[k] - 1
         self.length = int(min(self.ends[-1], cap or self.ends[-1]))
@@ -594,9 +594,12 @@ class Media:
             except (LookupError, ValueError) as e:
                 raise BadData(f"{self.name}: table {pattern!r} is no pattern ({type(e).__name__}: {e}); it may hold {', '.join(fill)}") from None
             files = [f for f in sorted(glob.glob(pattern, root_dir=self.root)) if f.endswith((".parquet", ".jsonl", ".json"))]
-            if files := [f for f in map(self.inside, files) if os.path.isfile(f)]:
-                self.opened = True
-                return Table(files, required, optional, self.name, self.spec["cap"])
+            try:
+                if files := [f for f in map(self.inside, files) if os.path.isfile(f)]:
+                    self.opened = True
+                    return Table(files, required, optional, self.spec["cap"])
+            except BadData as e:
+                raise named(e, self.name) from None
         raise (BadData if self.opened else Missing)(
             f"{self.name}: no {part or config or 'table'} in {self.root} (looked for {self.spec['table'][0].format(**fill)})")
 
@@ -1153,8 +1156,8 @@ def downloads(spec, root, fetch=False):
 
 
 def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False, workers=2, page_labels="fixed"):
-    """Prints a line per dataset and what is wrong with it. Exit code: 1 = something is broken (with on_bad="skip": so that nothing of a
-    dataset is usable), 2 = no dataset at all is there, 0 = else; what is merely missing or short is no error."""
+    """Prints a line per dataset and what is wrong with it. Exit code: 1 = something would stop a run (with on_bad="skip": nothing of a
+    dataset is usable), 2 = no dataset at all is there, 0 = else; a dataset of which there is no table, or that is short, is no error."""
     todo = [(spec, kind) for kind in kinds for spec in tables(root, kind) if names is None or spec["name"] in names]
     if lost := set(names or []) - {spec["name"] for spec, _ in todo}:
         raise BadData(f"no dataset {sorted(lost)[0]!r} in the table")
@@ -1166,7 +1169,7 @@ def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False,
         verdicts = tqdm(pool.map(verdict, todo), total=len(todo), desc="checking", disable=None)
         for (spec, kind), (status, rows, usable, bad) in zip(todo, verdicts):
             count[status] += 1
-            fatal += status == "broken" and (on_bad == "stop" or not usable)
+            fatal += bool(bad) and (on_bad == "stop" or not usable)
             want = spec["rows" if kind == "train" else "queries"] or "?"
             tqdm.write(f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {want:>8} rows, {usable:,} usable")
             more = [f"... and {len(bad) - 20} more like these"] if len(bad) > 20 else []
