@@ -3549,7 +3549,7 @@ def test_data_rows_of_datasets_json_have_types(tmp_path):
         with pytest.raises(BadData, match=f"^x: .*{word}"):
             data.train_sets(str(tmp_path))
     (tmp_path / "datasets.json").write_text(json.dumps({"eval": [{"name": "x", "parser": "video_cls", "labels": "K7000"}]}))
-    with pytest.raises(BadData, match="^x: unknown labels 'K7000'"):
+    with pytest.raises(BadData, match="^x: labels 'K7000': one of K700, "):
         data.load_eval(str(tmp_path), "x")
 
 
