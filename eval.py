@@ -23,7 +23,8 @@ Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/lea
 run goes on where it stopped, and a changed model never meets old vectors. pictures() draws a finished run of train.py and writes its report.md.
 
 Left out: ranking on a GPU (1,000 x 1,000,000 takes seconds without one), significance tests, more than the first 100 of a ranking in pred.jsonl.
-Not followed: the reference pairs labels and grades wrongly where ids are strings and grades are mixed (a perfect ranking gets 0.855 there).
+Not followed: the reference pairs labels and grades wrongly where ids are strings and grades are mixed (a perfect ranking gets 0.855 there), and
+counts a right answer that a ranking lists twice two times (its map and ndcg then exceed 1; here the repetition only takes a place).
 """
 
 import argparse
@@ -124,78 +125,59 @@ def merge_top(top, scores, at, k):
     return np.take_along_axis(score, order, 1), np.take_along_axis(index, order, 1)
 
 
-def assemble(right, grades, above, equal, wrong, k):
-    """Scores and grades of the positives, how many wrong ones lie above / level, the best wrong ones -> (worst, best, top) of one query."""
-    right = np.asarray(right)
-    grade = np.ones(len(right)) if grades is None else np.asarray(grades, np.float64)
-    place, worst, best = np.arange(len(right)), np.empty(len(right), np.int64), np.empty(len(right), np.int64)
+def assemble(own, right, grades, above, level, wrong, k):
+    """A query's positives (candidate numbers), their scores and grades, how many wrong ones lie above / level with each, the best wrong ones
+    -> (pessimistic ranks, optimistic ranks, the first k candidate numbers in the pessimistic order)."""
+    grade = np.ones(len(own)) if grades is None else np.asarray(grades, np.float64)
+    place, worst, best = np.arange(len(own)), np.empty(len(own), np.int64), np.empty(len(own), np.int64)
     pessimist, optimist = np.lexsort((place, grade, -right)), np.lexsort((place, -grade, -right))
-    worst[pessimist] = 1 + (above + equal)[pessimist] + place
+    worst[pessimist] = 1 + (above + level)[pessimist] + place
     best[optimist] = 1 + above[optimist] + place
-    slots = {int(rank) - 1: int(i) for i, rank in enumerate(worst)}          # positives at their ranks, the wrong ones fill what is left
-    wrong, top = iter(wrong), []
-    while len(top) < k:
-        i = slots.get(len(top))
-        step = ("right", i) if i is not None else ("wrong", next(wrong, None))
-        if step[1] is None:
-            break
-        top.append(step)
-    return worst, best, top
+    slots, wrong = dict(zip((worst - 1).tolist(), own)), iter(wrong)         # positives at their ranks, the wrong ones fill what is left
+    top = (slots[i] if i in slots else next(wrong, None) for i in range(k))
+    return worst, best, [c for c in top if c is not None]
 
 
 def rank(queries, candidates, positives, grades=None, local=None, topk=100, budget=1 << 23):
-    """(n, d), (m, d) unit vectors and per query the indices of its positives -> Ranked.
+    """(n, d), (m, d) unit vectors and per query the indices of its positives -> Ranked. ValueError for NaN and for a query without positives.
 
-    local: per query the candidate indices it is ranked among (repeats take places, as upstream), else all. At most `budget` scores exist at a
-    time, so memory does not grow with the corpus and time is linear in it; candidates may be a memory-mapped array.
+    local: per query the candidate indices it is ranked among (a wrong one that is listed twice takes two places, as upstream), else all. At most
+    `budget` scores exist at a time, so memory does not grow with the corpus and time is linear in it; candidates may be a memory-mapped array.
     """
     finite(queries, "query")
     if missing := [i for i, p in enumerate(positives) if not len(p)]:
         raise ValueError(f"query {missing[0]} has no positive")
-    n, q = len(queries), np.asarray(queries, np.float64)
-    grades = grades or [None] * n
-    right = [np.rint(np.einsum("pd,d->p", np.asarray(candidates[np.asarray(p)], np.float64), q[i]) * GRID) for i, p in enumerate(positives)]
-    for i, r in enumerate(right):
-        if not np.isfinite(r).all():
-            raise ValueError(f"a positive of query {i} has a vector with NaN or inf: not ranked")
-    above, level = [np.zeros(len(p), np.int64) for p in positives], [np.zeros(len(p), np.int64) for p in positives]
-
-    def count(i, scores):
-        above[i] += (scores > right[i][:, None]).sum(1)
-        level[i] += (scores == right[i][:, None]).sum(1)
-
-    wrong = []
-    if local is not None:
-        for i, members in enumerate(local):
-            members = np.asarray(members)[~np.isin(members, positives[i])]
-            vectors = np.asarray(candidates[members], np.float64)
-            if len(bad := members[~np.isfinite(vectors).all(1)]):
-                raise ValueError(f"candidate {bad[0]} has a vector with NaN or inf: not ranked")
-            scores = np.rint(vectors @ q[i] * GRID)
-            count(i, scores)
-            wrong.append(members[np.lexsort((members, -scores))[:topk]].tolist())
-    else:
-        chunk = max(1, min(len(candidates), budget // max(n, 1)))
-        top = np.empty((n, 0)), np.empty((n, 0), np.int64)
-        flat = np.array([(c, i) for i, p in enumerate(positives) for c in p]).reshape(-1, 2)
-        flat = flat[np.argsort(flat[:, 0], kind="stable")]
-        for at in range(0, len(candidates), chunk):
-            block = np.asarray(candidates[at:at + chunk], np.float64)
-            finite(block, "candidate", at)
-            scores = q @ block.T
-            np.rint(np.multiply(scores, GRID, out=scores), out=scores)
-            lo, hi = np.searchsorted(flat[:, 0], (at, at + len(block)))
-            scores[flat[lo:hi, 1], flat[lo:hi, 0] - at] = -np.inf            # positives are placed by assemble()
-            for i in range(n):
-                count(i, scores[i])
-            top = merge_top(top, scores, at, min(topk, len(candidates)))
-        wrong = [index[score > -np.inf].tolist() for score, index in zip(*top)]
-    out = Ranked([], [], [])
-    for i, p in enumerate(positives):
-        worst, best, steps = assemble(right[i], grades[i], above[i], level[i], wrong[i], topk)
-        out.worst.append(worst)
-        out.best.append(best)
-        out.top.append([p[j] if kind == "right" else j for kind, j in steps])
+    n, q, grades, out = len(queries), np.asarray(queries, np.float64), grades or [None] * len(queries), Ranked([], [], [])
+    if local is not None:                            # every query has a small corpus of its own: its positives, then the wrong ones
+        for at in range(0, len(candidates), 1 << 14):
+            finite(candidates[at:at + (1 << 14)], "candidate", at)
+        for i, (p, members) in enumerate(zip(positives, local)):
+            own = [*p, *np.asarray(members)[~np.isin(members, p)].tolist()]
+            one = rank(queries[i:i + 1], candidates[own], [np.arange(len(p))], [grades[i]], None, topk, budget)
+            out.worst += one.worst
+            out.best += one.best
+            out.top.append([own[j] for j in one.top[0]])
+        return out
+    right = [np.rint(np.einsum("pd,d->p", np.asarray(candidates[np.asarray(p)], np.float64), v) * GRID) for p, v in zip(positives, q)]
+    above, level = ([np.zeros(len(p), np.int64) for p in positives] for _ in range(2))
+    flat = np.array([(c, i) for i, p in enumerate(positives) for c in p])                   # (candidate, query) of every positive, by candidate
+    flat = flat[np.argsort(flat[:, 0], kind="stable")]
+    chunk, top = max(1, min(len(candidates), budget // n)), (np.empty((n, 0)), np.empty((n, 0), np.int64))
+    for at in range(0, len(candidates), chunk):
+        block = np.asarray(candidates[at:at + chunk], np.float64)
+        finite(block, "candidate", at)
+        scores = q @ block.T
+        np.rint(np.multiply(scores, GRID, out=scores), out=scores)
+        lo, hi = np.searchsorted(flat[:, 0], (at, at + len(block)))
+        scores[flat[lo:hi, 1], flat[lo:hi, 0] - at] = -np.inf                # positives are placed by assemble()
+        for i, r in enumerate(right):
+            above[i] += (scores[i] > r[:, None]).sum(1)
+            level[i] += (scores[i] == r[:, None]).sum(1)
+        top = merge_top(top, scores, at, min(topk, len(candidates)))
+    for i, (score, index) in enumerate(zip(*top)):
+        ranks = assemble(list(positives[i]), right[i], grades[i], above[i], level[i], index[score > -np.inf].tolist(), topk)
+        for every, one in zip((out.worst, out.best, out.top), ranks):
+            every.append(one)
     return out
 
 

@@ -1465,7 +1465,7 @@ def test_data_eval_video_questions(tmp_path):
 
 RET = [("MSR-VTT", "test_1k/test", {"video_id": "v1", "video": "v1.mp4", "caption": "c"}, "v1", "Find a video that contains the following visual content: c"),
        ("MSVD", "data/test", {"video_id": "v1", "video": "v1.avi", "caption": ["c", "d"]}, "v1", "Find the video snippet that corresponds to the given summary: c"),
-       ("DiDeMo", "data/test", {"video": "a/v1.mp4", "caption": "c"}, "v1", "Find a video that includes the following described scenes: c"),
+       ("DiDeMo", "data/test", {"video": "a/1@N00_v1.m4v", "caption": "c"}, "1@N00_v1", "Find a video that includes the following described scenes: c"),
        ("YouCook2", "data/val", {"id": "v1", "video_path": "x/v1.mp4", "sentence": "c"}, "v1", "Find a video that demonstrates the following action while making a recipe: c"),
        ("VATEX", "data/test", {"videoID": "v1", "enCap": ["c"]}, "v1", "Select a video that fits the description provided: c")]
 
@@ -1531,6 +1531,12 @@ def test_data_eval_pages_on_disk_and_labels(tmp_path):
     write_picture(tmp_path / V2 / "visdoc-tasks/images/VisRAG_ChartQA" / data.short_name(long))
     es = data.load_eval(str(tmp_path), "VisRAG_ChartQA")
     assert len(os.path.basename(es.candidates[0]["image"])) == 50 + 1 + 8 + 4 and es.cand_ids == [long]
+    write_beir(tmp_path, "openbmb/VisRAG-Ret-Test-ArxivQA", [{"query-id": "q", "query": "x"}], [{"corpus-id": "no ending"}], [{"query-id": "q", "corpus-id": "no ending", "score": 1}], "train")
+    write_picture(tmp_path / V2 / "visdoc-tasks/images/VisRAG_ArxivQA" / data.short_name("no ending"), format="PNG")
+    assert data.load_picture(data.load_eval(str(tmp_path), "VisRAG_ArxivQA").candidates[0]["image"]).size == (8, 8)
+    with pytest.raises(BadData, match=r"corpus row 0: picture '5.png' or '5_e4da3b7f' is missing"):
+        write_beir(tmp_path, "vidore/tatdqa_test_beir", [{"query-id": 1, "query": "x"}], [{"corpus-id": 5}], [{"query-id": 1, "corpus-id": 5, "score": 1}])
+        data.load_eval(str(tmp_path), "ViDoRe_tatdqa")
     for hub in ("VLM2Vec/ViDoSeek-page-fixed", "VLM2Vec/ViDoSeek-page"):
         write_beir(tmp_path, hub, [{"query-id": 1, "query": hub}], [{"corpus-id": 5}], [{"query-id": "1", "corpus-id": "5", "score": 3}])
     write_picture(tmp_path / V2 / "visdoc-tasks/ViDoSeek-page/5.png")
@@ -1636,6 +1642,16 @@ def test_data_batches_skip_and_count(tmp_path):
         assert len(d.bad) == 10 and all(k in v for k, v in d.bad.items())
     assert runs[0] == runs[1] and all(len(b) == 8 for b in runs[0])
     assert not {i for b in runs[0] for i in b} & {f"CIRR/{i}" for i in range(1, 20, 4)}
+    for world in (1, 2):                                          # resumed in the middle of an epoch, on one and on two ranks, with other workers
+        parts = []
+        for r in range(world):
+            first, rest = (data.Sampler(d.sizes, d.weights, 8, 4, rank=r, world=world) for _ in range(2))
+            d = data.train_sets(str(tmp_path), on_bad="skip")
+            ids = [[p["id"] for p in b] for b in data.batches(d, first, r, steps=7)]
+            assert all(0 < taken % size for taken, size in zip(first.taken, d.sizes))
+            rest.load(json.loads(json.dumps(first.state())))
+            parts.append(ids + [[p["id"] for p in b] for b in data.batches(data.train_sets(str(tmp_path), on_bad="skip"), rest, 2 - r, steps=13)])
+        assert [sum(x, []) for x in zip(*parts)] == runs[0]
 
 
 def test_data_big_tables_are_mapped(tmp_path, monkeypatch):
@@ -1731,9 +1747,9 @@ def bad_roots(tmp_path):
     outside = write_picture(tmp_path / "outside.jpg")
     yield train("gone", r"CIRR/1: .*1\.jpg", lambda b: os.remove(b / "images/CIRR/1.jpg"))
     yield train("cut", r"CIRR/2: .*2\.jpg", lambda b: cut(b / "images/CIRR/2.jpg"))
-    yield train("zero", r"parquet is empty", lambda b: (b / table).write_bytes(b""))
-    yield train("lfs", "git-lfs", lambda b: (b / table).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"))
-    yield train("half", "CIRR/original.*cannot be read", lambda b: (b / table).write_bytes((b / table).read_bytes()[:-20]))
+    yield train("zero", r"CIRR: .*parquet is empty", lambda b: (b / table).write_bytes(b""))
+    yield train("lfs", "CIRR: .*git-lfs", lambda b: (b / table).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"))
+    yield train("half", "CIRR: .*original.*cannot be read", lambda b: (b / table).write_bytes((b / table).read_bytes()[:-20]))
     yield train("column", "CIRR: .*no column qry_image_path", lambda b: write_table(str(b / table), [{"qry": "a", "qry_img_path": "b", "pos_text": "c", "pos_image_path": ""}]))
     yield train("type", "column pos_text holds int64", lambda b: write_table(str(b / table), [dict(AOK, pos_text=3)]))
     yield train("dots", r"CIRR/0: path '../../../outside.jpg' leaves the root", lambda b: write_table(str(b / table), [dict(AOK, qry_image_path="../../../outside.jpg")]))
@@ -3662,6 +3678,7 @@ def more_bad_roots(tmp_path):
     classify = [dict(CLS, qry_img_path="s/1.jpg"), dict(CLS, qry_img_path="s/2.jpg")]
     find = {"qry_inst": "Find:", "qry_text": "A.", "tgt_inst": IMG, "tgt_text": None, "tgt_img_path": ["s/1.jpg", "s/2.jpg", "s/3.jpg"]}
     page = lambda body: pages([5]) + [{"corpus-id": 6, "image": {"bytes": body, "path": "6.png"}}]
+    yield *image_set("alone", "SUN397", classify[:1], lambda s: os.remove(s / "1.jpg")), r"SUN397/0: picture 's/1\.jpg' is missing", 0
     yield *image_set("gone", "SUN397", classify, lambda s: os.remove(s / "2.jpg")), r"SUN397/1: picture 's/2\.jpg' is missing", 1
     yield *image_set("cut", "SUN397", classify, lambda s: (s / "2.jpg").write_bytes((s / "2.jpg").read_bytes()[:-100])), r"SUN397/1: .*2\.jpg: broken picture", 1
     yield *image_set("bomb", "SUN397", classify, lambda s: (s / "2.jpg").write_bytes(bomb())), r"SUN397/1: .*2\.jpg: too many pixels", 1
@@ -3742,7 +3759,7 @@ def test_data_rows_of_datasets_json_have_types(tmp_path):
         with pytest.raises(BadData, match=f"^x: .*{word}"):
             data.train_sets(str(tmp_path))
     (tmp_path / "datasets.json").write_text(json.dumps({"eval": [{"name": "x", "parser": "video_cls", "labels": "K7000"}]}))
-    with pytest.raises(BadData, match="^x: unknown labels 'K7000'"):
+    with pytest.raises(BadData, match="^x: labels 'K7000': one of K700, "):
         data.load_eval(str(tmp_path), "x")
 
 
