@@ -48,12 +48,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import rl
 from embed import Embedder, Reader, collate, contrastive_step, find_device, info_nce, pool
 from eval import rank
-from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, tokenizer_spec, write_json
+from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, linear, tokenizer_spec, write_json
 
 # what a step is told, as train.py's Config has it
 STEP = types.SimpleNamespace(temperature=0.02, negatives=1, lm_weight=1.0, decision_weight=0.2, chunk_tokens=16384, rl_temperature=1.0, rl_price=0.1,
@@ -65,6 +65,12 @@ SIZES = {                                                        # configuration
                    v_layers=6, v_heads=6, v_deepstack=(1, 3, 5)), 262144),
     "2b": (CONFIGS["2b"], 262144), "4b": (CONFIGS["4b"], 262144),
 }
+
+
+if torch.backends.mkldnn.is_available():
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def onednn_flops(x, w, *rest, **more):                       # of shapes: see model.linear
+        return 2 * math.prod(x) * w[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def against_device(size, e, prompt, flops, out, o):
     n, width = (8192, 1 << 30) if o.device.type == "cuda" else (768, 1 << 26)
     a, x = torch.randn(n, n, device=o.device).to(o.dtype), torch.zeros(width, dtype=torch.uint8, device=o.device)
     y, best = torch.empty_like(x), lambda f: min(seconds(f, o) for _ in range(10))
-    rate, bandwidth = 2 * n**3 / best(lambda: a @ a), 2 * width / best(lambda: y.copy_(x))
+    rate, bandwidth = 2 * n**3 / best(lambda: linear(a, a)), 2 * width / best(lambda: y.copy_(x))
     rows = [(name, total / seconds(f, o, o.repeats), "FLOP/s", rate, peak_mb(f, o)) for name, (f, total) in flops.items()]
     e.model.eval()
     decode = lambda T: write(e, [prompt], 1, T, 0.0, stop=False)

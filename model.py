@@ -149,6 +149,7 @@ def config_to_hf(c, dtype="float32", eos=None, pad=None):
 # Matrix products. On a CPU torch gives fp32 ones to MKL, which leaves AVX-512 unused on processors that are not Intel's. oneDNN, in the same
 # wheel, does not (2.2 times as fast on an AMD EPYC), and applies the activation on the way out. Small products stay with MKL: it starts faster.
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ACT = {"none": lambda y: y, "swish": F.silu, "gelu": F.gelu, "gelu tanh": lambda y: F.gelu(y, approximate="tanh")}    # by oneDNN's names
 
 
@@ -173,8 +174,8 @@ class OneDNN(torch.autograd.Function):
 
 def linear(x, w, b=None, act="none"):
     """act(x w^T + b) for x (..., n), w (m, n)."""
-    large = x.device.type == "cpu" and x.numel() * len(w) > 1 << 21 and x.dtype == w.dtype == torch.float32
-    if not large or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+    fp32 = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not fp32 or x.numel() * len(w) < 1 << 21 or torch.compiler.is_compiling() or not (HAS_ONEDNN and torch.backends.mkldnn.enabled):
         return ACT[act](F.linear(x, w, b))
     x = x.contiguous()                                           # other strides fall to slow reference code
     return ACT[act](OneDNN.apply(x, w, b)) if torch.is_grad_enabled() else onednn(x, w, b, act)
@@ -884,7 +885,10 @@ def append_end(spec):
 
 def levels(patches, device="cpu"):
     """uint8 numpy -> fp32 tensor in -1 ... 1. Bytes travel to the device, floats are made there."""
-    return torch.from_numpy(patches).to(device).float().mul_(2 / 255).sub_(1)
+    x = torch.from_numpy(patches).to(device)
+    # numpy asks the system for huge pages, torch does not: touching new memory is most of the work on a CPU
+    y = torch.from_numpy(np.empty(patches.shape, np.float32)).copy_(x) if x.device.type == "cpu" else x.float()
+    return y.mul_(2 / 255).sub_(1)
 
 
 def smart_resize(height, width, min_pixels, max_pixels):
@@ -907,12 +911,13 @@ def patchify(frames):
     Order, as published: frame group, 2x2 merge blocks in raster order, the four patches in a block; in a patch: channel, frame,
     row, column. Bytes are shuffled before they become floats (`levels`): a quarter of the memory traffic.
     """
-    if len(frames) == 1:
-        frames = np.repeat(frames, TEMPORAL, axis=0)             # a picture is a video of two equal frames
-    t, h, w = len(frames) // TEMPORAL, frames.shape[1] // PATCH, frames.shape[2] // PATCH
-    x = frames.reshape(t, TEMPORAL, h // 2, 2, PATCH, w // 2, 2, PATCH, 3)
+    f = min(len(frames), TEMPORAL)
+    t, h, w = len(frames) // f, frames.shape[1] // PATCH, frames.shape[2] // PATCH
+    x = frames.reshape(t, f, h // 2, 2, PATCH, w // 2, 2, PATCH, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)                   # (t, h/2, w/2, 2, 2, channel, frame, row, column)
-    return x.reshape(t * h * w, PATCH_DIM), (h, w)
+    y = np.empty((*x.shape[:6], TEMPORAL, PATCH, PATCH), dtype=frames.dtype)
+    y[...] = x                                                   # a picture is a video of two equal frames
+    return y.reshape(t * h * w, PATCH_DIM), (h, w)
 
 
 def resize(picture, h, w):
