@@ -56,7 +56,7 @@ from eval import rank
 from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, linear, tokenizer_spec, write_json
 
 # what a step is told, as train.py's Config has it
-STEP = types.SimpleNamespace(temperature=0.02, negatives=1, lm_weight=1.0, decision_weight=0.2, chunk_tokens=16384, rl_temperature=1.0, rl_price=0.1,
+STEP = types.SimpleNamespace(temperature=0.02, negatives=1, lm_weight=1.0, decision_weight=0.2, chunk_tokens=16384, rl_temperature=1.0, rl_price=0.1, rl_beta=0.1,
                              rl_decision=1.0, rl_rationale=1.0, rl_nce=0.1, rl_one_loss=False)
 SIZES = {                                                        # configuration, and the largest picture in pixels
     "tiny": (dataclasses.replace(CONFIGS["pocket"], hidden=64, mlp=96, layers=2, v_hidden=32, v_mlp=64, heads=2, kv_heads=1), 16384),

@@ -734,9 +734,10 @@ class Sampler:
 
     A rank takes its contiguous slice of the global batch, so joining the ranks gives the stream of one. A walk that ends inside a sub-batch
     goes on with the next epoch's order; a source smaller than a sub-batch repeats rows in it (the loss masks equal targets).
+    first: where in each source the `sizes` rows begin (0 by default), so that stages can have rows of their own.
     """
 
-    def __init__(self, sizes, weights, batch, sub_batch, seed=0, rank=0, world=1):
+    def __init__(self, sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
         weights = np.asarray(weights, np.float64)
         if len(sizes) != len(weights) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
             raise ValueError(f"the sampler wants a weight >= 0 per source and one above 0, got {weights.tolist()} for {len(sizes)} sources")
@@ -744,6 +745,7 @@ class Sampler:
             raise ValueError(f"a source with a weight has no rows: sizes {list(sizes)}")
         if sub_batch < 1 or batch % sub_batch or batch % world or not 0 <= rank < world:
             raise ValueError(f"batch {batch} must be a multiple of sub_batch {sub_batch} and of world {world}, and rank {rank} below world")
+        self.first = list(first) if first is not None else [0] * len(sizes)
         self.sizes, self.p, self.batch, self.sub, self.seed = list(sizes), weights / weights.sum(), batch, sub_batch, seed
         self.rank, self.world, self.step, self.taken = rank, world, 0, [0] * len(self.sizes)
         self.orders = {}                                          # source: (epoch, shuffled rows); only the current epoch's, 4 bytes a row
@@ -766,7 +768,7 @@ class Sampler:
             while need:
                 epoch, at = divmod(self.taken[source], self.sizes[source])                # where this source's walk stands
                 rows = self.order(source, epoch)[at:at + need].tolist()
-                out += [(source, row) for row in rows]
+                out += [(source, self.first[source] + row) for row in rows]
                 need -= len(rows)                                 # > 0 when the epoch ended: on with the next one
                 self.taken[source] += len(rows)
         self.step += 1

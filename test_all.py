@@ -2106,7 +2106,8 @@ def m_world(tmp_path_factory):
 
 def m_pairs(root, n=None):
     """Pairs as train.py reads them; n: of each dataset."""
-    return list(train.Pairs(types.SimpleNamespace(cfg=train.Config(), data_root=root), m_reader()).all(n))
+    pairs = train.Pairs(types.SimpleNamespace(cfg=train.Config(hold_back=0.0), data_root=root), m_reader())
+    return [pairs.get(s, row) for s, row in pairs.refs() if n is None or row < n]
 
 
 def m_equal(a, b):
@@ -4074,6 +4075,9 @@ def test_study_leaves_families_out(m_world, tmp_path):
     assert families == {f[0] for f in pocket.FAMILIES} - {"PocketTally", "PocketAt"}
     sampler = pairs.sampler(0, 64, 16)
     assert {pairs.data.names[s] for _ in range(30) for s, _ in next(sampler)} == families
+    held = train.Pairs(run, m_reader(), held=True)               # rl's own pairs: the last of each dataset, which the others never see
+    ours, theirs = ({ref for _, batch in zip(range(40), p.sampler(0, 64, 16)) for ref in batch} for p in (held, pairs))
+    assert not ours & theirs and {row for _, row in ours} == {5} and {row for _, row in theirs} == set(range(5)) and ours == set(held.refs())
     run.cfg.leave_out = "PocketTall"
     with pytest.raises(train.UsageError, match="--leave_out PocketTall: no such dataset; there are .*PocketTally"):
         train.Pairs(run, m_reader())

@@ -88,10 +88,11 @@ class Config:
     study_seeds: int = 5            # seed, seed + 1, ...
     study_variants: str = ""        # only these (commas) and those that they are forked from; empty: all of VARIANTS
     # world
-    world_train: int = 300          # training pairs per family
+    world_train: int = 375          # training pairs per family
     world_test: int = 100           # test queries per family
     world_style: str = "plain"
     world_steps: int = 3            # moves of a Walk
+    hold_back: float = 0.2          # of every dataset's training pairs: rl trains on these alone, the other stages never see them; 0: all on all
     # reading
     min_pixels: int = 1024          # a picture's area in pixels: one visual token covers 32 x 32
     max_pixels: int = 65536
@@ -181,7 +182,7 @@ FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every"
 CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16"), "optimizer": ("muon", "adamw"),
            "on_bad": ("stop", "skip"), "select_rule": selection.RULES, "sides": ("query", "both")}
 MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
-               "decision_weight", "base_text", "rl_price", "rl_steps", "rl_group", "rl_decision", "rl_rationale", "rl_nce", "lora")
+               "decision_weight", "base_text", "rl_price", "hold_back", "rl_steps", "rl_group", "rl_decision", "rl_rationale", "rl_nce", "lora")
 ANY_NUMBER = ("select_margin", "tau")
 
 
@@ -692,12 +693,18 @@ def measure_skills(run, model, reader, bank, n=48):
 
 
 class Pairs:
-    """Training pairs as prompts. A small world is read once and kept; a large one is streamed by threads."""
+    """Training pairs as prompts. A small world is read once and kept; a large one is streamed by threads.
 
-    def __init__(self, run, reader):
+    The last `hold_back` of every dataset belongs to rl, the rest to propose, select and embed: on pairs that embed has learnt by heart, the direct
+    embedding looks as if thinking did not pay, and rl would unlearn it (results/tuning.txt).
+    """
+
+    def __init__(self, run, reader, held=False):
         c = run.cfg
         self.data, self.reader, self.workers = loader.train_sets(run.data_root, on_bad=c.on_bad), reader, c.workers
         self.kept = {} if sum(self.data.sizes) <= 20000 else None         # 20,000 pairs of pocket pictures are about 1 GB
+        kept_back = [max(1, round(n * c.hold_back)) if c.hold_back and n > 1 else 0 for n in self.data.sizes]
+        self.spans = [(n - k, n) if held and k else (0, n if held else n - k) for n, k in zip(self.data.sizes, kept_back)]
         self.left_out = set(filter(None, c.leave_out.split(",")))
         if unknown := sorted(self.left_out - set(self.data.names)):
             raise UsageError(f"--leave_out {unknown[0]}: no such dataset; there are {', '.join(self.data.names)}")
@@ -722,7 +729,11 @@ class Pairs:
     def sampler(self, seed, batch, sub_batch):
         """This rank's share of batches of (source, row)."""
         weights = [0.0 if n in self.left_out else w for n, w in zip(self.data.names, self.data.weights)]
-        return loader.Sampler(self.data.sizes, weights, batch, sub_batch, seed, rank(), ranks())
+        return loader.Sampler([b - a for a, b in self.spans], weights, batch, sub_batch, seed, rank(), ranks(), [a for a, _ in self.spans])
+
+    def refs(self):
+        """(source, row) of every pair of these stages."""
+        return [(s, row) for s, (a, b) in enumerate(self.spans) if self.data.names[s] not in self.left_out for row in range(a, b)]
 
     def stream(self, sampler):
         if self.kept is not None:
@@ -731,14 +742,19 @@ class Pairs:
         for pairs in loader.batches(self.data, sampler, self.workers):
             yield [self.read(p) for p in pairs]
 
-    def all(self, limit=None):
-        """Every pair (at most `limit` per dataset), in order; once, also where another's broken row was replaced by it."""
+    def holds(self, pair_id):
+        """Is the pair "dataset/row" one of these stages'?"""
+        dataset, _, row = pair_id.rpartition("/")
+        span = dict(zip(self.data.names, self.spans)).get(dataset, (0, 0))
+        return row.isdecimal() and span[0] <= int(row) < span[1]
+
+    def all(self):
+        """Every pair, in order; once, also where another's broken row was replaced by it."""
         seen = set()
-        for s, size in enumerate(self.data.sizes):
-            for row in range(0 if self.data.names[s] in self.left_out else min(size, limit or size)):
-                if (pair := self.get(s, row))["id"] not in seen:
-                    seen.add(pair["id"])
-                    yield pair
+        for s, row in self.refs():
+            if (pair := self.get(s, row))["id"] not in seen:
+                seen.add(pair["id"])
+                yield pair
 
 
 def any_negative(pair, rng):
@@ -756,8 +772,11 @@ def propose_stage(run, out):
     e = run.embedder("base")
     pairs, folder = Pairs(run, e.reader), run.partial("propose")
     source = c.rationales or (run.path("data", "workers.jsonl") if not c.data else "")
-    rows = selection.read_rationales(source) if source else []
-    refs = [(s, r) for s, size in enumerate(pairs.data.sizes) if pairs.data.names[s] not in pairs.left_out for r in range(size)] if c.propose_k else []
+    given = selection.read_rationales(source) if source else []
+    rows = [r for r in given if pairs.holds(r["id"])]
+    if len(rows) < len(given):
+        run.say(f"propose: {len(given) - len(rows)} of {len(given)} rationales in {source} are of pairs that are held back for rl, or of none")
+    refs = pairs.refs() if c.propose_k else []
     windows = [(side, at) for side in (("query", "target") if c.sides == "both" else ("query",)) for at in range(0, len(refs), 1024)]
     parts = [os.path.join(folder, f"{side}_{at:09d}.jsonl") for side, at in windows]
     for n, ((side, at), path) in enumerate(zip(windows, tqdm(parts, desc="propose", disable=None))):     # each rank its windows; a finished one is not done again
@@ -811,7 +830,7 @@ def select_stage(run, out):
 
 
 SHAPES_THE_JUDGE = ("model", "data", "seed", "scale", "dtype", "leave_out", "min_pixels", "max_pixels", "max_frames", "optimizer", "lr_matrix", "lr", "clip", "warmup",
-                    "train_vision", "lora", "lora_alpha", "select_steps", "select_lr", "select_candidates", "select_folds", "batch", "sub_batch", "negatives", "temperature")
+                    "train_vision", "lora", "lora_alpha", "select_steps", "select_lr", "select_candidates", "select_folds", "batch", "sub_batch", "negatives", "temperature", "hold_back")
 
 
 def judged_before(c, texts):
@@ -959,7 +978,7 @@ def embed_stage(run, out):
 def rl_stage(run, out):
     c = run.cfg
     e = run.trainee("embed")
-    pairs, actor = Pairs(run, e.reader), run.plain(e.model)
+    pairs, actor = Pairs(run, e.reader, held=True), run.plain(e.model)
 
     def encode_targets(targets):
         batch = collate(targets, e.reader, device=run.device)
