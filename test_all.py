@@ -3421,9 +3421,10 @@ class Guess:
     def encode(self, items, reason="auto", batch_size=1, return_info=False, **options):
         vectors, infos = [], []
         for item in items:
-            seed = int(hashlib.sha256(repr((item.get("text"), reason, [str(x) for x in data.refs(item)])).encode()).hexdigest()[:8], 16)
+            files = [str(x).split(os.sep)[-3:] for x in data.refs(item)]                                   # not of the temporary folder: the same every time
+            seed = int(hashlib.sha256(repr((item.get("text"), reason, files)).encode()).hexdigest()[:8], 16)
             vectors.append(np.random.default_rng(seed).standard_normal(8))
-            p, on = (sum(map(ord, repr((item.get("text"), [str(x) for x in data.refs(item)])))) % 97) / 97, reason == "always"        # not of the mode
+            p, on = (sum(map(ord, repr((item.get("text"), files)))) % 97) / 97, reason == "always"         # not of the mode
             infos.append({"reasoned": on, "p_reason": p, "rationale": ("$why_ " * 40 + "x" * 300) if on else "", "new_tokens": 7 + seed % 9 if on else 0})
         v = np.array(vectors, np.float32)
         return v / np.linalg.norm(v, axis=1, keepdims=True), infos
