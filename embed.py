@@ -221,6 +221,9 @@ class Reader:
             if isinstance(p, str):
                 run.append(p)
                 continue
+            if not run:                                          # a picture's many markers
+                ids += [] if p is None else [p]
+                continue
             new, words = self.tok.encode("".join(run)), [i for i, s in enumerate(run) if isinstance(s, Words)]
             if words:                                            # the template's own tokens before and after the words stay
                 before, after = (len(self.tok.encode("".join(s))) for s in (run[: words[0]], run[words[-1] + 1 :]))
