@@ -299,24 +299,19 @@ class Table:
 
     def empty(self, sides, on_bad="stop"):
         """(rows,) bool: has one of the sides (lists of columns) nothing in any of its columns?"""
-        def sides_of(part, i):
-            """Line i -> per side, has it something? Under "skip" a line that is not JSON has: it is met, and counted, when it is read."""
+        def line(part, i):
+            """Line i is whole. So is, under "skip", one that is not JSON: it is met, and counted, when it is read."""
             try:
-                row = part[i]
-                return [any(map(row.get, side)) for side in sides]
+                return all(any(map(part[i].get, side)) for side in sides)
             except BadData:
                 if on_bad == "stop":
                     raise
-                return [True] * len(sides)
+                return True
 
-        whole = []                                                 # per part (rows, sides) bool: this side has something
-        for path, part, _ in self.parts:
-            if isinstance(part, Lines):
-                has = [sides_of(part, i) for i in range(len(part))]
-            else:
-                has = np.transpose([np.any([filled(path, c, part.column(c)) for c in side], 0) for side in sides])
-            whole.append(np.reshape(has, (-1, len(sides))).astype(bool))
-        return ~np.concatenate(whole).all(1)[:len(self)]
+        column = lambda path, part, side: np.any([filled(path, c, part.column(c)) for c in side], 0)
+        whole = [[line(part, i) for i in range(len(part))] if isinstance(part, Lines) else np.all([column(path, part, side) for side in sides], 0)
+                 for path, part, _ in self.parts]
+        return ~np.concatenate(whole).astype(bool)[:len(self)]
 
 
 def cell(row, column, kind="text"):
@@ -895,7 +890,7 @@ def image_set(b, row):
     inst, text = cell(row, "qry_inst").replace(IMG, ""), cell(row, "qry_text", "text?")
     if kind in ("image_t2i", "image_i2i_vg"):
         told, paths = cell(row, "tgt_inst").replace(IMG, ""), cell(row, "tgt_img_path", "texts")
-        captions = cell(row, "tgt_text", "texts") if row["tgt_text"] else [""] * len(paths)
+        captions = [""] * len(paths) if row["tgt_text"] in (None, [], [""]) else cell(row, "tgt_text", "texts")
         if len(captions) != len(paths):
             raise BadData(f"{len(captions)} tgt_text for {len(paths)} tgt_img_path")
         blank, end = not captions[0].strip(), "\n" if kind == "image_t2i" else ""         # no newline after blank captions in i2i_vg

@@ -1201,6 +1201,9 @@ def test_data_eval_image_t2i(tmp_path):
     es = data.load_eval(str(tmp_path), "MSCOCO_t2i")
     assert es.queries == [{"text": "Find me an everyday image that matches the given caption: A cat.\n"}]
     assert es.candidates[0]["text"] == "\nRepresent the given image.\n" and es.cand_ids == ["MSCOCO_t2i/1.jpg", "MSCOCO_t2i/2.jpg"]
+    for blank in ([""], [], None):                                # all these say that no picture has a caption
+        write_image_set(tmp_path, "MSCOCO_t2i", [dict(row, tgt_text=blank)])
+        assert data.load_eval(str(tmp_path), "MSCOCO_t2i").candidates == es.candidates
     assert data.load_eval(str(tmp_path), "VisDial").queries[0]["text"].endswith("retrieval:\n A cat.\n\n")
     es = data.load_eval(str(tmp_path), "WebQA")
     assert es.queries[0] == {"text": "\nFind a Wikipedia image that answers this question: A cat.\n"}
