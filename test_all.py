@@ -3624,7 +3624,7 @@ def test_benches_write_what_they_measured(tmp_path, monkeypatch, capsys):
         assert {"device", "date", "versions", "figures"} == set(small) == set(kept[name]) and all(f"{key}: " in out for key in small["figures"])
     figures, ranks = kept["bench_data.json"]["figures"], kept["bench_rank.json"]["figures"]
     assert figures["rows"] == 1_000_000 and figures["batches"] == 10_000 and figures["first_batch_s"] < 10 and figures["resident_growth_mb"] < 300
-    assert figures["threads_share"] >= 0.9 and figures["processes_share_cpu"] < figures["threads_share_cpu"]
+    assert figures["threads_share_cpu"] >= 0.9 > figures["processes_share_cpu"]            # by CPU time: the clock of a shared machine says little
     assert ranks["corpus_ratio"] == 10 and ranks["cpu_time_ratio"] <= 12 and ranks["peak_1000000_mb"] - ranks["of_which_mapped_1000000_mb"] < ranks["before_1000000_mb"] + 500
 
 
