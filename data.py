@@ -300,24 +300,19 @@ class Table:
 
     def empty(self, sides, on_bad="stop"):
         """(rows,) bool: has one of the sides (lists of columns) nothing in any of its columns?"""
-        def sides_of(part, i):
-            """Line i -> per side, has it something? Under "skip" a line that is not JSON has: it is met, and counted, when it is read."""
+        def line(part, i):
+            """Line i is whole. So is, under "skip", one that is not JSON: it is met, and counted, when it is read."""
             try:
-                row = part[i]
-                return [any(map(row.get, side)) for side in sides]
+                return all(any(map(part[i].get, side)) for side in sides)
             except BadData:
                 if on_bad == "stop":
                     raise
-                return [True] * len(sides)
+                return True
 
-        whole = []                                                 # per part (rows, sides) bool: this side has something
-        for path, part, _ in self.parts:
-            if isinstance(part, Lines):
-                has = [sides_of(part, i) for i in range(len(part))]
-            else:
-                has = np.transpose([np.any([filled(path, c, part.column(c)) for c in side], 0) for side in sides])
-            whole.append(np.reshape(has, (-1, len(sides))).astype(bool))
-        return ~np.concatenate(whole).all(1)[:len(self)]
+        column = lambda path, part, side: np.any([filled(path, c, part.column(c)) for c in side], 0)
+        whole = [[line(part, i) for i in range(len(part))] if isinstance(part, Lines) else np.all([column(path, part, side) for side in sides], 0)
+                 for path, part, _ in self.parts]
+        return ~np.concatenate(whole).astype(bool)[:len(self)]
 
 
 def cell(row, column, kind="text"):
@@ -790,9 +785,10 @@ def batches(data, sampler, workers=0, steps=None, load=True):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
 
     Workers are threads, not processes. Pillow decodes outside the interpreter lock, so threads use all cores; a decoded picture is ten times its
-    file, and handing it from process to process costs more than decoding it. Measured on two cores with JPEGs of 640 x 480, as a share of what Pillow
-    alone decodes there: threads 1.03 by the clock and 0.94 by CPU time, processes 0.44 and 0.48 (python data.py --bench). What is not Pillow's, 0.03 ms
-    a pair, does hold the lock: it would bind beyond some thirty threads.
+    file, and handing it from process to process costs more than decoding it. As a share of what Pillow alone decodes with the same CPU time (two
+    cores, JPEGs of 640 x 480, results/bench_data.json): threads 0.91, processes 0.43. The clock's shares stand there too, 0.70 and 0.27, but other
+    jobs had those cores as well; calmer runs gave threads 0.88 and 1.03. What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty
+    threads it would bind.
     """
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     try:
@@ -898,7 +894,7 @@ def image_set(b, row):
     inst, text = cell(row, "qry_inst").replace(IMG, ""), cell(row, "qry_text", "text?")
     if kind in ("image_t2i", "image_i2i_vg"):
         told, paths = cell(row, "tgt_inst").replace(IMG, ""), cell(row, "tgt_img_path", "texts")
-        captions = cell(row, "tgt_text", "texts") if row["tgt_text"] else [""] * len(paths)
+        captions = [""] * len(paths) if row["tgt_text"] in (None, [], [""]) else cell(row, "tgt_text", "texts")
         if len(captions) != len(paths):
             raise BadData(f"{len(captions)} tgt_text for {len(paths)} tgt_img_path")
         blank, end = not captions[0].strip(), "\n" if kind == "image_t2i" else ""         # no newline after blank captions in i2i_vg

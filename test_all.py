@@ -1384,6 +1384,9 @@ def test_data_eval_image_t2i(tmp_path):
     es = data.load_eval(str(tmp_path), "MSCOCO_t2i")
     assert es.queries == [{"text": "Find me an everyday image that matches the given caption: A cat.\n"}]
     assert es.candidates[0]["text"] == "\nRepresent the given image.\n" and es.cand_ids == ["MSCOCO_t2i/1.jpg", "MSCOCO_t2i/2.jpg"]
+    for blank in ([""], [], None):                                # all these say that no picture has a caption
+        write_image_set(tmp_path, "MSCOCO_t2i", [dict(row, tgt_text=blank)])
+        assert data.load_eval(str(tmp_path), "MSCOCO_t2i").candidates == es.candidates
     assert data.load_eval(str(tmp_path), "VisDial").queries[0]["text"].endswith("retrieval:\n A cat.\n\n")
     es = data.load_eval(str(tmp_path), "WebQA")
     assert es.queries[0] == {"text": "\nFind a Wikipedia image that answers this question: A cat.\n"}
@@ -3833,7 +3836,7 @@ def test_benches_write_what_they_measured(tmp_path, monkeypatch, capsys):
         assert {"device", "date", "versions", "figures"} == set(small) == set(kept[name]) and all(f"{key}: " in out for key in small["figures"])
     figures, ranks = kept["bench_data.json"]["figures"], kept["bench_rank.json"]["figures"]
     assert figures["rows"] == 1_000_000 and figures["batches"] == 10_000 and figures["first_batch_s"] < 10 and figures["resident_growth_mb"] < 300
-    assert figures["threads_share"] >= 0.9 and figures["processes_share_cpu"] < figures["threads_share_cpu"]
+    assert figures["threads_share_cpu"] >= 0.9 > figures["processes_share_cpu"]            # by CPU time: the clock of a shared machine says little
     assert ranks["corpus_ratio"] == 10 and ranks["cpu_time_ratio"] <= 12 and ranks["peak_1000000_mb"] - ranks["of_which_mapped_1000000_mb"] < ranks["before_1000000_mb"] + 500
 
 
