@@ -656,7 +656,7 @@ def base_document(bank, rng, look=0.35):
     if u < 0.63:
         states, k, how = motion(rng)
         return said({"video": [f for s in states for f in [bank.draw([s], rng)] * 2], "text": "what happens ?"}, f"{k[1]} {how}")
-    if u < 0.86:
+    if u < 0.83:
         two = rng.random() < 0.7
         states = [[int(rng.integers(10)) if v < 0.6 else KINDS[rng.integers(len(KINDS))] if v < 0.85 else None for v in rng.random(1 + two)] for _ in range(int(rng.integers(2, 4)))]
         item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
