@@ -2836,7 +2836,7 @@ def test_train_folder_of_another_configuration_is_refused(tmp_path, capsys):
 def test_train_optimizer_schedule_and_groups():
     model = m_tiny()
     cfg = dataclasses.replace(train.Config(), lr=0.01, lr_matrix=0.02, warmup=4)
-    o, rates = train.Optimizer(model, cfg, 20, scale=0.5), []
+    o, rates = train.Optimizer(model, cfg, 20, scale=0.5, patches=True), []
     for i in range(20):
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.01)
@@ -2851,6 +2851,7 @@ def test_train_optimizer_schedule_and_groups():
     assert not [n for n in names if "embed_tokens" in n or "pos_embed" in n or "norm" in n or "lm_head" in n or "bias" in n]
     count = lambda parts: sum(len(g["params"]) for part in parts for g in part.param_groups)
     assert count(o.parts) == len(list(model.parameters()))
+    assert "flat" in vars(o) and len(o.flat) == 1 and not train.Optimizer(model, cfg, 20).flat                       # the patch embedding in the base stage alone
     plain = train.Optimizer(model, dataclasses.replace(cfg, optimizer="adamw"), 20)
     assert len(plain.parts) == 1 and count(plain.parts) == count(o.parts)
     for p in model.parameters():
