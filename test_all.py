@@ -3910,6 +3910,45 @@ def test_checkpointing_equals_plain():
     assert len(grads[0]) == len(grads[1]) > 40 and all(torch.equal(x, y) for x, y in zip(*grads))
 
 
+@pytest.mark.parametrize("act", sorted(M.ACT))
+@pytest.mark.parametrize("bias", [False, True])
+def test_embed_linear_by_onednn_equals_torch(act, bias, monkeypatch):
+    """Products large enough for oneDNN: values with and without gradients, and gradients, against torch's own in fp64; weights and inputs of any strides."""
+    torch.manual_seed(0)
+    shapes = [(3, 70, 96), (200, 96)] + ([(200,)] if bias else [])
+    mine = [torch.randn(s).requires_grad_() for s in shapes]
+    theirs = [p.detach().double().requires_grad_() for p in mine]
+    assert mine[0].numel() * len(mine[1]) > 1 << 21
+    calls, real = [], M.onednn
+    monkeypatch.setattr(M, "onednn", lambda *a: calls.append(a) or real(*a))
+    g = torch.randn(70, 3, 200).transpose(0, 1)                  # not contiguous
+    got, want = M.linear(*mine, act=act), M.ACT[act](F.linear(*theirs))
+    got.backward(g), want.backward(g.double())
+    with torch.no_grad():
+        again = M.linear(mine[0].transpose(0, 1), *mine[1:], act=act).transpose(0, 1)
+    assert len(calls) == (4 if M.HAS_ONEDNN else 0)              # forward, two gradients, and the one without
+    for a, b in ((got, want), (again, want), *((a.grad, b.grad) for a, b in zip(mine, theirs))):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    torch.backends.mkldnn.set_flags(False)
+    try:
+        M.linear(*mine, act=act)
+        assert len(calls) == (4 if M.HAS_ONEDNN else 0)
+    finally:
+        torch.backends.mkldnn.set_flags(True)
+
+
+def test_embed_vision_halves_equal_the_whole():
+    """More patches than meet in the processor's cache: the tower runs on parts, and gives the same."""
+    e, grids = tiny_embedder(4), [(32, 36), (4, 6), (32, 30)]
+    pixels = torch.randn(sum(h * w for h, w in grids), M.PATCH_DIM)
+    with torch.no_grad():
+        (whole, deep), ends = e.model.visual(pixels, grids), np.cumsum([h * w for h, w in grids])
+        parts = [e.model.visual(pixels[n - h * w : n], [(h, w)]) for n, (h, w) in zip(ends, grids)]
+    assert len(pixels) > 2048 and deep
+    for a, b in ((whole, [x for x, _ in parts]), *((d, [y[i] for _, y in parts]) for i, d in enumerate(deep))):
+        assert (a - torch.cat(b)).abs().max() < 1e-5
+
+
 def test_draw_is_the_distribution():
     """Frequencies against probabilities; a token of probability 0 never, not even with blocks of nothing and at the ends of the vocabulary."""
     p = torch.zeros(300)
