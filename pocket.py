@@ -656,7 +656,7 @@ def base_document(bank, rng, look=0.35):
     if u < 0.63:
         states, k, how = motion(rng)
         return said({"video": [f for s in states for f in [bank.draw([s], rng)] * 2], "text": "what happens ?"}, f"{k[1]} {how}")
-    if u < 0.79:
+    if u < 0.83:
         two = rng.random() < 0.7
         states = [[int(rng.integers(10)) if v < 0.6 else KINDS[rng.integers(len(KINDS))] if v < 0.85 else None for v in rng.random(1 + two)] for _ in range(int(rng.integers(2, 4)))]
         item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
@@ -666,7 +666,7 @@ def base_document(bank, rng, look=0.35):
         say = lambda t, side: f"{('left', 'right')[side]} {TIMES[t]}" if two else TIMES[t]
         found = [(f"what is {say(t, side)} ?", say(t, side), name(states[t][side]), name(states[t][side])) for t, side in ask]
         return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
-    if u < 0.95:
+    if u < 0.96:
         words, marks = rng.permutation(WORDS)[: 1 + int(rng.random() < 0.5)].tolist(), rng.integers(0, 10, 2).tolist()
         return said({"image": print_lines(bank.draw(page_grid(words, marks), rng), rng)}, " ".join([*words, *(DIGITS[m] for m in marks)]))
     k = bank.kinds[rng.integers(60)]
@@ -689,11 +689,11 @@ def answered(found, rng):
 def text_document(rng):
     """One document without a picture: the addition table modulo ten, an account to look things up in, or a phrase to be repeated."""
     u = rng.random()
-    if u < 0.2:
+    if u < 0.3:
         digits = rng.integers(0, 10, rng.integers(2, 7)).tolist()
         ask = rng.integers(0, len(digits), 6).tolist()
         return {"text": account(ITEMS, digits)}, [part for i in ask for part in ((f" . {ITEMS[i]}", False), (f" {DIGITS[digits[i]]}", True))]
-    if u < 0.4:
+    if u < 0.45:
         out = []
         for a, b in rng.integers(0, 10, (12, 2)).tolist():
             out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]

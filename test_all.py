@@ -2836,7 +2836,7 @@ def test_train_folder_of_another_configuration_is_refused(tmp_path, capsys):
 def test_train_optimizer_schedule_and_groups():
     model = m_tiny()
     cfg = dataclasses.replace(train.Config(), lr=0.01, lr_matrix=0.02, warmup=4)
-    o, rates = train.Optimizer(model, cfg, 20, scale=0.5), []
+    o, rates = train.Optimizer(model, cfg, 20, scale=0.5, patches=True), []
     for i in range(20):
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.01)
@@ -2845,11 +2845,13 @@ def test_train_optimizer_schedule_and_groups():
     want = [min(1, (i + 1) / 4) * max(0.02, min(1, (20 - i) / 8)) for i in range(20)]
     assert want[3:13] == [1.0] * 10 and want[-1] == 1 / 8                                # warm-up, flat, the last 40 % down
     np.testing.assert_allclose(rates, np.outer(want, [0.005, 0.01]), rtol=1e-12)
-    muon = {id(p) for p in o.parts[1].param_groups[0]["params"]}
-    names = [n for n, p in model.named_parameters() if id(p) in muon]
-    assert any("mlp" in n for n in names) and any("qkv" in n for n in names) and not [n for n in names if "embed" in n or "norm" in n or "lm_head" in n or "bias" in n]
+    muon = {p.data_ptr() for p in o.parts[1].param_groups[0]["params"]}
+    names = [n for n, p in model.named_parameters() if p.data_ptr() in muon]
+    assert any("mlp" in n for n in names) and any("qkv" in n for n in names) and any("patch_embed" in n for n in names)
+    assert not [n for n in names if "embed_tokens" in n or "pos_embed" in n or "norm" in n or "lm_head" in n or "bias" in n]
     count = lambda parts: sum(len(g["params"]) for part in parts for g in part.param_groups)
     assert count(o.parts) == len(list(model.parameters()))
+    assert "flat" in vars(o) and len(o.flat) == 1 and not train.Optimizer(model, cfg, 20).flat                       # the patch embedding in the base stage alone
     plain = train.Optimizer(model, dataclasses.replace(cfg, optimizer="adamw"), 20)
     assert len(plain.parts) == 1 and count(plain.parts) == count(o.parts)
     for p in model.parameters():
