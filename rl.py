@@ -122,8 +122,9 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
         batch = collate([prompts[i] for i in rows] or [NOTHING], reader, [tokens[i] for i in rows] or None, device)
         h = model(batch)
         q = pool(h, batch["ends"]).flatten(0, 1)                                              # (rows * (1+half), H): direct first
-        p_reason[rows, 0] = decision_logits(model, h, batch, reader).detach().softmax(-1)[: len(rows), 1]
-        return (q, lambda: policy(h, batch, rows)) if rows else (q[:0], None)
+        logits = decision_logits(model, h, batch, reader)[: len(rows)]
+        p_reason[rows, 0] = logits.detach().softmax(-1)[:, 1]
+        return (q, lambda: policy(h, batch, rows, logits)) if rows else (q[:0], None)
 
     def loss_fn(v):
         """Rewards of all rollouts, and InfoNCE: the space must not drift."""
@@ -134,14 +135,14 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
                        info_nce(flat, t, each(own), cfg.temperature, each(same), rows=each(seen["p"].clamp(min=1e-6)))]
         return cfg.rl_nce * (seen["nce"][0] + seen["p"].mean() * seen["nce"][1])             # rollouts by their importance weight here too
 
-    def policy(h, batch, rows):
+    def policy(h, batch, rows, logits):
         """The two losses of some rows: their sums over constants of the joined batch."""
         mine = first + np.array(rows)
         logp, row, branch = branch_logp(model, h, batch, reader, len(reader.prefix))
         chosen = chosen_tokens(row, branch, new[mine])                                        # leaves out closings that were forced
         logp, row, branch = logp[chosen], row[chosen], branch[chosen]
         was = torch.tensor([x for i in rows for g in range(half) for x in old[i][g]], device=device)
-        logits, adv, gain, p = decision_logits(model, h, batch, reader), seen["adv"][mine], seen["gain"][mine], seen["p"][mine]
+        adv, gain, p = seen["adv"][mine], seen["gain"][mine], seen["p"][mine]
         own = p[:, None] * (adv - adv.mean(1, keepdim=True))                                  # (rows, half)
         token_loss, clip = policy_loss(logp, was, own[row, branch], B * half * cfg.rl_max_new)
         parts["clip"] += float(clip.detach()) * len(logp) / max(1, int(new.sum()))

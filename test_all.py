@@ -2833,6 +2833,41 @@ def test_train_folder_of_another_configuration_is_refused(tmp_path, capsys):
 # train.py: the optimizer and the loop
 
 
+def test_train_documents_step_equals_loops(m_world):
+    """Pretraining: every document alone, token by token; per kind means over tokens and over summaries, whatever the chunks."""
+    reader, model, cfg = m_reader(), m_tiny(5), types.SimpleNamespace(base_text=0.3, base_summary=0.5, chunk_tokens=9999)
+    rng, bank = np.random.default_rng(2), pocket.Bank(np.random.default_rng(1), copies=2)
+    raw = [pocket.base_document(bank, rng, 0.3) for _ in range(10)] + [pocket.text_document(rng) for _ in range(6)]
+    docs = [train.read_document(reader, *d) for d in raw]
+    assert any(len(d["ends"]) == 2 for d in docs) and any(not d["ends"] for d in docs)    # summed up after a thought as well; not at all
+    losses, sums, right = ([[], []] for _ in range(3))
+    for n, ((item, parts), d) in enumerate(zip(raw, docs)):
+        kind, start = int(n >= 10), len(d["prompt"]["ids"])
+        h, _ = m_plain(model, d["prompt"], d["branch"])                                  # prompt and document, one plain row
+        for i, (token, learn) in enumerate(zip(d["branch"], d["learn"])):
+            if learn:
+                logp = model.logits(h[start + i - 1]).log_softmax(-1)
+                losses[kind].append(-logp[token])
+                right[kind].append(float(logp.argmax() == token))
+        direct, _ = m_plain(model, d["prompt"])                                          # its last state is that of the direct <|endoftext|>
+        for at in d["ends"]:
+            state = direct[-1] if at < 0 else h[start + at]
+            assert at < 0 or d["branch"][at] == reader.end
+            sums[kind].append(-model.logits(state).log_softmax(-1)[d["words"]].mean())
+    mean = lambda x: torch.stack(x).mean()
+    want = mean(losses[0]) + 0.3 * mean(losses[1]) + 0.5 * (mean(sums[0]) + mean(sums[1]))
+    model.zero_grad()
+    want.backward()
+    grads = m_grads(model)
+    for budget in (9999, 150):
+        model.zero_grad()
+        cfg.chunk_tokens = budget
+        got = train.documents_step(model, reader, docs, 10, cfg)
+        assert got["loss"] == pytest.approx(want.item(), rel=1e-5) and m_gap(m_grads(model), grads) < 1e-5
+        assert (got["accuracy"], got["text_accuracy"]) == pytest.approx((np.mean(right[0]), np.mean(right[1])))
+        assert (got["summary"], got["text_summary"]) == pytest.approx((mean(sums[0]).item(), mean(sums[1]).item()), rel=1e-5)
+
+
 def test_train_optimizer_schedule_and_groups():
     model = m_tiny()
     cfg = dataclasses.replace(train.Config(), lr=0.01, lr_matrix=0.02, warmup=4)

@@ -172,7 +172,7 @@ class Config:
 
 LARGE = dict(dtype="bfloat16", optimizer="adamw", lr=1e-5, warmup=100, min_pixels=4096, max_pixels=1003520, world_train=0, world_test=0, workers=8,
              propose_k=4, propose_max_new=256, select_steps=500, embed_steps=5000, batch=1024, sub_batch=64, rl_steps=500, rl_batch=64, rl_max_new=128,
-             rl_price=0.1, eval_batch=16, eval_max_new=128, save_every=200, checkpointing=True, compile=True, pad_to=128)
+             rl_price=0.1, hold_back=0.05, eval_batch=16, eval_max_new=128, save_every=200, checkpointing=True, compile=True, pad_to=128)
 LORA = dict(lora=32, lr=1e-4)       # 16 bytes per weight: 4B in full is 71 GB before the first activation
 PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE, **LORA), "qwen3vl-8b": dict(LARGE, **LORA)}
 FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "keep", "chunk_tokens", "checkpointing", "compile", "pad_to",
@@ -576,26 +576,10 @@ def base_stage(run, out):
     look = lambda i: 1.0 if i < run.steps(c.base_look) else 0.4    # first learn to see, then to look things up
 
     def one_step(i):
-        """Pictures' documents and half as many of text alone, each kind's losses being means over its own tokens and summaries."""
         model.train()
         rng = run.rng("base", i)
         docs = [pocket.base_document(bank, rng, look(i)) for _ in range(c.base_batch)] + [pocket.text_document(rng) for _ in range(c.base_batch // 2)]
-        docs, text = [read_document(reader, *d) for d in docs], torch.arange(len(docs)) >= c.base_batch
-        count = lambda x: torch.stack((x[~text].sum(), x[text].sum()))
-        tokens, summaries = (torch.tensor([n(d) for d in docs]) for n in (lambda d: sum(d["learn"]), lambda d: len(d["ends"])))
-        share = torch.tensor([1.0, c.base_text])[text.long()] / count(tokens)[text.long()]
-        share_summary = c.base_summary / count(summaries).clamp(min=1)[text.long()]
-        found = torch.zeros(3, len(docs))                        # sums over each document: loss, summary loss, right tokens
-        for rows in chunks_of([len(d["prompt"]["ids"]) + 1 + len(d["branch"]) for d in docs], c.chunk_tokens):
-            got = document_losses(model, reader, [docs[r] for r in rows])
-            loss = (got[0] * share[rows].to(run.device)).sum() + (got[1] * share_summary[rows].to(run.device)).sum()
-            (loss / ranks()).backward()                          # it is tiny: every rank does the same, and gradients add up
-            found[:, rows] = got.detach().cpu()
-        loss, summary, right = (count(x) for x in found)
-        (loss, text_loss), (summary, text_summary) = (loss / count(tokens)).tolist(), (summary / count(summaries).clamp(min=1)).tolist()
-        accuracy, text_accuracy = (right / count(tokens)).tolist()
-        return dict(loss=loss + c.base_text * text_loss + c.base_summary * (summary + text_summary), summary=summary, text_summary=text_summary,
-                    accuracy=accuracy, text_accuracy=text_accuracy)
+        return documents_step(model, reader, [read_document(reader, *d) for d in docs], c.base_batch, c)
 
     probe = pocket.Bank(run.rng("probe bank"), style=c.world_style)        # other drawings than those it learns from
 
@@ -642,6 +626,26 @@ def pil_item(item):
 def piece(reader, text):
     """A fragment's ids; the think markers are the special tokens."""
     return [reader.tok.special[text]] if text in ("<think>", "</think>", "<|endoftext|>") else reader.tok.encode(text)
+
+
+def documents_step(model, reader, docs, pictures, cfg):
+    """Gradients of one step on documents of `read_document` -> metrics. The first `pictures` are about something seen, the others text alone:
+    two kinds, whose losses are each a mean over its own tokens (and over its own summaries). It is tiny: every rank does the same.
+    cfg: base_text, base_summary, chunk_tokens."""
+    kind = torch.tensor([int(i >= pictures) for i in range(len(docs))])
+    count = lambda x: torch.zeros(2, dtype=x.dtype).index_add(0, kind, x)                     # sums over each kind
+    tokens = count(torch.tensor([sum(d["learn"]) for d in docs]))
+    summaries = count(torch.tensor([len(d["ends"]) for d in docs])).clamp(min=1)
+    share, share_summary = (torch.tensor([1.0, cfg.base_text]) / tokens)[kind], (cfg.base_summary / summaries)[kind]
+    found = torch.zeros(3, len(docs))                            # sums over each document: loss, summary loss, right tokens
+    for rows in chunks_of([len(d["prompt"]["ids"]) + 1 + len(d["branch"]) for d in docs], cfg.chunk_tokens):
+        got = document_losses(model, reader, [docs[r] for r in rows])
+        loss = (got[0] * share[rows].to(got.device)).sum() + (got[1] * share_summary[rows].to(got.device)).sum()
+        (loss / ranks()).backward()                              # ranks' gradients are added up
+        found[:, rows] = got.detach().cpu()
+    (loss, text_loss), (summary, text_summary), (right, text_right) = ((count(x) / n).tolist() for x, n in zip(found, (tokens, summaries, tokens)))
+    return dict(loss=loss + cfg.base_text * text_loss + cfg.base_summary * (summary + text_summary), summary=summary, text_summary=text_summary,
+                accuracy=right, text_accuracy=text_right)
 
 
 def document_losses(model, reader, docs):
@@ -706,6 +710,7 @@ class Pairs:
         self.kept = {} if sum(self.data.sizes) <= 20000 else None         # 20,000 pairs of pocket pictures are about 1 GB
         kept_back = [max(1, round(n * c.hold_back)) if c.hold_back and n > 1 else 0 for n in self.data.sizes]
         self.spans = [(n - k, n) if held and k else (0, n if held else n - k) for n, k in zip(self.data.sizes, kept_back)]
+        self.span_of = dict(zip(self.data.names, self.spans))
         self.left_out = set(filter(None, c.leave_out.split(",")))
         if unknown := sorted(self.left_out - set(self.data.names)):
             raise UsageError(f"--leave_out {unknown[0]}: no such dataset; there are {', '.join(self.data.names)}")
@@ -746,7 +751,7 @@ class Pairs:
     def holds(self, pair_id):
         """Is the pair "dataset/row" one of these stages'?"""
         dataset, _, row = pair_id.rpartition("/")
-        span = dict(zip(self.data.names, self.spans)).get(dataset, (0, 0))
+        span = self.span_of.get(dataset, (0, 0))
         return row.isdecimal() and span[0] <= int(row) < span[1]
 
     def all(self):
