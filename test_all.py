@@ -3379,6 +3379,19 @@ def test_run_select_under_another_rule_takes_the_judgements_of_another_run(m_fin
     assert m_main(out, "--select_judged", m_finished, stage="select") == 2 and "other rationales" in capsys.readouterr().err
 
 
+def test_run_rl_has_pairs_of_its_own(m_finished, tmp_path, monkeypatch):
+    """What each stage draws from: rl from the last of every dataset, which select and embed never see; together all there are."""
+    out, seen = m_copy(m_finished, tmp_path / "run"), {}
+    monkeypatch.setattr(train, "fit", lambda run, name, e, pairs, *a: (seen.update({name: set(pairs.refs())}), e.model.eval()))
+    monkeypatch.setattr(train, "judge", lambda *a: [])
+    for stage in ("select", "embed", "rl"):
+        assert m_main(out, stage=stage) == 0
+    sizes = train.loader.train_sets(os.path.join(out, "data")).sizes
+    assert seen["select0"] == seen["select1"] == seen["embed"] and not seen["rl"] & seen["embed"]
+    assert seen["rl"] | seen["embed"] == {(s, row) for s, n in enumerate(sizes) for row in range(n)}
+    assert all(row >= sizes[s] - round(0.2 * sizes[s]) for s, row in seen["rl"])
+
+
 @pytest.mark.parametrize("folds", [2, 1])
 def test_run_select_is_cross_fitted(m_finished, tmp_path, monkeypatch, folds):
     """A pair is judged once, by the evaluator that never trained on it; with one fold (the ablation) by one that may have."""
