@@ -785,10 +785,9 @@ def batches(data, sampler, workers=0, steps=None, load=True):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
 
     Workers are threads, not processes. Pillow decodes outside the interpreter lock, so threads use all cores; a decoded picture is ten times its
-    file, and handing it from process to process costs more than decoding it. As a share of what Pillow alone decodes with the same CPU time (two
-    cores, JPEGs of 640 x 480, results/bench_data.json): threads 0.91, processes 0.43. The clock's shares stand there too, 0.70 and 0.27, but other
-    jobs had those cores as well; calmer runs gave threads 0.88 and 1.03. What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty
-    threads it would bind.
+    file, and handing it from process to process costs more than decoding it. As a share of what Pillow alone decodes on the
+    same two idle cores (JPEGs of 640 x 480, results/bench_data.json): threads 0.71 by the clock and 0.77 by CPU time, processes 0.27 and 0.43. The
+    aim of 0.90 is missed. What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind.
     """
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     try:

@@ -146,8 +146,8 @@ def config_to_hf(c, dtype="float32", eos=None, pad=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Matrix products. On a CPU torch gives fp32 ones to MKL. oneDNN, in the same wheel, is 2.2 times as fast on an AMD EPYC with AVX-512 (235
-# against 105 GFLOP/s a core) and applies the activation on the way out. Small products stay with MKL: it starts faster.
+# Matrix products. On a CPU torch gives fp32 ones to MKL. oneDNN, in the same wheel, is about twice as fast on an AMD EPYC with AVX-512
+# (results/tuning.txt) and applies the activation on the way out. Small products stay with MKL: it starts faster.
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ACT = {"none": lambda y: y, "swish": F.silu, "gelu": F.gelu, "gelu tanh": lambda y: F.gelu(y, approximate="tanh")}    # by oneDNN's names
