@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import glob
 import hashlib
 import http.server
 import io
@@ -2480,6 +2481,10 @@ def test_select_does_not_hide_pythons_own(tmp_path):
     plain = {k: v for k, v in env.items() if k != "PYTHONPATH"}
     jobs += [([sys.executable, "-m", "pytest", "--version"], "pytest", plain), ([sys.executable, "train.py", "--help"], "--rl_price", plain),
              ([sys.executable, os.path.join(M_HERE, "select.py"), "--help"], "--write-requests", plain)]
+    (tmp_path / "fork").mkdir()
+    for name in ("select.py", "pocket.py"):                       # two copies on one path must not ask each other for ever
+        shutil.copy(os.path.join(M_HERE, name), tmp_path / "fork")
+    jobs.append(([sys.executable, "-c", "import select; print(select.select)"], "built-in function select", dict(plain, PYTHONPATH=f"{tmp_path / 'fork'}{os.pathsep}{M_HERE}")))
     running = [(subprocess.Popen(cmd, cwd=M_HERE, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), cmd, want) for cmd, want, e in jobs]
     for process, cmd, want in running:
         said = process.communicate(timeout=120)[0]
@@ -3108,7 +3113,7 @@ def m_true_answer(name, row):
     digits = re.findall(r"(?:rent|food|heat|tax|fare|wage) (\w+)", re.fullmatch(r"the account with (.+)", row["text"]).group(1))
     half, all_ = m_total(digits[: len(digits) // 2]), m_total(digits)
     assert row["page"][1] == (pocket.DIGITS.index(half), pocket.DIGITS.index(all_))
-    return f"{half} {all_}"
+    return f"{dict(zero='no', one='ten', two='twenty', three='thirty', four='forty', five='fifty', six='sixty', seven='seventy', eight='eighty', nine='ninety')[half]} {all_}"
 
 
 @pytest.mark.parametrize("style, steps", [("plain", 3), ("night", 5)])
@@ -4580,6 +4585,61 @@ def kill(n):
     return 0 if all(same) else 1
 
 
+def h_forks():
+    """The diffs of the README's "Fork it": [(title, file, [(old lines, new lines)])]."""
+    text, out = open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), []
+    for title, body in re.findall(r"\*\*\d\. (.*?)\*\*.*?```diff\n(.*?)```", text, re.S):
+        file, *lines = body.splitlines()
+        hunks = [("".join(f"{x[1:]}\n" for x in old), "".join(f"{x[1:]}\n" for x in new))
+                 for old, new in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", "\n".join(lines) + "\n", re.M) for old, new in [(old.splitlines(), new.splitlines())]]
+        assert file.startswith("--- ") and hunks and all(x[:1] in "-+" for x in lines), title
+        out.append((title, file[4:], hunks))
+    return out
+
+
+def test_readme_forks_apply(tmp_path):
+    found = h_forks()
+    assert len(found) == 5 and len({title for title, *_ in found}) == 5
+    for i, (title, file, hunks) in enumerate(found):
+        code = h_forked(str(tmp_path / str(i)), file, hunks)
+        compile(open(os.path.join(code, file), encoding="utf-8").read(), file, "exec")
+    with pytest.raises(AssertionError, match="stands there 0 times"):
+        h_forked(str(tmp_path / "again"), "rl.py", [("no such line\n", "")])
+
+
+def h_forked(folder, file, hunks):
+    """A copy of the project with the hunks applied; each one's old lines must stand in the file exactly once."""
+    os.makedirs(folder)
+    for path in (*glob.glob(os.path.join(HERE, "*.py")), os.path.join(HERE, "words.json")):
+        shutil.copy(path, folder)
+    text = open(os.path.join(folder, file), encoding="utf-8").read()
+    for old, new in hunks:
+        assert text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times"
+        text = text.replace(old, new)
+    with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
+        f.write(text)
+    return folder
+
+
+def forks(*runs):
+    """python test_all.py forks RUN [RUN ...]: every fork of the README on copies of finished runs; the stage of its file and those that follow are done again."""
+    out = "fork                                 seed  adaptive  never  always  oracle  tokens  reason rate\n"
+    say = lambda title, run: (lambda r: f"{title:36s} {r['seed']:5d} {r['modes']['adaptive']['overall']:9.4f} {r['modes']['never']['overall']:6.3f} {r['modes']['always']['overall']:7.3f} "
+                                        f"{r['modes']['oracle']['overall']:7.3f} {r['modes']['adaptive']['tokens_per_query']:7.2f} {r['modes']['adaptive']['reason_rate']:12.3f}\n")(m_json(run, "report.json"))
+    for run in map(os.path.abspath, runs):
+        out += say("(the run itself)", run)
+        for title, file, hunks in h_forks():
+            with tempfile.TemporaryDirectory() as folder:
+                code, there, argv = h_forked(os.path.join(folder, "code"), file, hunks), os.path.join(folder, "run"), []
+                shutil.copytree(run, there)
+                argv = [f"--{k}={v}" for k, v in m_json(run, "config.json").items() if k in ("seed", "scale") or k.startswith("world_")]
+                for stage in (file.removesuffix(".py"), "all"):
+                    subprocess.run([sys.executable, "train.py", "--stage", stage, "--out", there, *argv, *(["--select_judged", run] if stage == "select" else [])], cwd=code, check=True)
+                out += say(title, there)
+    print(f"python test_all.py forks {' '.join(os.path.basename(r) for r in runs)}   (torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')})\n{out}", end="")
+    return 0
+
+
 if __name__ == "__main__":
-    command = {"st": lambda: check_sentence_transformers(sys.argv[2]), "vllm": lambda: check_vllm(sys.argv[2]), "rank": lambda: h_rank(*sys.argv[2:]), "kill": lambda: kill(int(sys.argv[2]))}
+    command = {"forks": lambda: forks(*sys.argv[2:]), "st": lambda: check_sentence_transformers(sys.argv[2]), "vllm": lambda: check_vllm(sys.argv[2]), "rank": lambda: h_rank(*sys.argv[2:]), "kill": lambda: kill(int(sys.argv[2]))}
     sys.exit(command[sys.argv[1]]() if sys.argv[1:2] and sys.argv[1] in command else pytest.main([__file__, *sys.argv[1:]]))

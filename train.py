@@ -34,6 +34,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -602,7 +603,8 @@ def base_stage(run, out):
         write_json(os.path.join(out, "skills.json"), skills)
 
 
-STEP_SKILLS = ("at", "move", "clip", "table", "account")                    # what the steps are made of; the rest is learnt on the way
+# What the steps are made of, and "answer": one look-up without steps, which the evaluators of select would else take for reasoning's merit.
+STEP_SKILLS = ("at", "move", "clip", "table", "account", "answer")          # The rest is learnt on the way
 
 
 def read_document(reader, item, parts):
@@ -854,14 +856,14 @@ def judged_before(c, texts):
 
 def judge_all(run, texts):
     """Every proposed rationale of a query {id: {worker: text}}, judged by the evaluator that never trained on its pair -> rows of judged.jsonl."""
-    c, results = run.cfg, []
+    c, results, pairs = run.cfg, [], None
     for fold in range(c.select_folds):
         judgement = os.path.join(run.partial(f"select{fold}"), "judged.json")
         if os.path.exists(judgement):                            # --resume auto, and this fold was through
             results += read_json(judgement)
             continue
         e = run.trainee("base")
-        pairs = Pairs(run, e.reader)
+        pairs = pairs or Pairs(run, e.reader)                    # read once: both folds see the same prompts
         mine = lambda p: fold_of(p["id"], c.select_folds) == fold          # this evaluator judges these ...
         branch = {i: {w: e.reader.rationale(t) for w, t in ws.items()} for i, ws in texts.items()}
         warm_up(run, e, pairs, branch, (lambda p: not mine(p)) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
@@ -1029,6 +1031,7 @@ def report(run):
     for mode in ("never", "always", "adaptive", "random", "oracle"):
         lines |= {mode: round(out["modes"][mode]["overall"], 4), f"{mode}_tokens": round(out["modes"][mode]["tokens_per_query"], 2)}
     lines |= {f"selection_{k}": audit[k] for k in ("precision", "recall", "placebo_accepted") if audit[k] is not None}
+    lines["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 2)
     print("\n".join(f"{k}: {v}" for k, v in {**lines, "report": run.path("report.json")}.items()))
 
 
