@@ -700,7 +700,7 @@ def measure_skills(run, model, reader, bank, n=48):
 
 
 class Pairs:
-    """Training pairs as prompts. A small world is read once and kept; a large one is streamed by threads.
+    """Training pairs as prompts. A small world (up to 1 GB) is read once and kept; a large one is streamed by threads.
 
     The last `hold_back` of every dataset belongs to rl, the rest to propose, select and embed: on pairs that embed has learnt by heart, the direct
     embedding looks as if thinking did not pay, and rl would unlearn it (results/tuning.txt).
@@ -709,7 +709,6 @@ class Pairs:
     def __init__(self, run, reader, held=False):
         c = run.cfg
         self.data, self.reader, self.workers = loader.train_sets(run.data_root, on_bad=c.on_bad), reader, c.workers
-        self.kept = {} if sum(self.data.sizes) <= 20000 else None         # 20,000 pairs of pocket pictures are about 1 GB
         kept_back = [max(1, round(n * c.hold_back)) if c.hold_back and n > 1 else 0 for n in self.data.sizes]
         self.spans = [(n - k, n) if held and k else (0, n if held else n - k) for n, k in zip(self.data.sizes, kept_back)]
         self.span_of = dict(zip(self.data.names, self.spans))
@@ -720,6 +719,16 @@ class Pairs:
             run.say(f"training data: missing {', '.join(self.data.missing)}")
         if dropped := {name: n for name, n in self.data.dropped.items() if n}:
             run.say(f"training data: rows dropped because a side is empty: {dropped}")
+        self.kept = None
+        if sum((b - a) * self.weight(s, a) for s, (a, b) in enumerate(self.spans) if b > a) <= 2**30:       # as heavy as its first row, each dataset
+            self.kept = {}
+            for ref in self.refs():                              # now, in one piece of memory, and not in the gaps between training steps
+                self.get(*ref)
+
+    def weight(self, source, row):
+        """Bytes of a pair's pictures, and a thousand for its text."""
+        p = self.read(self.data.fetch(source, row))
+        return 1000 + sum(x.nbytes for side in (p["query"], p["target"], *p["negatives"]) for x in side["pixels"])
 
     def read(self, pair):
         """-> {"id", "dataset", "query", "target", "negatives"} as prompts, and "answer": a key that equal targets share."""
