@@ -386,8 +386,9 @@ def make_total(rng, style, steps):
     half, labels = len(digits) // 2, ITEMS[: steps + 1]
 
     def work(digits):
-        sums = running_sum(labels[:half], digits[:half])[1], running_sum(labels, digits)[1]
-        return f"add {running_sum(labels, digits)[0]} . {number(sums)}", sums
+        (first, a), later = running_sum(labels[:half], digits[:half]), labels[half:]
+        rest, b = running_sum(later, digits[half:], a)
+        return f"add {first} . {TENS[a]} . {rest} . {number((a, b))}", (a, b)                    # noted down where it is found: no looking back
 
     text, sums = work(digits)
     say = account(labels, digits)

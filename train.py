@@ -163,7 +163,7 @@ class Config:
     rl_decision: float = 1.0        # weight of the decision loss
     rl_rationale: float = 1.0       # weight of the rationale loss
     rl_nce: float = 0.1             # weight of InfoNCE beside
-    rl_lr: float = 0.1              # times the learning rates above (results/tuning.txt)
+    rl_lr: float = 0.03             # times the learning rates above (results/tuning.txt)
     rl_one_loss: bool = False       # ablation: decision and rationale tokens in one mean
     # eval
     tau: float = 0.5                # reason when p_reason > tau
