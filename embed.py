@@ -793,7 +793,7 @@ TEMPLATE = (
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
     "{%- if part.type == 'image' or part.type == 'image_url' or 'image' in part or 'image_url' in part -%}"
     "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
-    "{%- elif part.type == 'video' or 'video' in part -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'video' or 'video' in part -%}{{- '<|video_pad|>' -}}"
     "{%- elif 'text' in part -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
@@ -910,21 +910,26 @@ def main():
     try:
         if not o.output.endswith(".npy"):
             raise ValueError(f"--output {o.output}: expected a name that ends in .npy")
-        for path, what in ((o.input, "input"), (os.path.dirname(os.path.abspath(o.output)), "output folder")):
-            if not os.path.exists(path):
+        for path, what, there in ((o.input, "input", os.path.exists), (os.path.dirname(os.path.abspath(o.output)), "output folder", os.path.isdir)):
+            if not there(path):
                 raise ValueError(f"{path}: no such {what}")
+        if os.path.isdir(o.output) or not np.isfinite(o.tau):
+            raise ValueError(f"--output {o.output}: a folder" if os.path.isdir(o.output) else f"--tau {o.tau}: expected a number")
+        facts = o.output[: -len(".npy")] + ".jsonl"
+        if os.path.realpath(facts) == os.path.realpath(o.input):
+            raise ValueError(f"--output {o.output}: its facts would overwrite the input {o.input}")
         model = Embedder.from_pretrained(o.model, o.device, o.dtype, o.max_pixels, o.min_pixels, o.max_frames, o.fps, o.max_length)
         v, infos = model.encode(jsonl_items(o.input, lines), o.instruction, o.reason, o.tau, o.dim, o.batch_size, return_info=True,
                                 max_new_tokens=o.max_new_tokens)
+        np.save(o.output, v)
+        with open(facts, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(info, ensure_ascii=False) + "\n" for info in infos)
     except ItemError as e:
         sys.exit(f"embed.py: {o.input}, line {lines[e.index]}: {e}")
     except UnicodeDecodeError as e:
         sys.exit(f"embed.py: {o.input}: not UTF-8 ({e})")
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"embed.py: {e}")
-    np.save(o.output, v)
-    with open(o.output[: -len(".npy")] + ".jsonl", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(info, ensure_ascii=False) + "\n" for info in infos)
     reasoned = sum(info["reasoned"] for info in infos)
     tokens = sum(info["new_tokens"] for info in infos)
     print(f"{len(v)} vectors of {v.shape[1]} numbers in {o.output}; {reasoned} reasoned, {tokens} tokens written")

@@ -100,7 +100,7 @@ def config_from_hf(c, where="config.json"):
             heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"],
             head_dim=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"],
             tie=bool(c.get("tie_word_embeddings", t.get("tie_word_embeddings", False))),
-            rope_theta=float(rope.get("rope_theta") or t.get("rope_theta") or 5e6),
+            rope_theta=float(rope.get("rope_theta") or t.get("rope_theta") or 5e5),
             mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)), eps=float(t.get("rms_norm_eps", 1e-6)),
             v_hidden=v["hidden_size"], v_mlp=v["intermediate_size"], v_layers=v["depth"], v_heads=v["num_heads"],
             v_positions=v["num_position_embeddings"], v_deepstack=tuple(v["deepstack_visual_indexes"]),
@@ -116,6 +116,11 @@ def config_from_hf(c, where="config.json"):
     fixed = [("text_config.hidden_act", t.get("hidden_act", "silu"), "silu"), ("attention_bias", t.get("attention_bias") or False, False),
              ("mrope_interleaved", rope.get("mrope_interleaved", True), True), ("length of mrope_section", len(out.mrope_section), 3),
              ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+             ("vision rope_theta", float((v.get("rope_parameters") or {}).get("rope_theta", 1e4)), 1e4),
+             ("deepstack_visual_indexes (distinct layers of the tower)",
+              [i for i in out.v_deepstack if type(i) is not int or not 0 <= i < out.v_layers or out.v_deepstack.count(i) > 1], []),
+             ("mrope_section (whole numbers)", [n for n in out.mrope_section if type(n) is not int or n < 0], []),
+             ("rope_theta above 0", out.rope_theta > 0, True), ("rms_norm_eps above 0", out.eps > 0, True),
              ("vision hidden_act", v.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
              ("patch_size", v.get("patch_size", 16), PATCH), ("temporal_patch_size", v.get("temporal_patch_size", 2), TEMPORAL),
              ("spatial_merge_size", v.get("spatial_merge_size", 2), MERGE), ("in_channels", v.get("in_channels", 3), 3),
@@ -841,7 +846,12 @@ class Tokenizer:
     def encode(self, text):
         """Plain text -> list of ids. NFC first: without it 15 % of hard strings differ from the published tokenizer."""
         text = nfc(text)
-        return self.to_id[self.bpe.encode_ordinary(text)].tolist() if text else []
+        try:
+            return self.to_id[self.bpe.encode_ordinary(text)].tolist() if text else []
+        except BaseException as e:                               # tiktoken's Rust panics, a BaseException, at a run of some 10^6 blanks
+            if type(e).__name__ != "PanicException":
+                raise
+            raise ValueError(f"a text of {len(text):,} characters that tiktoken cannot split ({e})") from None
 
     def decode(self, ids):
         return b"".join(self.to_bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
@@ -1059,8 +1069,6 @@ def load(folder, dtype=None, device="cpu"):
                 if name not in inside:
                     raise ValueError(f"{path}: the tensor {name} is missing")
                 ours = name if name in want else "model." + name
-                if ours == "lm_head.weight" and c.tie:
-                    continue                                     # the alias of a tied head
                 if ours not in want or ours in state:
                     raise ValueError(f"{path}: {'unexpected' if ours not in want else 'a second'} tensor {name}")
                 try:
@@ -1078,6 +1086,8 @@ def load(folder, dtype=None, device="cpu"):
         raise ValueError(f"{folder}: the tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
     model.has_head = c.tie or "lm_head.weight" in state
     embedding = state["model.language_model.embed_tokens.weight"]
+    if c.tie and not torch.equal(state.pop("lm_head.weight", embedding), embedding):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     state.setdefault("lm_head.weight", embedding)                # tied, or absent and never used
     model.load_state_dict(state, strict=True, assign=True)
     if c.tie or not model.has_head:

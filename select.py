@@ -23,7 +23,7 @@ The evaluator never trained on the pair that it judges: two warm-up embedders ar
 
 How to run (inside a run it is the stages propose and select of train.py):
     python select.py --write-requests requests.jsonl --data ROOT --model-name NAME [--k 4]     OpenAI batch format, pictures as data URLs
-    vllm run-batch -i requests.jsonl -o responses.jsonl --model NAME                           or any hosted model, on as many machines as you have
+    vllm run-batch -i requests.jsonl -o responses.jsonl --model NAME --runner generate         or any hosted model, on as many machines as you have
     python select.py --read-responses responses.jsonl --worker NAME --out rationales.jsonl
     python select.py --audit runs/pocket                                                       a pocket run's judgements under other rules
 
@@ -297,18 +297,20 @@ def request(pair, k, model_name, side="query", max_tokens=256):
 
 def read_responses(path, worker):
     """A batch's answers -> (rationale rows, failures [(custom_id, why)]). Thinking models' <think> markers are taken off."""
-    rows, failed = [], []
+    rows, failed, seen = [], [], set()
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
                 answer = json.loads(line)
                 pair, side, k = answer["custom_id"].rsplit("|", 2)
+                choices = ((answer.get("response") or {}).get("body") or {}).get("choices") or []
+                text = ((choices[0].get("message") or {}).get("content") or "") if choices else ""
+                text = text.replace("<think>", "").replace("</think>", " ").strip()
+                if answer["custom_id"] in seen:
+                    raise ValueError(f"a second answer to {answer['custom_id']}")
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"{path} line {n}: not a batch response ({type(e).__name__}: {e})") from None
-            body = (answer.get("response") or {}).get("body") or {}
-            choices = body.get("choices") or []
-            text = ((choices[0].get("message") or {}).get("content") or "") if choices else ""
-            text = text.replace("<think>", "").replace("</think>", " ").strip()
+            seen.add(answer["custom_id"])
             if text:
                 rows.append({"id": pair, "side": side, "worker": f"{worker}-{k}", "text": text})
             else:

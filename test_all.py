@@ -426,6 +426,10 @@ BAD = {
     "half a head": (lambda d: part(d, "vision_config", num_heads=4.0), r"config.json: v_heads \(vision_config\) is 4.0"),
     "eps": (lambda d: part(d, "text_config", rms_norm_eps="x"), "config.json: a value is of the wrong type"),
     "two axes": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_section=[4, 4])), "length of mrope_section is 2"),
+    "vision theta": (lambda d: part(d, "vision_config", rope_parameters=dict(rope_theta=5000.0)), "vision rope_theta is 5000.0"),
+    "deep": (lambda d: part(d, "vision_config", deepstack_visual_indexes=[99]), r"deepstack_visual_indexes .* is \[99\]"),
+    "negative eps": (lambda d: part(d, "text_config", rms_norm_eps=-1.0), "rms_norm_eps above 0 is False"),
+    "other head": (lambda d: edit(d, lambda s: s.update({"lm_head.weight": s[WORDS] + 1})), "tie_word_embeddings is true, but lm_head.weight differs"),
     "old M-RoPE": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_interleaved=False)), "mrope_interleaved is False"),
     "other markers": (lambda d: config(d, image_token_id=3), "image_pad.* has the id 4.. in the tokenizer and 3 in the model's config"),
     "few ids": (lambda d: (part(d, "text_config", vocab_size=9), edit(d, lambda s: s.update({WORDS: s[WORDS][:9].clone()}))), "the model's vocabulary 9:"),
@@ -969,10 +973,24 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
         run(output="v.txt")
     with pytest.raises(SystemExit, match="embed.py: .*expected a checkpoint folder"):
         run(model="nowhere")
+    before = open(tmp_path / "in.jsonl", "rb").read()
+    with pytest.raises(SystemExit, match="embed.py: .*would overwrite the input"):
+        run(output="in.npy")
+    (tmp_path / "there.npy").mkdir()
+    with pytest.raises(SystemExit, match="embed.py: .*a folder"):
+        run(output="there.npy")
+    with pytest.raises(SystemExit, match="embed.py: --tau nan"):
+        run("--tau", "nan")
+    assert open(tmp_path / "in.jsonl", "rb").read() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
+
+
+def test_text_that_tiktoken_cannot_split_is_a_value_error(folder):
+    with pytest.raises(ValueError, match="a text of 1,000,001 characters that tiktoken cannot split"):
+        Embedder.from_pretrained(folder).reader.tok.encode("a" + " " * 10**6)
 
 
 def test_info_nce_against_loops():
@@ -2416,8 +2434,12 @@ def test_select_requests_and_responses_round_trip(m_world, tmp_path, monkeypatch
     for r, row in zip(rows, back):
         pair, side, k = r["custom_id"].rsplit("|", 2)
         assert row == dict(id=pair, side=side, worker=f"big-{k}", text=f"about {r['custom_id']} é")
-    with open(answers, "a") as f:
-        f.write('{"custom_id": "no bars"}\n')
+    for more in (dict(lines[0]), dict(lines[0], custom_id="x|query|0", response={"body": "text"})):
+        with open(answers, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(x) + "\n" for x in [*lines, more])
+        assert call("--read-responses", answers, "--out", written) == 1 and f"{answers} line {len(lines) + 1}: " in capsys.readouterr().err
+    with open(answers, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(x) + "\n" for x in [*lines, {"custom_id": "no bars"}])
     assert call("--read-responses", answers, "--out", written) == 1
     assert f"{answers} line {len(lines) + 1}: " in capsys.readouterr().err and len(m_select.read_rationales(written)) == len(back)       # the old file stays
     assert call("--write-requests", out, "--data", str(tmp_path / "nowhere")) == 1 and "nowhere" in capsys.readouterr().err
