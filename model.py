@@ -120,6 +120,7 @@ def config_from_hf(c, where="config.json"):
              ("deepstack_visual_indexes (distinct layers of the tower)",
               [i for i in out.v_deepstack if type(i) is not int or not 0 <= i < out.v_layers or out.v_deepstack.count(i) > 1], []),
              ("mrope_section (whole numbers)", [n for n in out.mrope_section if type(n) is not int or n < 0], []),
+             ("number of layers, a thousand at most", max(out.layers, out.v_layers) <= 1000, True),
              ("rope_theta above 0", out.rope_theta > 0, True), ("rms_norm_eps above 0", out.eps > 0, True),
              ("vision hidden_act", v.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
              ("patch_size", v.get("patch_size", 16), PATCH), ("temporal_patch_size", v.get("temporal_patch_size", 2), TEMPORAL),
@@ -841,7 +842,10 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         path = os.path.join(folder, "tokenizer.json")
-        return cls(read_json(path), path)
+        try:
+            return cls(read_json(path), path)
+        except (TypeError, KeyError, AttributeError, IndexError) as e:
+            raise ValueError(f"{path}: a value is of the wrong type or missing ({type(e).__name__}: {e})") from None
 
     def encode(self, text):
         """Plain text -> list of ids. NFC first: without it 15 % of hard strings differ from the published tokenizer."""

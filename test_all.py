@@ -428,6 +428,8 @@ BAD = {
     "two axes": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_section=[4, 4])), "length of mrope_section is 2"),
     "vision theta": (lambda d: part(d, "vision_config", rope_parameters=dict(rope_theta=5000.0)), "vision rope_theta is 5000.0"),
     "deep": (lambda d: part(d, "vision_config", deepstack_visual_indexes=[99]), r"deepstack_visual_indexes .* is \[99\]"),
+    "absurd": (lambda d: part(d, "text_config", num_hidden_layers=10**12), "number of layers, a thousand at most is False"),
+    "words of another type": (lambda d: config(d, "tokenizer.json", added_tokens=3), "tokenizer.json: a value is of the wrong type"),
     "negative eps": (lambda d: part(d, "text_config", rms_norm_eps=-1.0), "rms_norm_eps above 0 is False"),
     "other head": (lambda d: edit(d, lambda s: s.update({"lm_head.weight": s[WORDS] + 1})), "tie_word_embeddings is true, but lm_head.weight differs"),
     "old M-RoPE": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_interleaved=False)), "mrope_interleaved is False"),
