@@ -4678,7 +4678,7 @@ def forks(*runs):
                 shutil.copytree(run, there)
                 argv = [f"--{k}={v}" for k, v in m_json(run, "config.json").items() if k in ("seed", "scale") or k.startswith("world_")]
                 for stage in (file.removesuffix(".py"), "all"):
-                    subprocess.run([sys.executable, "train.py", "--stage", stage, "--out", there, *argv, *(["--select_judged", run] if stage == "select" else [])], cwd=code, check=True)
+                    subprocess.run([sys.executable, "train.py", "--stage", stage, "--out", there, *argv, *(["--select_judged", run] if stage == "select" else [])], cwd=code, check=True, stdout=sys.stderr)
                 out += say(title, there)
     print(f"python test_all.py forks {' '.join(os.path.basename(r) for r in runs)}   (torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')})\n{out}", end="")
     return 0
