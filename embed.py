@@ -203,7 +203,7 @@ class Reader:
             frames = [frames[i] for i in np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)]
         pics = [load_picture(data_url(f)) for f in frames]
         pics += pics[-1:] * (len(pics) % 2)                      # an odd last frame is shown twice
-        h, w = smart_resize(pics[0].height, pics[0].width, *self.frame_limits(len(pics)))
+        h, w = [smart_resize(p.height, p.width, *self.frame_limits(len(pics))) for p in pics][0]           # of the first; an absurd one is refused
         patches, grid = patchify(np.stack([resize(p, h, w) for p in pics]))
         n, pieces = grid[0] * grid[1] // 4, []
         times = [min(i, len(frames) - 1) / fps for i in range(len(pics))]
@@ -596,7 +596,7 @@ class Embedder:
         batches. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
         folder = find_folder(path_or_id)
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else None if dtype == "auto" else dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype {dtype!r}: expected bfloat16, float16 or float32")
         limits = saved_limits(folder)
         given = dict(max_pixels=max_pixels, min_pixels=min_pixels, max_frames=max_frames, fps=fps, max_length=max_length)
@@ -630,6 +630,8 @@ class Embedder:
             warnings.warn("this checkpoint has no lm_head: it cannot decide to reason, everything is embedded directly", stacklevel=3)
         single = isinstance(items, (str, bytes, dict, os.PathLike, Image.Image))
         items = [items] if single else items
+        if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
+            raise ValueError(f"items is a {type(items).__name__}: expected an item, or a list or another iterable of them")
         total = len(items) if hasattr(items, "__len__") else None
         vectors, infos = [torch.zeros(0, self.model.c.hidden)], []
         with progress(total, batch_size, show_progress) as bar:
@@ -747,7 +749,9 @@ def find_device(name=None):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"device {name!r}: expected cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):     # others were never tried
+        raise ValueError(f"device {name!r}: expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use --device cpu")
     return device
@@ -866,7 +870,7 @@ def jsonl_items(path, lines):
                 lines.append(n)
                 try:
                     item = json.loads(line)
-                except json.JSONDecodeError as e:
+                except (ValueError, RecursionError) as e:        # numbers of 5,000 digits, a thousand brackets
                     raise ValueError(f"{path}, line {n}: not valid JSON ({e})") from None
                 yield rooted(item, folder) if isinstance(item, dict) else item
 
@@ -913,8 +917,10 @@ def main():
         for path, what, there in ((o.input, "input", os.path.exists), (os.path.dirname(os.path.abspath(o.output)), "output folder", os.path.isdir)):
             if not there(path):
                 raise ValueError(f"{path}: no such {what}")
-        if os.path.isdir(o.output) or not np.isfinite(o.tau):
-            raise ValueError(f"--output {o.output}: a folder" if os.path.isdir(o.output) else f"--tau {o.tau}: expected a number")
+        if os.path.isdir(o.output):
+            raise ValueError(f"--output {o.output}: a folder")
+        if not np.isfinite(o.tau):
+            raise ValueError(f"--tau {o.tau}: expected a number")
         facts = o.output[: -len(".npy")] + ".jsonl"
         if os.path.realpath(facts) == os.path.realpath(o.input):
             raise ValueError(f"--output {o.output}: its facts would overwrite the input {o.input}")

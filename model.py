@@ -1084,13 +1084,14 @@ def load(folder, dtype=None, device="cpu"):
                 if t.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                     raise ValueError(f"{path}: {name} is {t.dtype}, expected float32, bfloat16 or float16")
                 dtype = dtype or t.dtype                         # one dtype for all, like transformers
-                state[ours] = t.to(device=device, dtype=dtype)
+                state[ours] = t if ours == "lm_head.weight" and c.tie else t.to(device=device, dtype=dtype)
     missing = [n for n in want if n not in state and n != "lm_head.weight"]
     if missing:
         raise ValueError(f"{folder}: the tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
     model.has_head = c.tie or "lm_head.weight" in state
     embedding = state["model.language_model.embed_tokens.weight"]
-    if c.tie and not torch.equal(state.pop("lm_head.weight", embedding), embedding):
+    alias = state.pop("lm_head.weight", embedding) if c.tie else embedding                    # of a tied head; still in the file, read in pieces
+    if not all(torch.equal(a.to(e), e) for a, e in zip(alias.split(4096), embedding.split(4096))):
         raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     state.setdefault("lm_head.weight", embedding)                # tied, or absent and never used
     model.load_state_dict(state, strict=True, assign=True)

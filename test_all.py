@@ -983,11 +983,26 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
         run(output="there.npy")
     with pytest.raises(SystemExit, match="embed.py: --tau nan"):
         run("--tau", "nan")
+    for option, value in (("--device", "meta"), ("--dtype", "float8_e4m3fn"), ("--dtype", "int8")):
+        with pytest.raises(SystemExit, match=f"embed.py: {option[2:]} .*{value}.*: expected "):
+            run(option, value)
     assert open(tmp_path / "in.jsonl", "rb").read() == before
+    for line in ("[" * 10**5, "9" * 5000):
+        write(tmp_path / "in.jsonl", '"a"\n' + line + "\n")
+        with pytest.raises(SystemExit, match="line 2: not valid JSON"):
+            run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
+
+
+def test_items_of_the_wrong_kind(folder):
+    e = Embedder.from_pretrained(folder)
+    with pytest.raises(ValueError, match="items is a int: expected"):
+        e.encode(5)
+    with pytest.raises(ValueError, match="item 1: .*900x2 pixels.*200 to 1"):
+        e.encode(["a", {"video": [picture(64, 64), picture(900, 2)]}])            # an absurd frame after a good one
 
 
 def test_text_that_tiktoken_cannot_split_is_a_value_error(folder):
@@ -4674,7 +4689,7 @@ def forks(*runs):
         out += say("(the run itself)", run)
         for title, file, hunks in h_forks():
             with tempfile.TemporaryDirectory() as folder:
-                code, there, argv = h_forked(os.path.join(folder, "code"), file, hunks), os.path.join(folder, "run"), []
+                code, there = h_forked(os.path.join(folder, "code"), file, hunks), os.path.join(folder, "run")
                 shutil.copytree(run, there)
                 argv = [f"--{k}={v}" for k, v in m_json(run, "config.json").items() if k in ("seed", "scale") or k.startswith("world_")]
                 for stage in (file.removesuffix(".py"), "all"):

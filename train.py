@@ -603,8 +603,9 @@ def base_stage(run, out):
         write_json(os.path.join(out, "skills.json"), skills)
 
 
-# What the steps are made of, and "answer": one look-up without steps, which the evaluators of select would else take for reasoning's merit.
-STEP_SKILLS = ("at", "move", "clip", "table", "account", "answer")          # The rest is learnt on the way
+# What the steps are made of; and "answer", one look-up without steps, which the evaluators of select would else take for reasoning's merit.
+# Whatever else is measured is learnt on the way.
+STEP_SKILLS = ("at", "move", "clip", "table", "account", "answer")
 
 
 def read_document(reader, item, parts):
@@ -722,7 +723,8 @@ class Pairs:
         self.kept = None
         if sum((b - a) * self.weight(s, a) for s, (a, b) in enumerate(self.spans) if b > a) <= 2**30:       # as heavy as its first row, each dataset
             self.kept = {}
-            for ref in self.refs():                              # now, in one piece of memory, and not in the gaps between training steps
+            for ref in tqdm(self.refs(), desc="reading pairs", disable=None if rank() == 0 else True, leave=False):
+                # now, in one piece of memory, and not in the gaps between training steps
                 self.get(*ref)
 
     def weight(self, source, row):
