@@ -3178,9 +3178,20 @@ def test_pocket_careful_is_right_and_sloppy_is_wrong(style, steps):
             assert row["careful"].endswith(" " + want) and not row["sloppy"].endswith(" " + want) and row.get("answer", want) == want, (name, row)
             if name == "PocketWalk":
                 assert len(set(row["cells"])) == steps + 1
+            if name == "PocketTotal":                                                    # the first sum is noted where it is found, and said again at the end
+                assert row["careful"].split(" . ")[(steps + 1) // 2] == want.split()[0]
             for part in row["careful"].replace(".", " ").split("makes")[1:]:             # every intermediate sum is said right
                 total, *more = part.split()
                 assert pocket.NUMBERS.index(total) < 10 or more[:2] == ["keep", pocket.DIGITS[pocket.NUMBERS.index(total) - 10]]
+
+
+def test_pocket_page_documents_say_what_the_page_bears():
+    grids, rng = [], np.random.default_rng(3)
+    bank = types.SimpleNamespace(kinds=pocket.KINDS + pocket.KINDS[:10], draw=lambda grid, rng: (grids.append(grid), np.zeros((32 * len(grid), 32 * len(grid[0]), 3), np.uint8))[1])
+    said = [(parts[0][0].split(), grids[-1]) for _, parts in (pocket.base_document(bank, rng) for _ in range(300)) if len(grids[-1]) == 4]      # pages have four rows
+    assert len(said) > 20
+    for words, (title, _, _, marks) in said:
+        assert words[:-2] == [w for w in title if w] and words[-2:] == [pocket.TENS[marks[0]], pocket.DIGITS[marks[1]]]
 
 
 def m_seen(item):
@@ -3441,6 +3452,18 @@ def test_run_select_under_another_rule_takes_the_judgements_of_another_run(m_fin
     os.unlink(os.path.join(out, "propose", "rationales.jsonl"))
     m_select.write_rows(os.path.join(out, "propose", "rationales.jsonl"), rows[1:])
     assert m_main(out, "--select_judged", m_finished, stage="select") == 2 and "other rationales" in capsys.readouterr().err
+
+
+def test_run_keeps_small_worlds_and_streams_heavy_ones(m_finished, monkeypatch):
+    run = train.Run(train.parse(["--out", m_finished, *M_RUN]))
+    reader = run.embedder("base").reader
+    small = train.Pairs(run, reader)
+    assert set(small.kept) == set(small.refs())
+    monkeypatch.setattr(train.Pairs, "weight", lambda self, source, row: 2**30)
+    heavy = train.Pairs(run, reader)
+    assert heavy.kept is None
+    a, b = ([p["id"] for p in next(pairs.stream(pairs.sampler(1, 8, 4)))] for pairs in (small, heavy))
+    assert a == b and len(a) == 8
 
 
 def test_run_rl_has_pairs_of_its_own(m_finished, tmp_path, monkeypatch):
