@@ -1090,8 +1090,8 @@ def load(folder, dtype=None, device="cpu"):
         raise ValueError(f"{folder}: the tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
     model.has_head = c.tie or "lm_head.weight" in state
     embedding = state["model.language_model.embed_tokens.weight"]
-    alias = state.pop("lm_head.weight", embedding) if c.tie else embedding                    # of a tied head; still in the file, read in pieces
-    if not all(torch.equal(a.to(e), e) for a, e in zip(alias.split(4096), embedding.split(4096))):
+    alias = state.pop("lm_head.weight", None) if c.tie else None                              # of a tied head; still in the file, read in pieces
+    if alias is not None and not all(torch.equal(a.to(e), e) for a, e in zip(alias.split(4096), embedding.split(4096))):
         raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     state.setdefault("lm_head.weight", embedding)                # tied, or absent and never used
     model.load_state_dict(state, strict=True, assign=True)

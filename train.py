@@ -25,6 +25,7 @@ Left out: experiment trackers (metrics.jsonl is plain), sweeps, hyper-parameter 
 checkpoint: nothing is held out inside a stage, and what the loss says of a batch depends on the batch.
 """
 
+import ctypes
 import dataclasses
 import datetime
 import glob
@@ -540,6 +541,14 @@ def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, unti
     bar.close()
     run.looping = False
     model.eval()
+    release()
+
+
+def release():
+    """Give the memory of freed activations back to the system: glibc keeps it as holes in its heap, where what comes next rarely fits."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)       # Linux has it
+    if trim:
+        trim(0)
 
 
 def fit(run, name, e, pairs, one_step, batch, sub_batch, steps, rate):
