@@ -10,6 +10,7 @@ pixels within rounding, equal losses, equal greedy tokens), or the bench stops w
     grpo        one GRPO step (rl.py): half the rollouts of each query reason; log-probabilities, losses, backward
     contrastive one contrastive step: queries and targets, InfoNCE, backward
     preprocess  pictures -> patches
+    grpo given  where TRL is installed: the loss of given rollouts and its gradient, beside TRL's GRPOTrainer (dr_grpo, the same loss)
 
 The peer is what users of transformers write today: its processor, batches of 16 as they come, padded, SDPA, `generate` with a KV cache and
 num_return_sequences, logits of the written tokens only; the losses are ours. Patches of video are given to it for free.
@@ -24,12 +25,15 @@ How to run:
     python bench.py --out FILE.json --device cuda --compile --size 2b --train 1024          a GPU; --lora 16 for adapters only
     python bench.py --out FILE.json --growth                                                and FILE.png
 
-Left out: vLLM, TRL (other processes, other pins). Pictures are noise and weights random: speed is real, content is not.
+Left out: vLLM (another process, other pins), TRL's own generation (transformers', compared above), and clips beside TRL (its trainer takes none).
+Pictures are noise and weights random: speed is real, content is not.
 """
 
 import argparse
+import copy
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -51,7 +55,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import rl
-from embed import Embedder, Reader, collate, contrastive_step, find_device, info_nce, pool
+from embed import Embedder, Reader, branch_logp, collate, contrastive_step, find_device, info_nce, pool
 from eval import rank
 from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, linear, tokenizer_spec, write_json
 
@@ -230,12 +234,12 @@ def peak_mb(f, o):
     return max(0.0, status("VmHWM") - before)
 
 
-def race(out, name, ours, peer, amount, unit, o):
+def race(out, name, ours, peer, amount, unit, o, peer_name=f"transformers {transformers.__version__}"):
     """Both warm up, then take turns; a row of medians is appended and printed."""
     ours(), peer()
     times = np.array([(seconds(ours, o), seconds(peer, o)) for _ in range(o.repeats)])
     mine, theirs = (float(x) for x in amount / np.median(times, 0))
-    out["rows"].append(dict(name=name, ours=mine, peer=theirs, ratio=mine / theirs, unit=unit, peer_name=f"transformers {out['versions']['transformers']}"))
+    out["rows"].append(dict(name=name, ours=mine, peer=theirs, ratio=mine / theirs, unit=unit, peer_name=peer_name))
     print(f"{name:<34}{mine:>12.2f}{theirs:>12.2f} {unit:<12}{mine / theirs:>7.2f}x", flush=True)
 
 
@@ -310,8 +314,52 @@ def compare(size, out, o):
         e.model.zero_grad(set_to_none=True)
 
     race(out, f"grpo {len(q)}x{cfg.rl_group}x{T}, {size}", ours, lambda: peer.grpo(q, t, same, cfg), len(q), "queries/s", o)
+    if importlib.util.find_spec("trl"):
+        given_rollouts(size, e, peer, [r.read(x) for x in still[: len(q)]], cfg, out, o)
+    else:
+        print("grpo given: left out, TRL is not installed", flush=True)
     e.model.eval()
     against_device(size, e, prompts[0], flops, out, o)
+
+
+def given_rollouts(size, e, peer, prompts, cfg, out, o):
+    """The policy's part of a GRPO step, beside TRL's trainer: B queries x G rollouts of random tokens with random advantages, forward and backward.
+
+    TRL gets tensors that are ready; ours also collates. In TRL every rollout is a row of its own, with the prompt and its pictures again.
+    """
+    import datasets
+    import trl
+    r, B, G, T, device = copy.copy(e.reader), len(prompts), cfg.rl_group, cfg.rl_max_new, o.device
+    r.ban, rng = [], np.random.default_rng(6)                    # TRL bans no token
+    written, adv = rng.integers(0, 250, (B, G, T)), torch.from_numpy(rng.standard_normal((B, G), dtype=np.float32)).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        args = trl.GRPOConfig(folder, per_device_train_batch_size=2, num_generations=2, max_completion_length=T, loss_type="dr_grpo", beta=0.0,
+                              gradient_checkpointing=False, bf16=False, report_to=[], use_cpu=device.type == "cpu")
+        trainer = trl.GRPOTrainer(peer.model, lambda **row: [0.0], args, datasets.Dataset.from_list([{"prompt": ""}] * 2), processing_class=peer.tok)
+    trainer.current_gradient_accumulation_steps = 1              # its training loop sets it
+    wide = [p for p in prompts for _ in range(G)]
+    x, ids = peer.inputs(wide, [r.prefix] * (B * G), left=True), torch.from_numpy(written).to(device).view(B * G, T)
+    given = dict(prompt_ids=x["input_ids"], prompt_mask=x["attention_mask"], completion_ids=ids, completion_mask=torch.ones_like(ids), advantages=adv.flatten(),
+                 pixel_values=x["pixel_values"], image_grid_thw=x["image_grid_thw"], num_images=[len(p["pixels"]) for p in wide],
+                 mm_token_type_ids=F.pad(x["mm_token_type_ids"], (0, T)))
+    branches = [[[*r.prefix, *tokens] for tokens in row] for row in written.tolist()]
+
+    def ours():
+        e.model.zero_grad(set_to_none=True)
+        batch = collate(prompts, r, branches, device)
+        logp, row, branch = branch_logp(e.model, e.model(batch), batch, r, len(r.prefix))
+        rl.policy_loss(logp, logp.detach(), adv[row, branch], B * G * T)[0].backward()
+        return e.model.text.norm.weight.grad
+
+    def theirs():
+        peer.model.zero_grad(set_to_none=True)
+        trainer.compute_loss(peer.model, given).backward()
+        return peer.model.model.language_model.norm.weight.grad
+
+    e.model.train(), peer.model.train()
+    scale = float(theirs().abs().max())
+    agree(f"grpo given, {size}", ours() / scale, theirs() / scale, 1e-3 if o.dtype == torch.float32 else 0.1)
+    race(out, f"grpo given {B}x{G}x{T}, {size}", ours, theirs, B * G, "rollouts/s", o, f"TRL {trl.__version__}")
 
 
 def against_device(size, e, prompt, flops, out, o):

@@ -785,18 +785,19 @@ def batches(data, sampler, workers=0, steps=None, load=True):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
 
     Workers are threads, not processes. Pillow decodes outside the interpreter lock, so threads use all cores; a decoded picture is ten times its
-    file, and handing it from process to process costs more than decoding it. As a share of what Pillow alone decodes on the
-    same two idle cores (JPEGs of 640 x 480, results/bench_data.json): threads 0.71 by the clock and 0.77 by CPU time, processes 0.27 and 0.43. The
-    aim of 0.90 is missed. What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind.
+    file, and handing it from process to process costs more than decoding it. What each makes of two idle cores: bench(), results/bench_data.json.
+    What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind.
     """
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
+    some = lambda refs: [data.fetch(source, row, load) for source, row in refs]
     try:
         Image.core.set_blocks_max(sampler.batch if workers else 0)        # the last batch's memory serves the next: new pages are slow to get
         for step in itertools.count() if steps is None else range(steps):
             while len(queue) < (3 if pool else 1) and (steps is None or step + len(queue) < steps):         # at most three are in memory
-                jobs = [functools.partial(data.fetch, source, row, load) for source, row in next(ahead)]
+                refs = next(ahead)
+                jobs = [functools.partial(some, refs[at : at + 8]) for at in range(0, len(refs), 8)]       # few, for each wakes a thread
                 queue.append([pool.submit(job).result for job in jobs] if pool else jobs)
-            batch = [result() for result in queue.popleft()]      # raises here what a worker met
+            batch = [pair for result in queue.popleft() for pair in result()]                               # raises here what a worker met
             next(sampler)                                         # `ahead` may be two batches on; the state handed out is not
             yield batch
     finally:
@@ -1200,22 +1201,27 @@ def record(figures, out):
 
 
 def decode(paths, carry):
-    """A batch decoded and held: by Pillow alone, or (carry) as the loader does it and handed back. -> (seconds of CPU, pictures or None)."""
+    """A batch decoded: by Pillow alone and dropped, or (carry) as the loader does it and handed back. -> (seconds of CPU, pictures or None)."""
     start = time.process_time()
-    held = [load_picture(path) if carry else Image.open(path).convert("RGB") for path in paths]
+    held = [load_picture(path) for path in paths] if carry else [Image.open(path).convert("RGB").size for path in paths]
     return time.process_time() - start, held if carry else None
 
 
 def bench(rows, out, steps=10_000, pictures=256, batch=64):
-    """Time to the first batch, memory over 10,000 batches of references, and decoding: by Pillow alone on as many processes as there are cores,
-    by the loader's threads, and by processes that hand pictures back. Seconds of the clock, and CPU seconds, which other people's jobs do not bend.
+    """Time to the first batch, memory over 10,000 batches of references, and decoding. Seconds of the clock, and CPU seconds, which other people's
+    jobs do not bend. Who decodes, each on all cores:
+        pillow      alone: processes that do Image.open(path).convert("RGB") and nothing else
+        pillow_keeps    the same, told to keep a freed picture's memory for the next, which spares the system's work; the loader does that too
+        processes   the loader's work in processes that hand the pictures back
+        threads     the loader
 
     The world: `rows` training rows in 20 subsets, texts of random words (real ones compress as badly, so that every table is one that is unpacked and
     mapped), and `pictures` photograph-like JPEGs (smooth noise) of 640 x 480 that they share. "First batch" begins with nothing unpacked.
     """
     global CACHE
     rng, cores, took = np.random.default_rng(0), len(os.sched_getaffinity(0)), collections.defaultdict(list)
-    with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+    workers = lambda keep: ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), Image.core.set_blocks_max, (keep,))
+    with tempfile.TemporaryDirectory() as root, workers(0) as alone, workers(2) as keeping, workers(batch) as pool:
         CACHE, files = os.path.join(root, "cache"), [os.path.join(root, MMEB, f"{i}.jpg") for i in range(pictures)]
         ask, n = f"{IMG}\nRepresent the given image with the following question: ", rows // len(MMEB_TRAIN)
         for name, *_ in MMEB_TRAIN:
@@ -1242,8 +1248,8 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
         figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
                     "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
         held = [files[i:i + batch] for i in range(0, pictures, batch)] * 4       # long enough for the loader to reuse memory, as in training
-        elsewhere = lambda carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(carry)))       # CPU seconds
-        ways = {"pillow_alone": lambda: elsewhere(False), "processes": lambda: elsewhere(True),
+        elsewhere = lambda pool, carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(carry)))       # CPU seconds
+        ways = {"pillow": lambda: elsewhere(alone, False), "pillow_keeps": lambda: elsewhere(keeping, False), "processes": lambda: elsewhere(pool, True),
                 "threads": lambda: sum(0.0 for _ in batches(data, sampler, cores, len(held)))}
         for name, way in [*ways.items()] * 5:                     # in turn: the machine may be busy with something else
             wall, cpu = time.perf_counter(), time.process_time()
@@ -1252,9 +1258,9 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
     for name, times in took.items():
         wall, cpu = np.min(times, 0)                              # of the round that was disturbed least by whatever else the machine does
         figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}
-    share = lambda name, what: round(figures[f"pillow_alone{what}"] / figures[f"{name}{what}"], 2)
-    record(figures | {f"{name}_share{what.removesuffix('_ms')}": share(name, what)          # of what Pillow alone decodes
-                      for name in ("threads", "processes") for what in ("_ms", "_cpu_ms")}, out)
+    figures |= {f"{name}_of_{peer}{what}": round(figures[f"{peer}{what}_ms"] / figures[f"{name}{what}_ms"], 2)          # shares of its rate
+                for name in ("threads", "processes") for peer in ("pillow", "pillow_keeps") for what in ("", "_cpu")}
+    record(figures, out)
 
 
 def main():

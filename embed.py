@@ -320,7 +320,7 @@ def branch_logp(model, h, batch, reader, first=2):
     chosen = (branch >= 2) & (place - begin >= first) & (stops == stops.gather(1, begin))
     row, col = chosen.nonzero(as_tuple=True)
     logits = model.logits(h[row, prev[row, col]])                # (n, V): only where it matters
-    ban = torch.tensor(reader.ban, device=h.device)
+    ban = torch.tensor(reader.ban, dtype=torch.long, device=h.device)
     logp = logits.index_fill(1, ban, float("-inf")).log_softmax(-1).gather(1, ids[row, col][:, None]).squeeze(1)
     return logp, row, branch[row, col] - 2
 

@@ -73,6 +73,7 @@ else:
 
 # Nothing below may run at import (see above): only functions, and none with a name that the real `select` has.
 
+MANY = 4096                                                      # of more than these, draw a few instead of shuffling all for every pair: n, not n²
 RULES = ("full", "positive_only", "no_placebo", "none")
 PROMPTS = (  # several ways to ask, so that one model is several workers
     "Think step by step about what the {side} shows or asks for, look up whatever is needed, and end with what should be found.",
@@ -100,7 +101,7 @@ def choose_placebos(pairs, rationales, rng):
         out[p["id"]] = {}
         for worker in rationales.get(p["id"], {}):
             shelf, found = shelves[p["dataset"], worker], None
-            for i in rng.permutation(len(shelf))[:50]:
+            for i in rng.permutation(len(shelf))[:50] if len(shelf) <= MANY else rng.integers(len(shelf), size=50):
                 if shelf[i][0] != p["answer"]:
                     found = shelf[i][1]
                     break
@@ -117,9 +118,13 @@ def candidate_sets(pairs, rng, size=16):
     pools, out = {}, np.full((len(pairs), size), -1)
     for p in pairs:
         pools.setdefault(p["dataset"], {}).setdefault(p["answer"], p["target"])
+    pools = {dataset: list(targets.items()) for dataset, targets in pools.items()}
     for i, p in enumerate(pairs):
         pick = list(dict.fromkeys([p["target"], *p["negatives"][: size // 2]]))     # a negative may be another pair's target, or come twice
-        others = [t for a, t in pools[p["dataset"]].items() if a != p["answer"] and t not in pick]
+        some = pools[p["dataset"]]
+        if len(some) > MANY:
+            some = [some[j] for j in dict.fromkeys(rng.integers(len(some), size=8 * size).tolist())]
+        others = [t for a, t in some if a != p["answer"] and t not in pick]
         pick += [others[j] for j in rng.permutation(len(others))[: size - len(pick)]]
         out[i, : len(pick)] = pick
     return out
@@ -135,7 +140,8 @@ def margins(model, reader, prompts, branches, targets, candidates, temperature=0
     out = [None] * len(prompts)
     order = np.argsort([len(p["ids"]) + sum(map(len, b)) for p, b in zip(prompts, branches)], kind="stable")
     with torch.no_grad():
-        for at in tqdm(range(0, len(order), batch_size), desc=title, disable=None if title else True):
+        # the longest first: what they free is large enough for the next; the other way round memory grows to twice as much
+        for at in tqdm(range(0, len(order), batch_size)[::-1], desc=title, disable=None if title else True):
             rows = order[at : at + batch_size].tolist()
             batch = collate([prompts[i] for i in rows], reader, [branches[i] for i in rows], model.device)
             q = pool(model(batch), batch["ends"])                                             # (B, 1+G, H)

@@ -2344,6 +2344,38 @@ def test_select_candidate_sets():
         assert (c[:19] >= 0).all() and (c[19:22] >= 0).sum() == 12 and (c[22] >= 0).sum() == 8                       # filled up where there is enough, padded where not
 
 
+def test_select_large_pools_are_drawn_from(monkeypatch):
+    """Above MANY, targets and placebos are a random draw: all different, the pair's own answer never among them, every other one possible."""
+    monkeypatch.setattr(m_select, "MANY", 50)
+    pairs = [dict(id=str(i), dataset="A", target=i % 60, answer=i % 60, negatives=[100 + i % 60]) for i in range(600)]
+    c = m_select.candidate_sets(pairs, np.random.default_rng(0), size=8)
+    assert (c >= 0).all() and all(len({*row}) == 8 and row[:2] == [p["target"], p["negatives"][0]] for p, row in zip(pairs, c.tolist()))
+    seen = np.bincount(c[:, 2:].ravel(), minlength=60)           # each of 60 about 600 * 6 / 60 = 60 times
+    assert len(seen) == 60 and seen.min() > 20 and seen.max() < 120
+    texts = {p["id"]: {"w": f"says {p['answer']}"} for p in pairs}
+    out = [m["w"] for m in m_select.choose_placebos(pairs, texts, np.random.default_rng(0)).values()]
+    assert all(text != f"says {p['answer']}" for text, p in zip(out, pairs)) and len({*out}) == 60
+
+
+def test_select_judges_a_large_world_in_windows(m_world, tmp_path, monkeypatch):
+    """A world that is not kept is read in windows, twice, and judged as if it had been in memory at once; never is more than a window held."""
+    run = m_run(tmp_path / "run", workers=2)
+    run.data_root, e = m_world, types.SimpleNamespace(model=m_tiny(), reader=m_reader())
+    kept = train.Pairs(run, e.reader)
+    ids = [p["id"] for window in kept.windows({source.id(row) for source in kept.data.sources for row in range(len(source.keep))}) for p in window]
+    texts = {i: {"careful": f"nw {pocket.SHAPES[n % 4]}"} for n, i in enumerate(ids) if n % 2}
+    whole = train.judge(run, e, kept, texts, 0)
+    monkeypatch.setattr(train, "WINDOW", 7)
+    streamed = train.Pairs(run, e.reader)
+    streamed.kept = None
+    assert [len(window) for window in streamed.windows(texts)] == [7] * (len(texts) // 7) + [len(texts) % 7] * (len(texts) % 7 > 0)
+    for a, b in zip(whole, rows := train.judge(run, e, streamed, texts, 0), strict=True):
+        assert (a["id"], a["worker"], a["text"]) == (b["id"], b["worker"], b["text"])
+        for key in ("delta", "delta_placebo", "delta_second", "delta_guess", "direct"):
+            assert a[key] == b[key] is None or a[key] == pytest.approx(b[key], abs=1e-4), key
+    assert len(rows) == len(texts) > 20
+
+
 def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
     """train.judge with margins() replaced by a table of texts: own Δ against own words, placebo Δ against the placebo's, audits by the second."""
     pairs, reader = [p for p in m_pairs(m_world) if p["dataset"] == "PocketAt"][:4], m_reader()
@@ -2365,7 +2397,7 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
     cfg = train.Config(temperature=0.03, select_margin=0.69)
     run = types.SimpleNamespace(cfg=cfg, device="cpu", rng=lambda *key: np.random.default_rng(0))
     with m_unchanged(pairs, texts):
-        results = train.judge(run, e, pairs, texts, 0)
+        results = train.judge(run, e, types.SimpleNamespace(windows=lambda ids: iter([[p for p in pairs if p["id"] in ids]])), texts, 0)
     assert asked["temperature"] == 0.03
     guess = [math.log(1 / n) - 0.5 for n in asked["sizes"]]                              # what a blind choice among n gains over m = 0.5
     assert [r["delta_guess"] for r in results] == pytest.approx(guess) and min(asked["sizes"]) > 1
@@ -3495,7 +3527,7 @@ def test_run_select_is_cross_fitted(m_finished, tmp_path, monkeypatch, folds):
 
     proposed = m_select.read_rationales(os.path.join(out, "propose", "rationales.jsonl"))
     monkeypatch.setattr(train, "contrastive_step", step)
-    monkeypatch.setattr(train, "judge", lambda run, e, pairs, *a: (judged.append([p["id"] for p in pairs]), [])[1])
+    monkeypatch.setattr(train, "judge", lambda run, e, pairs, texts, fold: (judged.append([*texts]), [])[1])
     run = m_run(out, **{k: v for k, v in m_json(out, "config.json").items() if k not in ("out", "device")})
     run.cfg = dataclasses.replace(run.cfg, select_folds=folds)
     os.makedirs(tmp_path / "aside")
@@ -3972,7 +4004,8 @@ def test_benches_write_what_they_measured(tmp_path, monkeypatch, capsys):
         assert {"device", "date", "versions", "figures"} == set(small) == set(kept[name]) and all(f"{key}: " in out for key in small["figures"])
     figures, ranks = kept["bench_data.json"]["figures"], kept["bench_rank.json"]["figures"]
     assert figures["rows"] == 1_000_000 and figures["batches"] == 10_000 and figures["first_batch_s"] < 10 and figures["resident_growth_mb"] < 300
-    assert figures["threads_share"] > 2 * figures["processes_share"]                       # why the loader has threads (0.9 of Pillow, the aim, is missed)
+    assert figures["threads_of_pillow_cpu"] > 0.9                                          # at least 90 % of what Pillow alone decodes
+    assert figures["processes_ms"] > 2 * figures["threads_ms"]                             # why the loader has threads
     assert ranks["corpus_ratio"] == 10 and ranks["time_ratio"] <= 12 and ranks["cpu_time_ratio"] <= 12 and ranks["peak_1000000_mb"] - ranks["of_which_mapped_1000000_mb"] < ranks["before_1000000_mb"] + 500
 
 
@@ -4205,8 +4238,6 @@ def s_study(m_finished, tmp_path_factory):
         note("nce" if cfg.lm_weight else "select", [p["id"] for p in pairs], branches), step(model, reader, pairs, branches, labels, cfg, **how))[1])
     patch.setattr(train.rl, "grpo_step", lambda model, reader, prompts, *a: (note("grpo", [len(p["ids"]) for p in prompts], None), grpo(model, reader, prompts, *a))[1])
     patch.setattr(train.evaluation, "pictures", lambda *a: None)
-    patch.setattr(train, "judge", lambda run, e, judged, texts, *a: [          # what the judge says is no matter here, and slow
-        dict(id=p["id"], worker=w, text=t, delta=2.0 * (w == "careful"), delta_placebo=0.0, delta_second=None, delta_guess=0.0, direct=-1.0, positive=[0.0, 0.0, None]) for p in judged for w, t in texts[p["id"]].items()])
     patch.setattr(train, "ELSEWHERE", {"hard": dict(world_steps=5)})
     patch.setattr(train, "TRAVELLERS", ("full",))
     patch.setitem(train.VARIANTS, "again", ("full", "embed", {}))                        # the full method once more: what the others are held against
@@ -4246,11 +4277,12 @@ def test_study_forks_share_and_repeat(s_study):
 
 
 def test_study_leaves_families_out(m_world, tmp_path):
-    """What select, embed and rl draw from: all() and sampler() of Pairs."""
+    """What select, embed and rl draw from: windows() and sampler() of Pairs."""
     run = m_run(tmp_path / "run", leave_out="PocketTally,PocketAt")
     run.data_root = m_world
     pairs = train.Pairs(run, m_reader())
-    families = {p["dataset"] for p in pairs.all()}
+    everything = {source.id(row) for source in pairs.data.sources for row in range(len(source.keep))}
+    families = {p["dataset"] for window in pairs.windows(everything) for p in window}
     assert families == {f[0] for f in pocket.FAMILIES} - {"PocketTally", "PocketAt"}
     sampler = pairs.sampler(0, 64, 16)
     assert {pairs.data.names[s] for _ in range(30) for s, _ in next(sampler)} == families
@@ -4647,10 +4679,10 @@ def h_killed_run(out, argv, kills, rows, seed, longest=0.4, say=lambda text: Non
 
 
 def test_scale_kill_9_changes_nothing(m_finished, tmp_path):
-    """Twice killed at random moments: report and metrics are those of the run that nobody disturbed, no row twice."""
+    """Killed at a random moment: report and metrics are those of the run that nobody disturbed, no row twice. Ten times: kill(), below."""
     out, want = str(tmp_path / "run"), h_rows(m_finished)
-    found = h_killed_run(out, [*M_RUN, "--save_every", "2"], 2, len(want), seed=int.from_bytes(os.urandom(4), "little"))
-    assert [k["code"] for k in found] == [-signal.SIGKILL] * 2
+    found = h_killed_run(out, [*M_RUN, "--save_every", "2"], 1, len(want), seed=int.from_bytes(os.urandom(4), "little"))
+    assert [k["code"] for k in found] == [-signal.SIGKILL]
     assert h_timeless(m_json(out, "report.json")) == h_timeless(m_json(m_finished, "report.json")) and h_rows(out) == want
 
 

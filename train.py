@@ -40,6 +40,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -709,6 +710,9 @@ def measure_skills(run, model, reader, bank, n=48):
 # Reading training pairs
 
 
+WINDOW = 1024                                                    # pairs of a large world that are in memory together where it is read from end to end
+
+
 class Pairs:
     """Training pairs as prompts. A small world (up to 1 GB) is read once and kept; a large one is streamed by threads.
 
@@ -776,13 +780,15 @@ class Pairs:
         span = self.span_of.get(dataset, (0, 0))
         return row.isdecimal() and span[0] <= int(row) < span[1]
 
-    def all(self):
-        """Every pair, in order; once, also where another's broken row was replaced by it."""
-        seen = set()
-        for s, row in self.refs():
-            if (pair := self.get(s, row))["id"] not in seen:
-                seen.add(pair["id"])
-                yield pair
+    def windows(self, ids):
+        """The pairs whose id is in ids, in order, as lists: a kept world in one, another WINDOW by WINDOW. A broken row is left out here, not replaced."""
+        name = lambda ref: self.data.sources[ref[0]].id(ref[1])
+        refs = [r for r in self.refs() if name(r) in ids]
+        step = max(1, len(refs)) if self.kept is not None else WINDOW
+        with ThreadPoolExecutor(max(1, self.workers)) as readers:
+            for at in range(0, len(refs), step):
+                part = refs[at : at + step]
+                yield [p for r, p in zip(part, readers.map(lambda r: self.get(*r), part)) if p["id"] == name(r)]
 
 
 def any_negative(pair, rng):
@@ -805,11 +811,11 @@ def propose_stage(run, out):
     if len(rows) < len(given):
         run.say(f"propose: {len(given) - len(rows)} of {len(given)} rationales in {source} are of pairs that are held back for rl, or of none")
     refs = pairs.refs() if c.propose_k else []
-    windows = [(side, at) for side in (("query", "target") if c.sides == "both" else ("query",)) for at in range(0, len(refs), 1024)]
+    windows = [(side, at) for side in (("query", "target") if c.sides == "both" else ("query",)) for at in range(0, len(refs), WINDOW)]
     parts = [os.path.join(folder, f"{side}_{at:09d}.jsonl") for side, at in windows]
     for n, ((side, at), path) in enumerate(zip(windows, tqdm(parts, desc="propose", disable=None))):     # each rank its windows; a finished one is not done again
         if n % ranks() == rank() and not os.path.exists(path):
-            selection.write_rows(path, propose(run, e, [pairs.get(*r) for r in refs[at : at + 1024]], n, side))
+            selection.write_rows(path, propose(run, e, [pairs.get(*r) for r in refs[at : at + WINDOW]], n, side))
     gather_objects(None)
     rows += [r for path in parts for r in selection.read_rationales(path)]
     if not rows:
@@ -884,10 +890,10 @@ def judge_all(run, texts):
             continue
         e = run.trainee("base")
         pairs = pairs or Pairs(run, e.reader)                    # read once: both folds see the same prompts
-        mine = lambda p: fold_of(p["id"], c.select_folds) == fold          # this evaluator judges these ...
+        mine = lambda pair_id: fold_of(pair_id, c.select_folds) == fold    # this evaluator judges these ...
         branch = {i: {w: e.reader.rationale(t) for w, t in ws.items()} for i, ws in texts.items()}
-        warm_up(run, e, pairs, branch, (lambda p: not mine(p)) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
-        rows = judge(run, e, [p for p in pairs.all() if mine(p) and p["id"] in texts], texts, fold)
+        warm_up(run, e, pairs, branch, (lambda p: not mine(p["id"])) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
+        rows = judge(run, e, pairs, {i: texts[i] for i in texts if mine(i)}, fold)
         results += rows
         if rank() == 0:
             write_json(judgement, rows)
@@ -915,49 +921,68 @@ def warm_up(run, e, pairs, branch, train_on, name):
     fit(run, name, e, pairs, one_step, both * c.batch, both * c.sub_batch, c.select_steps, c.select_lr)
 
 
-def judge(run, e, judged, texts, fold):
-    """Δ, Δ_placebo and Δ_guess of every rationale of these pairs -> rows; a quarter of them with a second placebo, for the audit."""
+def judge(run, e, pairs, texts, fold):
+    """Δ, Δ_placebo and Δ_guess of every rationale {id: {worker: text}} -> rows; a quarter of the pairs with a second placebo, for the audit.
+
+    Twice over the pairs: first the targets, then the queries. A large world is read in windows, so its pictures are never in memory together.
+    """
     c, rng = run.cfg, run.rng("judge", fold)
-    targets, index = [], {}
-    for p in judged:
-        for key, t in [(p["answer"], p["target"]), *((key_of(n), n) for n in p["negatives"])]:
-            if key not in index:
-                index[key] = len(targets)
-                targets.append(t)
-    vectors = torch.zeros(len(targets), e.model.c.hidden, device=run.device)
-    with torch.no_grad():
-        for rows in chunks_of([len(t["ids"]) + 1 for t in targets], c.chunk_tokens)[rank() :: ranks()]:
-            batch = collate([targets[i] for i in rows], e.reader, device=run.device)
-            vectors[rows] = pool(e.model(batch), batch["ends"])[:, 0]
-    if ranks() > 1:
-        dist.all_reduce(vectors)                                 # each rank has filled in its rows
-    table = [dict(id=p["id"], dataset=p["dataset"], answer=p["answer"], target=index[p["answer"]], negatives=[index[key_of(n)] for n in p["negatives"]]) for p in judged]
-    candidates = selection.candidate_sets(table, rng, c.select_candidates)
-    mine = {p["id"]: texts[p["id"]] for p in judged}
+    table, index, vectors = [], {}, [torch.zeros(0, e.model.c.hidden, device=run.device)]
+    for window in pairs.windows(texts):
+        new = {}
+        for p in window:
+            for key, t in [(p["answer"], p["target"]), *((key_of(n), n) for n in p["negatives"])]:
+                if key not in index:
+                    index[key] = len(index)
+                    new[key] = t
+        vectors.append(encode_shared(run, e, list(new.values())))
+        table += [dict(id=p["id"], dataset=p["dataset"], answer=p["answer"], target=index[p["answer"]], negatives=[index[key_of(n)] for n in p["negatives"]])
+                  for p in window]
+    vectors, candidates = torch.cat(vectors), selection.candidate_sets(table, rng, c.select_candidates)
+    mine = {p["id"]: texts[p["id"]] for p in table}
     placebo, second = selection.choose_placebos(table, mine, rng), selection.choose_placebos(table, mine, rng)
-    checked = {p["id"] for p in judged if rng.random() < 0.25}
+    checked = {p["id"] for p in table if rng.random() < 0.25}
     plan = []                                                    # per pair: (worker, kind) of every branch
-    for p in judged:
+    for p in table:
         own = [(w, "own") for w in mine[p["id"]]]
         false = [(w, "placebo") for w in mine[p["id"]] if placebo[p["id"]][w]]
         again = [(w, "second") for w in mine[p["id"]] if p["id"] in checked and second[p["id"]][w]]
         plan.append(own + false + again)
     words = {"own": mine, "placebo": placebo, "second": second}
-    branches = [[e.reader.rationale(words[kind][p["id"]][w]) for w, kind in plan_p] for p, plan_p in zip(judged, plan)]
-    share = slice(rank(), None, ranks())
-    m = selection.margins(e.model, e.reader, [p["query"] for p in judged[share]], branches[share], vectors, candidates[share], c.temperature,
-                          title=f"judge fold {fold}")
-    told, results = gather_objects(m), []
-    for i, (p, plan_p, size) in enumerate(zip(judged, plan, (candidates >= 0).sum(1))):
-        m, positive = told[i % ranks()][i // ranks()]
-        gains = [{slot: float(x - row[0]) for slot, x in zip(plan_p, row[1:])} for row in (m, positive)]
-        for w in mine[p["id"]]:
-            own, alone = ([gain.get((w, kind)) for kind in ("own", "placebo", "second")] for gain in gains)
-            if own[1] is None or second[p["id"]][w] == placebo[p["id"]][w]:
-                own[2] = alone[2] = None
-            results.append(dict(id=p["id"], worker=w, text=mine[p["id"]][w], delta=own[0], delta_placebo=own[1], delta_second=own[2], positive=alone,
-                                delta_guess=float(-np.log(size) - m[0]), direct=float(m[0])))
-    return results
+    branches = [[e.reader.rationale(words[kind][p["id"]][w]) for w, kind in plan_p] for p, plan_p in zip(table, plan)]
+    told, n = [], 0                                              # per pair (2, 1 + branches)
+    for window in pairs.windows(texts):
+        share = slice(n + rank(), n + len(window), ranks())      # this rank's
+        m = selection.margins(e.model, e.reader, [p["query"] for p in window[rank() :: ranks()]], branches[share], vectors, candidates[share], c.temperature,
+                              title=f"judge fold {fold}, pairs {n} to {n + len(window)} of {len(table)}")
+        m, n = gather_objects(m), n + len(window)
+        told += [m[i % ranks()][i // ranks()] for i in range(len(window))]
+    return [row for judged in zip(table, plan, (candidates >= 0).sum(1), told) for row in judgements(*judged, mine, placebo, second)]
+
+
+def encode_shared(run, e, prompts):
+    """Direct unit vectors (n, H) of prompts; each rank encodes its share."""
+    vectors = torch.zeros(len(prompts), e.model.c.hidden, device=run.device)
+    with torch.no_grad():
+        for rows in chunks_of([len(t["ids"]) + 1 for t in prompts], run.cfg.chunk_tokens)[rank() :: ranks()]:
+            batch = collate([prompts[i] for i in rows], e.reader, device=run.device)
+            vectors[rows] = pool(e.model(batch), batch["ends"])[:, 0]
+    if ranks() > 1:
+        dist.all_reduce(vectors)                                 # each rank has filled in its rows
+    return vectors
+
+
+def judgements(p, plan, size, told, texts, placebo, second):
+    """What was measured of one pair with `size` candidates (told: see selection.margins) -> its rows of judged.jsonl, one per worker."""
+    m, rows = told[0], []
+    gains = [{slot: float(x - row[0]) for slot, x in zip(plan, row[1:])} for row in told]
+    for w, text in texts[p["id"]].items():
+        own, alone = ([gain.get((w, kind)) for kind in ("own", "placebo", "second")] for gain in gains)
+        if own[1] is None or second[p["id"]][w] == placebo[p["id"]][w]:
+            own[2] = alone[2] = None
+        rows.append(dict(id=p["id"], worker=w, text=text, delta=own[0], delta_placebo=own[1], delta_second=own[2], positive=alone,
+                         delta_guess=float(-np.log(size) - m[0]), direct=float(m[0])))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
