@@ -24,6 +24,7 @@ Sources: template, limits and video rules as in Qwen3-VL-Embedding, qwen-vl-util
 import argparse
 import base64
 import binascii
+import collections
 import hashlib
 import itertools
 import json
@@ -661,15 +662,17 @@ class Embedder:
             except ValueError as e:
                 raise ItemError(numbered[0], e) from e
 
-        window, tokens, numbered = [], 0, enumerate(items)
-        with ThreadPoolExecutor(torch.get_num_threads()) as readers:         # pictures are resized outside Python's lock
-            while some := list(itertools.islice(numbered, 16)):
-                for prompt in readers.map(read, some):
-                    window.append(prompt)
-                    tokens += len(prompt["ids"])
-                    if len(window) == 16 * batch_size or tokens > 4 * self.budget:
-                        yield window
-                        window, tokens = [], 0
+        window, tokens, numbered, ahead = [], 0, enumerate(items), collections.deque()
+        with ThreadPoolExecutor(torch.get_num_threads()) as readers:         # pictures are resized outside Python's lock, also while the model computes
+            while True:
+                ahead.extend(readers.submit(read, x) for x in itertools.islice(numbered, 32 - len(ahead)))
+                if not ahead:
+                    break
+                window.append(ahead.popleft().result())
+                tokens += len(window[-1]["ids"])
+                if len(window) == 16 * batch_size or tokens > 4 * self.budget:
+                    yield window
+                    window, tokens = [], 0
         if window:
             yield window
 
