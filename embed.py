@@ -498,7 +498,8 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     pairs [B] of Pairs; branches [B]: a rationale branch or None (no reasoned path for this pair); labels [B]: 1 reason, 0 direct,
     -1 no decision to learn. Equal targets are embedded once and never serve as each other's negatives. All this is one rank's share of a
     batch; the loss is that of the joined one. -> its metrics.
-    latent: the rationale is a guess, good or bad; it counts by its posterior against the empty one, p(t|q,r) / (p(t|q,r) + p(t|q,∅)).
+    latent: the rationale is a guess, good or bad; within the batch it counts in proportion to its posterior against the empty one,
+    p(t|q,r) / (p(t|q,r) + p(t|q,∅)).
     cfg: temperature, negatives (hard ones used per pair), lm_weight λ, decision_weight μ, chunk_tokens.
     """
     model.train()

@@ -100,7 +100,7 @@ def config_from_hf(c, where="config.json"):
             heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"],
             head_dim=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"],
             tie=bool(c.get("tie_word_embeddings", t.get("tie_word_embeddings", False))),
-            rope_theta=float(rope.get("rope_theta") or t.get("rope_theta") or 5e5),
+            rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else t["rope_theta"]),
             mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)), eps=float(t.get("rms_norm_eps", 1e-6)),
             v_hidden=v["hidden_size"], v_mlp=v["intermediate_size"], v_layers=v["depth"], v_heads=v["num_heads"],
             v_positions=v["num_position_embeddings"], v_deepstack=tuple(v["deepstack_visual_indexes"]),
@@ -513,34 +513,27 @@ class Qwen3VL(nn.Module):
         return self.lm_head(h).float()
 
 
-def rope_positions(ids, grids, c, valid=None):
-    """M-RoPE positions of one row. ids (S,) numpy, grids [(h, w)] its segments in order, valid (S,) bool or None -> (3, S) int64.
+def rope_positions(ids, grids, c):
+    """M-RoPE positions of one row. ids (S,) numpy, grids [(h, w)] its segments in order -> (3, S) int64.
 
     Text counts up on all three axes; a segment at position p puts its token (r, k) at (p, p + r, p + k) and then counts on from
-    p + max(rows, columns): a picture is as "long" as its longer side. Padding (not valid) gets 1, as upstream does.
+    p + max(rows, columns): a picture is as "long" as its longer side.
     """
     pos = np.ones((3, len(ids)), dtype=np.int64)
     visual = (ids == c.image_token) | (ids == c.video_token)
-    if valid is not None:
-        visual &= valid
     grids, i, p, S = list(grids), 0, 0, len(ids)
     places = np.flatnonzero(visual)
     while i < S:
-        if valid is not None and not valid[i]:
-            i += 1
-        elif visual[i]:
+        if visual[i]:
             if not grids:
                 raise ValueError("more image or video tokens than pictures in a row")
             h, w = (n // MERGE for n in grids.pop(0))
             r, k = np.divmod(np.arange(h * w), w)
             pos[:, i : i + h * w] = p + np.stack([np.zeros_like(r), r, k])
             p, i = p + max(h, w), i + h * w
-        else:                                                    # a run of text, up to the next picture (or padding)
+        else:                                                    # a run of text, up to the next picture
             later = places[places > i]
             j = int(later[0]) if len(later) else S
-            if valid is not None:
-                stop = np.flatnonzero(~valid[i:j])
-                j = i + int(stop[0]) if len(stop) else j
             pos[:, i:j] = p + np.arange(j - i)
             p, i = p + j - i, j
     return pos
@@ -572,7 +565,7 @@ class Cache:
         return new
 
     def room(self, G, T):
-        """Room for G rollouts of T tokens. What one rollout has written before becomes part of its prompt."""
+        """Room for G rollouts of T tokens. What a single rollout has written before becomes part of its prompt."""
         if self.ks:
             self.k = [torch.cat((x, y[:, :, 0]), 2) for x, y in zip(self.k, self.ks)]
             self.v = [torch.cat((x, y[:, :, 0]), 2) for x, y in zip(self.v, self.vs)]

@@ -16,14 +16,15 @@ Two losses, never averaged together (one decision token among 30 would carry 3 %
                each counts by its importance weight, p_reason: where the policy would not reason, what it was made to write teaches nothing
 
 Which GRPO this is, in six lines:
-    advantage          R − group mean (the G/2 direct ones count); the reward is summed before it is normalised. Of this the rationale tokens
-                       get what differs between the rollouts; what they share says whether to reason, and the decision's loss has it
-    standard deviation of the whole batch, not of the group: a group's own would let a tiny price decide wherever quality ties
+    advantage          of a rationale's tokens: (R − mean R of the query's rationales) / σ; what a query's rationales share says whether to
+                       reason, and the decision's loss has it. The reward is summed before it is normalised
+    σ                  root mean square of R − group mean over all rollouts of the batch, the direct ones among them, not each group's own,
+                       which would let a tiny price decide wherever quality ties
     reduction          token level over a constant denominator (rollouts x T_max): no length bias
     clip / KL          ratio clipped to 0.8 ... 1.28; no reference model, no KL
     stop token         </think> is trained; forced tokens (the opening, a closing after running out, the tail) are not
     deleted            value network, several epochs per rollout, group-wise std, advantage for embeddings (these learn by InfoNCE, beside)
-Groups of zero variance are dropped. Picture tokens are banned at sampling and in the log-probability alike.
+A group whose rationales all got the same reward teaches none of their tokens; its decision is learnt all the same. Picture tokens are banned at sampling and in the log-probability alike.
 
 How to run: stage `rl` of train.py. The log names what tells a live run from a dead one: reward, reason rate, entropy of the decision,
 zero-variance share, clip share, |logp_rollout − logp_train|, tokens, seconds of generate/score/update, and one sample.
@@ -36,7 +37,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from embed import NOTHING, branch_logp, chunks_of, collate, decision_logits, gather_objects, gather_rows, grad_cache, info_nce, pool, rank
 from model import generate
@@ -50,8 +50,8 @@ def rewards(quality, tokens, closed_itself, price, t_max, bonus=0.1):
 def advantages(reason, direct, eps=1e-4):
     """reason (B, G/2) and direct (B,) rewards -> advantages (B, G/2) of the reasoned rollouts and live (B,) bool.
 
-    The direct rollout stands for G/2 equal ones: the group mean is that of all G. Divided by the std over all rollouts of the batch.
-    Groups without variance (every rollout got the same reward) are not live and get 0.
+    The direct rollout stands for G/2 equal ones: the group mean is that of all G. Divided by the root mean square of what is left over all
+    B·G rollouts. A group in which all G rewards are equal, the direct one's too, is not live and gets 0.
     """
     g = torch.cat((reason, direct[:, None].expand_as(reason)), dim=1)                         # (B, G)
     centred = g - g.mean(1, keepdim=True)
@@ -79,6 +79,7 @@ def decision_loss(logits, gain, beta=0.1):
 
 def averaged_loss(logp, old, advantage, logits, gain, group, n):
     """Ablation: one mean over the n decision and rationale tokens together, as plain GRPO would, where 1 of some 30 tokens is the decision.
+    Unlike the two losses it has no clip, no entropy and no importance weight; rl_decision, rl_rationale and rl_beta are not read.
 
     Every rollout of the group brings its decision token: half of them chose to reason (advantage gain/2), half did not (−gain/2), written
     here per query and counted `group` times. The gain is not divided by a standard deviation.
@@ -102,7 +103,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
     prompts [b] queries; targets [b] prompts of their targets; same (B, B) bool over the joined batch, True where two targets are equal;
     encode_targets(prompts) -> (n, H) unit vectors with gradient; actor: who writes the rollouts, the model itself by default. cfg: rl_group,
     rl_max_new, rl_temperature, rl_price, rl_beta, rl_decision, rl_rationale, rl_nce, rl_one_loss, temperature, chunk_tokens.
-    -> metrics of the joined batch; "sample" holds one rationale of this rank with its reward.
+    -> metrics of the joined batch; "sample" holds a rationale of this rank's query with the lowest mean reward.
     """
     b, B, half, t0 = len(prompts), len(same), cfg.rl_group // 2, time.time()
     tokens, old, new, closed = rollouts(actor or model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator)

@@ -8,12 +8,14 @@ put through a controlled experiment on one fixed candidate set C (the target and
     Δ_placebo(r) = m(q, r') − m(q, ∅)      r' = what the same worker wrote about another pair of the task with another target   [ours]
     Δ_guess      = −log|C| − m(q, ∅)       what knowing nothing would gain over a direct embedding that is sure of a wrong target  [ours]
     keep r  iff  Δ(r) > Δ_placebo(r)  and  Δ(r) − max(0, Δ_guess) > t            words about this pair helped, neither form nor doubt
-    t            one per shelf (what one worker wrote for one dataset): the smallest t >= margin at which luck explains at most a share
-                 `fdr` of what passes, (1 + placebos above t) <= fdr · (rationales above t); a shelf without such a t keeps nothing  [ours]
-    weight       w ∝ softmax(Δ / T) over the kept ones: the posterior over the latent rationale
+    t            one per shelf (what one worker wrote for one dataset): the smallest of margin and the shelf's own Δs above it at which luck
+                 explains at most a share `fdr` of what passes, (1 + placebos above t) <= fdr · (rationales above t); without one the
+                 shelf keeps nothing. A worker or dataset without placebos has nothing that measures its luck, and is taken at the margin [ours]
+    weight       w = softmax(Δ / T) over the kept ones: their posterior under a uniform prior (∅ is left to the decision)
 A margin of log 2 asks a rationale to double the target's probability; so where the direct embedding already gives it a half,
 nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
-The shelf's threshold is the knockoff filter (Barber & Candès 2015): an evaluator that is easily impressed names the right one of ten
+The shelf's threshold counts as the knockoff filter does (Barber & Candès 2015, the "+1" version), but every placebo, not only those that
+beat their rationale: an evaluator that is easily impressed names the right one of ten
 answers once in ten times whatever it reads, so single rationales pass by luck; placebos show how many (with and without it:
 results/selection.txt).
 The evaluator never trained on the pair that it judges: two warm-up embedders are cross-fitted on the two halves of the pairs [ours].
@@ -71,7 +73,7 @@ else:
     from embed import collate, pool
     from model import read_json
 
-# Nothing below may run at import (see above): only functions, and none with a name that the real `select` has.
+# Below: constants and functions only, none with a name that the real `select` has; nothing that imports or computes (see above).
 
 MANY = 4096                                                      # of more than these, draw a few instead of shuffling all for every pair: n, not n²
 RULES = ("full", "positive_only", "no_placebo", "none")
@@ -90,7 +92,7 @@ def choose_placebos(pairs, rationales, rng):
     """For every pair and worker a rationale by the same worker about another pair of the same dataset with another target.
 
     pairs [{"id", "dataset", "answer" (a key that equal targets share)}]; rationales {id: {worker: text}} -> {id: {worker: text or None}}.
-    None where no such pair exists. Another pair with the same target would be no placebo: its words may well fit.
+    None where 50 draws find none. Another pair with the same target would be no placebo: its words may well fit.
     """
     shelves = {}
     for p in pairs:
@@ -188,7 +190,7 @@ def thresholds(results, rule="full", margin=0.7, fdr=0.1):
         guess = np.maximum(0.0, column(rows, "delta_guess"))
         own, false = np.sort(column(rows, "delta") - guess), np.sort(column(rows, "delta_placebo") - guess)
         false = false[~np.isnan(false)]
-        t = np.concatenate(([margin], own[own > margin]))        # between two neighbours nothing changes
+        t = np.concatenate(([margin], own[own > margin]))        # only these are tried; a placebo's Δ between two of them is not
         passed, lucky = len(own) - np.searchsorted(own, t, "right"), len(false) - np.searchsorted(false, t, "right")
         good = t[1 + lucky <= fdr * passed] if rule in ("full", "positive_only") else t
         out[shelf] = float(good[0]) if len(good) else math.inf

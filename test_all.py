@@ -430,6 +430,7 @@ BAD = {
     "deep": (lambda d: part(d, "vision_config", deepstack_visual_indexes=[99]), r"deepstack_visual_indexes .* is \[99\]"),
     "absurd": (lambda d: part(d, "text_config", num_hidden_layers=10**12), "number of layers, a thousand at most is False"),
     "words of another type": (lambda d: config(d, "tokenizer.json", added_tokens=3), "tokenizer.json: a value is of the wrong type"),
+    "no theta": (lambda d: part(d, "text_config", rope_parameters={}, rope_scaling={}, rope_theta=None), "config.json: a value is of the wrong type"),
     "negative eps": (lambda d: part(d, "text_config", rms_norm_eps=-1.0), "rms_norm_eps above 0 is False"),
     "other head": (lambda d: edit(d, lambda s: s.update({"lm_head.weight": s[WORDS] + 1})), "tie_word_embeddings is true, but lm_head.weight differs"),
     "old M-RoPE": (lambda d: part(d, "text_config", rope_parameters=dict(mrope_interleaved=False)), "mrope_interleaved is False"),
@@ -2863,7 +2864,7 @@ def test_train_parse():
                                         (["--rl_one_loss=maybe"], "bool"), (["--preset=pockets"], "pockets"), (["--stage", "embedd"], "embedd"), (["--seed"], "value"),
                                         (["--select_rule=most"], "most"), (["--resume=yes"], "resume"), (["--preset", "qwen3vl-2b"], "--model"), (["--rl_group=3"], "rl_group"),
                                         (["--batch=60"], "sub_batch"), (["--scale=0"], "scale"), (["--rl_batch=12"], "rl_batch"), (["--sub_batch=0"], "sub_batch"),
-                                        (["--rl_group=-2"], "rl_group"), (["--scale=nan"], "scale"), (["--optimizer=sgd"], "optimizer"), (["--world_style=day"], "world_style"),
+                                        (["--rl_group=-2"], "rl_group"), (["--rl_group=2"], "rl_group"), (["--scale=nan"], "scale"), (["--optimizer=sgd"], "optimizer"), (["--world_style=day"], "world_style"),
                                         (["--world_steps=9"], "world_steps"), (["--select_folds=0"], "select_folds"), (["--batch=0"], "batch"), (["--dtype=int8"], "dtype")])
 def test_train_refuses_options(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -3803,7 +3804,7 @@ def own_root(root, n=8):
 
 
 OWN = ("--scale 0.02 --device cpu --propose_max_new 2 --select_steps 100 --select_candidates 4 --embed_steps 100 --batch 8 --sub_batch 4 --rl_steps 100 --rl_batch 8 "
-       "--rl_group 2 --rl_max_new 2 --eval_max_new 2 --log_every 1").split()
+       "--rl_group 4 --rl_max_new 2 --eval_max_new 2 --log_every 1").split()
 
 
 def test_own_data_trains_and_evaluates_with_no_code(m_finished, tmp_path, monkeypatch, capsys):

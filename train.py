@@ -86,7 +86,7 @@ class Config:
     resume: str = ""                # "auto": go on inside a stage from its last checkpoint
     device: str = ""                # empty: CUDA when there is one
     dtype: str = "float32"          # of the arithmetic and of what is saved; what is trained is fp32 while it is trained
-    leave_out: str = ""             # datasets (commas) that select, embed and rl never see; the tests keep them
+    leave_out: str = ""             # datasets (commas) that no stage after base trains on or judges; the tests keep them
     # study
     study_seeds: int = 5            # seed, seed + 1, ...
     study_variants: str = ""        # only these (commas) and those that they are forked from; empty: all of VARIANTS
@@ -95,7 +95,7 @@ class Config:
     world_test: int = 100           # test queries per family
     world_style: str = "plain"
     world_steps: int = 3            # moves of a Walk
-    hold_back: float = 0.2          # of every dataset's training pairs: rl trains on these alone, the other stages never see them; 0: all on all
+    hold_back: float = 0.2          # of every dataset's training pairs: rl trains on these alone, the other stages never see them (one pair alone serves all); 0: all on all
     # reading
     min_pixels: int = 1024          # a picture's area in pixels: one visual token covers 32 x 32
     max_pixels: int = 65536
@@ -127,7 +127,7 @@ class Config:
     base_steps: int = 450           # at least; it goes on until its skills are there ...
     base_steps_max: int = 900       # ... at most to here, and says so if they are not
     base_batch: int = 32            # documents about pictures per step, and half as many of text alone
-    base_skill: float = 0.93        # every skill's held-out token accuracy before it cools down
+    base_skill: float = 0.93        # held-out token accuracy wanted of every skill in STEP_SKILLS; 0.05 less is enough to cool down, which adds about that
     # propose
     sides: str = "query"            # who may reason: query, or both (targets too, offline: nobody waits for them)
     propose_k: int = 1              # rationales by the base model itself per query
@@ -138,7 +138,7 @@ class Config:
     select_rule: str = "full"       # full, positive_only, no_placebo, none
     select_steps: int = 220         # warm-up of each of the two evaluators
     select_lr: float = 0.3          # times the learning rates above: at 1.0 the evaluators learn their own pairs by heart and judge worse
-    select_margin: float = 0.7      # log 2: a rationale must at least double the target's probability
+    select_margin: float = 0.7      # just above log 2: a rationale must at least double the target's probability
     select_fdr: float = 0.1         # at most this share of what one worker's shelf keeps may be luck, as its placebos measure it
     select_candidates: int = 16
     select_folds: int = 2           # 2 = cross-fitted; 1 = the evaluator has seen the pair (ablation)
@@ -231,8 +231,8 @@ def parse(argv):
         raise UsageError(f"--world_steps {cfg.world_steps}: a walk that never crosses itself has 1 to 5 moves here")
     if preset != "pocket" and not (cfg.model and cfg.data):
         raise UsageError(f"--preset {preset} needs --model (a Qwen3-VL folder or hub id) and --data (an MMEB root)")
-    if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_batch % 8:
-        raise UsageError("batch must be a multiple of sub_batch, rl_group even, rl_batch a multiple of 8")
+    if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_group == 2 or cfg.rl_batch % 8:
+        raise UsageError("batch must be a multiple of sub_batch, rl_group 0 or an even number from 4 on (two rationales to compare), rl_batch a multiple of 8")
     if cfg.fsdp and (cfg.optimizer == "muon" or cfg.lora or cfg.compile):
         raise UsageError("--fsdp goes with --optimizer adamw, --lora 0 and --compile false: Muon needs whole matrices, a rank can hold what LoRA trains, "
                          "and sharded layers were never compiled here")
@@ -510,8 +510,8 @@ def restore(path, model, optimizer, sampler):
 def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, until=None):
     """The loop of every trained stage. one_step(i) leaves gradients and returns metrics ("loss" and "ids" among them).
 
-    A non-finite loss stops the run with the step and the batch's ids. `until(i)` may end the flat part early: it returns the final number
-    of steps once it knows it.
+    A non-finite loss stops the run with the step and the batch's ids. `until(i, steps)` may prolong the flat part: it returns the number of
+    steps, the same or more.
     """
     start, t0, found = 0, time.time(), sorted(glob.glob(os.path.join(run.partial(stage), "*.state.pt")))
     if found:
@@ -605,7 +605,7 @@ def base_stage(run, out):
     train_loop(run, "base", model, optimizer, steps, one_step, until=until)
     skills = measure_skills(run, model, reader, probe)
     run.log("base skills", optimizer.steps, optimizer.steps, skills)
-    weak = {k: round(skills[k], 3) for k in STEP_SKILLS if skills.get(k, 0) < c.base_skill}
+    weak = {k: round(skills[k], 3) for k in STEP_SKILLS if skills[k] < c.base_skill}
     if weak:
         run.say(f"base: these skills are below {c.base_skill} after {optimizer.steps} steps: {weak}; expect weaker rationales")
     run.save(Embedder(model, reader), out, "Pretrained on the pocket world's documents (stage base).")
@@ -768,11 +768,11 @@ class Pairs:
         return [(s, row) for s, (a, b) in enumerate(self.spans) if self.data.names[s] not in self.left_out for row in range(a, b)]
 
     def stream(self, sampler):
+        """Batch after batch of pairs; it never ends."""
         if self.kept is not None:
-            for refs in sampler:
-                yield [self.get(*r) for r in refs]
-        for pairs in loader.batches(self.data, sampler, self.workers):
-            yield [self.read(p) for p in pairs]
+            yield from ([self.get(*r) for r in refs] for refs in sampler)
+        else:
+            yield from ([self.read(p) for p in pairs] for pairs in loader.batches(self.data, sampler, self.workers))
 
     def holds(self, pair_id):
         """Is the pair "dataset/row" one of these stages'?"""
@@ -912,6 +912,8 @@ def warm_up(run, e, pairs, branch, train_on, name):
 
     def one_step(i, batch):
         batch, drawn = [p for p in batch if train_on(p)], []
+        if not batch:
+            raise ValueError(f"stage select, step {i}: all pairs of this batch are in the other fold; --batch {c.batch} is too small")
         for p in batch:
             options = list(branch.get(p["id"], {}).values())
             drawn.append(options[run.rng(name, i, p["id"]).integers(len(options))] if options else None)
