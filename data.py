@@ -65,7 +65,8 @@ class BadData(ValueError):
     """Something in the data is not what it should be: one line that names dataset, row or file. all: the single complaints, where it sums up."""
 
     def __init__(self, text, all=()):
-        super().__init__(str(text).replace("\n", " "))            # what Pillow, Arrow or the hub say may have several lines
+        # what Pillow, Arrow or the hub say may have several lines, what a row says may be no text that can be printed
+        super().__init__(str(text).replace("\n", " ").encode("utf-8", "backslashreplace").decode())
         self.all = list(all) or [str(self)]
 
 
@@ -172,7 +173,7 @@ def look(item, fault):
 
 def natural(name):
     """frame_2 before frame_10: digits compare as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name)]
 
 
 def frames_of(folder, n):
@@ -216,10 +217,11 @@ def _parquet(path, size, changed):
         if not os.path.exists(flat):
             os.makedirs(CACHE, exist_ok=True)
             rows = 1024 if file.metadata.num_rows * 1024 < size else 65536       # of a batch: few where rows are pictures, many of text
+            plain = pa.schema([f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in file.schema_arrow])
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:               # so that no half-written file ever has the final name
-                with pa.OSFile(part := os.path.join(folder, "part"), "wb") as sink, pa.ipc.new_file(sink, file.schema_arrow) as out:
-                    for batch in file.iter_batches(batch_size=rows):
-                        out.write_batch(batch)
+                with pa.OSFile(part := os.path.join(folder, "part"), "wb") as sink, pa.ipc.new_file(sink, plain) as out:
+                    for batch in file.iter_batches(batch_size=rows):                # a dictionary may differ from batch to batch, which a file cannot hold
+                        out.write_table(pa.Table.from_batches([batch]).cast(plain))
                 os.replace(part, flat)
         return pa.ipc.open_file(pa.memory_map(flat)).read_all()
     except (pa.ArrowException, OSError) as e:
@@ -241,7 +243,7 @@ class Lines:
         sizes = np.fromiter((len(line) if line.strip() else -len(line) for line in self.file), np.int64)      # < 0: blank, no row
         ends = np.cumsum(abs(sizes))
         self.starts = np.append((ends - sizes)[sizes > 0], ends[-1])
-        self.rows = self.parse(0, ends[-1], 0) if os.pread(self.file.fileno(), 1, 0) == b"[" else None
+        self.rows = self.parse(0, ends[-1], 0) if os.pread(self.file.fileno(), 4096, 0).lstrip()[:1] == b"[" else None
 
     def __len__(self):
         return len(self.starts) - 1 if self.rows is None else len(self.rows)
@@ -250,7 +252,7 @@ class Lines:
         """The JSON value in these bytes; pread, so that threads may share the file."""
         try:
             return json.loads(os.pread(self.file.fileno(), int(end - start), int(start)).decode("utf-8-sig"))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise BadData(f"{self.path} row {i}: not JSON ({e})") from None
 
     def __getitem__(self, i):
@@ -263,6 +265,8 @@ class Lines:
 def filled(path, name, column):
     """Arrow column -> (rows,) bool: is anything in the cell? Of texts only the offsets are read; numbers and dates are no side of a pair."""
     column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    if column.null_count == len(column):                         # pandas writes a column of nothing as numbers
+        return np.zeros(len(column), bool)
     if pa.types.is_primitive(column.type):
         raise BadData(f"{path}: column {name} holds {column.type}, not text")
     textual = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
@@ -276,12 +280,14 @@ class Table:
     """
 
     def __init__(self, files, required, optional, cap=None):
-        self.columns, self.parts = [*required, *optional], []      # parts: (path, Lines or Arrow table, the columns it has)
+        self.required, self.columns, self.parts = required, [*required, *optional], []            # parts: (path, Lines or Arrow table, the columns it has)
         for path in files:
             part = parquet(path) if path.endswith(".parquet") else Lines(path)
             have = part.column_names if isinstance(part, pa.Table) else list(part[0]) if len(part) else required
             if lost := [c for c in required if c not in have]:
                 raise BadData(f"{path} has no column {', '.join(lost)} (it has {', '.join(have)})")
+            if twice := [c for c in self.columns if have.count(c) > 1]:
+                raise BadData(f"{path} has the column {twice[0]} {have.count(twice[0])} times")
             self.parts.append((path, part, [c for c in self.columns if c in have]))
         self.ends = np.cumsum([len(part) for _, part, _ in self.parts])            # shard k holds rows ends[k - 1] ... ends[k] - 1
         self.length = int(min(self.ends[-1], cap or self.ends[-1]))
@@ -293,17 +299,26 @@ class Table:
         path, part, have = self.parts[k := int(np.searchsorted(self.ends, i, "right"))]
         i -= int(self.ends[k - 1]) if k else 0                     # now the row inside its shard
         if isinstance(part, Lines):
-            row = part[i]
+            row = self.line(part, i)
             return {c: row.get(c) for c in self.columns}
         cells = {c: part.column(c)[i] for c in have}               # of the mapped file; nothing else is read
-        return dict.fromkeys(self.columns) | {c: Picture(path, i, c) if c == "image" and v.is_valid else v.as_py() for c, v in cells.items()}
+        try:
+            return dict.fromkeys(self.columns) | {c: Picture(path, i, c) if c == "image" and v.is_valid else v.as_py() for c, v in cells.items()}
+        except ValueError as e:                                    # text that is not UTF-8
+            raise BadData(f"{path} row {i} cannot be read: {e}") from None
+
+    def line(self, part, i):
+        """Row i of a JSONL file; unlike a parquet file's, each may lack a column."""
+        if lost := [c for c in self.required if c not in (row := part[i])]:
+            raise BadData(f"{part.path} row {i} has no column {', '.join(lost)} (it has {', '.join(row)})")
+        return row
 
     def empty(self, sides, on_bad="stop"):
         """(rows,) bool: has one of the sides (lists of columns) nothing in any of its columns?"""
         def line(part, i):
             """Line i is whole. So is, under "skip", one that is not JSON: it is met, and counted, when it is read."""
             try:
-                return all(any(map(part[i].get, side)) for side in sides)
+                return all(any(map(self.line(part, i).get, side)) for side in sides)
             except BadData:
                 if on_bad == "stop":
                     raise
@@ -349,7 +364,7 @@ def cell(row, column, kind="text"):
 #                list), language str (filter), original {...} (keys that page_labels="original" replaces)
 
 COMMON = dict(hub="", table=None, config="", media=None, fps=FPS, fetch=[], cap=None)
-NUMBERS, LISTS = {"weight", "cap", "frames", "fps", "rows", "queries"}, {"table", "media", "config", "columns"}
+NUMBERS = {"weight", "cap", "frames", "fps", "rows", "queries"}
 DEFAULTS = {
     "train": dict(COMMON, parser="mmeb", split=None, frames=FRAMES, rows=None, weight=1.0),
     "eval": dict(COMMON, parser="pairs", split="test", frames=None, modality="image", scope=None, queries=None, family="own", ood=None,
@@ -478,20 +493,26 @@ EVAL += [
 def complete(row, kind):
     """A short row -> a whole one. An unknown key is an error: a typing mistake must not become a default."""
     name = row.get("name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]{1,200}", name) or name in (".", ".."):
         raise BadData(f"datasets.json: a row of {kind!r} needs a name that can name a file, got {str(row)[:80]}")
     if unknown := sorted(set(row) - set(DEFAULTS[kind]) - {"name"}):
         raise BadData(f"{name}: unknown key {unknown[0]!r} in its row; known: {', '.join(DEFAULTS[kind])}")
     row = {**DEFAULTS[kind], **row}
-    known = {"parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS, "modality": ("image", "video", "visdoc"), "labels": LABELS}
+    known = {"parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS, "modality": ("image", "video", "visdoc"), "labels": LABELS, "scope": ("local", "global")}
+    texts = lambda v: all(isinstance(x, str) for x in v)
     for key, value in row.items():
-        wants, text = "text", lambda v: v is None or isinstance(v, str)
-        if key in NUMBERS:
-            good, wants = value is None or type(value) in (int, float) and 0 <= value < 1e18, "a number from 0 up"
-        elif key in known and not (key == "labels" and (value is None or isinstance(value, list))):
+        wants, optional = "text", key != "name" and DEFAULTS[kind][key] is None
+        if value is None and optional or key in ("ood", "fetch", "original"):
+            good = True
+        elif key in NUMBERS:
+            whole = (int,) if key in ("cap", "frames", "rows", "queries") else (int, float)
+            good, wants = type(value) in whole and 0 <= value < 1e18, f"a {'whole ' * (whole == (int,))}number from 0 up"
+        elif key == "columns":
+            good, wants = isinstance(value, list) and len(value) == 2 and texts(value), "a list of two texts"
+        elif key in known and not (key == "labels" and isinstance(value, list)):
             good, wants = isinstance(value, str) and value in known[key], "one of " + ", ".join(known[key])
         else:
-            good = key in ("ood", "fetch", "labels", "original") or all(map(text, listed(value) if key in LISTS else [value]))
+            good = value is not None and texts(value if isinstance(value, list) and (key in ("table", "media", "labels") or key == "config" and kind == "eval") else [value])
         if not good:
             raise BadData(f"{name}: {key} {value!r}: {wants} is wanted")
     row["table"] = listed(row["table"]) or (BEIR if row["parser"] == "beir" else TABLES)
@@ -508,11 +529,15 @@ def tables(root, kind):
         raise BadData(f"{root}: no such folder")
     files = {k: [f for f in (f"{name}.jsonl", f"{name}.parquet") if os.path.exists(os.path.join(root, f))] for k, name in own.items()}
     rows = TRAIN if kind == "train" else EVAL
+    if twice := next((fs for fs in files.values() if len(fs) > 1), None):
+        raise BadData(f"{root} has {' and '.join(twice)}: which one is meant?")
+    if not os.path.realpath(listing).startswith(os.path.join(os.path.realpath(root), "")):
+        raise BadData(f"{listing} leaves the root (it is {os.path.realpath(listing)})")
     if os.path.exists(listing):
         try:
             with open(listing, encoding="utf-8") as f:
                 found = json.load(f)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise BadData(f"{listing}: not readable as JSON ({e})") from None
         if not isinstance(found, dict) or set(found) - set(own) or not all(isinstance(rows, list) for rows in found.values()):
             raise BadData(f"{listing}: wants {{\"train\": [rows], \"eval\": [rows]}}")
@@ -528,12 +553,28 @@ def tables(root, kind):
 def wanted(rows, names):
     """The rows of these names, in this order (None: all); an unknown name is an error."""
     by_name = {row["name"]: row for row in rows}
+    if twice := [name for name, n in collections.Counter(names or []).items() if n > 1]:
+        raise BadData(f"dataset {twice[0]!r} is asked for twice")
     if lost := [name for name in names or [] if name not in by_name]:
         raise BadData(f"no dataset {lost[0]!r} in the table; there are {', '.join(by_name)}")
     return rows if names is None else [by_name[name] for name in names]
 
 
 _real = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)           # of folders only: a row costs no walk up the tree
+
+
+def whole_shards(files):
+    """BadData where shards NAME-00000-of-00003 are not all there, or those of an older division lie beside them."""
+    found = collections.defaultdict(set)
+    for path in files:
+        if m := re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", path):
+            found[m[1]].add((int(m[3]), int(m[2])))
+    for name, shards in found.items():
+        of = sorted({n for n, _ in shards})
+        if len(of) > 1:
+            raise BadData(f"{name}: shards of {' and of '.join(map(str, of))} lie side by side")
+        if lost := sorted(set(range(of[0])) - {i for _, i in shards}):
+            raise BadData(f"{name}: of {of[0]} shards {len(lost)} are missing, the first is {lost[0]}")
 
 
 class Media:
@@ -544,12 +585,12 @@ class Media:
     """
 
     def __init__(self, spec, root, frames=None):
-        self.spec, self.root, self.name, self.opened = spec, os.path.realpath(root), spec["name"], False
+        self.spec, self.root, self.name = spec, os.path.realpath(root), spec["name"]
         self.frames = frames or spec["frames"] or FRAMES           # the caller's, the row's, VLM2Vec's
 
     def inside(self, relative, folder=""):
         """A path relative to a folder of ROOT -> the absolute one; BadData if it is empty, absolute or leads out."""
-        if not isinstance(relative, str) or not relative or "\0" in relative:
+        if not isinstance(relative, str) or not relative or re.search("[\0\ud800-\udc7f\udd00-\udfff]", relative):        # no file has such a name
             raise BadData(f"{relative!r} is not a path")
         path = os.path.normpath(os.path.join(self.root, folder, relative))
         real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
@@ -569,12 +610,19 @@ class Media:
         raise BadData(f"{what} {' or '.join(map(repr, names))} is missing (looked in {', '.join(f or '.' for f in folders[:3])}{', ...' * (len(folders) > 3)})")
 
     def picture(self, ref):
-        """A path of the data -> an absolute one; nothing -> None; a Picture is one already."""
-        return ref if isinstance(ref, Picture) else self.find(ref) if ref else None
+        """A path of the data -> an absolute one; None or "" -> None; a Picture is one already."""
+        if ref is None or ref == "" or isinstance(ref, Picture):
+            return ref or None
+        if not isinstance(ref, str):
+            raise BadData(f"{ref!r} is not a path")
+        return self.find(ref)
 
     def clip(self, video, n=0):
         """Video name -> {"frames", "fps"}; n = None takes every frame there is."""
-        return {"frames": frames_of(self.find(video, "clip folder"), self.frames if n == 0 else n), "fps": self.spec["fps"]}
+        frames = frames_of(self.find(video, "clip folder"), self.frames if n == 0 else n)
+        for path in filter(os.path.islink, frames):
+            self.inside(os.path.relpath(path, self.root))
+        return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, required, optional, split, config="", part=""):
         """The Table of a config or part: the shards, sorted, of the first pattern that matches any ('*' matches no dot files such as
@@ -590,11 +638,13 @@ class Media:
             files = [f for f in sorted(glob.glob(pattern, root_dir=self.root)) if f.endswith((".parquet", ".jsonl", ".json"))]
             try:
                 if files := [f for f in map(self.inside, files) if os.path.isfile(f)]:
-                    self.opened = True
+                    whole_shards(files)
                     return Table(files, required, optional, self.spec["cap"])
             except BadData as e:
                 raise named(e, self.name) from None
-        raise (BadData if self.opened else Missing)(
+        others = [{**fill, "part": p, "config": c} for p in (("corpus", "qrels", "queries") if part else [""]) for c in map(glob.escape, listed(self.spec["config"]) or [""])]
+        there = any(glob.glob(os.path.normpath("./" + pattern.format(**other)), root_dir=self.root) for pattern in self.spec["table"] for other in others)
+        raise (BadData if there else Missing)(
             f"{self.name}: no {part or config or 'table'} in {self.root} (looked for {self.spec['table'][0].format(**fill)})")
 
 
@@ -604,7 +654,10 @@ class Media:
 def mmeb_pair(m, row):
     """MMEB's own columns. Hard negatives (text, picture or both; one, or lists of them) are kept: VLM2Vec reads and drops them."""
     side = lambda row, text, path: item(cell(row, text, "text?").replace(IMG, ""), m.picture(row[path]))
-    negatives = itertools.zip_longest(listed(row.get("neg_text")), listed(row.get("neg_image_path")))
+    texts, paths = listed(row.get("neg_text")), listed(row.get("neg_image_path"))
+    if texts and paths and len(texts) != len(paths):
+        raise BadData(f"{len(texts)} neg_text for {len(paths)} neg_image_path")
+    negatives = itertools.zip_longest(texts, paths)
     return side(row, *PAIR[:2]), side(row, *PAIR[2:]), [side(dict(neg_text=text, path=path), "neg_text", "path")
                                                         for text, path in negatives if text or path]
 
@@ -614,7 +667,9 @@ def video_pair(m, row):
     turns, kind = row["conversations"], m.spec["parser"]
     if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns[:2]):
         raise BadData("conversations is not a list of two turns with a value")
-    asked, answer, clip = turns[0]["value"].replace("<video>", ""), turns[1]["value"], m.clip(row["video"])
+    asked, answer, clip = turns[0]["value"].replace("<video>", ""), turns[1]["value"], m.clip(cell(row, "video"))
+    if not answer:
+        raise BadData("conversations: the answer is empty")
     if kind == "video_retrieval":
         return (item("Find a video that contains the following visual content: " + answer),
                 item("Understand the content of the provided video: ", video=clip), [])
@@ -627,7 +682,7 @@ def page_pair(m, row):
     query, page = cell(row, "query", "text?"), m.picture(row["image"])
     if m.spec["parser"] == "page_qa":
         return item(" " + query, page), item(cell(row, "answer", "text?")), []
-    before, after = VISRAG.get(row["source"], ("", ""))
+    before, after = VISRAG.get(cell(row, "source", "text?"), ("", ""))
     return item(f"{before}  {query} " if before else f"{query} "), item(f"{after}  " if after else " ", page), []
 
 
@@ -646,7 +701,10 @@ class Source(Media):
         super().__init__(spec, root)
         self.parse, required, optional, sides = TRAIN_PARSERS[spec["parser"]]
         self.rows = self.table(required, optional, spec["split"] or split, spec["config"])
-        empty = self.rows.empty(sides, on_bad)
+        try:
+            empty = self.rows.empty(sides, on_bad)
+        except BadData as e:
+            raise named(e, self.name) from None
         self.keep, self.dropped = np.flatnonzero(~empty).astype(np.int32), int(empty.sum())          # keep: usable rows, 4 bytes each
         if not len(self.keep):
             raise BadData(f"{self.name}: no usable row in {self.rows.parts[0][0]} ({len(empty)} rows, all with an empty side)")
@@ -661,6 +719,8 @@ class Source(Media):
             raise IndexError(f"{self.name} has {len(self.keep)} usable rows, row {row} was asked for")
         try:
             query, target, negatives = self.parse(self, self.rows[int(self.keep[row])])
+            if {"text": ""} in (query, target, *negatives):
+                raise BadData("a side is empty but for the marker of a picture that is not given")
         except BadData as e:
             raise named(e, self.id(row)) from None
         return {"id": self.id(row), "dataset": self.name, "query": query, "target": target, "negatives": negatives}
@@ -963,7 +1023,8 @@ def target_clip(b, key, path, n=0):
 def video_ret(b, row):
     """Caption -> video among all videos; key = the video's id. Where a video has several captions the first is the query."""
     (id_column, column), inst = b.spec["columns"], b.spec["inst"]
-    video = stem(cell(row, id_column, "id"))
+    video = cell(row, id_column, "id")
+    video = stem(video) if id_column == "video" else video          # DiDeMo names a file, the others have ids
     caption = cell(row, column, "texts")[0] if isinstance(row[column], list) else cell(row, column)
     target = target_clip(b, video, video)
     b.query(b.say(f"{inst} {caption}", inst, caption), [target], [target])
@@ -988,12 +1049,16 @@ def momentseeker(b, row):
     """Several positives; the query is text, text and picture, or text and clip; all frames there are (8) are taken."""
     text, given = cell(row, "query", "text?"), cell(row, "input_frames", "text?")
     kind = next(ending for ending in SEEK if given.endswith(ending))         # "" fits what is left: a query of text alone
+    if given and not kind or not given and not text:
+        raise BadData(f"input_frames {given!r} is no .mp4 and no .jpg" if given else "neither query nor input_frames")
     flat = lambda path: "video_frames/" + path.replace("/", "_").split(".mp4")[0]
     image = b.picture(f"query_{given}") if kind == ".jpg" else None
     video = b.clip(flat(given), None) if kind == ".mp4" else None
     cands = {}
     for column in ("positive_frames", "negative_frames"):
-        paths = [flat(cell(c or {"output_path": None}, "output_path")) for c in listed(row[column])]
+        if not all(isinstance(c, dict) and "output_path" in c for c in listed(row[column])):
+            raise BadData(f"column {column} is not a list of clips with an output_path")
+        paths = [flat(cell(c, "output_path")) for c in listed(row[column])]
         cands[column] = [target_clip(b, path, path, None) for path in paths]
     full = SEEK[kind] + f" {text}" * bool(text)
     b.query(b.say(full, SEEK[kind], text, image, video), sum(cands.values(), []), cands["positive_frames"])
@@ -1037,7 +1102,7 @@ def beir(b, limit):
         page, score = cell(row, "corpus-id", "id"), row["score"]
         if page not in pages:
             raise BadData(f"corpus-id {page!r} names no document of the corpus")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not np.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= 100:          # 2^grade must be a number
             raise BadData(f"score is {score!r}")
         if score > 0:                                    # a duplicate keeps the higher grade
             of = relevant[cell(row, "query-id", "id")]
@@ -1172,8 +1237,13 @@ def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False,
             want = spec["rows" if kind == "train" else "queries"] or "?"
             tqdm.write(f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {want:>8} rows, {usable:,} usable"
                        + " queries" * (kind == "eval"))
-            more = [f"... and {len(bad) - 20} more like these"] if len(bad) > 20 else []
-            for line in bad[:20] + more + (downloads(spec, root) if status in ("missing", "short") else []):
+            kinds = collections.defaultdict(list)                # a complaint without its names and numbers
+            for line in bad:
+                kinds[re.sub(r"'[^']*'|\d+", "", line)].append(line)
+            for lines in kinds.values():
+                more = [f"... and {len(lines) - 20} more like these"] if len(lines) > 20 else []
+                tqdm.write("\n".join(f"         {line}" for line in lines[:20] + more))
+            for line in downloads(spec, root) if status in ("missing", "short") else []:
                 tqdm.write(f"         {line}")
     print(", ".join(f"{status}: {count[status]}" for status in ("found", "short", "missing", "broken")))
     return 1 if fatal else 2 if count["missing"] == len(todo) else 0
@@ -1283,6 +1353,8 @@ def main():
         return bench(args.rows, args.out)
     if not args.check:
         parser.error("--check ROOT or --bench is wanted")
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: at least 1")
     kinds = [kind for kind in ("train", "eval") if getattr(args, kind)] or ["train", "eval"]
     return check(args.check, kinds, args.names.split(",") if args.names else None, args.on_bad, args.fetch, args.workers, args.page_labels)
 

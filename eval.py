@@ -240,9 +240,12 @@ class Cache:
             np.save(path + ".part.npy", vectors)                  # a half-written file never has the final name
             os.replace(path + ".part.npy", path + ".npy")
             write(path + ".json", [{"ms": ms, "infos": infos}])      # one line: compact
-        vectors = np.load(path + ".npy", mmap_mode="r")
-        with open(path + ".json") as f:
-            kept = json.load(f)
+        try:
+            vectors = np.load(path + ".npy", mmap_mode="r")
+            with open(path + ".json") as f:
+                kept = json.load(f)
+        except (ValueError, EOFError) as e:
+            raise BadData(f"{path}.npy or .json is damaged ({e}): delete both") from None
         if len(vectors) != len(first) or len(kept["infos"]) != len(first):
             raise BadData(f"{path}.npy does not hold the {len(first)} vectors it should: delete it")
         at = dict(zip(first, range(len(first))))
@@ -536,7 +539,7 @@ def main():
                       args.batch_size, {"model_name": os.path.basename(os.path.normpath(args.model)), **dict(m.split("=", 1) for m in args.metadata)},
                       {"dim": args.dim} if args.dim else None)
     for name, d in result["datasets"].items():
-        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped"
+        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped, {len(d['bad'])} complaints"
               f"; {d['protocol']}; reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
     for key in ("image", "video", "visdoc", "overall"):
         print(f"{key}: {100 * result[key]:.2f}" if result[key] is not None else f"{key}: none")

@@ -1602,7 +1602,8 @@ def test_data_eval_pages_on_disk_and_labels(tmp_path):
 def test_data_own_jsonl_and_parquet_need_no_code(tmp_path):
     write_picture(tmp_path / "pics/a b.png")
     rows = [{"qry": "one", "qry_image_path": "pics/a b.png", "pos_text": "eins", "pos_image_path": ""},
-            {"qry": "two", "qry_image_path": "", "pos_text": "zwei", "pos_image_path": "", "neg_text": "drei"}, {"qry": "two", "pos_text": "deux"}]
+            {"qry": "two", "qry_image_path": "", "pos_text": "zwei", "pos_image_path": "", "neg_text": "drei"},
+            {"qry": "two", "qry_image_path": None, "pos_text": "deux", "pos_image_path": None}]
     (tmp_path / "train.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
     write_table(str(tmp_path / "test.parquet"), rows, ["qry", "qry_image_path", "pos_text", "pos_image_path"])
     d = data.train_sets(str(tmp_path))
@@ -3876,8 +3877,93 @@ def more_bad_roots(tmp_path):
         yield str(tmp_path / key), "train", "own", what, 2
 
 
+def odd_tables(tmp_path):
+    """More of the same for roots with a datasets.json: one good row 0, one bad row 1, of parsers that more_bad_roots() leaves out."""
+    def own(key, kind, parser, rows, what, usable=1, **spec):
+        root = tmp_path / f"odd {key}"
+        write_frames(root / "v", 2), write_frames(root / "w.x", 2), write_frames(root / "video_frames/c", 2), write_picture(root / "a.png")
+        (root / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (root / "datasets.json").write_text(json.dumps({kind: [dict(name="d", table="t.jsonl", parser=parser, **spec)]}))
+        return str(root), kind, "d", what, usable
+
+    talk = lambda video="v", answer="a": {"video": video, "conversations": [{"from": "human", "value": "<video>\nq"}, {"from": "gpt", "value": answer}]}
+    pair = dict(qry="q", qry_image_path="a.png", pos_text="a", pos_image_path="")
+    seek = lambda query="q", given="", positives=({"output_path": "c.mp4"},): dict(query=query, input_frames=given, positive_frames=list(positives), negative_frames=[])
+    root, *more = own("linked", "train", "video_caption", [talk(), talk("x")], "d/1: path 'x/2.png' leaves the root")
+    write_picture(tmp_path / "secret.png"), write_picture(tmp_path / "odd linked/x/1.png"), os.symlink(tmp_path / "secret.png", tmp_path / "odd linked/x/2.png")
+    yield root, *more
+    yield own("silent", "train", "video_qa", [talk(), talk(answer="")], "d/1: conversations: the answer is empty")
+    yield own("choice", "train", "video_qa", [talk(), talk(["nope", "v"])], "d/1: column video is list")
+    yield own("marker", "train", "mmeb", [pair, dict(pair, pos_text=IMG)], "d/1: a side is empty but for the marker")
+    yield own("marker 2", "train", "mmeb", [pair, dict(pair, neg_text=IMG, neg_image_path="")], "d/1: a side is empty but for the marker")
+    yield own("lengths", "train", "mmeb", [pair, dict(pair, neg_text=["x", "y"], neg_image_path=["a.png"])], "d/1: 2 neg_text for 1 neg_image_path")
+    yield own("paths", "train", "mmeb", [pair, dict(pair, qry_image_path=["no.png", "a.png"])], r"d/1: \['no.png', 'a.png'\] is not a path")
+    yield own("surrogate", "train", "mmeb", [pair, dict(pair, qry_image_path="\ud800/a.png")], "d/1: .*is not a path")
+    yield own("column", "eval", "pairs", [pair, {"qry": "p", "qry_img_path": "a.png", "pos_text": "a", "pos_image_path": ""}], "d/1: .*row 1 has no column qry_image_path")
+    yield own("dots", "eval", "video_ret", [dict(video_id="w.x", caption="c"), dict(video_id="../v", caption="d")], "d/1: path '../v' leaves the root")
+    yield own("strings", "eval", "momentseeker", [seek(), seek("p", positives=["c.mp4"])], "d/1: column positive_frames is not a list of clips")
+    yield own("ending", "eval", "momentseeker", [seek(), seek("p", "pic.jpeg")], "d/1: input_frames 'pic.jpeg' is no .mp4 and no .jpg")
+    yield own("nothing", "eval", "momentseeker", [seek(), seek(None)], "d/1: neither query nor input_frames")
+    yield own("nested", "train", "mmeb", [pair], "t.jsonl row 1: not JSON", 1)
+    with open(tmp_path / "odd nested/t.jsonl", "a") as f:
+        f.write("\n" + "[" * 100_000)
+
+
+def test_data_tables_that_cannot_be_meant(tmp_path, capsys, monkeypatch):
+    """Half a dataset, half its shards, a column twice, two files for one name, a name twice: one line each, and never called missing."""
+    def said(root, kind, *names):
+        assert data.check(str(root), (kind,), list(names) or None) == 1
+        out = capsys.readouterr().out
+        assert "broken" in out
+        return out
+
+    write_beir(tmp_path / "beir", "vidore/tatdqa_test_beir", [{"query-id": 1, "query": "x"}], pages([5]), [{"query-id": 1, "corpus-id": 5, "score": 1}])
+    shutil.rmtree(tmp_path / "beir/vidore/tatdqa_test_beir/corpus")
+    assert "ViDoRe_tatdqa: no corpus" in said(tmp_path / "beir", "eval", "ViDoRe_tatdqa")
+    write_table(f"{tmp_path}/half/{TRAIN_HUB}/WebQA/original-00001-of-00003.parquet", [dict(AOK, qry_image_path="")])
+    assert "of 3 shards 2 are missing, the first is 0" in said(tmp_path / "half", "train", "WebQA")
+    write_train(tmp_path / "old", "WebQA", [dict(AOK, qry_image_path="")])
+    write_table(f"{tmp_path}/old/{TRAIN_HUB}/WebQA/original-00000-of-00002.parquet", [dict(AOK, qry_image_path="")])
+    assert "shards of 1 and of 2 lie side by side" in said(tmp_path / "old", "train", "WebQA")
+    os.makedirs(tmp_path / "twice")
+    pq.write_table(pa.Table.from_arrays([pa.array(["q"])] * 5, ["qry", "qry", "qry_image_path", "pos_text", "pos_image_path"]), tmp_path / "twice/train.parquet")
+    assert "has the column qry 2 times" in said(tmp_path / "twice", "train")
+    (tmp_path / "twice/train.jsonl").write_text("{}")
+    with pytest.raises(BadData, match="train.jsonl and train.parquet: which one"):
+        data.tables(str(tmp_path / "twice"), "train")
+    with pytest.raises(BadData, match="'VOC2007' is asked for twice"):
+        data.wanted(data.EVAL, ["VOC2007", "VOC2007"])
+    os.makedirs(tmp_path / "listing")
+    (tmp_path / "elsewhere.json").write_text("{}")
+    os.symlink(tmp_path / "elsewhere.json", tmp_path / "listing/datasets.json")
+    with pytest.raises(BadData, match="datasets.json leaves the root"):
+        data.tables(str(tmp_path / "listing"), "train")
+    with pytest.raises(BadData, match="score is 2000"):
+        write_beir(tmp_path / "grade", "vidore/tatdqa_test_beir", [{"query-id": 1, "query": "x"}], pages([5]), [{"query-id": 1, "corpus-id": 5, "score": 2000}])
+        data.load_eval(str(tmp_path / "grade"), "ViDoRe_tatdqa")
+    monkeypatch.setattr(sys, "argv", ["data.py", "--check", str(tmp_path), "--workers", "0"])
+    with pytest.raises(SystemExit):
+        data.main()
+    assert "--workers 0" in capsys.readouterr().err
+
+
+def test_data_odd_tables_pass(tmp_path, monkeypatch):
+    """A column of nothing that pandas wrote as numbers, categories in many row groups, ids with dots, frames named by odd digits, a list after a blank line."""
+    monkeypatch.setattr(data, "SMALL", 0), monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
+    n, path = 400, tmp_path / "train.parquet"
+    kinds = pa.array([f"q{i}" for i in range(n)]).dictionary_encode()
+    pq.write_table(pa.table({"qry": kinds, "qry_image_path": pa.nulls(n, pa.float64()), "pos_text": pa.array(["a"] * n), "pos_image_path": pa.nulls(n)}), path, row_group_size=100)
+    d = data.train_sets(str(tmp_path))
+    assert d.sizes == [n] and [d.pair(0, i)["query"]["text"] for i in (0, 150, 399)] == ["q0", "q150", "q399"]
+    write_frames(tmp_path / "w.x", 2), write_picture(tmp_path / "w.x/\u00b2.png")
+    (tmp_path / "t.json").write_text("\n" + json.dumps([dict(video_id="w.x", caption="c")]))
+    (tmp_path / "datasets.json").write_text(json.dumps({"eval": [dict(name="d", table="t.json", parser="video_ret")]}))
+    es = data.load_eval(str(tmp_path), "d")
+    assert es.cand_ids == ["w.x"] and len(es.candidates[0]["video"]["frames"]) == 3
+
+
 def test_data_more_bad_input_is_found_named_and_skipped(tmp_path, capsys):
-    for root, kind, name, what, usable in more_bad_roots(tmp_path):
+    for root, kind, name, what, usable in [*more_bad_roots(tmp_path), *odd_tables(tmp_path)]:
         def read(on_bad):
             if kind == "eval":
                 found = evaluation.evaluate(Fake(lambda item: np.ones(4)), root, os.path.join(root, on_bad), [name], ("never",), on_bad=on_bad)["datasets"][name]
