@@ -3454,6 +3454,33 @@ def test_run_stage_interrupted_and_resumed(m_finished, tmp_path, monkeypatch):
     assert digest(out) == digest(m_finished)
 
 
+def test_run_interrupted_repetition_does_not_pass_for_its_result(m_finished, tmp_path, monkeypatch, capsys):
+    """rl again at another price, killed before its first checkpoint: --stage all does not report the old weights under the new price. A repetition
+    that fails over its input leaves the run as it was, its options too."""
+    out, step = m_copy(m_finished, tmp_path / "run"), train.rl.grpo_step
+    before = {name: open(os.path.join(out, name), "rb").read() for name in ("config.json", "stages.json")}
+
+    def broken(*a):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(train.rl, "grpo_step", broken)
+    assert m_main(out, "--rl_price", "2", stage="rl") == 1 and "no such thing" in capsys.readouterr().err
+    assert before == {name: open(os.path.join(out, name), "rb").read() for name in before}
+
+    def killed(*a):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.rl, "grpo_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        m_main(out, "--rl_price", "2", stage="rl")
+    assert not {"rl", "eval"} & set(m_json(out, "stages.json")) and m_json(out, "config.json")["rl_price"] == 2
+    done = []
+    monkeypatch.setattr(train.rl, "grpo_step", lambda model, reader, prompts, targets, same, cfg, *a: (done.append(cfg.rl_price), step(model, reader, prompts, targets, same, cfg, *a))[1])
+    monkeypatch.setattr(train.evaluation, "pictures", lambda *a: None)
+    assert m_main(out, "--rl_price", "2") == 0 and set(done) == {2} and {"rl", "eval"} <= set(m_json(out, "stages.json"))
+    assert train.main(["--stage", "eval", "--out", str(tmp_path / "nothing")]) == 2 and not os.path.exists(tmp_path / "nothing")
+
+
 def test_run_embed_draws_from_the_posterior(m_finished, tmp_path, monkeypatch):
     """What one_step hands over: a rationale of the pair's own, by weight, and label 1; judged and none kept: 0; never judged: -1."""
     out, seen = m_copy(m_finished, tmp_path / "run"), []

@@ -269,6 +269,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.out, self.device, self.stopping, self.looping = cfg, cfg.out, join(cfg), False, False
         os.makedirs(cfg.out, exist_ok=True)
+        self.before = read_json(self.path("config.json")) if os.path.exists(self.path("config.json")) else {}
         self.same_configuration(self.path("config.json"), "use another --out", self.owns)
         self.data_root = cfg.data or self.path("data")
         self.stages = read_json(self.path("stages.json")) if os.path.exists(self.path("stages.json")) else {}
@@ -335,15 +336,29 @@ class Run:
                 rows = [json.loads(line) for line in f if line.endswith("\n")]
             selection.write_rows(path, [r for r in rows if r["step"] <= step or r["stage"] not in (stage, f"{stage} skills")])
 
-    def finish(self, stage, folder, seconds):
-        """Put a finished stage's folder in its place and note it; what was made from the old one is done no longer."""
+    def begin(self, stage):
+        """From now on the stage and what follows from it count as not done: what an interrupted repetition leaves must not pass for its result.
+        -> the stages as they were, for undo()."""
+        before = dict(self.stages)
         for later in STAGES[STAGES.index(stage) :]:
             self.stages.pop(later, None)
+        if rank() == 0 and before != self.stages:
+            write_json(self.path("stages.json"), self.stages)
+        return before
+
+    def undo(self, before):
+        """The repetition failed before it changed anything: what was done stays done, under the options that it was done with."""
+        if rank() == 0 and before != self.stages:
+            write_json(self.path("config.json"), self.before)
+            write_json(self.path("stages.json"), before)
+        self.stages = before
+
+    def finish(self, stage, folder, seconds):
+        """Put a finished stage's folder in its place and note it."""
         gather_objects(None)                                     # when all ranks are done
         if rank() == 0:
             final = self.path(stage)
             flush(*glob.glob(os.path.join(folder, "**"), recursive=True))
-            write_json(self.path("stages.json"), self.stages)
             if os.path.isdir(final) and not os.path.islink(final):
                 shutil.rmtree(final)
             elif os.path.lexists(final):
@@ -1098,6 +1113,8 @@ def world(cfg, final, **change):
 
 def run_stages(cfg):
     """The stages that this call asks for, in one run folder -> its Run."""
+    if cfg.stage not in ("all", "base") and not os.path.exists(os.path.join(cfg.out, "stages.json")):
+        raise UsageError(f"stage {STAGES[STAGES.index(cfg.stage) - 1]} has not finished in {cfg.out}: there is no run yet, --stage all makes one")
     run = Run(cfg)
     signal.signal(signal.SIGTERM, run.terminate)
     if cfg.data and cfg.stage == "all" and not loader.tables(cfg.data, "eval"):
@@ -1114,7 +1131,12 @@ def run_stages(cfg):
             if stage != "eval" or cfg.resume != "auto":          # what eval.part/cache holds need not be embedded again
                 shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(aside, exist_ok=True)
-        {"base": base_stage, "propose": propose_stage, "select": select_stage, "embed": embed_stage, "rl": rl_stage, "eval": eval_stage}[stage](run, aside)
+        before = run.begin(stage)
+        try:
+            {"base": base_stage, "propose": propose_stage, "select": select_stage, "embed": embed_stage, "rl": rl_stage, "eval": eval_stage}[stage](run, aside)
+        except (UsageError, ValueError, OSError):                # a broken input, a full disk: not a kill, and not a training that went wrong
+            run.undo(before)
+            raise
         run.finish(stage, aside, time.time() - t0)
         run.say(f"{stage}: {time.time() - t0:.0f} s")
     if "eval" in run.stages and rank() == 0:
