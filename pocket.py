@@ -18,7 +18,7 @@ How to run:
     python pocket.py --out DIR [--seed 1] [--train 300] [--test 100] [--style plain|night] [--steps 3]
 
 Left out: natural images, fonts other than Pillow's, noise in the labels.
-Source: design.md sections 3 and 7; the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py).
+Source: the design notes (not in this folder), sections 3 and 7; the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py).
 """
 
 import argparse

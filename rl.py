@@ -30,7 +30,7 @@ How to run: stage `rl` of train.py. The log names what tells a live run from a d
 zero-variance share, clip share, |logp_rollout − logp_train|, tokens, seconds of generate/score/update, and one sample.
 
 Left out: off-policy updates, asynchronous rollouts, group size by difficulty.
-Source: design.md section 5; the choices and where they come from: DAPO (2503.14476), Dr.GRPO (2503.20783), Lite PPO (2508.08221).
+Source: the design notes (not in this folder), section 5; the choices and where they come from: DAPO (2503.14476), Dr.GRPO (2503.20783), Lite PPO (2508.08221).
 """
 
 import time

@@ -34,7 +34,7 @@ this file hides it. So when it is *imported* as `select` the lines below hand th
 name. train.py loads this file by its path. The `def`s that then still run are harmless: the importer already holds the real module.
 
 Left out: rationales for targets inside --write-requests (see --sides), judges other than an embedder, learned thresholds.
-Source: design.md sections 3, 4 and 8; the counterfactual is MMEmb-R1's (arXiv 2604.06156, abstract), the formula is ours.
+Source: the design notes (not in this folder), sections 3, 4 and 8; the counterfactual is MMEmb-R1's (arXiv 2604.06156, abstract), the formula is ours.
 """
 
 import sys
