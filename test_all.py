@@ -3636,7 +3636,7 @@ def finished_run(out, root, tasks=None):
     selection = {"candidates": 9, "kept": 2, "precision": None, "by_worker": {"a": 0.5, "b": None}}
     evaluation.write(os.path.join(out, "report.json"), {"preset": "pocket", "seed": 3, "seconds": {"embed": 1.5}, "modes": found["modes"], "curve": found["curve"],
                                                  "selection": selection})
-    evaluation.write(os.path.join(out, "config.json"), {"device": "cpu", "scale": 1.0})
+    evaluation.write(os.path.join(out, "config.json"), {"device": "cpu", "scale": 1.0, "rl_price": 0.1})
     evaluation.write(os.path.join(out, "metrics.jsonl"), [{"stage": "embed", "step": i, "loss": 1 / i, "nce_direct": 1 / i} for i in (10, 20, 30, 10, 20)])
     return out
 

@@ -18,7 +18,7 @@ Precision: what is trained is fp32, what is frozen and all arithmetic are in --d
 would cost the same 16 bytes per weight, and GradCache adds up dozens of chunks' gradients, which bf16 would round away.
 Ranks: each reads its share of every batch; vectors are gathered, the loss is that of the joined batch (embed.grad_cache), gradients add up.
 
-The method's maths stands in embed.py, select.py and rl.py; the order of the stages and why in design section 3: select is the E-step of
+The method's maths stands in embed.py, select.py and rl.py; the order of the stages: select is the E-step of
 an EM over the latent rationale, embed the M-step, rl learns the prior over rationales, the empty one among them.
 
 Left out: experiment trackers (metrics.jsonl is plain), sweeps, hyper-parameter schedules beyond warm-up, flat, cool-down; a "best"
