@@ -3454,6 +3454,24 @@ def test_run_stage_interrupted_and_resumed(m_finished, tmp_path, monkeypatch):
     assert digest(out) == digest(m_finished)
 
 
+def test_run_rest_trains_what_was_not_kept(m_finished, tmp_path, monkeypatch):
+    """embed_rest: where nothing of a pair was kept, the branch is by the worker of whom most was kept, and the label is still 0; off: no branch."""
+    proposed = m_select.read_rationales(os.path.join(m_finished, "propose", "rationales.jsonl"))
+    text = {(r["id"], r["worker"]): r["text"] for r in proposed if r["side"] == "query"}
+    ids = sorted({i for i, w in text if w == "captioner"} & {i for i, w in text if w == "careful"})
+    kept = {i: "captioner" if n % 3 else "careful" for n, i in enumerate(ids[:30])}
+    for on in (False, True):
+        out, seen = m_copy(m_finished, tmp_path / str(on)), []
+        os.unlink(os.path.join(out, "select", "selected.jsonl"))
+        m_select.write_rows(os.path.join(out, "select", "selected.jsonl"), [dict(id=i, worker=w, text=text[i, w], delta=1.0, delta_placebo=0.0, weight=1.0) for i, w in kept.items()])
+        monkeypatch.setattr(train, "contrastive_step", lambda model, reader, pairs, branches, labels, cfg, **_: (seen.extend((p["id"], b, l, reader) for p, b, l in zip(pairs, branches, labels)), dict(loss=0.0, ids=[]))[1])
+        assert m_main(out, "--embed_rest", str(on).lower(), stage="embed") == 0
+        for i, branch, label, reader in seen:
+            want = text[i, kept[i]] if i in kept else text.get((i, "captioner")) if on else None
+            assert label == (i in kept) and branch == (None if want is None else reader.rationale(want)), i
+        assert {i in kept for i, *_ in seen} == {True, False}
+
+
 def test_run_interrupted_repetition_does_not_pass_for_its_result(m_finished, tmp_path, monkeypatch, capsys):
     """rl again at another price, killed before its first checkpoint: --stage all does not report the old weights under the new price. A repetition
     that fails over its input leaves the run as it was, its options too."""

@@ -25,6 +25,7 @@ Left out: experiment trackers (metrics.jsonl is plain), sweeps, hyper-parameter 
 checkpoint: nothing is held out inside a stage, and what the loss says of a batch depends on the batch.
 """
 
+import collections
 import ctypes
 import dataclasses
 import datetime
@@ -148,6 +149,7 @@ class Config:
     embed_steps: int = 450
     embed_lr: float = 0.5           # times the learning rates above
     embed_workers: str = ""         # only these workers' rationales (commas), "none": nobody's (ablations)
+    embed_rest: bool = False        # pairs with nothing kept train the reasoned path too, on what the worker of most kept ones wrote; they decide "direct"
     batch: int = 64                 # pairs per step
     sub_batch: int = 16             # of one dataset, so that in-batch negatives are hard
     negatives: int = 1              # hard negatives used per pair
@@ -1014,10 +1016,12 @@ def embed_stage(run, out):
     judged, workers = {r["id"] for r in proposed if r["side"] == "query"}, set(filter(None, c.embed_workers.split(",")))
     if unknown := sorted(workers - {r["worker"] for r in proposed} - {"none"}):
         raise UsageError(f"--embed_workers {unknown[0]}: no rationale is by such a worker; there are {', '.join(sorted({r['worker'] for r in proposed}))}")
-    for r in selection.read_rationales(run.path("select", "selected.jsonl"), numbers=("weight",)):
-        if not workers or r["worker"] in workers:
-            kept.setdefault(r["id"], []).append((e.reader.rationale(r["text"]), r["weight"]))
+    chosen = [r for r in selection.read_rationales(run.path("select", "selected.jsonl"), numbers=("weight",)) if not workers or r["worker"] in workers]
+    for r in chosen:
+        kept.setdefault(r["id"], []).append((e.reader.rationale(r["text"]), r["weight"]))
     kept = {i: [(b, w / sum(w for _, w in options)) for b, w in options] for i, options in kept.items()}
+    trusted = collections.Counter(r["worker"] for r in chosen).most_common(1) if c.embed_rest else []
+    rest = {r["id"]: e.reader.rationale(r["text"]) for r in proposed for worker, _ in trusted if r["side"] == "query" and r["worker"] == worker}
     offline = {}                                                 # what targets may say; nothing judges it, so it only serves --sides both
     for r in proposed:
         if r["side"] == "target" and c.sides == "both":
@@ -1033,7 +1037,7 @@ def embed_stage(run, out):
             return contrastive_step(e.model, e.reader, batch, [o[run.rng("embed", i, p["id"]).integers(len(o))] for o, p in zip(options, batch)], [-1] * len(batch), c)
         for p in batch:                                          # one rationale per visit, drawn from the posterior
             options = kept.get(p["id"])
-            branches.append(options[run.rng("embed", i, p["id"]).choice(len(options), p=[w for _, w in options])][0] if options else None)
+            branches.append(options[run.rng("embed", i, p["id"]).choice(len(options), p=[w for _, w in options])][0] if options else rest.get(p["id"]))
             labels.append(1 if options else 0 if p["id"] in judged else -1)
         return contrastive_step(e.model, e.reader, batch, branches, labels, c)
 
