@@ -788,7 +788,8 @@ def pictures(out, root, on_bad="stop"):
     summary = need(path("eval", "summary.json"), lambda s: [s["tau"], s["missing"], s["broken"], [
         (d["modality"], d["reason_rate"], report["modes"][mode]["datasets"][name]) for name, d in s["datasets"].items() for mode in COLOURS]])
     log = need(path("metrics.jsonl"), lambda row: (row["stage"], row["step"]), True)
-    config, of = need(path("config.json"), lambda c: (c["device"], c["scale"], c["rl_price"])), {name: d["modality"] for name, d in summary["datasets"].items()}
+    config = need(path("config.json"), lambda c: (c["device"], c["scale"], c["rl_price"]))
+    of = {name: d["modality"] for name, d in summary["datasets"].items()}
     records = {name: need(path("eval", of[name], f"{name}_queries.jsonl"), lambda r: (r["top3"]["adaptive"][0], *(
         r[k] for k in ("id", "p_reason", "reasoned", "rationale", "new_tokens", "label", "never", "always", "adaptive"))), True) for name in of}
     picked, says = choose(records, of), verdict(report["modes"], noise_of(records))
@@ -802,8 +803,9 @@ def pictures(out, root, on_bad="stop"):
     draw_gallery(picked, records, sets, summary["tau"]).save(path("gallery.png"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and config["device"] != "cpu" else f"CPU with {os.cpu_count()} cores"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "pillow", "matplotlib")]
+    made = [f"Price {config['rl_price']:g}", f"Scale {config['scale']:g}", device, f"Python {sys.version.split()[0]}", *versions]
     with open(path("report.md"), "w", encoding="utf-8") as f:
-        f.write(report_text(report, summary, says, [f"Price {config['rl_price']:g}", f"Scale {config['scale']:g}", device, f"Python {sys.version.split()[0]}", *versions]))
+        f.write(report_text(report, summary, says, made))
 
 
 if __name__ == "__main__":
