@@ -309,7 +309,8 @@ class Table:
 
     def line(self, part, i):
         """Row i of a JSONL file; unlike a parquet file's, each may lack a column."""
-        if lost := [c for c in self.required if c not in (row := part[i])]:
+        row = part[i]
+        if lost := [c for c in self.required if c not in row]:
             raise BadData(f"{part.path} row {i} has no column {', '.join(lost)} (it has {', '.join(row)})")
         return row
 
@@ -642,7 +643,8 @@ class Media:
                     return Table(files, required, optional, self.spec["cap"])
             except BadData as e:
                 raise named(e, self.name) from None
-        others = [{**fill, "part": p, "config": c} for p in (("corpus", "qrels", "queries") if part else [""]) for c in map(glob.escape, listed(self.spec["config"]) or [""])]
+        parts, configs = ("corpus", "qrels", "queries") if part else [""], map(glob.escape, listed(self.spec["config"]) or [""])
+        others = [{**fill, "part": p, "config": c} for p, c in itertools.product(parts, configs)]                # is another part of it there?
         there = any(glob.glob(os.path.normpath("./" + pattern.format(**other)), root_dir=self.root) for pattern in self.spec["table"] for other in others)
         raise (BadData if there else Missing)(
             f"{self.name}: no {part or config or 'table'} in {self.root} (looked for {self.spec['table'][0].format(**fill)})")
@@ -1237,10 +1239,10 @@ def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False,
             want = spec["rows" if kind == "train" else "queries"] or "?"
             tqdm.write(f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {want:>8} rows, {usable:,} usable"
                        + " queries" * (kind == "eval"))
-            kinds = collections.defaultdict(list)                # a complaint without its names and numbers
+            alike = collections.defaultdict(list)                # by what a complaint says without its names and numbers
             for line in bad:
-                kinds[re.sub(r"'[^']*'|\d+", "", line)].append(line)
-            for lines in kinds.values():
+                alike[re.sub(r"'[^']*'|\d+", "", line)].append(line)
+            for lines in alike.values():
                 more = [f"... and {len(lines) - 20} more like these"] if len(lines) > 20 else []
                 tqdm.write("\n".join(f"         {line}" for line in lines[:20] + more))
             for line in downloads(spec, root) if status in ("missing", "short") else []:
@@ -1280,10 +1282,10 @@ def decode(paths, carry):
 def bench(rows, out, steps=10_000, pictures=256, batch=64):
     """Time to the first batch, memory over 10,000 batches of references, and decoding. Seconds of the clock, and CPU seconds, which other people's
     jobs do not bend. Who decodes, each on all cores:
-        pillow      alone: processes that do Image.open(path).convert("RGB") and nothing else
+        pillow          alone: processes that do Image.open(path).convert("RGB") and nothing else
         pillow_keeps    the same, told to keep a freed picture's memory for the next, which spares the system's work; the loader does that too
-        processes   the loader's work in processes that hand the pictures back
-        threads     the loader
+        processes       the loader's work in processes that hand the pictures back
+        threads         the loader
 
     The world: `rows` training rows in 20 subsets, texts of random words (real ones compress as badly, so that every table is one that is unpacked and
     mapped), and `pictures` photograph-like JPEGs (smooth noise) of 640 x 480 that they share. "First batch" begins with nothing unpacked.

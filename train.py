@@ -349,7 +349,7 @@ class Run:
         return before
 
     def undo(self, before):
-        """The repetition failed before it changed anything: what was done stays done, under the options that it was done with."""
+        """The repetition failed: what was done stays done, under the options that it was done with (its rows of metrics.jsonl aside, once steps were made)."""
         if rank() == 0 and before != self.stages:
             write_json(self.path("config.json"), self.before)
             write_json(self.path("stages.json"), before)
