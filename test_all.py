@@ -2371,6 +2371,11 @@ def test_select_judges_a_large_world_in_windows(m_world, tmp_path, monkeypatch):
     streamed = train.Pairs(run, e.reader)
     streamed.kept = None
     assert [len(window) for window in streamed.windows(texts)] == [7] * (len(texts) // 7) + [len(texts) % 7] * (len(texts) % 7 > 0)
+    broken, get = ids[1], streamed.get
+    row = lambda ref: streamed.data.sources[ref[0]].id(ref[1])
+    streamed.get = lambda *ref: get(*(ref if row(ref) != broken else (ref[0], ref[1] + 1)))            # what fetch() does under on_bad="skip"
+    assert [p["id"] for window in streamed.windows(set(ids)) for p in window] == [i for i in ids if i != broken]       # none twice
+    streamed.get = get
     for a, b in zip(whole, rows := train.judge(run, e, streamed, texts, 0), strict=True):
         assert (a["id"], a["worker"], a["text"]) == (b["id"], b["worker"], b["text"])
         for key in ("delta", "delta_placebo", "delta_second", "delta_guess", "direct"):
@@ -3968,6 +3973,10 @@ def test_data_tables_that_cannot_be_meant(tmp_path, capsys, monkeypatch):
     write_beir(tmp_path / "beir", "vidore/tatdqa_test_beir", [{"query-id": 1, "query": "x"}], pages([5]), [{"query-id": 1, "corpus-id": 5, "score": 1}])
     shutil.rmtree(tmp_path / "beir/vidore/tatdqa_test_beir/corpus")
     assert "ViDoRe_tatdqa: no corpus" in said(tmp_path / "beir", "eval", "ViDoRe_tatdqa")
+    os.makedirs(tmp_path / "configs")
+    (tmp_path / "configs/b.json").write_text(json.dumps([dict(AOK, qry_image_path="")]))
+    (tmp_path / "configs/datasets.json").write_text(json.dumps({"eval": [dict(name="d", table="{config}.json", config=["a", "b"])]}))
+    assert "d: no a in" in said(tmp_path / "configs", "eval")    # its other part is there: not missing, but half
     write_table(f"{tmp_path}/half/{TRAIN_HUB}/WebQA/original-00001-of-00003.parquet", [dict(AOK, qry_image_path="")])
     assert "of 3 shards 2 are missing, the first is 0" in said(tmp_path / "half", "train", "WebQA")
     write_train(tmp_path / "old", "WebQA", [dict(AOK, qry_image_path="")])
@@ -4003,11 +4012,14 @@ def test_data_odd_tables_pass(tmp_path, monkeypatch):
     pq.write_table(pa.table({"qry": kinds, "qry_image_path": pa.nulls(n, pa.float64()), "pos_text": pa.array(["a"] * n), "pos_image_path": pa.nulls(n)}), path, row_group_size=100)
     d = data.train_sets(str(tmp_path))
     assert d.sizes == [n] and [d.pair(0, i)["query"]["text"] for i in (0, 150, 399)] == ["q0", "q150", "q399"]
-    write_frames(tmp_path / "w.x", 2), write_picture(tmp_path / "w.x/\u00b2.png")
-    (tmp_path / "t.json").write_text("\n" + json.dumps([dict(video_id="w.x", caption="c")]))
+    pq.write_table(pa.table({"qry": ["a", None, "c"], "qry_image_path": pa.nulls(3, pa.float64()), "pos_text": ["a"] * 3, "pos_image_path": pa.nulls(3)}), path)
+    d = data.train_sets(str(tmp_path))
+    assert d.sizes == [2] and d.dropped == {"own": 1} and d.pair(0, 1)["query"]["text"] == "c"         # one null is not a column of nothing
+    write_frames(tmp_path / "talk.v2", 2), write_picture(tmp_path / "talk.v2/\u00b2.png")
+    (tmp_path / "t.json").write_text("\n" + json.dumps([dict(video_id="talk.v2", caption="c")]))
     (tmp_path / "datasets.json").write_text(json.dumps({"eval": [dict(name="d", table="t.json", parser="video_ret")]}))
     es = data.load_eval(str(tmp_path), "d")
-    assert es.cand_ids == ["w.x"] and len(es.candidates[0]["video"]["frames"]) == 3
+    assert es.cand_ids == ["talk.v2"] and len(es.candidates[0]["video"]["frames"]) == 3
 
 
 def test_data_more_bad_input_is_found_named_and_skipped(tmp_path, capsys):
@@ -4533,6 +4545,16 @@ def peaks_mb(*lines):
     out = subprocess.run([sys.executable, "-c", MEMORY.format(here=HERE, lines=lines)], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stderr
     return [float(x) for x in out.stdout.split()]
+
+
+def test_encode_reads_a_bounded_number_ahead():
+    """Of a generator no more is taken than what was handed out and 32 items beyond."""
+    e, taken = tiny_embedder(), []
+    endless = (taken.append(i) or f"text {i}" for i in range(10**6))
+    for n, window in enumerate(e.windows(endless, None, 2)):     # windows of 16 x 2 items
+        assert len(window) == 32 and len(taken) <= 32 * (n + 2)
+        if n == 5:
+            break
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
