@@ -892,13 +892,15 @@ class EvalSet(Media):
         self.queries, self.query_ids, self.candidates, self.cand_ids, self.index = [], [], [], [], {}
         self.local, self.positives, self.grades, self.rows, self.dropped, self.bad = [], [], [], 0, 0, []
         self.asked = {}                              # of the parser pairs: query -> its number
+        self.config = self.spot = ""                 # of several tables one after the other: which is being read, and where in it
         self.fault = functools.cache(fault_of) if on_bad == "skip" else None         # a run that must not stop later looks at every picture now
 
     def complain(self, error):
         """Up with it, or into the notes, under the name of the row being read."""
+        error = named(error, self.where + self.spot)
         if self.on_bad == "stop":
-            raise named(error, self.where) from None
-        self.bad.append(str(named(error, self.where)))
+            raise error from None
+        self.bad.append(str(error))
 
     def each(self, table, prefix, parse, limit=None, start=0):
         """parse(self, row) for every row, until there are `limit` queries -> how many rows were bad."""
@@ -907,6 +909,7 @@ class EvalSet(Media):
             if limit and len(self.queries) == limit:
                 break
             self.where = f"{prefix}{start + i}"
+            self.spot = f" (row {i} of {self.config})" if len(listed(self.spec["config"])) > 1 else ""
             try:
                 parse(self, table[i])
             except BadData as e:
@@ -1238,7 +1241,7 @@ def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False,
             fatal += bool(bad) and (on_bad == "stop" or not usable)
             want = spec["rows" if kind == "train" else "queries"] or "?"
             tqdm.write(f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {want:>8} rows, {usable:,} usable"
-                       + " queries" * (kind == "eval"))
+                       + " queries" * (kind == "eval") + ", more than published: another version of it?" * (want != "?" and usable > want))
             alike = collections.defaultdict(list)                # by what a complaint says without its names and numbers
             for line in bad:
                 alike[re.sub(r"'[^']*'|\d+", "", line)].append(line)

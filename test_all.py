@@ -1508,6 +1508,10 @@ def test_data_eval_video_questions(tmp_path):
     assert es.queries[0]["text"] == f" {P} Q?A. oA B. oB C. oC D. oD E. oE" and es.candidates[2] == {"text": "oC"} and es.positives == [[2]]
     es = data.load_eval(str(tmp_path), "MVBench")
     assert es.rows == 20 and es.queries[12]["text"] == f" {P} How many?\nOptions:\n(A) 3\n(B) 2" and es.cand_ids == ["(A) 3", "(B) 2"] and es.positives[12] == [1]
+    config = data.MVBENCH[12]                                     # one table after the other: a complaint says in which the row is
+    write_table(str(tmp_path / f"VLM2Vec/MVBench/{config}/train-00000-of-00001.parquet"), [{"video": "v.mp4", "question": "How?", "candidates": ["3", "2"], "answer": "4"}])
+    with pytest.raises(data.BadData, match=rf"^MVBench/12 \(row 0 of {config}\): the answer '4'"):
+        data.load_eval(str(tmp_path), "MVBench")
     es = data.load_eval(str(tmp_path), "ActivityNetQA")
     assert es.queries[0]["text"] == f" {P} is it? (A) yes; (B) no." and es.candidates[1] == {"text": "no"} and es.positives == [[1]]
     q = data.load_eval(str(tmp_path), "ActivityNetQA", prompts="qwen").queries[0]
@@ -1859,6 +1863,12 @@ def test_data_check_names_whole_missing_and_short(tmp_path, capsys):
     write_train(tmp_path, "CIRR", [AOK])
     assert data.check(str(tmp_path)) == 0
     assert "short    train CIRR" in capsys.readouterr().out
+    (tmp_path / "datasets.json").write_text(json.dumps({"train": [{"name": "CIRR", "hub": TRAIN_HUB, "table": "{hub}/{name}/*.parquet", "rows": 0}]}))
+    assert data.check(str(tmp_path)) == 0 and "1 of        ? rows, 1 usable\n" in capsys.readouterr().out
+    write_train(tmp_path, "CIRR", [AOK, AOK])
+    (tmp_path / "datasets.json").write_text(json.dumps({"train": [{"name": "CIRR", "hub": TRAIN_HUB, "table": "{hub}/{name}/*.parquet", "rows": 1}]}))
+    assert data.check(str(tmp_path)) == 0 and "2 usable, more than published: another version of it?" in capsys.readouterr().out
+    write_train(tmp_path, "CIRR", [AOK])
     (tmp_path / "datasets.json").write_text(json.dumps({"train": [{"name": "CIRR", "hub": TRAIN_HUB, "table": "{hub}/{name}/*.parquet"}]}))
     (tmp_path / TRAIN_HUB / "CIRR/._original.parquet").write_bytes(b"AppleDouble")
     assert data.check(str(tmp_path)) == 0

@@ -1166,6 +1166,8 @@ VARIANTS = {                                                     # name: (forked
     "supervised": ("full", "rl", dict(rl_steps=0)),              # the decision as selection labelled it
     "no_price": ("full", "rl", dict(rl_price=0.0)),
     "one_loss": ("full", "rl", dict(rl_one_loss=True)),
+    # the reasoned path learnt on every pair; rl then has to hold the space where thinking gains nothing (results/tuning.txt)
+    "rest": ("full", "embed", dict(embed_rest=True, rl_nce=1.0, rl_lr=0.01)),
     "both_sides": ("full", "propose", dict(sides="both", select_judged="full")),         # its queries' rationales are the same
     "without_tally": ("full", "select", dict(leave_out="PocketTally")),                                   # never seen, then tested
 }
