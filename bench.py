@@ -457,7 +457,7 @@ def main(argv=None):
         transformers.utils.logging.disable_progress_bar()
         name = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
         versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__)
-        out = dict(device=name, dtype=str(o.dtype)[6:], clock=o.clock, compiled=o.compile, repeats=o.repeats, versions=versions, rows=[], limits=[], growth=[])
+        out = dict(device=name, date=time.strftime("%Y-%m-%d"), dtype=str(o.dtype)[6:], clock=o.clock, compiled=o.compile, repeats=o.repeats, versions=versions, rows=[], limits=[], growth=[])
         for size in o.size.split(",")[: 1 if o.growth else None]:
             growth(out, o) if o.growth else compare(size, out, o)
             if o.train:
