@@ -1275,18 +1275,24 @@ def record(figures, out):
                        "date": time.strftime("%Y-%m-%d"), "versions": versions, "figures": figures}, f, indent=1)
 
 
-def decode(paths, carry):
-    """A batch decoded: by Pillow alone and dropped, or (carry) as the loader does it and handed back. -> (seconds of CPU, pictures or None)."""
+def pillow(path):
+    return Image.open(path).convert("RGB")
+
+
+def decode(paths, read, carry):
+    """A batch read and handed back (carry), or each picture dropped at once. -> (seconds of CPU, pictures or None)."""
     start = time.process_time()
-    held = [load_picture(path) for path in paths] if carry else [Image.open(path).convert("RGB").size for path in paths]
+    held = [read(path) if carry else read(path).size for path in paths]
     return time.process_time() - start, held if carry else None
 
 
 def bench(rows, out, steps=10_000, pictures=256, batch=64):
     """Time to the first batch, memory over 10,000 batches of references, and decoding. Seconds of the clock, and CPU seconds, which other people's
     jobs do not bend. Who decodes, each on all cores:
-        pillow          alone: processes that do Image.open(path).convert("RGB") and nothing else
+        pillow          alone: processes that do Image.open(path).convert("RGB"), drop the picture and nothing else
         pillow_keeps    the same, told to keep a freed picture's memory for the next, which spares the system's work; the loader does that too
+        pillow_threads  the same in threads of this process
+        pillow_batches  the same, and batches of pictures are handed over, as who uses them needs them: no processor cache holds those
         processes       the loader's work in processes that hand the pictures back
         threads         the loader
 
@@ -1296,7 +1302,8 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
     global CACHE
     rng, cores, took = np.random.default_rng(0), len(os.sched_getaffinity(0)), collections.defaultdict(list)
     workers = lambda keep: ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), Image.core.set_blocks_max, (keep,))
-    with tempfile.TemporaryDirectory() as root, workers(0) as alone, workers(2) as keeping, workers(batch) as pool:
+    with tempfile.TemporaryDirectory() as root, workers(0) as alone, workers(2) as keeping, workers(batch) as pool, \
+            ThreadPoolExecutor(cores) as threads:
         CACHE, files = os.path.join(root, "cache"), [os.path.join(root, MMEB, f"{i}.jpg") for i in range(pictures)]
         ask, n = f"{IMG}\nRepresent the given image with the following question: ", rows // len(MMEB_TRAIN)
         for name, *_ in MMEB_TRAIN:
@@ -1323,8 +1330,16 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
         figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
                     "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
         held = [files[i:i + batch] for i in range(0, pictures, batch)] * 4       # long enough for the loader to reuse memory, as in training
-        elsewhere = lambda pool, carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(carry)))       # CPU seconds
-        ways = {"pillow": lambda: elsewhere(alone, False), "pillow_keeps": lambda: elsewhere(keeping, False), "processes": lambda: elsewhere(pool, True),
+        work = lambda pool, read, carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(read), itertools.repeat(carry)))
+
+        def here(carry):
+            Image.core.set_blocks_max(batch)
+            work(threads, pillow, carry)
+            Image.core.set_blocks_max(0)
+            return 0.0                                            # what threads spend is this process's anyway
+
+        ways = {"pillow": lambda: work(alone, pillow, False), "pillow_keeps": lambda: work(keeping, pillow, False),
+                "pillow_threads": lambda: here(False), "pillow_batches": lambda: here(True), "processes": lambda: work(pool, load_picture, True),
                 "threads": lambda: sum(0.0 for _ in batches(data, sampler, cores, len(held)))}
         for name, way in [*ways.items()] * 5:                     # in turn: the machine may be busy with something else
             wall, cpu = time.perf_counter(), time.process_time()
@@ -1334,7 +1349,7 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
         wall, cpu = np.min(times, 0)                              # of the round that was disturbed least by whatever else the machine does
         figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}
     figures |= {f"{name}_of_{peer}{what}": round(figures[f"{peer}{what}_ms"] / figures[f"{name}{what}_ms"], 2)          # shares of its rate
-                for name in ("threads", "processes") for peer in ("pillow", "pillow_keeps") for what in ("", "_cpu")}
+                for name in ("threads", "processes") for peer in ("pillow", "pillow_keeps", "pillow_threads", "pillow_batches") for what in ("", "_cpu")}
     record(figures, out)
 
 
