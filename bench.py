@@ -55,9 +55,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import rl
-from embed import Embedder, Reader, branch_logp, collate, contrastive_step, find_device, info_nce, pool
+from embed import Embedder, Reader, branch_logp, collate, contrastive_step, find_device, info_nce
 from eval import rank
-from model import CONFIGS, SPECIALS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, linear, tokenizer_spec, write_json
+from model import CONFIGS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, linear, tokenizer_spec, write_json
 
 # what a step is told, as train.py's Config has it
 STEP = types.SimpleNamespace(temperature=0.02, negatives=1, lm_weight=1.0, decision_weight=0.2, chunk_tokens=16384, rl_temperature=1.0, rl_price=0.1, rl_beta=0.1,
@@ -193,17 +193,13 @@ class Peer:
         logp = logits.log_softmax(-1).gather(1, torch.tensor(sum(written, []), device=device)[:, None]).squeeze(1)
         (direct, h, last), t = self.embed(prompts), self.embed(targets)[0]
         choice = F.linear(h[own, last - 1], self.model.lm_head.weight[[r.end, r.think]]).float()
+        per_query = lambda x: np.array(x).reshape(B, half)
         with torch.no_grad():
-            q = torch.cat((direct[:, None], v.view(B, half, -1)), 1)
-            quality = (torch.einsum("bgh,ch->bgc", q, t) / cfg.temperature).softmax(-1)[own, :, own]
-            spent, free = torch.tensor(list(map(len, written)), device=device).view(B, half), ~torch.tensor(closed, device=device).view(B, half)
-            reward = rl.rewards(quality[:, 1:], spent, free, cfg.rl_price, cfg.rl_max_new)
-            base = rl.rewards(quality[:, 0], 0 * spent[:, 0], free[:, 0] | True, cfg.rl_price, cfg.rl_max_new)
-            adv, _ = rl.advantages(reward, base)
-        loss, _ = rl.policy_loss(logp, logp.detach(), adv.flatten()[row], B * half * cfg.rl_max_new)
+            s = rl.score(torch.cat((direct[:, None], v.view(B, half, -1)), 1), t, same, per_query([len(w) for w in written]), per_query(closed), cfg)
+        loss, _ = rl.policy_loss(logp, logp.detach(), s["adv"].flatten()[row], B * half * cfg.rl_max_new)
         again = lambda x: x.repeat_interleave(half, 0)
         nce = info_nce(direct, t, own, cfg.temperature, same) + info_nce(v, t, again(own), cfg.temperature, again(same))
-        (cfg.rl_rationale * loss + cfg.rl_decision * rl.decision_loss(choice, reward.mean(1) - base) + cfg.rl_nce * nce).backward()
+        (cfg.rl_rationale * loss + cfg.rl_decision * rl.decision_loss(choice, s["gain"]) + cfg.rl_nce * nce).backward()
         self.model.zero_grad(set_to_none=True)
 
 
@@ -259,8 +255,8 @@ def embed_all(e, prompts):
 
 
 def write(e, prompts, G, tokens, temperature=1.0, stop=True):
-    r = e.reader
-    return generate(e.model, collate(prompts, r, device=e.model.device), tokens, G, r.prefix, (r.unthink,) if stop else (), r.tail, r.close, r.ban, temperature)
+    how = e.reader.how if stop else dict(e.reader.how, stop=())
+    return generate(e.model, collate(prompts, e.reader, device=e.model.device), tokens, G, **how, temperature=temperature)
 
 
 def read_pairs(e, n):
@@ -307,10 +303,10 @@ def compare(size, out, o):
     agree(f"contrastive, {size}", contrastive(e, pairs, cfg), peer.contrastive(pairs, cfg), 1e-3 if exact else 0.1)
     race(out, f"contrastive {o.batch} pairs, {size}", lambda: contrastive(e, pairs, cfg), lambda: peer.contrastive(pairs, cfg), o.batch, "pairs/s", o)
     few, same = pairs[: max(2, Q // 8)], torch.eye(max(2, Q // 8), dtype=torch.bool, device=o.device)                     # their activations must fit
-    q, t, unit = [p["query"] for p in few], [p["target"] for p in few], lambda batch: pool(e.model(batch), batch["ends"])[:, 0]
+    q, t = [p["query"] for p in few], [p["target"] for p in few]
 
     def ours():
-        rl.grpo_step(e.model, r, q, t, same, cfg, torch.Generator(o.device).manual_seed(0), lambda ts: unit(collate(ts, r, device=o.device)))
+        rl.grpo_step(e.model, r, q, t, same, cfg, torch.Generator(o.device).manual_seed(0))
         e.model.zero_grad(set_to_none=True)
 
     race(out, f"grpo {len(q)}x{cfg.rl_group}x{T}, {size}", ours, lambda: peer.grpo(q, t, same, cfg), len(q), "queries/s", o)

@@ -40,8 +40,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
-from data import load_picture
+from data import listed, load_picture
 from model import FACTOR, Cache, Tokenizer, generate, levels, load, patchify, read_json, resize, rope_positions, save, smart_resize
 from model import write_json
 
@@ -94,6 +95,7 @@ class Reader:
         self.close = [*tokenizer.encode("\n"), self.unthink]     # forced on a rationale that ran out of tokens
         # never sampled: picture markers, padding and the like; of the added tokens only </think> may be written
         self.ban = sorted((set(s.values()) | set(range(tokenizer.size, config.vocab))) - {self.unthink})
+        self.how = dict(prefix=self.prefix, stop=(self.unthink,), tail=self.tail, close=self.close, ban=self.ban)          # what model.generate is told
 
     def rationale(self, text):
         """Rationale text -> its branch: ids from <think> to <|endoftext|>. The text is stripped; the parts are those of generation."""
@@ -121,10 +123,10 @@ class Reader:
                 raise ValueError("an item has messages, or text, image and video, but not both")
             pieces = self.messages(item["messages"], instruction, pixels, grids)
         else:
-            video, many = item.get("video"), lambda x: [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
+            video = item.get("video")
             several = isinstance(video, (list, tuple)) and video and all(isinstance(v, (list, tuple)) or is_clip(v) for v in video)
             videos = [] if video is None else video if several else [video]
-            parts = {"video": videos, "image": many(item.get("image")), "text": many(item.get("text"))}           # Qwen's order
+            parts = {"video": videos, "image": listed(item.get("image")), "text": listed(item.get("text"))}       # Qwen's order
             content = [{kind: x} for kind, values in parts.items() for x in values]
             if all(p == {"text": ""} for p in content):
                 content = "NULL"                                 # Qwen3-VL-Embedding's word for an empty item
@@ -292,6 +294,12 @@ def pool(h, ends):
     """States (B, S, H) and places (B, G) -> unit vectors (B, G, H) in fp32; absent places (-1) give zeros."""
     at = h.gather(1, ends.clamp(min=0)[..., None].expand(-1, -1, h.shape[-1]))
     return F.normalize(at.float(), dim=-1) * (ends >= 0)[..., None]
+
+
+def direct_vectors(model, reader, prompts):
+    """e(x, ∅) of prompts: (n, H)."""
+    batch = collate(prompts, reader, device=model.device)
+    return pool(model(batch), batch["ends"])[:, 0]
 
 
 def decision_logits(model, h, batch, reader):
@@ -528,8 +536,7 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     def encode(chunk):
         kind, rows = chunk or ("nothing", [])
         if kind != "query":
-            batch = collate([own[i][1] for i in rows] or [NOTHING], reader, device=device)
-            return pool(model(batch), batch["ends"])[: len(rows), 0], None
+            return direct_vectors(model, reader, [own[i][1] for i in rows] or [NOTHING])[: len(rows)], None
         batch = collate([pairs[i]["query"] for i in rows], reader, [[branches[i]] if branches[i] else [] for i in rows], device)
         h = model(batch)
         return pool(h, batch["ends"])[batch["ends"] >= 0], lambda: beside(h, batch, rows)
@@ -636,7 +643,8 @@ class Embedder:
             raise ValueError(f"items is a {type(items).__name__}: expected an item, or a list or another iterable of them")
         total = len(items) if hasattr(items, "__len__") else None
         vectors, infos = [torch.zeros(0, self.model.c.hidden)], []
-        with progress(total, batch_size, show_progress) as bar:
+        quiet = True if total is not None and total <= batch_size else None      # None: shown in a terminal only
+        with tqdm(total=total, unit="item", desc="encode", disable=quiet if show_progress is None else not show_progress) as bar:
             for prompts in self.windows(items, instruction, batch_size):
                 out, info = torch.empty(len(prompts), self.model.c.hidden), [None] * len(prompts)
                 for rows in self.batches([len(p["ids"]) + 1 for p in prompts], batch_size):
@@ -702,8 +710,7 @@ class Embedder:
         rows = [i for i in range(len(prompts)) if cache is not None and (reason == "always" or p[i] > tau)]
         if rows:
             at = torch.tensor(rows, device=model.device)
-            out = generate(model, batch, max_new, 1, reader.prefix, (reader.unthink,), reader.tail, reader.close, reader.ban,
-                           temperature, generator, prefill=(h, cache), rows=at)
+            out = generate(model, batch, max_new, **reader.how, temperature=temperature, generator=generator, prefill=(h, cache), rows=at)
             v[at] = out["last"][:, 0].float()
             for j, i in enumerate(rows):
                 info[i].update(reasoned=True, rationale=reader.rationale_text(out["tokens"][j][0]), new_tokens=int(out["new"][j, 0]))
@@ -738,14 +745,6 @@ class Embedder:
         for name, text in (("chat_template.jinja", TEMPLATE), ("README.md", model_card(self, base, card))):
             with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
                 f.write(text)
-
-
-def progress(total, batch_size, show):
-    """A tqdm bar. show None: only in a terminal, and only when there is more than one batch to wait for."""
-    from tqdm import tqdm                                        # comes with transformers
-
-    quiet = not sys.stderr.isatty() or (total is not None and total <= batch_size)
-    return tqdm(total=total, unit="item", desc="encode", disable=quiet if show is None else not show)
 
 
 def find_device(name=None):
@@ -879,22 +878,14 @@ def jsonl_items(path, lines):
                 yield rooted(item, folder) if isinstance(item, dict) else item
 
 
-def rooted(item, folder):
-    """The item with the paths of its pictures taken relative to folder; a new object, the old one is untouched."""
-    def picture(x):
-        if isinstance(x, dict):
-            return {k: picture(v) if k in ("frames", "path", "url") else v for k, v in x.items()}
-        if isinstance(x, list):
-            return [picture(v) for v in x]
-        return os.path.join(folder, x) if isinstance(x, str) and not x.startswith("data:") else x
-
-    def walk(x):
-        if isinstance(x, list):
-            return [walk(v) for v in x]
-        way = {"image": picture, "image_url": picture, "video": picture, "messages": walk, "content": walk}
-        return {k: way[k](v) if k in way else v for k, v in x.items()} if isinstance(x, dict) else x
-
-    return walk(item)
+def rooted(x, folder, picture=False):
+    """An item with the paths of its pictures taken relative to folder; a new object, the old one is untouched. picture: x is one, or some."""
+    if isinstance(x, list):
+        return [rooted(v, folder, picture) for v in x]
+    if isinstance(x, dict):
+        deeper = dict.fromkeys(("frames", "path", "url"), True) if picture else dict(image=True, image_url=True, video=True, messages=False, content=False)
+        return {k: rooted(v, folder, deeper[k]) if k in deeper else v for k, v in x.items()}
+    return os.path.join(folder, x) if picture and isinstance(x, str) and not x.startswith("data:") else x
 
 
 def main():

@@ -29,12 +29,12 @@ counts a right answer that a ranking lists twice two times (its map and ndcg the
 
 import argparse
 import collections
-import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import resource            # peak memory, for the bench
 import sys
 import tempfile
@@ -78,28 +78,10 @@ def score_ranks(ranks, grades=None):
     return np.array([out[KS.index(k)][m] for m in METRICS for k in KS])
 
 
-def score_ranking(ranked, labels, grades=None):
-    """A ranked list of ids and the right ones -> {key: value}. A repeated id takes a place but counts once; a repeated label has its higher grade."""
-    labels = list(labels) if isinstance(labels, (list, tuple, set, np.ndarray)) else [labels]
-    if grades is not None and len(grades) != len(labels):
-        raise ValueError(f"{len(labels)} labels but {len(grades)} grades")
-    grade = {}
-    for label, g in zip(labels, [1.0] * len(labels) if grades is None else grades):          # paired before de-duplication
-        grade[label] = max(g, grade.get(label, g))
-    place = {}
-    for i, name in enumerate(ranked):
-        place.setdefault(name, i + 1)
-    return dict(zip(KEYS, score_ranks([place.get(label, np.inf) for label in grade], list(grade.values())).tolist()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranking
 
-@dataclasses.dataclass
-class Ranked:
-    worst: list                                      # per query the pessimistic ranks of its positives, in their order
-    best: list                                       # the optimistic ones
-    top: list                                        # per query the first candidate indices, in the pessimistic order
+Ranked = collections.namedtuple("Ranked", "worst best top")      # per query: its positives' ranks, pessimistic and optimistic; the first candidates
 
 
 def finite(vectors, what, first=0):
@@ -154,8 +136,8 @@ def rank(queries, candidates, positives, grades=None, local=None, topk=100, budg
         for i, (p, members) in enumerate(zip(positives, local)):
             own = [*p, *np.asarray(members)[~np.isin(members, p)].tolist()]
             one = rank(queries[i:i + 1], candidates[own], [np.arange(len(p))], [grades[i]], None, topk, budget)
-            out.worst += one.worst
-            out.best += one.best
+            out.worst.extend(one.worst)
+            out.best.extend(one.best)
             out.top.append([own[j] for j in one.top[0]])
         return out
     right = [np.rint(np.einsum("pd,d->p", np.asarray(candidates[np.asarray(p)], np.float64), v) * GRID) for p, v in zip(positives, q)]
@@ -176,7 +158,7 @@ def rank(queries, candidates, positives, grades=None, local=None, topk=100, budg
         top = merge_top(top, scores, at, min(topk, len(candidates)))
     for i, (score, index) in enumerate(zip(*top)):
         ranks = assemble(list(positives[i]), right[i], grades[i], above[i], level[i], index[score > -np.inf].tolist(), topk)
-        for every, one in zip((out.worst, out.best, out.top), ranks):
+        for every, one in zip(out, ranks):
             every.append(one)
     return out
 
@@ -406,7 +388,7 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
         summary["modes"], summary["curve"] = mode_table(per, tau)
     write(os.path.join(out, "summary.json"), summary)
     write(os.path.join(out, "leaderboard.json"), leaderboard(metrics, every, page_labels, metadata))
-    return {**summary, "per_dataset": per}
+    return summary
 
 
 def leaderboard(metrics, rows, page_labels="fixed", metadata=None):
@@ -479,14 +461,9 @@ def over_seeds(folders, out, readme=None):
 
     Every number of the README's table stands in such a file; reports of different presets are refused. readme: see into_readme, mark "pocket".
     """
-    reports, steps = [], []
-    for folder in folders:
-        with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
-            reports.append(json.load(f))
-        truth = os.path.join(folder, "data", "pocket.json")
-        if os.path.exists(truth):
-            with open(truth, encoding="utf-8") as f:
-                steps = json.load(f)["steps"]
+    read = lambda *path: json.loads(pathlib.Path(*path).read_text(encoding="utf-8"))
+    reports, truth = [read(folder, "report.json") for folder in folders], os.path.join(folders[-1], "data", "pocket.json")
+    steps = read(truth)["steps"] if os.path.exists(truth) else []
     if len({r["preset"] for r in reports}) > 1:
         raise ValueError(f"runs of different presets: {', '.join(sorted({r['preset'] for r in reports}))}")
     keys = ("overall", "image", "video", "visdoc", "reason_rate", "tokens_per_query", "ms_per_query")
@@ -753,12 +730,16 @@ def draw_gallery(picked, records, sets, tau, side=200, gap=24, middle=640, step=
     return sheet
 
 
+def table(head, rows):
+    """Markdown; the first column is text, the others are numbers."""
+    show = lambda x: "–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
+    return "\n".join(f"| {' | '.join(map(show, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
+
+
 def report_text(report, summary, says, made):
     """report.md: the sentences, the tables, the pictures, and what made them."""
     modes, choice, stages = report["modes"], report["selection"], {**report["seconds"], "all": sum(report["seconds"].values())}
     lacking = "".join(f"; {key} datasets: {', '.join(summary[key])}" for key in ("missing", "broken") if summary[key])
-    show = lambda x: "–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
-    table = lambda head, rows: "\n".join(f"| {' | '.join(map(show, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
     numbers = lambda m: [*(m[k] for k in ("overall", *MODALITIES, "reason_rate")), f"{m['tokens_per_query']:.1f}", f"{m['ms_per_query']:.1f}"]
     return "\n\n".join([
         f"# {says[0]} (one run, {sum(d['queries'] for d in summary['datasets'].values())} test queries)", *(f"{sentence}." for sentence in says[1:]),

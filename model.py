@@ -135,7 +135,7 @@ def config_from_hf(c, where="config.json"):
     return out
 
 
-def config_to_hf(c, dtype="float32", eos=None, pad=None):
+def config_to_hf(c, dtype, eos, pad):
     """Config -> a config.json that transformers 4.57 and 5 both open (both rope spellings are written)."""
     rope = {"mrope_interleaved": True, "mrope_section": list(c.mrope_section), "rope_type": "default"}
     text = dict(model_type="qwen3_vl_text", vocab_size=c.vocab, hidden_size=c.hidden, intermediate_size=c.mlp, num_hidden_layers=c.layers,
@@ -821,16 +821,9 @@ class Tokenizer:
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
         self.to_bytes = {int(i): b for i, b in zip(self.to_id, ranks)} | {i: s.encode() for s, i in self.special.items()}
         self.size = max(self.to_bytes) + 1
-        self.bpe = tiktoken.Encoding(name="qwen3-vl", pat_str=self.pattern(spec, where), mergeable_ranks=ranks, special_tokens={})
-
-    @staticmethod
-    def pattern(spec, where):
-        """The file's own split pattern; Qwen's published one when the file is silent."""
-        pre = spec.get("pre_tokenizer") or {}
-        for p in pre.get("pretokenizers", [pre]):
-            if p.get("type") == "Split":
-                return p["pattern"].get("Regex") or where_error(where, "its split pattern is not a regex")
-        return PATTERN
+        pre = spec.get("pre_tokenizer") or {}                    # its own split pattern; Qwen's published one when the file is silent
+        pattern = next((p["pattern"]["Regex"] for p in pre.get("pretokenizers", [pre]) if p.get("type") == "Split"), PATTERN)
+        self.bpe = tiktoken.Encoding(name="qwen3-vl", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
     def load(cls, folder):
@@ -852,10 +845,6 @@ class Tokenizer:
 
     def decode(self, ids):
         return b"".join(self.to_bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
-
-
-def where_error(where, what):
-    raise ValueError(f"{where}: {what}")
 
 
 def tokenizer_spec(vocab, merges):
@@ -1093,11 +1082,10 @@ def load(folder, dtype=None, device="cpu"):
     return model.eval()
 
 
-def save(model, folder, tokenizer=None, limits=(4096, 1843200)):
+def save(model, folder, tokenizer, limits):
     """config.json, model.safetensors, tokenizer.json and the preprocessor configs. limits: pixels (min, max) of a picture."""
     os.makedirs(folder, exist_ok=True)
-    special = tokenizer.special if tokenizer else {}
-    eos, pad = special.get("<|im_end|>"), special.get("<|endoftext|>")
+    eos, pad = tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"]
     c, dtype = model.c, str(model.dtype).split(".")[-1]
     head = model.has_head and not c.tie                          # a tied head is an alias, an absent one stays absent
     state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight" or head}
@@ -1109,15 +1097,14 @@ def save(model, folder, tokenizer=None, limits=(4096, 1843200)):
     os.replace(path + ".tmp", path)                              # of the old one (`load`) stays valid
     write = lambda name, value: write_json(os.path.join(folder, name), value)
     write("config.json", config_to_hf(c, dtype, eos, pad))
-    write("generation_config.json", dict(eos_token_id=[eos, pad] if tokenizer else None, pad_token_id=pad, do_sample=False))
+    write("generation_config.json", dict(eos_token_id=[eos, pad], pad_token_id=pad, do_sample=False))
     vision = dict(processor_class="Qwen3VLProcessor", patch_size=PATCH, temporal_patch_size=TEMPORAL, merge_size=MERGE,
                   image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)
     size = lambda low, top: dict(size=dict(shortest_edge=low, longest_edge=top))              # areas, in spite of the names
     write("preprocessor_config.json", dict(vision, image_processor_type="Qwen2VLImageProcessorFast", **size(*limits)))
     # transformers limits a whole clip where we limit each frame; the published whole-clip limits are the nearest thing
     write("video_preprocessor_config.json", dict(vision, video_processor_type="Qwen3VLVideoProcessor", **size(4096, 25165824)))
-    if tokenizer is not None:
-        write_json(os.path.join(folder, "tokenizer.json"), append_end(tokenizer.spec))
+    write("tokenizer.json", append_end(tokenizer.spec))
 
 
 def write_json(path, value):
@@ -1125,10 +1112,3 @@ def write_json(path, value):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=2, ensure_ascii=False)
     os.replace(path + ".tmp", path)
-
-
-def parameter_count(c, head=True):
-    """Number of distinct parameters of a configuration, built on the meta device (no memory)."""
-    with torch.device("meta"):
-        model = Qwen3VL(c)
-    return sum(p.numel() for name, p in model.named_parameters() if head or name != "lm_head.weight")

@@ -26,7 +26,6 @@ import io
 import json
 import os
 import re
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -141,9 +140,9 @@ def name(kind):
     return " ".join(kind) if isinstance(kind, tuple) else kind if isinstance(kind, str) else DIGITS[kind]
 
 
-def describe(scene):
-    """The whole picture in words: "nw red star n three ..."; blanks are not mentioned."""
-    return " ".join(f"{c} {name(k)}" for c, k in zip(CELLS, scene) if k is not None)
+def describe(scene, between=" "):
+    """The whole picture in words: "nw red star n three ..."; blanks are not mentioned. A caption has commas between."""
+    return between.join(f"{c} {name(k)}" for c, k in zip(CELLS, scene) if k is not None)
 
 
 def makes(total):
@@ -185,11 +184,13 @@ def spoil(digits, rng):
 
 
 def walk(scene, start, moves):
-    """Follow the moves from a cell -> steps in words and the cells visited; None when a move leaves the picture."""
+    """Follow the moves from a cell (None: where the colour of the thing there sends you) -> steps in words and the cells visited; None when a
+    move leaves the picture or a colour has no rule."""
     r, c = divmod(start, 3)
     text, cells = [f"{CELLS[start]} {name(scene[start])}"], [start]
     for m in moves:
-        r, c = r + MOVES[m][0], c + MOVES[m][1]
+        m = m or RULE.get(scene[3 * r + c][0])
+        r, c = (r + MOVES[m][0], c + MOVES[m][1]) if m else (-1, -1)
         if not (0 <= r < 3 and 0 <= c < 3):
             return None
         cells.append(3 * r + c)
@@ -246,19 +247,6 @@ def make_beside(rng, style, steps):
                 careful=text, sloppy=text[: -len(name(scene[j]))] + name(other(scene[j], rng)))
 
 
-def follow(scene, start, steps):
-    """Go where each thing's colour sends you (RULE) -> steps in words and cells; None where the way leaves the picture or has no rule."""
-    moves, at = [], start
-    for _ in range(steps):
-        move = RULE.get(scene[at][0])
-        found = move and walk(scene, at, [move])
-        if not found:
-            return None
-        moves.append(move)
-        at = found[1][-1]
-    return walk(scene, start, moves)
-
-
 def make_walk(rng, style, steps):
     """Every step depends on what the one before found, so the moves cannot be added up beforehand."""
     while True:                                                  # a way that never stands on a cell twice; its colours are painted to lead there
@@ -270,9 +258,9 @@ def make_walk(rng, style, steps):
     colour = {move: c for c, move in RULE.items()}
     for cell, move in zip(found[1], moves):
         scene[cell] = (colour[move], scene[cell][1])
-    text, cells = follow(scene, start, steps)
+    text, cells = walk(scene, start, [None] * steps)
     end = scene[cells[-1]]
-    wrong = [follow(scene, s, steps) for s in rng.permutation(9).tolist() if s != start]
+    wrong = [walk(scene, s, [None] * steps) for s in rng.permutation(9).tolist() if s != start]
     wrong = [w for w in wrong if w and scene[w[1][-1]][0] != end[0] and scene[w[1][-1]][1] != end[1]]
     if wrong and rng.random() < 0.5:                             # sloppy: started in the wrong place, or misread the last thing
         sloppy = wrong[0][0]
@@ -300,14 +288,10 @@ def few(rng, n):
     return [at.get(i) for i in range(9)]
 
 
-def caption_of(scene):
-    """All that is there, in reading order: "nw red star , e blue moon"."""
-    return " , ".join(f"{c} {name(k)}" for c, k in zip(CELLS, scene) if k is not None)
-
-
 def make_caption(rng, style, steps):
     scene = few(rng, 3)
-    return dict(image=picture(scene, rng, style), text=caption_of(scene), caption=describe(scene), careful=caption_of(scene), sloppy=caption_of(few(rng, 3)))
+    text = describe(scene, " , ")
+    return dict(image=picture(scene, rng, style), text=text, caption=describe(scene), careful=text, sloppy=describe(few(rng, 3), " , "))
 
 
 def make_change(rng, style, steps):
@@ -477,9 +461,9 @@ def write_train(out, family, rows, rng, style):
         return dict(name=name, parser="page", hub=hub, table=["{hub}/data/train-*.parquet"])
     table = []
     for i, r in enumerate(rows):
-        save = lambda key, tag: out.picture(r[key], TRAIN_HUB, f"images/{name}/Train/{tag}_{i}.png") if kind != "t2i" and key == "image" or key in r and key != "image" else ""
+        path = "" if kind == "t2i" else out.picture(r["image"], TRAIN_HUB, f"images/{name}/Train/query_{i}.png")
         say = f"{inst}{r.get('question') or r.get('text') or ''}" if kind in ("vqa", "t2i", "i2i") else inst
-        row = dict(qry=("" if kind == "t2i" else "<|image_1|>\n") + say + "\n", qry_image_path=save("image", "query"))
+        row = dict(qry=("" if kind == "t2i" else "<|image_1|>\n") + say + "\n", qry_image_path=path)
         if kind in ("t2i", "i2i"):
             pixels = r["image"] if kind == "t2i" else r["target_image"]
             row.update(pos_text=f"<|image_1|>\n{tgt}\n", pos_image_path=out.picture(pixels, TRAIN_HUB, f"images/{name}/Train/target_{i}.png"))
@@ -709,7 +693,7 @@ def text_document(rng):
     kinds = glyphs(rng, 3)
     marks = rng.integers(0, 10, 8).tolist()
     digits = [DIGITS[x] for x in marks]
-    phrase = [name(kinds[0]), digits[0], caption_of(few(rng, 3)),
+    phrase = [name(kinds[0]), digits[0], describe(few(rng, 3), " , "),
               " then ".join(map(name, kinds)), f"{kinds[0][1]} {rng.choice(['moves right', 'moves left', 'stays'])}", rng.choice(CELLS).item(),
               " ".join([*rng.permutation(WORDS)[: rng.integers(3)], number(marks[1:3])])][rng.integers(7)]
     if rng.random() < 0.5:

@@ -38,7 +38,7 @@ import time
 import numpy as np
 import torch
 
-from embed import NOTHING, branch_logp, chunks_of, collate, decision_logits, gather_objects, gather_rows, grad_cache, info_nce, pool, rank
+from embed import NOTHING, branch_logp, chunks_of, collate, decision_logits, direct_vectors, gather_objects, gather_rows, grad_cache, info_nce, pool, rank
 from model import generate
 
 
@@ -92,17 +92,16 @@ def rollouts(model, reader, prompts, half, max_new, temperature, generator):
     """G/2 sampled rationales per query, sharing the query's prefill -> branches [B][half] of ids, old logp [B][half], new and closed (B, half)."""
     model.eval()
     batch = collate(prompts, reader, device=model.device)
-    out = generate(model, batch, max_new, G=half, prefix=reader.prefix, stop=(reader.unthink,), tail=reader.tail, close=reader.close,
-                   ban=reader.ban, temperature=temperature, generator=generator)
+    out = generate(model, batch, max_new, half, **reader.how, temperature=temperature, generator=generator)
     return out["tokens"], out["logp"], out["new"], out["closed"]
 
 
-def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targets, actor=None):
+def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None):
     """One GRPO step on B queries, of which each rank has its share b; leaves gradients in the parameters.
 
     prompts [b] queries; targets [b] prompts of their targets; same (B, B) bool over the joined batch, True where two targets are equal;
-    encode_targets(prompts) -> (n, H) unit vectors with gradient; actor: who writes the rollouts, the model itself by default. cfg: rl_group,
-    rl_max_new, rl_temperature, rl_price, rl_beta, rl_decision, rl_rationale, rl_nce, rl_one_loss, temperature, chunk_tokens.
+    actor: who writes the rollouts, the model itself by default. cfg: rl_group, rl_max_new, rl_temperature, rl_price, rl_beta, rl_decision,
+    rl_rationale, rl_nce, rl_one_loss, temperature, chunk_tokens.
     -> metrics of the joined batch; "sample" holds a rationale of this rank's query with the lowest mean reward.
     """
     b, B, half, t0 = len(prompts), len(same), cfg.rl_group // 2, time.time()
@@ -119,7 +118,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
     def encode(chunk):
         kind, rows = chunk or ("nothing", [])
         if kind == "target":
-            return encode_targets([targets[i] for i in rows]), None
+            return direct_vectors(model, reader, [targets[i] for i in rows]), None
         batch = collate([prompts[i] for i in rows] or [NOTHING], reader, [tokens[i] for i in rows] or None, device)
         h = model(batch)
         q = pool(h, batch["ends"]).flatten(0, 1)                                              # (rows * (1+half), H): direct first
@@ -140,7 +139,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, encode_targ
         """The two losses of some rows: their sums over constants of the joined batch."""
         mine = first + np.array(rows)
         logp, row, branch = branch_logp(model, h, batch, reader, len(reader.prefix))
-        chosen = chosen_tokens(row, branch, new[mine])                                        # leaves out closings that were forced
+        chosen = sampled(new[mine], closed[mine], len(reader.close))
         logp, row, branch = logp[chosen], row[chosen], branch[chosen]
         was = torch.tensor([x for i in rows for g in range(half) for x in old[i][g]], device=device)
         adv, gain, p = seen["adv"][mine], seen["gain"][mine], seen["p"][mine]
@@ -179,10 +178,6 @@ def score(q, t, same, new, closed, cfg):
     return dict(reason=reason, direct=direct, adv=adv, live=live, gain=reason.mean(1) - direct)
 
 
-def chosen_tokens(row, branch, new):
-    """Of branch_logp's tokens (row, branch), in order, the first new[row, branch] of each rollout: those that were sampled -> bool (n,)."""
-    row, branch = row.cpu().numpy(), branch.cpu().numpy()
-    flat = row * new.shape[1] + branch
-    start = np.r_[True, flat[1:] != flat[:-1]] if len(flat) else np.zeros(0, bool)
-    nth = np.arange(len(flat)) - np.maximum.accumulate(np.where(start, np.arange(len(flat)), 0))
-    return torch.from_numpy(nth < new[row, branch])
+def sampled(new, closed, n_close):
+    """Of branch_logp's tokens, in order: new[row, branch] that were sampled, then, where the rollout was closed by force, n_close that were not."""
+    return torch.from_numpy(np.concatenate([np.arange(n + n_close * forced) < n for n, forced in zip(new.ravel(), closed.ravel())]))

@@ -228,8 +228,8 @@ def audit(results, kept, level, rule="full", needs_steps=None):
     offered = [r for r in results if r.get("delta_second") is not None]
     placebo_kept = kept_mask(offered, level, rule, "delta_placebo", "delta_second") if offered else None
     share = lambda key: {k: round(sum(key(r) == k for r in kept) / sum(key(r) == k for r in results), 4) for k in sorted({key(r) for r in results})}
-    out = {"candidates": len(results), "kept": len(kept), "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset_of),
-           "placebo_accepted": round(float(placebo_kept.mean()), 4) if offered else None, "precision": None, "recall": None}
+    out = {"candidates": len(results), "kept": len(kept), "precision": None, "recall": None, "placebo_accepted": round(float(placebo_kept.mean()), 4)
+           if offered else None, "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset_of)}
     if needs_steps is not None:
         helps = lambda r: r["worker"] == "careful" and dataset_of(r) in needs_steps
         truly = {r["id"] for r in results if helps(r)}
@@ -244,8 +244,7 @@ def audit(results, kept, level, rule="full", needs_steps=None):
 
 def compare_rules(run):
     """A finished pocket run's judged rationales under other rules -> table rows [(rule, audit)]."""
-    with open(os.path.join(run, "select", "judged.jsonl"), encoding="utf-8") as f:
-        results = [json.loads(line) for line in f]
+    results = read_rationales(os.path.join(run, "select", "judged.jsonl"))
     c, truth, out = read_json(os.path.join(run, "config.json")), read_json(os.path.join(run, "data", "pocket.json"))["steps"], []
     rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9), "positive_only": ("positive_only", c["select_fdr"]),
              "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
@@ -295,9 +294,7 @@ def data_url(picture):
 def request(pair, k, model_name, side="query", max_tokens=256):
     """One chat request of the OpenAI batch format for worker prompt k. The worker sees this side of the pair alone, never the other."""
     item = pair[side]
-    pictures = item.get("image") or []
-    pictures = list(pictures if isinstance(pictures, list) else [pictures]) + list((item.get("video") or {}).get("frames", []))
-    content = [{"type": "image_url", "image_url": {"url": data_url(loader.load_picture(p))}} for p in pictures]
+    content = [{"type": "image_url", "image_url": {"url": data_url(loader.load_picture(ref))}} for ref in loader.refs(item)]
     content.append({"type": "text", "text": item.get("text", "") + "\n\n" + PROMPTS[k % len(PROMPTS)].format(side="query" if side == "query" else "document")})
     body = {"model": model_name, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0.7 if k >= len(PROMPTS) else 0.0}
     return {"custom_id": f"{pair['id']}|{side}|{k}", "method": "POST", "url": "/v1/chat/completions", "body": body}

@@ -17,7 +17,6 @@ Left out: corrections for multiple comparisons, tests that assume nothing of the
 
 import argparse
 import glob
-import json
 import math
 import os
 import sys
@@ -27,7 +26,9 @@ import torch
 
 import data
 import eval as evaluation
+from eval import table
 from embed import collate, pool
+from model import read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -87,13 +88,6 @@ def under(embedder, queries, texts, batch_size):
     return np.concatenate(out)
 
 
-def margin(scores, right, temperature):
-    """scores (c, k) of candidates under k vectors, right: the target's row -> m (k,)."""
-    z = scores / temperature
-    top = z.max(0)
-    return z[right] - top - np.log(np.exp(z - top).sum(0))
-
-
 def probe(es, embedder, rng, temperature, max_new, batch_size):
     """One test set -> {"p" (n,), "gain" (n,), "rises" (n,), "score", "to_direct", "to_own" (n, 5)}: the columns are WORDS."""
     targets = embedder.encode(es.candidates, reason="never", batch_size=batch_size)
@@ -112,7 +106,7 @@ def probe(es, embedder, rng, temperature, max_new, batch_size):
         among = np.unique(es.local[i]) if es.local is not None else np.arange(len(targets))
         rows = [right[0], *among[~np.isin(among, right)]]
         s = targets[rows] @ v[i].T                                                            # (c, 5)
-        m.append(margin(s, 0, temperature)), positive.append(s[0])
+        m.append(torch.from_numpy(s / temperature).log_softmax(0)[0].numpy()), positive.append(s[0])
     m, positive = np.array(m), np.array(positive)
     return dict(p=np.array([info["p_reason"] for info in infos]), gain=m[:, 1] - m[:, 0], rises=positive[:, 1] > positive[:, 0], score=np.array(score).T,
                 to_direct=np.einsum("nkh,nh->nk", v, v[:, 0]), to_own=np.einsum("nkh,nh->nk", v, v[:, 1]))
@@ -145,9 +139,7 @@ def analyse(embedder, root, rng, tau=0.5, temperature=0.02, max_new=48, batch_si
 FIGURES = ("overall", "steps", "one_look", "reason_rate", "tokens", "ms", "precision", "recall", "seconds")
 
 
-def read(*path):
-    with open(os.path.join(*path), encoding="utf-8") as f:
-        return json.load(f)
+read = lambda *path: read_json(os.path.join(*path))
 
 
 def figures(modes, mode, steps, **more):
@@ -171,7 +163,7 @@ def collect(folder):
         put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
         for label, mode in {"full, never": "never", "full, always": "always", "random": "random", "oracle": "oracle"}.items() if name == "full" else ():
             put(label, report["modes"], mode)
-        places = {os.path.basename(os.path.dirname(p)): read(p)["modes"] for p in glob.glob(os.path.join(run, "*", "modes.json"))}
+        places = {os.path.basename(os.path.dirname(p)): read(p)["modes"] for p in glob.glob(os.path.join(run, "*", "summary.json"))}
         for where, modes in places.items():                      # where the documents reason, those that do not belong beside them
             where = where if where != "eval" else "direct_documents" if "reasoned_documents" in places else None
             for mode in ("never", "always", "adaptive") if where else ():
@@ -200,10 +192,6 @@ def gather(folder):
 # From figures to words
 
 show = lambda x, half=None, digits=3, sign="": "–" if x is None else f"{x:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def table(head, rows):
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
 
 
 def plain(found):

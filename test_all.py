@@ -290,8 +290,10 @@ def test_smart_resize_equals_transformers(size):
 
 def test_parameter_counts():
     """The published numbers of the 2B and 8B embedding models (the latter without a head), and of the whole 4B and 8B."""
-    assert M.parameter_count(M.CONFIGS["2b"]) == 2127532032 and M.parameter_count(M.CONFIGS["4b"]) == 4437815808
-    assert M.parameter_count(M.CONFIGS["8b"]) == 8767123696 and M.parameter_count(M.CONFIGS["8b"], head=False) == 8144793840
+    for size, total, headless in (("2b", 2127532032, 2127532032), ("4b", 4437815808, 4437815808), ("8b", 8767123696, 8144793840)):
+        with torch.device("meta"):
+            count = {n: p.numel() for n, p in M.Qwen3VL(M.CONFIGS[size]).named_parameters()}
+        assert sum(count.values()) == total and total - count.get("lm_head.weight", 0) == headless
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1888,8 +1890,22 @@ def test_data_json_lines_that_are_not(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
+def score_ranking(ranked, labels, grades=None):
+    """A ranked list of ids and the right ones -> {key: value}. A repeated id takes a place but counts once; a repeated label has its higher grade."""
+    labels = list(labels) if isinstance(labels, (list, tuple, set, np.ndarray)) else [labels]
+    if grades is not None and len(grades) != len(labels):
+        raise ValueError(f"{len(labels)} labels but {len(grades)} grades")
+    grade = {}
+    for label, g in zip(labels, [1.0] * len(labels) if grades is None else grades):          # paired before de-duplication
+        grade[label] = max(g, grade.get(label, g))
+    place = {}
+    for i, name in enumerate(ranked):
+        place.setdefault(name, i + 1)
+    return dict(zip(evaluation.KEYS, evaluation.score_ranks([place.get(label, np.inf) for label in grade], list(grade.values())).tolist()))
+
+
 def test_eval_metrics_worked_example():
-    s = evaluation.score_ranking(["x", "a", "y", "b", "z", "w"], ["a", "b", "c"])
+    s = score_ranking(["x", "a", "y", "b", "z", "w"], ["a", "b", "c"])
     assert set(s) == set(evaluation.KEYS) and len(s) == 24
     log = np.log2
     want = {"hit@1": 0, "hit@5": 1, "precision@1": 0, "precision@5": 2 / 5, "precision@10": 2 / 10, "recall@5": 2 / 3, "recall@1": 0, "f1@5": 0.5,
@@ -1897,21 +1913,21 @@ def test_eval_metrics_worked_example():
             "ndcg_linear@5": (1 / log(3) + 1 / log(5)) / (1 + 1 / log(3) + 1 / log(4)), "ndcg_linear@1": 0}
     for key, value in want.items():
         assert s[key] == pytest.approx(value), key
-    g = evaluation.score_ranking(["a", "b", "x"], ["b", "a"], [3, 1])
+    g = score_ranking(["a", "b", "x"], ["b", "a"], [3, 1])
     assert g["ndcg_linear@5"] == pytest.approx((1 + 3 / log(3)) / (3 + 1 / log(3))) and g["ndcg_exponential@5"] == pytest.approx((1 + 7 / log(3)) / (7 + 1 / log(3)))
-    assert evaluation.score_ranking(["a"], [])["recall@5"] == 1 and evaluation.score_ranking(["a"], [])["hit@5"] == 0
-    assert evaluation.score_ranking(["b"], ["a"])["mrr@10"] == 0
+    assert score_ranking(["a"], [])["recall@5"] == 1 and score_ranking(["a"], [])["hit@5"] == 0
+    assert score_ranking(["b"], ["a"])["mrr@10"] == 0
     with pytest.raises(ValueError):
-        evaluation.score_ranking(["a"], ["a", "b"], [1])
+        score_ranking(["a"], ["a", "b"], [1])
 
 
 def test_eval_grades_are_paired_before_duplicates_go():
     ids = [str(i) for i in range(23)]                             # the case in which upstream gives a perfect ranking 0.855
-    s = evaluation.score_ranking([ids[7]] + [i for i in ids if i != ids[7]], ids, [3 if i == "7" else 2 for i in ids])
+    s = score_ranking([ids[7]] + [i for i in ids if i != ids[7]], ids, [3 if i == "7" else 2 for i in ids])
     assert all(s[f"ndcg_{g}@{k}"] == pytest.approx(1) for g in ("linear", "exponential") for k in (1, 5, 10))
-    s = evaluation.score_ranking([9, 3, 5, 4], [3, 5, 9, 9, 4], [2, 1, 3, 3, 1])
+    s = score_ranking([9, 3, 5, 4], [3, 5, 9, 9, 4], [2, 1, 3, 3, 1])
     assert s["ndcg_linear@10"] == pytest.approx(1) and s["recall@5"] == 1 and s["precision@5"] == pytest.approx(4 / 5)
-    twice = evaluation.score_ranking(["x", "x", "a", "a"], ["a"])              # a repeated id takes its places, its hit counts once
+    twice = score_ranking(["x", "x", "a", "a"], ["a"])              # a repeated id takes its places, its hit counts once
     assert twice["mrr@5"] == pytest.approx(1 / 3) and twice["map@5"] == pytest.approx(1 / 3) and twice["precision@5"] == pytest.approx(1 / 5)
 
 
@@ -1936,7 +1952,7 @@ def test_eval_rank_equals_sorting():
             assert sorted(s[r.top[i]], reverse=True) == list(s[r.top[i]]) and len(set(r.top[i])) == 20
             assert [p in positives[i] for p in r.top[i]] == [p in positives[i] for p in want[i][:20]]
             scored = evaluation.score_ranks(r.worst[i], grades[i])
-            again = evaluation.score_ranking(r.top[i], positives[i], grades[i])              # what pred.jsonl holds gives the same numbers
+            again = score_ranking(r.top[i], positives[i], grades[i])              # what pred.jsonl holds gives the same numbers
             assert scored == pytest.approx([again[k] for k in evaluation.KEYS])
             assert (r.best[i] <= r.worst[i]).all()
     local = [rng.permutation(57)[:30].tolist() + p for p in positives]
@@ -2057,7 +2073,7 @@ def test_eval_run_whole(tmp_path):
     pred = [json.loads(line) for line in open(f"{out}/visdoc/pages_pred.jsonl")]
     assert pred[0]["label"] == ["0", "4"] and pred[0]["rel_scores"] == [2, 1] and len(pred[0]["prediction"]) == 5
     score = json.load(open(f"{out}/visdoc/pages_score.json"))
-    again = [evaluation.score_ranking(p["prediction"], p["label"], p["rel_scores"]) for p in pred]
+    again = [score_ranking(p["prediction"], p["label"], p["rel_scores"]) for p in pred]
     assert all(score[k] == pytest.approx(np.mean([a[k] for a in again])) for k in evaluation.KEYS)
     queries = [json.loads(line) for line in open(f"{out}/image/hard_queries.jsonl")]
     assert queries[0]["id"] == "hard/0" and queries[0]["never"] == 0 and queries[0]["always"] == 1 and queries[0]["rationale"] == "because" and queries[0]["top3"]["always"][0] == "0"
@@ -2717,7 +2733,7 @@ def m_grpo(model, case, cfg, monkeypatch):
     model.zero_grad()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     with m_unchanged(*case):
-        metrics = rl.grpo_step(model, m_reader(), prompts, targets, same, cfg, None, m_vectors(model))
+        metrics = rl.grpo_step(model, m_reader(), prompts, targets, same, cfg, None)
     assert m_equal(weights, dict(model.state_dict()))                                    # gradients only; the optimizer is the caller's
     return metrics
 
@@ -2801,17 +2817,14 @@ def test_rl_stop_token_is_trained_and_forced_tokens_are_not():
         batch = embed.collate(prompts, reader, tokens)
         h = model(batch).detach().requires_grad_()
         logp, row, branch = embed.branch_logp(model, h, batch, reader, len(reader.prefix))
-        chosen = rl.chosen_tokens(row, branch, new)
+        chosen = rl.sampled(new, np.array([[False], [True]]), len(reader.close))
     logp[chosen].sum().backward()
     first = len(prompts[0]["ids"]) + 1                                                   # where <think> stands; the direct <|endoftext|> is before it
     got = [h.grad[b].abs().sum(1).nonzero()[:, 0].tolist() for b in range(2)]
     start = first + len(reader.prefix) - 1                                               # predicts the first token of the rationale
     assert got[0] == list(range(start, start + len(said) + 2)) and got[1] == list(range(start, start + len(said)))
     assert batch["ids"][0, got[0][-1] + 1] == reader.unthink
-    # ragged branches in one row, and a row without any: in order, the first new[row, branch] of each
-    row, branch = torch.tensor([0, 0, 0, 0, 0, 2, 2]), torch.tensor([0, 0, 0, 1, 1, 0, 0])
-    assert rl.chosen_tokens(row, branch, np.array([[2, 1], [0, 0], [2, 0]])).tolist() == [True, True, False, True, False, True, True]
-    assert len(rl.chosen_tokens(row[:0], branch[:0], np.zeros((1, 1), int))) == 0
+    assert rl.sampled(np.array([[2, 1], [3, 1]]), np.array([[True, False], [False, True]]), 2).tolist() == [True] * 2 + [False] * 2 + [True] * 5 + [False] * 2
 
 
 def test_rl_real_step_on_policy_and_weights_move(m_world):
@@ -2823,7 +2836,7 @@ def test_rl_real_step_on_policy_and_weights_move(m_world):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     same = torch.eye(8, dtype=torch.bool)
     with m_unchanged(pairs, same):
-        m = rl.grpo_step(model, reader, [p["query"] for p in pairs], [p["target"] for p in pairs], same, cfg, torch.Generator().manual_seed(0), m_vectors(model))
+        m = rl.grpo_step(model, reader, [p["query"] for p in pairs], [p["target"] for p in pairs], same, cfg, torch.Generator().manual_seed(0))
     assert m["logp_gap"] < 1e-3 and m["clip_share"] == 0 and 0 < m["decision_entropy"] <= math.log(2) + 1e-6 and 1 <= m["tokens"] <= 5
     assert all(math.isfinite(v) for v in m.values() if not isinstance(v, dict)) and m["p_reason"] != 0.5
     assert optimizer.step(0) > 0
@@ -4433,6 +4446,20 @@ def test_study_forks_share_and_repeat(s_study):
     assert all(r["weight"] == pytest.approx(1 / share[r["id"]], abs=1e-4) for r in kept) and min(share.values()) > 1      # no selection: all alike
 
 
+def test_propose_takes_the_rationales_of_all_pairs(tmp_path, monkeypatch):
+    """An id holds the row of the table, which is not the number of the usable row once one before it was dropped for an empty side."""
+    own = [{"qry": f"q {i}", "qry_image_path": "", "pos_text": "" if i % 3 == 0 else f"t {i}", "pos_image_path": ""} for i in range(15)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, own)))
+    ids = ["own/%d" % i for i in range(17)] + ["own", "other/1", "own/x"]
+    (tmp_path / "said.jsonl").write_text("\n".join(json.dumps({"id": i, "worker": "w", "text": "so it is"}) for i in ids))
+    run = m_run(tmp_path / "run", data=str(tmp_path), rationales=str(tmp_path / "said.jsonl"), propose_k=0, hold_back=0.2)
+    monkeypatch.setattr(run, "embedder", lambda stage: types.SimpleNamespace(reader=m_reader()))
+    os.makedirs(tmp_path / "out")
+    train.propose_stage(run, str(tmp_path / "out"))
+    kept = [r["id"] for r in m_select.read_rationales(str(tmp_path / "out" / "rationales.jsonl"))]
+    assert kept == [f"own/{i}" for i in (1, 2, 4, 5, 7, 8, 10, 11)]               # of ten usable rows the last two are rl's
+
+
 def test_study_leaves_families_out(m_world, tmp_path):
     """What select, embed and rl draw from: windows() and sampler() of Pairs."""
     run = m_run(tmp_path / "run", leave_out="PocketTally,PocketAt")
@@ -4459,7 +4486,7 @@ def test_study_targets_learn_to_reason_too(s_study):
     assert [r for r in rows if r["side"] == "query"] == full and len(said) > 20          # the queries' are those of the full method
     steps = [(pairs, branches) for what, pairs, branches in s_study[1]["both_sides"] if what == "nce"]
     assert [all(b == said.get(i) for i, b in zip(*step)) for step in steps] == [False, True] * (s_steps["embed"] // 2)
-    direct, reasoned = (m_json(folder, where, "modes.json")["modes"] for where in ("eval", "reasoned_documents"))
+    direct, reasoned = (m_json(folder, where, "summary.json")["modes"] for where in ("eval", "reasoned_documents"))
     assert set(direct) == set(reasoned) and direct["never"]["datasets"] != reasoned["never"]["datasets"]
     names = m_json(s_study[0], "study.json")["variants"]
     assert {f"hard: full, {mode}" for mode in ("never", "always", "adaptive")} <= set(names)
@@ -4602,7 +4629,7 @@ def h_grpo(model, root, r=0, n=1, budget=64, one_loss=False):
         given.insert(1, [[m_token_logp(model, p, t)[2 : 2 + k].tolist() for t, k in zip(row, ks)] for p, row, ks in zip(prompts, given[0], given[1])])
     before, rl.rollouts = rl.rollouts, lambda *a: h_share(given, r, n)
     try:
-        return rl.grpo_step(model, m_reader(), *h_share((prompts, targets), r, n), same, m_rl_cfg(chunk_tokens=budget, rl_one_loss=one_loss), None, m_vectors(model))
+        return rl.grpo_step(model, m_reader(), *h_share((prompts, targets), r, n), same, m_rl_cfg(chunk_tokens=budget, rl_one_loss=one_loss), None)
     finally:
         rl.rollouts = before
 

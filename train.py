@@ -48,6 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import data as loader
@@ -55,7 +56,7 @@ import eval as evaluation
 import pocket
 import rl
 import study
-from embed import Embedder, Reader, chunks_of, collate, contrastive_step, key_of, pool
+from embed import Embedder, Reader, chunks_of, collate, contrastive_step, direct_vectors, key_of
 from embed import add_gradients, clip_gradients, gather_objects, is_sharded, like, rank, ranks, whole
 from model import CONFIGS, Qwen3VL, Tokenizer, for_training, generate, merge_lora, read_json, shard, write_json
 
@@ -642,15 +643,10 @@ def read_document(reader, item, parts):
     branch, words = sum((ids for ids, _ in pieces), []), []
     if "answer" in item:
         words = sorted(set(reader.tok.encode(item["answer"])) | set(reader.tok.encode(" " + item["answer"])[:1]))
-    return dict(prompt=reader.read(pil_item(item)), branch=branch, learn=[yes for ids, yes in pieces for _ in ids], words=words,
+    show = {"image": Image.fromarray, "video": lambda frames: [Image.fromarray(f) for f in frames], "text": str}
+    prompt = reader.read({"text": "describe", **{k: show[k](v) for k, v in item.items() if k in show}})
+    return dict(prompt=prompt, branch=branch, learn=[yes for ids, yes in pieces for _ in ids], words=words,
                 ends=[-1, *(i for i, t in enumerate(branch) if t == reader.end)] if words else [])
-
-
-def pil_item(item):
-    """A pocket document's arrays as pictures, and the request that all of them answer."""
-    from PIL import Image
-    show = Image.fromarray
-    return dict(text=item.get("text", "describe"), **({"image": show(item["image"])} if "image" in item else {"video": [show(f) for f in item["video"]]} if "video" in item else {}))
 
 
 def piece(reader, text):
@@ -742,7 +738,6 @@ class Pairs:
         self.data, self.reader, self.workers = loader.train_sets(run.data_root, on_bad=c.on_bad), reader, c.workers
         kept_back = [max(1, round(n * c.hold_back)) if c.hold_back and n > 1 else 0 for n in self.data.sizes]
         self.spans = [(n - k, n) if held and k else (0, n if held else n - k) for n, k in zip(self.data.sizes, kept_back)]
-        self.span_of = dict(zip(self.data.names, self.spans))
         self.left_out = set(filter(None, c.leave_out.split(",")))
         if unknown := sorted(self.left_out - set(self.data.names)):
             raise UsageError(f"--leave_out {unknown[0]}: no such dataset; there are {', '.join(self.data.names)}")
@@ -791,21 +786,17 @@ class Pairs:
         else:
             yield from ([self.read(p) for p in pairs] for pairs in loader.batches(self.data, sampler, self.workers))
 
-    def holds(self, pair_id):
-        """Is the pair "dataset/row" one of these stages'?"""
-        dataset, _, row = pair_id.rpartition("/")
-        span = self.span_of.get(dataset, (0, 0))
-        return row.isdecimal() and span[0] <= int(row) < span[1]
+    def id(self, ref):
+        return self.data.sources[ref[0]].id(ref[1])
 
     def windows(self, ids):
         """The pairs whose id is in ids, in order, as lists: a kept world in one, another WINDOW by WINDOW. A broken row is left out here, not replaced."""
-        name = lambda ref: self.data.sources[ref[0]].id(ref[1])
-        refs = [r for r in self.refs() if name(r) in ids]
+        refs = [r for r in self.refs() if self.id(r) in ids]
         step = max(1, len(refs)) if self.kept is not None else WINDOW
         with ThreadPoolExecutor(max(1, self.workers)) as readers:
             for at in range(0, len(refs), step):
                 part = refs[at : at + step]
-                yield [p for r, p in zip(part, readers.map(lambda r: self.get(*r), part)) if p["id"] == name(r)]
+                yield [p for r, p in zip(part, readers.map(lambda r: self.get(*r), part)) if p["id"] == self.id(r)]
 
 
 def any_negative(pair, rng):
@@ -824,7 +815,8 @@ def propose_stage(run, out):
     pairs, folder = Pairs(run, e.reader), run.partial("propose")
     source = c.rationales or (run.path("data", "workers.jsonl") if not c.data else "")
     given = selection.read_rationales(source) if source else []
-    rows = [r for r in given if pairs.holds(r["id"])]
+    known = set(map(pairs.id, pairs.refs()))
+    rows = [r for r in given if r["id"] in known]
     if len(rows) < len(given):
         run.say(f"propose: {len(given) - len(rows)} of {len(given)} rationales in {source} are of pairs that are held back for rl, or of none")
     refs = pairs.refs() if c.propose_k else []
@@ -847,8 +839,7 @@ def propose(run, e, pairs, n, side):
     pairs = sorted(pairs, key=lambda p: len(p[side]["ids"]))
     for part in (pairs[at : at + 64] for at in range(0, len(pairs), 64)):
         batch = collate([p[side] for p in part], e.reader, device=run.device)
-        got = generate(e.model, batch, c.propose_max_new, c.propose_k, e.reader.prefix, (e.reader.unthink,), e.reader.tail, e.reader.close,
-                       e.reader.ban, c.propose_temperature, rng)
+        got = generate(e.model, batch, c.propose_max_new, c.propose_k, **e.reader.how, temperature=c.propose_temperature, generator=rng)
         for p, tokens in zip(part, got["tokens"]):
             texts = [e.reader.rationale_text(ids) for ids in tokens]
             rows += [dict(id=p["id"], side=side, worker="base" if c.propose_k == 1 else f"base-{k}", text=text) for k, text in enumerate(texts) if text]
@@ -907,7 +898,7 @@ def judge_all(run, texts):
             continue
         e = run.trainee("base")
         pairs = pairs or Pairs(run, e.reader)                    # read once: both folds see the same prompts
-        mine = lambda pair_id: fold_of(pair_id, c.select_folds) == fold    # this evaluator judges these ...
+        mine = lambda pair_id: hashlib.blake2b(pair_id.encode(), digest_size=4).digest()[0] % c.select_folds == fold       # this evaluator judges these ...
         branch = {i: {w: e.reader.rationale(t) for w, t in ws.items()} for i, ws in texts.items()}
         warm_up(run, e, pairs, branch, (lambda p: not mine(p["id"])) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
         rows = judge(run, e, pairs, {i: texts[i] for i in texts if mine(i)}, fold)
@@ -915,10 +906,6 @@ def judge_all(run, texts):
         if rank() == 0:
             write_json(judgement, rows)
     return results
-
-
-def fold_of(pair_id, folds):
-    return hashlib.blake2b(pair_id.encode(), digest_size=4).digest()[0] % folds
 
 
 def warm_up(run, e, pairs, branch, train_on, name):
@@ -960,14 +947,9 @@ def judge(run, e, pairs, texts, fold):
     vectors, candidates = torch.cat(vectors), selection.candidate_sets(table, rng, c.select_candidates)
     mine = {p["id"]: texts[p["id"]] for p in table}
     placebo, second = selection.choose_placebos(table, mine, rng), selection.choose_placebos(table, mine, rng)
-    checked = {p["id"] for p in table if rng.random() < 0.25}
-    plan = []                                                    # per pair: (worker, kind) of every branch
-    for p in table:
-        own = [(w, "own") for w in mine[p["id"]]]
-        false = [(w, "placebo") for w in mine[p["id"]] if placebo[p["id"]][w]]
-        again = [(w, "second") for w in mine[p["id"]] if p["id"] in checked and second[p["id"]][w]]
-        plan.append(own + false + again)
+    second = {i: again if rng.random() < 0.25 else dict.fromkeys(again) for i, again in second.items()}
     words = {"own": mine, "placebo": placebo, "second": second}
+    plan = [[(w, kind) for kind, said in words.items() for w in mine[p["id"]] if said[p["id"]][w] is not None] for p in table]       # of every branch
     branches = [[e.reader.rationale(words[kind][p["id"]][w]) for w, kind in plan_p] for p, plan_p in zip(table, plan)]
     told, n = [], 0                                              # per pair (2, 1 + branches)
     for window in pairs.windows(texts):
@@ -984,8 +966,7 @@ def encode_shared(run, e, prompts):
     vectors = torch.zeros(len(prompts), e.model.c.hidden, device=run.device)
     with torch.no_grad():
         for rows in chunks_of([len(t["ids"]) + 1 for t in prompts], run.cfg.chunk_tokens)[rank() :: ranks()]:
-            batch = collate([prompts[i] for i in rows], e.reader, device=run.device)
-            vectors[rows] = pool(e.model(batch), batch["ends"])[:, 0]
+            vectors[rows] = direct_vectors(e.model, e.reader, [prompts[i] for i in rows])
     if ranks() > 1:
         dist.all_reduce(vectors)                                 # each rank has filled in its rows
     return vectors
@@ -1054,17 +1035,13 @@ def rl_stage(run, out):
     e = run.trainee("embed")
     pairs, actor = Pairs(run, e.reader, held=True), run.plain(e.model)
 
-    def encode_targets(targets):
-        batch = collate(targets, e.reader, device=run.device)
-        return pool(e.model(batch), batch["ends"])[:, 0]
-
     def one_step(i, batch):
         if not c.rl_group:
             return contrastive_step(e.model, e.reader, batch, [None] * len(batch), [-1] * len(batch), c)
         keys = np.array(sum(gather_objects([p["answer"] for p in batch]), []))
         same = torch.from_numpy(keys[:, None] == keys[None]).to(run.device)
         m = rl.grpo_step(e.model, e.reader, [p["query"] for p in batch], [p["target"] for p in batch], same, c, run.generator("rl", i, rank()),
-                         encode_targets, run.plain(e.model, actor))
+                         run.plain(e.model, actor))
         m["sample"]["id"] = batch[m["sample"].pop("row")]["id"]
         return dict(m, loss=m["nce_direct"] + m["nce_reason"], ids=[p["id"] for p in batch])
 
@@ -1081,16 +1058,14 @@ def eval_stage(run, out):
     if rank() > 0:
         return
     e = run.embedder("rl")
-    found = evaluation.evaluate(e, run.data_root, out, tau=c.tau, on_bad=c.on_bad, batch_size=c.eval_batch, options=dict(max_new_tokens=c.eval_max_new))
-    write_json(os.path.join(out, "modes.json"), dict(modes=found["modes"], curve=found["curve"]))
+    evaluation.evaluate(e, run.data_root, out, tau=c.tau, on_bad=c.on_bad, batch_size=c.eval_batch, options=dict(max_new_tokens=c.eval_max_new))
 
 
 def report(run):
     """report.json, report.md, the pictures, and the grep-able block at the end."""
-    found, audit = read_json(run.path("eval", "modes.json")), read_json(run.path("select", "audit.json"))
-    keys = ("candidates", "kept", "precision", "recall", "placebo_accepted", "by_worker", "by_dataset", "sloppy_kept")
+    found, audit = read_json(run.path("eval", "summary.json")), read_json(run.path("select", "audit.json"))
     out = dict(preset=run.cfg.preset, seed=run.cfg.seed, seconds={k: v["seconds"] for k, v in run.stages.items()}, modes=found["modes"],
-               selection={k: audit[k] for k in keys if k in audit}, curve=found["curve"])
+               selection=audit, curve=found["curve"])
     write_json(run.path("report.json"), out)
     evaluation.pictures(run.out, run.data_root, run.cfg.on_bad)
     lines = {"seconds": round(sum(out["seconds"].values()), 1)}
@@ -1207,10 +1182,8 @@ def run_variant(cfg, name, seed):
         run = run_stages(c)
 
     def measure(folder, root, max_new, **how):
-        if not os.path.exists(run.path(folder, "modes.json")):
-            found = evaluation.evaluate(run.embedder("rl"), root, run.path(folder), tau=c.tau, batch_size=c.eval_batch,
-                                        options=dict(max_new_tokens=max_new), **how)
-            write_json(run.path(folder, "modes.json"), dict(modes=found["modes"], curve=found["curve"]))
+        if not os.path.exists(run.path(folder, "summary.json")):
+            evaluation.evaluate(run.embedder("rl"), root, run.path(folder), tau=c.tau, batch_size=c.eval_batch, options=dict(max_new_tokens=max_new), **how)
 
     for where, how in ELSEWHERE.items() if name in TRAVELLERS else ():
         world(c, place(f"world_{where}"), world_train=1, seed=seed + 1000, **how)
