@@ -629,10 +629,13 @@ class Embedder:
         """
         if reason not in ("auto", "never", "always"):
             raise ValueError(f"reason={reason!r}: expected 'auto', 'never' or 'always'")
-        if dim is not None and not 1 <= dim <= self.model.c.hidden:
+        whole, real = lambda x: isinstance(x, (int, np.integer)) and not isinstance(x, bool), lambda x: isinstance(x, (int, float, np.number)) and x == x
+        if dim is not None and not (whole(dim) and 1 <= dim <= self.model.c.hidden):
             raise ValueError(f"dim={dim}: this model's vectors have 1 to {self.model.c.hidden} numbers")
-        if batch_size < 1 or max_new_tokens < 1 or temperature < 0:
+        if not (whole(batch_size) and batch_size > 0 and whole(max_new_tokens) and max_new_tokens > 0 and real(temperature) and temperature >= 0):
             raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1, 1 and 0")
+        if not real(tau):
+            raise ValueError(f"tau={tau}: expected a number")
         if not self.model.has_head and reason != "never":
             if reason == "always":
                 self.model.logits(None)                          # raises, and says why
@@ -867,7 +870,7 @@ path (no rationale).
 def jsonl_items(path, lines):
     """The items of a JSONL file; blank lines are skipped; `lines` collects the line number of each. Pictures are relative to the file."""
     folder = os.path.dirname(os.path.abspath(path))
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8-sig") as f:
         for n, line in enumerate(f, 1):
             if line.strip():
                 lines.append(n)

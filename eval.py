@@ -16,7 +16,7 @@ the overall = plain mean over datasets (not over modalities). The coin's expecta
 Scores are float64 products rounded to 2^-25, the resolution of float32 below 1: equal vectors tie exactly, however the corpus is cut into chunks.
 
 How to run:
-    python eval.py --model runs/pocket/rl --data runs/pocket/data --out runs/pocket/eval --modes never,always,adaptive
+    python eval.py --model runs/pocket/rl --data runs/pocket/data --out runs/pocket_eval --modes never,always,adaptive --max_new_tokens 48
     python eval.py --model Qwen/Qwen3-VL-Embedding-2B --data MMEB_V2_ROOT --out DIR --reason never --prompts qwen --frames 64 [--tasks CIRR,MSVD]
     python eval.py --bench [--out FILE.json]                          ranking 1,000 queries over 100,000 and 1,000,000 candidates
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/leaderboard.json, DIR/summary.json; vectors in DIR/cache, by content: a
@@ -386,9 +386,26 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
     summary = {**aggregate(metrics, rows), "mode": primary, "tau": tau, "missing": missing, "broken": broken, "datasets": datasets}
     if per:
         summary["modes"], summary["curve"] = mode_table(per, tau)
+    setting = json.dumps([cache.who, primary, tau, limit, page_labels, frames, prompts, targets, cache.options], sort_keys=True)
+    setting = hashlib.sha256(setting.encode()).hexdigest()[:24]
+    before = scored_before(out, setting) - {row["name"] for row in rows}     # by a call with other --tasks: the leaderboard's file has them, too
+    summary.update(setting=setting, scored=sorted(before | set(datasets)))
+    for row in (r for r in every if r["name"] in before):
+        with open(os.path.join(out, row["modality"], f"{row['name']}_score.json"), encoding="utf-8") as f:
+            metrics[row["modality"]][row["name"]] = json.load(f)
     write(os.path.join(out, "summary.json"), summary)
     write(os.path.join(out, "leaderboard.json"), leaderboard(metrics, every, page_labels, metadata))
     return summary
+
+
+def scored_before(out, setting):
+    """Names of the datasets that are scored in this folder, if the same model under the same options has scored them."""
+    path = os.path.join(out, "summary.json")
+    if not os.path.exists(path):
+        return set()
+    with open(path, encoding="utf-8") as f:
+        old = json.load(f)
+    return set(old["scored"]) if old.get("setting") == setting else set()
 
 
 def leaderboard(metrics, rows, page_labels="fixed", metadata=None):
@@ -480,6 +497,18 @@ def over_seeds(folders, out, readme=None):
         into_readme(readme, "pocket", seeds_tables(found))
 
 
+def positive(text):
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return n
+
+
+def number(text):
+    if not np.isfinite(x := float(text)):
+        raise argparse.ArgumentTypeError(f"{text}: a number is wanted")
+    return x
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint folder or hub id")
@@ -488,19 +517,22 @@ def main():
     parser.add_argument("--tasks", help="only these datasets, with commas")
     parser.add_argument("--reason", choices=["auto", "never", "always"], default="auto", help="how queries are embedded; targets are always direct")
     parser.add_argument("--modes", help="instead of --reason: never,always,adaptive (with never and always also random, oracle and the tau curve)")
-    parser.add_argument("--tau", type=float, default=0.5, help="reason when p_reason > tau")
+    parser.add_argument("--tau", type=number, default=0.5, help="reason when p_reason > tau")
+    parser.add_argument("--max_new_tokens", type=positive, default=128, help="of a rationale (128; a pocket run's own evaluation has 48)")
     parser.add_argument("--prompts", choices=["vlm2vec", "qwen"], default="vlm2vec")
-    parser.add_argument("--frames", type=int, help="frames per video, default 8 (Qwen3-VL-Embedding: 64)")
+    parser.add_argument("--frames", type=positive, help="frames per video, default 8 (Qwen3-VL-Embedding: 64)")
     parser.add_argument("--page_labels", choices=["fixed", "original"], default="fixed")
     parser.add_argument("--on_bad", choices=["stop", "skip"], default="stop")
-    parser.add_argument("--limit", type=int, help="so many queries per dataset, for a quick look")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--dim", type=int, help="Matryoshka: slice, then renormalise")
+    parser.add_argument("--limit", type=positive, help="so many queries per dataset, for a quick look")
+    parser.add_argument("--batch_size", type=positive, default=16)
+    parser.add_argument("--dim", type=positive, help="Matryoshka: slice, then renormalise")
     parser.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="model_name, model_size, url, ... of leaderboard.json")
     parser.add_argument("--bench", action="store_true", help="measure the ranking")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="instead: put the reports of these run folders together in --out FILE")
     parser.add_argument("--readme", metavar="FILE", help="with --runs: also put the tables between FILE's <!-- pocket --> marks")
     args = parser.parse_args()
+    if args.tasks == "" or not all("=" in m for m in args.metadata):
+        parser.error("--tasks names no dataset" if args.tasks == "" else "--metadata: KEY=VALUE is wanted")
     if args.bench:
         return bench(args.out)
     if args.runs:
@@ -514,7 +546,7 @@ def main():
     embedder = Embedder.from_pretrained(args.model)
     result = evaluate(embedder, args.data, args.out, tasks, modes, args.tau, args.on_bad, args.limit, args.page_labels, args.frames, args.prompts,
                       args.batch_size, {"model_name": os.path.basename(os.path.normpath(args.model)), **dict(m.split("=", 1) for m in args.metadata)},
-                      {"dim": args.dim} if args.dim else None)
+                      {"max_new_tokens": args.max_new_tokens, **({"dim": args.dim} if args.dim else {})})
     for name, d in result["datasets"].items():
         print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped, {len(d['bad'])} complaints"
               f"; {d['protocol']}; reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
@@ -792,5 +824,5 @@ def pictures(out, root, on_bad="stop"):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (BadData, ValueError) as e:
+    except (BadData, ValueError, OSError) as e:
         sys.exit(f"eval.py: {e}")

@@ -350,8 +350,8 @@ def main():
                 print(f"no rationale for {custom_id}: {why}", file=sys.stderr)
             print(f"rationales: {len(rows)}\nfailed: {len(failed)}\nwritten: {a.out}")
             return 0
-        if not a.data:
-            ap.error("--write-requests needs --data")
+        if not a.data or a.k < 1 or a.limit is not None and a.limit < 1:
+            ap.error("--write-requests needs --data, a --k of at least 1, and no --limit or one of at least 1")
         train = loader.train_sets(a.data)
         n = 0
         with open(a.write_requests, "w", encoding="utf-8") as f:

@@ -932,7 +932,8 @@ def test_encode_options():
     assert np.array_equal(e.encode_document(ITEMS[:3]), v) and np.allclose(e.process([{"text": ITEMS[0]}]).numpy(), v[:1], atol=1e-6)
     assert e.encode_query(ITEMS[:1], reason="always", return_info=True, max_new_tokens=1)[1][0]["new_tokens"] == 1
     assert torch.allclose(e.similarity(v, torch.from_numpy(v) * 3), torch.from_numpy(v @ v.T), atol=1e-6)
-    for bad in (dict(reason="yes"), dict(dim=0), dict(dim=65), dict(batch_size=0), dict(max_new_tokens=0), dict(temperature=-1)):
+    for bad in (dict(reason="yes"), dict(dim=0), dict(dim=65), dict(batch_size=0), dict(max_new_tokens=0), dict(temperature=-1),
+                dict(dim=2.0), dict(dim=True), dict(max_new_tokens=2.5), dict(tau=None), dict(tau=float("nan"))):
         with pytest.raises(ValueError, match=next(iter(bad))):
             e.encode(["a"], **bad)
     seed = lambda n: torch.Generator().manual_seed(n)
@@ -948,7 +949,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
     items = ['"hello"', "", json.dumps({"image": "p.png", "text": "x"}), json.dumps({"video": ["p.png", "p.png"]}),
              json.dumps({"video": {"frames": ["p.png", {"path": "p.png"}], "fps": 2}}), json.dumps({"video": [["p.png"] * 2]}),
              json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "image": "p.png"}]}]})]
-    write(tmp_path / "in.jsonl", "\n".join(items) + "\n")
+    write(tmp_path / "in.jsonl", "\ufeff" + "\n".join(items) + "\n")          # with the mark that Windows editors put first
 
     def run(*more, output="v.npy", model=folder):
         names = ["--model", model, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / output)]
@@ -2087,6 +2088,28 @@ def test_eval_run_whole(tmp_path):
     assert len(fake.calls) == calls + 2                           # another model never meets old vectors
     assert evaluation.evaluate(fake, root, out, tasks=["easy"], modes=("adaptive",), tau=0.05)["datasets"]["easy"]["reason_rate"] == 1.0
     assert all(n for _, n in fake.calls) and ("never", 5) in fake.calls
+
+
+def test_eval_in_parts_is_one_leaderboard(tmp_path):
+    """--tasks a, then --tasks b: the file has both, unless the model or an option was another."""
+    root, out = str(tmp_path / "root"), str(tmp_path / "out")
+    little_root(root)
+    board = lambda: {name for m in m_json(out, "leaderboard.json")["metrics"].values() for name, got in m.items() if isinstance(got, dict)}
+    for task, tau, want in (("easy", 0.5, {"easy"}), ("pages", 0.5, {"easy", "pages"}), ("hard", 0.5, {"easy", "pages", "hard"}), ("pages", 0.6, {"pages"}), ("hard", 0.6, {"pages", "hard"})):
+        got = evaluation.evaluate(fake_for(root), root, out, tasks=[task], tau=tau)
+        assert board() == want == set(got["scored"]) and set(got["datasets"]) == {task}
+    whole = str(tmp_path / "whole")
+    evaluation.evaluate(fake_for(root), root, whole, tau=0.6)
+    assert m_json(whole, "leaderboard.json")["metrics"]["visdoc"] == m_json(out, "leaderboard.json")["metrics"]["visdoc"]
+
+
+@pytest.mark.parametrize("argv, says", [(["--tau", "nan"], "--tau.*a number"), (["--dim", "0"], "--dim.*at least 1"), (["--limit", "-3"], "--limit.*at least 1"), (["--tasks", ""], "--tasks names no"),
+                                        (["--batch_size", "0"], "--batch_size.*at least 1"), (["--metadata", "foo"], "--metadata.*KEY=VALUE")])
+def test_eval_command_line_refuses(argv, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "nowhere", "--data", "nowhere", "--out", "nowhere", *argv])
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main()
+    assert stop.value.code == 2 and re.search(says, capsys.readouterr().err)
 
 
 def test_eval_embeds_each_distinct_item_once(tmp_path):
