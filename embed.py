@@ -629,12 +629,13 @@ class Embedder:
         """
         if reason not in ("auto", "never", "always"):
             raise ValueError(f"reason={reason!r}: expected 'auto', 'never' or 'always'")
-        whole, real = lambda x: isinstance(x, (int, np.integer)) and not isinstance(x, bool), lambda x: isinstance(x, (int, float, np.number)) and x == x
-        if dim is not None and not (whole(dim) and 1 <= dim <= self.model.c.hidden):
+        count = lambda x: isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x > 0
+        number = lambda x: isinstance(x, (int, float, np.number)) and not np.isnan(x)
+        if dim is not None and not (count(dim) and dim <= self.model.c.hidden):
             raise ValueError(f"dim={dim}: this model's vectors have 1 to {self.model.c.hidden} numbers")
-        if not (whole(batch_size) and batch_size > 0 and whole(max_new_tokens) and max_new_tokens > 0 and real(temperature) and temperature >= 0):
+        if not (count(batch_size) and count(max_new_tokens) and number(temperature) and temperature >= 0):
             raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1, 1 and 0")
-        if not real(tau):
+        if not number(tau):
             raise ValueError(f"tau={tau}: expected a number")
         if not self.model.has_head and reason != "never":
             if reason == "always":

@@ -386,13 +386,13 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
     summary = {**aggregate(metrics, rows), "mode": primary, "tau": tau, "missing": missing, "broken": broken, "datasets": datasets}
     if per:
         summary["modes"], summary["curve"] = mode_table(per, tau)
-    setting = json.dumps([cache.who, primary, tau, limit, page_labels, frames, prompts, targets, cache.options], sort_keys=True)
-    setting = hashlib.sha256(setting.encode()).hexdigest()[:24]
-    before = scored_before(out, setting) - {row["name"] for row in rows}     # by a call with other --tasks: the leaderboard's file has them, too
-    summary.update(setting=setting, scored=sorted(before | set(datasets)))
-    for row in (r for r in every if r["name"] in before):
-        with open(os.path.join(out, row["modality"], f"{row['name']}_score.json"), encoding="utf-8") as f:
-            metrics[row["modality"]][row["name"]] = json.load(f)
+    summary["setting"] = json.dumps([cache.who, primary, tau, limit, page_labels, frames, prompts, targets, cache.options], sort_keys=True)
+    before = scored_before(out, summary["setting"])
+    for row in every:                                            # by a call with other --tasks: the leaderboard's file has them, too
+        path = os.path.join(out, row["modality"], f"{row['name']}_score.json")
+        if row["name"] in before and row not in rows and os.path.exists(path):
+            metrics[row["modality"]][row["name"]] = need(path, dict.items)
+    summary["scored"] = sorted(name for of in metrics.values() for name in of)
     write(os.path.join(out, "summary.json"), summary)
     write(os.path.join(out, "leaderboard.json"), leaderboard(metrics, every, page_labels, metadata))
     return summary
@@ -401,11 +401,8 @@ def evaluate(embedder, root, out, tasks=None, modes=("never", "always", "adaptiv
 def scored_before(out, setting):
     """Names of the datasets that are scored in this folder, if the same model under the same options has scored them."""
     path = os.path.join(out, "summary.json")
-    if not os.path.exists(path):
-        return set()
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    return set(old["scored"]) if old.get("setting") == setting else set()
+    old = need(path, dict.items) if os.path.exists(path) else {}
+    return old["scored"] if old.get("setting") == setting else []
 
 
 def leaderboard(metrics, rows, page_labels="fixed", metadata=None):
