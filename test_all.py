@@ -932,6 +932,14 @@ def test_encode_options():
     assert np.array_equal(e.encode_document(ITEMS[:3]), v) and np.allclose(e.process([{"text": ITEMS[0]}]).numpy(), v[:1], atol=1e-6)
     assert e.encode_query(ITEMS[:1], reason="always", return_info=True, max_new_tokens=1)[1][0]["new_tokens"] == 1
     assert torch.allclose(e.similarity(v, torch.from_numpy(v) * 3), torch.from_numpy(v @ v.T), atol=1e-6)
+    bars, bar = [], embed.tqdm                                   # shown when asked for; else in a terminal, when there is more than one batch to wait for
+    embed.tqdm = lambda *a, disable, **kw: bars.append(disable) or bar(*a, disable=True, **kw)
+    try:
+        for more in ({}, dict(batch_size=2), dict(show_progress=True), dict(show_progress=False)):
+            e.encode(ITEMS[:3], reason="never", **more)
+    finally:
+        embed.tqdm = bar
+    assert bars == [True, None, False, True]
     for bad in (dict(reason="yes"), dict(dim=0), dict(dim=65), dict(batch_size=0), dict(max_new_tokens=0), dict(temperature=-1),
                 dict(dim=2.0), dict(dim=True), dict(max_new_tokens=2.5), dict(tau=None), dict(tau=float("nan"))):
         with pytest.raises(ValueError, match=next(iter(bad))):
@@ -948,7 +956,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
     picture(70, 45).save(tmp_path / "p.png")
     items = ['"hello"', "", json.dumps({"image": "p.png", "text": "x"}), json.dumps({"video": ["p.png", "p.png"]}),
              json.dumps({"video": {"frames": ["p.png", {"path": "p.png"}], "fps": 2}}), json.dumps({"video": [["p.png"] * 2]}),
-             json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "image": "p.png"}]}]})]
+             *(json.dumps({"messages": [{"role": "user", "content": [part]}]}) for part in ({"type": "image", "image": "p.png"}, {"type": "image_url", "image_url": {"url": "p.png"}}))]
     write(tmp_path / "in.jsonl", "\ufeff" + "\n".join(items) + "\n")          # with the mark that Windows editors put first
 
     def run(*more, output="v.npy", model=folder):
@@ -960,7 +968,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
     v = np.load(tmp_path / "v.npy")
     info = [json.loads(line) for line in open(tmp_path / "v.jsonl", encoding="utf-8")]
     im = picture(70, 45)
-    same = ["hello", {"image": im, "text": "x"}, *[{"video": [im, im]}] * 3, {"image": im}]
+    same = ["hello", {"image": im, "text": "x"}, *[{"video": [im, im]}] * 3, {"image": im}, {"image": im}]
     want, facts = Embedder.from_pretrained(folder).encode(same, "Find", "always", dim=16, max_new_tokens=4, return_info=True)
     assert np.abs(v - want).max() < 1e-5 and info == facts and set(info[0]) == {"reasoned", "p_reason", "rationale", "new_tokens"}
     bad = ('{"image": "none.png"}', "line 3: item 1: .*none.png"), ("{", "line 3: not valid JSON"), ("7", "line 3: item 1: a int")
@@ -1872,6 +1880,7 @@ def test_data_check_names_whole_missing_and_short(tmp_path, capsys):
     (tmp_path / "datasets.json").write_text(json.dumps({"train": [{"name": "CIRR", "hub": TRAIN_HUB, "table": "{hub}/{name}/*.parquet", "rows": 1}]}))
     assert data.check(str(tmp_path)) == 0 and "2 usable, more than published: another version of it?" in capsys.readouterr().out
     write_train(tmp_path, "CIRR", [AOK])
+    assert data.check(str(tmp_path)) == 0 and "1 of        1 rows, 1 usable\n" in capsys.readouterr().out
     (tmp_path / "datasets.json").write_text(json.dumps({"train": [{"name": "CIRR", "hub": TRAIN_HUB, "table": "{hub}/{name}/*.parquet"}]}))
     (tmp_path / TRAIN_HUB / "CIRR/._original.parquet").write_bytes(b"AppleDouble")
     assert data.check(str(tmp_path)) == 0
@@ -2101,6 +2110,24 @@ def test_eval_in_parts_is_one_leaderboard(tmp_path):
     whole = str(tmp_path / "whole")
     evaluation.evaluate(fake_for(root), root, whole, tau=0.6)
     assert m_json(whole, "leaderboard.json")["metrics"]["visdoc"] == m_json(out, "leaderboard.json")["metrics"]["visdoc"]
+    with open(f"{root}/hard/test-0.parquet", "wb"):               # what is broken now does not keep its old score
+        pass
+    got = evaluation.evaluate(fake_for(root), root, out, tasks=["easy", "hard"], tau=0.6, on_bad="skip")
+    assert board() == {"easy", "pages"} == set(got["scored"])
+    os.remove(f"{out}/visdoc/pages_score.json")
+    evaluation.evaluate(fake_for(root), root, out, tasks=["easy"], tau=0.6)
+    assert board() == {"easy"}
+
+
+def test_eval_command_line_hands_over_its_options(monkeypatch, tmp_path):
+    seen = []
+    little_root(str(tmp_path))
+    monkeypatch.setattr(embed.Embedder, "from_pretrained", lambda path: path)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a: seen.append(a) or dict(datasets={}, image=None, video=None, visdoc=None, overall=None, mode="never", missing=[], broken={}))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "a/m", "--data", str(tmp_path), "--out", "o", "--reason", "never", "--tau", "0.2", "--max_new_tokens", "7", "--dim", "8",
+                                      "--limit", "3", "--tasks", "easy,pages", "--metadata", "url=u=v"])
+    evaluation.main()
+    assert seen == [("a/m", str(tmp_path), "o", ["easy", "pages"], ("never",), 0.2, "stop", 3, "fixed", None, "vlm2vec", 16, {"model_name": "m", "url": "u=v"}, {"max_new_tokens": 7, "dim": 8})]
 
 
 @pytest.mark.parametrize("argv, says", [(["--tau", "nan"], "--tau.*a number"), (["--dim", "0"], "--dim.*at least 1"), (["--limit", "-3"], "--limit.*at least 1"), (["--tasks", ""], "--tasks names no"),
