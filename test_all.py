@@ -12,6 +12,7 @@ planted faults, the README's commands. No network, no GPU, no skipped test.
 
 import ast
 import collections
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import copy
 import dataclasses
@@ -2225,6 +2226,27 @@ def m_tiny(seed=0, std=0.15):
     return M.Qwen3VL(m_reader().c).init_weights(std)
 
 
+BESIDE = {}
+
+
+def beside(job):
+    """For a test that only waits for programs of its own: what it waits for, job(an empty folder) -> result, is done beside the other tests, one
+    job at a time, from the start of the session on. The test has the job's name and takes `result`."""
+    BESIDE[f"test_{job.__name__}"] = job
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jobs(request, tmp_path_factory):
+    chosen = {item.name for item in request.session.items}
+    with ThreadPoolExecutor(1) as one:
+        yield {name: one.submit(job, str(tmp_path_factory.mktemp("beside"))) for name, job in BESIDE.items() if name in chosen}
+
+
+@pytest.fixture
+def result(request, jobs):
+    return jobs[request.node.name].result()
+
+
 @pytest.fixture(scope="session")
 def m_world(tmp_path_factory):
     root = str(tmp_path_factory.mktemp("m_world"))
@@ -3488,19 +3510,6 @@ def test_run_again_skips_what_is_done(m_finished, monkeypatch, capsys):
     assert {k for k, v in m_bytes(m_finished).items() if before.get(k) != v} <= {"report.json"}
 
 
-def test_run_repeated_elsewhere_gives_the_same_report(m_finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.evaluation, "pictures", lambda *a: None)                   # drawn from the report; nothing is measured there
-    assert m_main(tmp_path / "again") == 0
-    def timeless(x):
-        if isinstance(x, dict):
-            return {k: timeless(v) for k, v in x.items() if k != "seconds" and not k.startswith("ms_")}
-        return [timeless(v) for v in x] if isinstance(x, list) else x
-    a, b = (timeless(m_json(out, "report.json")) for out in (m_finished, tmp_path / "again"))
-    assert a == b and "tokens_per_query" in a["modes"]["always"]
-    same = lambda name: open(os.path.join(m_finished, name), "rb").read() == open(tmp_path / "again" / name, "rb").read()
-    assert all(map(same, ("rl/model.safetensors", "select/judged.jsonl", "propose/rationales.jsonl")))
-
-
 def m_copy(finished, to):
     """A finished run without the big and unneeded: links to everything but what a test breaks."""
     fresh = {"eval", "select", "stages.json", "config.json", "metrics.jsonl"}
@@ -4644,17 +4653,20 @@ def test_encode_reads_a_bounded_number_ahead():
             break
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-def test_memory_one_copy_of_the_weights_and_a_token_budget(tmp_path):
-    path = str(tmp_path)
+@beside
+def memory_one_copy_of_the_weights_and_a_token_budget(path):
     tiny_embedder(hidden=256, vocab=150000, tie=False).save(path)
-    size = os.path.getsize(os.path.join(path, "model.safetensors")) / 2**20
-    assert size > 290                                            # large against what Python and torch take themselves (some 70 MB)
-    mapped, cast = peaks_mb(f"M.load({path!r})", f"M.load({path!r}, torch.bfloat16)")
-    assert mapped < 0.5 * size and cast < size + 0.8 * size      # as it stands on disk it is not copied at all; else one copy, of half the size, beside the file
     item = "dict(text='word ' * 40, image=Image.new('RGB', (128, 128), (i % 256, 0, 0)))"
-    _, few, many = peaks_mb(f"e = embed.Embedder.from_pretrained({path!r}); e.budget = 1024",
-                            *(f"e.encode(({item} for i in range({n})), reason='never', batch_size=1000)" for n in (30, 300)))
+    return (os.path.getsize(os.path.join(path, "model.safetensors")) / 2**20, *peaks_mb(f"M.load({path!r})", f"M.load({path!r}, torch.bfloat16)"),
+            *peaks_mb(f"e = embed.Embedder.from_pretrained({path!r}); e.budget = 1024",
+                      *(f"e.encode(({item} for i in range({n})), reason='never', batch_size=1000)" for n in (30, 300))))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_memory_one_copy_of_the_weights_and_a_token_budget(result):
+    size, mapped, cast, _, few, many = result
+    assert size > 290                                            # large against what Python and torch take themselves (some 70 MB)
+    assert mapped < 0.5 * size and cast < size + 0.8 * size      # as it stands on disk it is not copied at all; else one copy, of half the size, beside the file
     assert many < few + 40                                       # ten times the items, the same memory
 
 
@@ -4722,12 +4734,18 @@ def h_rank(root, out):
     torch.distributed.destroy_process_group()
 
 
-def test_scale_two_ranks_equal_one(m_world, tmp_path):
-    """torchrun, gloo: metrics, gradient norm and updated weights of the joined batch, whatever each rank's number of chunks; and so with FSDP2."""
-    out = str(tmp_path / "found.pt")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(HERE, "test_all.py"), "rank", m_world, out],
+@beside
+def scale_two_ranks_equal_one(folder):
+    world, out = os.path.join(folder, "world"), os.path.join(folder, "found.pt")
+    pocket.write_world(world, seed=3, train=6, test=4)           # m_world's
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(HERE, "test_all.py"), "rank", world, out],
                    check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    found = torch.load(out, weights_only=True)
+    return torch.load(out, weights_only=True)
+
+
+def test_scale_two_ranks_equal_one(m_world, result):
+    """torchrun, gloo: metrics, gradient norm and updated weights of the joined batch, whatever each rank's number of chunks; and so with FSDP2."""
+    found = result
     for name, step in H_STEPS.items():
         model = m_tiny(5)
         metrics = step(model, m_world, budget=100000)
@@ -4922,12 +4940,22 @@ def h_killed_run(out, argv, kills, rows, seed, longest=0.4, say=lambda text: Non
     return found
 
 
-def test_scale_kill_9_changes_nothing(m_finished, tmp_path):
-    """Killed at a random moment: report and metrics are those of the run that nobody disturbed, no row twice. Ten times: kill(), below."""
-    out, want = str(tmp_path / "run"), h_rows(m_finished)
-    found = h_killed_run(out, [*M_RUN, "--save_every", "2"], 1, len(want), seed=int.from_bytes(os.urandom(4), "little"))
+M_ROWS = 15                                                      # of metrics.jsonl in such a run
+
+
+@beside
+def scale_kill_9_changes_nothing(folder):
+    out = os.path.join(folder, "run")
+    return out, h_killed_run(out, [*M_RUN, "--save_every", "2"], 1, M_ROWS, seed=int.from_bytes(os.urandom(4), "little"))
+
+
+def test_scale_kill_9_changes_nothing(m_finished, result):
+    """Killed at a random moment: report, metrics and weights are those of the run that nobody disturbed, in another folder. Ten times: kill(), below."""
+    (out, found), want = result, h_rows(m_finished)
     assert [k["code"] for k in found] == [-signal.SIGKILL]
-    assert h_timeless(m_json(out, "report.json")) == h_timeless(m_json(m_finished, "report.json")) and h_rows(out) == want
+    assert h_timeless(m_json(out, "report.json")) == h_timeless(m_json(m_finished, "report.json")) and h_rows(out) == want and len(want) == M_ROWS
+    same = lambda name: open(os.path.join(m_finished, name), "rb").read() == open(os.path.join(out, name), "rb").read()
+    assert all(map(same, ("rl/model.safetensors", "select/judged.jsonl", "propose/rationales.jsonl")))
 
 
 def kill(n):
