@@ -843,15 +843,16 @@ class Sampler:
         self.step, self.taken = int(state["step"]), [int(n) for n in state["taken"]]
 
 
-def batches(data, sampler, workers=0, steps=None, load=True):
+def batches(data, sampler, workers=0, steps=None, load=True, read=lambda pair: pair):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
+    read: what else is done to each pair where it was decoded, that is beside whatever the caller does meanwhile (train.py: resizing, tokenising).
 
     Workers are threads, not processes. Pillow decodes outside the interpreter lock, so threads use all cores; a decoded picture is ten times its
     file, and handing it from process to process costs more than decoding it. What each makes of two idle cores: bench(), results/bench_data.json.
     What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind.
     """
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
-    some = lambda refs: [data.fetch(source, row, load) for source, row in refs]
+    some = lambda refs: [read(data.fetch(source, row, load)) for source, row in refs]
     try:
         Image.core.set_blocks_max(sampler.batch if workers else 0)        # the last batch's memory serves the next: new pages are slow to get
         for step in itertools.count() if steps is None else range(steps):

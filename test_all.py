@@ -3630,6 +3630,9 @@ def test_run_keeps_small_worlds_and_streams_heavy_ones(m_finished, monkeypatch):
     assert heavy.kept is None
     a, b = ([p["id"] for p in next(pairs.stream(pairs.sampler(1, 8, 4)))] for pairs in (small, heavy))
     assert a == b and len(a) == 8
+    heavy.workers, read, readers = 2, heavy.read, set()          # resized and tokenised by the workers too, beside whatever the model does
+    monkeypatch.setattr(heavy, "read", lambda pair: readers.add(threading.current_thread()) or read(pair))
+    assert [p["id"] for p in next(heavy.stream(heavy.sampler(1, 8, 4)))] == a and readers and threading.main_thread() not in readers
 
 
 def test_run_rl_has_pairs_of_its_own(m_finished, tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ class Config:
     keep: int = 2                   # the last so many of them are kept
     chunk_tokens: int = 16384       # tokens of one forward pass; a larger batch goes through GradCache
     on_bad: str = "stop"            # skip: rows of --data that are broken are left out, named and counted
-    workers: int = 0                # threads that decode pictures (data that does not fit in memory)
+    workers: int = 0                # threads that read pairs (data that does not fit in memory): decode, resize, tokenise
     # full scale, all stages but base
     train_vision: bool = True       # false: the vision tower stays as it is
     lora: int = 0                   # rank of the updates of all linear layers; 0 trains every weight
@@ -784,7 +784,7 @@ class Pairs:
         if self.kept is not None:
             yield from ([self.get(*r) for r in refs] for refs in sampler)
         else:
-            yield from ([self.read(p) for p in pairs] for pairs in loader.batches(self.data, sampler, self.workers))
+            yield from loader.batches(self.data, sampler, self.workers, read=self.read)          # while the model computes
 
     def id(self, ref):
         return self.data.sources[ref[0]].id(ref[1])
