@@ -17,6 +17,7 @@ Left out: corrections for multiple comparisons, tests that assume nothing of the
 
 import argparse
 import glob
+import json
 import math
 import os
 import sys
@@ -150,6 +151,20 @@ def figures(modes, mode, steps, **more):
                 tokens=m["tokens_per_query"], ms=m["ms_per_query"], datasets=m["datasets"], **more)
 
 
+def told(run, modes, steps):
+    """A report's mode for a decision that is told which families need steps, and nothing else: unlike the oracle it foresees no luck. From what the
+    run's queries did when forced (eval/*/*_queries.jsonl: new_tokens are those of always)."""
+    scores = {n: modes["always" if n in steps else "never"]["datasets"][n] for n in modes["never"]["datasets"]}
+    n = tokens = thinks = 0
+    for path in glob.glob(os.path.join(run, "eval", "*", "*_queries.jsonl")):
+        with open(path, encoding="utf-8") as f:
+            spent = [json.loads(line)["new_tokens"] for line in f]
+        n += len(spent)
+        if os.path.basename(path).removesuffix("_queries.jsonl") in steps:
+            tokens, thinks = tokens + sum(spent), thinks + len(spent)
+    return dict(overall=float(np.mean(list(scores.values()))), reason_rate=thinks / n, tokens_per_query=tokens / n, ms_per_query=None, datasets=scores)
+
+
 def collect(folder):
     """The study's folder -> ({variant: {seed: figures}}, the datasets that need steps, {variant: [datasets left out]}). A colon in a name: measured
     elsewhere than on the ordinary test sets; a comma: the full method's weights, used otherwise."""
@@ -163,6 +178,8 @@ def collect(folder):
         put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
         for label, mode in {"full, never": "never", "full, always": "always", "random": "random", "oracle": "oracle"}.items() if name == "full" else ():
             put(label, report["modes"], mode)
+        if name == "full":
+            put("full, told", {"told": told(run, report["modes"], steps)}, "told")
         places = {os.path.basename(os.path.dirname(p)): read(p)["modes"] for p in glob.glob(os.path.join(run, "*", "summary.json"))}
         for where, modes in places.items():                      # where the documents reason, those that do not belong beside them
             where = where if where != "eval" else "direct_documents" if "reasoned_documents" in places else None
@@ -223,6 +240,8 @@ def verdict(found):
         if name in v and v[name]["mean"]["tokens"]:
             ratio = v["full"]["mean"]["tokens"] / v[name]["mean"]["tokens"]
             out.append(f"Tokens: {ratio:.2f} times those of {name} (aim: at most {aim}; {'met' if ratio <= aim else 'missed'}).")
+    if "full, told" in v and "oracle" in v and v["oracle"]["mean"]["tokens"]:
+        out.append(f"Told which families need steps, and foreseeing no luck, it would be {v['full, told']['mean']['tokens'] / v['oracle']['mean']['tokens']:.2f} times.")
     best, coin, full = (v[n]["mean"]["overall"] for n in ("oracle", "random", "full"))
     if best > coin:
         out.append(f"Decision: {(full - coin) / (best - coin):.0%} of the way from a coin to hindsight (aim: at least 80%).")
@@ -269,20 +288,20 @@ def analysis_tables(parts):
 
 
 def draw(found, path):
-    """Quality against tokens, every variant with its intervals."""
+    """Every variant's quality and tokens with their intervals, the best on top."""
     import matplotlib.style
     from matplotlib.figure import Figure
+    rows = sorted(plain(found).items(), key=lambda x: x[1]["mean"]["overall"])
     with matplotlib.style.context(["default", evaluation.STYLE]):
-        fig = Figure((9, 5.5), layout="constrained")
-        ax, labels = fig.subplots(), []
-        for name, v in plain(found).items():
-            colour = evaluation.COLOURS.get({"full": "adaptive"}.get(name, name.removeprefix("full, ")), "#8a5a9e")
-            x, y = v["mean"]["tokens"], v["mean"]["overall"]
-            ax.errorbar(x, y, v["half"]["overall"], v["half"]["tokens"], "s" if "," in name else "o", color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
-            labels.append((x, y, name.replace("_", " "), colour))
-        ax.margins(0.15)
-        ax.set(xlabel="generated tokens per query", ylabel="mean quality", title=f"Mean and 95 % interval, seeds: {len(found['seeds'])}")
-        evaluation.label_points(ax, labels, np.array([label[:2] for label in labels]))
+        fig = Figure((9, 1.2 + 0.3 * len(rows)), layout="constrained")
+        for ax, key, what in zip(fig.subplots(1, 2, sharey=True, width_ratios=(3, 2)), ("overall", "tokens"), ("mean quality", "generated tokens per query")):
+            for y, (name, v) in enumerate(rows):
+                colour = evaluation.COLOURS.get({"full": "adaptive"}.get(name, name.removeprefix("full, ")), "#8a5a9e")
+                ax.errorbar(v["mean"][key], y, xerr=v["half"][key], fmt="s" if "," in name or name in ("random", "oracle") else "o", color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
+            ax.axvline(found["variants"]["full"]["mean"][key], color=evaluation.COLOURS["adaptive"], lw=0.8, ls=":")
+            ax.grid(axis="y", lw=0.3)
+            ax.set(xlabel=what, yticks=range(len(rows)), yticklabels=[name.replace("_", " ") for name, _ in rows])
+        fig.suptitle(f"Mean and 95 % interval over {len(found['seeds'])} seeds; squares: the full method's weights, used otherwise")
         fig.savefig(path)
 
 
@@ -294,8 +313,9 @@ def summarise(folder):
     draw(found, os.path.join(folder, "study.png"))
     parts = ["# Does thinking when needed pay?", *verdict(found), f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
              "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. random: a coin at full's reason rate. "
-             "oracle: with hindsight the better of never and always. 'full, never' and 'full, always': the full method's weights, forced.",
-             "![quality against tokens](study.png)", main_table(found), "## Families", family_table(found)]
+             "oracle: with hindsight the better of never and always. 'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
+             "reason on the families that need steps and on no other.",
+             "![quality and tokens](study.png)", main_table(found), "## Families", family_table(found)]
     if any(":" in name for name in found["variants"]):
         parts += ["## Other worlds, and who reasons", "hard: longer paths and sums than in training. night: light on dark, never drawn in training. "
                   "direct_documents, reasoned_documents: the variant both sides, whose targets learnt to reason offline.", elsewhere_table(found)]

@@ -4601,6 +4601,9 @@ def test_study_resumes_and_writes_tables(s_study, tmp_path, monkeypatch, capsys)
     assert f"Full minus never: {a - b:+.3f} ± {test['half']:.3f} over 2 seeds, within noise." in text and "PocketWalk (steps)" in text and "## What the counterfactual says" in text
     assert f"| never | {b:.3f} ± {12.7062 * 0.03:.3f} |" in text and os.path.getsize(os.path.join(root, "study.png")) > 5000
     steps = [f[0] for f in pocket.FAMILIES if f[2]]
+    modes, said = m_json(root, "seed2", "full", "report.json")["modes"], found["variants"]["full, told"]["seeds"]["2"]    # always where steps are needed, never elsewhere
+    assert said["overall"] == pytest.approx(np.mean([modes["always" if n in steps else "never"]["datasets"][n] for n in modes["never"]["datasets"]]))
+    assert said["reason_rate"] == len(steps) / 16 and said["tokens"] == pytest.approx(modes["always"]["tokens_per_query"] * len(steps) / 16)      # all written to the limit of 6
     assert found["variants"]["never"]["seeds"]["2"]["steps"] == pytest.approx(np.mean([m_json(root, "seed2", "never", "report.json")["modes"]["adaptive"]["datasets"][n] for n in steps]))
 
 
