@@ -24,6 +24,7 @@ How to run:
     python bench.py --out FILE.json --queries 4 --tokens 16 --items 12 --batch 6            smaller
     python bench.py --out FILE.json --device cuda --compile --size 2b --train 1024          a GPU; --lora 16 for adapters only
     python bench.py --out FILE.json --growth                                                and FILE.png
+    python bench.py --out FILE.json --size 2b,4b --cost                                     what a full run takes at the rates that FILE.json holds
 
 Left out: vLLM (another process, other pins), TRL's own generation (transformers', compared above), and clips beside TRL (its trainer takes none).
 Pictures are noise and weights random: speed is real, content is not.
@@ -34,7 +35,6 @@ import copy
 import ctypes
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -57,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 import rl
 from embed import Embedder, Reader, branch_logp, collate, contrastive_step, find_device, info_nce
 from eval import rank
-from model import CONFIGS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, linear, tokenizer_spec, write_json
+from model import CONFIGS, Config, Qwen3VL, Tokenizer, byte_letters, for_training, generate, levels, linear, read_json, tokenizer_spec, write_json
 
 # what a step is told, as train.py's Config has it
 STEP = types.SimpleNamespace(temperature=0.02, negatives=1, lm_weight=1.0, decision_weight=0.2, chunk_tokens=16384, rl_temperature=1.0, rl_price=0.1, rl_beta=0.1,
@@ -422,6 +422,48 @@ def growth(out, o):
     axes[0, 0].legend(title="orange: peak MB"), figure.tight_layout(), figure.savefig(os.path.splitext(o.out)[0] + ".png", dpi=80)
 
 
+# One full run of train.py's presets (a test holds the numbers together): VLM2Vec-V2's training pairs and MMEB-V2's queries, by data.py's tables
+FULL = types.SimpleNamespace(pairs=2_170_000, queries=48_590, videos=34_940, candidates=250_000, batch=1024, propose_k=4, propose_max_new=256, select_folds=2,
+                             select_steps=500, embed_steps=5000, rl_steps=500, rl_batch=64, rl_group=8, rl_max_new=128, eval_max_new=128, max_pixels=1003520)
+
+
+def work(c, r=FULL):
+    """{stage: (FLOPs apart from writing, tokens written)}, by arithmetic. A query is a picture of max_pixels and 64 words, a target 64 words, a video
+    four such pictures, a candidate one; a rationale has propose_max_new tokens. So this is rather too much than too little.
+
+    A forward pass: 2 per weight and token, and 4 x width per token for each one that it looks at. A training step is five of them: GradCache's first
+    look, forward, forward again (checkpointing), and twice as much backward.
+    """
+    with torch.device("meta"):
+        m = Qwen3VL(c)
+    weights = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
+    v, n = m.visual, r.max_pixels // 16**2                       # n patches; a fourth of them become tokens
+    text = lambda new, before=0: new * (2 * weights(m.text.layers) + 4 * c.layers * c.heads * c.head_dim * (before + new / 2))
+    picture = n * (2 * weights(v.patch_embed, v.blocks) + weights(v.merger, v.deepstack_merger_list) / 2 + 4 * c.v_layers * c.v_hidden * n)
+    q, t, thought = picture + text(n // 4 + 64), text(64), lambda new: text(new, n // 4 + 64)
+    learnt, judged = q + t + thought(r.propose_max_new), q + t + 3 * r.propose_k * thought(r.propose_max_new)             # own, and two placebos for each
+    rollouts = r.rl_steps * r.rl_batch * r.rl_group // 2
+    return {"propose": (r.pairs * q, r.pairs * r.propose_k * r.propose_max_new),
+            "select": (5 * r.select_folds * r.select_steps * r.batch * learnt + r.pairs * judged, 0), "embed": (5 * r.embed_steps * r.batch * learnt, 0),
+            "rl": (r.rl_steps * r.rl_batch * (6 * q + 5 * t) + 5 * rollouts * thought(r.rl_max_new), rollouts * r.rl_max_new),
+            "eval": ((2 * (r.queries + 4 * r.videos) + r.candidates) * q, (r.queries + r.videos) * r.eval_max_new),          # queries directly, and reasoned
+            "a billion pictures": (1e9 * q, 0)}
+
+
+def cost(o):
+    """Prints work() of each size and, from the rates measured on it that o.out holds, hours: FLOPs / rate + tokens / rate."""
+    out = read_json(o.out)
+    print("| size | stage | PFLOP | million tokens written | hours |\n| --- | --- | ---: | ---: | ---: |")
+    for size in o.size.split(","):
+        rate = {x["name"].split(",")[0]: x["value"] for x in out["limits"] if x["name"].endswith(f", {size}")}
+        rate |= {x["name"].split()[0]: x["ours"] for x in out["rows"] if x["name"].endswith(f", {size}") and x["name"].startswith("generate")}
+        for stage, (flops, tokens) in work(SIZES[size][0]).items():
+            key = "contrastive" if stage in ("select", "embed", "rl") else "embed"
+            hours = f"{(flops / rate[key] + tokens / rate['generate']) / 3600:,.1f}" if {key, "generate"} <= set(rate) else "not measured"
+            print(f"| {size} | {stage} | {flops / 1e15:,.0f} | {tokens / 1e6:,.0f} | {hours} |")
+    print(f"\nRates: {o.out}, {out['device']}, {out['dtype']}")
+
+
 def parse(argv):
     a = argparse.ArgumentParser(description="Side by side with transformers: embedding, generation, GRPO and contrastive steps, preprocessing.")
     a.add_argument("--out", required=True, help="JSON file; --growth draws a .png beside it")
@@ -435,6 +477,7 @@ def parse(argv):
                               ("train", 0, "also one whole training step of each size on so many pairs"), ("lora", 0, "... by LoRA of this rank")):
         a.add_argument("--" + name, type=int, default=value, help=f"{what} ({value})")
     a.add_argument("--growth", action="store_true", help="how cost grows (first size only) instead of the comparison")
+    a.add_argument("--cost", action="store_true", help="measure nothing: what a full run takes, at the rates that --out holds from an earlier call")
     o = a.parse_args(argv)
     o.device = find_device(o.device)
     o.dtype = getattr(torch, o.dtype or ("bfloat16" if o.device.type == "cuda" else "float32"))
@@ -450,6 +493,8 @@ def parse(argv):
 def main(argv=None):
     try:
         o = parse(argv)
+        if o.cost:
+            return cost(o)
         transformers.utils.logging.disable_progress_bar()
         name = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
         versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__)
@@ -461,7 +506,7 @@ def main(argv=None):
             write_json(o.out, out)                               # after each size: a long run may be stopped
     except torch.OutOfMemoryError as e:
         sys.exit(f"bench.py: out of memory with --size {o.size}: lower --queries, --tokens, --items, --batch or --train, or use --lora ({str(e)[:200]!r})")
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"bench.py: {e}")
     print(f"{name}; {o.out} written")
 

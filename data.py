@@ -269,14 +269,30 @@ def filled(path, name, column):
         return np.zeros(len(column), bool)
     if pa.types.is_primitive(column.type):
         raise BadData(f"{path}: column {name} holds {column.type}, not text")
-    textual = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if pa.types.is_struct(column.type):                          # the hub's {"bytes", "path"}
+        return np.any([filled(path, name, pc.struct_field(column, f.name)) for f in column.type], 0) & np.asarray(column.is_valid())
+    textual = any(yes(column.type) for yes in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary))
+    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+        column, textual = column.cast(pa.large_binary()), True
     return pc.fill_null(pc.greater(pc.binary_length(column), 0) if textual else column.is_valid(), False)
+
+
+def picture_cell(table, row, column, value):
+    """Arrow scalar of a picture column -> a Picture where there are bytes, else the path that stands there, or None."""
+    parts = dict(value.items()) if pa.types.is_struct(value.type) and value.is_valid else {"bytes": value}                # the hub's {"bytes", "path"}
+    for part in (parts.get("bytes"), parts.get("path")):
+        if part is not None and part.is_valid:
+            if not isinstance(part, pa.BinaryScalar) or isinstance(part, pa.StringScalar):
+                return part.as_py() or None
+            if part.as_buffer().size:
+                return Picture(table, row, column)
+    return None
 
 
 class Table:
     """The first `cap` rows of a dataset's shards by number: table[i] -> {column: value}, None where a shard lacks an optional column.
 
-    Pictures (column "image") stay where they are, as Picture references.
+    Pictures (column "image") stay where they are, as Picture references (see picture_cell).
     """
 
     def __init__(self, files, required, optional, cap=None):
@@ -303,7 +319,7 @@ class Table:
             return {c: row.get(c) for c in self.columns}
         cells = {c: part.column(c)[i] for c in have}               # of the mapped file; nothing else is read
         try:
-            return dict.fromkeys(self.columns) | {c: Picture(path, i, c) if c == "image" and v.is_valid else v.as_py() for c, v in cells.items()}
+            return dict.fromkeys(self.columns) | {c: picture_cell(path, i, c, v) if c == "image" else v.as_py() for c, v in cells.items()}
         except ValueError as e:                                    # text that is not UTF-8
             raise BadData(f"{path} row {i} cannot be read: {e}") from None
 
@@ -333,8 +349,9 @@ class Table:
 
 def cell(row, column, kind="text"):
     """A checked cell. kind: text; text? (null is "", as everywhere in training); texts (a list with something in it);
-    id (int or str -> str: hubs store ids as either, and qrels not always as the corpus does)."""
+    id (int or str -> str: hubs store ids as either, and qrels not always as the corpus does; pandas makes 7.0 of a 7 beside a null)."""
     value, text = row[column], lambda v: isinstance(v, str)
+    value = int(value) if kind == "id" and isinstance(value, float) and value.is_integer() else value
     if kind == "text?" and value is None:
         return ""
     good = {"texts": isinstance(value, list) and len(value) > 0 and all(map(text, value)),
@@ -464,7 +481,9 @@ def video_row(name, parser, queries, inst, folders=None, **more):
     return dict(dict(name=name, parser=parser, queries=queries, inst=inst, modality="video", family=f"V-{kind.upper()}",
                      scope="global" if kind == "ret" or "labels" in more else "local", hub=f"VLM2Vec/{name}", media=deep + flat,
                      tgt="Understand the content of the provided video.",
-                     table=TABLES + [f"{V2}/video-tasks/data/{mirror}.jsonl" for mirror in mirrors],
+                     table=TABLES + ["{hub}/data/{split}.json*", "{hub}/*_{split}.json*"]                 # as SmthSmthV2's hub has it, and MSVD's
+                     + ["{hub}/*/{split}-*.parquet"] * ("config" not in more)                              # VATEX, Video-MME: a folder of any name
+                     + [f"{V2}/video-tasks/data/{mirror}.jsonl" for mirror in mirrors],
                      fetch=[[V2, f"video-tasks/frames/video_{kind}*", f"cd video-tasks/frames && {unpack}"]]), **more)
 
 
@@ -568,7 +587,7 @@ def whole_shards(files):
     """BadData where shards NAME-00000-of-00003 are not all there, or those of an older division lie beside them."""
     found = collections.defaultdict(set)
     for path in files:
-        if m := re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", path):
+        if m := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?\.\w+", path):
             found[m[1]].add((int(m[3]), int(m[2])))
     for name, shards in found.items():
         of = sorted({n for n, _ in shards})
@@ -1013,7 +1032,7 @@ def video_qa(b, row):
         raise BadData(f"the answer {answer!r} is not among its {len(options)} options")
     cands = [b.cand(name, lambda: b.say(text, "", text)) for name, text in zip(names, texts)]
     clip = b.clip(before.format(config=b.config) + cell(row, column, "id"))
-    b.query(b.say(f" {b.spec['inst']} {asked}", b.spec["inst"], asked, video=clip), cands, [cands[spelled.index(answer)]])
+    b.query(b.say(f" {b.spec['inst']} {asked}", b.spec["inst"], asked, video=clip), cands, [cands[len(spelled) - 1 - spelled[::-1].index(answer)]])       # twice there (MVBench): the last
 
 
 def stem(path):
@@ -1096,12 +1115,13 @@ def beir(b, limit):
     spec, pages, asked, relevant = b.spec, set(), set(), collections.defaultdict(dict)
 
     def corpus(b, row):
-        """A page: its picture is in the table, or lies in the media folders as NAME.png (ViDoRe) or short_name(NAME) (VisRAG)."""
+        """A page: its picture is in the table, or lies in the media folders as the table says, NAME.png (ViDoRe) or short_name(NAME) (VisRAG)."""
         page = cell(row, "corpus-id", "id")
         if page in pages:
             raise BadData(f"corpus-id {page!r} occurs twice")
         pages.add(page)                                  # also a broken one: a qrel that names it is not at fault
-        b.cand(page, lambda: b.say(" " + spec["tgt"], "", "", image=b.picture(row["image"]) or b.find([f"{page}.png", short_name(page)])))
+        find = lambda ref: ref if isinstance(ref, Picture) else b.find([*listed(ref or None), f"{page}.png", short_name(page)])
+        b.cand(page, lambda: b.say(" " + spec["tgt"], "", "", image=find(row["image"])))
 
     def qrels(b, row):
         """How relevant a page is to a query: 0 (not at all) ... 3."""
@@ -1179,14 +1199,15 @@ def load_eval(root, row, on_bad="stop", limit=None, page_labels="fixed", frames=
 # python data.py --check ROOT
 
 def check_one(spec, kind, root, page_labels="fixed"):
-    """One dataset looked at whole, every picture decoded -> (status, rows, usable rows, [what is wrong]). Its status is
+    """One dataset looked at whole, every picture decoded, of test clips every frame (a run may take fewer) -> (status, rows, usable rows, [what is
+    wrong]). Its status is
 
     found | short (fewer rows than published) | broken | missing (no table, or a table of which not one picture is there).
     """
     bad, usable, rows, fault = [], 0, 0, functools.cache(fault_of)
     try:
         if kind == "eval":
-            found = load_eval(root, spec, on_bad="skip", page_labels=page_labels)
+            found = load_eval(root, spec, on_bad="skip", page_labels=page_labels, frames=sys.maxsize)           # all of a clip's
             rows, usable, bad = found.rows, len(found.queries), found.bad
         else:
             source = Source(spec, root, "original", on_bad="skip")

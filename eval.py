@@ -24,7 +24,7 @@ run goes on where it stopped, and a changed model never meets old vectors. pictu
 
 Left out: ranking on a GPU (1,000 x 1,000,000 takes seconds without one), significance tests, more than the first 100 of a ranking in pred.jsonl.
 Not followed: the reference pairs labels and grades wrongly where ids are strings and grades are mixed (a perfect ranking gets 0.855 there), and
-counts a right answer that a ranking lists twice two times (its map and ndcg then exceed 1; here the repetition only takes a place).
+counts a right answer that a ranking lists twice two times (its map and ndcg then exceed 1; here the repetition is left out).
 """
 
 import argparse

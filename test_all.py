@@ -1501,7 +1501,8 @@ def test_data_eval_video_questions(tmp_path):
         "VLM2Vec/Video-MME/data/test-00000-of-00001.parquet": [{"videoID": "-x1", "question": "What?", "options": ["A. Apples.", "B. Mr. B.", "C. Berries.", "D. Figs"], "answer": "C", "question_id": "1"}],
         "VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet": [{"video": 4740931975, "question": "why", "answer": 1, "qid": 0, "type": "x", "a0": "no", "a1": "yes", "a2": "no", "a3": "d", "a4": "e"}],
         "VLM2Vec/EgoSchema/Subset/test-00000-of-00001.parquet": [{"video_idx": "0074", "question": "Q?", "answer": "2", "question_idx": 3, "option": [f"{c}. o{c}" for c in "ABCDE"]}],
-        "VLM2Vec/MVBench/action_count/train-00000-of-00001.parquet": [{"video": "v.mp4", "question": "How many?", "candidates": ["3", "2"], "answer": "2"}],
+        "VLM2Vec/MVBench/action_count/train-00000-of-00001.parquet": [{"video": "v.mp4", "question": "How many?", "candidates": ["3", "2"], "answer": "2"},
+                                                                             {"video": "v.mp4", "question": "How?", "candidates": ["3", "2", "3"], "answer": "3"}],
         "VLM2Vec/ActivityNetQA/data/test-00000-of-00001.parquet": [{"video_name": "abc", "question": "is it", "answer": "no", "question_id": "q"}]}
     for path, rows in tables.items():
         write_table(str(tmp_path / path), rows)
@@ -1519,7 +1520,8 @@ def test_data_eval_video_questions(tmp_path):
     es = data.load_eval(str(tmp_path), "EgoSchema")
     assert es.queries[0]["text"] == f" {P} Q?A. oA B. oB C. oC D. oD E. oE" and es.candidates[2] == {"text": "oC"} and es.positives == [[2]]
     es = data.load_eval(str(tmp_path), "MVBench")
-    assert es.rows == 20 and es.queries[12]["text"] == f" {P} How many?\nOptions:\n(A) 3\n(B) 2" and es.cand_ids == ["(A) 3", "(B) 2"] and es.positives[12] == [1]
+    assert es.rows == 21 and es.queries[12]["text"] == f" {P} How many?\nOptions:\n(A) 3\n(B) 2" and es.cand_ids == ["(A) 3", "(B) 2", "(C) 3"] and es.positives[12] == [1]
+    assert es.positives[13] == [2]                                # an answer that stands there twice: the last, as upstream
     config = data.MVBENCH[12]                                     # one table after the other: a complaint says in which the row is
     write_table(str(tmp_path / f"VLM2Vec/MVBench/{config}/train-00000-of-00001.parquet"), [{"video": "v.mp4", "question": "How?", "candidates": ["3", "2"], "answer": "4"}])
     with pytest.raises(data.BadData, match=rf"^MVBench/12 \(row 0 of {config}\): the answer '4'"):
@@ -4003,7 +4005,7 @@ def more_bad_roots(tmp_path):
     yield *image_set("target dots", "MSCOCO_t2i", [dict(find, tgt_img_path=["s/1.jpg", "../x.jpg"])]), r"MSCOCO_t2i/0: path '../x.jpg' leaves", 1
     yield *pages_of("page bomb", page(bomb())), "corpus row 1: .*row 1 column image: too many pixels", 1
     yield *pages_of("page cut", page(png(size=(99, 99))[:70])), "corpus row 1: .*row 1 column image: broken picture", 1
-    yield *pages_of("page null", page(None)), "corpus row 1: .*row 1 column image: no picture bytes", 1
+    yield *pages_of("page null", page(None)), r"corpus row 1: picture '.*' or .* is missing", 1
     yield *pages_of("page id", pages(["5"]) + [{"corpus-id": "../../secret", "image": None}]), r"corpus row 1: path '../../secret.png' leaves the root", 1
     write_table(f"{tmp_path}/label/VLM2Vec/UCF101/data/test-00000-of-00001.parquet", [{"video_id": "a", "pos_text": "Biking"}, {"video_id": "a", "pos_text": "Flying"}])
     write_frames(tmp_path / "label" / V2 / "video-tasks/frames/video_cls/UCF101/a", 2)
@@ -4206,6 +4208,67 @@ def test_data_the_other_published_layouts(tmp_path):
     assert len(d.pair(0, 0)["query"]["video"]["frames"]) == 3
 
 
+@pytest.mark.parametrize("name, file, row", [
+    ("SmthSmthV2", "data/test.jsonl", dict(video_id="a", pos_text="A", neg_text=["A", "B"])), ("UCF101", "data/test.jsonl", dict(video_id="a", pos_text="Biking")),
+    ("MSVD", "msvd_test.json", dict(video_id="a", caption=["c"])), ("DiDeMo", "didemo_test.json", dict(video="a.mp4", caption="c")),
+    ("MSR-VTT", "msrvtt_test_1k.json", dict(video_id="a", caption="c")), ("VATEX", "vatex_test/test-00000-of-00001.parquet", dict(videoID="a", enCap=["c"])),
+    ("Video-MME", "videomme/test-00000-of-00001.parquet", dict(videoID="a", question="?", options=["A. x", "B. y"], answer="B"))])
+def test_data_tables_as_the_hub_names_them(tmp_path, name, file, row):
+    """The training split lies beside and is not taken."""
+    for path in (file.replace("test", "train"), file):
+        path, taken = str(tmp_path / "VLM2Vec" / name / path), path == file
+        if file.endswith(".parquet"):
+            write_table(path, [row] * (1 if taken else 2))
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            open(path, "w").write(json.dumps([row] * (1 if taken else 2)) if file.endswith(".json") else (json.dumps(row) + "\n") * (1 if taken else 2))
+    spec = next(r for r in data.EVAL if r["name"] == name)
+    write_frames(tmp_path / spec["media"][-1] / "a", 2)
+    es = data.load_eval(str(tmp_path), name)
+    assert es.rows == 1 and len(es.queries) == 1
+
+
+def test_data_columns_as_other_writers_leave_them(tmp_path):
+    """Views of strings, pictures as paths or as structs without bytes, ids that pandas made decimal, hashes in the names of shards."""
+    folder = tmp_path / TRAIN_HUB / "OK-VQA"
+    os.makedirs(folder)
+    sides = dict(qry=["q", "q", None], qry_image_path=["", "", ""], pos_text=["a", "", "a"], pos_image_path=[None, "", ""])
+    pq.write_table(pa.table({k: pa.array(v, pa.string_view()) for k, v in sides.items()}), folder / "original-00000-of-00001.parquet")
+    d = data.train_sets(str(tmp_path))
+    assert d.sizes == [1] and d.dropped == {"OK-VQA": 2} and d.pair(0, 0)["target"] == {"text": "a"}
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pages = dict(query=["x", "x", "x", None], image=pa.array([dict(bytes=png(), path=None), dict(bytes=None, path=None), dict(bytes=b"", path="p.png"), None], struct), source=["", "", "", ""])
+    write_picture(tmp_path / "p.png", size=(5, 5))
+    pq.write_table(pa.table(pages), tmp_path / "pages.parquet")
+    (tmp_path / "datasets.json").write_text(json.dumps({"train": [dict(name="pages", table="pages.parquet", parser="page")], "eval": [
+        dict(name="beir", table="{part}.parquet", parser="beir", modality="visdoc", media=["."])]}))
+    d = data.train_sets(str(tmp_path))
+    assert d.sizes == [2] and d.dropped == {"pages": 2} and [data.load_picture(d.pair(0, i)["target"]["image"]).size for i in (0, 1)] == [(6, 6), (5, 5)]
+    ids = [1.0, 2.0, 3.0]
+    for n in (2, 3):
+        write_picture(tmp_path / f"{n}.png", size=(n, n))
+    for image in (pa.array([dict(bytes=png(), path=None), dict(bytes=None, path="2.png"), None], struct), pa.array(["p.png", "2.png", None])):
+        pq.write_table(pa.table({"corpus-id": ids, "image": image}), tmp_path / "corpus.parquet")
+        write_table(str(tmp_path / "qrels.parquet"), [{"query-id": 7.0, "corpus-id": 2, "score": 1}])
+        write_table(str(tmp_path / "queries.parquet"), [{"query-id": 7, "query": "x"}])
+        es = data.load_eval(str(tmp_path), "beir")
+        assert es.cand_ids == ["1", "2", "3"] and es.positives == [[1]] and [data.load_picture(c["image"]).size[0] for c in es.candidates][1:] == [2, 3]
+    os.remove(tmp_path / "datasets.json"), os.remove(folder / "original-00000-of-00001.parquet")
+    write_table(str(folder / "original-00000-of-00002-0123456789abcdef.parquet"), [AOK])
+    with pytest.raises(BadData, match="of 2 shards 1 are missing"):
+        data.train_sets(str(tmp_path))
+
+
+def test_data_check_looks_at_every_frame(tmp_path, capsys):
+    """A run takes 8 frames, or with --frames 64 all of these: a broken one between the 8 is found."""
+    write_table(str(tmp_path / "VLM2Vec/UCF101/data/test-00000-of-00001.parquet"), [{"video_id": "a", "pos_text": "Biking"}])
+    clip = tmp_path / V2 / "video-tasks/frames/video_cls/UCF101/a"
+    write_frames(clip, 20)
+    (clip / "frame_0002.jpg").write_bytes(b"")
+    assert data.check(str(tmp_path), ("eval",), ["UCF101"]) == 1 and "frame_0002.jpg" in capsys.readouterr().out
+    assert len(data.load_eval(str(tmp_path), "UCF101", "skip").queries) == 1 and pytest.raises(BadData, data.load_eval, str(tmp_path), "UCF101", "skip", frames=64)
+
+
 def test_data_knows_nothing_of_the_pocket_world():
     source = open(data.__file__, encoding="utf-8").read()
     assert not any(family[0] in source for family in pocket.FAMILIES) and "pocket" not in source.lower()
@@ -4258,6 +4321,33 @@ def test_bench_writes_what_was_promised(tmp_path, capsys):
     bench.main([*small, "--growth"])
     rows = json.load(open(out))["growth"]
     assert len({r["axis"] for r in rows}) == 6 and all(r["seconds"] > 0 and r["peak_mb"] >= 0 for r in rows) and os.path.getsize(tmp_path / "b.png") > 5000
+
+
+def test_bench_cost_of_a_full_run(tmp_path, capsys):
+    """Its numbers are those of the presets and tables, its FLOPs those that torch counts, its hours FLOPs and tokens over the rates of the file."""
+    cfg, full = dataclasses.asdict(train.Config(**train.PRESETS["qwen3vl-2b"])), dict(vars(bench.FULL))
+    pairs, queries, videos, _ = (full.pop(k) for k in ("pairs", "queries", "videos", "candidates"))
+    assert full == {k: cfg[k] for k in full} and videos == sum(r["queries"] for r in data.EVAL if r["modality"] == "video")
+    assert queries + videos == sum(r["queries"] for r in data.EVAL) and abs(sum(r["rows"] or r["cap"] for r in data.TRAIN) - pairs) < 2000
+    c = dataclasses.replace(bench.SIZES["mid"][0], vocab=2000)
+    e, item = tiny_embedder(0), Image.new("RGB", (512, 512))
+    e.reader.max_pixels = 512 * 512
+    e.model, e.reader.c = M.Qwen3VL(c).eval(), dataclasses.replace(c, **{k: getattr(e.reader.c, k) for k in ("image_token", "video_token", "vision_start", "vision_end")})
+    e.model.c = e.reader.c
+    batch = collate([e.reader.read({"image": item, "text": "word " * 20})], e.reader)
+    assert batch["pixels"].shape[0] == 1024
+    with bench.FlopCounterMode(display=False) as counter, torch.no_grad():
+        e.model(batch)
+    r = types.SimpleNamespace(**{**vars(bench.FULL), "max_pixels": 512 * 512})
+    a, b = bench.work(c, r)["a billion pictures"][0] / 1e9, counter.get_total_flops()
+    assert 0.9 < a / b < 1.1, (a, b)
+    limits = [dict(name=f"{k}, 2b", value=v) for k, v in (("embed", 1e15), ("contrastive", 2e15))]
+    M.write_json(tmp_path / "r.json", dict(device="some card", dtype="bfloat16", limits=limits, rows=[dict(name="generate 64x8x64, 2b", ours=1e4)]))
+    bench.main(["--out", str(tmp_path / "r.json"), "--size", "2b,4b", "--cost"])
+    said, found = capsys.readouterr().out, bench.work(M.CONFIGS["2b"])
+    for stage, rate in (("propose", 1e15), ("rl", 2e15)):
+        assert f"| 2b | {stage} | {found[stage][0] / 1e15:,.0f} | {found[stage][1] / 1e6:,.0f} | {(found[stage][0] / rate + found[stage][1] / 1e4) / 3600:,.1f} |" in said
+    assert said.count("not measured") == 6 and "some card" in said
 
 
 @pytest.mark.parametrize("argv, word", [(["--size", "huge"], "--size huge"), (["--device", "cuda:9"], "sees"), (["--device", "abc"], "'abc'"),
