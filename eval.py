@@ -490,6 +490,9 @@ def over_seeds(folders, out, readme=None):
     found = {"runs": [{"seed": r["seed"], "seconds": r["seconds"]} for r in reports], "median": table(np.median), "mean": table(np.mean),
              "spread": table(spread), "steps": steps, "datasets": datasets, "selection": picked}
     write(out, found)
+    print(f"written: {out}")
+    if readme and not steps:
+        raise ValueError(f"{truth} is missing: which families need steps is not known, and {readme} stays as it is")
     if readme:
         into_readme(readme, "pocket", seeds_tables(found))
 

@@ -151,11 +151,11 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
             return averaged_loss(logp, was, adv[row, branch], logits, gain, 2 * half, new.sum() + 2 * B * half)
         return cfg.rl_decision * decision_loss(logits, gain, cfg.rl_beta) * len(rows) / B + cfg.rl_rationale * token_loss
 
-    grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
+    loss, extra = grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
     p, reason, direct, gain = seen["p"], seen["reason"], seen["direct"], seen["gain"]
     entropy = -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log()).mean()
     told, worst = gather_objects(parts), int(reason[first : first + b].mean(1).argmin())
-    return dict(reward=float((p * reason.mean(1) + (1 - p) * direct).mean()), reward_reason=float(reason.mean()), reward_direct=float(direct.mean()),
+    return dict(loss=loss + extra, reward=float((p * reason.mean(1) + (1 - p) * direct).mean()), reward_reason=float(reason.mean()), reward_direct=float(direct.mean()),
                 reason_rate=float((p > 0.5).float().mean()), p_reason=float(p.mean()), decision_entropy=float(entropy),
                 decision_right=float(((p > 0.5) == (gain > 0)).float().mean()), zero_variance=float((~seen["live"]).float().mean()),
                 clip_share=sum(x["clip"] for x in told), logp_gap=max(sum((x["gap"] for x in told), [])), tokens=float(new.mean()),

@@ -2869,6 +2869,9 @@ def test_rl_each_weight_turns_its_own_part(m_world, monkeypatch):
     assert all(max(float(g.abs().max()) for g in p.values()) > 1e-4 for p in parts)
     assert m_gap(gradient(0.5, 2.0, 3.0), {k: 0.5 * a + 2 * parts[1][k] + 3 * parts[2][k] for k, a in parts[0].items()}) < 1e-5
     assert all(not g.any() for g in gradient(0.0, 0.0, 0.0).values())
+    loss = lambda d, r, n: m_grpo(model, case, m_rl_cfg(rl_decision=d, rl_rationale=r, rl_nce=n), monkeypatch)["loss"]    # what is logged is that sum
+    each = [loss(1.0, 0.0, 0.0), loss(0.0, 1.0, 0.0), loss(0.0, 0.0, 1.0)]
+    assert loss(0.5, 2.0, 3.0) == pytest.approx(0.5 * each[0] + 2 * each[1] + 3 * each[2], abs=1e-5) and min(map(abs, (each[0], each[2]))) > 1e-3
     m_grpo(model, case, m_rl_cfg(rl_one_loss=True, rl_nce=0.0), monkeypatch)
     assert m_gap(m_grads(model), gradient(0.7, 1.3, 0.0)) > 0.05                         # the ablation is another loss
 
@@ -3622,6 +3625,12 @@ def test_run_select_under_another_rule_takes_the_judgements_of_another_run(m_fin
     assert m_main(out, "--select_judged", m_finished, stage="select") == 2 and "other rationales" in capsys.readouterr().err
 
 
+def test_run_a_stage_may_change_its_own_options(m_finished):
+    own = lambda stage: {k for k in vars(train.Config()) if train.Run(train.parse(["--out", m_finished, *M_RUN, "--stage", stage])).owns(k)}
+    assert {"lm_weight", "decision_weight", "embed_lr"} <= own("embed") and {"sides", "rationales", "propose_k"} <= own("propose")
+    assert {"tau", "eval_max_new"} == own("eval") - {"eval_batch"} and "rl_price" in own("rl") and not own("all") and not {"seed", "batch", "rl_price"} & own("embed")
+
+
 def test_run_keeps_small_worlds_and_streams_heavy_ones(m_finished, monkeypatch):
     run = train.Run(train.parse(["--out", m_finished, *M_RUN]))
     reader = run.embedder("base").reader
@@ -3871,8 +3880,10 @@ def test_readme_names_only_options_and_files_that_exist():
         assert os.path.exists(os.path.join(HERE, name)), f"README names {name}"
 
 
-def test_readme_numbers_stand_in_a_results_file():
-    """The README's results are the tables that results/pocket.json gives."""
+def test_readme_numbers_stand_in_a_results_file(tmp_path):
+    """The README's results are the tables that results/pocket.json gives; reports without their worlds do not overwrite them."""
+    with pytest.raises(ValueError, match="pocket.json is missing"):
+        evaluation.over_seeds([os.path.join(HERE, "results", "seed1")], str(tmp_path / "x.json"), str(tmp_path / "README.md"))
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     path = os.path.join(HERE, "results", "pocket.json")
     found = json.load(open(path, encoding="utf-8"))

@@ -2,10 +2,10 @@
 Everything in order: base -> propose -> select -> embed -> rl -> eval, each a function below, each leaving a folder behind.
 
     python train.py --stage all                                            the pocket world, from nothing to the report, on a laptop CPU
-    python train.py --stage all --scale 0.05                               the same in a minute: every size and step count times 0.05
+    python train.py --stage all --scale 0.05                               the same in a minute or three: every size and step count times 0.05
     cp -r runs/pocket runs/dear                                            fork a finished run, then do one stage again with
-    python train.py --stage rl --rl_price 0.3 --out runs/dear              one of its options changed, and what follows from it
-    python train.py --stage all --rl_price 0.3 --out runs/dear
+    python train.py --stage rl --rl_price 3 --out runs/dear                one of its options changed, and what follows from it
+    python train.py --stage all --rl_price 3 --out runs/dear               (with a run's other options, such as --scale, in every call)
     python train.py --stage study --study_seeds 5                          does thinking when needed pay? Every ablation, and what the seeds say
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data MMEB_ROOT       on a CUDA GPU
     torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 5e-6 --compile false --fsdp true      on the GPUs of a node, in full
@@ -136,6 +136,11 @@ class Config:
     propose_temperature: float = 0.7
     propose_max_new: int = 40
     rationales: str = ""            # a JSONL of rationales written elsewhere; the pocket world brings workers.jsonl
+    # contrastive steps: select's evaluators and embed (temperature: rl too)
+    batch: int = 64                 # pairs per step
+    sub_batch: int = 16             # of one dataset, so that in-batch negatives are hard
+    negatives: int = 1              # hard negatives used per pair
+    temperature: float = 0.02       # of every softmax over candidates
     # select
     select_rule: str = "full"       # full, positive_only, no_placebo, none
     select_steps: int = 220         # warm-up of each of the two evaluators
@@ -151,10 +156,6 @@ class Config:
     embed_lr: float = 0.5           # times the learning rates above
     embed_workers: str = ""         # only these workers' rationales (commas), "none": nobody's (ablations)
     embed_rest: bool = False        # pairs with nothing kept train the reasoned path too, on what the worker of most kept ones wrote; they decide "direct"
-    batch: int = 64                 # pairs per step
-    sub_batch: int = 16             # of one dataset, so that in-batch negatives are hard
-    negatives: int = 1              # hard negatives used per pair
-    temperature: float = 0.02       # of every softmax over candidates
     lm_weight: float = 1.0          # of the rationale's cross-entropy
     decision_weight: float = 0.2    # of the decision token's cross-entropy
     # rl
@@ -187,6 +188,7 @@ FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every"
 
 CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16"), "optimizer": ("muon", "adamw"),
            "on_bad": ("stop", "skip"), "select_rule": selection.RULES, "sides": ("query", "both")}
+OWN = {"propose": ("sides", "rationales"), "embed": ("lm_weight", "decision_weight"), "eval": ("tau",)}       # a stage's, whose name they do not begin with
 MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
                "decision_weight", "base_text", "rl_price", "hold_back", "rl_steps", "rl_group", "rl_decision", "rl_rationale", "rl_nce", "lora")
 ANY_NUMBER = ("select_margin", "tau")
@@ -273,7 +275,7 @@ class Run:
         self.cfg, self.out, self.device, self.stopping, self.looping = cfg, cfg.out, join(cfg), False, False
         os.makedirs(cfg.out, exist_ok=True)
         self.before = read_json(self.path("config.json")) if os.path.exists(self.path("config.json")) else {}
-        self.same_configuration(self.path("config.json"), "use another --out", self.owns)
+        self.same_configuration(self.path("config.json"), "say so too (options that belong to no stage are repeated in every call), or use another --out", self.owns)
         self.data_root = cfg.data or self.path("data")
         self.stages = read_json(self.path("stages.json")) if os.path.exists(self.path("stages.json")) else {}
 
@@ -302,7 +304,7 @@ class Run:
 
     def owns(self, key):
         """May this call change the option in a folder that exists? Yes if it runs one stage again and the option is that stage's own."""
-        return self.cfg.stage != "all" and key.startswith(("tau", "eval_") if self.cfg.stage == "eval" else self.cfg.stage + "_")
+        return self.cfg.stage != "all" and key.startswith((self.cfg.stage + "_", *OWN.get(self.cfg.stage, ())))
 
     def path(self, *parts):
         return os.path.join(self.out, *parts)
@@ -1043,7 +1045,7 @@ def rl_stage(run, out):
         m = rl.grpo_step(e.model, e.reader, [p["query"] for p in batch], [p["target"] for p in batch], same, c, run.generator("rl", i, rank()),
                          run.plain(e.model, actor))
         m["sample"]["id"] = batch[m["sample"].pop("row")]["id"]
-        return dict(m, loss=m["nce_direct"] + m["nce_reason"], ids=[p["id"] for p in batch])
+        return dict(m, ids=[p["id"] for p in batch])
 
     fit(run, "rl", e, pairs, one_step, c.rl_batch, 8, c.rl_steps, c.rl_lr)
     run.save(e, out, "Adaptive reasoning learnt by GRPO with a price on latency (stage rl).")
