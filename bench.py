@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 import rl
 from embed import Embedder, Reader, branch_logp, collate, contrastive_step, find_device, info_nce
@@ -71,10 +71,13 @@ SIZES = {                                                        # configuration
 }
 
 
+# What torch's counter does not know, as functions of shapes: oneDNN's product (model.linear), and attention on a CPU or with fewer keys than queries.
+# Attention is two products forward and five backward.
+attention, attention_backward = lambda q, k, *_, **more: 4 * math.prod(q) * k[-2], lambda g, q, k, *_, **more: 10 * math.prod(q) * k[-2]
+COUNTED = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{way}"): f for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+           for way, f in (("", attention), ("_backward", attention_backward))}
 if torch.backends.mkldnn.is_available():
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def onednn_flops(x, w, *rest, **more):                       # of shapes: see model.linear
-        return 2 * math.prod(x) * w[0]
+    COUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, w, *_, **more: 2 * math.prod(x) * w[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +284,7 @@ def compare(size, out, o):
     cfg = types.SimpleNamespace(**vars(STEP), rl_group=2 * max(1, o.rollouts // 2), rl_max_new=o.tokens)
     flops = {}
     for name, f in (("embed", lambda: embed_all(e, prompts)), ("contrastive", lambda: contrastive(e, pairs, cfg))):
-        with FlopCounterMode(display=False) as counter:          # padding counts as work: it is computed
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:          # padding counts as work: it is computed
             f()
         flops[name] = f, counter.get_total_flops()
     if o.compile:
