@@ -868,7 +868,8 @@ def batches(data, sampler, workers=0, steps=None, load=True, read=lambda pair: p
 
     Workers are threads, not processes. Pillow decodes outside the interpreter lock, so threads use all cores; a decoded picture is ten times its
     file, and handing it from process to process costs more than decoding it. What each makes of two idle cores: bench(), results/bench_data.json.
-    What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind.
+    What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind. No GPU asks for that much: in training a pair is
+    40 TFLOP to the 2B model (bench.work), so a GPU takes tens of pairs a second, and one thread decodes, resizes and tokenises 400 (640 x 480).
     """
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     some = lambda refs: [read(data.fetch(source, row, load)) for source, row in refs]
