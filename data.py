@@ -149,7 +149,8 @@ def load_picture(ref, draft=False):
             return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA")).convert("RGB")
         return im if im.mode == "RGB" else im.convert("RGB")
     except FileNotFoundError:
-        raise BadData(f"{name}: no such picture") from None
+        web = isinstance(ref, str) and re.match("https?://", ref)
+        raise BadData(f"{name}: " + ("an address, and nothing is fetched from the web here: save the picture first" if web else "no such picture")) from None
     except Exception as e:               # Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...) at mutilated bytes
         if isinstance(ref, str) and os.path.isfile(ref):
             sound(ref)                   # has a better reason, where there is one

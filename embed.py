@@ -113,8 +113,11 @@ class Reader:
             raise ValueError(f"a {type(item).__name__}: expected a string, a picture, a path or a dict")
         if not isinstance(item, dict):
             item = {"text": item} if isinstance(item, str) else {"image": item}
-        if item and not item.keys() & {"text", "image", "video", "instruction", "messages"}:
-            raise ValueError(f"a dict with the keys {sorted(map(str, item))}: expected text, image, video, instruction or messages")
+        others = sorted(str(k) for k in item.keys() - {"text", "image", "video", "fps", "instruction", "messages"})
+        if item and len(others) == len(item):
+            raise ValueError(f"a dict with the keys {others}: expected text, image, video, instruction or messages")
+        if others:                                               # an id, or a typing mistake
+            warnings.warn(f"items: {', '.join(others)} is not read; what is: text, image, video, fps, instruction, messages", stacklevel=2)
         own = item.get("instruction")
         instruction = instruction if own is None else own
         pixels, grids = [], []
@@ -126,6 +129,8 @@ class Reader:
             video = item.get("video")
             several = isinstance(video, (list, tuple)) and video and all(isinstance(v, (list, tuple)) or is_clip(v) for v in video)
             videos = [] if video is None else video if several else [video]
+            if item.get("fps") is not None:
+                videos = [v if is_clip(v) else {"frames": v, "fps": item["fps"]} for v in videos]
             parts = {"video": videos, "image": listed(item.get("image")), "text": listed(item.get("text"))}       # Qwen's order
             content = [{kind: x} for kind, values in parts.items() for x in values]
             if all(p == {"text": ""} for p in content):

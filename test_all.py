@@ -837,6 +837,9 @@ def test_items():
     frames = [{"bytes": buffer.getvalue(), "path": None}] * 4
     assert ids({"video": frames}) == ids({"video": [im] * 4}) == ids({"video": [[im] * 4]}) == ids({"video": {"frames": frames, "fps": 2}})
     assert ids({"messages": [{"role": "user", "content": [{"type": "video", "video": frames, "fps": 2.0}]}]}) == ids({"video": frames})
+    assert ids({"video": frames, "fps": 1.0}) == ids({"video": {"frames": frames, "fps": 1}}) == ids({"video": [frames], "fps": 1}) != ids({"video": frames})
+    with pytest.warns(UserWarning, match="img is not read"):
+        assert ids({"text": "a", "img": im}) == ids("a")
     assert ids({"text": "a", "instruction": "Find"}, "Other") == ids("a", "Find.") != ids("a")
     assert ids({"text": "a", "instruction": None}, " Find. ") == ids("a", "Find")
     assert ids({"text": "a", "instruction": ""}, "Other") == ids("a") and ids("a", "找。") == ids("a", "找。 ")
@@ -863,7 +866,7 @@ def said(content, role="user"):
 BAD_ITEMS = [
     (5, "a int"), (None, "a NoneType"), (["a"], "a list"), ({"txt": "a"}, "'txt'"), ({"text": 5}, "text is a int"),
     ({"text": "a", "instruction": 3}, "an instruction is a string"), (b"no picture", "not a picture"),
-    ({"image": "/no/such.png"}, "such.png"), ({"image": 5}, "a int: not a picture"), (np.zeros((99, 99, 3)), "a ndarray: not a picture .{,99}$"), ({"image": "data:image/png;base64,@@"}, "base64"),
+    ({"image": "/no/such.png"}, "such.png"), ({"image": "https://a.b/c.png"}, "c.png: an address, and nothing is fetched"), ({"image": 5}, "a int: not a picture"), (np.zeros((99, 99, 3)), "a ndarray: not a picture .{,99}$"), ({"image": "data:image/png;base64,@@"}, "base64"),
     (Image.new("RGB", (10, 3000)), "200 to 1"),
     ({"video": []}, "without frames"), ({"video": {"frames": []}}, "without frames"), ({"video": "film.mp4"}, "a video of type str"),
     ({"video": {"fps": 2}}, "a video of type dict"), ({"video": clip(2, 0)}, "fps is 0"), ({"video": clip(2, "x")}, "fps is 'x'"),
