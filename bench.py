@@ -22,7 +22,8 @@ square overtakes beyond some 20,000 tokens), and pictures are length, once there
 How to run:
     python bench.py --out FILE.json                                                         pocket and mid size
     python bench.py --out FILE.json --queries 4 --tokens 16 --items 12 --batch 6            smaller
-    python bench.py --out FILE.json --device cuda --compile --size 2b --train 1024          a GPU; --lora 16 for adapters only
+    python bench.py --out FILE.json --device cuda --compile --size 2b                       a GPU
+    python bench.py --out FILE.json --device cuda --compile --size 4b --train 1024 --lora 32         one whole training step on it, and what it needs
     python bench.py --out FILE.json --growth                                                and FILE.png
     python bench.py --out FILE.json --size 2b,4b --cost                                     what a full run takes at the rates that FILE.json holds
 
@@ -122,7 +123,7 @@ class Peer:
     def __init__(self, folder, reader, o):
         from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
         self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=o.dtype, attn_implementation="sdpa").to(o.device).eval()
-        self.tok, self.eyes, self.reader, self.device = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder), reader, o.device
+        self.tok, self.eyes, self.reader, self.device = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil"), reader, o.device
 
     def read(self, items):
         """Items of text and pictures -> prompts like the Reader's."""
@@ -149,7 +150,7 @@ class Peer:
             kinds, i = p["ids"][np.flatnonzero(p["ids"] == c.vision_start) + 1], 0            # of each segment
             for x in p["pixels"]:
                 (h, w), (pixels, grids) = p["grids"][i], seen["image" if kinds[i] == c.image_token else "video"]
-                pixels.append(x if torch.is_tensor(x) else levels(x)), grids.append([len(x) // (h * w), h, w])
+                pixels.append(x.to(self.device) if torch.is_tensor(x) else levels(x, self.device)), grids.append([len(x) // (h * w), h, w])
                 i += len(x) // (h * w)
         for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if seen[kind][0]:
@@ -233,17 +234,31 @@ def peak_mb(f, o):
     return max(0.0, status("VmHWM") - before)
 
 
+def save(out, o, row, to="rows"):
+    """A row more, written at once: a long run may be stopped, or end."""
+    out[to].append(row)
+    write_json(o.out, out)
+
+
 def race(out, name, ours, peer, amount, unit, o, peer_name=f"transformers {transformers.__version__}"):
-    """Both warm up, then take turns; a row of medians is appended and printed."""
-    ours(), peer()
-    times = np.array([(seconds(ours, o), seconds(peer, o)) for _ in range(o.repeats)])
-    mine, theirs = (float(x) for x in amount / np.median(times, 0))
-    out["rows"].append(dict(name=name, ours=mine, peer=theirs, ratio=mine / theirs, unit=unit, peer_name=peer_name))
-    print(f"{name:<34}{mine:>12.2f}{theirs:>12.2f} {unit:<12}{mine / theirs:>7.2f}x", flush=True)
+    """Both warm up, then take turns; a row of medians is added and printed. What does not fit in memory costs this row alone, and says so."""
+    try:
+        ours(), peer()
+        times = np.array([(seconds(ours, o), seconds(peer, o)) for _ in range(o.repeats)])
+        mine, theirs = (float(x) for x in amount / np.median(times, 0))
+        save(out, o, dict(name=name, ours=mine, peer=theirs, ratio=mine / theirs, unit=unit, peer_name=peer_name))
+        print(f"{name:<34}{mine:>12.2f}{theirs:>12.2f} {unit:<12}{mine / theirs:>7.2f}x", flush=True)
+    except torch.OutOfMemoryError as e:
+        save(out, o, dict(name=name, unit=unit, error=f"out of memory: {str(e)[:200]}"), "failed")
+        print(f"{name}: out of memory, see \"failed\" in {o.out}", flush=True)
+    if o.device.type == "cuda":                                  # here: inside the except its traceback would hold the activations
+        torch.cuda.empty_cache()
 
 
-def agree(what, a, b, tolerance):
+def agree(what, a, b, tolerance, out):
+    """Both sides must have computed the same; the gap is noted."""
     gap = float((torch.as_tensor(a).float().cpu() - torch.as_tensor(b).float().cpu()).abs().max())
+    out["gaps"][what] = gap
     if not gap <= tolerance:
         raise ValueError(f"{what}: ours and transformers differ by {gap:.2g}, more than {tolerance:.2g}: not the same computation")
 
@@ -282,20 +297,21 @@ def compare(size, out, o):
     r, exact, items = e.reader, o.dtype == torch.float32, make_items(o.items, e.reader.max_pixels)
     prompts, still, pairs = [r.read(x) for x in items], [x for x in items if "video" not in x], read_pairs(e, o.batch)
     cfg = types.SimpleNamespace(**vars(STEP), rl_group=2 * max(1, o.rollouts // 2), rl_max_new=o.tokens)
-    flops = {}
+    flops, e.model.compiled = {}, o.compile                      # compiled or not decides the padding
     for name, f in (("embed", lambda: embed_all(e, prompts)), ("contrastive", lambda: contrastive(e, pairs, cfg))):
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:          # padding counts as work: it is computed
             f()
         flops[name] = f, counter.get_total_flops()
+    e.model.compiled = False
     if o.compile:
         e.model.compile_layers()
-    agree(f"embed, {size}", embed_all(e, prompts), peer.embed_all(prompts), 1e-4 if exact else 0.05)
+    agree(f"embed, {size}", embed_all(e, prompts), peer.embed_all(prompts), 1e-4 if exact else 0.05, out)
     race(out, f"embed mixed, {size}", lambda: embed_all(e, prompts), lambda: peer.embed_all(prompts), len(items), "items/s", o)
     race(out, f"embed end to end, {size}", lambda: e.encode(still, reason="never"), lambda: peer.embed_all(peer.read(still)), len(still), "items/s", o)
     pictures = sum((x.get("image", []) for x in still), [])
     mine = lambda: levels(np.concatenate([p["pixels"][0] for window in e.windows(pictures, None, 1 << 20) for p in window]))
     theirs = lambda: peer.eyes(images=pictures, return_tensors="pt")["pixel_values"]
-    agree(f"preprocess, {size}", mine(), theirs(), 1e-5)
+    agree(f"preprocess, {size}", mine(), theirs(), 1e-5, out)
     race(out, f"preprocess, {size}", mine, theirs, len(pictures), "pictures/s", o)
     if exact:                                                    # in bf16 a near tie may fall either way
         got = write(e, prompts[:6], 1, 12, 0.0)
@@ -303,9 +319,9 @@ def compare(size, out, o):
             raise ValueError(f"generate, {size}: greedy tokens differ from transformers': not the same computation")
     queries, (Q, G, T) = [r.read(x) for x in make_items(o.queries, r.max_pixels, 2)], (o.queries, o.rollouts, o.tokens)
     race(out, f"generate {Q}x{G}x{T}, {size}", lambda: write(e, queries, G, T), lambda: peer.generate(queries, G, T), Q * G * T, "tokens/s", o)
-    agree(f"contrastive, {size}", contrastive(e, pairs, cfg), peer.contrastive(pairs, cfg), 1e-3 if exact else 0.1)
+    agree(f"contrastive, {size}", contrastive(e, pairs, cfg), peer.contrastive(pairs, cfg), 1e-3 if exact else 1.0, out)      # bf16: one masked negative more or less
     race(out, f"contrastive {o.batch} pairs, {size}", lambda: contrastive(e, pairs, cfg), lambda: peer.contrastive(pairs, cfg), o.batch, "pairs/s", o)
-    few, same = pairs[: max(2, Q // 8)], torch.eye(max(2, Q // 8), dtype=torch.bool, device=o.device)                     # their activations must fit
+    few, same = pairs[: max(2, Q // 16)], torch.eye(max(2, Q // 16), dtype=torch.bool, device=o.device)                     # their activations must fit
     q, t = [p["query"] for p in few], [p["target"] for p in few]
 
     def ours():
@@ -318,7 +334,7 @@ def compare(size, out, o):
     else:
         print("grpo given: left out, TRL is not installed", flush=True)
     e.model.eval()
-    against_device(size, e, prompts[0], flops, out, o)
+    against_device(size, e, peer, prompts[0], flops, out, o)
 
 
 def given_rollouts(size, e, peer, prompts, cfg, out, o):
@@ -357,27 +373,30 @@ def given_rollouts(size, e, peer, prompts, cfg, out, o):
 
     e.model.train(), peer.model.train()
     scale = float(theirs().abs().max())
-    agree(f"grpo given, {size}", ours() / scale, theirs() / scale, 1e-3 if o.dtype == torch.float32 else 0.1)
+    agree(f"grpo given, {size}", ours() / scale, theirs() / scale, 1e-3 if o.dtype == torch.float32 else 0.1, out)
     race(out, f"grpo given {B}x{G}x{T}, {size}", ours, theirs, B * G, "rollouts/s", o, f"TRL {trl.__version__}")
 
 
-def against_device(size, e, prompt, flops, out, o):
+def against_device(size, e, peer, prompt, flops, out, o):
     """Embedding and training as shares of the measured matrix rate, decoding one row as a share of the measured copy bandwidth."""
     n, width = (8192, 1 << 30) if o.device.type == "cuda" else (768, 1 << 26)
     a, x = torch.randn(n, n, device=o.device).to(o.dtype), torch.zeros(width, dtype=torch.uint8, device=o.device)
     y, best = torch.empty_like(x), lambda f: min(seconds(f, o) for _ in range(10))
     rate, bandwidth = 2 * n**3 / best(lambda: linear(a, a)), 2 * width / best(lambda: y.copy_(x))
-    rows = [(name, total / seconds(f, o, o.repeats), "FLOP/s", rate, peak_mb(f, o)) for name, (f, total) in flops.items()]
+    del a, x, y
+    beside = sum(p.nbytes for p in peer.model.parameters()) / 1e6 if o.device.type == "cuda" else 0.0        # the peer's weights are no part of our peak
+    rows = [(name, total / seconds(f, o, o.repeats), "FLOP/s", rate, peak_mb(f, o) - beside) for name, (f, total) in flops.items()]
     e.model.eval()
     decode = lambda T: write(e, [prompt], 1, T, 0.0, stop=False)
-    decode(2 * o.tokens)
-    t, c = [seconds(lambda: decode(T), o, o.repeats) for T in (o.tokens, 2 * o.tokens)], e.model.c                                    # their difference: no prefill
+    for T in (o.tokens, 3 * o.tokens):
+        decode(T)
+    t, c = [seconds(lambda: decode(T), o, o.repeats) for T in (o.tokens, 3 * o.tokens)], e.model.c                                    # their difference: no prefill
     weights = sum(p.numel() for p in (*e.model.text.layers.parameters(), e.model.lm_head.weight))                         # all are read for a token
-    cache = 2 * c.layers * c.kv_heads * c.head_dim * (len(prompt["ids"]) + 1.5 * o.tokens)
-    moved = (weights + cache) * e.model.lm_head.weight.element_size() * o.tokens / max(t[1] - t[0], 1e-9)
-    rows.append(("decode batch 1", moved, "bytes/s", bandwidth, peak_mb(lambda: decode(o.tokens), o)))
+    cache = 2 * c.layers * c.kv_heads * c.head_dim * (len(prompt["ids"]) + 2 * o.tokens)
+    moved = (weights + cache) * e.model.lm_head.weight.element_size() * 2 * o.tokens / max(t[1] - t[0], 1e-9)
+    rows.append(("decode batch 1", moved, "bytes/s", bandwidth, peak_mb(lambda: decode(o.tokens), o) - beside))
     for name, value, unit, limit, peak in rows:
-        out["limits"].append(dict(name=f"{name}, {size}", value=value, unit=unit, limit=limit, share=value / limit, peak_mb=peak))
+        save(out, o, dict(name=f"{name}, {size}", value=value, unit=unit, limit=limit, share=value / limit, peak_mb=peak), "limits")
         print(f"{name + ', ' + size:<34}{value:>12.3g} {unit:<8} of {limit:.3g}: {value / limit:.0%}, peak {peak:,.0f} MB", flush=True)
 
 
@@ -389,8 +408,9 @@ def whole_step(size, out, o):
     pairs, optimizer = read_pairs(e, o.train), torch.optim.AdamW([p for p in e.model.parameters() if p.requires_grad], lr=1e-5, fused=o.device.type == "cuda")
     step = lambda: (contrastive(e, pairs, STEP, drop=False), optimizer.step(), optimizer.zero_grad(set_to_none=True))
     step()                                                       # the optimizer's states come to be
-    t, peak, name = seconds(step, o), peak_mb(step, o), f"train {f'LoRA {o.lora}' if o.lora else 'in full'}, {size}"
-    out["limits"].append(dict(name=name, value=o.train / t, unit="pairs/s", peak_mb=peak))
+    times = []
+    peak, t, name = peak_mb(lambda: times.append(seconds(step, o)), o), times[0], f"train {f'LoRA {o.lora}' if o.lora else 'in full'}, {size}"
+    save(out, o, dict(name=name, value=o.train / t, unit="pairs/s", peak_mb=peak), "limits")
     print(f"{name:<34}{o.train} pairs in {t:.1f} s, peak {peak:,.0f} MB", flush=True)
 
 
@@ -477,7 +497,7 @@ def parse(argv):
     a.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor seconds, for a machine that others use too")
     for name, value, what in (("queries", 64, "to write rationales for"), ("rollouts", 8, "per query"), ("tokens", 64, "per rollout"), ("items", 48, "to embed"),
                               ("batch", 16, "pairs of the contrastive row"), ("repeats", 5, "in turns; medians are reported"),
-                              ("train", 0, "also one whole training step of each size on so many pairs"), ("lora", 0, "... by LoRA of this rank")):
+                              ("train", 0, "instead: one whole training step of each size on so many pairs"), ("lora", 0, "... by LoRA of this rank")):
         a.add_argument("--" + name, type=int, default=value, help=f"{what} ({value})")
     a.add_argument("--growth", action="store_true", help="how cost grows (first size only) instead of the comparison")
     a.add_argument("--cost", action="store_true", help="measure nothing: what a full run takes, at the rates that --out holds from an earlier call")
@@ -501,12 +521,10 @@ def main(argv=None):
         transformers.utils.logging.disable_progress_bar()
         name = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
         versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__)
-        out = dict(device=name, date=time.strftime("%Y-%m-%d"), dtype=str(o.dtype)[6:], clock=o.clock, compiled=o.compile, repeats=o.repeats, versions=versions, rows=[], limits=[], growth=[])
+        out = dict(device=name, date=time.strftime("%Y-%m-%d"), dtype=str(o.dtype)[6:], clock=o.clock, compiled=o.compile, repeats=o.repeats, versions=versions, rows=[], limits=[], growth=[], gaps={}, failed=[])
         for size in o.size.split(",")[: 1 if o.growth else None]:
-            growth(out, o) if o.growth else compare(size, out, o)
-            if o.train:
-                whole_step(size, out, o)
-            write_json(o.out, out)                               # after each size: a long run may be stopped
+            growth(out, o) if o.growth else whole_step(size, out, o) if o.train else compare(size, out, o)
+            write_json(o.out, out)
     except torch.OutOfMemoryError as e:
         sys.exit(f"bench.py: out of memory with --size {o.size}: lower --queries, --tokens, --items, --batch or --train, or use --lora ({str(e)[:200]!r})")
     except (ValueError, OSError) as e:

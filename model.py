@@ -608,21 +608,25 @@ class Recorded:
     """A function of tensors recorded as a CUDA graph: hundreds of kernels are started by one call, so that small batches are not bound by
     Python. Shapes and what the function has closed over stay as they are; the result is overwritten by the next call."""
 
+    sides = {}                                                   # one stream per device: cuBLAS keeps 32 MB of workspace for each
+
     def __init__(self, f, *args):
-        self.args = [a.clone() for a in args]
-        side = torch.cuda.Stream()                               # a first run compiles and allocates, which a recording must not
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            f(*self.args)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = f(*self.args)
+        self.args, self.device = [a.clone() for a in args], args[0].device
+        with torch.cuda.device(self.device):
+            side = self.sides.setdefault(self.device, torch.cuda.Stream())
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):                        # a first run compiles and allocates, which a recording must not
+                f(*self.args)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.out = f(*self.args)
 
     def __call__(self, *args):
-        for mine, new in zip(self.args, args):
-            mine.copy_(new)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            for mine, new in zip(self.args, args):
+                mine.copy_(new)
+            self.graph.replay()
         return self.out
 
 

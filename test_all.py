@@ -4325,13 +4325,15 @@ def test_bench_writes_what_was_promised(tmp_path, capsys):
     """A tiny run of the real thing: both sides agree, every kind of row is there, a ratio is ours over theirs."""
     out = str(tmp_path / "b.json")
     small = ["--out", out, "--device", "cpu", "--size", "tiny", "--queries", "2", "--rollouts", "2", "--tokens", "3", "--items", "6", "--batch", "2", "--repeats", "1"]
-    bench.main([*small, "--train", "2"])
+    bench.main(small)
     got = json.load(open(out))
     assert got["device"].startswith("CPU") and got["versions"].keys() >= {"torch", "transformers"}
     assert {r["name"].split()[0].rstrip(",") for r in got["rows"]} == {"embed", "generate", "grpo", "contrastive", "preprocess"}
     for r in got["rows"]:
         assert r["ours"] > 0 and r["peer"] > 0 and r["ratio"] == pytest.approx(r["ours"] / r["peer"]) and r["unit"] and r["peer_name"].startswith("transformers")
-    assert all(x["share"] == pytest.approx(x["value"] / x["limit"]) for x in got["limits"][:3]) and "train in full" in got["limits"][3]["name"]
+    assert all(x["share"] == pytest.approx(x["value"] / x["limit"]) for x in got["limits"]) and len(got["limits"]) == 3 and not got["failed"] and len(got["gaps"]) == 3
+    bench.main([*small, "--train", "2"])
+    assert [(x["name"], x["unit"], x["value"] > 0) for x in json.load(open(out))["limits"]] == [("train in full, tiny", "pairs/s", True)]
     bench.main([*small, "--growth"])
     rows = json.load(open(out))["growth"]
     assert len({r["axis"] for r in rows}) == 6 and all(r["seconds"] > 0 and r["peak_mb"] >= 0 for r in rows) and os.path.getsize(tmp_path / "b.png") > 5000
@@ -4376,11 +4378,21 @@ def test_bench_refuses(argv, word, tmp_path):
     assert word in str(e.value) and "\n" not in str(e.value)
 
 
+def test_bench_out_of_memory_costs_one_row(tmp_path, capsys):
+    def full():
+        raise torch.OutOfMemoryError("tried 99 GiB")
+    o, out = types.SimpleNamespace(out=str(tmp_path / "x.json"), device=torch.device("cpu"), repeats=1, clock="wall"), dict(rows=[], failed=[])
+    bench.race(out, "grpo", lambda: None, full, 2, "queries/s", o)
+    bench.race(out, "embed", lambda: time.sleep(0.001), lambda: time.sleep(0.002), 2, "items/s", o)
+    got = json.load(open(o.out))
+    assert [r["name"] for r in got["rows"]] == ["embed"] and "99 GiB" in got["failed"][0]["error"] and "grpo: out of memory" in capsys.readouterr().out
+
+
 def test_bench_notices_a_different_computation():
     with pytest.raises(ValueError, match="not the same computation"):
-        bench.agree("embed", torch.zeros(3), torch.tensor([0, 0, 1.0]), 1e-4)
+        bench.agree("embed", torch.zeros(3), torch.tensor([0, 0, 1.0]), 1e-4, dict(gaps={}))
     with pytest.raises(ValueError, match="not the same computation"):
-        bench.agree("embed", torch.zeros(1), torch.tensor([math.nan]), 1e-4)
+        bench.agree("embed", torch.zeros(1), torch.tensor([math.nan]), 1e-4, dict(gaps={}))
 
 
 def test_compiled_equals_eager():
