@@ -353,11 +353,11 @@ def false_negatives(scores, positive, same=None, margin=0.1):
     return out.scatter(1, positive[:, None], False)
 
 
-def info_nce(q, t, positive, temperature=0.02, same=None, margin=0.1, rows=None):
+def info_nce(q, t, positive, temperature=0.02, same=None, margin=0.1, weights=None):
     """Symmetric InfoNCE. q (n, H) unit queries, t (m, H) unit targets and negatives, positive (n,) column of each query's target.
 
     Both directions: queries against all of t, and each positive target against all queries. same (n, m): see false_negatives.
-    rows (n,) optional weights of the queries (they are normalised). -> scalar.
+    weights (n,) of the queries, normalised here; all alike by default. -> scalar.
     """
     s = q @ t.T                                                  # (n, m) cosines
     mask = false_negatives(s.detach(), positive, same, margin)
@@ -366,7 +366,7 @@ def info_nce(q, t, positive, temperature=0.02, same=None, margin=0.1, rows=None)
     own = torch.arange(len(q), device=q.device)
     mask = false_negatives(back.detach(), own, None if same is None else same[:, positive].T, margin)
     backward = F.cross_entropy((back / temperature).masked_fill(mask, float("-inf")), own, reduction="none")
-    w = torch.ones_like(forward) if rows is None else rows
+    w = torch.ones_like(forward) if weights is None else weights
     return ((forward + backward) / 2 * w).sum() / w.sum()
 
 
@@ -569,7 +569,7 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
         if latent:                                               # E-step: how well r explains t, against ∅
             weight = (m(reason, positive[has]) - m(direct, positive)[has]).sigmoid()
         for name, q, of, w in (("direct", direct, positive, None), ("reason", reason, positive[has], weight)):
-            losses[name] = info_nce(q, t, of, cfg.temperature, F.one_hot(of, len(t)).bool(), rows=w) if len(q) else v.new_zeros(())
+            losses[name] = info_nce(q, t, of, cfg.temperature, F.one_hot(of, len(t)).bool(), weights=w) if len(q) else v.new_zeros(())
         return losses["direct"] + losses["reason"]
 
     loss, extra = grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)

@@ -132,7 +132,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
         seen.update(score(q.detach(), t.detach(), same, new, closed, cfg), p=gather_rows(p_reason)[0][:, 0], t2=time.time())
         own, flat, each = torch.arange(B, device=device), q[:, 1:].reshape(B * half, -1), lambda x: x.repeat_interleave(half, 0)
         seen["nce"] = [info_nce(q[:, 0], t, own, cfg.temperature, same),
-                       info_nce(flat, t, each(own), cfg.temperature, each(same), rows=each(seen["p"].clamp(min=1e-6)))]
+                       info_nce(flat, t, each(own), cfg.temperature, each(same), weights=each(seen["p"].clamp(min=1e-6)))]
         return cfg.rl_nce * (seen["nce"][0] + seen["p"].mean() * seen["nce"][1])             # rollouts by their importance weight here too
 
     def policy(h, batch, rows, logits):

@@ -1047,7 +1047,7 @@ def test_info_nce_against_loops():
         keep = [k for k in range(5) if k == i or not (same[k, p] or s[k] * 0.3 > s[i] * 0.3 + 0.1)]
         backward = math.log(sum(math.exp(s[k] - s[i]) for k in keep))
         total += float(w[i]) * (forward + backward) / 2
-    got = embed.info_nce(q, t, positive, 0.3, same=same, rows=w)
+    got = embed.info_nce(q, t, positive, 0.3, same=same, weights=w)
     assert abs(float(got) - total / float(w.sum())) < 1e-9
     assert float(embed.info_nce(q, t, positive)) != float(embed.info_nce(q, t, positive, margin=9.0))
     m = embed.margin_score(q, t[None].expand(5, -1, -1), positive)
@@ -2843,7 +2843,7 @@ def m_grpo_naive(model, case, cfg):
     own = torch.arange(B)
     loss = loss + cfg.rl_nce * embed.info_nce(torch.stack([x[0] for x in q]), t, own, cfg.temperature, same)
     flat, at = torch.stack([x for row in q for x in row[1:]]), own.repeat_interleave(half)
-    loss = loss + cfg.rl_nce * np.mean(ps) * embed.info_nce(flat, t, at, cfg.temperature, same[at], rows=torch.tensor(ps).repeat_interleave(half))
+    loss = loss + cfg.rl_nce * np.mean(ps) * embed.info_nce(flat, t, at, cfg.temperature, same[at], weights=torch.tensor(ps).repeat_interleave(half))
     model.zero_grad()
     loss.backward()
     return reward
