@@ -189,8 +189,8 @@ class Peer:
         with torch.no_grad():
             written = self.generate(prompts, half, cfg.rl_max_new)
         self.model.train()
-        closed, wide = [r.unthink not in w for w in written], [p for p in prompts for _ in range(half)]
-        v, h, _ = self.embed(wide, [[*r.prefix, *w, *(r.close if c else []), *r.tail] for w, c in zip(written, closed)])
+        forced, wide = [r.unthink not in w for w in written], [p for p in prompts for _ in range(half)]
+        v, h, _ = self.embed(wide, [[*r.prefix, *w, *(r.close if f else []), *r.tail] for w, f in zip(written, forced)])
         row = torch.tensor(np.repeat(np.arange(B * half), list(map(len, written))), device=device)
         col = np.concatenate([len(p["ids"]) + len(r.prefix) - 1 + np.arange(len(w)) for p, w in zip(wide, written)])
         logits = self.model.lm_head(h[row, torch.tensor(col, device=device)]).float().index_fill(1, torch.tensor(r.ban, device=device), float("-inf"))
@@ -199,7 +199,7 @@ class Peer:
         choice = F.linear(h[own, last - 1], self.model.lm_head.weight[[r.end, r.think]]).float()
         per_query = lambda x: np.array(x).reshape(B, half)
         with torch.no_grad():
-            s = rl.score(torch.cat((direct[:, None], v.view(B, half, -1)), 1), t, same, per_query([len(w) for w in written]), per_query(closed), cfg)
+            s = rl.score(torch.cat((direct[:, None], v.view(B, half, -1)), 1), t, same, per_query([len(w) for w in written]), per_query(forced), cfg)
         loss, _ = rl.policy_loss(logp, logp.detach(), s["adv"].flatten()[row], B * half * cfg.rl_max_new)
         again = lambda x: x.repeat_interleave(half, 0)
         nce = info_nce(direct, t, own, cfg.temperature, same) + info_nce(v, t, again(own), cfg.temperature, again(same))

@@ -640,7 +640,7 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     Each rollout is: prefix (forced, computed once per row), up to max_new sampled tokens ending with one of `stop`; one that never
     stopped gets `close` forced on it; then `tail` is forced. temperature 0 is greedy. `ban`ned ids have probability 0.
     Returns a dict: hidden (B, S, H) of the prefill; tokens [B][G] lists of ids, prefix to tail; new (B, G) number of sampled tokens;
-    logp [B][G] lists, one per sampled token; closed (B, G) True where `close` was forced; last (B, G, H) state of the last token.
+    logp [B][G] lists, one per sampled token; forced (B, G) True where `close` was forced; last (B, G, H) state of the last token.
     """
     if max_new < 1:
         raise ValueError(f"max_new is {max_new}, expected at least 1 token")
@@ -661,7 +661,7 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     cache.room(G, max_new + 1 + len(close) + len(tail))
     h, pos = h.expand(B, G, H), (pos + p).expand(B, G, 1)
     ids, logp = torch.zeros(B, G, max_new, dtype=torch.long, device=device), torch.zeros(B, G, max_new, device=device)
-    new, closed, last = torch.zeros(B, G, dtype=torch.long, device=device), torch.zeros(B, G, dtype=torch.bool, device=device), hidden.new_zeros(B, G, H)
+    new, forced, last = torch.zeros(B, G, dtype=torch.long, device=device), torch.zeros(B, G, dtype=torch.bool, device=device), hidden.new_zeros(B, G, H)
     live = torch.ones(B, G, dtype=torch.bool, device=device)
     r, g = torch.arange(B, device=device)[:, None].expand(B, G), torch.arange(G, device=device).expand(B, G)              # whose slot it is
     bucket, patience = (256, 8) if device.type == "cuda" else (16, 1)                         # columns per recording; steps per look at `live`
@@ -680,9 +680,9 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
             if rest[1].size <= 0.75 * alive.size:
                 done, order = (torch.from_numpy(x).to(device) for x in rectangle(~alive))
                 rr, gg, over = r[done[:, None], order], g[done[:, None], order], torch.from_numpy(~alive).to(device)[done[:, None], order]
-                closed[r, g] = live
+                forced[r, g] = live
                 sub = cache if order.shape == live.shape else cache.pick(done, order)
-                state = finish(model, sub, ids[rr, gg], new[rr, gg], closed[rr, gg], pos[done[:, None], order], close, tail)
+                state = finish(model, sub, ids[rr, gg], new[rr, gg], forced[rr, gg], pos[done[:, None], order], close, tail)
                 last[rr[over], gg[over]] = state[over]
                 if not alive.any():
                     break
@@ -699,10 +699,10 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
             h = recorded[columns](*args)
         else:
             h = move(*args)
-    ids, logp, new, closed = (x.cpu().numpy() for x in (ids, logp, new, closed))
-    end = lambda b, g: (list(close) if closed[b, g] else []) + list(tail)
+    ids, logp, new, forced = (x.cpu().numpy() for x in (ids, logp, new, forced))
+    end = lambda b, g: (list(close) if forced[b, g] else []) + list(tail)
     tokens = [[[*prefix, *ids[b, g, : new[b, g]].tolist(), *end(b, g)] for g in range(G)] for b in range(B)]
-    return dict(hidden=hidden, tokens=tokens, new=new, logp=[[logp[b, g, : new[b, g]].tolist() for g in range(G)] for b in range(B)], closed=closed, last=last)
+    return dict(hidden=hidden, tokens=tokens, new=new, logp=[[logp[b, g, : new[b, g]].tolist() for g in range(G)] for b in range(B)], forced=forced, last=last)
 
 
 def rectangle(wanted):
@@ -712,18 +712,18 @@ def rectangle(wanted):
     return rows, np.argsort(~wanted[rows], axis=1, kind="stable")[:, :width]                 # wanted ones first
 
 
-def finish(model, cache, ids, new, closed, pos, close, tail):
+def finish(model, cache, ids, new, forced, pos, close, tail):
     """The last sampled token, `close` where it was forced, and `tail`, in one forward -> states (B, G, H) of each rollout's last token.
 
     ids (B, G, max_new), of which new (B, G) count; pos (B, G, 1) of the first. These tokens go to the last columns of the cache.
     """
     device, T, m = ids.device, cache.ks[0].shape[3], 1 + len(close) + len(tail)
     ends = torch.tensor([[*tail, *[0] * len(close)], [*close, *tail]], dtype=torch.long, device=device)
-    chunk = torch.cat((ids.gather(2, new[..., None] - 1), ends[closed.long()]), dim=2)        # (B, G, m)
+    chunk = torch.cat((ids.gather(2, new[..., None] - 1), ends[forced.long()]), dim=2)        # (B, G, m)
     col, step_no = torch.arange(T, device=device), torch.arange(m, device=device)
     own = (col < new[..., None, None] - 1) | ((col >= T - m) & (col - (T - m) <= step_no[:, None]))                       # (B, G, m, T)
     states = step(model, cache, chunk, pos + new[..., None] - 1 + step_no, own, col[T - m :])
-    at = len(tail) + len(close) * closed.long()
+    at = len(tail) + len(close) * forced.long()
     return states.gather(2, at[..., None, None].expand(-1, -1, 1, states.shape[-1])).squeeze(2)
 
 

@@ -89,11 +89,12 @@ def averaged_loss(logp, old, advantage, logits, gain, group, n):
 
 
 def rollouts(model, reader, prompts, half, max_new, temperature, generator):
-    """G/2 sampled rationales per query, sharing the query's prefill -> branches [B][half] of ids, old logp [B][half], new and closed (B, half)."""
+    """G/2 sampled rationales per query, sharing the query's prefill -> branches [B][half] of ids, old logp [B][half], new and forced (B, half):
+    how many tokens were sampled, and whether the end was forced on them."""
     model.eval()
     batch = collate(prompts, reader, device=model.device)
     out = generate(model, batch, max_new, half, **reader.how, temperature=temperature, generator=generator)
-    return out["tokens"], out["logp"], out["new"], out["closed"]
+    return out["tokens"], out["logp"], out["new"], out["forced"]
 
 
 def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None):
@@ -105,9 +106,9 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
     -> metrics of the joined batch; "sample" holds a rationale of this rank's query with the lowest mean reward.
     """
     b, B, half, t0 = len(prompts), len(same), cfg.rl_group // 2, time.time()
-    tokens, old, new, closed = rollouts(actor or model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator)
+    tokens, old, new, forced = rollouts(actor or model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator)
     model.train()
-    new, closed = (np.concatenate(gather_objects(x)) for x in (new, closed))                  # (B, half)
+    new, forced = (np.concatenate(gather_objects(x)) for x in (new, forced))                  # (B, half)
     first, device, n_vectors, seen = rank() * b, model.device, B * (1 + half), {"t1": time.time()}
     q_len, t_len = [len(p["ids"]) + 1 + sum(map(len, t)) for p, t in zip(prompts, tokens)], [len(t["ids"]) + 1 for t in targets]
     chunks = [(kind, rows) for kind, lengths in (("query", q_len), ("target", t_len)) for rows in chunks_of(lengths, cfg.chunk_tokens)]
@@ -129,7 +130,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
     def loss_fn(v):
         """Rewards of all rollouts, and InfoNCE: the space must not drift."""
         q, t = v[order[:n_vectors]].view(B, 1 + half, -1), v[order[n_vectors:]]
-        seen.update(score(q.detach(), t.detach(), same, new, closed, cfg), p=gather_rows(p_reason)[0][:, 0], t2=time.time())
+        seen.update(score(q.detach(), t.detach(), same, new, forced, cfg), p=gather_rows(p_reason)[0][:, 0], t2=time.time())
         own, flat, each = torch.arange(B, device=device), q[:, 1:].reshape(B * half, -1), lambda x: x.repeat_interleave(half, 0)
         seen["nce"] = [info_nce(q[:, 0], t, own, cfg.temperature, same),
                        info_nce(flat, t, each(own), cfg.temperature, each(same), weights=each(seen["p"].clamp(min=1e-6)))]
@@ -139,7 +140,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
         """The two losses of some rows: their sums over constants of the joined batch."""
         mine = first + np.array(rows)
         logp, row, branch = branch_logp(model, h, batch, reader, len(reader.prefix))
-        chosen = sampled(new[mine], closed[mine], len(reader.close))
+        chosen = sampled(new[mine], forced[mine], len(reader.close))
         logp, row, branch = logp[chosen], row[chosen], branch[chosen]
         was = torch.tensor([x for i in rows for g in range(half) for x in old[i][g]], device=device)
         adv, gain, p = seen["adv"][mine], seen["gain"][mine], seen["p"][mine]
@@ -159,25 +160,25 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
                 reason_rate=float((p > 0.5).float().mean()), p_reason=float(p.mean()), decision_entropy=float(entropy),
                 decision_right=float(((p > 0.5) == (gain > 0)).float().mean()), zero_variance=float((~seen["live"]).float().mean()),
                 clip_share=sum(x["clip"] for x in told), logp_gap=max(sum((x["gap"] for x in told), [])), tokens=float(new.mean()),
-                closed_by_force=float(closed.mean()), nce_direct=float(seen["nce"][0].detach()), nce_reason=float(seen["nce"][1].detach()),
+                closed_by_force=float(forced.mean()), nce_direct=float(seen["nce"][0].detach()), nce_reason=float(seen["nce"][1].detach()),
                 s_generate=seen["t1"] - t0, s_score=seen["t2"] - seen["t1"], s_update=time.time() - seen["t2"],
                 sample=dict(row=worst, rationale=reader.rationale_text(tokens[worst][0]), reward=float(reason[first + worst, 0]),
                             direct=float(direct[first + worst])))
 
 
-def score(q, t, same, new, closed, cfg):
+def score(q, t, same, new, forced, cfg):
     """Rewards and what follows from them. q (B, 1+half, H), direct first; t (B, H) -> reason, adv (B, half); direct, gain, live (B,)."""
     B, device = len(q), q.device
     own, other = torch.arange(B, device=device), same & ~torch.eye(B, dtype=torch.bool, device=device)
     s = torch.einsum("bgh,ch->bgc", q, t) / cfg.temperature                                   # (B, 1+half, B): the batch's targets are C
     quality = s.masked_fill(other[:, None], float("-inf")).softmax(-1)[own, :, own]           # (B, 1+half)
-    spent, ended = torch.from_numpy(new).to(device), torch.from_numpy(~closed).to(device)
+    spent, ended = torch.from_numpy(new).to(device), torch.from_numpy(~forced).to(device)
     reason = rewards(quality[:, 1:], spent, ended, cfg.rl_price, cfg.rl_max_new)
     direct = rewards(quality[:, 0], torch.zeros(B, device=device), torch.ones(B, device=device), cfg.rl_price, cfg.rl_max_new)
     adv, live = advantages(reason, direct)
     return dict(reason=reason, direct=direct, adv=adv, live=live, gain=reason.mean(1) - direct)
 
 
-def sampled(new, closed, n_close):
-    """Of branch_logp's tokens, in order: new[row, branch] that were sampled, then, where the rollout was closed by force, n_close that were not."""
-    return torch.from_numpy(np.concatenate([np.arange(n + n_close * forced) < n for n, forced in zip(new.ravel(), closed.ravel())]))
+def sampled(new, forced, n_close):
+    """Of branch_logp's tokens, in order: new[row, branch] that were sampled, then, where the end was forced, n_close that were not."""
+    return torch.from_numpy(np.concatenate([np.arange(n + n_close * end) < n for n, end in zip(new.ravel(), forced.ravel())]))

@@ -695,7 +695,7 @@ def test_reasoning_in_a_batch():
     with torch.no_grad():
         out = M.generate(e.model, collate([p], r), 3, 1, r.prefix, (r.unthink,), r.tail, r.close, r.ban)
         tokens = out["tokens"][0][0]
-        assert out["closed"][0, 0] and tokens[: len(r.prefix)] == r.prefix and tokens[len(r.prefix) + 3 :] == r.close + r.tail
+        assert out["forced"][0, 0] and tokens[: len(r.prefix)] == r.prefix and tokens[len(r.prefix) + 3 :] == r.close + r.tail
         b = collate([p], r, [[tokens]])
         want = embed.pool(e.model(b), b["ends"])[0, 1]
     assert (F.normalize(out["last"][0, 0], dim=-1) - want).abs().max() < 1e-5
