@@ -183,7 +183,7 @@ class Reader:
         return pieces + [self.stop, "\n"]
 
     def picture(self, ref, pixels, grids):
-        pic = load_picture(data_url(ref))
+        pic = load_picture(from_data_url(ref))
         h, w = smart_resize(pic.height, pic.width, self.min_pixels, self.max_pixels)
         patches, grid = patchify(resize(pic, h, w)[None])
         pixels.append(patches), grids.append(grid)
@@ -209,7 +209,7 @@ class Reader:
             raise ValueError(f"a video's fps is {fps!r}, expected a number above 0")
         if not is_clip(v) and len(frames) > self.max_frames:     # as Qwen3-VL-Embedding thins out a list
             frames = [frames[i] for i in np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)]
-        pics = [load_picture(data_url(f)) for f in frames]
+        pics = [load_picture(from_data_url(f)) for f in frames]
         pics += pics[-1:] * (len(pics) % 2)                      # an odd last frame is shown twice
         h, w = [smart_resize(p.height, p.width, *self.frame_limits(len(pics))) for p in pics][0]           # of the first; an absurd one is refused
         patches, grid = patchify(np.stack([resize(p, h, w) for p in pics]))
@@ -249,7 +249,7 @@ def is_clip(v):
     return isinstance(v, dict) and "frames" in v
 
 
-def data_url(ref):
+def from_data_url(ref):
     """A data: URL (as in chat requests) -> its bytes; any other reference as it is."""
     if not isinstance(ref, str) or not ref.startswith("data:"):
         return ref

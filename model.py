@@ -1014,7 +1014,7 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({e})") from None
 
 
-def shards(folder):
+def tensor_files(folder):
     """{tensor name: file} of a folder with model.safetensors or a sharded index. Pickled weights are refused."""
     index = os.path.join(folder, "model.safetensors.index.json")
     single = os.path.join(folder, "model.safetensors")
@@ -1051,7 +1051,7 @@ def load(folder, dtype=None, device="cpu"):
     with torch.device("meta"):
         model = Qwen3VL(c)
     want = {name: p.shape for name, p in model.state_dict().items()}
-    files, state = shards(folder), {}
+    files, state = tensor_files(folder), {}
     for path in sorted(set(files.values())):
         with open_shard(path) as f:
             inside, listed = set(f.keys()), {n for n, p in files.items() if p == path}

@@ -165,7 +165,7 @@ def keep_rule(delta, delta_placebo, rule="full", threshold=0.7, delta_guess=0.0)
     return (delta - np.maximum(0.0, delta_guess) > threshold) & beats
 
 
-def under(rule, results):
+def seen_by(rule, results):
     """Judged rows as the rule sees them: positive_only has other Δs, and no guess."""
     if rule != "positive_only":
         return results
@@ -249,7 +249,7 @@ def compare_rules(run):
     rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9), "positive_only": ("positive_only", c["select_fdr"]),
              "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
     for name, (rule, luck) in rules.items():
-        seen = under(rule, results)
+        seen = seen_by(rule, results)
         level = thresholds(seen, rule, c["select_margin"], luck)
         out.append((name, audit(seen, choose(seen, level, rule), level, rule, truth)))
     return out
@@ -285,7 +285,7 @@ def write_rows(path, rows):
     os.replace(path + ".part", path)
 
 
-def data_url(picture):
+def to_data_url(picture):
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -294,7 +294,7 @@ def data_url(picture):
 def request(pair, k, model_name, side="query", max_tokens=256):
     """One chat request of the OpenAI batch format for worker prompt k. The worker sees this side of the pair alone, never the other."""
     item = pair[side]
-    content = [{"type": "image_url", "image_url": {"url": data_url(loader.load_picture(ref))}} for ref in loader.refs(item)]
+    content = [{"type": "image_url", "image_url": {"url": to_data_url(loader.load_picture(ref))}} for ref in loader.refs(item)]
     content.append({"type": "text", "text": item.get("text", "") + "\n\n" + PROMPTS[k % len(PROMPTS)].format(side="query" if side == "query" else "document")})
     body = {"model": model_name, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0.7 if k >= len(PROMPTS) else 0.0}
     return {"custom_id": f"{pair['id']}|{side}|{k}", "method": "POST", "url": "/v1/chat/completions", "body": body}

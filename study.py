@@ -79,7 +79,7 @@ WORDS = ("direct", "own", "empty", "shuffled", "other")          # columns: what
 
 
 @torch.no_grad()
-def under(embedder, queries, texts, batch_size):
+def vectors_after(embedder, queries, texts, batch_size):
     """Unit vectors (n, 1 + k, H) of queries: direct, and after each of the k rationales in texts[i]."""
     reader, out = embedder.reader, []
     for at in range(0, len(queries), batch_size):
@@ -98,7 +98,7 @@ def probe(es, embedder, rng, temperature, max_new, batch_size):
         order = [j for j in rng.permutation(len(own)).tolist() if j != i] or [i]
         other = min(order, key=lambda j: set(es.positives[j]) == set(es.positives[i]))
         texts.append([text, "", " ".join(rng.permutation(text.split()).tolist()), own[other]])
-    v = under(embedder, es.queries, texts, batch_size)                                        # (n, 5, H)
+    v = vectors_after(embedder, es.queries, texts, batch_size)                                        # (n, 5, H)
     score, m, positive = [], [], []
     for k in range(len(WORDS)):
         ranked, grades = evaluation.rank(v[:, k], targets, es.positives, es.grades, es.local), es.grades or [None] * len(own)

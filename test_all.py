@@ -2522,8 +2522,8 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
             assert answers[of] != p["answer"]
     seconds = [value[asked[p["id"]][2]] - 0.5 if len(asked[p["id"]]) > 2 and asked[p["id"]][1] != asked[p["id"]][2] else None for p in pairs]
     assert [r["delta_second"] for r in results] == seconds and any(s is not None for s in seconds)
-    assert m_select.under("full", results) is results
-    for r, alone in zip(results, m_select.under("positive_only", results)):
+    assert m_select.seen_by("full", results) is results
+    for r, alone in zip(results, m_select.seen_by("positive_only", results)):
         for key in ("delta", "delta_placebo", "delta_second"):
             assert alone[key] == (None if r[key] is None else pytest.approx(10 * r[key]))
         assert alone["delta_guess"] == 0.0 and alone["text"] == r["text"]
@@ -2564,7 +2564,7 @@ def test_select_damaged_rationales_are_named(tmp_path, line, what):
 
 def m_picture_of(part):
     """An image_url part of a request -> pixels."""
-    return np.asarray(Image.open(io.BytesIO(embed.data_url(part["image_url"]["url"]))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(embed.from_data_url(part["image_url"]["url"]))).convert("RGB"))
 
 
 def test_select_requests_and_responses_round_trip(m_world, tmp_path, monkeypatch, capsys):
@@ -4531,7 +4531,7 @@ def test_study_vectors_equal_rows_one_by_one(m_world):
     model, reader = m_tiny(), m_reader()
     queries = [es.queries[0] for es in (data.load_eval(m_world, name) for name in ("PocketAt", "PocketTotal", "PocketTally"))]
     texts = [["red star", ""], ["one two . three", "moon"], ["a b", "a"]]
-    got = study.under(types.SimpleNamespace(model=model, reader=reader), queries, texts, 2)
+    got = study.vectors_after(types.SimpleNamespace(model=model, reader=reader), queries, texts, 2)
     for q, row, v in zip(queries, texts, got):
         with torch.no_grad():
             want = torch.stack([m_vector(model, reader.read(q), tail) for tail in ((), *map(reader.rationale, row))])
@@ -4550,11 +4550,11 @@ def test_study_counterfactual_by_hand(monkeypatch, m_world):
             infos = [dict(p_reason=p, rationale=t) for p, t in ((0.95, "x y z"), (0.15, "u v w"))]
             return (own, infos) if return_info else candidates
 
-    def under(embedder, queries, texts, batch_size):
+    def vectors_after(embedder, queries, texts, batch_size):
         asked.extend(texts)
         return np.stack([unit(60, 10, 60, 20, 72), unit(2, 72, 2, 72, 10)])
 
-    monkeypatch.setattr(study, "under", under)
+    monkeypatch.setattr(study, "vectors_after", vectors_after)
     got = study.probe(es, Model(), np.random.default_rng(0), 0.1, 8, 4)
     assert [(t[0], t[1], sorted(t[2].split()), t[3]) for t in asked] == [("x y z", "", ["x", "y", "z"], "u v w"), ("u v w", "", ["u", "v", "w"], "x y z")]
     c, s = (lambda a: math.cos(math.radians(a))), (lambda a: math.sin(math.radians(a)))

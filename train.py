@@ -863,7 +863,7 @@ def select_stage(run, out):
         if r["side"] == "query":
             texts.setdefault(r["id"], {})[r["worker"]] = r["text"]
     judged = judged_before(c, texts) if c.select_judged else judge_all(run, texts)
-    results = selection.under(c.select_rule, judged)
+    results = selection.seen_by(c.select_rule, judged)
     level = selection.thresholds(results, c.select_rule, c.select_margin, c.select_fdr)
     kept = selection.choose(results, level, c.select_rule, c.select_weight_temperature)
     truth = read_json(run.path("data", "pocket.json"))["steps"] if not c.data else None
