@@ -155,6 +155,7 @@ def config_to_hf(c, dtype, eos, pad):
 # Matrix products. On a CPU torch gives fp32 ones to MKL. oneDNN, in the same wheel, is about twice as fast on an AMD EPYC with AVX-512
 # (results/tuning.txt) and applies the activation on the way out. Small products stay with MKL: it starts faster.
 
+FOR_ONEDNN = 1 << 21          # multiplications of a product that oneDNN gets; the two are level somewhat below
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ACT = {"none": lambda y: y, "swish": F.silu, "gelu": F.gelu, "gelu tanh": lambda y: F.gelu(y, approximate="tanh")}    # by oneDNN's names
 
@@ -181,7 +182,7 @@ class OneDNN(torch.autograd.Function):
 def linear(x, w, b=None, act="none"):
     """act(x w^T + b) for x (..., n), w (m, n)."""
     fp32 = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not fp32 or x.numel() * len(w) < 1 << 21 or torch.compiler.is_compiling() or not (HAS_ONEDNN and torch.backends.mkldnn.enabled):
+    if not fp32 or x.numel() * len(w) < FOR_ONEDNN or torch.compiler.is_compiling() or not (HAS_ONEDNN and torch.backends.mkldnn.enabled):
         return ACT[act](F.linear(x, w, b))
     x = x.contiguous()                                           # other strides fall to slow reference code
     return ACT[act](OneDNN.apply(x, w, b)) if torch.is_grad_enabled() else onednn(x, w, b, act)
@@ -289,7 +290,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels, grids):
         """pixels (N, 1536), grids [(h, w)] of every segment -> visual tokens (M, H), DeepStack features [(M, H)]."""
-        if pixels.device.type == "cpu" and len(pixels) > 2048 and len(grids) > 1:             # by halves, so that layers meet in the processor's cache
+        # by halves, so that a layer finds in the processor's cache what the one before left there (2048: results/tuning.txt)
+        if pixels.device.type == "cpu" and len(pixels) > 2048 and len(grids) > 1:
             k = len(grids) // 2
             n = sum(h * w for h, w in grids[:k])
             (a, deep_a), (b, deep_b) = self(pixels[:n], grids[:k]), self(pixels[n:], grids[k:])
@@ -664,7 +666,8 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     new, forced, last = torch.zeros(B, G, dtype=torch.long, device=device), torch.zeros(B, G, dtype=torch.bool, device=device), hidden.new_zeros(B, G, H)
     live = torch.ones(B, G, dtype=torch.bool, device=device)
     r, g = torch.arange(B, device=device)[:, None].expand(B, G), torch.arange(G, device=device).expand(B, G)              # whose slot it is
-    bucket, patience = (256, 8) if device.type == "cuda" else (16, 1)                         # columns per recording; steps per look at `live`
+    # attention reads the written columns rounded up to a bucket, on a GPU one recording each; a look at `live` makes a GPU wait, so only now and then
+    bucket, patience = (256, 8) if device.type == "cuda" else (16, 1)
     recorded = {}                                                                             # {columns: the step as a CUDA graph}
     for t in range(max_new):
         # 1) every slot's next token. A finished one goes on idly: what it says is cut off by `new`
@@ -672,7 +675,7 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
         ids[r, g, t], logp[r, g, t] = pick, lp
         new[r, g] += live
         live = live & ~torch.isin(pick, stop_ids)
-        # 2) when a quarter of the work is idle, finished rollouts get their end and leave
+        # 2) when a quarter of the work is idle, finished rollouts get their end and leave; sooner would copy the cache too often (results/tuning.txt)
         end = t + 1 == max_new
         if end or t % patience == patience - 1:
             alive = live.cpu().numpy() & (not end)
@@ -730,7 +733,7 @@ def finish(model, cache, ids, new, forced, pos, close, tail):
 def sample_tokens(model, h, banned, temperature, generator):
     """h (..., H) -> ids (...) and their log-probabilities (at temperature 1, whatever the sampling's) (...)."""
     parts = []
-    for some in h.flatten(0, -2).split(32 if h.device.type == "cpu" else 1 << 30):            # so few logits stay in the processor's cache
+    for some in h.flatten(0, -2).split(32 if h.device.type == "cpu" else 1 << 30):            # 32 rows of Qwen's vocabulary are 19 MB
         logits = model.logits(some).index_fill_(1, banned, float("-inf"))                     # (n, V) fp32
         if temperature == 1:
             p = logits.softmax(-1)

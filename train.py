@@ -181,6 +181,7 @@ class Config:
 LARGE = dict(dtype="bfloat16", optimizer="adamw", lr=1e-5, warmup=100, min_pixels=4096, max_pixels=1003520, world_train=0, world_test=0, workers=8,
              propose_k=4, propose_max_new=256, select_steps=500, embed_steps=5000, batch=1024, sub_batch=64, rl_steps=500, rl_batch=64, rl_max_new=128,
              rl_price=0.1, hold_back=0.05, eval_batch=16, eval_max_new=128, save_every=200, checkpointing=True, compile=True, pad_to=128)
+RL_SUB_BATCH = 8                    # rl's queries of one dataset side by side (sub_batch elsewhere): the reward compares their targets
 LORA = dict(lora=32, lr=1e-4)       # 16 bytes per weight: 4B in full is 71 GB before the first activation
 PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE, **LORA), "qwen3vl-8b": dict(LARGE, **LORA)}
 FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "keep", "chunk_tokens", "checkpointing", "compile", "pad_to",
@@ -237,8 +238,9 @@ def parse(argv):
         raise UsageError(f"--world_steps {cfg.world_steps}: a walk that never crosses itself has 1 to 5 moves here")
     if preset != "pocket" and not (cfg.model and cfg.data):
         raise UsageError(f"--preset {preset} needs --model (a Qwen3-VL folder or hub id) and --data (an MMEB root)")
-    if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_group == 2 or cfg.rl_batch % 8:
-        raise UsageError("batch must be a multiple of sub_batch, rl_group 0 or an even number from 4 on (two rationales to compare), rl_batch a multiple of 8")
+    if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_group == 2 or cfg.rl_batch % RL_SUB_BATCH:
+        raise UsageError("batch must be a multiple of sub_batch, rl_group 0 or an even number from 4 on (two rationales to compare), "
+                         f"rl_batch a multiple of {RL_SUB_BATCH}")
     if cfg.fsdp and (cfg.optimizer == "muon" or cfg.lora or cfg.compile):
         raise UsageError("--fsdp goes with --optimizer adamw, --lora 0 and --compile false: Muon needs whole matrices, a rank can hold what LoRA trains, "
                          "and sharded layers were never compiled here")
@@ -843,7 +845,7 @@ def propose(run, e, pairs, n, side):
     """The base model's rationales for one side of one window of pairs, neighbours in length together."""
     c, rows, rng = run.cfg, [], run.generator("propose", n)
     pairs = sorted(pairs, key=lambda p: len(p[side]["ids"]))
-    for part in (pairs[at : at + 64] for at in range(0, len(pairs), 64)):
+    for part in (pairs[at : at + 64] for at in range(0, len(pairs), 64)):      # 64 prompts: so many caches are in memory together
         batch = collate([p[side] for p in part], e.reader, device=run.device)
         got = generate(e.model, batch, c.propose_max_new, c.propose_k, **e.reader.how, temperature=c.propose_temperature, generator=rng)
         for p, tokens in zip(part, got["tokens"]):
@@ -1051,7 +1053,7 @@ def rl_stage(run, out):
         m["sample"]["id"] = batch[m["sample"].pop("row")]["id"]
         return dict(m, ids=[p["id"] for p in batch])
 
-    fit(run, "rl", e, pairs, one_step, c.rl_batch, 8, c.rl_steps, c.rl_lr)
+    fit(run, "rl", e, pairs, one_step, c.rl_batch, RL_SUB_BATCH, c.rl_steps, c.rl_lr)
     run.save(e, out, "Adaptive reasoning learnt by GRPO with a price on latency (stage rl).")
 
 
