@@ -266,7 +266,7 @@ def from_data_url(ref):
 def collate(prompts, reader, branches=None, device="cpu", pad_left=False, multiple=None):
     """Prompts (of Reader.read) and, per row, a list of rationale branches -> the batch dict of model.Qwen3VL, and beside it
         ends (B, 1 + G) int64   where each branch ends: column 0 the direct <|endoftext|>, then the rationales; -1 where there is none
-        prev (B, S) int64       the place whose logits predict this token (a branch's first token: the last of the prompt); -1 in the prompt
+        prev (B, S) int64       the place whose logits predict this token (a branch's first: the prompt's last); -1 in the prompt and in padding
     S is rounded up to a multiple (reader.pad_to by default), so that a compiled model meets few lengths.
     Row layout: prompt, <|endoftext|> (branch 1), rationale 1 (branch 2), rationale 2 (branch 3), ...
     """
@@ -308,11 +308,11 @@ def direct_vectors(model, reader, prompts):
 
 
 def decision_logits(model, h, batch, reader):
-    """fp32 logits (B, 2) of [<|endoftext|>, <think>] at the last prompt token."""
-    at = batch["prev"].gather(1, batch["ends"][:, :1])           # (B, 1): the place that predicts the direct <|endoftext|>
-    state = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1])).squeeze(1)
+    """fp32 logits (B, 2) of [<|endoftext|>, <think>] at the last prompt token; None without a head."""
     if not model.has_head:
         return None
+    at = batch["prev"].gather(1, batch["ends"][:, :1])           # (B, 1): the place that predicts the direct <|endoftext|>
+    state = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1])).squeeze(1)
     rows = model.lm_head.weight[[reader.end, reader.think]]      # two rows of the head are enough
     return F.linear(state, rows.to(state.dtype)).float()
 
@@ -606,10 +606,10 @@ class Embedder:
     def from_pretrained(cls, path_or_id, device=None, dtype=None, max_pixels=None, min_pixels=None, max_frames=None, fps=None,
                         max_length=None, compile=False):
         """A folder, or the id of a repository on the Hugging Face hub. device: CUDA when there is one. dtype: "bfloat16",
-        torch.float32 ...; None keeps the file's. compile: see Qwen3VL.compile_layers; pays for many
-        batches. Limits: the argument, else what a checkpoint of ours says, else the Reader's."""
+        torch.float32 ...; None and "auto" keep the file's. compile: see Qwen3VL.compile_layers; pays for many batches. Limits: the argument,
+        else what a checkpoint of ours says, else the Reader's."""
         folder = find_folder(path_or_id)
-        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else None if dtype == "auto" else dtype
+        dtype = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype {dtype!r}: expected bfloat16, float16 or float32")
         limits = saved_limits(folder)

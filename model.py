@@ -409,7 +409,8 @@ class TextTower(nn.Module):
         return torch.cat((angle, angle), dim=-1).cos().to(dtype), sin.to(dtype)               # the cast is transformers' too: bf16 parity needs it
 
     def forward(self, x, pos, mask=None, cache=None, deep=(), where=None):
-        """x (B, S, H) embedded tokens; deep: features for the places `where` (M,) of the flattened batch -> (B, S, H), final norm done."""
+        """x (B, S, H) embedded tokens, pos (3, B, S); deep: features for the places `where` (M,) of the flattened batch -> (B, S, H), final
+        norm done."""
         cos, sin = self.rope(pos, x.dtype)
         for i, layer in enumerate(self.layers):
             past = cache and cache.past(i)
@@ -553,7 +554,8 @@ class Cache:
     """
 
     def __init__(self):
-        self.k, self.v, self.ks = [], [], None
+        self.k, self.v, self.ks, self.vs = [], [], None, None
+        self.seen = self.own = self.at = None
 
     def past(self, layer):
         """What `attend` needs of one layer; None during the prefill."""

@@ -51,7 +51,8 @@ def advantages(reason, direct, eps=1e-4):
     """reason (B, G/2) and direct (B,) rewards -> advantages (B, G/2) of the reasoned rollouts and live (B,) bool.
 
     The direct rollout stands for G/2 equal ones: the group mean is that of all G. Divided by the root mean square of what is left over all
-    B·G rollouts. A group in which all G rewards are equal, the direct one's too, is not live and gets 0.
+    B·G rollouts. A group in which all G rewards are equal, the direct one's too, is not live and gets 0. (Centred on the rationales alone, as
+    the head of this file has it, they are where the tokens learn from them: policy() in grpo_step.)
     """
     g = torch.cat((reason, direct[:, None].expand_as(reason)), dim=1)                         # (B, G)
     centred = g - g.mean(1, keepdim=True)
@@ -144,7 +145,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
         logp, row, branch = logp[chosen], row[chosen], branch[chosen]
         was = torch.tensor([x for i in rows for g in range(half) for x in old[i][g]], device=device)
         adv, gain, p = seen["adv"][mine], seen["gain"][mine], seen["p"][mine]
-        own = p[:, None] * (adv - adv.mean(1, keepdim=True))                                  # (rows, half)
+        own = p[:, None] * (adv - adv.mean(1, keepdim=True))                                  # (rows, half): among the query's rationales
         token_loss, clip = policy_loss(logp, was, own[row, branch], B * half * cfg.rl_max_new)
         parts["clip"] += float(clip.detach()) * len(logp) / max(1, int(new.sum()))
         parts["gap"] += [float((logp.detach() - was).abs().max())] if len(was) else []
