@@ -387,6 +387,14 @@ def chunks_of(lengths, budget, waste=1.25):
     return out
 
 
+def passes(lengths, number, budget):
+    """What a step computes, pass by pass. lengths {kind: [tokens of each row]} -> chunks [(kind, rows)] for grad_cache; order, by which its
+    vectors, of all ranks, come to the places number(kind, row) that they have in the joined batch; and whether one budget holds all of it."""
+    chunks = [(kind, rows) for kind, n in lengths.items() for rows in chunks_of(n, budget)]
+    order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in number(kind, i)]), []))
+    return chunks, order, sum(map(sum, lengths.values())) <= budget
+
+
 def grad_cache(chunks, encode, loss_fn, fits=False):
     """GradCache: the gradient of a loss over ALL vectors, of all chunks and all ranks, with the memory of one chunk.
 
@@ -531,11 +539,10 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     positive, N = torch.tensor([columns[answer][0] for answer, *_ in joined], device=device), len(joined)
     n_tokens = max(1, sum(n - len(reader.prefix) - len(reader.tail) for n in lengths.tolist() if n))
     n_labels = max(1, sum(label >= 0 for *_, label in joined))
-    q_len, t_len = [len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)], [len(t["ids"]) + 1 for _, t in own]
-    chunks = [(kind, rows) for kind, lengths_of in (("query", q_len), ("target", t_len)) for rows in chunks_of(lengths_of, cfg.chunk_tokens)]
-    # vectors are numbered: N direct ones, N reasoned ones (some absent), the columns; `order` brings the chunks' rows of all ranks there
+    tokens = dict(query=[len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)], target=[len(t["ids"]) + 1 for _, t in own])
+    # vectors are numbered: N direct ones, N reasoned ones (some absent), the columns
     number = lambda kind, i: [2 * N + own[i][0]] if kind == "target" else [first + i, N + first + i] if branches[i] else [first + i]
-    order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in number(kind, i)]), []))
+    chunks, order, fits = passes(tokens, number, cfg.chunk_tokens)
     parts, losses = dict(lm=0.0, decision=0.0, decision_right=0.0), {}
 
     def encode(chunk):
@@ -572,7 +579,7 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
             losses[name] = info_nce(q, t, of, cfg.temperature, F.one_hot(of, len(t)).bool(), weights=w) if len(q) else v.new_zeros(())
         return losses["direct"] + losses["reason"]
 
-    loss, extra = grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
+    loss, extra = grad_cache(chunks, encode, loss_fn, fits)
     told = gather_objects(parts)
     return dict(loss=loss + extra, nce_direct=float(losses["direct"].detach()), nce_reason=float(losses["reason"].detach()),
                 **{k: sum(x[k] for x in told) for k in parts}, ids=[p["id"] for p in pairs])

@@ -38,7 +38,7 @@ import time
 import numpy as np
 import torch
 
-from embed import NOTHING, branch_logp, chunks_of, collate, decision_logits, direct_vectors, gather_objects, gather_rows, grad_cache, info_nce, pool, rank
+from embed import NOTHING, branch_logp, collate, decision_logits, direct_vectors, gather_objects, gather_rows, grad_cache, info_nce, passes, pool, rank
 from model import generate
 
 
@@ -51,8 +51,8 @@ def advantages(reason, direct, eps=1e-4):
     """reason (B, G/2) and direct (B,) rewards -> advantages (B, G/2) of the reasoned rollouts and live (B,) bool.
 
     The direct rollout stands for G/2 equal ones: the group mean is that of all G. Divided by the root mean square of what is left over all
-    B·G rollouts. A group in which all G rewards are equal, the direct one's too, is not live and gets 0. (Centred on the rationales alone, as
-    the head of this file has it, they are where the tokens learn from them: policy() in grpo_step.)
+    B·G rollouts. A group in which all G rewards are equal, the direct one's too, is not live and gets 0.
+    (The tokens of the rationales learn from them centred once more, on the query's rationales alone: policy() in grpo_step.)
     """
     g = torch.cat((reason, direct[:, None].expand_as(reason)), dim=1)                         # (B, G)
     centred = g - g.mean(1, keepdim=True)
@@ -111,10 +111,10 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
     model.train()
     new, forced = (np.concatenate(gather_objects(x)) for x in (new, forced))                  # (B, half)
     first, device, n_vectors, seen = rank() * b, model.device, B * (1 + half), {"t1": time.time()}
-    q_len, t_len = [len(p["ids"]) + 1 + sum(map(len, t)) for p, t in zip(prompts, tokens)], [len(t["ids"]) + 1 for t in targets]
-    chunks = [(kind, rows) for kind, lengths in (("query", q_len), ("target", t_len)) for rows in chunks_of(lengths, cfg.chunk_tokens)]
-    place = lambda kind, i: range((first + i) * (1 + half), (first + i + 1) * (1 + half)) if kind == "query" else [n_vectors + first + i]
-    order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in place(kind, i)]), []))
+    lengths = dict(query=[len(p["ids"]) + 1 + sum(map(len, t)) for p, t in zip(prompts, tokens)], target=[len(t["ids"]) + 1 for t in targets])
+    # vectors are numbered: those of each query, the direct one first, then the targets
+    number = lambda kind, i: range((first + i) * (1 + half), (first + i + 1) * (1 + half)) if kind == "query" else [n_vectors + first + i]
+    chunks, order, fits = passes(lengths, number, cfg.chunk_tokens)
     p_reason, parts = torch.zeros(b, 1, device=device), dict(clip=0.0, gap=[0.0])
 
     def encode(chunk):
@@ -153,7 +153,7 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
             return averaged_loss(logp, was, adv[row, branch], logits, gain, 2 * half, new.sum() + 2 * B * half)
         return cfg.rl_decision * decision_loss(logits, gain, cfg.rl_beta) * len(rows) / B + cfg.rl_rationale * token_loss
 
-    loss, extra = grad_cache(chunks, encode, loss_fn, sum(q_len) + sum(t_len) <= cfg.chunk_tokens)
+    loss, extra = grad_cache(chunks, encode, loss_fn, fits)
     p, reason, direct, gain = seen["p"], seen["reason"], seen["direct"], seen["gain"]
     entropy = -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log()).mean()
     told, worst = gather_objects(parts), int(reason[first : first + b].mean(1).argmin())
