@@ -60,6 +60,7 @@ if __name__ == "select":
 else:
     import argparse
     import base64
+    import collections
     import io
     import json
     import math
@@ -98,17 +99,13 @@ def choose_placebos(pairs, rationales, rng):
     for p in pairs:
         for worker, text in rationales.get(p["id"], {}).items():
             shelves.setdefault((p["dataset"], worker), []).append((p["answer"], text))
-    out = {}
-    for p in pairs:
-        out[p["id"]] = {}
-        for worker in rationales.get(p["id"], {}):
-            shelf, found = shelves[p["dataset"], worker], None
-            for i in rng.permutation(len(shelf))[:50] if len(shelf) <= MANY else rng.integers(len(shelf), size=50):
-                if shelf[i][0] != p["answer"]:
-                    found = shelf[i][1]
-                    break
-            out[p["id"]][worker] = found
-    return out
+
+    def one(p, worker):
+        shelf = shelves[p["dataset"], worker]
+        at = rng.permutation(len(shelf))[:50] if len(shelf) <= MANY else rng.integers(len(shelf), size=50)
+        return next((shelf[i][1] for i in at if shelf[i][0] != p["answer"]), None)
+
+    return {p["id"]: {worker: one(p, worker) for worker in rationales.get(p["id"], {})} for p in pairs}
 
 
 def candidate_sets(pairs, rng, size=16):
@@ -227,9 +224,14 @@ def audit(results, kept, level, rule="full", needs_steps=None):
     """
     offered = [r for r in results if r.get("delta_second") is not None]
     placebo_kept = kept_mask(offered, level, rule, "delta_placebo", "delta_second") if offered else None
-    share = lambda key: {k: round(sum(key(r) == k for r in kept) / sum(key(r) == k for r in results), 4) for k in sorted({key(r) for r in results})}
-    out = {"candidates": len(results), "kept": len(kept), "precision": None, "recall": None, "placebo_accepted": round(float(placebo_kept.mean()), 4)
-           if offered else None, "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset_of)}
+
+    def share(key):
+        of, among = (collections.Counter(map(key, rows)) for rows in (kept, results))
+        return {k: round(of[k] / n, 4) for k, n in sorted(among.items())}
+
+    out = {"candidates": len(results), "kept": len(kept), "precision": None, "recall": None,
+           "placebo_accepted": round(float(placebo_kept.mean()), 4) if offered else None,
+           "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset_of)}
     if needs_steps is not None:
         helps = lambda r: r["worker"] == "careful" and dataset_of(r) in needs_steps
         truly = {r["id"] for r in results if helps(r)}
