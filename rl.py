@@ -24,13 +24,15 @@ Which GRPO this is, in six lines:
     clip / KL          ratio clipped to 0.8 ... 1.28; no reference model, no KL
     stop token         </think> is trained; forced tokens (the opening, a closing after running out, the tail) are not
     deleted            value network, several epochs per rollout, group-wise std, advantage for embeddings (these learn by InfoNCE, beside)
-A group whose rationales all got the same reward teaches none of their tokens; its decision is learnt all the same. Picture tokens are banned at sampling and in the log-probability alike.
+A group whose rationales all got the same reward teaches none of their tokens; its decision is learnt all the same. Picture tokens are banned
+at sampling and in the log-probability alike.
 
 How to run: stage `rl` of train.py. The log names what tells a live run from a dead one: reward, reason rate, entropy of the decision,
 zero-variance share, clip share, |logp_rollout − logp_train|, tokens, seconds of generate/score/update, and one sample.
 
 Left out: off-policy updates, asynchronous rollouts, group size by difficulty.
-Source: the design notes (not in this folder), section 5; the choices and where they come from: DAPO (2503.14476), Dr.GRPO (2503.20783), Lite PPO (2508.08221).
+Source: the design notes (not in this folder), section 5; the choices and where they come from: DAPO (2503.14476), Dr.GRPO (2503.20783),
+Lite PPO (2508.08221).
 """
 
 import time
@@ -38,7 +40,8 @@ import time
 import numpy as np
 import torch
 
-from embed import NOTHING, branch_logp, collate, decision_logits, direct_vectors, gather_objects, gather_rows, grad_cache, info_nce, passes, pool, rank
+from embed import NOTHING, branch_logp, collate, decision_logits, direct_vectors, grad_cache, info_nce, passes, pool
+from embed import gather_objects, gather_rows, rank
 from model import generate
 
 
@@ -154,17 +157,13 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
         return cfg.rl_decision * decision_loss(logits, gain, cfg.rl_beta) * len(rows) / B + cfg.rl_rationale * token_loss
 
     loss, extra = grad_cache(chunks, encode, loss_fn, fits)
-    p, reason, direct, gain = seen["p"], seen["reason"], seen["direct"], seen["gain"]
-    entropy = -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log()).mean()
-    told, worst = gather_objects(parts), int(reason[first : first + b].mean(1).argmin())
-    return dict(loss=loss + extra, reward=float((p * reason.mean(1) + (1 - p) * direct).mean()), reward_reason=float(reason.mean()), reward_direct=float(direct.mean()),
-                reason_rate=float((p > 0.5).float().mean()), p_reason=float(p.mean()), decision_entropy=float(entropy),
-                decision_right=float(((p > 0.5) == (gain > 0)).float().mean()), zero_variance=float((~seen["live"]).float().mean()),
-                clip_share=sum(x["clip"] for x in told), logp_gap=max(sum((x["gap"] for x in told), [])), tokens=float(new.mean()),
-                closed_by_force=float(forced.mean()), nce_direct=float(seen["nce"][0].detach()), nce_reason=float(seen["nce"][1].detach()),
-                s_generate=seen["t1"] - t0, s_score=seen["t2"] - seen["t1"], s_update=time.time() - seen["t2"],
-                sample=dict(row=worst, rationale=reader.rationale_text(tokens[worst][0]), reward=float(reason[first + worst, 0]),
-                            direct=float(direct[first + worst])))
+    told, worst = gather_objects(parts), int(seen["reason"][first : first + b].mean(1).argmin())
+    sample = dict(row=worst, rationale=reader.rationale_text(tokens[worst][0]), reward=float(seen["reason"][first + worst, 0]),
+                  direct=float(seen["direct"][first + worst]))
+    return dict(loss=loss + extra, **figures(**seen), clip_share=sum(x["clip"] for x in told), logp_gap=max(sum((x["gap"] for x in told), [])),
+                tokens=float(new.mean()), closed_by_force=float(forced.mean()), nce_direct=float(seen["nce"][0].detach()),
+                nce_reason=float(seen["nce"][1].detach()), s_generate=seen["t1"] - t0, s_score=seen["t2"] - seen["t1"],
+                s_update=time.time() - seen["t2"], sample=sample)
 
 
 def score(q, t, same, new, forced, cfg):
@@ -172,12 +171,20 @@ def score(q, t, same, new, forced, cfg):
     B, device = len(q), q.device
     own, other = torch.arange(B, device=device), same & ~torch.eye(B, dtype=torch.bool, device=device)
     s = torch.einsum("bgh,ch->bgc", q, t) / cfg.temperature                                   # (B, 1+half, B): the batch's targets are C
-    quality = s.masked_fill(other[:, None], float("-inf")).softmax(-1)[own, :, own]           # (B, 1+half)
+    quality = s.masked_fill(other[:, None], float("-inf")).softmax(-1)[own, :, own]           # (B, 1+half): exp of embed.margin_score
     spent, ended = torch.from_numpy(new).to(device), torch.from_numpy(~forced).to(device)
     reason = rewards(quality[:, 1:], spent, ended, cfg.rl_price, cfg.rl_max_new)
     direct = rewards(quality[:, 0], torch.zeros(B, device=device), torch.ones(B, device=device), cfg.rl_price, cfg.rl_max_new)
     adv, live = advantages(reason, direct)
     return dict(reason=reason, direct=direct, adv=adv, live=live, gain=reason.mean(1) - direct)
+
+
+def figures(p, reason, direct, gain, live, **_):
+    """What `score` has found, and p = p_reason (B,), as the log's numbers: means over the joined batch."""
+    entropy = -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log()).mean()
+    return dict(reward=float((p * reason.mean(1) + (1 - p) * direct).mean()), reward_reason=float(reason.mean()), reward_direct=float(direct.mean()),
+                reason_rate=float((p > 0.5).float().mean()), p_reason=float(p.mean()), decision_entropy=float(entropy),
+                decision_right=float(((p > 0.5) == (gain > 0)).float().mean()), zero_variance=float((~live).float().mean()))
 
 
 def sampled(new, forced, n_close):

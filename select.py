@@ -147,7 +147,7 @@ def margins(model, reader, prompts, branches, targets, candidates, temperature=0
             c = torch.from_numpy(candidates[rows]).to(q.device)                               # (B, c)
             t = targets[c.clamp(min=0)]                                                       # (B, c, H)
             s = torch.einsum("bgh,bch->bgc", q, t) / temperature
-            m = s.masked_fill((c < 0)[:, None], float("-inf")).log_softmax(-1)[..., 0]        # (B, 1+G)
+            m = s.masked_fill((c < 0)[:, None], float("-inf")).log_softmax(-1)[..., 0]        # (B, 1+G): embed.margin_score, some candidates absent
             for i, both in zip(rows, torch.stack((m, s[..., 0]), 1).cpu().numpy()):
                 out[i] = both[:, : 1 + len(branches[i])].astype(np.float64)
     return out

@@ -98,19 +98,20 @@ def probe(es, embedder, rng, temperature, max_new, batch_size):
         order = [j for j in rng.permutation(len(own)).tolist() if j != i] or [i]
         other = min(order, key=lambda j: set(es.positives[j]) == set(es.positives[i]))
         texts.append([text, "", " ".join(rng.permutation(text.split()).tolist()), own[other]])
-    v = vectors_after(embedder, es.queries, texts, batch_size)                                        # (n, 5, H)
-    score, m, positive = [], [], []
+    v = vectors_after(embedder, es.queries, texts, batch_size)                                # (n, 5, H)
+    score, grades, metric = [], es.grades or [None] * len(own), evaluation.KEYS.index(es.metric)
     for k in range(len(WORDS)):
-        ranked, grades = evaluation.rank(v[:, k], targets, es.positives, es.grades, es.local), es.grades or [None] * len(own)
-        score.append([evaluation.score_ranks(r, g)[evaluation.KEYS.index(es.metric)] for r, g in zip(ranked.worst, grades)])
+        ranked = evaluation.rank(v[:, k], targets, es.positives, es.grades, es.local)
+        score.append([evaluation.score_ranks(r, g)[metric] for r, g in zip(ranked.worst, grades)])
+    m, positive = [], []
     for i, right in enumerate(es.positives):
         among = np.unique(es.local[i]) if es.local is not None else np.arange(len(targets))
         rows = [right[0], *among[~np.isin(among, right)]]
-        s = targets[rows] @ v[i].T                                                            # (c, 5)
+        s = targets[rows] @ v[i].T                                                            # (c, 5); below: embed.margin_score of each column
         m.append(torch.from_numpy(s / temperature).log_softmax(0)[0].numpy()), positive.append(s[0])
     m, positive = np.array(m), np.array(positive)
-    return dict(p=np.array([info["p_reason"] for info in infos]), gain=m[:, 1] - m[:, 0], rises=positive[:, 1] > positive[:, 0], score=np.array(score).T,
-                to_direct=np.einsum("nkh,nh->nk", v, v[:, 0]), to_own=np.einsum("nkh,nh->nk", v, v[:, 1]))
+    return dict(p=np.array([info["p_reason"] for info in infos]), gain=m[:, 1] - m[:, 0], rises=positive[:, 1] > positive[:, 0],
+                score=np.array(score).T, to_direct=np.einsum("nkh,nh->nk", v, v[:, 0]), to_own=np.einsum("nkh,nh->nk", v, v[:, 1]))
 
 
 def analyse(embedder, root, rng, tau=0.5, temperature=0.02, max_new=48, batch_size=64):
