@@ -307,12 +307,12 @@ def draw(found, path):
 
 
 def summarise(folder):
-    """study.json, analysis.json, study.md and study.png of the runs that are finished -> the verdict as text."""
+    """study.json, analysis.json, study.md and study.png of the runs that are finished; prints the verdict -> study.json's content."""
     found = gather(folder)
-    paths = sorted(glob.glob(os.path.join(folder, "seed*", "full", "analysis.json")))
+    says, paths = verdict(found), sorted(glob.glob(os.path.join(folder, "seed*", "full", "analysis.json")))
     evaluation.write(os.path.join(folder, "study.json"), found)
     draw(found, os.path.join(folder, "study.png"))
-    parts = ["# Does thinking when needed pay?", *verdict(found), f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
+    parts = ["# Does thinking when needed pay?", *says, f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
              "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. random: a coin at full's reason rate. "
              "oracle: with hindsight the better of never and always. 'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
              "reason on the families that need steps and on no other.",
@@ -330,7 +330,8 @@ def summarise(folder):
                   "its own, an empty, a shuffled or another query's rationale. a ~ b: cosine of two such vectors. gain: m(q, own) − m(q, ∅).", families, calibration]
     with open(os.path.join(folder, "study.md"), "w", encoding="utf-8") as f:
         f.write("\n\n".join(parts) + "\n")
-    return "\n".join(verdict(found) + [f"written: {os.path.join(folder, 'study.md')}"])
+    print("\n".join([*says, f"written: {os.path.join(folder, 'study.md')}"]))
+    return found
 
 
 def main():
@@ -339,9 +340,8 @@ def main():
     ap.add_argument("--readme", metavar="FILE", help="also put the main table between its <!-- study --> marks")
     a = ap.parse_args()
     try:
-        print(summarise(a.folder))
+        found = summarise(a.folder)
         if a.readme:
-            found = gather(a.folder)
             evaluation.into_readme(a.readme, "study", "\n\n".join([main_table(found), " ".join(verdict(found))]))
     except (ValueError, OSError) as e:
         sys.exit(f"study.py: {e}")

@@ -1215,7 +1215,7 @@ def study_stage(cfg):
         for name in filter(wanted.__contains__, VARIANTS):
             tqdm.write(f"study: seed {seed}, {name}")
             run_variant(cfg, name, seed)
-        print(study.summarise(os.path.join(cfg.out, "study")))
+        study.summarise(os.path.join(cfg.out, "study"))
 
 
 def main(argv):
