@@ -462,11 +462,11 @@ def seeds_tables(found):
     runs = found["runs"]
     seeds, seconds = ", ".join(str(r["seed"]) for r in runs), ", ".join(f"{sum(r['seconds'].values()):.0f}" for r in runs)
     way = (adaptive - random) / (oracle - random)
-    rows += ["", f"Medians over {len(runs)} seed{'s' * (len(runs) > 1)} ({seeds}), ± their standard deviation. Adaptive − never {adaptive - never:+.3f}, "
-             f"adaptive − always {adaptive - always:+.3f}; from the coin to hindsight {way:.0%} of the way; tokens {tokens['adaptive'] / tokens['always']:.0%} "
-             f"of always', {tokens['adaptive'] / tokens['oracle']:.2f} times the oracle's. Selection against the truth: precision {picked['precision']:.3f}, "
-             f"recall {picked['recall']:.3f}, placebos accepted {picked['placebo_accepted']:.3f}, sloppy rationales kept {picked['sloppy_kept']:.3f}. "
-             f"Seconds per run: {seconds}."]
+    rows += ["", f"Medians over {len(runs)} seed{'s' * (len(runs) > 1)} ({seeds}), ± their standard deviation. "
+             f"Adaptive − never {adaptive - never:+.3f}, adaptive − always {adaptive - always:+.3f}; "
+             f"from the coin to hindsight {way:.0%} of the way; tokens {tokens['adaptive'] / tokens['always']:.0%} of always', {tokens['adaptive'] / tokens['oracle']:.2f} times the oracle's. "
+             f"Selection against the truth: precision {picked['precision']:.3f}, recall {picked['recall']:.3f}, "
+             f"placebos accepted {picked['placebo_accepted']:.3f}, sloppy rationales kept {picked['sloppy_kept']:.3f}. Seconds per run: {seconds}."]
     return "\n".join(rows)
 
 
@@ -548,8 +548,9 @@ def main():
                       args.batch_size, {"model_name": os.path.basename(os.path.normpath(args.model)), **dict(m.split("=", 1) for m in args.metadata)},
                       {"max_new_tokens": args.max_new_tokens, **({"dim": args.dim} if args.dim else {})})
     for name, d in result["datasets"].items():
-        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, {d['dropped']} dropped, {len(d['bad'])} complaints"
-              f"; {d['protocol']}; reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
+        print(f"{name}: {100 * d['score']:.2f} ({d['metric']}, optimistic {100 * d['optimistic']:.2f}, {d['queries']} queries, "
+              f"{d['dropped']} dropped, {len(d['bad'])} complaints; {d['protocol']}; "
+              f"reason rate {d['reason_rate']:.2f}, {d['tokens_per_query']:.1f} tokens, {d['ms_per_query']:.0f} ms a query)")
     for key in ("image", "video", "visdoc", "overall"):
         print(f"{key}: {100 * result[key]:.2f}" if result[key] is not None else f"{key}: none")
     print(f"mode: {result['mode']}\ndatasets: {len(result['datasets'])}\nmissing: {', '.join(result['missing']) or 'none'}\n"

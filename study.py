@@ -64,7 +64,7 @@ def interval(values):
 
 
 def paired(a, b):
-    """Figures of two variants under the same seeds -> {"diff" (a − b), "half", "t", "p", "n"}; t and p are None where the differences do not vary."""
+    """Figures of two variants under the same seeds -> {"diff" (a − b), "half", "t", "p", "n"}; t and p: None where they do not vary."""
     d = np.asarray(a, float) - np.asarray(b, float)
     diff, half = interval(d.tolist())
     spread = np.std(d, ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0.0
@@ -130,8 +130,8 @@ def analyse(embedder, root, rng, tau=0.5, temperature=0.02, max_new=48, batch_si
     tenth, bins = np.minimum((p * 10).astype(int), 9), []
     for b in range(10):
         mine = tenth == b
-        bins.append(dict(p=float(p[mine].mean()), n=int(mine.sum()), gain=float(gain[mine].mean()), pays=float((gain[mine] > 0).mean())) if mine.any() else
-                    dict(p=None, n=0, gain=None, pays=None))
+        mean = lambda x: float(x[mine].mean()) if mine.any() else None
+        bins.append(dict(p=mean(p), n=int(mine.sum()), gain=mean(gain), pays=mean(gain > 0)))
     return dict(families=families, calibration=bins)
 
 
@@ -163,7 +163,8 @@ def told(run, modes, steps):
         n += len(spent)
         if os.path.basename(path).removesuffix("_queries.jsonl") in steps:
             tokens, thinks = tokens + sum(spent), thinks + len(spent)
-    return dict(overall=float(np.mean(list(scores.values()))), reason_rate=thinks / n, tokens_per_query=tokens / n, ms_per_query=None, datasets=scores)
+    overall = float(np.mean(list(scores.values())))
+    return dict(overall=overall, reason_rate=thinks / n, tokens_per_query=tokens / n, ms_per_query=None, datasets=scores)
 
 
 def collect(folder):
@@ -177,9 +178,9 @@ def collect(folder):
         choice = {k: report["selection"][k] for k in ("precision", "recall") if not config["embed_workers"]}
         reasons = {n: d["reason_rate"] for n, d in read(run, "eval", "summary.json")["datasets"].items()}
         put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
-        for label, mode in {"full, never": "never", "full, always": "always", "random": "random", "oracle": "oracle"}.items() if name == "full" else ():
-            put(label, report["modes"], mode)
         if name == "full":
+            for label, mode in (("full, never", "never"), ("full, always", "always"), ("random", "random"), ("oracle", "oracle")):
+                put(label, report["modes"], mode)
             put("full, told", {"told": told(run, report["modes"], steps)}, "told")
         places = {os.path.basename(os.path.dirname(p)): read(p)["modes"] for p in glob.glob(os.path.join(run, "*", "summary.json"))}
         for where, modes in places.items():                      # where the documents reason, those that do not belong beside them
@@ -222,9 +223,10 @@ def main_table(found):
     rows = []
     for name, v in plain(found).items():
         mean, half, test = v["mean"], v["half"], v["full_minus"]
-        by = ["", "", ""] if name == "full" else [show(test["diff"], test["half"], sign="+"), show(test["p"]), test["n"]] if test else ["–"] * 3
-        rows.append([name.replace("_", " "), show(mean["overall"], half["overall"]), show(mean["steps"]), show(mean["one_look"]), show(mean["reason_rate"], digits=2),
-                     show(mean["tokens"], half["tokens"], 1), show(mean["ms"], digits=1), *by, *(show(mean[k], digits=2) for k in ("precision", "recall"))])
+        by = [show(test["diff"], test["half"], sign="+"), show(test["p"]), test["n"]] if test else ["–"] * 3
+        rows.append([name.replace("_", " "), show(mean["overall"], half["overall"]), show(mean["steps"]), show(mean["one_look"]),
+                     show(mean["reason_rate"], digits=2), show(mean["tokens"], half["tokens"], 1), show(mean["ms"], digits=1),
+                     *([""] * 3 if name == "full" else by), show(mean["precision"], digits=2), show(mean["recall"], digits=2)])
     return table(["variant", "overall", "need steps", "one look", "reason rate", "tokens / query", "ms / query", "full − it", "p", "n",
                   "precision", "recall"], rows)
 
@@ -242,7 +244,8 @@ def verdict(found):
             ratio = v["full"]["mean"]["tokens"] / v[name]["mean"]["tokens"]
             out.append(f"Tokens: {ratio:.2f} times those of {name} (aim: at most {aim}; {'met' if ratio <= aim else 'missed'}).")
     if "full, told" in v and "oracle" in v and v["oracle"]["mean"]["tokens"]:
-        out.append(f"Told which families need steps, and foreseeing no luck, it would be {v['full, told']['mean']['tokens'] / v['oracle']['mean']['tokens']:.2f} times.")
+        ratio = v["full, told"]["mean"]["tokens"] / v["oracle"]["mean"]["tokens"]
+        out.append(f"Told which families need steps, and foreseeing no luck, it would be {ratio:.2f} times.")
     best, coin, full = (v[n]["mean"]["overall"] for n in ("oracle", "random", "full"))
     if best > coin:
         out.append(f"Decision: {(full - coin) / (best - coin):.0%} of the way from a coin to hindsight (aim: at least 80%).")
@@ -261,7 +264,8 @@ def family_table(found):
 def elsewhere_table(found):
     """Other worlds, and the four combinations of sides: rows of the names with a colon."""
     rows = [[*name.replace("_", " ").split(": "), *(show(v["mean"][k], v["half"][k]) for k in ("overall", "steps", "one_look")),
-             show(v["mean"]["reason_rate"], digits=2), show(v["mean"]["tokens"], digits=1)] for name, v in sorted(found["variants"].items()) if ":" in name]
+             show(v["mean"]["reason_rate"], digits=2), show(v["mean"]["tokens"], digits=1)]
+            for name, v in sorted(found["variants"].items()) if ":" in name]
     return table(["where", "variant, mode", "overall", "need steps", "one look", "reason rate", "tokens / query"], rows)
 
 
@@ -285,7 +289,8 @@ def analysis_tables(parts):
         mine = [p["calibration"][b] for p in parts if p["calibration"][b]["n"]]
         mean = lambda k: float(np.average([x[k] for x in mine], weights=[x["n"] for x in mine])) if mine else None
         bins.append([f"{b / 10:.1f} … {(b + 1) / 10:.1f}", sum(x["n"] for x in mine), *(show(mean(k), digits=2) for k in ("p", "gain", "pays"))])
-    return table(["family", *(k.replace("_", " ") for k in SHOWN)], rows), table(["p_reason", "queries", "mean p", "mean gain", "share with gain > 0"], bins)
+    return (table(["family", *(k.replace("_", " ") for k in SHOWN)], rows),
+            table(["p_reason", "queries", "mean p", "mean gain", "share with gain > 0"], bins))
 
 
 def draw(found, path):
@@ -295,10 +300,12 @@ def draw(found, path):
     rows = sorted(plain(found).items(), key=lambda x: x[1]["mean"]["overall"])
     with matplotlib.style.context(["default", evaluation.STYLE]):
         fig = Figure((9, 1.2 + 0.3 * len(rows)), layout="constrained")
-        for ax, key, what in zip(fig.subplots(1, 2, sharey=True, width_ratios=(3, 2)), ("overall", "tokens"), ("mean quality", "generated tokens per query")):
+        axes = fig.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        for ax, key, what in zip(axes, ("overall", "tokens"), ("mean quality", "generated tokens per query")):
             for y, (name, v) in enumerate(rows):
                 colour = evaluation.COLOURS.get({"full": "adaptive"}.get(name, name.removeprefix("full, ")), "#8a5a9e")
-                ax.errorbar(v["mean"][key], y, xerr=v["half"][key], fmt="s" if "," in name or name in ("random", "oracle") else "o", color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
+                mark = "s" if "," in name or name in ("random", "oracle") else "o"
+                ax.errorbar(v["mean"][key], y, xerr=v["half"][key], fmt=mark, color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
             ax.axvline(found["variants"]["full"]["mean"][key], color=evaluation.COLOURS["adaptive"], lw=0.8, ls=":")
             ax.grid(axis="y", lw=0.3)
             ax.set(xlabel=what, yticks=range(len(rows)), yticklabels=[name.replace("_", " ") for name, _ in rows])
@@ -313,8 +320,9 @@ def summarise(folder):
     evaluation.write(os.path.join(folder, "study.json"), found)
     draw(found, os.path.join(folder, "study.png"))
     parts = ["# Does thinking when needed pay?", *says, f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
-             "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. random: a coin at full's reason rate. "
-             "oracle: with hindsight the better of never and always. 'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
+             "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. "
+             "random: a coin at full's reason rate. oracle: with hindsight the better of never and always. "
+             "'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
              "reason on the families that need steps and on no other.",
              "![quality and tokens](study.png)", main_table(found), "## Families", family_table(found)]
     if any(":" in name for name in found["variants"]):
@@ -327,7 +335,8 @@ def summarise(folder):
         evaluation.write(os.path.join(folder, "analysis.json"), each)
         families, calibration = analysis_tables(list(each.values()))
         parts += ["## What the counterfactual says of the trained model", "Score: the family's metric, the query embedded directly or after "
-                  "its own, an empty, a shuffled or another query's rationale. a ~ b: cosine of two such vectors. gain: m(q, own) − m(q, ∅).", families, calibration]
+                  "its own, an empty, a shuffled or another query's rationale. a ~ b: cosine of two such vectors. gain: m(q, own) − m(q, ∅).",
+                  families, calibration]
     with open(os.path.join(folder, "study.md"), "w", encoding="utf-8") as f:
         f.write("\n\n".join(parts) + "\n")
     print("\n".join([*says, f"written: {os.path.join(folder, 'study.md')}"]))
