@@ -98,7 +98,7 @@ class Config:
     world_test: int = 100           # test queries per family
     world_style: str = "plain"
     world_steps: int = 3            # moves of a Walk
-    hold_back: float = 0.2          # of every dataset's training pairs: rl trains on these alone, the other stages never see them (one pair alone serves all); 0: all on all
+    hold_back: float = 0.2          # of every dataset's training pairs: rl's, which no other stage sees (a single pair serves all); 0: all on all
     # reading
     min_pixels: int = 1024          # a picture's area in pixels: one visual token covers 32 x 32
     max_pixels: int = 65536
@@ -130,7 +130,7 @@ class Config:
     base_steps: int = 450           # at least; it goes on until its skills are there ...
     base_steps_max: int = 900       # ... at most to here, and says so if they are not
     base_batch: int = 32            # documents about pictures per step, and half as many of text alone
-    base_skill: float = 0.93        # held-out token accuracy wanted of every skill in STEP_SKILLS; 0.05 less is enough to cool down, which adds about that
+    base_skill: float = 0.93        # held-out token accuracy wanted of every skill in STEP_SKILLS; cooling down begins at 0.05 less, and adds that
     # propose
     sides: str = "query"            # who may reason: query, or both (targets too, offline: nobody waits for them)
     propose_k: int = 1              # rationales by the base model itself per query
@@ -156,7 +156,7 @@ class Config:
     embed_steps: int = 450
     embed_lr: float = 0.5           # times the learning rates above
     embed_workers: str = ""         # only these workers' rationales (commas), "none": nobody's (ablations)
-    embed_rest: bool = False        # pairs with nothing kept train the reasoned path too, on what the worker of most kept ones wrote; they decide "direct"
+    embed_rest: bool = False        # pairs with nothing kept train the reasoned path too, on words of whoever wrote most kept ones; decision: direct
     lm_weight: float = 1.0          # of the rationale's cross-entropy
     decision_weight: float = 0.2    # of the decision token's cross-entropy
     # rl
@@ -179,8 +179,8 @@ class Config:
 
 
 LARGE = dict(dtype="bfloat16", optimizer="adamw", lr=1e-5, warmup=100, min_pixels=4096, max_pixels=1003520, world_train=0, world_test=0, workers=8,
-             propose_k=4, propose_max_new=256, select_steps=500, embed_steps=5000, batch=1024, sub_batch=64, rl_steps=500, rl_batch=64, rl_max_new=128,
-             rl_price=0.1, hold_back=0.05, eval_batch=16, eval_max_new=128, save_every=200, checkpointing=True, compile=True, pad_to=128)
+             propose_k=4, propose_max_new=256, select_steps=500, embed_steps=5000, batch=1024, sub_batch=64, rl_steps=500, rl_batch=64,
+             rl_max_new=128, hold_back=0.05, eval_batch=16, eval_max_new=128, save_every=200, checkpointing=True, compile=True, pad_to=128)
 RL_SUB_BATCH = 8                    # rl's queries of one dataset side by side (sub_batch elsewhere): the reward compares their targets
 LORA = dict(lora=32, lr=1e-4)       # 16 bytes per weight: 4B in full is 71 GB before the first activation
 PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE, **LORA), "qwen3vl-8b": dict(LARGE, **LORA)}
@@ -190,9 +190,10 @@ FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every"
 
 CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": ("float32", "bfloat16"), "optimizer": ("muon", "adamw"),
            "on_bad": ("stop", "skip"), "select_rule": selection.RULES, "sides": ("query", "both")}
-OWN = {"propose": ("sides", "rationales"), "embed": ("lm_weight", "decision_weight"), "eval": ("tau",)}       # a stage's, whose name they do not begin with
-MAY_BE_ZERO = ("seed", "world_train", "world_test", "warmup", "workers", "base_look", "base_skill", "propose_k", "propose_temperature", "negatives", "lm_weight",
-               "decision_weight", "base_text", "rl_price", "hold_back", "rl_steps", "rl_group", "rl_decision", "rl_rationale", "rl_nce", "lora")
+OWN = {"propose": ("sides", "rationales"), "embed": ("lm_weight", "decision_weight"), "eval": ("tau",)}     # a stage's, by another name
+MAY_BE_ZERO = ("seed", "world_train", "world_test", "hold_back", "warmup", "workers", "lora", "base_text", "base_look", "base_skill", "propose_k",
+               "propose_temperature", "negatives", "lm_weight", "decision_weight", "rl_steps", "rl_group", "rl_price", "rl_decision",
+               "rl_rationale", "rl_nce")
 ANY_NUMBER = ("select_margin", "tau")
 
 
@@ -242,8 +243,8 @@ def parse(argv):
         raise UsageError("batch must be a multiple of sub_batch, rl_group 0 or an even number from 4 on (two rationales to compare), "
                          f"rl_batch a multiple of {RL_SUB_BATCH}")
     if cfg.fsdp and (cfg.optimizer == "muon" or cfg.lora or cfg.compile):
-        raise UsageError("--fsdp goes with --optimizer adamw, --lora 0 and --compile false: Muon needs whole matrices, a rank can hold what LoRA trains, "
-                         "and sharded layers were never compiled here")
+        raise UsageError("--fsdp goes with --optimizer adamw, --lora 0 and --compile false: Muon needs whole matrices, "
+                         "a rank can hold what LoRA trains, and sharded layers were never compiled here")
     cfg.out = cfg.out or os.path.join("runs", preset)
     return cfg
 
@@ -278,7 +279,8 @@ class Run:
         self.cfg, self.out, self.device, self.stopping, self.looping = cfg, cfg.out, join(cfg), False, False
         os.makedirs(cfg.out, exist_ok=True)
         self.before = read_json(self.path("config.json")) if os.path.exists(self.path("config.json")) else {}
-        self.same_configuration(self.path("config.json"), "say so too (options that belong to no stage are repeated in every call), or use another --out", self.owns)
+        remedy = "say so too (options that belong to no stage are repeated in every call), or use another --out"
+        self.same_configuration(self.path("config.json"), remedy, self.owns)
         self.data_root = cfg.data or self.path("data")
         self.stages = read_json(self.path("stages.json")) if os.path.exists(self.path("stages.json")) else {}
 
@@ -355,7 +357,8 @@ class Run:
         return before
 
     def undo(self, before):
-        """The repetition failed: what was done stays done, under the options that it was done with (its rows of metrics.jsonl aside, once steps were made)."""
+        """The repetition failed: what was done stays done, under the options that it was done with (its rows of metrics.jsonl aside, once
+        steps were made)."""
         if rank() == 0 and before != self.stages:
             write_json(self.path("config.json"), self.before)
             write_json(self.path("stages.json"), before)
@@ -389,7 +392,7 @@ class Run:
         c = self.cfg
         if stage not in self.stages:
             raise UsageError(f"stage {stage} has not finished in {self.out}; run --stage {stage} (or all) first")
-        return Embedder.from_pretrained(self.path(stage), self.device, c.dtype, max_pixels=c.max_pixels, min_pixels=c.min_pixels, max_frames=c.max_frames)
+        return Embedder.from_pretrained(self.path(stage), self.device, c.dtype, c.max_pixels, c.min_pixels, c.max_frames)
 
     def trainee(self, stage):
         """The same, ready to be trained: LoRA, what is frozen, fp32 masters, checkpointing, length buckets, compiled layers, shards."""
@@ -459,15 +462,18 @@ class Optimizer:
 
     def __init__(self, model, cfg, steps, scale=1.0, cool=0.4, patches=False):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        matrix = [p for n, p in named if cfg.optimizer == "muon" and (p.ndim == 2 and "embed" not in n and "lm_head" not in n or patches and "patch_embed.proj.weight" in n)]
+        is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "lm_head" not in n or patches and "patch_embed.proj.weight" in n
+        matrix = [p for n, p in named if cfg.optimizer == "muon" and is_matrix(n, p)]
         inside = set(map(id, matrix))
         rest = [[p for _, p in named if id(p) not in inside and is_sharded(p) == sharded] for sharded in (False, True)]      # which do not mix
         self.parts = [torch.optim.AdamW(ps, lr=cfg.lr * scale, betas=(0.9, 0.98), weight_decay=0.0, fused=ps[0].is_cuda) for ps in rest if ps]
         self.flat = {p: torch.nn.Parameter(p.detach().view(len(p), -1)) for p in matrix if p.ndim > 2}     # the same memory as a matrix
         if matrix:
-            self.parts.append(torch.optim.Muon([self.flat.get(p, p) for p in matrix], lr=cfg.lr_matrix * scale, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            flat = [self.flat.get(p, p) for p in matrix]
+            self.parts.append(torch.optim.Muon(flat, lr=cfg.lr_matrix * scale, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         self.peak = [g["lr"] for o in self.parts for g in o.param_groups]
-        self.params, self.clip, self.warmup, self.steps, self.cool = [p for _, p in named], cfg.clip, min(cfg.warmup, steps // 4), steps, cool * steps
+        self.params, self.clip = [p for _, p in named], cfg.clip
+        self.warmup, self.steps, self.cool = min(cfg.warmup, steps // 4), steps, cool * steps
 
     def step(self, i):
         """Update number i (from 0); -> gradient norm before clipping."""
@@ -519,7 +525,8 @@ def restore(path, model, optimizer, sampler):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path}: damaged ({type(e).__name__}); without it the one before is used, without --resume the stage starts again") from None
+        raise ValueError(f"{path}: damaged ({type(e).__name__}); without it the one before is used, "
+                         "without --resume the stage starts again") from None
     with torch.no_grad():
         for n, p in model.named_parameters():
             if p.requires_grad:
@@ -593,23 +600,17 @@ def fit(run, name, e, pairs, one_step, batch, sub_batch, steps, rate):
 
 def base_stage(run, out):
     c = run.cfg
-    if c.model and rank() == 0:
-        source = Embedder.from_pretrained(c.model, "cpu", "bfloat16")     # opens it whole: a broken checkpoint is refused here, not in an hour
-        if not source.model.has_head:
-            raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales; start from an Instruct checkpoint")
-        source.save(out, base=c.model)
     if c.model:
+        if rank() == 0:
+            source = Embedder.from_pretrained(c.model, "cpu", "bfloat16")  # opens it whole: a broken checkpoint is refused here, not in an hour
+            if not source.model.has_head:
+                raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales; start from an Instruct checkpoint")
+            source.save(out, base=c.model)
         return
-    torch.manual_seed(int(run.rng("weights").integers(2**31)))
-    tok = Tokenizer(pocket.pocket_tokenizer(pocket.vocabulary_texts()))
-    special = tok.special
-    config = dataclasses.replace(CONFIGS["pocket"], vocab=tok.size, image_token=special["<|image_pad|>"], video_token=special["<|video_pad|>"],
-                                 vision_start=special["<|vision_start|>"], vision_end=special["<|vision_end|>"])
-    model = Qwen3VL(config).init_weights().to(run.device)
-    reader = Reader(tok, config, c.min_pixels, c.max_pixels, c.max_frames)
+    model, reader = pocket_model(run)
     bank = pocket.Bank(run.rng("bank"), style=c.world_style)
-    steps, most = run.steps(c.base_steps), run.steps(c.base_steps_max)
-    optimizer = Optimizer(model, c, steps, cool=0.25, patches=True)
+    first, most = run.steps(c.base_steps), run.steps(c.base_steps_max)
+    optimizer = Optimizer(model, c, first, cool=0.25, patches=True)
     look = lambda i: 1.0 if i < run.steps(c.base_look) else 0.4    # first learn to see, then to look things up
 
     def one_step(i):
@@ -626,9 +627,14 @@ def base_stage(run, out):
             return steps
         skills = measure_skills(run, model, reader, probe)
         run.log("base skills", i, steps, skills)
-        return steps if min(v for k, v in skills.items() if k in STEP_SKILLS) >= c.base_skill - 0.05 else min(most, steps + run.steps(c.base_steps) // 10)
+        if min(v for k, v in skills.items() if k in STEP_SKILLS) >= c.base_skill - 0.05:
+            return steps
+        longer = min(most, steps + first // 10)
+        if steps == first:                                       # said once; the log's "of so many steps" moves from here on
+            run.say(f"base: skills not there yet, prolonged to {longer} steps, and by as much again (to {most} at most) until they are")
+        return longer
 
-    train_loop(run, "base", model, optimizer, steps, one_step, until=until)
+    train_loop(run, "base", model, optimizer, first, one_step, until=until)
     skills = measure_skills(run, model, reader, probe)
     run.log("base skills", optimizer.steps, optimizer.steps, skills)
     weak = {k: round(skills[k], 3) for k in STEP_SKILLS if skills[k] < c.base_skill}
@@ -637,6 +643,17 @@ def base_stage(run, out):
     run.save(Embedder(model, reader), out, "Pretrained on the pocket world's documents (stage base).")
     if rank() == 0:
         write_json(os.path.join(out, "skills.json"), skills)
+
+
+def pocket_model(run):
+    """A pocket-sized Qwen3-VL of random weights, and the Reader of its items."""
+    c = run.cfg
+    torch.manual_seed(int(run.rng("weights").integers(2**31)))
+    tok = Tokenizer(pocket.pocket_tokenizer(pocket.vocabulary_texts()))
+    special = tok.special
+    config = dataclasses.replace(CONFIGS["pocket"], vocab=tok.size, image_token=special["<|image_pad|>"], video_token=special["<|video_pad|>"],
+                                 vision_start=special["<|vision_start|>"], vision_end=special["<|vision_end|>"])
+    return Qwen3VL(config).init_weights().to(run.device), Reader(tok, config, c.min_pixels, c.max_pixels, c.max_frames)
 
 
 # What the steps are made of; and "answer", one look-up without steps, which the evaluators of select would else take for reasoning's merit.
@@ -695,8 +712,8 @@ def document_losses(model, reader, docs):
     row, col = tensor([(b, first[b] + i) for b, d in enumerate(docs) for i, yes in enumerate(d["learn"]) if yes]).T
     logits, want = model.logits(h[row, batch["prev"][row, col]]), batch["ids"][row, col]
     per_doc = lambda row, x: h.new_zeros(n).index_add(0, row, x.to(h.dtype))
-    out, sums = [per_doc(row, F.cross_entropy(logits, want, reduction="none")), h.new_zeros(n), per_doc(row, logits.argmax(-1) == want)], [
-        (b, first[b] + at) for b, d in enumerate(docs) for at in d["ends"]]
+    out = [per_doc(row, F.cross_entropy(logits, want, reduction="none")), h.new_zeros(n), per_doc(row, logits.argmax(-1) == want)]
+    sums = [(b, first[b] + at) for b, d in enumerate(docs) for at in d["ends"]]
     if sums:
         row, col = tensor(sums).T
         said = torch.zeros(len(sums), reader.c.vocab, device=model.device)                    # each of an answer's k words counts 1/k
@@ -798,7 +815,7 @@ class Pairs:
         return self.data.sources[ref[0]].id(ref[1])
 
     def windows(self, ids):
-        """The pairs whose id is in ids, in order, as lists: a kept world in one, another WINDOW by WINDOW. A broken row is left out here, not replaced."""
+        """The pairs whose id is in ids, in order, as lists: a kept world in one, another WINDOW by WINDOW. A broken row is left out, not replaced."""
         refs = [r for r in self.refs() if self.id(r) in ids]
         step = max(1, len(refs)) if self.kept is not None else WINDOW
         with ThreadPoolExecutor(max(1, self.workers)) as readers:
@@ -830,8 +847,8 @@ def propose_stage(run, out):
     refs = pairs.refs() if c.propose_k else []
     windows = [(side, at) for side in (("query", "target") if c.sides == "both" else ("query",)) for at in range(0, len(refs), WINDOW)]
     parts = [os.path.join(folder, f"{side}_{at:09d}.jsonl") for side, at in windows]
-    for n, ((side, at), path) in enumerate(zip(windows, tqdm(parts, desc="propose", disable=None))):     # each rank its windows; a finished one is not done again
-        if n % ranks() == rank() and not os.path.exists(path):
+    for n, ((side, at), path) in enumerate(zip(windows, tqdm(parts, desc="propose", disable=None))):
+        if n % ranks() == rank() and not os.path.exists(path):   # each rank its windows; a finished one is not done again
             selection.write_rows(path, propose(run, e, [pairs.get(*r) for r in refs[at : at + WINDOW]], n, side))
     gather_objects(None)
     rows += [r for path in parts for r in selection.read_rationales(path)]
@@ -849,8 +866,9 @@ def propose(run, e, pairs, n, side):
         batch = collate([p[side] for p in part], e.reader, device=run.device)
         got = generate(e.model, batch, c.propose_max_new, c.propose_k, **e.reader.how, temperature=c.propose_temperature, generator=rng)
         for p, tokens in zip(part, got["tokens"]):
-            texts = [e.reader.rationale_text(ids) for ids in tokens]
-            rows += [dict(id=p["id"], side=side, worker="base" if c.propose_k == 1 else f"base-{k}", text=text) for k, text in enumerate(texts) if text]
+            for k, text in enumerate(map(e.reader.rationale_text, tokens)):
+                if text:
+                    rows.append(dict(id=p["id"], side=side, worker="base" if c.propose_k == 1 else f"base-{k}", text=text))
     return rows
 
 
@@ -874,13 +892,15 @@ def select_stage(run, out):
     run.log("select", 1, 1, {k: v for k, v in report.items() if not isinstance(v, dict)})
     if rank() > 0:
         return
-    selection.write_rows(os.path.join(out, "selected.jsonl"), [{k: r[k] for k in ("id", "worker", "text", "delta", "delta_placebo", "weight")} for r in kept])
+    fields = ("id", "worker", "text", "delta", "delta_placebo", "weight")
+    selection.write_rows(os.path.join(out, "selected.jsonl"), [{k: r[k] for k in fields} for r in kept])
     selection.write_rows(os.path.join(out, "judged.jsonl"), judged)
     write_json(os.path.join(out, "audit.json"), report)
 
 
-SHAPES_THE_JUDGE = ("model", "data", "seed", "scale", "dtype", "leave_out", "min_pixels", "max_pixels", "max_frames", "optimizer", "lr_matrix", "lr", "clip", "warmup",
-                    "train_vision", "lora", "lora_alpha", "select_steps", "select_lr", "select_candidates", "select_folds", "batch", "sub_batch", "negatives", "temperature", "hold_back")
+SHAPES_THE_JUDGE = ("model", "data", "seed", "scale", "dtype", "leave_out", "hold_back", "min_pixels", "max_pixels", "max_frames", "optimizer",
+                    "lr_matrix", "lr", "clip", "warmup", "train_vision", "lora", "lora_alpha", "batch", "sub_batch", "negatives", "temperature",
+                    "select_steps", "select_lr", "select_candidates", "select_folds")
 
 
 def judged_before(c, texts):
@@ -906,9 +926,11 @@ def judge_all(run, texts):
             continue
         e = run.trainee("base")
         pairs = pairs or Pairs(run, e.reader)                    # read once: both folds see the same prompts
-        mine = lambda pair_id: hashlib.blake2b(pair_id.encode(), digest_size=4).digest()[0] % c.select_folds == fold       # this evaluator judges these ...
+        # this evaluator judges its own fold's pairs and learns from the others
+        mine = lambda pair_id: hashlib.blake2b(pair_id.encode(), digest_size=4).digest()[0] % c.select_folds == fold
+        train_on = lambda p: c.select_folds == 1 or not mine(p["id"])
         branch = {i: {w: e.reader.rationale(t) for w, t in ws.items()} for i, ws in texts.items()}
-        warm_up(run, e, pairs, branch, (lambda p: not mine(p["id"])) if c.select_folds > 1 else (lambda p: True), f"select{fold}")   # ... and learnt from the others
+        warm_up(run, e, pairs, branch, train_on, f"select{fold}")
         rows = judge(run, e, pairs, {i: texts[i] for i in texts if mine(i)}, fold)
         results += rows
         if rank() == 0:
@@ -943,15 +965,16 @@ def judge(run, e, pairs, texts, fold):
     c, rng = run.cfg, run.rng("judge", fold)
     table, index, vectors = [], {}, [torch.zeros(0, e.model.c.hidden, device=run.device)]
     for window in pairs.windows(texts):
-        new = {}
+        new = []
         for p in window:
-            for key, t in [(p["answer"], p["target"]), *((key_of(n), n) for n in p["negatives"])]:
+            keys = [p["answer"], *map(key_of, p["negatives"])]
+            for key, t in zip(keys, [p["target"], *p["negatives"]]):
                 if key not in index:
                     index[key] = len(index)
-                    new[key] = t
-        vectors.append(encode_shared(run, e, list(new.values())))
-        table += [dict(id=p["id"], dataset=p["dataset"], answer=p["answer"], target=index[p["answer"]], negatives=[index[key_of(n)] for n in p["negatives"]])
-                  for p in window]
+                    new.append(t)
+            target, *negatives = (index[key] for key in keys)
+            table.append(dict(id=p["id"], dataset=p["dataset"], answer=p["answer"], target=target, negatives=negatives))
+        vectors.append(encode_shared(run, e, new))
     vectors, candidates = torch.cat(vectors), selection.candidate_sets(table, rng, c.select_candidates)
     mine = {p["id"]: texts[p["id"]] for p in table}
     placebo, second = selection.choose_placebos(table, mine, rng), selection.choose_placebos(table, mine, rng)
@@ -962,8 +985,8 @@ def judge(run, e, pairs, texts, fold):
     told, n = [], 0                                              # per pair (2, 1 + branches)
     for window in pairs.windows(texts):
         share = slice(n + rank(), n + len(window), ranks())      # this rank's
-        m = selection.margins(e.model, e.reader, [p["query"] for p in window[rank() :: ranks()]], branches[share], vectors, candidates[share], c.temperature,
-                              title=f"judge fold {fold}, pairs {n} to {n + len(window)} of {len(table)}")
+        queries, title = [p["query"] for p in window[rank() :: ranks()]], f"judge fold {fold}, pairs {n} to {n + len(window)} of {len(table)}"
+        m = selection.margins(e.model, e.reader, queries, branches[share], vectors, candidates[share], c.temperature, title=title)
         m, n = gather_objects(m), n + len(window)
         told += [m[i % ranks()][i // ranks()] for i in range(len(window))]
     return [row for judged in zip(table, plan, (candidates >= 0).sum(1), told) for row in judgements(*judged, mine, placebo, second)]
@@ -1001,37 +1024,54 @@ def embed_stage(run, out):
     c = run.cfg
     e = run.trainee("base")
     pairs = Pairs(run, e.reader)
-    kept, proposed = {}, selection.read_rationales(run.path("propose", "rationales.jsonl"))
-    judged, workers = {r["id"] for r in proposed if r["side"] == "query"}, set(filter(None, c.embed_workers.split(",")))
-    if unknown := sorted(workers - {r["worker"] for r in proposed} - {"none"}):
-        raise UsageError(f"--embed_workers {unknown[0]}: no rationale is by such a worker; there are {', '.join(sorted({r['worker'] for r in proposed}))}")
-    chosen = [r for r in selection.read_rationales(run.path("select", "selected.jsonl"), numbers=("weight",)) if not workers or r["worker"] in workers]
-    for r in chosen:
-        kept.setdefault(r["id"], []).append((e.reader.rationale(r["text"]), r["weight"]))
-    kept = {i: [(b, w / sum(w for _, w in options)) for b, w in options] for i, options in kept.items()}
-    trusted = collections.Counter(r["worker"] for r in chosen).most_common(1) if c.embed_rest else []
-    rest = {r["id"]: e.reader.rationale(r["text"]) for r in proposed for worker, _ in trusted if r["side"] == "query" and r["worker"] == worker}
-    offline = {}                                                 # what targets may say; nothing judges it, so it only serves --sides both
-    for r in proposed:
-        if r["side"] == "target" and c.sides == "both":
-            offline.setdefault(r["id"], []).append(e.reader.rationale(r["text"]))
-    if c.sides == "both" and not offline:
-        raise UsageError("--sides both: propose left no rationale of a target (propose_k is 0, and the file given has none)")
+    kept, rest, judged, offline = branches_to_learn(run, e.reader)
 
     def one_step(i, batch):
-        branches, labels = [], []
-        if c.sides == "both" and i % 2:                          # every other step targets reason: pairs turned round, each target once
-            batch = list({p["answer"]: dict(p, query=p["target"], target=p["query"], answer=key_of(p["query"]), negatives=[]) for p in batch}.values())
-            options = [offline.get(p["id"], [None]) for p in batch]
-            return contrastive_step(e.model, e.reader, batch, [o[run.rng("embed", i, p["id"]).integers(len(o))] for o, p in zip(options, batch)], [-1] * len(batch), c)
-        for p in batch:                                          # one rationale per visit, drawn from the posterior
-            options = kept.get(p["id"])
-            branches.append(options[run.rng("embed", i, p["id"]).choice(len(options), p=[w for _, w in options])][0] if options else rest.get(p["id"]))
-            labels.append(1 if options else 0 if p["id"] in judged else -1)
+        branches, labels, backwards = [], [], c.sides == "both" and i % 2
+        if backwards:                                            # every other step targets reason: pairs turned round, each target once
+            batch = list({p["answer"]: turned(p) for p in batch}.values())
+        for p in batch:                                          # one rationale per visit, a query's drawn from the posterior
+            rng, options = run.rng("embed", i, p["id"]), kept.get(p["id"])
+            if backwards:
+                said = offline.get(p["id"], [None])
+                branches.append(said[rng.integers(len(said))]), labels.append(-1)
+            elif options:
+                branches.append(options[rng.choice(len(options), p=[w for _, w in options])][0]), labels.append(1)
+            else:
+                branches.append(rest.get(p["id"])), labels.append(0 if p["id"] in judged else -1)
         return contrastive_step(e.model, e.reader, batch, branches, labels, c)
 
     fit(run, "embed", e, pairs, one_step, c.batch, c.sub_batch, c.embed_steps, c.embed_lr)
     run.save(e, out, "Joint training of the direct and the reasoned path on selected rationales (stage embed).")
+
+
+def turned(pair):
+    """A pair whose target looks for its query."""
+    return dict(pair, query=pair["target"], target=pair["query"], answer=key_of(pair["query"]), negatives=[])
+
+
+def branches_to_learn(run, reader):
+    """-> kept {id: [(branch, probability)]}, the selected rationales of queries; rest {id: branch} for those without (--embed_rest); judged, the
+    ids of queries whose decision is learnt; offline {id: [branch]}, what targets may say: nothing judges it, so it only serves --sides both."""
+    c, kept, offline = run.cfg, {}, {}
+    proposed = selection.read_rationales(run.path("propose", "rationales.jsonl"))
+    of_queries = [r for r in proposed if r["side"] == "query"]
+    everyone, workers = {r["worker"] for r in proposed}, set(filter(None, c.embed_workers.split(",")))
+    if unknown := sorted(workers - everyone - {"none"}):
+        raise UsageError(f"--embed_workers {unknown[0]}: no rationale is by such a worker; there are {', '.join(sorted(everyone))}")
+    chosen = selection.read_rationales(run.path("select", "selected.jsonl"), numbers=("weight",))
+    chosen = [r for r in chosen if not workers or r["worker"] in workers]
+    for r in chosen:
+        kept.setdefault(r["id"], []).append((reader.rationale(r["text"]), r["weight"]))
+    kept = {i: [(b, w / sum(w for _, w in options)) for b, w in options] for i, options in kept.items()}
+    trusted = [worker for worker, _ in collections.Counter(r["worker"] for r in chosen).most_common(1)] if c.embed_rest else []
+    rest = {r["id"]: reader.rationale(r["text"]) for r in of_queries if r["worker"] in trusted}
+    for r in proposed if c.sides == "both" else ():
+        if r["side"] == "target":
+            offline.setdefault(r["id"], []).append(reader.rationale(r["text"]))
+    if c.sides == "both" and not offline:
+        raise UsageError("--sides both: propose left no rationale of a target (propose_k is 0, and the file given has none)")
+    return kept, rest, {r["id"] for r in of_queries}, offline
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1120,7 +1160,8 @@ def run_stages(cfg):
             os.makedirs(aside, exist_ok=True)
         before = run.begin(stage)
         try:
-            {"base": base_stage, "propose": propose_stage, "select": select_stage, "embed": embed_stage, "rl": rl_stage, "eval": eval_stage}[stage](run, aside)
+            {"base": base_stage, "propose": propose_stage, "select": select_stage,
+             "embed": embed_stage, "rl": rl_stage, "eval": eval_stage}[stage](run, aside)
         except (UsageError, ValueError, OSError):                # a broken input, a full disk: not a kill, and not a training that went wrong
             run.undo(before)
             raise
@@ -1191,7 +1232,8 @@ def run_variant(cfg, name, seed):
 
     def measure(folder, root, max_new, **how):
         if not os.path.exists(run.path(folder, "summary.json")):
-            evaluation.evaluate(run.embedder("rl"), root, run.path(folder), tau=c.tau, batch_size=c.eval_batch, options=dict(max_new_tokens=max_new), **how)
+            evaluation.evaluate(run.embedder("rl"), root, run.path(folder), tau=c.tau, batch_size=c.eval_batch,
+                                options=dict(max_new_tokens=max_new), **how)
 
     for where, how in ELSEWHERE.items() if name in TRAVELLERS else ():
         world(c, place(f"world_{where}"), world_train=1, seed=seed + 1000, **how)
@@ -1199,7 +1241,8 @@ def run_variant(cfg, name, seed):
     if c.sides == "both":
         measure("reasoned_documents", run.data_root, c.eval_max_new, targets="always")
     if name == "full" and not os.path.exists(run.path("analysis.json")):
-        write_json(run.path("analysis.json"), study.analyse(run.embedder("rl"), run.data_root, run.rng("analysis"), c.tau, c.temperature, c.eval_max_new, c.eval_batch))
+        found = study.analyse(run.embedder("rl"), run.data_root, run.rng("analysis"), c.tau, c.temperature, c.eval_max_new, c.eval_batch)
+        write_json(run.path("analysis.json"), found)
 
 
 def study_stage(cfg):
