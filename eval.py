@@ -464,7 +464,8 @@ def seeds_tables(found):
     way = (adaptive - random) / (oracle - random)
     rows += ["", f"Medians over {len(runs)} seed{'s' * (len(runs) > 1)} ({seeds}), ± their standard deviation. "
              f"Adaptive − never {adaptive - never:+.3f}, adaptive − always {adaptive - always:+.3f}; "
-             f"from the coin to hindsight {way:.0%} of the way; tokens {tokens['adaptive'] / tokens['always']:.0%} of always', {tokens['adaptive'] / tokens['oracle']:.2f} times the oracle's. "
+             f"from the coin to hindsight {way:.0%} of the way; tokens {tokens['adaptive'] / tokens['always']:.0%} of always', "
+             f"{tokens['adaptive'] / tokens['oracle']:.2f} times the oracle's. "
              f"Selection against the truth: precision {picked['precision']:.3f}, recall {picked['recall']:.3f}, "
              f"placebos accepted {picked['placebo_accepted']:.3f}, sloppy rationales kept {picked['sloppy_kept']:.3f}. Seconds per run: {seconds}."]
     return "\n".join(rows)
