@@ -263,7 +263,7 @@ def from_data_url(ref):
 # Collating: prompts and their branches -> a batch
 
 
-def collate(prompts, reader, branches=None, device="cpu", pad_left=False, multiple=None):
+def collate(prompts, reader, branches=None, device="cpu", multiple=None):
     """Prompts (of Reader.read) and, per row, a list of rationale branches -> the batch dict of model.Qwen3VL, and beside it
         ends (B, 1 + G) int64   where each branch ends: column 0 the direct <|endoftext|>, then the rationales; -1 where there is none
         prev (B, S) int64       the place whose logits predict this token (a branch's first: the prompt's last); -1 in the prompt and in padding
@@ -278,17 +278,17 @@ def collate(prompts, reader, branches=None, device="cpu", pad_left=False, multip
     ids, pos = np.full((B, S), reader.end), np.ones((3, B, S), dtype=np.int64)
     branch, prev, ends = np.full((B, S), -1), np.full((B, S), -1), np.full((B, G), -1)
     for b, (p, row) in enumerate(zip(prompts, rows)):
-        o, m = (S - n[b] if pad_left else 0), len(p["ids"])
-        ids[b, o : o + m], branch[b, o : o + m] = p["ids"], 0
-        pos[:, b, o : o + m] = at = rope_positions(p["ids"], p["grids"], reader.c)
-        i, first = o + m, at.max() + 1                           # every branch starts where the prompt stops
+        i = m = len(p["ids"])
+        ids[b, :m], branch[b, :m] = p["ids"], 0
+        pos[:, b, :m] = at = rope_positions(p["ids"], p["grids"], reader.c)
+        first = at.max() + 1                                     # every branch starts where the prompt stops
         for g, tokens in enumerate(row):
             j = i + len(tokens)
             ids[b, i:j], branch[b, i:j], pos[:, b, i:j] = tokens, g + 1, first + np.arange(j - i)
-            prev[b, i:j] = [o + m - 1, *range(i, j - 1)]
+            prev[b, i:j] = [m - 1, *range(i, j - 1)]
             ends[b, g], i = j - 1, j
     pixels = [x for p in prompts for x in p["pixels"]]
-    plain = G == 1 and not pad_left                              # nothing but prompt + <|endoftext|>, padded right: causal is enough
+    plain = G == 1                                               # nothing but prompt + <|endoftext|>, padded on the right: causal is enough
     tensor = lambda x: torch.from_numpy(x).to(device)
     return {"ids": tensor(ids), "pos": tensor(pos), "lengths": torch.tensor(n, device=device), "branch": None if plain else tensor(branch),
             "pixels": levels(np.concatenate(pixels), device) if pixels else None, "grids": [g for p in prompts for g in p["grids"]],

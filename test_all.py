@@ -653,7 +653,7 @@ def test_markers_in_text_are_text(folder):
 
 
 def test_batch_padding_order():
-    """One by one = in a batch = in any order = padded on the left; a generator is as good as a list."""
+    """One by one = in a batch = in any order; a generator is as good as a list."""
     e = tiny_embedder()
     one = np.concatenate([e.encode(x, reason="never") for x in ITEMS])
     for kw in (dict(), dict(batch_size=1), dict(batch_size=5)):
@@ -661,9 +661,6 @@ def test_batch_padding_order():
     assert np.abs(e.encode((x for x in ITEMS[::-1]), reason="never")[::-1] - one).max() < 1e-5
     e.budget = 150                                               # windows of few items, batches of one or two
     assert np.abs(e.encode(ITEMS, reason="never") - one).max() < 1e-5
-    b = collate([e.reader.read(x) for x in ITEMS], e.reader, pad_left=True)
-    with torch.no_grad():
-        assert np.abs(embed.pool(e.model(b), b["ends"])[:, 0].numpy() - one).max() < 1e-5
 
 
 def test_budget_bounds_batches():
@@ -742,28 +739,27 @@ def test_cached_generation_equals_full_forward():
 
 @torch.no_grad()
 def test_branches():
-    """Rows with branches: the direct vector is unchanged by what follows, each branch is its own plain sequence, in either padding."""
+    """Rows with branches: the direct vector is unchanged by what follows, each branch is its own plain sequence."""
     e = tiny_embedder(4)
     r = e.reader
     prompts = [r.read(ITEMS[i]) for i in (5, 0, 9)]
     branches = [[r.rationale("because"), r.rationale("a longer one, 你好")], [], [r.rationale("x")]]
-    for left in (False, True):
-        b = collate(prompts, r, branches, pad_left=left)
-        h = e.model(b)
-        v = embed.pool(h, b["ends"])
-        for i, (p, rs) in enumerate(zip(prompts, branches)):
-            for g, tokens in enumerate([[r.end], *rs]):
-                assert (v[i, g] - F.normalize(full_forward(e, p, tokens)[-1], dim=-1)).abs().max() < 1e-5
-            assert (v[i, len(rs) + 1 :] == 0).all()
-            first = (b["branch"][i, 1:] != b["branch"][i, :-1]).nonzero().squeeze(1) + 1      # where a branch (or the prompt) begins
-            first = first[b["branch"][i, first] > 0]
-            asked = (b["branch"][i] == 0).nonzero().max()        # the prompt's last token predicts every branch's first
-            assert (b["prev"][i, first] == asked).all() and len(first) == 1 + len(rs)
-            inner = (b["branch"][i] > 0).index_fill(0, first, False).nonzero().squeeze(1)
-            assert (b["prev"][i, inner] == inner - 1).all() and (b["prev"][i][b["branch"][i] <= 0] == -1).all()
-        plain = collate(prompts, r)
-        a = embed.decision_logits(e.model, e.model(plain), plain, r)
-        assert (embed.decision_logits(e.model, h, b, r) - a).abs().max() < 1e-5
+    b = collate(prompts, r, branches)
+    h = e.model(b)
+    v = embed.pool(h, b["ends"])
+    for i, (p, rs) in enumerate(zip(prompts, branches)):
+        for g, tokens in enumerate([[r.end], *rs]):
+            assert (v[i, g] - F.normalize(full_forward(e, p, tokens)[-1], dim=-1)).abs().max() < 1e-5
+        assert (v[i, len(rs) + 1 :] == 0).all()
+        first = (b["branch"][i, 1:] != b["branch"][i, :-1]).nonzero().squeeze(1) + 1          # where a branch (or the prompt) begins
+        first = first[b["branch"][i, first] > 0]
+        asked = (b["branch"][i] == 0).nonzero().max()            # the prompt's last token predicts every branch's first
+        assert (b["prev"][i, first] == asked).all() and len(first) == 1 + len(rs)
+        inner = (b["branch"][i] > 0).index_fill(0, first, False).nonzero().squeeze(1)
+        assert (b["prev"][i, inner] == inner - 1).all() and (b["prev"][i][b["branch"][i] <= 0] == -1).all()
+    plain = collate(prompts, r)
+    a = embed.decision_logits(e.model, e.model(plain), plain, r)
+    assert (embed.decision_logits(e.model, h, b, r) - a).abs().max() < 1e-5
 
 
 def test_branch_logp():
