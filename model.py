@@ -110,6 +110,12 @@ def config_from_hf(c, where="config.json"):
         raise ValueError(f"{where}: the key {e} is missing") from None
     except (TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{where}: a value is of the wrong type ({e})") from None
+    check_config(out, t, v, rope, where)
+    return out
+
+
+def check_config(out, t, v, rope, where):
+    """Of a Config and what it was read from (text_config, vision_config, rope): ValueError for what cannot be, or is not implemented here."""
     for name in ("vocab", "hidden", "mlp", "layers", "heads", "kv_heads", "head_dim", "v_hidden", "v_mlp", "v_layers", "v_heads", "v_positions"):
         if type(n := getattr(out, name)) is not int or n < 1:
             raise ValueError(f"{where}: {name} ({'vision' if name[:2] == 'v_' else 'text'}_config) is {n!r}, expected a whole number above 0")
@@ -132,7 +138,6 @@ def config_from_hf(c, where="config.json"):
     for name, got, want in fixed:
         if got != want and not (isinstance(want, tuple) and got in want):
             raise ValueError(f"{where}: {name} is {got!r}, this code implements {want!r}")
-    return out
 
 
 def config_to_hf(c, dtype, eos, pad):
@@ -665,12 +670,22 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     cache.room(G, max_new + 1 + len(close) + len(tail))
     h, pos = h.expand(B, G, H), (pos + p).expand(B, G, 1)
     ids, logp = torch.zeros(B, G, max_new, dtype=torch.long, device=device), torch.zeros(B, G, max_new, device=device)
-    new, forced, last = torch.zeros(B, G, dtype=torch.long, device=device), torch.zeros(B, G, dtype=torch.bool, device=device), hidden.new_zeros(B, G, H)
-    live = torch.ones(B, G, dtype=torch.bool, device=device)
+    new, last = torch.zeros(B, G, dtype=torch.long, device=device), hidden.new_zeros(B, G, H)
+    live, forced = torch.ones(B, G, dtype=torch.bool, device=device), torch.zeros(B, G, dtype=torch.bool, device=device)
     r, g = torch.arange(B, device=device)[:, None].expand(B, G), torch.arange(G, device=device).expand(B, G)              # whose slot it is
     # attention reads the written columns rounded up to a bucket, on a GPU one recording each; a look at `live` makes a GPU wait, so only now and then
     bucket, patience = (256, 8) if device.type == "cuda" else (16, 1)
     recorded = {}                                                                             # {columns: the step as a CUDA graph}
+
+    def retire(done):
+        """done (B, G) bool, numpy: these slots get their end; the state of its last token goes to `last`."""
+        rows, order = (torch.from_numpy(x).to(device) for x in rectangle(done))
+        slots = rows[:, None], order
+        rr, gg, over = r[slots], g[slots], torch.from_numpy(done).to(device)[slots]
+        sub = cache if order.shape == live.shape else cache.pick(rows, order)
+        state = finish(model, sub, ids[rr, gg], new[rr, gg], forced[rr, gg], pos[slots], close, tail)
+        last[rr[over], gg[over]] = state[over]
+
     for t in range(max_new):
         # 1) every slot's next token. A finished one goes on idly: what it says is cut off by `new`
         pick, lp = sample_tokens(model, h, ban_ids, temperature, generator)
@@ -683,12 +698,8 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
             alive = live.cpu().numpy() & (not end)
             rest = rectangle(alive)
             if rest[1].size <= 0.75 * alive.size:
-                done, order = (torch.from_numpy(x).to(device) for x in rectangle(~alive))
-                rr, gg, over = r[done[:, None], order], g[done[:, None], order], torch.from_numpy(~alive).to(device)[done[:, None], order]
                 forced[r, g] = live
-                sub = cache if order.shape == live.shape else cache.pick(done, order)
-                state = finish(model, sub, ids[rr, gg], new[rr, gg], forced[rr, gg], pos[done[:, None], order], close, tail)
-                last[rr[over], gg[over]] = state[over]
+                retire(~alive)
                 if not alive.any():
                     break
                 keep, order = (torch.from_numpy(x).to(device) for x in rest)
@@ -707,7 +718,8 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     ids, logp, new, forced = (x.cpu().numpy() for x in (ids, logp, new, forced))
     end = lambda b, g: (list(close) if forced[b, g] else []) + list(tail)
     tokens = [[[*prefix, *ids[b, g, : new[b, g]].tolist(), *end(b, g)] for g in range(G)] for b in range(B)]
-    return dict(hidden=hidden, tokens=tokens, new=new, logp=[[logp[b, g, : new[b, g]].tolist() for g in range(G)] for b in range(B)], forced=forced, last=last)
+    logp = [[logp[b, g, : new[b, g]].tolist() for g in range(G)] for b in range(B)]
+    return dict(hidden=hidden, tokens=tokens, new=new, logp=logp, forced=forced, last=last)
 
 
 def rectangle(wanted):
