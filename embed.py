@@ -513,6 +513,18 @@ def key_of(prompt):
     return h.hexdigest()
 
 
+def columns_of(keys):
+    """keys: of every pair of the joined batch those of its target and of its negatives -> {key: (column, pair, place)}. Equal ones share a
+    column, embedded by the first pair that has it as its target, else as a negative; the targets' columns come first.
+
+    [["a", "x"], ["b", "a", "y"]] -> {"a": (0, 0, 0), "b": (1, 1, 0), "x": (2, 0, 1), "y": (3, 1, 2)}
+    """
+    columns, places = {}, [(i, j) for i, some in enumerate(keys) for j in range(len(some))]
+    for i, j in sorted(places, key=lambda place: place[1] > 0):
+        columns.setdefault(keys[i][j], (len(columns), i, j))
+    return columns
+
+
 def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token), one update's gradients.
 
@@ -525,18 +537,14 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     """
     model.train()
     device = model.device
-    mine = [(p["answer"], [key_of(n) for n in p["negatives"][: cfg.negatives]], len(b or []), l) for p, b, l in zip(pairs, branches, labels)]
+    candidates = [[p["target"], *p["negatives"][: cfg.negatives]] for p in pairs]
+    mine = [([p["answer"], *map(key_of, some[1:])], len(b or []), label) for p, some, b, label in zip(pairs, candidates, branches, labels)]
     told = gather_objects(mine)
     joined, first = sum(told, []), sum(map(len, told[: rank()]))
-    columns = {}                                                 # key -> column, and which pair embeds it: the first that has it
-    for i, (answer, *_) in enumerate(joined):
-        columns.setdefault(answer, (len(columns), i, None))
-    for i, (_, keys, *_) in enumerate(joined):
-        for j, key in enumerate(keys):
-            columns.setdefault(key, (len(columns), i, j))
-    own = [(n, pairs[i - first]["target"] if j is None else pairs[i - first]["negatives"][j]) for n, i, j in columns.values() if 0 <= i - first < len(pairs)]
-    lengths = torch.tensor([length for _, _, length, _ in joined])
-    positive, N = torch.tensor([columns[answer][0] for answer, *_ in joined], device=device), len(joined)
+    columns = columns_of([keys for keys, *_ in joined])
+    own = [(n, candidates[i - first][j]) for n, i, j in columns.values() if 0 <= i - first < len(pairs)]                  # what this rank embeds
+    lengths = torch.tensor([length for _, length, _ in joined])
+    positive, N = torch.tensor([columns[keys[0]][0] for keys, *_ in joined], device=device), len(joined)
     n_tokens = max(1, sum(n - len(reader.prefix) - len(reader.tail) for n in lengths.tolist() if n))
     n_labels = max(1, sum(label >= 0 for *_, label in joined))
     tokens = dict(query=[len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)], target=[len(t["ids"]) + 1 for _, t in own])
@@ -639,20 +647,7 @@ class Embedder:
         return_info  also [{"reasoned": bool, "p_reason": float or None without a head, "rationale": str or None, "new_tokens": int}]
         ItemError (a ValueError) names an item that cannot be read.
         """
-        if reason not in ("auto", "never", "always"):
-            raise ValueError(f"reason={reason!r}: expected 'auto', 'never' or 'always'")
-        count = lambda x: isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x > 0
-        number = lambda x: isinstance(x, (int, float, np.number)) and not np.isnan(x)
-        if dim is not None and not (count(dim) and dim <= self.model.c.hidden):
-            raise ValueError(f"dim={dim}: this model's vectors have 1 to {self.model.c.hidden} numbers")
-        if not (count(batch_size) and count(max_new_tokens) and number(temperature) and temperature >= 0):
-            raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1, 1 and 0")
-        if not number(tau):
-            raise ValueError(f"tau={tau}: expected a number")
-        if not self.model.has_head and reason != "never":
-            if reason == "always":
-                self.model.logits(None)                          # raises, and says why
-            warnings.warn("this checkpoint has no lm_head: it cannot decide to reason, everything is embedded directly", stacklevel=3)
+        self.check_options(reason, tau, dim, batch_size, max_new_tokens, temperature)
         single = isinstance(items, (str, bytes, dict, os.PathLike, Image.Image))
         items = [items] if single else items
         if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
@@ -678,6 +673,22 @@ class Embedder:
         v = F.normalize(v, dim=-1) if normalize else v
         v = v.contiguous().numpy() if convert_to_numpy else v
         return (v, infos) if return_info else v
+
+    def check_options(self, reason, tau, dim, batch_size, max_new_tokens, temperature):
+        if reason not in ("auto", "never", "always"):
+            raise ValueError(f"reason={reason!r}: expected 'auto', 'never' or 'always'")
+        count = lambda x: isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x > 0
+        number = lambda x: isinstance(x, (int, float, np.number)) and not np.isnan(x)
+        if dim is not None and not (count(dim) and dim <= self.model.c.hidden):
+            raise ValueError(f"dim={dim}: this model's vectors have 1 to {self.model.c.hidden} numbers")
+        if not (count(batch_size) and count(max_new_tokens) and number(temperature) and temperature >= 0):
+            raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1, 1 and 0")
+        if not number(tau):
+            raise ValueError(f"tau={tau}: expected a number")
+        if not self.model.has_head and reason != "never":
+            if reason == "always":
+                self.model.logits(None)                          # raises, and says why
+            warnings.warn("this checkpoint has no lm_head: it cannot decide to reason, everything is embedded directly", stacklevel=4)
 
     def windows(self, items, instruction, batch_size):
         """Lists of prompts, each long enough to sort and short enough to hold: up to 16 batches or 4 token budgets."""
@@ -904,6 +915,23 @@ def rooted(x, folder, picture=False):
     return os.path.join(folder, x) if picture and isinstance(x, str) and not x.startswith("data:") else x
 
 
+def checked(o):
+    """What can be refused before a model is loaded -> the name of the facts' file."""
+    if not o.output.endswith(".npy"):
+        raise ValueError(f"--output {o.output}: expected a name that ends in .npy")
+    for path, what, there in ((o.input, "input", os.path.exists), (os.path.dirname(os.path.abspath(o.output)), "output folder", os.path.isdir)):
+        if not there(path):
+            raise ValueError(f"{path}: no such {what}")
+    if os.path.isdir(o.output):
+        raise ValueError(f"--output {o.output}: a folder")
+    if not np.isfinite(o.tau):
+        raise ValueError(f"--tau {o.tau}: expected a number")
+    facts = o.output[: -len(".npy")] + ".jsonl"
+    if os.path.realpath(facts) == os.path.realpath(o.input):
+        raise ValueError(f"--output {o.output}: its facts would overwrite the input {o.input}")
+    return facts
+
+
 def main():
     a = argparse.ArgumentParser(description="Items (JSONL: a string or an item object a line) -> vectors (.npy, float32) and, beside them, "
                                             "a .jsonl with reasoned, p_reason, rationale and new_tokens of each.")
@@ -923,18 +951,7 @@ def main():
     a.add_argument("--fps", type=float)
     o, lines = a.parse_args(), []
     try:
-        if not o.output.endswith(".npy"):
-            raise ValueError(f"--output {o.output}: expected a name that ends in .npy")
-        for path, what, there in ((o.input, "input", os.path.exists), (os.path.dirname(os.path.abspath(o.output)), "output folder", os.path.isdir)):
-            if not there(path):
-                raise ValueError(f"{path}: no such {what}")
-        if os.path.isdir(o.output):
-            raise ValueError(f"--output {o.output}: a folder")
-        if not np.isfinite(o.tau):
-            raise ValueError(f"--tau {o.tau}: expected a number")
-        facts = o.output[: -len(".npy")] + ".jsonl"
-        if os.path.realpath(facts) == os.path.realpath(o.input):
-            raise ValueError(f"--output {o.output}: its facts would overwrite the input {o.input}")
+        facts = checked(o)
         model = Embedder.from_pretrained(o.model, o.device, o.dtype, o.max_pixels, o.min_pixels, o.max_frames, o.fps, o.max_length)
         v, infos = model.encode(jsonl_items(o.input, lines), o.instruction, o.reason, o.tau, o.dim, o.batch_size, return_info=True,
                                 max_new_tokens=o.max_new_tokens)
