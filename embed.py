@@ -81,8 +81,8 @@ class Reader:
         markers = {"<|image_pad|>": config.image_token, "<|video_pad|>": config.video_token, "<|vision_start|>": config.vision_start,
                    "<|vision_end|>": config.vision_end}
         for name, i in markers.items():
-            if tokenizer.special.get(name) != i:
-                raise ValueError(f"{name} has the id {tokenizer.special.get(name)} in the tokenizer and {i} in the model's config: not of one checkpoint")
+            if (own := tokenizer.special.get(name)) != i:
+                raise ValueError(f"{name} has the id {own} in the tokenizer and {i} in the model's config: not of one checkpoint")
         if tokenizer.size > config.vocab:
             raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model's vocabulary {config.vocab}: not of one checkpoint")
         self.tok, self.c = tokenizer, config
@@ -95,7 +95,8 @@ class Reader:
         self.close = [*tokenizer.encode("\n"), self.unthink]     # forced on a rationale that ran out of tokens
         # never sampled: picture markers, padding and the like; of the added tokens only </think> may be written
         self.ban = sorted((set(s.values()) | set(range(tokenizer.size, config.vocab))) - {self.unthink})
-        self.how = dict(prefix=self.prefix, stop=(self.unthink,), tail=self.tail, close=self.close, ban=self.ban)          # what model.generate is told
+        # what model.generate is told
+        self.how = dict(prefix=self.prefix, stop=(self.unthink,), tail=self.tail, close=self.close, ban=self.ban)
 
     def rationale(self, text):
         """Rationale text -> its branch: ids from <think> to <|endoftext|>. The text is stripped; the parts are those of generation."""
@@ -657,18 +658,18 @@ class Embedder:
         quiet = True if total is not None and total <= batch_size else None      # None: shown in a terminal only
         with tqdm(total=total, unit="item", desc="encode", disable=quiet if show_progress is None else not show_progress) as bar:
             for prompts in self.windows(items, instruction, batch_size):
-                out, info = torch.empty(len(prompts), self.model.c.hidden), [None] * len(prompts)
+                out, info = torch.empty(len(prompts), self.model.c.hidden), {}
                 for rows in self.batches([len(p["ids"]) + 1 for p in prompts], batch_size):
                     try:
                         v, facts = self.embed([prompts[i] for i in rows], reason, tau, max_new_tokens, temperature, generator)
                     except torch.OutOfMemoryError as e:
-                        raise torch.OutOfMemoryError(f"out of memory with {len(rows)} rows of up to {len(prompts[rows[0]]['ids']) + 1} tokens: lower the token "
-                                                     f"budget (Embedder.budget, now {self.budget}), batch_size or max_pixels") from e
+                        longest = len(prompts[rows[0]]["ids"]) + 1
+                        raise torch.OutOfMemoryError(f"out of memory with {len(rows)} rows of up to {longest} tokens: lower the token budget "
+                                                     f"(Embedder.budget, now {self.budget}), batch_size or max_pixels") from e
                     out[rows] = v.cpu()
-                    for i, fact in zip(rows, facts):
-                        info[i] = fact
+                    info.update(zip(rows, facts))
                     bar.update(len(rows))
-                vectors.append(out), infos.extend(info)
+                vectors.append(out), infos.extend(info[i] for i in range(len(prompts)))
         v = torch.cat(vectors)[:, :dim]
         v = F.normalize(v, dim=-1) if normalize else v
         v = v.contiguous().numpy() if convert_to_numpy else v
@@ -691,7 +692,8 @@ class Embedder:
             warnings.warn("this checkpoint has no lm_head: it cannot decide to reason, everything is embedded directly", stacklevel=4)
 
     def windows(self, items, instruction, batch_size):
-        """Lists of prompts, each long enough to sort and short enough to hold: up to 16 batches or 4 token budgets."""
+        """Lists of prompts, each long enough to sort and short enough to hold: up to 16 batches or 4 token budgets. 32 items
+        are read ahead."""
         def read(numbered):
             try:
                 return self.reader.read(numbered[1], instruction)
@@ -699,7 +701,7 @@ class Embedder:
                 raise ItemError(numbered[0], e) from e
 
         window, tokens, numbered, ahead = [], 0, enumerate(items), collections.deque()
-        with ThreadPoolExecutor(torch.get_num_threads()) as readers:         # pictures are resized outside Python's lock, also while the model computes
+        with ThreadPoolExecutor(torch.get_num_threads()) as readers:         # they resize outside Python's lock, also while the model computes
             while True:
                 ahead.extend(readers.submit(read, x) for x in itertools.islice(numbered, 32 - len(ahead)))
                 if not ahead:
@@ -910,7 +912,8 @@ def rooted(x, folder, picture=False):
     if isinstance(x, list):
         return [rooted(v, folder, picture) for v in x]
     if isinstance(x, dict):
-        deeper = dict.fromkeys(("frames", "path", "url"), True) if picture else dict(image=True, image_url=True, video=True, messages=False, content=False)
+        inside = dict(image=True, image_url=True, video=True, messages=False, content=False)
+        deeper = dict.fromkeys(("frames", "path", "url"), True) if picture else inside
         return {k: rooted(v, folder, deeper[k]) if k in deeper else v for k, v in x.items()}
     return os.path.join(folder, x) if picture and isinstance(x, str) and not x.startswith("data:") else x
 

@@ -584,10 +584,12 @@ class Cache:
 
     def pick(self, rows, slots):
         """A new cache of rows (B',) and of each the rollouts slots (B', G')."""
-        new, B = Cache(), len(self.seen)
+        new = Cache()
         cut = lambda x: x[rows[:, None], :, slots].transpose(1, 2).contiguous()               # (B', G', C, T, d) -> (B', C, G', T, d)
         new.ks, new.vs = [cut(x) for x in self.ks], [cut(x) for x in self.vs]
-        new.k, new.v, new.seen = (self.k, self.v, self.seen) if len(rows) == B else ([x[rows] for x in self.k], [x[rows] for x in self.v], self.seen[rows])
+        new.k, new.v, new.seen = self.k, self.v, self.seen
+        if len(rows) < len(self.seen):
+            new.k, new.v, new.seen = [x[rows] for x in self.k], [x[rows] for x in self.v], self.seen[rows]
         return new
 
 

@@ -34,7 +34,8 @@ this file hides it. So when it is *imported* as `select` the lines below hand th
 name. train.py loads this file by its path. The `def`s that then still run are harmless: the importer already holds the real module.
 
 Left out: rationales for targets inside --write-requests (see --sides), judges other than an embedder, learned thresholds.
-Source: the design notes (not in this folder), sections 3, 4 and 8; the counterfactual is MMEmb-R1's (arXiv 2604.06156, abstract), the formula is ours.
+Source: the design notes (not in this folder), sections 3, 4 and 8; the counterfactual is MMEmb-R1's (arXiv 2604.06156, abstract), the
+formula is ours.
 """
 
 import sys
@@ -248,8 +249,8 @@ def compare_rules(run):
     """A finished pocket run's judged rationales under other rules -> table rows [(rule, audit)]."""
     results = read_rationales(os.path.join(run, "select", "judged.jsonl"))
     c, truth, out = read_json(os.path.join(run, "config.json")), read_json(os.path.join(run, "data", "pocket.json"))["steps"], []
-    rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9), "positive_only": ("positive_only", c["select_fdr"]),
-             "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
+    rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9),
+             "positive_only": ("positive_only", c["select_fdr"]), "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
     for name, (rule, luck) in rules.items():
         seen = seen_by(rule, results)
         level = thresholds(seen, rule, c["select_margin"], luck)
@@ -295,10 +296,11 @@ def to_data_url(picture):
 
 def request(pair, k, model_name, side="query", max_tokens=256):
     """One chat request of the OpenAI batch format for worker prompt k. The worker sees this side of the pair alone, never the other."""
-    item = pair[side]
+    item, what = pair[side], "query" if side == "query" else "document"
     content = [{"type": "image_url", "image_url": {"url": to_data_url(loader.load_picture(ref))}} for ref in loader.refs(item)]
-    content.append({"type": "text", "text": item.get("text", "") + "\n\n" + PROMPTS[k % len(PROMPTS)].format(side="query" if side == "query" else "document")})
-    body = {"model": model_name, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0.7 if k >= len(PROMPTS) else 0.0}
+    content.append({"type": "text", "text": item.get("text", "") + "\n\n" + PROMPTS[k % len(PROMPTS)].format(side=what)})
+    body = {"model": model_name, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens,
+            "temperature": 0.7 if k >= len(PROMPTS) else 0.0}     # each prompt once greedily, then sampled
     return {"custom_id": f"{pair['id']}|{side}|{k}", "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 

@@ -183,7 +183,7 @@ LARGE = dict(dtype="bfloat16", optimizer="adamw", lr=1e-5, warmup=100, min_pixel
              rl_max_new=128, hold_back=0.05, eval_batch=16, eval_max_new=128, save_every=200, checkpointing=True, compile=True, pad_to=128)
 RL_SUB_BATCH = 8                    # rl's queries of one dataset side by side (sub_batch elsewhere): the reward compares their targets
 LORA = dict(lora=32, lr=1e-4)       # 16 bytes per weight: 4B in full is 71 GB before the first activation
-PRESETS = {"pocket": {}, "qwen3vl-2b": dict(LARGE), "qwen3vl-4b": dict(LARGE, **LORA), "qwen3vl-8b": dict(LARGE, **LORA)}
+PRESETS = {"pocket": {}, "qwen3vl-2b": LARGE, "qwen3vl-4b": {**LARGE, **LORA}, "qwen3vl-8b": {**LARGE, **LORA}}
 FREE = ("stage", "resume", "out", "device", "workers", "log_every", "save_every", "keep", "chunk_tokens", "checkpointing", "compile", "pad_to",
         "fsdp", "study_seeds", "study_variants", "select_judged")                 # may differ when a folder is reused
 
@@ -455,7 +455,8 @@ def need_space(folder, size):
 class Optimizer:
     """Muon for the matrices and AdamW for the rest, or AdamW alone; warm-up, flat, linear cool-down over the last 40 % (or `cool`).
 
-    Muon takes the learning jumps of the pocket world sooner than AdamW: already the mergers' first layers by AdamW delay them (V1 in results/tuning.txt).
+    Muon takes the learning jumps of the pocket world sooner than AdamW: already the mergers' first layers by AdamW delay them (V1 in
+    results/tuning.txt).
     patches: Muon for the patch embedding as well, a matrix kept as a convolution's kernel. From nothing, pictures are then read sooner (V2 against
     V0 there, after 338 steps); later, on a few thousand pictures, it only disturbs.
     """
