@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from PIL import Image
 from tqdm import tqdm
 
@@ -318,6 +319,9 @@ def decision_logits(model, h, batch, reader):
     return F.linear(state, rows.to(state.dtype)).float()
 
 
+LOGITS = 1 << 28                                                 # so many logits at a time: a gigabyte in fp32; beyond that they are computed twice
+
+
 def branch_logp(model, h, batch, reader, first=2):
     """Log-probabilities of the rationale tokens that the policy chooses: after the forced opening, up to and including </think>.
 
@@ -334,9 +338,14 @@ def branch_logp(model, h, batch, reader, first=2):
     stops = stop.cumsum(1) - stop                                # </think>s before a token; none within its branch: not closed yet
     chosen = (branch >= 2) & (place - begin >= first) & (stops == stops.gather(1, begin))
     row, col = chosen.nonzero(as_tuple=True)
-    logits = model.logits(h[row, prev[row, col]])                # (n, V): only where it matters
     ban = torch.tensor(reader.ban, dtype=torch.long, device=h.device)
-    logp = logits.index_fill(1, ban, float("-inf")).log_softmax(-1).gather(1, ids[row, col][:, None]).squeeze(1)
+
+    def score(h, ids):                                           # (n, H) states, (n,) ids; logits (n, V) only where it matters
+        return model.logits(h).index_fill(1, ban, float("-inf")).log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+
+    some = max(1, LOGITS // reader.c.vocab)
+    parts = list(zip(h[row, prev[row, col]].split(some), ids[row, col].split(some)))
+    logp = score(*parts[0]) if len(parts) == 1 else torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
     return logp, row, branch[row, col] - 2
 
 
@@ -388,9 +397,10 @@ def chunks_of(lengths, budget, waste=1.25):
     return out
 
 
-def passes(lengths, number, budget):
-    """What a step computes, pass by pass. lengths {kind: [tokens of each row]} -> chunks [(kind, rows)] for grad_cache; order, by which its
-    vectors, of all ranks, come to the places number(kind, row) that they have in the joined batch; and whether one budget holds all of it."""
+def passes(lengths, number, budget, multiple=1):
+    """What a step computes, pass by pass. lengths {kind: [tokens of each row]}, padded to a multiple -> chunks [(kind, rows)] for grad_cache; order,
+    by which its vectors, of all ranks, come to the places number(kind, row) that they have in the joined batch; and whether one budget holds all."""
+    lengths = {kind: [-(-n // multiple) * multiple for n in some] for kind, some in lengths.items()}
     chunks = [(kind, rows) for kind, n in lengths.items() for rows in chunks_of(n, budget)]
     order = np.argsort(sum(gather_objects([n for kind, rows in chunks for i in rows for n in number(kind, i)]), []))
     return chunks, order, sum(map(sum, lengths.values())) <= budget
@@ -551,7 +561,7 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     tokens = dict(query=[len(p["query"]["ids"]) + 1 + len(b or []) for p, b in zip(pairs, branches)], target=[len(t["ids"]) + 1 for _, t in own])
     # vectors are numbered: N direct ones, N reasoned ones (some absent), the columns
     number = lambda kind, i: [2 * N + own[i][0]] if kind == "target" else [first + i, N + first + i] if branches[i] else [first + i]
-    chunks, order, fits = passes(tokens, number, cfg.chunk_tokens)
+    chunks, order, fits = passes(tokens, number, cfg.chunk_tokens, reader.pad_to)
     parts, losses = dict(lm=0.0, decision=0.0, decision_right=0.0), {}
 
     def encode(chunk):

@@ -619,6 +619,7 @@ class Recorded:
     """A function of tensors recorded as a CUDA graph: hundreds of kernels are started by one call, so that small batches are not bound by
     Python. Shapes and what the function has closed over stay as they are; the result is overwritten by the next call."""
 
+    possible = staticmethod(lambda device: device.type == "cuda")
     sides = {}                                                   # one stream per device: cuBLAS keeps 32 MB of workspace for each
 
     def __init__(self, f, *args):
@@ -676,7 +677,7 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     live, forced = torch.ones(B, G, dtype=torch.bool, device=device), torch.zeros(B, G, dtype=torch.bool, device=device)
     r, g = torch.arange(B, device=device)[:, None].expand(B, G), torch.arange(G, device=device).expand(B, G)              # whose slot it is
     # attention reads the written columns rounded up to a bucket, on a GPU one recording each; a look at `live` makes a GPU wait, so only now and then
-    bucket, patience = (256, 8) if device.type == "cuda" else (16, 1)
+    bucket, patience = (256, 8) if Recorded.possible(device) else (16, 1)
     recorded = {}                                                                             # {columns: the step as a CUDA graph}
 
     def retire(done):
@@ -711,7 +712,7 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
         columns = min(cache.ks[0].shape[3], -(-(t + 1) // bucket) * bucket)
         move = lambda ids, pos, at: step(model, cache, ids, pos, (torch.arange(columns, device=device) <= at)[None, None, None], at)[:, :, 0]
         args = pick[..., None], pos + t, place[t : t + 1]
-        if device.type == "cuda" and model.compiled:
+        if Recorded.possible(device) and model.compiled:
             if columns not in recorded:
                 recorded[columns] = Recorded(move, *args)
             h = recorded[columns](*args)

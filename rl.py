@@ -92,13 +92,16 @@ def averaged_loss(logp, old, advantage, logits, gain, group, n):
     return (decision.sum() * group - ((logp - old).exp() * advantage).sum()) / n
 
 
-def rollouts(model, reader, prompts, half, max_new, temperature, generator):
+def rollouts(model, reader, prompts, half, max_new, temperature, generator, budget=1 << 16):
     """G/2 sampled rationales per query, sharing the query's prefill -> branches [B][half] of ids, old logp [B][half], new and forced (B, half):
-    how many tokens were sampled, and whether the end was forced on them."""
+    how many tokens were sampled, and whether the end was forced on them. budget: of padded prompt tokens that are in memory together."""
     model.eval()
-    batch = collate(prompts, reader, device=model.device)
-    out = generate(model, batch, max_new, half, **reader.how, temperature=temperature, generator=generator)
-    return out["tokens"], out["logp"], out["new"], out["forced"]
+    n, found = max(1, budget // max(len(p["ids"]) + 1 for p in prompts)), []
+    for at in range(0, len(prompts), n):
+        batch = collate(prompts[at : at + n], reader, device=model.device)
+        found.append(generate(model, batch, max_new, half, **reader.how, temperature=temperature, generator=generator))
+    join = lambda key: sum((out[key] for out in found), [])
+    return join("tokens"), join("logp"), *(np.concatenate([out[key] for out in found]) for key in ("new", "forced"))
 
 
 def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None):
@@ -110,14 +113,14 @@ def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None)
     -> metrics of the joined batch; "sample" holds a rationale of this rank's query with the lowest mean reward.
     """
     b, B, half, t0 = len(prompts), len(same), cfg.rl_group // 2, time.time()
-    tokens, old, new, forced = rollouts(actor or model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator)
+    tokens, old, new, forced = rollouts(actor or model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator, 4 * cfg.chunk_tokens)
     model.train()
     new, forced = (np.concatenate(gather_objects(x)) for x in (new, forced))                  # (B, half)
     first, device, n_vectors, seen = rank() * b, model.device, B * (1 + half), {"t1": time.time()}
     lengths = dict(query=[len(p["ids"]) + 1 + sum(map(len, t)) for p, t in zip(prompts, tokens)], target=[len(t["ids"]) + 1 for t in targets])
     # vectors are numbered: those of each query, the direct one first, then the targets
     number = lambda kind, i: range((first + i) * (1 + half), (first + i + 1) * (1 + half)) if kind == "query" else [n_vectors + first + i]
-    chunks, order, fits = passes(lengths, number, cfg.chunk_tokens)
+    chunks, order, fits = passes(lengths, number, cfg.chunk_tokens, reader.pad_to)
     p_reason, parts = torch.zeros(b, 1, device=device), dict(clip=0.0, gap=[0.0])
 
     def encode(chunk):

@@ -4942,6 +4942,82 @@ def test_scale_checkpointing_changes_nothing(m_world, monkeypatch):
     assert m_gap(found[1][0], found[0][0]) < 1e-6 and found[0][1] == 0 < found[1][1]
 
 
+class Replayed(M.Recorded):
+    """A CUDA graph's stand-in on a CPU: a first run, then the operations of a second one are noted, and done again on the same memory at each call.
+    Operations that a graph cannot hold (what looks at values, or makes a tensor from Python) are refused."""
+    possible = staticmethod(lambda device: True)
+    made = 0
+
+    class Note(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            assert not any(word in str(f) for word in ("_local_scalar_dense", "nonzero", "lift_fresh", "unique", "masked_select")), f
+            out = f(*args, **(kwargs or {}))
+            self.done.append((f, args, kwargs or {}, out))
+            return out
+
+    def __init__(self, f, *args):
+        Replayed.made, self.args, note = Replayed.made + 1, [a.clone() for a in args], self.Note()
+        note.done = []
+        f(*self.args)
+        with note:
+            self.out = f(*self.args)
+        self.done = note.done
+
+    def __call__(self, *args):
+        for mine, new in zip(self.args, args):
+            mine.copy_(new)
+        for f, args, kwargs, was in self.done:
+            for old, new in zip(*(torch.utils._pytree.tree_leaves(x) for x in (was, f(*args, **kwargs)))):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return self.out
+
+
+def test_recorded_steps_equal_eager(monkeypatch):
+    """Decoding by recorded steps, as on a GPU: across a bucket of 256 columns, after rollouts have left, and greedy; several recordings each."""
+    e = tiny_embedder(hidden=64)
+    e.model.text.embed_tokens.weight.data.mul_(8)                # so that different rollouts say different things
+    batch = collate([e.reader.read(x) for x in ("a", "some more words", {"image": picture(64, 64)})], e.reader)
+    monkeypatch.setattr(M, "Recorded", Replayed)
+    for n, G, temperature, stop in ((270, 2, 1.0, ()), (24, 4, 0.7, tuple(range(0, 120))), (20, 1, 0.0, (e.reader.unthink,))):
+        how, found = dict(e.reader.how, stop=stop, temperature=temperature), []
+        for compiled in (False, True):
+            monkeypatch.setattr(e.model, "compiled", compiled)
+            before = Replayed.made
+            found.append(M.generate(e.model, batch, n, G, **how, generator=torch.Generator().manual_seed(3)))
+        assert Replayed.made > before and found[0]["tokens"] == found[1]["tokens"] and torch.equal(found[0]["last"], found[1]["last"])
+        assert n < 256 or Replayed.made - before == 2
+
+
+def test_scale_logits_in_parts_equal_the_whole(monkeypatch):
+    e = tiny_embedder(3)
+    batch = collate([e.reader.read("a"), e.reader.read("b c")], e.reader, [[e.reader.rationale("one two three")], [e.reader.rationale("four")]])
+    found = []
+    for at_once in (1 << 28, 3 * e.reader.c.vocab):
+        monkeypatch.setattr(embed, "LOGITS", at_once)
+        e.model.zero_grad(set_to_none=True)
+        logp, *_ = embed.branch_logp(e.model, e.model(batch), batch, e.reader)
+        logp.square().sum().backward()
+        found.append((logp.detach(), {n: p.grad.clone() for n, p in e.model.named_parameters() if p.grad is not None}))
+    assert len(found[0][0]) > 6 and torch.allclose(found[0][0], found[1][0], atol=1e-6) and m_gap(found[1][1], found[0][1]) < 1e-5
+
+
+def test_scale_passes_count_padding():
+    """1,024 rows of 17 tokens padded to 128 are 131,072 tokens, not 17,408."""
+    chunks, order, fits = embed.passes(dict(query=[100] * 4, target=[17] * 1024), lambda kind, i: [i + 4 * (kind == "target")], 16384, 128)
+    assert max(len(rows) * 128 for _, rows in chunks) <= 16384 and len(order) == 1028 and not fits
+    assert embed.passes(dict(query=[100] * 4), lambda kind, i: [i], 512, 128)[2] and not embed.passes(dict(query=[100] * 4), lambda kind, i: [i], 511, 128)[2]
+
+
+def test_scale_rollouts_in_parts(m_world):
+    """Greedy, one by one or all together: the same."""
+    reader, model = m_reader(), m_tiny(5)
+    prompts = [reader.read(t) for t in ("sun", "map two", "add s eight")]
+    whole, parts = (rl.rollouts(model, reader, prompts, 2, 5, 0.0, None, budget) for budget in (1 << 16, 1))
+    assert whole[0] == parts[0] and np.array_equal(whole[2], parts[2]) and np.array_equal(whole[3], parts[3]) and whole[2].shape == (3, 2)
+    assert np.allclose(sum(sum(whole[1], []), []), sum(sum(parts[1], []), []), atol=1e-5)
+
+
 def test_scale_compiled_equals_eager(m_world, tmp_path, monkeypatch):
     """One training step, rows padded to multiples of 32, layers recomputed in the backward pass: few graphs serve all layers. The backend is
     aot_eager: inductor passes as well, but its C++ takes minutes to build."""

@@ -863,7 +863,8 @@ def propose(run, e, pairs, n, side):
     """The base model's rationales for one side of one window of pairs, neighbours in length together."""
     c, rows, rng = run.cfg, [], run.generator("propose", n)
     pairs = sorted(pairs, key=lambda p: len(p[side]["ids"]))
-    for part in (pairs[at : at + 64] for at in range(0, len(pairs), 64)):      # 64 prompts: so many caches are in memory together
+    size = max(1, min(64, 4 * c.chunk_tokens // len(pairs[-1][side]["ids"])))             # so many caches are in memory together
+    for part in (pairs[at : at + size] for at in range(0, len(pairs), size)):
         batch = collate([p[side] for p in part], e.reader, device=run.device)
         got = generate(e.model, batch, c.propose_max_new, c.propose_k, **e.reader.how, temperature=c.propose_temperature, generator=rng)
         for p, tokens in zip(part, got["tokens"]):
