@@ -577,9 +577,7 @@ def train_loop(run, stage, model, optimizer, steps, one_step, sampler=None, unti
 
 
 def release():
-    """Give the memory of freed activations back to the system: glibc keeps it as holes in its heap, where what comes next rarely fits. And that of
-    trained models, which refer to themselves (for_training)."""
-    gc.collect()
+    """Give the memory of freed activations back to the system: glibc keeps it as holes in its heap, where what comes next rarely fits."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)       # Linux has it
     if trim:
         trim(0)
@@ -592,7 +590,8 @@ def fit(run, name, e, pairs, one_step, batch, sub_batch, steps, rate):
     visit = lambda i: [any_negative(p, run.rng(name, "negatives", i, p["id"])) for p in next(stream)]
     train_loop(run, name, e.model, Optimizer(e.model, run.cfg, steps, rate), steps, lambda i: one_step(i, visit(i)), sampler)
     e.model = run.plain(e.model)
-    release()
+    if run.cfg.dtype != "float32":
+        gc.collect()                                             # of the trained one, which refers to itself (for_training's autocast)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
