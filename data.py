@@ -1415,3 +1415,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except BadData as e:
         sys.exit(f"data.py: {e}")
+    except BrokenPipeError:                          # `| head` has seen enough
+        sys.stdout = None
+        sys.exit(1)

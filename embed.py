@@ -811,7 +811,7 @@ def find_folder(path_or_id):
     try:
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
     except (OSError, ValueError) as e:                           # the hub's errors are OSErrors, of many lines
-        why = " ".join(str(e).split())
+        why = " ".join(str(e).split())[:160]
         raise ValueError(f"{path}: no such folder, and the hub does not give it ({type(e).__name__}: {why})") from e
 
 

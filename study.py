@@ -167,10 +167,18 @@ def told(run, modes, steps):
     return dict(overall=overall, reason_rate=thinks / n, tokens_per_query=tokens / n, ms_per_query=None, datasets=scores)
 
 
+def thinned(modes, tokens):
+    """A report's mode for a model that thinks always, made to cost no more than so many tokens per query: a coin decides where it thinks."""
+    never, always, share = modes["never"], modes["always"], min(1.0, tokens / modes["always"]["tokens_per_query"])
+    mix = lambda a, b: (1 - share) * a + share * b
+    return dict({k: mix(never[k], always[k]) for k in ("overall", "tokens_per_query", "ms_per_query")}, reason_rate=share,
+                datasets={n: mix(x, always["datasets"][n]) for n, x in never["datasets"].items()})
+
+
 def collect(folder):
     """The study's folder -> ({variant: {seed: figures}}, the datasets that need steps, {variant: [datasets left out]}). A colon in a name: measured
     elsewhere than on the ordinary test sets; a comma: the full method's weights, used otherwise."""
-    rows, steps, left_out = {}, [], {}
+    rows, steps, left_out, dear = {}, [], {}, {}
     for report in sorted(glob.glob(os.path.join(folder, "seed*", "*", "report.json"))):
         run = os.path.dirname(report)
         name, report, config, steps = os.path.basename(run), read(report), read(run, "config.json"), read(run, "data", "pocket.json")["steps"]
@@ -187,10 +195,15 @@ def collect(folder):
             where = where if where != "eval" else "direct_documents" if "reasoned_documents" in places else None
             for mode in ("never", "always", "adaptive") if where else ():
                 put(f"{where}: {name}, {mode}", modes, mode)
+        if name == "always":
+            dear[config["seed"]] = report["modes"]
         if config["leave_out"]:
             left_out[name] = config["leave_out"].split(",")
     if "full" not in rows:
         raise ValueError(f"{folder}: no finished run of the full method in seed*/full")
+    for seed in sorted(set(dear) & set(rows["full"])):
+        mode = thinned(dear[seed], rows["full"][seed]["tokens"])
+        rows.setdefault("always_thinned", {})[seed] = figures({"": mode}, "", steps)
     return rows, steps, left_out
 
 
@@ -235,15 +248,17 @@ def verdict(found):
     """The study's question answered in sentences, whichever way the numbers fall."""
     v, out = plain(found), []
     sign = lambda d: 0 if d["half"] is None or abs(d["diff"]) <= d["half"] else math.copysign(1, d["diff"])
-    for name in (n for n in ("never", "always") if n in v and v[n]["full_minus"]):
+    for name in (n for n in ("never", "always", "always_thinned") if n in v and v[n]["full_minus"]):
         d = v[name]["full_minus"]
         sure = {1: ", the interval above zero", -1: ", the interval below zero", 0: ", within noise" if d["half"] is not None else ""}[sign(d)]
-        out.append(f"Full minus {name}: {show(d['diff'], d['half'], sign='+')} over {d['n']} seed{'s' * (d['n'] > 1)}{sure}.")
+        out.append(f"Full minus {name.replace('_', ' ')}: {show(d['diff'], d['half'], sign='+')} over {d['n']} seed{'s' * (d['n'] > 1)}{sure}.")
     for name, aim in (("always", 0.6), ("oracle", 1.15)):
-        if name in v and v[name]["mean"]["tokens"]:
+        if name in v and v[name]["mean"]["tokens"] and v["full"]["mean"]["tokens"]:
             ratio = v["full"]["mean"]["tokens"] / v[name]["mean"]["tokens"]
             out.append(f"Tokens: {ratio:.2f} times those of {name} (aim: at most {aim}; {'met' if ratio <= aim else 'missed'}).")
-    if "full, told" in v and "oracle" in v and v["oracle"]["mean"]["tokens"]:
+    if not v["full"]["mean"]["tokens"]:
+        out.append("Tokens: none, full never reasoned.")
+    elif "full, told" in v and "oracle" in v and v["oracle"]["mean"]["tokens"]:
         ratio = v["full, told"]["mean"]["tokens"] / v["oracle"]["mean"]["tokens"]
         out.append(f"Told which families need steps, and foreseeing no luck, it would be {ratio:.2f} times.")
     best, coin, full = (v[n]["mean"]["overall"] for n in ("oracle", "random", "full"))
@@ -322,6 +337,7 @@ def summarise(folder):
     parts = ["# Does thinking when needed pay?", *says, f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
              "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. "
              "random: a coin at full's reason rate. oracle: with hindsight the better of never and always. "
+             "always thinned: the always model, a coin thinning its thoughts out to full's tokens. "
              "'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
              "reason on the families that need steps and on no other.",
              "![quality and tokens](study.png)", main_table(found), "## Families", family_table(found)]

@@ -4728,6 +4728,11 @@ def test_study_resumes_and_writes_tables(s_study, tmp_path, monkeypatch, capsys)
     modes, said = m_json(root, "seed2", "full", "report.json")["modes"], found["variants"]["full, told"]["seeds"]["2"]    # always where steps are needed, never elsewhere
     assert said["overall"] == pytest.approx(np.mean([modes["always" if n in steps else "never"]["datasets"][n] for n in modes["never"]["datasets"]]))
     assert said["reason_rate"] == len(steps) / 16 and said["tokens"] == pytest.approx(modes["always"]["tokens_per_query"] * len(steps) / 16)      # all written to the limit of 6
+    always = dict(overall=0.9, tokens_per_query=10.0, ms_per_query=3.0, datasets={"a": 1.0, "b": 0.8})
+    never = dict(overall=0.5, tokens_per_query=0.0, ms_per_query=1.0, datasets={"a": 0.2, "b": 0.8})
+    thin = study.thinned(dict(always=always, never=never), 4.0)   # two fifths of the queries think
+    assert [thin[k] for k in ("overall", "tokens_per_query", "ms_per_query", "reason_rate")] == pytest.approx([0.66, 4.0, 1.8, 0.4]) and thin["datasets"] == pytest.approx({"a": 0.52, "b": 0.8})
+    assert study.thinned(dict(always=always, never=never), 99.0)["overall"] == 0.9       # never more than always
     assert found["variants"]["never"]["seeds"]["2"]["steps"] == pytest.approx(np.mean([m_json(root, "seed2", "never", "report.json")["modes"]["adaptive"]["datasets"][n] for n in steps]))
 
 
