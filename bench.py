@@ -244,7 +244,8 @@ def race(out, name, ours, peer, amount, unit, o, peer_name=f"transformers {trans
     """Both warm up, then take turns; a row of medians is added and printed. What does not fit in memory costs this row alone, and says so."""
     try:
         ours(), peer()
-        times = np.array([(seconds(ours, o), seconds(peer, o)) for _ in range(o.repeats)])
+        once = seconds(ours, o) + seconds(peer, o)               # what is short is repeated for two seconds, or 25 times
+        times = np.array([(seconds(ours, o), seconds(peer, o)) for _ in range(max(o.repeats, min(25, int(2 / max(once, 1e-6)))))])
         mine, theirs = (float(x) for x in amount / np.median(times, 0))
         save(out, o, dict(name=name, ours=mine, peer=theirs, ratio=mine / theirs, unit=unit, peer_name=peer_name))
         print(f"{name:<34}{mine:>12.2f}{theirs:>12.2f} {unit:<12}{mine / theirs:>7.2f}x", flush=True)
@@ -496,7 +497,7 @@ def parse(argv):
     a.add_argument("--compile", action="store_true", help="torch.compile our layers; on a GPU CUDA graphs for our decoding")
     a.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor seconds, for a machine that others use too")
     for name, value, what in (("queries", 64, "to write rationales for"), ("rollouts", 8, "per query"), ("tokens", 64, "per rollout"), ("items", 48, "to embed"),
-                              ("batch", 16, "pairs of the contrastive row"), ("repeats", 5, "in turns; medians are reported"),
+                              ("batch", 16, "pairs of the contrastive row"), ("repeats", 5, "in turns, at least; medians are reported"),
                               ("train", 0, "instead: one whole training step of each size on so many pairs"), ("lora", 0, "... by LoRA of this rank")):
         a.add_argument("--" + name, type=int, default=value, help=f"{what} ({value})")
     a.add_argument("--growth", action="store_true", help="how cost grows (first size only) instead of the comparison")

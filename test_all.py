@@ -2,7 +2,7 @@
 Everything that is claimed, checked: twins (transformers, naive loops, rows one by one), worked examples, closed forms, finite differences,
 planted faults, the README's commands. No network, no GPU, no skipped test.
 
-    python -m pytest -q test_all.py                  all of it, in about two minutes on two cores
+    python -m pytest -q test_all.py                  all of it, in one to two minutes on two cores
     python -m pytest -q test_all.py -k parity        one subject
     python test_all.py kill 10                       train.py killed at ten random moments ends as if it had not been
     python test_all.py st FOLDER                     a saved folder against sentence-transformers (needs it and torchvision installed)
