@@ -4251,6 +4251,14 @@ def test_data_tables_as_the_hub_names_them(tmp_path, name, file, row):
     assert es.rows == 1 and len(es.queries) == 1
 
 
+def test_data_another_config_is_not_taken(tmp_path):
+    """NExTQA's OE lies beside its MC, with other questions."""
+    row = {"video": 1, "question": "why", "answer": 1, "a0": "no", "a1": "yes", "a2": "no", "a3": "d", "a4": "e"}
+    write_table(str(tmp_path / "VLM2Vec/NExTQA/OE/test-00000-of-00001.parquet"), [row])
+    with pytest.raises(data.Missing, match="no MC in"):
+        data.load_eval(str(tmp_path), "NExTQA")
+
+
 def test_data_columns_as_other_writers_leave_them(tmp_path):
     """Views of strings, pictures as paths or as structs without bytes, ids that pandas made decimal, hashes in the names of shards."""
     folder = tmp_path / TRAIN_HUB / "OK-VQA"
@@ -4340,7 +4348,7 @@ def test_bench_writes_what_was_promised(tmp_path, capsys):
     assert {r["name"].split()[0].rstrip(",") for r in got["rows"]} == {"embed", "generate", "grpo", "contrastive", "preprocess"}
     for r in got["rows"]:
         assert r["ours"] > 0 and r["peer"] > 0 and r["ratio"] == pytest.approx(r["ours"] / r["peer"]) and r["unit"] and r["peer_name"].startswith("transformers")
-    assert all(x["share"] == pytest.approx(x["value"] / x["limit"]) for x in got["limits"]) and len(got["limits"]) == 3 and not got["failed"] and len(got["gaps"]) == 3
+    assert all(x["share"] == pytest.approx(x["value"] / x["limit"]) and x["peak_mb"] >= 0 for x in got["limits"]) and len(got["limits"]) == 3 and not got["failed"] and len(got["gaps"]) == 3
     bench.main([*small, "--train", "2"])
     assert [(x["name"], x["unit"], x["value"] > 0) for x in json.load(open(out))["limits"]] == [("train in full, tiny", "pairs/s", True)]
     bench.main([*small, "--growth"])
@@ -4989,10 +4997,9 @@ class Replayed(M.Recorded):
 def test_recorded_steps_equal_eager(monkeypatch):
     """Decoding by recorded steps, as on a GPU: across a bucket of 256 columns, after rollouts have left, and greedy; several recordings each."""
     e = tiny_embedder(hidden=64)
-    e.model.text.embed_tokens.weight.data.mul_(8)                # so that different rollouts say different things
     batch = collate([e.reader.read(x) for x in ("a", "some more words", {"image": picture(64, 64)})], e.reader)
     monkeypatch.setattr(M, "Recorded", Replayed)
-    for n, G, temperature, stop in ((270, 2, 1.0, ()), (24, 4, 0.7, tuple(range(0, 120))), (20, 1, 0.0, (e.reader.unthink,))):
+    for n, G, temperature, stop in ((270, 2, 1.0, ()), (40, 4, 1.0, tuple(range(60))), (20, 1, 0.0, (e.reader.unthink,))):
         how, found = dict(e.reader.how, stop=stop, temperature=temperature), []
         for compiled in (False, True):
             monkeypatch.setattr(e.model, "compiled", compiled)
@@ -5000,6 +5007,7 @@ def test_recorded_steps_equal_eager(monkeypatch):
             found.append(M.generate(e.model, batch, n, G, **how, generator=torch.Generator().manual_seed(3)))
         assert Replayed.made > before and found[0]["tokens"] == found[1]["tokens"] and torch.equal(found[0]["last"], found[1]["last"])
         assert n < 256 or Replayed.made - before == 2
+        assert G < 4 or Replayed.made - before > 1               # some left before others: the rest is recorded anew
 
 
 def test_scale_logits_in_parts_equal_the_whole(monkeypatch):
@@ -5013,6 +5021,20 @@ def test_scale_logits_in_parts_equal_the_whole(monkeypatch):
         logp.square().sum().backward()
         found.append((logp.detach(), {n: p.grad.clone() for n, p in e.model.named_parameters() if p.grad is not None}))
     assert len(found[0][0]) > 6 and torch.allclose(found[0][0], found[1][0], atol=1e-6) and m_gap(found[1][1], found[0][1]) < 1e-5
+
+
+def test_scale_proposals_keep_to_the_budget(monkeypatch):
+    """Prompts of up to 30 tokens: with --chunk_tokens 30 four at a time, by default all nine together; the texts are the same."""
+    e, seen = tiny_embedder(3), []
+    pairs = [dict(id=str(i), query={"ids": np.arange(22 + i) + 5, "pixels": [], "grids": []}) for i in range(9)]
+    generate = train.generate
+    monkeypatch.setattr(train, "generate", lambda model, batch, *a, **k: (seen.append(len(batch["ids"])), generate(model, batch, *a, **k))[1])
+    found = []
+    for budget in (16384, 30):
+        cfg = train.Config(chunk_tokens=budget, propose_max_new=4, propose_temperature=0.0)
+        run = types.SimpleNamespace(cfg=cfg, device=e.model.device, generator=lambda *key: torch.Generator())
+        found.append(train.propose(run, e, pairs, 0, "query"))
+    assert seen == [9, 4, 4, 1] and found[0] == found[1] and len(found[0]) == 9
 
 
 def test_scale_passes_count_padding():
