@@ -244,10 +244,11 @@ def race(out, name, ours, peer, amount, unit, o, peer_name=f"transformers {trans
     """Both warm up, then take turns; a row of medians is added and printed. What does not fit in memory costs this row alone, and says so."""
     try:
         ours(), peer()
-        once = seconds(ours, o) + seconds(peer, o)               # what is short is repeated for two seconds, or 25 times
-        times = np.array([(seconds(ours, o), seconds(peer, o)) for _ in range(max(o.repeats, min(25, int(2 / max(once, 1e-6)))))])
+        once = seconds(ours, o) + seconds(peer, o)
+        n = max(o.repeats, min(25, int(2 / max(once, 1e-6))))    # what is short is repeated for two seconds, but no more than 25 times
+        times = np.array([(seconds(ours, o), seconds(peer, o)) for _ in range(n)])
         mine, theirs = (float(x) for x in amount / np.median(times, 0))
-        save(out, o, dict(name=name, ours=mine, peer=theirs, ratio=mine / theirs, unit=unit, peer_name=peer_name))
+        save(out, o, dict(name=name, ours=mine, peer=theirs, ratio=mine / theirs, unit=unit, peer_name=peer_name, repeats=n))
         print(f"{name:<34}{mine:>12.2f}{theirs:>12.2f} {unit:<12}{mine / theirs:>7.2f}x", flush=True)
     except torch.OutOfMemoryError as e:
         save(out, o, dict(name=name, unit=unit, error=f"out of memory: {str(e)[:200]}"), "failed")

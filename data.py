@@ -870,7 +870,7 @@ def batches(data, sampler, workers=0, steps=None, load=True, read=lambda pair: p
     Workers are threads, not processes. Pillow decodes outside the interpreter lock, so threads use all cores; a decoded picture is ten times its
     file, and handing it from process to process costs more than decoding it. What each makes of two idle cores: bench(), results/bench_data.json.
     What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind. No GPU asks for that much: in training a pair is
-    40 TFLOP to the 2B model (bench.work), so a GPU takes tens of pairs a second, and one thread decodes, resizes and tokenises 400 (640 x 480).
+    40 TFLOP to the 2B model (bench.work), so that one of a thousand TFLOP/s would take 25 a second.
     """
     pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
     some = lambda refs: [read(data.fetch(source, row, load)) for source, row in refs]
@@ -1034,7 +1034,8 @@ def video_qa(b, row):
         raise BadData(f"the answer {answer!r} is not among its {len(options)} options")
     cands = [b.cand(name, lambda: b.say(text, "", text)) for name, text in zip(names, texts)]
     clip = b.clip(before.format(config=b.config) + cell(row, column, "id"))
-    b.query(b.say(f" {b.spec['inst']} {asked}", b.spec["inst"], asked, video=clip), cands, [cands[len(spelled) - 1 - spelled[::-1].index(answer)]])       # twice there (MVBench): the last
+    right = len(spelled) - 1 - spelled[::-1].index(answer)        # where it stands twice (MVBench) the last, as upstream
+    b.query(b.say(f" {b.spec['inst']} {asked}", b.spec["inst"], asked, video=clip), cands, [cands[right]])
 
 
 def stem(path):

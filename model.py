@@ -642,6 +642,23 @@ class Recorded:
         return self.out
 
 
+def opened(model, batch, prefill, rows, prefix):
+    """The prefill of these rows and, on a cache of its own that goes on from there, the forced prefix ids (p,)
+    -> hidden (B, S, H) of the prefill, cache, state (B, 1, H) of the last token, pos (B, 1, 1) of the next one, alike on all axes."""
+    if prefill is None:
+        cache = Cache()
+        prefill = model(batch, cache), cache
+    hidden, device, p = prefill[0][rows], prefill[0].device, len(prefix)
+    n = batch["lengths"].to(device)[rows] - 1                                                 # prompt without the extra token
+    pos = batch["pos"][0].to(device)[rows].gather(1, n[:, None])[:, None]
+    cache, h = prefill[1].take(rows, n), hidden.gather(1, (n - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
+    if p:
+        cache.room(1, p)
+        place, causal = torch.arange(p, device=device), torch.ones(1, 1, p, p, dtype=torch.bool, device=device).tril()
+        h = step(model, cache, prefix.expand(len(hidden), 1, p), pos + place, causal, place)[:, :, -1]
+    return hidden, cache, h, pos + p
+
+
 @torch.no_grad()
 def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), ban=(), temperature=0.0, generator=None,
              prefill=None, rows=slice(None)):
@@ -656,22 +673,13 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
     """
     if max_new < 1:
         raise ValueError(f"max_new is {max_new}, expected at least 1 token")
-    if prefill is None:
-        cache = Cache()
-        prefill = model(batch, cache), cache
-    hidden, device = prefill[0][rows], prefill[0].device
-    B, H, p = len(hidden), hidden.shape[-1], len(prefix)
+    device = model.device
     tensor = lambda x: torch.tensor(x, dtype=torch.long, device=device)
-    place, prefix_ids, ban_ids, stop_ids = torch.arange(p + max_new, device=device), tensor(list(prefix)), tensor(sorted(ban)), tensor(list(stop))
-    n = batch["lengths"].to(device)[rows] - 1                                                 # prompt without the extra token
-    pos = batch["pos"][0].to(device)[rows].gather(1, n[:, None])[:, None]                     # (B, 1, 1) of the next token, all axes alike
-    cache, h = prefill[1].take(rows, n), hidden.gather(1, (n - 1).view(-1, 1, 1).expand(-1, 1, H))                        # (B, 1, H)
-    if p:
-        cache.room(1, p)
-        causal = torch.ones(1, 1, p, p, dtype=torch.bool, device=device).tril()
-        h = step(model, cache, prefix_ids.expand(B, 1, p), pos + place[:p], causal, place[:p])[:, :, -1]
+    ban_ids, stop_ids, place = tensor(sorted(ban)), tensor(list(stop)), torch.arange(max_new, device=device)
+    hidden, cache, h, pos = opened(model, batch, prefill, rows, tensor(list(prefix)))
     cache.room(G, max_new + 1 + len(close) + len(tail))
-    h, pos = h.expand(B, G, H), (pos + p).expand(B, G, 1)
+    B, H = len(hidden), hidden.shape[-1]
+    h, pos = h.expand(B, G, H), pos.expand(B, G, 1)
     ids, logp = torch.zeros(B, G, max_new, dtype=torch.long, device=device), torch.zeros(B, G, max_new, device=device)
     new, last = torch.zeros(B, G, dtype=torch.long, device=device), hidden.new_zeros(B, G, H)
     live, forced = torch.ones(B, G, dtype=torch.bool, device=device), torch.zeros(B, G, dtype=torch.bool, device=device)
