@@ -641,7 +641,8 @@ def draw_tradeoff(figure, report, datasets, title):
     x, y = np.array([*same, *curve]).T
     right, room = x.max() or 1, max(0.2 * np.ptp(y), 0.01)
     ax.set(xlim=(-0.04 * right, 1.2 * right), ylim=(y.min() - room, y.max() + room), xlabel="generated tokens per query", ylabel="mean quality",
-           title=f"{title}\n({len(datasets)} datasets, {sum(d['queries'] for d in datasets.values())} test queries; one model, forced for never and always)")
+           title=f"{title}\n({len(datasets)} datasets, {sum(d['queries'] for d in datasets.values())} test queries; "
+                 "one model, forced for never and always)")
     labels += [(*coin[220], "a coin at other rates", COLOURS["random"]),
                (0.25 * right, np.interp(0.25 * right, *np.array(curve[::-1]).T), "adaptive at other τ", COLOURS["adaptive"])]
     label_points(ax, labels, np.concatenate([list(same), coin, *(np.linspace(a, b, 40) for a, b in zip(curve, curve[1:]))]))
