@@ -37,10 +37,13 @@ import importlib.metadata # versions, for the record of the bench
 import io                 # pictures inside tables
 import itertools          # zip_longest, chain, count
 import json
-import multiprocessing    # the bench
+import mmap               # what worker processes write and their maker reads
+import multiprocessing    # worker processes
 import os
+import pickle             # their answers
 import platform           # the bench
 import re
+import signal
 import sys
 import tempfile           # no half-written cache
 import time               # the bench
@@ -764,8 +767,8 @@ class TrainData:
         """One pair, pictures as references (see Source.pair)."""
         return self.sources[source].pair(row)
 
-    def fetch(self, source, row, load=True):
-        """One pair, pictures decoded. A bad one stops the run, or (on_bad="skip") is noted and the table's next row takes its place."""
+    def usable(self, source, row, load, found):
+        """One pair, its pictures decoded or not. A bad one stops the run, or (on_bad="skip") goes into found, and the table's next row takes its place."""
         for at in itertools.chain(range(row, self.sizes[source]), range(row)):
             try:
                 pair = self.pair(source, at)
@@ -776,10 +779,32 @@ class TrainData:
                 error = named(e, name := self.sources[source].id(at))
                 if self.on_bad == "stop":
                     raise error from None
-                if name not in self.bad:
-                    self.bad[name] = str(error)
-                    tqdm.write(f"skipped ({len(self.bad)} so far): {error}")
-        raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(self.bad.values()))}")
+                found[name] = str(error)
+        raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(found.values()))}")
+
+    def fetch(self, source, row, load=True):
+        """usable(), what it finds noted."""
+        pair = self.usable(source, row, load, found := {})
+        self.note(found)
+        return pair
+
+    def note(self, found):
+        """Each bad row is counted and named once."""
+        for name, error in found.items():
+            if name not in self.bad:
+                self.bad[name] = error
+                tqdm.write(f"skipped ({len(self.bad)} so far): {error}")
+
+    def stream(self, lists, workers=0, ahead=1, load=True, read=lambda pair: pair):
+        """Lists of (source, row) -> lists of read(pair), see in_order(). read: what else is to be done where a pair is decoded (train.py: resizing,
+        tokenising), that is beside whatever the caller does meanwhile."""
+        def work(refs):
+            found = {}
+            return [read(self.usable(*ref, load, found)) for ref in refs], found
+
+        for pairs, bad in in_order(work, lists, workers, ahead):
+            self.note(bad)
+            yield pairs
 
 
 def train_sets(root, names=None, split="original", on_bad="stop", caps=None, weights=None):
@@ -865,29 +890,132 @@ class Sampler:
 
 def batches(data, sampler, workers=0, steps=None, load=True, read=lambda pair: pair):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
-    read: what else is done to each pair where it was decoded, that is beside whatever the caller does meanwhile (train.py: resizing, tokenising).
-
-    Workers are threads, not processes. Pillow decodes outside the interpreter lock, so threads use all cores; a decoded picture is ten times its
-    file, and handing it from process to process costs more than decoding it. What each makes of two idle cores: bench(), results/bench_data.json.
-    What is not Pillow's, 0.03 ms a pair, holds the lock: beyond some thirty threads it would bind. No GPU asks for that much: in training a pair is
-    40 TFLOP to the 2B model (bench.work), so that one of a thousand TFLOP/s would take 25 a second.
-    """
-    pool, ahead, queue = ThreadPoolExecutor(workers) if workers else None, copy.deepcopy(sampler), collections.deque()
-    some = lambda refs: [read(data.fetch(source, row, load)) for source, row in refs]
+    With workers at most three batches are in memory; for `read` see TrainData.stream."""
+    ahead = copy.deepcopy(sampler)                                # may be two batches on; the state handed out is not
+    drawn = itertools.islice(ahead, steps)
+    share = sampler.batch // sampler.world
+    lists = (refs[at : at + CHUNK] for refs in drawn for at in range(0, share, CHUNK))
+    stream = data.stream(lists, workers, 3 * -(-share // CHUNK), load, read)
     try:
-        Image.core.set_blocks_max(sampler.batch if workers else 0)        # the last batch's memory serves the next: new pages are slow to get
-        for step in itertools.count() if steps is None else range(steps):
-            while len(queue) < (3 if pool else 1) and (steps is None or step + len(queue) < steps):         # at most three are in memory
-                refs = next(ahead)
-                jobs = [functools.partial(some, refs[at : at + 8]) for at in range(0, len(refs), 8)]       # few, for each wakes a thread
-                queue.append([pool.submit(job).result for job in jobs] if pool else jobs)
-            batch = [pair for result in queue.popleft() for pair in result()]                               # raises here what a worker met
-            next(sampler)                                         # `ahead` may be two batches on; the state handed out is not
+        while batch := [pair for pairs in itertools.islice(stream, -(-share // CHUNK)) for pair in pairs]:      # raises here what a worker met
+            next(sampler)
             yield batch
     finally:
-        Image.core.set_blocks_max(0)
-        if pool:
-            pool.shutdown(wait=True, cancel_futures=True)
+        stream.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker processes. Threads decode as fast (Pillow works outside the interpreter lock) and hand over for nothing, but what is Python in reading and
+# tokenising would take its turns with the trainer's. A pool of the standard library sends ten times a picture's file through a pipe. So: processes,
+# and memory that both sides see. What each makes of the same cores: bench(), results/bench_data.json.
+
+CHUNK = 8                    # pairs a worker is asked for at a time: few, for each task wakes a process
+SLOT = 64 << 20              # bytes of an answer's arrays; what is beyond goes through the pipe, which is slower
+
+
+def unpacked(pixels, size):
+    """uint8 (w * h * 4), Pillow's own layout -> an RGB picture on this very memory."""
+    return Image.fromarrow(pa.FixedSizeListArray.from_arrays(pa.array(pixels), 4), "RGB", size)
+
+
+class Packer(pickle.Pickler):
+    """Pickles an RGB picture as the array that it is in memory: arrays can leave a pickle (protocol 5), so that their bytes are copied once, not thrice."""
+
+    def reducer_override(self, x):
+        return (unpacked, (np.frombuffer(pa.array(x).buffers()[-1], np.uint8), x.size)) if isinstance(x, Image.Image) else NotImplemented
+
+
+class Worker:
+    """A process that answers tasks with work(task), in order. A fork: it has what its maker has, mapped tables included, and nothing is sent for it.
+    Arrays in its answers come through memory that both see, the rest through a pipe. It may have `slots` unread answers, no more."""
+
+    def __init__(self, work, slots):
+        self.work, self.slots = work, slots
+        self.memory = mmap.mmap(-1, slots * SLOT)                 # nothing is taken until it is written
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("fork").Process(target=self.serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def slot(self, n):
+        """Where the n-th answer's arrays begin."""
+        return n % self.slots * SLOT
+
+    def serve(self, pipe):
+        """What the process does."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)              # Ctrl-C reaches both; the maker decides
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.pipe.close()                                         # or the maker's death would not end recv()
+        Image.core.set_block_size(1 << 29)                        # every picture in one piece, up to Pillow's limit of 89 Mpx
+        Image.core.set_blocks_max(4 * CHUNK)                      # whose memory serves the next: new pages are slow to get
+        try:
+            for n in itertools.count():
+                self.answer(pipe, n, pipe.recv())
+        except (EOFError, OSError):                               # nobody is there any more
+            return
+
+    def answer(self, pipe, n, task):
+        """Does a task and sends what came of it: (whether it went well, the answer or the error)."""
+        try:
+            answer = True, self.work(task)
+        except (ValueError, OSError) as e:                        # of the data: raised where it was asked for. Anything else ends the process
+            answer = False, e
+        spans, at, body = [], self.slot(n), io.BytesIO()
+
+        def put(buffer):
+            """-> whether the buffer stays in the pickle."""
+            nonlocal at
+            with buffer.raw() as raw:
+                if at + raw.nbytes > self.slot(n) + SLOT:
+                    return True
+                self.memory[at : at + raw.nbytes] = raw
+                spans.append((at, at + raw.nbytes))
+                at += raw.nbytes
+
+        Packer(body, 5, buffer_callback=put).dump(answer)
+        pipe.send((body.getvalue(), spans))
+
+    def ask(self, task):
+        """One more task."""
+        self.pipe.send(task)
+
+    def next(self):
+        """The next answer, copied: its slot may be written again."""
+        try:
+            body, spans = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            killed = " (killed, as when memory runs out: fewer --workers take less)" if self.process.exitcode == -9 else ""
+            raise OSError(f"a worker process ended with exit code {self.process.exitcode}{killed}") from None
+        with memoryview(self.memory) as memory:
+            good, answer = pickle.loads(body, buffers=[bytearray(memory[a:b]) for a, b in spans])
+        if not good:
+            raise answer
+        return answer
+
+
+def in_order(work, tasks, workers, ahead):
+    """work(task) for each of tasks, in their order: here, or by so many processes in turn, each task begun at most `ahead` before its answer is wanted."""
+    if not workers:
+        yield from map(work, tasks)
+        return
+    crew, tasks, asked = [], iter(tasks), collections.deque()
+    try:
+        while len(crew) < workers:
+            crew.append(Worker(work, -(-ahead // workers)))
+        turns = itertools.cycle(crew)
+        while True:
+            for task in itertools.islice(tasks, ahead - len(asked)):
+                asked.append(next(turns))
+                asked[-1].ask(task)
+            if not asked:
+                return
+            yield asked.popleft().next()
+    finally:
+        for worker in crew:
+            worker.process.terminate()                            # they only read
+        for worker in crew:
+            worker.process.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1288,6 +1416,12 @@ def resident():
         return next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS"))
 
 
+def children():
+    """CPU seconds of the processes that were started here and have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def record(figures, out):
     """Prints the figures; with `out` also writes them, and what they were measured on, as JSON."""
     print("\n".join(f"{name}: {figure:,}" for name, figure in figures.items()))
@@ -1316,10 +1450,9 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
     jobs do not bend. Who decodes, each on all cores:
         pillow          alone: processes that do Image.open(path).convert("RGB"), drop the picture and nothing else
         pillow_keeps    the same, told to keep a freed picture's memory for the next, which spares the system's work; the loader does that too
-        pillow_threads  the same in threads of this process
-        pillow_batches  the same, and batches of pictures are handed over, as who uses them needs them: no processor cache holds those
-        processes       the loader's work in processes that hand the pictures back
-        threads         the loader
+        threads         the loader's work in threads of this process, batches handed over
+        pool            the same in the standard library's pool of processes, which pickles every picture into a pipe
+        loader          the loader: pairs read, pictures decoded by its worker processes, batches handed over
 
     The world: `rows` training rows in 20 subsets, texts of random words (real ones compress as badly, so that every table is one that is unpacked and
     mapped), and `pictures` photograph-like JPEGs (smooth noise) of 640 x 480 that they share. "First batch" begins with nothing unpacked.
@@ -1354,27 +1487,31 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
             pass
         figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
                     "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
-        held = [files[i:i + batch] for i in range(0, pictures, batch)] * 4       # long enough for the loader to reuse memory, as in training
+        held = [files[i:i + batch] for i in range(0, pictures, batch)] * 8       # long enough for the loader to reuse memory, as in training
         work = lambda pool, read, carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(read), itertools.repeat(carry)))
 
-        def here(carry):
+        def here():
             Image.core.set_blocks_max(batch)
-            work(threads, pillow, carry)
+            work(threads, load_picture, True)
             Image.core.set_blocks_max(0)
             return 0.0                                            # what threads spend is this process's anyway
 
-        ways = {"pillow": lambda: work(alone, pillow, False), "pillow_keeps": lambda: work(keeping, pillow, False),
-                "pillow_threads": lambda: here(False), "pillow_batches": lambda: here(True), "processes": lambda: work(pool, load_picture, True),
-                "threads": lambda: sum(0.0 for _ in batches(data, sampler, cores, len(held)))}
+        def loader():
+            before = children()
+            sum(0 for _ in batches(data, sampler, cores, len(held)))
+            return children() - before
+
+        ways = {"pillow": lambda: work(alone, pillow, False), "pillow_keeps": lambda: work(keeping, pillow, False), "threads": here,
+                "pool": lambda: work(pool, load_picture, True), "loader": loader}
         for name, way in [*ways.items()] * 5:                     # in turn: the machine may be busy with something else
             wall, cpu = time.perf_counter(), time.process_time()
             there = way()
-            took[name].append([1000 * (time.perf_counter() - wall) / (4 * pictures), 1000 * (there + time.process_time() - cpu) / (4 * pictures)])
+            took[name].append([1000 * (time.perf_counter() - wall) / (8 * pictures), 1000 * (there + time.process_time() - cpu) / (8 * pictures)])
     for name, times in took.items():
         wall, cpu = np.min(times, 0)                              # of the round that was disturbed least by whatever else the machine does
         figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}
     figures |= {f"{name}_of_{peer}{what}": round(figures[f"{peer}{what}_ms"] / figures[f"{name}{what}_ms"], 2)          # shares of its rate
-                for name in ("threads", "processes") for peer in ("pillow", "pillow_keeps", "pillow_threads", "pillow_batches") for what in ("", "_cpu")}
+                for name in ("threads", "pool", "loader") for peer in ("pillow", "pillow_keeps") for what in ("", "_cpu")}
     record(figures, out)
 
 

@@ -42,7 +42,6 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,7 +113,7 @@ class Config:
     keep: int = 2                   # the last so many of them are kept
     chunk_tokens: int = 16384       # tokens of one forward pass; a larger batch goes through GradCache
     on_bad: str = "stop"            # skip: rows of --data that are broken are left out, named and counted
-    workers: int = 0                # threads that read pairs (data that does not fit in memory): decode, resize, tokenise
+    workers: int = 0                # processes that read pairs (data that does not fit in memory): decode, resize, tokenise
     # full scale, all stages but base
     train_vision: bool = True       # false: the vision tower stays as it is
     lora: int = 0                   # rank of the updates of all linear layers; 0 trains every weight
@@ -748,11 +747,12 @@ def measure_skills(run, model, reader, bank, n=48):
 # Reading training pairs
 
 
+KEPT = 2**30                                                     # bytes of pairs up to which a world is read once and kept
 WINDOW = 1024                                                    # pairs of a large world that are in memory together where it is read from end to end
 
 
 class Pairs:
-    """Training pairs as prompts. A small world (up to 1 GB) is read once and kept; a large one is streamed by threads.
+    """Training pairs as prompts. A small world (up to 1 GB) is read once and kept; a large one is streamed by worker processes.
 
     The last `hold_back` of every dataset belongs to rl, the rest to propose, select and embed: on pairs that embed has learnt by heart, the direct
     embedding looks as if thinking did not pay, and rl would unlearn it (results/tuning.txt).
@@ -771,11 +771,10 @@ class Pairs:
         if dropped := {name: n for name, n in self.data.dropped.items() if n}:
             run.say(f"training data: rows dropped because a side is empty: {dropped}")
         self.kept = None
-        if sum((b - a) * self.weight(s, a) for s, (a, b) in enumerate(self.spans) if b > a) <= 2**30:       # as heavy as its first row, each dataset
-            self.kept = {}
-            for ref in tqdm(self.refs(), desc="reading pairs", disable=None if rank() == 0 else True, leave=False):
-                # now, in one piece of memory, and not in the gaps between training steps
-                self.get(*ref)
+        if sum((b - a) * self.weight(s, a) for s, (a, b) in enumerate(self.spans) if b > a) <= KEPT:        # as heavy as its first row, each dataset
+            # now, in one piece of memory, and not in the gaps between training steps
+            refs = tqdm(self.refs(), desc="reading pairs", disable=None if rank() == 0 else True, leave=False)
+            self.kept = {ref: self.read(self.data.fetch(*ref)) for ref in refs}
 
     def weight(self, source, row):
         """Bytes of a pair's pictures, and a thousand for its text."""
@@ -788,12 +787,12 @@ class Pairs:
         return dict(id=pair["id"], dataset=pair["dataset"], query=self.reader.read(pair["query"]), target=target, answer=key_of(target),
                     negatives=[self.reader.read(n) for n in pair["negatives"]])
 
-    def get(self, source, row):
-        if self.kept is None:
-            return self.read(self.data.fetch(source, row))
-        if (source, row) not in self.kept:
-            self.kept[source, row] = self.read(self.data.fetch(source, row))
-        return self.kept[source, row]
+    def get(self, refs):
+        """The pairs at these (source, row), kept or read by the workers."""
+        if self.kept is not None:
+            return [self.kept[ref] for ref in refs]
+        lists = [refs[at : at + loader.CHUNK] for at in range(0, len(refs), loader.CHUNK)]
+        return [p for pairs in self.data.stream(lists, self.workers, 3 * self.workers, read=self.read) for p in pairs]
 
     def sampler(self, seed, batch, sub_batch):
         """This rank's share of batches of (source, row)."""
@@ -807,7 +806,7 @@ class Pairs:
     def stream(self, sampler):
         """Batch after batch of pairs; it never ends."""
         if self.kept is not None:
-            yield from ([self.get(*r) for r in refs] for refs in sampler)
+            yield from map(self.get, sampler)
         else:
             yield from loader.batches(self.data, sampler, self.workers, read=self.read)          # while the model computes
 
@@ -818,10 +817,9 @@ class Pairs:
         """The pairs whose id is in ids, in order, as lists: a kept world in one, another WINDOW by WINDOW. A broken row is left out, not replaced."""
         refs = [r for r in self.refs() if self.id(r) in ids]
         step = max(1, len(refs)) if self.kept is not None else WINDOW
-        with ThreadPoolExecutor(max(1, self.workers)) as readers:
-            for at in range(0, len(refs), step):
-                part = refs[at : at + step]
-                yield [p for r, p in zip(part, readers.map(lambda r: self.get(*r), part)) if p["id"] == self.id(r)]
+        for at in range(0, len(refs), step):
+            part = refs[at : at + step]
+            yield [p for r, p in zip(part, self.get(part)) if p["id"] == self.id(r)]
 
 
 def any_negative(pair, rng):
@@ -849,7 +847,7 @@ def propose_stage(run, out):
     parts = [os.path.join(folder, f"{side}_{at:09d}.jsonl") for side, at in windows]
     for n, ((side, at), path) in enumerate(zip(windows, tqdm(parts, desc="propose", disable=None))):
         if n % ranks() == rank() and not os.path.exists(path):   # each rank its windows; a finished one is not done again
-            selection.write_rows(path, propose(run, e, [pairs.get(*r) for r in refs[at : at + WINDOW]], n, side))
+            selection.write_rows(path, propose(run, e, pairs.get(refs[at : at + WINDOW]), n, side))
     gather_objects(None)
     rows += [r for path in parts for r in selection.read_rationales(path)]
     if not rows:
@@ -1294,5 +1292,14 @@ def complain(e, code):
     return code
 
 
+def leave(code):
+    """The end of the program. A rank does not wait until the interpreter is taken apart: now and then torch's threads abort in that ("terminate called
+    without an active exception"), and torchrun takes it for a failure of what is long done."""
+    sys.stdout.flush(), sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    raise SystemExit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
