@@ -1709,7 +1709,7 @@ def test_data_workers_are_processes_and_hand_over_what_they_read(tmp_path, monke
     for name in ("1x1", "40x40"):
         picture(*map(int, name.split("x"))).save(tmp_path / f"{name}.png")
     def read(p):
-        array = np.arange(12.0).reshape(3, 4)
+        array = np.arange(12.0).reshape(3, 4) + int(p["id"].split("/")[1])
         return dict(p, pid=os.getpid(), arrays=[array, array[:, 1:3], array.T, array[:0]], odd=[data.load_picture(str(tmp_path / f"{n}.png")) for n in ("1x1", "40x40")])
     for slot in (64 << 20, 4096):                                 # 40 x 40 x 4 bytes do not fit into the second, 1 x 1 x 4 do
         monkeypatch.setattr(data, "SLOT", slot)
@@ -1720,11 +1720,15 @@ def test_data_workers_are_processes_and_hand_over_what_they_read(tmp_path, monke
                 assert np.array_equal(np.asarray(x), np.asarray(y)) and getattr(x, "mode", 0) == getattr(y, "mode", 0)
         assert len({p["pid"] for batch in there for p in batch}) == 3
     assert not worker_pids()
-    stream = data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), 2)
-    next(stream)
-    assert len(worker_pids()) == 2
-    stream.close()
-    assert not worker_pids()
+    old = signal.signal(signal.SIGTERM, lambda *_: None)          # the maker's own handling is not the workers': they end when told to
+    try:
+        stream = data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), 2)
+        next(stream)
+        assert len(worker_pids()) == 2
+        stream.close()
+        assert not worker_pids()
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def test_data_workers_that_fail_are_heard(tmp_path, capfd):
@@ -1743,6 +1747,15 @@ def test_data_workers_that_fail_are_heard(tmp_path, capfd):
         assert found == [0, 1, 2] and not worker_pids()
     assert "KeyError: 'k'" in capfd.readouterr().err
     assert [*data.in_order(str, range(7), 3, 2)] == [*data.in_order(str, range(7), 0, 2)] == [*map(str, range(7))]
+
+
+def test_data_workers_may_be_ahead():
+    """Each of several unread answers has its place; at most `ahead` tasks are begun before theirs is wanted."""
+    taken = []
+    for n, answer in enumerate(data.in_order(lambda task: np.full(9000, task), (taken.append(i) or i for i in range(12)), 2, 6)):
+        assert taken == [*range(min(12, n + 6))]
+        time.sleep(0.05 * (n == 0))                               # now all six are there
+        assert (answer == n).all()
 
 
 def runs(pid):
@@ -1774,7 +1787,7 @@ for n, pid in enumerate(data.in_order(lambda task: os.getpid(), range(99), 3, 12
     assert not any(map(runs, pids))
 
 
-def test_data_batches_skip_and_count(tmp_path):
+def test_data_batches_skip_and_count(tmp_path, capsys):
     d = small_data(tmp_path, (20, 20, 20))
     os.remove(tmp_path / TRAIN_HUB / "images/CIRR/1.jpg")
     (tmp_path / TRAIN_HUB / "images/NIGHTS/2.jpg").write_bytes(open(tmp_path / TRAIN_HUB / "images/NIGHTS/1.jpg", "rb").read()[:200])
@@ -1785,6 +1798,7 @@ def test_data_batches_skip_and_count(tmp_path):
         d = data.train_sets(str(tmp_path), on_bad="skip")
         runs.append([[p["id"] for p in b] for b in data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), workers, steps=20)])
         assert len(d.bad) == 10 and all(k in v for k, v in d.bad.items())
+        assert re.findall(r"skipped \((\d+) so far\)", capsys.readouterr().out) == [str(n + 1) for n in range(10)]          # once, whoever met it
     assert runs[0] == runs[1] and all(len(b) == 8 for b in runs[0])
     assert not {i for b in runs[0] for i in b} & {f"CIRR/{i}" for i in range(1, 20, 4)}
     for world in (1, 2):                                          # resumed in the middle of an epoch, on one and on two ranks, with other workers
@@ -3732,6 +3746,7 @@ def test_run_keeps_small_worlds_and_streams_heavy_ones(m_finished, monkeypatch):
     heavy.workers, read = 2, heavy.read                          # resized and tokenised by the workers too, beside whatever the model does
     monkeypatch.setattr(heavy, "read", lambda pair: dict(read(pair), pid=os.getpid()))
     refs = heavy.refs()[::7]
+    assert all(p is small.kept[ref] for p, ref in zip(small.get(refs), refs, strict=True))
     for there, here in ((next(heavy.stream(heavy.sampler(1, 8, 4))), next(small.stream(small.sampler(1, 8, 4)))), (heavy.get(refs), small.get(refs))):
         assert all(p["pid"] != os.getpid() for p in there) and [p["id"] for p in there] == [p["id"] for p in here]
         for x, y in zip(there, here):
