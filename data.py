@@ -1445,6 +1445,22 @@ def decode(paths, read, carry):
     return time.process_time() - start, held if carry else None
 
 
+def bench_world(root, rows, pictures):
+    """`rows` training rows in 20 subsets, texts of random words (real ones compress as badly, so that every table is one that is unpacked and mapped),
+    and `pictures` photograph-like JPEGs (smooth noise) of 640 x 480 that they share -> the JPEGs' paths."""
+    rng, files = np.random.default_rng(0), [os.path.join(root, MMEB, f"{i}.jpg") for i in range(pictures)]
+    ask, n = f"{IMG}\nRepresent the given image with the following question: ", rows // len(MMEB_TRAIN)
+    for name, *_ in MMEB_TRAIN:
+        os.makedirs(os.path.join(root, MMEB, name))
+        words = [" ".join(row) for row in (rng.integers(1 << 16, 1 << 24, (n, 8))).astype(str)]
+        table = {"qry": [f"{ask}{text}?\n" for text in words], "qry_image_path": [f"{i}.jpg" for i in rng.integers(0, pictures, n)],
+                 "pos_text": [text[:20] for text in words], "pos_image_path": [""] * n}
+        pq.write_table(pa.table(table), os.path.join(root, MMEB, name, "original-00000-of-00001.parquet"))
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.BICUBIC).save(file, quality=90)
+    return files
+
+
 def bench(rows, out, steps=10_000, pictures=256, batch=64):
     """Time to the first batch, memory over 10,000 batches of references, and decoding. Seconds of the clock, and CPU seconds, which other people's
     jobs do not bend. Who decodes, each on all cores:
@@ -1453,26 +1469,14 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
         threads         the loader's work in threads of this process, batches handed over
         pool            the same in the standard library's pool of processes, which pickles every picture into a pipe
         loader          the loader: pairs read, pictures decoded by its worker processes, batches handed over
-
-    The world: `rows` training rows in 20 subsets, texts of random words (real ones compress as badly, so that every table is one that is unpacked and
-    mapped), and `pictures` photograph-like JPEGs (smooth noise) of 640 x 480 that they share. "First batch" begins with nothing unpacked.
+    "First batch" begins with nothing unpacked.
     """
     global CACHE
-    rng, cores, took = np.random.default_rng(0), len(os.sched_getaffinity(0)), collections.defaultdict(list)
+    cores, took = len(os.sched_getaffinity(0)), collections.defaultdict(list)
     workers = lambda keep: ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), Image.core.set_blocks_max, (keep,))
     with tempfile.TemporaryDirectory() as root, workers(0) as alone, workers(2) as keeping, workers(batch) as pool, \
             ThreadPoolExecutor(cores) as threads:
-        CACHE, files = os.path.join(root, "cache"), [os.path.join(root, MMEB, f"{i}.jpg") for i in range(pictures)]
-        ask, n = f"{IMG}\nRepresent the given image with the following question: ", rows // len(MMEB_TRAIN)
-        for name, *_ in MMEB_TRAIN:
-            os.makedirs(os.path.join(root, MMEB, name))
-            words = [" ".join(row) for row in (rng.integers(1 << 16, 1 << 24, (n, 8))).astype(str)]
-            table = {"qry": [f"{ask}{text}?\n" for text in words], "qry_image_path": [f"{i}.jpg" for i in rng.integers(0, pictures, n)],
-                     "pos_text": [text[:20] for text in words], "pos_image_path": [""] * n}
-            pq.write_table(pa.table(table), os.path.join(root, MMEB, name, "original-00000-of-00001.parquet"))
-        for file in files:
-            Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.BICUBIC).save(file, quality=90)
-        figures = {}
+        CACHE, files, figures = os.path.join(root, "cache"), bench_world(root, rows, pictures), {}
         for again in ("first_batch", "first_batch_again"):        # the second time the tables are unpacked already
             _parquet.cache_clear()
             start, cpu = time.perf_counter(), time.process_time()

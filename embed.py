@@ -536,6 +536,24 @@ def columns_of(keys):
     return columns
 
 
+def cross_entropies(model, reader, h, batch, branches, labels, cfg, n_tokens, n_labels):
+    """λ·CE(rationale tokens)/n_tokens + μ·CE(decision token)/n_labels of a batch's rows, and what went into it, as numbers.
+    h (B, S, H) states; branches [B], labels [B] and cfg as in contrastive_step; n_tokens and n_labels count over the joined batch."""
+    extra, found = h.new_zeros(()), dict(lm=0.0, decision=0.0, decision_right=0.0)
+    if cfg.lm_weight and any(branches):
+        logp, _, _ = branch_logp(model, h, batch, reader, len(reader.prefix))
+        extra = extra - cfg.lm_weight * logp.sum() / n_tokens
+        found["lm"] = -float(logp.detach().sum()) / n_tokens
+    want = torch.tensor(labels, device=h.device)
+    if cfg.decision_weight and bool((want >= 0).any()):
+        logits = decision_logits(model, h, batch, reader)
+        ce = F.cross_entropy(logits, want, ignore_index=-1, reduction="sum") / n_labels
+        extra = extra + cfg.decision_weight * ce
+        found["decision"] = float(ce.detach())
+        found["decision_right"] = float(((logits.argmax(1) == want) & (want >= 0)).sum()) / n_labels
+    return extra, found
+
+
 def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token), one update's gradients.
 
@@ -573,19 +591,9 @@ def contrastive_step(model, reader, pairs, branches, labels, cfg, latent=False):
         return pool(h, batch["ends"])[batch["ends"] >= 0], lambda: beside(h, batch, rows)
 
     def beside(h, batch, rows):
-        """The cross-entropies of some rows: their sums over constants of the joined batch."""
-        extra = h.new_zeros(())
-        if cfg.lm_weight and any(branches[i] for i in rows):
-            logp, _, _ = branch_logp(model, h, batch, reader, len(reader.prefix))
-            extra = extra - cfg.lm_weight * logp.sum() / n_tokens
-            parts["lm"] -= float(logp.detach().sum()) / n_tokens
-        want = torch.tensor([labels[i] for i in rows], device=device)
-        if cfg.decision_weight and bool((want >= 0).any()):
-            logits = decision_logits(model, h, batch, reader)
-            ce = F.cross_entropy(logits, want, ignore_index=-1, reduction="sum") / n_labels
-            extra = extra + cfg.decision_weight * ce
-            parts["decision"] += float(ce.detach())
-            parts["decision_right"] += float(((logits.argmax(1) == want) & (want >= 0)).sum()) / n_labels
+        some, own = [branches[i] for i in rows], [labels[i] for i in rows]
+        extra, found = cross_entropies(model, reader, h, batch, some, own, cfg, n_tokens, n_labels)
+        parts.update({key: parts[key] + x for key, x in found.items()})
         return extra
 
     def loss_fn(v):

@@ -642,6 +642,17 @@ class Recorded:
         return self.out
 
 
+def advance(model, cache, recorded, columns, ids, pos, at):
+    """One step of every slot, the first `columns` written or being written: ids, pos (B, G, 1), at (1,) -> states (B, G, H).
+    Of a compiled model on a GPU it is recorded, once for each number of columns: recorded {columns: CUDA graph}."""
+    move = lambda ids, pos, at: step(model, cache, ids, pos, (torch.arange(columns, device=at.device) <= at)[None, None, None], at)[:, :, 0]
+    if not (Recorded.possible(at.device) and model.compiled):
+        return move(ids, pos, at)
+    if columns not in recorded:
+        recorded[columns] = Recorded(move, ids, pos, at)
+    return recorded[columns](ids, pos, at)
+
+
 def opened(model, batch, prefill, rows, prefix):
     """The prefill of these rows and, on a cache of its own that goes on from there, the forced prefix ids (p,)
     -> hidden (B, S, H) of the prefill, cache, state (B, 1, H) of the last token, pos (B, 1, 1) of the next one, alike on all axes."""
@@ -718,19 +729,11 @@ def generate(model, batch, max_new, G=1, prefix=(), stop=(), tail=(), close=(), 
                 r, g, pick, pos, live = (x[keep[:, None], order] for x in (r, g, pick, pos, live))
         # 3) one step of the network for all slots at once
         columns = min(cache.ks[0].shape[3], -(-(t + 1) // bucket) * bucket)
-        move = lambda ids, pos, at: step(model, cache, ids, pos, (torch.arange(columns, device=device) <= at)[None, None, None], at)[:, :, 0]
-        args = pick[..., None], pos + t, place[t : t + 1]
-        if Recorded.possible(device) and model.compiled:
-            if columns not in recorded:
-                recorded[columns] = Recorded(move, *args)
-            h = recorded[columns](*args)
-        else:
-            h = move(*args)
+        h = advance(model, cache, recorded, columns, pick[..., None], pos + t, place[t : t + 1])
     ids, logp, new, forced = (x.cpu().numpy() for x in (ids, logp, new, forced))
-    end = lambda b, g: (list(close) if forced[b, g] else []) + list(tail)
-    tokens = [[[*prefix, *ids[b, g, : new[b, g]].tolist(), *end(b, g)] for g in range(G)] for b in range(B)]
-    logp = [[logp[b, g, : new[b, g]].tolist() for g in range(G)] for b in range(B)]
-    return dict(hidden=hidden, tokens=tokens, new=new, logp=logp, forced=forced, last=last)
+    said = lambda x: [[x[b, g, : new[b, g]].tolist() for g in range(G)] for b in range(B)]
+    tokens = [[[*prefix, *own, *(close if over else ()), *tail] for own, over in zip(*row)] for row in zip(said(ids), forced)]
+    return dict(hidden=hidden, tokens=tokens, new=new, logp=said(logp), forced=forced, last=last)
 
 
 def rectangle(wanted):

@@ -3968,6 +3968,16 @@ def test_functions_are_short_and_documented():
     assert not any(f[0] in source for f in pocket.FAMILIES)                                                # no name of the pocket world's
 
 
+def test_functions_fit_a_screen():
+    """No function is longer than 64 lines, its docstring and inner functions included."""
+    for path in glob.glob(os.path.join(HERE, "*.py")):
+        with open(path, encoding="utf-8") as f:
+            source = f.read()
+        if os.path.basename(path) != "test_all.py":
+            long = [n.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno >= 64]
+            assert not long, (path, long)
+
+
 # =====================================================================================================================
 # The README keeps its word
 
