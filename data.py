@@ -38,7 +38,7 @@ import io                 # pictures inside tables
 import itertools          # zip_longest, chain, count
 import json
 import mmap               # what worker processes write and their maker reads
-import multiprocessing    # worker processes
+import multiprocessing    # pipes; the bench
 import os
 import pickle             # their answers
 import platform           # the bench
@@ -47,7 +47,9 @@ import signal
 import sys
 import tempfile           # no half-written cache
 import time               # the bench
+import traceback
 import warnings
+import weakref            # when shared memory is free again
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
@@ -142,6 +144,9 @@ def load_picture(ref, draft=False):
         im = body if isinstance(body, Image.Image) else Image.open(io.BytesIO(body) if isinstance(body, bytes) else body)
         if im.width * im.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):          # the header says so, before a byte is decoded
             raise Image.DecompressionBombError(f"{im.width}x{im.height}, the limit is {Image.MAX_IMAGE_PIXELS} in all")
+        if max(im.size) > 200 * min(im.size):
+            fault = "not a picture that Qwen's processors take"
+            raise ValueError(f"{im.width}x{im.height} pixels: expected sides that differ by no more than 200 to 1")
         fault = "broken picture"
         if draft:
             im.draft("RGB", (1, 1))
@@ -767,24 +772,25 @@ class TrainData:
         """One pair, pictures as references (see Source.pair)."""
         return self.sources[source].pair(row)
 
-    def usable(self, source, row, load, found):
-        """One pair, its pictures decoded or not. A bad one stops the run, or (on_bad="skip") goes into found, and the table's next row takes its place."""
+    def usable(self, source, row, found, load=True, read=lambda pair: pair):
+        """read() of one pair, its pictures decoded or not. A bad one stops the run, or (on_bad="skip") goes into found {id: why}, and the table's next
+        row takes its place."""
         for at in itertools.chain(range(row, self.sizes[source]), range(row)):
             try:
                 pair = self.pair(source, at)
                 if load:
                     pair |= {"query": decoded(pair["query"]), "target": decoded(pair["target"]), "negatives": [*map(decoded, pair["negatives"])]}
-                return pair
-            except BadData as e:
+                return read(pair)
+            except ValueError as e:                               # BadData, or what read() could not use
                 error = named(e, name := self.sources[source].id(at))
                 if self.on_bad == "stop":
                     raise error from None
                 found[name] = str(error)
-        raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(found.values()))}")
+        raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(found.values()))}", found.values())
 
-    def fetch(self, source, row, load=True):
+    def fetch(self, *which, **how):
         """usable(), what it finds noted."""
-        pair = self.usable(source, row, load, found := {})
+        pair = self.usable(*which, found := {}, **how)
         self.note(found)
         return pair
 
@@ -797,10 +803,10 @@ class TrainData:
 
     def stream(self, lists, workers=0, ahead=1, load=True, read=lambda pair: pair):
         """Lists of (source, row) -> lists of read(pair), see in_order(). read: what else is to be done where a pair is decoded (train.py: resizing,
-        tokenising), that is beside whatever the caller does meanwhile."""
+        tokenising), that is beside whatever the caller does meanwhile; without torch, whose threads a forked process does not have."""
         def work(refs):
             found = {}
-            return [read(self.usable(*ref, load, found)) for ref in refs], found
+            return [self.usable(*ref, found, load, read) for ref in refs], found
 
         for pairs, bad in in_order(work, lists, workers, ahead):
             self.note(bad)
@@ -816,7 +822,10 @@ def train_sets(root, names=None, split="original", on_bad="stop", caps=None, wei
     for row in rows:
         own = {key: given[row["name"]] for key, given in (("cap", caps), ("weight", weights)) if row["name"] in (given or {})}
         try:
-            sources.append(Source({**row, **own}, root, split, on_bad))
+            source = Source({**row, **own}, root, split, on_bad)
+            if on_bad == "skip":                                  # of a table without its pictures nothing can take a broken row's place
+                TrainData([source], [], {}, on_bad).usable(0, 0, {})
+            sources.append(source)
         except Missing:
             if names is not None:
                 raise
@@ -890,14 +899,14 @@ class Sampler:
 
 def batches(data, sampler, workers=0, steps=None, load=True, read=lambda pair: pair):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
-    With workers at most three batches are in memory; for `read` see TrainData.stream."""
+    With workers the next batch is read while this one is used; for `read` see TrainData.stream."""
     ahead = copy.deepcopy(sampler)                                # may be two batches on; the state handed out is not
     drawn = itertools.islice(ahead, steps)
     share = sampler.batch // sampler.world
-    lists = (refs[at : at + CHUNK] for refs in drawn for at in range(0, share, CHUNK))
-    stream = data.stream(lists, workers, 3 * -(-share // CHUNK), load, read)
+    lists, each = (refs[at : at + CHUNK] for refs in drawn for at in range(0, share, CHUNK)), -(-share // CHUNK)
+    stream = data.stream(lists, workers, each + 2 * workers, load, read)
     try:
-        while batch := [pair for pairs in itertools.islice(stream, -(-share // CHUNK)) for pair in pairs]:      # raises here what a worker met
+        while batch := [pair for pairs in itertools.islice(stream, each) for pair in pairs]:                    # raises here what a worker met
             next(sampler)
             yield batch
     finally:
@@ -909,8 +918,8 @@ def batches(data, sampler, workers=0, steps=None, load=True, read=lambda pair: p
 # tokenising would take its turns with the trainer's. A pool of the standard library sends ten times a picture's file through a pipe. So: processes,
 # and memory that both sides see. What each makes of the same cores: bench(), results/bench_data.json.
 
-CHUNK = 8                    # pairs a worker is asked for at a time: few, for each task wakes a process
-SLOT = 64 << 20              # bytes of an answer's arrays; what is beyond goes through the pipe, which is slower
+CHUNK = 2                    # pairs a worker is asked for at a time
+ARENA = 4 << 30              # bytes of each worker's shared memory, of which only what has been written takes any
 
 
 def unpacked(pixels, size):
@@ -922,76 +931,104 @@ class Packer(pickle.Pickler):
     """Pickles an RGB picture as the array that it is in memory: arrays can leave a pickle (protocol 5), so that their bytes are copied once, not thrice."""
 
     def reducer_override(self, x):
-        return (unpacked, (np.frombuffer(pa.array(x).buffers()[-1], np.uint8), x.size)) if isinstance(x, Image.Image) else NotImplemented
+        if not isinstance(x, Image.Image) or x.mode != "RGB":
+            return NotImplemented
+        try:
+            return unpacked, (np.frombuffer(pa.array(x).buffers()[-1], np.uint8), x.size)
+        except ValueError:                                        # made before the fork, in several pieces of 16 MB: as Pillow pickles it
+            return NotImplemented
 
 
 class Worker:
     """A process that answers tasks with work(task), in order. A fork: it has what its maker has, mapped tables included, and nothing is sent for it.
-    Arrays in its answers come through memory that both see, the rest through a pipe. It may have `slots` unread answers, no more."""
+    Arrays in its answers lie in memory that both see, the rest comes through a pipe. That memory is `slots` slots; an answer has one for itself until
+    nothing of it is used any more. most: of answers that are asked for and unread."""
 
-    def __init__(self, work, slots):
-        self.work, self.slots = work, slots
-        self.memory = mmap.mmap(-1, slots * SLOT)                 # nothing is taken until it is written
+    def __init__(self, work, most, slots):
+        self.work, self.most, self.free, self.asked = work, most, [*range(slots)], collections.deque()
+        self.size = ARENA // slots
+        self.memory = mmap.mmap(-1, ARENA)
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("fork").Process(target=self.serve, args=(theirs,), daemon=True)
-        self.process.start()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.serve(theirs)
+                os._exit(0)
+            except BaseException:                                 # an error in the program: said here, and the maker sees that the pipe has closed
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         theirs.close()
 
-    def slot(self, n):
-        """Where the n-th answer's arrays begin."""
-        return n % self.slots * SLOT
-
     def serve(self, pipe):
-        """What the process does."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)              # Ctrl-C reaches both; the maker decides
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """What the process does, until its maker is gone or kills it."""
+        for sent_to_all in (signal.SIGINT, signal.SIGTERM):       # Ctrl-C, and batch systems, which signal whole groups: the maker may still want
+            signal.signal(sent_to_all, signal.SIG_IGN)            # a batch, to finish its step and write a checkpoint
         self.pipe.close()                                         # or the maker's death would not end recv()
         Image.core.set_block_size(1 << 29)                        # every picture in one piece, up to Pillow's limit of 89 Mpx
         Image.core.set_blocks_max(4 * CHUNK)                      # whose memory serves the next: new pages are slow to get
         try:
-            for n in itertools.count():
-                self.answer(pipe, n, pipe.recv())
+            while True:
+                self.answer(pipe, *pipe.recv())
         except (EOFError, OSError):                               # nobody is there any more
             return
 
-    def answer(self, pipe, n, task):
-        """Does a task and sends what came of it: (whether it went well, the answer or the error)."""
+    def answer(self, pipe, slot, task):
+        """Does a task and sends what came of it: (whether it went well, the answer or the error), and where in the slot its arrays lie."""
         try:
             answer = True, self.work(task)
         except (ValueError, OSError) as e:                        # of the data: raised where it was asked for. Anything else ends the process
             answer = False, e
-        spans, at, body = [], self.slot(n), io.BytesIO()
+        body, spans, room = io.BytesIO(), [], np.frombuffer(self.memory, np.uint8, self.size, slot * self.size)
 
         def put(buffer):
-            """-> whether the buffer stays in the pickle."""
-            nonlocal at
+            """-> whether the buffer stays in the pickle, for want of room."""
+            at = -(-spans[-1][1] // 64) * 64 if spans else 0      # as aligned as memory of its own would be
             with buffer.raw() as raw:
-                if at + raw.nbytes > self.slot(n) + SLOT:
+                if at + raw.nbytes > self.size:
                     return True
-                self.memory[at : at + raw.nbytes] = raw
+                room[at : at + raw.nbytes] = raw
                 spans.append((at, at + raw.nbytes))
-                at += raw.nbytes
 
         Packer(body, 5, buffer_callback=put).dump(answer)
         pipe.send((body.getvalue(), spans))
 
     def ask(self, task):
         """One more task."""
-        self.pipe.send(task)
+        self.asked.append(self.free.pop())
+        self.pipe.send((self.asked[-1], task))
 
     def next(self):
-        """The next answer, copied: its slot may be written again."""
+        """The next answer. Its arrays are the shared memory itself while there is enough of that for the answers to come, else copies."""
         try:
             body, spans = self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join()
-            killed = " (killed, as when memory runs out: fewer --workers take less)" if self.process.exitcode == -9 else ""
-            raise OSError(f"a worker process ended with exit code {self.process.exitcode}{killed}") from None
-        with memoryview(self.memory) as memory:
-            good, answer = pickle.loads(body, buffers=[bytearray(memory[a:b]) for a, b in spans])
-        if not good:
+            code = self.end()
+            killed = " (killed, as when memory runs out: fewer --workers take less)" if code == -9 else ""
+            raise OSError(f"a worker process ended with exit code {code}{killed}") from None
+        slot = self.asked.popleft()
+        mine = np.frombuffer(self.memory, np.uint8, self.size, slot * self.size)
+        lent = len(self.free) + len(self.asked) >= self.most
+        good, answer = pickle.loads(body, buffers=[mine[a:b] if lent else mine[a:b].copy() for a, b in spans])
+        if lent:
+            weakref.finalize(mine, self.free.append, slot)        # what was loaded keeps it alive
+        else:
+            self.free.append(slot)
+        if good:
+            return answer
+        try:
             raise answer
-        return answer
+        finally:
+            del answer                                            # else a circle (error, its traceback, this frame) would hold the memory for a while
+
+    def end(self, kill=False):
+        """-> its exit code, minus the signal that ended it. It only reads: nothing is lost when it is killed."""
+        if self.pid:
+            if kill:
+                os.kill(self.pid, signal.SIGKILL)
+            self.pid, code = 0, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.pipe.close()
+            return code
 
 
 def in_order(work, tasks, workers, ahead):
@@ -999,10 +1036,11 @@ def in_order(work, tasks, workers, ahead):
     if not workers:
         yield from map(work, tasks)
         return
-    crew, tasks, asked = [], iter(tasks), collections.deque()
+    ahead = min(ahead, 64 * workers)                              # so many tasks fit into a pipe
+    crew, tasks, asked, most = [], iter(tasks), collections.deque(), -(-ahead // workers)
     try:
         while len(crew) < workers:
-            crew.append(Worker(work, -(-ahead // workers)))
+            crew.append(Worker(work, most, 3 * most))
         turns = itertools.cycle(crew)
         while True:
             for task in itertools.islice(tasks, ahead - len(asked)):
@@ -1013,9 +1051,7 @@ def in_order(work, tasks, workers, ahead):
             yield asked.popleft().next()
     finally:
         for worker in crew:
-            worker.process.terminate()                            # they only read
-        for worker in crew:
-            worker.process.join()
+            worker.end(kill=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1115,7 +1151,7 @@ def image_set(b, row):
         blank, end = not captions[0].strip(), "\n" if kind == "image_t2i" else ""         # no newline after blank captions in i2i_vg
         full = lambda caption: squeeze(f" {told}") + end if blank else squeeze(f" {told} {caption}") + "\n"
         cands = [b.cand(path if kind == "image_t2i" else path + ":" + caption.strip('"'),
-                        lambda: b.say(full(caption), "", "" if blank else caption.strip(), image=b.picture(path)))
+                        lambda: b.say(full(caption), "", "" if blank else caption.strip(), image=b.find(path)))
                  for path, caption in zip(paths, captions)]
     else:
         cands = [b.cand(answer, lambda: b.say(answer, "", answer)) for answer in cell(row, "tgt_text", "texts")]
@@ -1399,9 +1435,10 @@ def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False,
             for line in bad:
                 alike[re.sub(r"'[^']*'|\d+", "", line)].append(line)
             for lines in alike.values():
-                more = [f"... and {len(lines) - 20} more like these"] if len(lines) > 20 else []
-                tqdm.write("\n".join(f"         {line}" for line in lines[:20] + more))
-            for line in downloads(spec, root) if status in ("missing", "short") else []:
+                most = 20 if len(todo) > 1 else len(lines)
+                more = [f"... and {len(lines) - most} more like these; --names {spec['name']} lists them all"] if len(lines) > most else []
+                tqdm.write("\n".join(f"         {line}" for line in lines[:most] + more))
+            for line in downloads(spec, root) if status != "found" else []:
                 tqdm.write(f"         {line}")
     print(", ".join(f"{status}: {count[status]}" for status in ("found", "short", "missing", "broken")))
     return 1 if fatal else 2 if count["missing"] == len(todo) else 0
@@ -1491,7 +1528,7 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
             pass
         figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
                     "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
-        held = [files[i:i + batch] for i in range(0, pictures, batch)] * 8       # long enough for the loader to reuse memory, as in training
+        held = [files[i:i + batch] for i in range(0, pictures, batch)] * 16      # long enough for the loader to reuse memory, as in training
         work = lambda pool, read, carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(read), itertools.repeat(carry)))
 
         def here():
@@ -1510,7 +1547,7 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
         for name, way in [*ways.items()] * 5:                     # in turn: the machine may be busy with something else
             wall, cpu = time.perf_counter(), time.process_time()
             there = way()
-            took[name].append([1000 * (time.perf_counter() - wall) / (8 * pictures), 1000 * (there + time.process_time() - cpu) / (8 * pictures)])
+            took[name].append([1000 * (time.perf_counter() - wall) / (16 * pictures), 1000 * (there + time.process_time() - cpu) / (16 * pictures)])
     for name, times in took.items():
         wall, cpu = np.min(times, 0)                              # of the round that was disturbed least by whatever else the machine does
         figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}

@@ -1308,6 +1308,12 @@ class Fake:
 
 def test_data_tables_are_whole():
     assert len(data.TRAIN) == 25 and sum(r["weight"] for r in data.TRAIN) == 52          # image 15, pages 22, video 15
+    caps = dict(ImageNet_1K=100, N24News=50, HatefulMemes=10, VOC2007=10, SUN397=20, OK_VQA=10, A_OKVQA=20, DocVQA=40, InfographicsVQA=25, ChartQA=28, Visual7W=70,
+                VisDial=130, CIRR=30, VisualNews_t2i=100, VisualNews_i2t=100, MSCOCO_t2i=100, MSCOCO_i2t=120, NIGHTS=20, WebQA=20, MSCOCO=100)          # thousands
+    assert {r["name"].replace("-", "_"): r["cap"] / 1000 for r in data.TRAIN[:20]} == caps
+    light = {"HatefulMemes", "VOC2007", "SUN397", "OK-VQA", "A-OKVQA", "InfographicsVQA", "ChartQA", "CIRR", "NIGHTS", "WebQA"}
+    assert {r["name"]: r["weight"] for r in data.TRAIN[20:]} == {"colpali_train_set": 10, "visrag-indomain": 12, "video_caption_300k": 5, "video_caption_300k-video": 5, "video_qa_240k": 5}
+    assert {r["name"]: r["weight"] for r in data.TRAIN[:20]} == {r["name"]: 1 - 0.5 * (r["name"] in light) for r in data.TRAIN[:20]}
     count = {m: [r["name"] for r in data.EVAL if r["modality"] == m] for m in ("image", "video", "visdoc")}
     assert [len(v) for v in count.values()] == [36, 18, 24] and len({r["name"] for r in data.EVAL}) == 78
     assert sum(not r["ood"] for r in data.EVAL if r["modality"] == "image") == 20
@@ -1357,7 +1363,7 @@ def test_data_train_strings(tmp_path):
     assert got["WebQA"]["query"] == {"text": "\nFind a Wikipedia image that answers this question: who?\n"}          # the stray token goes
     assert got["VisDial"]["query"]["text"].endswith("A:b\n\n") and got["VisDial"]["negatives"] == [
         {"text": "\nRepresent the given image\n", "image": f"{base}/images/VisDial/Train/2.jpg"}]
-    assert len(d.missing) == 21 and "CIRR" in d.missing and d.weights == [0.5, 1.0, 0.5, 1.0][::1] or sorted(d.names)
+    assert len(d.missing) == 21 and "CIRR" in d.missing and dict(zip(d.names, d.weights)) == {"A-OKVQA": 0.5, "MSCOCO": 1.0, "WebQA": 0.5, "VisDial": 1.0}
 
 
 def test_data_train_splits_caps_and_lists(tmp_path):
@@ -1423,6 +1429,34 @@ def test_data_eval_image_cls_and_i2t(tmp_path):
     assert es.queries[0]["text"] == "\nRepresent the given news image with the following caption for domain classification:  a cap\nb\n"
     q = data.load_eval(str(tmp_path), "N24News", prompts="qwen").queries[0]
     assert q["text"] == "a cap \nb" and q["instruction"] == "Represent the given news image with the following caption for domain classification:"
+
+
+def test_data_eval_image_i2t_is_not_stripped(tmp_path):
+    """Picture -> caption: as image_cls, the instruction's own white space stays; the caption is the candidate as it stands, and its own key."""
+    write_image_set(tmp_path, "MSCOCO_i2t", [dict(CLS, qry_inst=f"{IMG}\nFind an image caption describing the given everyday image.", tgt_text=["A cat .", " A dog. "]),
+                                             dict(CLS, qry_inst=f"{IMG}\n  Find an image caption describing the given everyday image.", tgt_text=["A bird.", "A cat ."])])
+    es = data.load_eval(str(tmp_path), "MSCOCO_i2t")
+    assert [q["text"] for q in es.queries] == ["\nFind an image caption describing the given everyday image.\n", "\n  Find an image caption describing the given everyday image.\n"]
+    assert es.candidates == [{"text": "A cat ."}, {"text": " A dog. "}, {"text": "A bird."}] and es.cand_ids == ["A cat .", " A dog. ", "A bird."]
+    assert [list(x) for x in es.local] == [[0, 1], [2, 0]] and es.positives == [[0], [2]]
+
+
+def test_data_eval_video_prompts_are_the_published_ones():
+    prompts = {"K700": "Recognize the category of the video content.", "SmthSmthV2": "What actions or object interactions are being performed by the person in the video?",
+               "HMDB51": "What actions or objects interactions are the person in the video doing?", "UCF101": "What activities or sports are being performed by the person in the video?",
+               "Breakfast": "Recognize the breakfast type that the person is cooking in the video. "}
+    assert {r["name"]: r["inst"] for r in data.EVAL if r["parser"] == "video_cls"} == prompts
+
+
+def test_data_eval_a_candidate_without_its_picture_is_refused(tmp_path):
+    for name in ("MSCOCO_t2i", "NIGHTS"):
+        row = {"qry_inst": "x", "qry_text": "a", "qry_img_path": "q.jpg", "tgt_inst": f"{IMG}\ny", "tgt_text": ["", ""], "tgt_img_path": ["t/1.jpg", "t/2.jpg"]}
+        write_image_set(tmp_path, name, [row, row])
+        assert len(data.load_eval(str(tmp_path), name).queries) > 0
+        write_image_set(tmp_path, name, [row, dict(row, qry_text="b", tgt_img_path=["t/1.jpg", ""])])
+        with pytest.raises(BadData, match=f"^{name}/1: '' is not a path$"):
+            data.load_eval(str(tmp_path), name)
+        assert len(data.load_eval(str(tmp_path), name, on_bad="skip").bad) == 1
 
 
 def test_data_eval_image_qa_strips_and_keeps_duplicates(tmp_path):
@@ -1698,43 +1732,89 @@ def test_data_batches_do_not_depend_on_workers(tmp_path):
     assert isinstance(next(data.batches(d, again, load=False))[0]["query"]["image"], str)
 
 
-def worker_pids():
-    """Processes this one has started that still run."""
-    return {p.pid for p in data.multiprocessing.active_children()}
+def runs(pid):
+    """Whether this process is there and not just waiting to be buried."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
-def test_data_workers_are_processes_and_hand_over_what_they_read(tmp_path, monkeypatch):
+@pytest.fixture
+def living(monkeypatch):
+    """-> a function: the pids of this test's forks that run."""
+    pids, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: pids.append(pid := fork()) or pid)
+    return lambda: list(filter(runs, pids))
+
+
+def test_data_workers_are_processes_and_hand_over_what_they_read(tmp_path, monkeypatch, living):
     """Pictures and arrays to the byte, also those that are larger than their slot or not in one piece; what is handed out is nobody else's; none stays."""
     d = small_data(tmp_path / "root")
     for name in ("1x1", "40x40"):
         picture(*map(int, name.split("x"))).save(tmp_path / f"{name}.png")
+    large = Image.new("RGB", (2100, 2100), "red")                 # made here, not in the worker: Pillow has it in two pieces
     def read(p):
         array = np.arange(12.0).reshape(3, 4) + int(p["id"].split("/")[1])
-        return dict(p, pid=os.getpid(), arrays=[array, array[:, 1:3], array.T, array[:0]], odd=[data.load_picture(str(tmp_path / f"{n}.png")) for n in ("1x1", "40x40")])
-    for slot in (64 << 20, 4096):                                 # 40 x 40 x 4 bytes do not fit into the second, 1 x 1 x 4 do
-        monkeypatch.setattr(data, "SLOT", slot)
+        return dict(p, pid=os.getpid(), arrays=[array, array[:, 1:3], array.T, array[:0]], odd=[data.load_picture(str(tmp_path / f"{n}.png")) for n in ("1x1", "40x40")] + [
+            picture(9, 7).convert(mode) for mode in ("RGBA", "CMYK", "L", "P", "1", "F")] + [large] * (p["id"] == "CIRR/7"))
+    for arena in (1 << 30, 1 << 16):                              # of the second a slot has 7,281 bytes: one array of 40 x 40 x 4 fits, a second does not
+        monkeypatch.setattr(data, "ARENA", arena)
         here, there = ([*data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4, seed=5), n, steps=9, read=read)] for n in (0, 3))
         for a, b in zip(sum(here, []), sum(there, []), strict=True):
             assert a["id"] == b["id"] and a["pid"] == os.getpid() != b["pid"]
             for x, y in zip([*a["arrays"], a["query"]["image"], *a["odd"]], [*b["arrays"], b["query"]["image"], *b["odd"]], strict=True):
                 assert np.array_equal(np.asarray(x), np.asarray(y)) and getattr(x, "mode", 0) == getattr(y, "mode", 0)
         assert len({p["pid"] for batch in there for p in batch}) == 3
-    assert not worker_pids()
-    old = signal.signal(signal.SIGTERM, lambda *_: None)          # the maker's own handling is not the workers': they end when told to
-    try:
-        stream = data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), 2)
-        next(stream)
-        assert len(worker_pids()) == 2
-        stream.close()
-        assert not worker_pids()
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    assert not living()
+    stream = data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), 2)
+    next(stream)
+    assert len(living()) == 2
+    for pid in living():                                           # sent to a whole group: the maker may still want a batch before it stops
+        os.kill(pid, signal.SIGTERM), os.kill(pid, signal.SIGINT)
+    assert len([next(stream) for _ in range(9)]) == 9 and len(living()) == 2
+    stream.close()
+    assert not living()
 
 
-def test_data_workers_that_fail_are_heard(tmp_path, capfd):
+def test_data_skip_leaves_out_a_source_without_its_pictures(tmp_path, capsys):
+    """A table was fetched, its pictures were not: under skip the others go on, as they do where the table itself is broken; else one line."""
+    d = small_data(tmp_path)
+    names = d.names
+    shutil.rmtree(tmp_path / TRAIN_HUB / "images/CIRR")
+    d = data.train_sets(str(tmp_path), on_bad="skip")
+    assert d.names == [n for n in names if n != "CIRR"] and "not one usable row; first: CIRR/0: " in d.bad["CIRR"] and "skipped: CIRR: " in capsys.readouterr().out
+    for workers in (0, 2):
+        assert len([*data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), workers, steps=3)]) == 3
+    with pytest.raises(BadData, match="^CIRR/"):
+        d = data.train_sets(str(tmp_path))
+        [*data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), 2, steps=20)]
+
+
+def test_data_pictures_that_the_model_cannot_take_are_bad_rows(tmp_path):
+    """Sides beyond 200:1 are found by --check and skipped like a broken picture; what read() cannot use is named, too, by both kinds of worker."""
+    d = small_data(tmp_path)
+    picture(3, 900).save(tmp_path / TRAIN_HUB / "images/CIRR/1.jpg")
+    status, _, usable, bad = data.check_one(next(s for s in data.tables(str(tmp_path), "train") if s["name"] == "CIRR"), "train", str(tmp_path))
+    assert status == "broken" and len(bad) > 0 and all("CIRR/" in b and "3x900 pixels: expected sides that differ by no more than 200 to 1" in b for b in bad)
+    def read(pair):
+        if pair["id"] == "NIGHTS/2":
+            raise ValueError("too odd")
+        return pair
+    for workers in (0, 2):
+        d = data.train_sets(str(tmp_path), on_bad="skip")
+        pairs = sum(data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), workers, steps=30, read=read), [])
+        assert d.bad["NIGHTS/2"] == "NIGHTS/2: too odd" and len(d.bad) == 1 + len(bad) and not {p["id"] for p in pairs} & d.bad.keys()
+        with pytest.raises(BadData, match="^(NIGHTS/2: too odd|CIRR/.*3x900 pixels: )"):
+            d = data.train_sets(str(tmp_path))
+            [*data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), workers, steps=30, read=read)]
+
+
+def test_data_workers_that_fail_are_heard(tmp_path, capfd, living):
     """What the data is to blame for is raised here; anything else ends the worker with its own words, and that is one clear line; so is a kill."""
     for error, expected in (("ValueError('v')", "^v$"), ("data.BadData('b')", "^b$"), ("OSError('o')", "^o$"), ("KeyError('k')", "^a worker process ended with exit code 1$"),
-                            ("os.kill(os.getpid(), 9)", r"^a worker process ended with exit code -9 \(killed, as when memory runs out: fewer --workers take less\)$")):
+                            ("sys.exit(3)", "^a worker process ended with exit code 1$"), ("os.kill(os.getpid(), 9)", r"^a worker process ended with exit code -9 \(killed, as when memory runs out: fewer --workers take less\)$")):
         def work(task):
             if task == 3:
                 made = eval(error)
@@ -1744,9 +1824,14 @@ def test_data_workers_that_fail_are_heard(tmp_path, capfd):
         with pytest.raises((ValueError, OSError), match=expected):
             for answer in data.in_order(work, range(9), 2, 4):
                 found.append(answer)
-        assert found == [0, 1, 2] and not worker_pids()
+        assert found == [0, 1, 2] and not living()
     assert "KeyError: 'k'" in capfd.readouterr().err
     assert [*data.in_order(str, range(7), 3, 2)] == [*data.in_order(str, range(7), 0, 2)] == [*map(str, range(7))]
+
+
+def test_data_workers_do_not_wait_for_each_other():
+    """However far ahead: neither side's pipe may be full of what the other does not read because its own is."""
+    assert sum(1 for _ in data.in_order(lambda task: "x" * 8000, range(2000), 1, 3000)) == 2000
 
 
 def test_data_workers_may_be_ahead():
@@ -1756,15 +1841,6 @@ def test_data_workers_may_be_ahead():
         assert taken == [*range(min(12, n + 6))]
         time.sleep(0.05 * (n == 0))                               # now all six are there
         assert (answer == n).all()
-
-
-def runs(pid):
-    """Whether this process is there and not just waiting to be buried."""
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")

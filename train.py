@@ -774,11 +774,11 @@ class Pairs:
         if sum((b - a) * self.weight(s, a) for s, (a, b) in enumerate(self.spans) if b > a) <= KEPT:        # as heavy as its first row, each dataset
             # now, in one piece of memory, and not in the gaps between training steps
             refs = tqdm(self.refs(), desc="reading pairs", disable=None if rank() == 0 else True, leave=False)
-            self.kept = {ref: self.read(self.data.fetch(*ref)) for ref in refs}
+            self.kept = {ref: self.data.fetch(*ref, read=self.read) for ref in refs}
 
     def weight(self, source, row):
         """Bytes of a pair's pictures, and a thousand for its text."""
-        p = self.read(self.data.fetch(source, row))
+        p = self.data.fetch(source, row, read=self.read)
         return 1000 + sum(x.nbytes for side in (p["query"], p["target"], *p["negatives"]) for x in side["pixels"])
 
     def read(self, pair):
