@@ -28,6 +28,7 @@ ViDoRe-V2 that the leaderboard does not count. Sources: VLM2Vec @ 6e1e1d4 and th
 
 import argparse
 import collections        # Counter, deque, defaultdict
+import contextlib
 import copy               # a sampler that runs ahead
 import dataclasses        # Picture
 import functools          # caches
@@ -996,7 +997,8 @@ class Worker:
     def ask(self, task):
         """One more task."""
         self.asked.append(self.free.pop())
-        self.pipe.send((self.asked[-1], task))
+        with contextlib.suppress(OSError):                        # it has ended: next() will say so, after the answers that were still sent
+            self.pipe.send((self.asked[-1], task))
 
     def next(self):
         """The next answer. Its arrays are the shared memory itself while there is enough of that for the answers to come, else copies."""
