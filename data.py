@@ -131,7 +131,7 @@ class Picture:
 
 
 def load_picture(ref, draft=False):
-    """path | bytes | {"bytes", "path"} | Picture | PIL -> RGB picture; BadData for anything else and for image bombs.
+    """path | bytes | {"bytes", "path"} | Picture | PIL -> RGB picture; BadData for anything else, for image bombs and for strips beyond 200 to 1.
 
     As in the reference (Image.open(...).convert("RGB")) the EXIF orientation is NOT applied. Unlike it, alpha is laid on white (convert drops it,
     which turns transparent black letters into a black page) and 16-bit grey is scaled (convert clips it to white). draft: only to find faults, at an
@@ -145,7 +145,7 @@ def load_picture(ref, draft=False):
         im = body if isinstance(body, Image.Image) else Image.open(io.BytesIO(body) if isinstance(body, bytes) else body)
         if im.width * im.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):          # the header says so, before a byte is decoded
             raise Image.DecompressionBombError(f"{im.width}x{im.height}, the limit is {Image.MAX_IMAGE_PIXELS} in all")
-        if max(im.size) > 200 * min(im.size):
+        if max(im.size) > 200 * min(im.size):        # as model.smart_resize, which knows no row to name
             fault = "not a picture that Qwen's processors take"
             raise ValueError(f"{im.width}x{im.height} pixels: expected sides that differ by no more than 200 to 1")
         fault = "broken picture"
@@ -757,6 +757,10 @@ class Source(Media):
         return {"id": self.id(row), "dataset": self.name, "query": query, "target": target, "negatives": negatives}
 
 
+def as_it_is(pair):
+    return pair
+
+
 class TrainData:
     """Sources by number, their usable rows by number; pairs are built when asked for.
 
@@ -773,7 +777,7 @@ class TrainData:
         """One pair, pictures as references (see Source.pair)."""
         return self.sources[source].pair(row)
 
-    def usable(self, source, row, found, load=True, read=lambda pair: pair):
+    def usable(self, source, row, found, load=True, read=as_it_is):
         """read() of one pair, its pictures decoded or not. A bad one stops the run, or (on_bad="skip") goes into found {id: why}, and the table's next
         row takes its place."""
         for at in itertools.chain(range(row, self.sizes[source]), range(row)):
@@ -789,9 +793,10 @@ class TrainData:
                 found[name] = str(error)
         raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(found.values()))}", found.values())
 
-    def fetch(self, *which, **how):
+    def fetch(self, source, row, load=True, read=as_it_is):
         """usable(), what it finds noted."""
-        pair = self.usable(*which, found := {}, **how)
+        found = {}
+        pair = self.usable(source, row, found, load, read)
         self.note(found)
         return pair
 
@@ -802,7 +807,7 @@ class TrainData:
                 self.bad[name] = error
                 tqdm.write(f"skipped ({len(self.bad)} so far): {error}")
 
-    def stream(self, lists, workers=0, ahead=1, load=True, read=lambda pair: pair):
+    def stream(self, lists, workers=0, ahead=1, load=True, read=as_it_is):
         """Lists of (source, row) -> lists of read(pair), see in_order(). read: what else is to be done where a pair is decoded (train.py: resizing,
         tokenising), that is beside whatever the caller does meanwhile; without torch, whose threads a forked process does not have."""
         def work(refs):
@@ -898,10 +903,10 @@ class Sampler:
         self.step, self.taken = int(state["step"]), [int(n) for n in state["taken"]]
 
 
-def batches(data, sampler, workers=0, steps=None, load=True, read=lambda pair: pair):
+def batches(data, sampler, workers=0, steps=None, load=True, read=as_it_is):
     """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
     With workers the next batch is read while this one is used; for `read` see TrainData.stream."""
-    ahead = copy.deepcopy(sampler)                                # may be two batches on; the state handed out is not
+    ahead = copy.deepcopy(sampler)                                # runs before the one whose state counts
     drawn = itertools.islice(ahead, steps)
     share = sampler.batch // sampler.world
     lists, each = (refs[at : at + CHUNK] for refs in drawn for at in range(0, share, CHUNK)), -(-share // CHUNK)
@@ -1549,7 +1554,8 @@ def bench(rows, out, steps=10_000, pictures=256, batch=64):
         for name, way in [*ways.items()] * 5:                     # in turn: the machine may be busy with something else
             wall, cpu = time.perf_counter(), time.process_time()
             there = way()
-            took[name].append([1000 * (time.perf_counter() - wall) / (16 * pictures), 1000 * (there + time.process_time() - cpu) / (16 * pictures)])
+            spent = time.perf_counter() - wall, there + time.process_time() - cpu
+            took[name].append([1000 * seconds / (len(held) * batch) for seconds in spent])
     for name, times in took.items():
         wall, cpu = np.min(times, 0)                              # of the round that was disturbed least by whatever else the machine does
         figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}

@@ -1792,6 +1792,19 @@ def test_data_skip_leaves_out_a_source_without_its_pictures(tmp_path, capsys):
         [*data.batches(d, data.Sampler(d.sizes, d.weights, 8, 4), 2, steps=20)]
 
 
+def test_data_check_of_a_broken_set_says_how_to_fetch_it_and_can_name_every_row(tmp_path, capsys):
+    """Of many alike 20 are printed and the way to see the others; with one name all are."""
+    small_data(tmp_path, (100, 17, 5))
+    os.remove(tmp_path / TRAIN_HUB / "images/CIRR/1.jpg")         # of 25 rows
+    for names, n in ((None, 20), (["CIRR", "NIGHTS"], 20), (["CIRR"], 25)):
+        assert data.check(str(tmp_path), ("train",), names) == 1
+        out = capsys.readouterr().out
+        assert len(re.findall(r"^ +CIRR/\d+: picture .*1\.jpg' is missing", out, re.M)) == n
+        assert ("... and 5 more like these; --names CIRR lists them all" in out) == (n == 20)
+        assert re.search("^broken +train CIRR ", out, re.M)
+    assert f"\n         hf download {TRAIN_HUB} " in out           # the last call's, of CIRR alone
+
+
 def test_data_pictures_that_the_model_cannot_take_are_bad_rows(tmp_path):
     """Sides beyond 200:1 are found by --check and skipped like a broken picture; what read() cannot use is named, too, by both kinds of worker."""
     d = small_data(tmp_path)
