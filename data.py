@@ -1071,7 +1071,8 @@ class EvalSet(Media):
     metric              hit@1, or ndcg_linear@5 for visdoc
     protocol            what a score of it must be quoted with
     queries, query_ids  items and their names
-    candidates          items, one per dedup key; cand_ids the keys; index {key: number, or None for a broken one}
+    candidates          items, one per dedup key; cand_ids the keys; cand_where the rows that they were first met in; index {key: number, or None
+                        for a broken one}
     local               per query an array of candidate numbers (repeats kept), or None: every candidate, for all
     positives           per query candidate numbers
     grades              per query the positives' grades, or None
@@ -1082,7 +1083,7 @@ class EvalSet(Media):
         super().__init__(row, root, frames)
         self.modality, self.on_bad, self.prompts, self.protocol = row["modality"], on_bad, prompts, ""
         self.metric, self.where = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1", self.name
-        self.queries, self.query_ids, self.candidates, self.cand_ids, self.index = [], [], [], [], {}
+        self.queries, self.query_ids, self.candidates, self.cand_ids, self.cand_where, self.index = [], [], [], [], [], {}
         self.local, self.positives, self.grades, self.rows, self.dropped, self.bad = [], [], [], 0, 0, []
         self.asked = {}                              # of the parser pairs: query -> its number
         self.config = self.spot = ""                 # of several tables one after the other: which is being read, and where in it
@@ -1128,6 +1129,7 @@ class EvalSet(Media):
             self.index[key] = len(self.candidates)
             self.candidates.append(made)
             self.cand_ids.append(key)
+            self.cand_where.append(self.where + self.spot)
         return self.index[key]
 
     def query(self, made, cands, positives, grades=None, qid=None):

@@ -201,8 +201,8 @@ class Cache:
         self.embedder, self.folder, self.batch_size, self.options, self.who = embedder, folder, batch_size, options, identity(embedder)
         os.makedirs(folder, exist_ok=True)
 
-    def embed(self, items, ids, reason, what, **options):
-        """-> (vectors (n, d) float32, infos, ms per item). An item that cannot be read is named by dataset and id."""
+    def embed(self, items, name, reason, what, **options):
+        """-> (vectors (n, d) float32, infos, ms per item). An item that cannot be read is named by name(its number)."""
         options, prints = {**self.options, **options}, [print_of(item) for item in items]
         first = {}
         for i, p in enumerate(prints):
@@ -215,7 +215,7 @@ class Cache:
             try:
                 vectors, infos = self.embedder.encode(distinct, reason=reason, batch_size=self.batch_size, return_info=True, **options)
             except ValueError as e:                               # the Embedder's says which item
-                raise BadData(f"{what}{f' {ids[list(first.values())[e.index]]}' if hasattr(e, 'index') else ''}: {e}") from e
+                raise BadData(f"{what}{f' {name(list(first.values())[e.index])}' if hasattr(e, 'index') else ''}: {e}") from e
             ms = 1000 * (time.perf_counter() - start) / len(distinct)
             vectors = np.asarray(vectors, np.float32)
             finite(vectors, f"{what}: item")
@@ -293,13 +293,14 @@ def aggregate(metrics, rows=None):
 
 def measure(es, cache, modes, tau, targets="never"):
     """One EvalSet -> {mode: {"scores" (n, 24), "best" (n,), "top", "infos", "ms"}} for the modes that are embedded: never, always, adaptive."""
-    targets, _, _ = cache.embed(es.candidates, es.cand_ids, targets, f"{es.name} candidate")
+    met = lambda i: f"{es.cand_ids[i]} (first met at {es.cand_where[i]})"
+    targets, _, _ = cache.embed(es.candidates, met, targets, f"{es.name} candidate")
     out = {}
     for mode in ("never", "always", "adaptive"):
         if mode not in modes or (mode == "adaptive" and {"never", "always"} <= set(modes)):
             continue
         how = {"reason": "auto", "tau": tau} if mode == "adaptive" else {"reason": mode}
-        vectors, infos, ms = cache.embed(es.queries, es.query_ids, what=f"{es.name} query", **how)
+        vectors, infos, ms = cache.embed(es.queries, es.query_ids.__getitem__, what=f"{es.name} query", **how)
         ranked, grades = rank(vectors, targets, es.positives, es.grades, es.local), es.grades or [None] * len(es.queries)
         out[mode] = {"scores": np.stack([score_ranks(r, g) for r, g in zip(ranked.worst, grades)]), "top": ranked.top, "infos": infos, "ms": ms,
                      "best": np.array([score_ranks(r, g)[KEYS.index(es.metric)] for r, g in zip(ranked.best, grades)])}

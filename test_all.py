@@ -1448,6 +1448,15 @@ def test_data_eval_video_prompts_are_the_published_ones():
     assert {r["name"]: r["inst"] for r in data.EVAL if r["parser"] == "video_cls"} == prompts
 
 
+def test_eval_a_broken_candidate_stops_with_its_row(tmp_path):
+    """Met in the second row, decoded only when it is embedded."""
+    row = {"qry_inst": "x", "qry_text": "a", "qry_img_path": "", "tgt_inst": f"{IMG}\ny", "tgt_text": ["", ""], "tgt_img_path": ["t/0.jpg", "t/1.jpg"]}
+    write_image_set(tmp_path, "MSCOCO_t2i", [row, dict(row, qry_text="b", tgt_img_path=["t/0.jpg", "t/2.jpg"])])
+    (tmp_path / V2 / "image-tasks/t/2.jpg").write_bytes(b"no picture")
+    with pytest.raises(BadData, match=r"^MSCOCO_t2i candidate t/2.jpg \(first met at MSCOCO_t2i/1\): .*2\.jpg: not a picture"):
+        evaluation.evaluate(tiny_embedder(), str(tmp_path), str(tmp_path / "out"), ["MSCOCO_t2i"], ["never"])
+
+
 def test_data_eval_a_candidate_without_its_picture_is_refused(tmp_path):
     for name in ("MSCOCO_t2i", "NIGHTS"):
         row = {"qry_inst": "x", "qry_text": "a", "qry_img_path": "q.jpg", "tgt_inst": f"{IMG}\ny", "tgt_text": ["", ""], "tgt_img_path": ["t/1.jpg", "t/2.jpg"]}
