@@ -12,7 +12,7 @@ of several look-ups that a few layers cannot chain in one pass:
 
 Scripted workers of known quality write rationales: careful (right steps), captioner (true words about the picture, no steps), sloppy
 (right form, one wrong fact, hence a wrong end) and parrot (form only). The truth that selection is marked against: a careful
-rationale on a family that needs steps helps, every other does not.
+rationale on a family that needs steps helps, every other does not. Where careful is made to err (`misread`), what it got wrong does not help.
 
 How to run:
     python pocket.py --out DIR [--seed 1] [--train 300] [--test 100] [--style plain|night] [--steps 3]
@@ -736,6 +736,17 @@ def facts(scene, rng, n=8):
                 j = 3 * r + c
                 out.append((f"what is {m} of {CELLS[i]} ?", f"{CELLS[i]} {name(scene[i])} . {m}", f"{CELLS[j]} {name(scene[j])}", name(scene[j])))
     return out
+
+
+def misread(rows, rate, seed, tries=1):
+    """Scripted rationales (rows of workers.jsonl) if careful erred as real writers do, and wrote so many for each pair (careful-0, careful-1 ...): each
+    statement is wrong with chance `rate`, and a single wrong one spoils the rest, which then is what sloppy wrote -> new rows. Of n statements all
+    are right with chance (1 - rate)^n: the longer, the less."""
+    rng, sloppy = np.random.default_rng([seed, 13]), {r["id"]: r["text"] for r in rows if r["worker"] == "sloppy"}
+    right = lambda text: rng.random() < (1 - rate) ** len(re.split(r" [.,] | then ", text))
+    once = lambda r, worker: dict(r, worker=worker, text=r["text"] if right(r["text"]) else sloppy[r["id"]])
+    names = ["careful"] if tries < 2 else [f"careful-{k}" for k in range(tries)]
+    return [new for r in rows for new in ([once(r, name) for name in names] if r["worker"] == "careful" else [r])]
 
 
 def main():

@@ -234,7 +234,8 @@ def audit(results, kept, level, rule="full", needs_steps=None):
            "placebo_accepted": round(float(placebo_kept.mean()), 4) if offered else None,
            "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset_of)}
     if needs_steps is not None:
-        helps = lambda r: r["worker"] == "careful" and dataset_of(r) in needs_steps
+        slips = {(r["id"], r["text"]) for r in results if r["worker"] == "sloppy"}           # careful may err too: pocket.misread
+        helps = lambda r: r["worker"].split("-")[0] == "careful" and dataset_of(r) in needs_steps and (r["id"], r["text"]) not in slips
         truly = {r["id"] for r in results if helps(r)}
         found = {r["id"] for r in kept if helps(r)}
         out["precision"] = round(sum(map(helps, kept)) / len(kept), 4) if kept else 0.0

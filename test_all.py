@@ -2716,10 +2716,10 @@ def test_select_judge_asks_the_right_questions(m_world, monkeypatch):
 def test_select_audit_by_hand():
     """Walk needs steps, Kind does not. Truly helpful: careful on Walk, three pairs; two of them kept. 2 of 4 kept rows help."""
     ids = ["Walk/0", "Walk/1", "Walk/2", "Kind/0"]
-    results = [dict(id=i, worker=w, delta=2.0, delta_placebo=p, delta_second=0.0, delta_guess=0.0) for i, p in zip(ids, (1.5, 0.9, 0.0, -1.0)) for w in ("careful", "sloppy")]
+    results = [dict(id=i, worker=w, text=w, delta=2.0, delta_placebo=p, delta_second=0.0, delta_guess=0.0) for i, p in zip(ids, (1.5, 0.9, 0.0, -1.0)) for w in ("careful", "sloppy")]
     for r in results[4:]:
         r["delta_second"] = None                                 # these were not audited
-    kept = [dict(id="Walk/0", worker="careful"), dict(id="Walk/1", worker="careful"), dict(id="Walk/1", worker="sloppy"), dict(id="Kind/0", worker="careful")]
+    kept = [dict(id=i, worker=w, text=w) for i, w in (("Walk/0", "careful"), ("Walk/1", "careful"), ("Walk/1", "sloppy"), ("Kind/0", "careful"))]
     level = {(d, w): 1.1 for d in ("Walk", "Kind") for w in ("careful", "sloppy")} | {("Walk", "sloppy"): math.inf}
     with m_unchanged(results, kept):
         a = m_select.audit(results, kept, level, "full", ["Walk"])
@@ -2728,6 +2728,9 @@ def test_select_audit_by_hand():
     blind = m_select.audit(results[4:], kept, level)
     assert blind["precision"] is blind["recall"] is blind["placebo_accepted"] is None and blind["kept"] == 4
     assert m_select.audit(results, [], level, "full", ["Walk"])["precision"] == 0.0 and m_select.audit(results, [], level, "full", ["Walk"])["recall"] == 0.0
+    err = lambda rows: [dict(r, text="sloppy") if r["id"] == "Walk/0" else r for r in rows]      # there careful said what sloppy says: no help
+    a = m_select.audit(err(results), err(kept), level, "full", ["Walk"])
+    assert (a["precision"], a["recall"], a["sloppy_kept"]) == (0.25, 0.5, 0.3333)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3158,7 +3161,8 @@ def test_train_parse():
                                         (["--select_rule=most"], "most"), (["--resume=yes"], "resume"), (["--preset", "qwen3vl-2b"], "--model"), (["--rl_group=3"], "rl_group"),
                                         (["--batch=60"], "sub_batch"), (["--scale=0"], "scale"), (["--rl_batch=12"], "rl_batch"), (["--sub_batch=0"], "sub_batch"),
                                         (["--rl_group=-2"], "rl_group"), (["--rl_group=2"], "rl_group"), (["--scale=nan"], "scale"), (["--optimizer=sgd"], "optimizer"), (["--world_style=day"], "world_style"),
-                                        (["--world_steps=9"], "world_steps"), (["--select_folds=0"], "select_folds"), (["--batch=0"], "batch"), (["--dtype=int8"], "dtype")])
+                                        (["--world_steps=9"], "world_steps"), (["--propose_errors=1.5"], "propose_errors"),
+                                        (["--propose_errors=0.1", "--rationales=r.jsonl"], "--rationales"), (["--select_folds=0"], "select_folds"), (["--batch=0"], "batch"), (["--dtype=int8"], "dtype")])
 def test_train_refuses_options(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "world", lambda *a, **k: pytest.fail(f"{argv} was taken"))
@@ -3554,6 +3558,26 @@ def test_pocket_same_seed_same_bytes(m_world, tmp_path):
     assert here == same and here.keys() == other.keys()
     alike = [k for k in here if here[k] == other[k]]                                     # what holds no content: lists of paths, of ids
     assert "datasets.json" in alike and not [k for k in alike if k.endswith(".png") or k in ("workers.jsonl", "pocket.json")]
+
+
+def test_pocket_misread(m_world, capsys):
+    """Of n statements all are right with chance (1 - rate)^n; what is not right is what sloppy wrote; nobody else errs."""
+    long = [dict(id=f"A/{i}", side="query", worker=w, text=t) for i in range(4000) for w, t in (("careful", "one . two . three then four , five"), ("sloppy", f"not {i}"))]
+    short = [dict(r, id="B" + r["id"], text=r["text"][:3]) for r in long]
+    with m_unchanged(long, short):
+        got = pocket.misread(long + short, 0.1, 3)
+    wrong = [r["text"] != old["text"] for r, old in zip(got, long + short)]
+    assert got == pocket.misread(long + short, 0.1, 3) != pocket.misread(long + short, 0.1, 4) and not any(wrong[1::2])
+    assert all(a["text"] == b["text"] for a, b, w in zip(got[::2], got[1::2], wrong[::2]) if w)
+    for share, n in ((np.mean(wrong[:8000:2]), 5), (np.mean(wrong[8000::2]), 1)):
+        assert abs(share - (1 - 0.9**n)) < 3 * math.sqrt(0.25 / 4000)
+    rows = m_select.read_rationales(os.path.join(m_world, "workers.jsonl"))
+    assert pocket.misread(rows, 0.0, 1) == rows and all(r["text"] == s["text"] for r, s in zip(pocket.misread(rows, 1.0, 1)[::4], rows[2::4]))
+    assert [r["worker"] for r in rows[:4]] == ["careful", "captioner", "sloppy", "parrot"]
+    four = pocket.misread(long, 0.1, 3, tries=4)                 # each try errs by itself
+    assert [r["worker"] for r in four[:5]] == ["careful-0", "careful-1", "careful-2", "careful-3", "sloppy"] and len(four) == 5 * 4000
+    lost = np.array([r["text"].startswith("not") for r in four]).reshape(4000, 5)[:, :4]
+    assert abs(lost.all(1).mean() - (1 - 0.9**5) ** 4) < 3 * math.sqrt(0.03 / 4000) and abs(lost.mean() - (1 - 0.9**5)) < 3 * math.sqrt(0.25 / 16000)
 
 
 def test_pocket_every_word_is_one_token():
@@ -4844,6 +4868,30 @@ def test_study_forks_share(s_study):
     assert all(r["weight"] == pytest.approx(1 / share[r["id"]], abs=1e-4) for r in kept) and min(share.values()) > 1      # no selection: all alike
 
 
+def test_study_variants_are_runs():
+    """Every row of the table names options that exist, a parent above it and a stage to begin with."""
+    names = list(train.VARIANTS)
+    for n, (name, (parent, first, differs)) in enumerate(train.VARIANTS.items()):
+        assert train.dataclasses.replace(train.Config(), **differs) and first in train.STAGES and (parent in names[:n] or name == "full")
+    of = lambda name: {k: v for n in train.lineage(name) for k, v in train.VARIANTS[n][2].items()}
+    but = lambda name, *keys: {k: v for k, v in of(name).items() if k not in ("select_judged", *keys)}
+    assert of("erring") == {"propose_errors": 0.1} and but("always_erring", "propose_errors") == but("always")             # always, but for the errors
+    assert but("always_erring_tries", "propose_errors", "propose_k", "embed_workers") == but("always", "embed_workers")
+    assert of("always_erring_tries")["embed_workers"].split(",") == [f"careful-{k}" for k in range(of("erring_tries")["propose_k"])]
+
+
+def test_propose_errs_where_told(m_finished, tmp_path, monkeypatch):
+    run = train.Run(dataclasses.replace(m_run(tmp_path / "x").cfg, out=str(tmp_path / "run"), propose_errors=1.0, propose_k=0))
+    run.data_root = os.path.join(m_finished, "data")
+    monkeypatch.setattr(run, "embedder", lambda stage: types.SimpleNamespace(reader=m_reader()))
+    monkeypatch.setattr(run, "path", lambda *parts: os.path.join(m_finished if parts[0] == "data" else str(tmp_path / "run"), *parts))
+    os.makedirs(tmp_path / "out")
+    train.propose_stage(run, str(tmp_path / "out"))
+    said = {(r["id"], r["worker"]): r["text"] for r in m_select.read_rationales(str(tmp_path / "out" / "rationales.jsonl"))}
+    before = {(r["id"], r["worker"]): r["text"] for r in m_select.read_rationales(os.path.join(m_finished, "propose", "rationales.jsonl")) if r["worker"] != "base"}
+    assert said == {(i, w): before[i, "sloppy" if w == "careful" else w] for i, w in before} and said != before
+
+
 def test_propose_takes_the_rationales_of_all_pairs(tmp_path, monkeypatch):
     """An id holds the row of the table, which is not the number of the usable row once one before it was dropped for an empty side."""
     own = [{"qry": f"q {i}", "qry_image_path": "", "pos_text": "" if i % 3 == 0 else f"t {i}", "pos_image_path": ""} for i in range(15)]
@@ -4936,6 +4984,7 @@ def test_study_resumes_and_writes_tables(s_study, tmp_path, monkeypatch, capsys)
     assert test["n"] == 2 and test["diff"] == pytest.approx(a - b) and test["half"] == pytest.approx(12.7062 * 0.02, rel=1e-4)
     assert f"Full minus never: {a - b:+.3f} ± {test['half']:.3f} over 2 seeds, within noise." in text and "PocketWalk (steps)" in text and "## What the counterfactual says" in text
     assert f"| never | {b:.3f} ± {12.7062 * 0.03:.3f} |" in text and os.path.getsize(os.path.join(root, "study.png")) > 5000
+    assert found["erring"] == []                                 # none was run
     steps = [f[0] for f in pocket.FAMILIES if f[2]]
     modes, said = m_json(root, "seed2", "full", "report.json")["modes"], found["variants"]["full, told"]["seeds"]["2"]    # always where steps are needed, never elsewhere
     assert said["overall"] == pytest.approx(np.mean([modes["always" if n in steps else "never"]["datasets"][n] for n in modes["never"]["datasets"]]))
@@ -4946,6 +4995,41 @@ def test_study_resumes_and_writes_tables(s_study, tmp_path, monkeypatch, capsys)
     assert [thin[k] for k in ("overall", "tokens_per_query", "ms_per_query", "reason_rate")] == pytest.approx([0.66, 4.0, 1.8, 0.4]) and thin["datasets"] == pytest.approx({"a": 0.52, "b": 0.8})
     assert study.thinned(dict(always=always, never=never), 99.0)["overall"] == 0.9       # never more than always
     assert found["variants"]["never"]["seeds"]["2"]["steps"] == pytest.approx(np.mean([m_json(root, "seed2", "never", "report.json")["modes"]["adaptive"]["datasets"][n] for n in steps]))
+
+
+def test_study_dial():
+    """The least tau, from the run's own on, at which the other runs together keep 1.15 times their oracles' tokens: never by the run's own curve."""
+    report = lambda oracle, *tokens: dict(modes=dict(oracle=dict(tokens_per_query=oracle)), curve=[dict(tau=t, tokens_per_query=x) for t, x in zip((0.4, 0.5, 0.6, 0.7), tokens)])
+    reports = {1: report(10.0, 11.5, 11.5, 9.0, 1.0), 2: report(20.0, 23.0, 23.1, 23.0, 1.0), 3: report(20.0, 99.0, 23.0, 22.9, 22.0)}
+    assert [study.dial(reports, s, 0.5) for s in (1, 2, 3)] == [0.6, 0.5, 0.6] and study.dial(reports, 2, 0.55) == 0.6
+    assert study.dial({1: reports[1]}, 1, 0.5) is None and study.dial({1: reports[1], 2: report(1.0, 9, 9, 9, 9)}, 1, 0.5) is None
+
+
+def test_study_decided_and_erring(s_study, tmp_path):
+    """Another decision about finished queries: never, always and adaptive come out as the report has them; two variants beside one another by hand."""
+    run = os.path.join(s_study[0], "seed2", "full")
+    modes, at = m_json(run, "report.json")["modes"], {c["tau"]: c for c in m_json(run, "report.json")["curve"]}
+    p = sorted(json.loads(line)["p_reason"] for f in glob.glob(os.path.join(run, "eval", "*", "*_queries.jsonl")) for line in open(f))
+    for mode, think in (("never", lambda *_: False), ("always", lambda *_: True)):
+        got = study.decided(run, think)
+        assert all(got[k] == pytest.approx(modes[mode][k]) for k in ("overall", "reason_rate", "tokens_per_query")) and got["datasets"] == pytest.approx(modes[mode]["datasets"])
+    tau = min(at, key=lambda t: abs(t - p[len(p) // 2]))         # one at which some think and some do not
+    got = study.decided(run, lambda dataset, row: row["p_reason"] > tau)
+    assert 0 < got["reason_rate"] < 1 and all(got[k] == pytest.approx(at[tau][k]) for k in ("overall", "reason_rate", "tokens_per_query"))
+    root = str(tmp_path / "study")
+    for seed, by in ((2, {"full": 0.0, "erring": 0.01, "always_erring": 0.04, "never": 0.0}), (3, {"full": 0.0, "erring": 0.03, "always_erring": 0.02, "never": -0.1})):
+        for name, plus in by.items():
+            to = os.path.join(root, f"seed{seed}", name)
+            shutil.copytree(run, to, symlinks=True, ignore=shutil.ignore_patterns("*.safetensors", "cache", "partial"))
+            report, config = m_json(to, "report.json"), m_json(to, "config.json")
+            report["modes"]["adaptive"]["overall"] = 0.5 + plus
+            M.write_json(os.path.join(to, "report.json"), report), M.write_json(os.path.join(to, "config.json"), dict(config, seed=seed))
+    found = study.gather(root)
+    assert found["erring"] == [dict(study.paired([0.51, 0.53], other), a="erring", b=b) for b, other in (("never", [0.5, 0.4]), ("always_erring", [0.54, 0.52]))]
+    says = study.verdict(found)
+    assert "Erring minus always erring: -0.010 ± 0.254 over 2 seeds, within noise." in says and not any("erring" in s for s in says if s.startswith("Beyond"))
+    taus = [r["tau"] for r in found["variants"]["full, dial"]["seeds"].values()]
+    assert taus == [study.dial({s: m_json(root, f"seed{s}", "full", "report.json") for s in (2, 3)}, s, 0.5) for s in (2, 3)]
 
 
 def test_study_readme_marks(tmp_path):

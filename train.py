@@ -132,9 +132,10 @@ class Config:
     base_skill: float = 0.93        # held-out token accuracy wanted of every skill in STEP_SKILLS; cooling down begins at 0.05 less, and adds that
     # propose
     sides: str = "query"            # who may reason: query, or both (targets too, offline: nobody waits for them)
-    propose_k: int = 1              # rationales by the base model itself per query
+    propose_k: int = 1              # rationales per query by the base model itself, and by a scripted worker that errs
     propose_temperature: float = 0.7
     propose_max_new: int = 40
+    propose_errors: float = 0.0     # pocket world: chance that a statement of its best worker, who is right otherwise, is wrong (pocket.misread)
     rationales: str = ""            # a JSONL of rationales written elsewhere; the pocket world brings workers.jsonl
     # contrastive steps: select's evaluators and embed (temperature: rl too)
     batch: int = 64                 # pairs per step
@@ -191,7 +192,7 @@ CHOICES = {"resume": ("", "auto"), "world_style": ("plain", "night"), "dtype": (
            "on_bad": ("stop", "skip"), "select_rule": selection.RULES, "sides": ("query", "both")}
 OWN = {"propose": ("sides", "rationales"), "embed": ("lm_weight", "decision_weight"), "eval": ("tau",)}     # a stage's, by another name
 MAY_BE_ZERO = ("seed", "world_train", "world_test", "hold_back", "warmup", "workers", "lora", "base_text", "base_look", "base_skill", "propose_k",
-               "propose_temperature", "negatives", "lm_weight", "decision_weight", "rl_steps", "rl_group", "rl_price", "rl_decision",
+               "propose_temperature", "propose_errors", "negatives", "lm_weight", "decision_weight", "rl_steps", "rl_group", "rl_price", "rl_decision",
                "rl_rationale", "rl_nce")
 ANY_NUMBER = ("select_margin", "tau")
 
@@ -236,6 +237,8 @@ def parse(argv):
             raise UsageError(f"--{key} {value}: expected a number {'of at least' if key in MAY_BE_ZERO else 'above'} 0")
     if cfg.world_steps > 5:
         raise UsageError(f"--world_steps {cfg.world_steps}: a walk that never crosses itself has 1 to 5 moves here")
+    if cfg.propose_errors > 1 or cfg.propose_errors and (cfg.data or cfg.rationales):
+        raise UsageError(f"--propose_errors {cfg.propose_errors}: a chance, at most 1, of the pocket world's own workers: no --data, no --rationales")
     if preset != "pocket" and not (cfg.model and cfg.data):
         raise UsageError(f"--preset {preset} needs --model (a Qwen3-VL folder or hub id) and --data (an MMEB root)")
     if cfg.batch % cfg.sub_batch or cfg.rl_group % 2 or cfg.rl_group == 2 or cfg.rl_batch % RL_SUB_BATCH:
@@ -838,6 +841,8 @@ def propose_stage(run, out):
     pairs, folder = Pairs(run, e.reader), run.partial("propose")
     source = c.rationales or (run.path("data", "workers.jsonl") if not c.data else "")
     given = selection.read_rationales(source) if source else []
+    if c.propose_errors:
+        given = pocket.misread(given, c.propose_errors, c.seed, c.propose_k)
     known = set(map(pairs.id, pairs.refs()))
     rows = [r for r in given if r["id"] in known]
     if len(rows) < len(given):
@@ -1175,14 +1180,15 @@ def run_stages(cfg):
 # The study: does thinking when needed pay? Variants are run folders forked from one another, so they share every stage
 # before the first that differs: data, base and proposals always, the embedder where only rl does. What the seeds say: study.py
 
+ALWAYS = dict(select_rule="none", select_weight_temperature=1e6, decision_weight=0.0, rl_decision=0.0, rl_price=0.0, tau=-1.0)     # a huge T: all alike
 VARIANTS = {                                                     # name: (forked from, first stage done again, what differs)
     "full": ("", "base", {}),
     # VLM2Vec-style: contrastive without a rationale, as many updates of embed and rl on batches of the same size
     "never": ("full", "embed", dict(embed_workers="none", decision_weight=0.0, rl_group=0, tau=1.0)),
-    "no_selection": ("full", "select", dict(select_rule="none", select_weight_temperature=1e6, select_judged="full")),      # a huge T: all alike
+    "no_selection": ("full", "select", dict(select_rule="none", select_weight_temperature=1e6, select_judged="full")),
     # UME-R1-style: a rationale on every query in training (the best worker's, or any) and in use, no decision, no price
-    "always": ("no_selection", "embed", dict(embed_workers="careful", decision_weight=0.0, rl_decision=0.0, rl_price=0.0, tau=-1.0)),
-    "always_any": ("no_selection", "embed", dict(decision_weight=0.0, rl_decision=0.0, rl_price=0.0, tau=-1.0)),
+    "always": ("no_selection", "embed", dict(ALWAYS, embed_workers="careful")),
+    "always_any": ("no_selection", "embed", ALWAYS),
     "positive_only": ("full", "select", dict(select_rule="positive_only", select_judged="full")),
     "no_placebo": ("full", "select", dict(select_rule="no_placebo", select_judged="full")),
     "no_crossfit": ("full", "select", dict(select_folds=1)),
@@ -1191,6 +1197,12 @@ VARIANTS = {                                                     # name: (forked
     "one_loss": ("full", "rl", dict(rl_one_loss=True)),
     # the reasoned path learnt on every pair; rl then has to hold the space where thinking gains nothing (results/tuning.txt)
     "rest": ("full", "embed", dict(embed_rest=True, rl_nce=1.0, rl_lr=0.01)),
+    # the best worker errs, one statement in ten: the full method, and always, which is told of that worker; then with as many tries as the large
+    # presets make
+    "erring": ("full", "propose", dict(propose_errors=0.1)),
+    "always_erring": ("erring", "select", dict(ALWAYS, select_judged="erring", embed_workers="careful")),
+    "erring_tries": ("full", "propose", dict(propose_errors=0.1, propose_k=4)),
+    "always_erring_tries": ("erring_tries", "select", dict(ALWAYS, select_judged="erring_tries", embed_workers="careful-0,careful-1,careful-2,careful-3")),
     "both_sides": ("full", "propose", dict(sides="both", select_judged="full")),         # its queries' rationales are the same
     "without_tally": ("full", "select", dict(leave_out="PocketTally")),                                   # never seen, then tested
 }
