@@ -3771,21 +3771,25 @@ def test_run_stage_interrupted_and_resumed(m_finished, tmp_path, monkeypatch):
 
 
 def test_run_rest_trains_what_was_not_kept(m_finished, tmp_path, monkeypatch):
-    """embed_rest: where nothing of a pair was kept, the branch is by the worker of whom most was kept, and the label is still 0; off: no branch."""
+    """embed_rest: where nothing of a pair was kept, the branch is by the worker of whom most was kept, and the label is still 0; off: no branch.
+    embed_unsure: there the label is open where the direct path had given the target less than a half."""
     proposed = m_select.read_rationales(os.path.join(m_finished, "propose", "rationales.jsonl"))
     text = {(r["id"], r["worker"]): r["text"] for r in proposed if r["side"] == "query"}
     ids = sorted({i for i, w in text if w == "captioner"} & {i for i, w in text if w == "careful"})
     kept = {i: "captioner" if n % 3 else "careful" for n, i in enumerate(ids[:30])}
-    for on in (False, True):
-        out, seen = m_copy(m_finished, tmp_path / str(on)), []
-        os.unlink(os.path.join(out, "select", "selected.jsonl"))
+    for on, unsure in ((False, False), (True, False), (False, True)):
+        out, seen = m_copy(m_finished, tmp_path / f"{on}{unsure}"), []
+        judged = [dict(r, direct=math.log(0.51 if int(r["id"].split("/")[1]) % 2 else 0.49)) for r in m_select.read_rationales(os.path.join(out, "select", "judged.jsonl"))]
+        for name in ("selected", "judged"):
+            os.unlink(os.path.join(out, "select", f"{name}.jsonl"))
+        m_select.write_rows(os.path.join(out, "select", "judged.jsonl"), judged)
         m_select.write_rows(os.path.join(out, "select", "selected.jsonl"), [dict(id=i, worker=w, text=text[i, w], delta=1.0, delta_placebo=0.0, weight=1.0) for i, w in kept.items()])
         monkeypatch.setattr(train, "contrastive_step", lambda model, reader, pairs, branches, labels, cfg, **_: (seen.extend((p["id"], b, l, reader) for p, b, l in zip(pairs, branches, labels)), dict(loss=0.0, ids=[]))[1])
-        assert m_main(out, "--embed_rest", str(on).lower(), stage="embed") == 0
+        assert m_main(out, "--embed_rest", str(on).lower(), "--embed_unsure", str(unsure).lower(), stage="embed") == 0
         for i, branch, label, reader in seen:
             want = text[i, kept[i]] if i in kept else text.get((i, "captioner")) if on else None
-            assert label == (i in kept) and branch == (None if want is None else reader.rationale(want)), i
-        assert {i in kept for i, *_ in seen} == {True, False}
+            assert label == (1 if i in kept else -1 if unsure and int(i.split("/")[1]) % 2 == 0 else 0) and branch == (None if want is None else reader.rationale(want)), i
+        assert {i in kept for i, *_ in seen} == {True, False} and {label for _, _, label, _ in seen} == ({-1, 0, 1} if unsure else {0, 1})
 
 
 def test_run_interrupted_repetition_does_not_pass_for_its_result(m_finished, tmp_path, monkeypatch, capsys):

@@ -157,6 +157,7 @@ class Config:
     embed_lr: float = 0.5           # times the learning rates above
     embed_workers: str = ""         # only these workers' rationales (commas), "none": nobody's (ablations)
     embed_rest: bool = False        # pairs with nothing kept train the reasoned path too, on words of whoever wrote most kept ones; decision: direct
+    embed_unsure: bool = False      # true: where the direct path fails and nothing was kept, the decision is not learnt; false: it is "direct"
     lm_weight: float = 1.0          # of the rationale's cross-entropy
     decision_weight: float = 0.2    # of the decision token's cross-entropy
     # rl
@@ -1070,12 +1071,16 @@ def branches_to_learn(run, reader):
     kept = {i: [(b, w / sum(w for _, w in options)) for b, w in options] for i, options in kept.items()}
     trusted = [worker for worker, _ in collections.Counter(r["worker"] for r in chosen).most_common(1)] if c.embed_rest else []
     rest = {r["id"]: reader.rationale(r["text"]) for r in of_queries if r["worker"] in trusted}
+    judged = {r["id"] for r in of_queries}
+    if c.embed_unsure:                                           # the target has less than a half, so there was something to gain: nobody knows how
+        found = selection.read_rationales(run.path("select", "judged.jsonl"), numbers=("direct",))
+        judged -= {r["id"] for r in found if r["direct"] < math.log(0.5)} - kept.keys()
     for r in proposed if c.sides == "both" else ():
         if r["side"] == "target":
             offline.setdefault(r["id"], []).append(reader.rationale(r["text"]))
     if c.sides == "both" and not offline:
         raise UsageError("--sides both: propose left no rationale of a target (propose_k is 0, and the file given has none)")
-    return kept, rest, {r["id"] for r in of_queries}, offline
+    return kept, rest, judged, offline
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1197,10 +1202,12 @@ VARIANTS = {                                                     # name: (forked
     "one_loss": ("full", "rl", dict(rl_one_loss=True)),
     # the reasoned path learnt on every pair; rl then has to hold the space where thinking gains nothing (results/tuning.txt)
     "rest": ("full", "embed", dict(embed_rest=True, rl_nce=1.0, rl_lr=0.01)),
+    "unsure": ("full", "embed", dict(embed_unsure=True)),        # no evidence, no label
     # the best worker errs, one statement in ten: the full method, and always, which is told of that worker; then with as many tries as the large
     # presets make
     "erring": ("full", "propose", dict(propose_errors=0.1)),
     "always_erring": ("erring", "select", dict(ALWAYS, select_judged="erring", embed_workers="careful")),
+    "erring_unsure": ("erring", "embed", dict(embed_unsure=True)),
     "erring_tries": ("full", "propose", dict(propose_errors=0.1, propose_k=4)),
     "always_erring_tries": ("erring_tries", "select", dict(ALWAYS, select_judged="erring_tries", embed_workers="careful-0,careful-1,careful-2,careful-3")),
     "both_sides": ("full", "propose", dict(sides="both", select_judged="full")),         # its queries' rationales are the same
