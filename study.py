@@ -199,7 +199,9 @@ def collect(folder):
         put = lambda label, modes, mode, **more: rows.setdefault(label, {}).update({config["seed"]: figures(modes, mode, steps, **more)})
         choice = {k: report["selection"][k] for k in ("precision", "recall") if not config["embed_workers"]}
         reasons = {n: d["reason_rate"] for n, d in read(run, "eval", "summary.json")["datasets"].items()}
-        put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, **choice)
+        coin, best = (report["modes"][mode] for mode in ("random", "oracle"))
+        own = dict(coin=coin["overall"], best=best["overall"], best_tokens=best["tokens_per_query"])
+        put(name, report["modes"], "adaptive", seconds=sum(report["seconds"].values()), reasons=reasons, own=own, **choice)
         if name == "full":
             for label, mode in (("full, never", "never"), ("full, always", "always"), ("random", "random"), ("oracle", "oracle")):
                 put(label, report["modes"], mode)
@@ -239,7 +241,7 @@ def gather(folder):
         out[name] = dict(seeds=of, mean={k: v[0] for k, v in spread.items()}, half={k: v[1] for k, v in spread.items()},
                          datasets={n: interval([r["datasets"][n] for r in of.values()]) for n in next(iter(of.values()))["datasets"]},
                          full_minus=minus("full", name))
-    erring = [dict(test, a=a, b=b) for a in ("erring", "erring_tries") for b in ("never", f"always_{a}") if (test := minus(a, b))]
+    erring = [dict(test, a=a, b=b) for a in ("erring", "erring_tries") for b in ("never", f"always_{a}") if (test := minus(a, b))]      # same best worker
     return dict(seeds=sorted(rows["full"]), erring=erring, steps=steps, left_out=left_out, variants=dict(sorted(out.items(), key=lambda x: x[0] != "full")))
 
 
@@ -281,17 +283,21 @@ def verdict(found):
             ratio = tokens("full") / tokens(name)
             out.append(f"Tokens: {ratio:.3f} times those of {name} (aim: at most {aim}; {'met' if ratio <= aim else 'missed'}).")
     best, coin = (v[n]["mean"]["overall"] for n in ("oracle", "random"))
-    way = lambda name: (v[name]["mean"]["overall"] - coin) / (best - coin)
+    way = lambda name, coin, best: (f"{(v[name]['mean']['overall'] - coin) / (best - coin):.0%} of the way from a coin to hindsight" if best > coin
+                                    else "hindsight is no better than a coin")
     if not tokens("full"):
         out.append("Tokens: none, full never reasoned.")
     elif tokens("oracle"):
         out.append(f"Told which families need steps, and foreseeing no luck, it would be {tokens('full, told') / tokens('oracle'):.3f} times.")
         if "full, dial" in v:
             taus, ratio = [r["tau"] for r in v["full, dial"]["seeds"].values()], tokens("full, dial") / tokens("oracle")
-            out.append(f"With tau at what the other seeds need for that aim ({min(taus):g} to {max(taus):g}): {ratio:.3f} times"
-                       + (f", {way('full, dial'):.0%} of the way from a coin to hindsight." if best > coin else "."))
-    if best > coin:
-        out.append(f"Decision: {way('full'):.0%} of the way from a coin to hindsight (aim: at least 80%).")
+            out.append(f"With tau at what the other seeds need for that aim ({min(taus):g} to {max(taus):g}): {ratio:.3f} times, {way('full, dial', coin, best)}.")
+    out.append(f"Decision: {way('full', coin, best)} (aim: at least 80%).")
+    for name in dict.fromkeys(d["a"] for d in found["erring"] if f"always_{d['a']}" in v):                 # the same of the best worker who errs
+        own = {k: float(np.mean([r["own"][k] for r in v[name]["seeds"].values()])) for k in ("coin", "best", "best_tokens")}
+        if own["best_tokens"] and tokens(f"always_{name}"):
+            out.append(f"{name.capitalize().replace('_', ' ')}: {tokens(name) / tokens(f'always_{name}'):.3f} times the tokens of always, "
+                       f"{tokens(name) / own['best_tokens']:.3f} times its oracle's, {way(name, own['coin'], own['best'])}.")
     apart = lambda n: n in ("full", "oracle", "random") or "," in n or "erring" in n                       # no ablations of the full method
     rivals = {n: sign(x["full_minus"]) for n, x in v.items() if not apart(n) and x["full_minus"]}
     better, worse = (", ".join(n for n, s in rivals.items() if s == w) or "none" for w in (-1, 1))
@@ -369,7 +375,8 @@ def summarise(folder):
              "always thinned: the always model, a coin thinning its thoughts out to full's tokens. "
              "'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
              "reason on the families that need steps and on no other; 'full, dial': at the tau that the other seeds need to spend "
-             f"{AIMS['oracle']} times the oracle's tokens. erring, always erring: the best worker errs, one statement in ten; tries: it writes four rationales for each pair.",
+             f"{AIMS['oracle']} times the oracle's tokens. erring, always erring: the best worker errs, one statement in ten; tries: it writes four "
+             "rationales for each pair. unsure: a pair that fails directly and of which nothing was kept does not train the decision.",
              "![quality and tokens](study.png)", main_table(found), "## Families", family_table(found)]
     if any(":" in name for name in found["variants"]):
         parts += ["## Other worlds, and who reasons", "hard: longer paths and sums than in training. night: light on dark, never drawn in training. "

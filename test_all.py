@@ -5026,11 +5026,13 @@ def test_study_decided_and_erring(s_study, tmp_path):
             to = os.path.join(root, f"seed{seed}", name)
             shutil.copytree(run, to, symlinks=True, ignore=shutil.ignore_patterns("*.safetensors", "cache", "partial"))
             report, config = m_json(to, "report.json"), m_json(to, "config.json")
-            report["modes"]["adaptive"]["overall"] = 0.5 + plus
+            report["modes"]["adaptive"].update(overall=0.5 + plus, tokens_per_query=6.0 if name == "always_erring" else 3.0)
+            report["modes"]["random"]["overall"], report["modes"]["oracle"]["overall"], report["modes"]["oracle"]["tokens_per_query"] = 0.4, 0.55, 2.0
             M.write_json(os.path.join(to, "report.json"), report), M.write_json(os.path.join(to, "config.json"), dict(config, seed=seed))
     found = study.gather(root)
     assert found["erring"] == [dict(study.paired([0.51, 0.53], other), a="erring", b=b) for b, other in (("never", [0.5, 0.4]), ("always_erring", [0.54, 0.52]))]
     says = study.verdict(found)
+    assert "Erring: 0.500 times the tokens of always, 1.500 times its oracle's, 80% of the way from a coin to hindsight." in says     # 0.52 of 0.40 ... 0.55
     assert "Erring minus always erring: -0.010 ± 0.254 over 2 seeds, within noise." in says and not any("erring" in s for s in says if s.startswith("Beyond"))
     taus = [r["tau"] for r in found["variants"]["full, dial"]["seeds"].values()]
     assert taus == [study.dial({s: m_json(root, f"seed{s}", "full", "report.json") for s in (2, 3)}, s, 0.5) for s in (2, 3)]
