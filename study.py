@@ -168,7 +168,8 @@ def decided(run, think):
                 ms_per_query=None, datasets=scores)
 
 
-AIMS = {"always": 0.6, "oracle": 1.15}                           # the full method's tokens: at most so many times those of
+METHODS = {"full": "always", "erring": "always_erring", "erring_tries": "always_erring_tries"}              # and who always thinks, by the same workers
+AIMS = {"always": 0.6, "oracle": 1.15, "decision": 0.8}          # a method's tokens: at most so many times those of; its way from a coin to hindsight
 
 
 def dial(reports, seed, tau):
@@ -192,7 +193,7 @@ def thinned(modes, tokens):
 def collect(folder):
     """The study's folder -> ({variant: {seed: figures}}, the datasets that need steps, {variant: [datasets left out]}). A colon in a name: measured
     elsewhere than on the ordinary test sets; a comma: the full method's weights, used otherwise."""
-    rows, steps, left_out, dear, runs = {}, [], {}, {}, {}
+    rows, steps, left_out, dear, runs = {}, [], {}, {}, {name: {} for name in METHODS}
     for report in sorted(glob.glob(os.path.join(folder, "seed*", "*", "report.json"))):
         run = os.path.dirname(report)
         name, report, config, steps = os.path.basename(run), read(report), read(run, "config.json"), read(run, "data", "pocket.json")["steps"]
@@ -206,7 +207,8 @@ def collect(folder):
             for label, mode in (("full, never", "never"), ("full, always", "always"), ("random", "random"), ("oracle", "oracle")):
                 put(label, report["modes"], mode)
             put("full, told", {"": decided(run, lambda dataset, _: dataset in steps)}, "")     # unlike the oracle it foresees no luck
-            runs[config["seed"]] = run, report, config["tau"]
+        if name in METHODS:
+            runs[name][config["seed"]] = run, report, config["tau"]
         places = {os.path.basename(os.path.dirname(p)): read(p)["modes"] for p in glob.glob(os.path.join(run, "*", "summary.json"))}
         for where, modes in places.items():                      # where the documents reason, those that do not belong beside them
             where = where if where != "eval" else "direct_documents" if "reasoned_documents" in places else None
@@ -219,9 +221,9 @@ def collect(folder):
     if "full" not in rows:
         raise ValueError(f"{folder}: no finished run of the full method in seed*/full")
     also = lambda label, seed, mode, **more: rows.setdefault(label, {}).update({seed: figures({"": mode}, "", steps, **more)})
-    for seed, (run, _, tau) in runs.items():
-        if (at := dial({s: r for s, (_, r, _) in runs.items()}, seed, tau)) is not None:
-            also("full, dial", seed, decided(run, lambda _, row: row["p_reason"] > at), tau=at)
+    for name, seed, (run, _, tau) in [(name, *x) for name, of in runs.items() for x in of.items()]:
+        if (at := dial({s: r for s, (_, r, _) in runs[name].items()}, seed, tau)) is not None:
+            also(f"{name}, dial", seed, decided(run, lambda _, row: row["p_reason"] > at), tau=at)
     for seed in sorted(set(dear) & set(rows["full"])):
         also("always_thinned", seed, thinned(dear[seed], rows["full"][seed]["tokens"]))
     return rows, steps, left_out
@@ -241,8 +243,9 @@ def gather(folder):
         out[name] = dict(seeds=of, mean={k: v[0] for k, v in spread.items()}, half={k: v[1] for k, v in spread.items()},
                          datasets={n: interval([r["datasets"][n] for r in of.values()]) for n in next(iter(of.values()))["datasets"]},
                          full_minus=minus("full", name))
-    erring = [dict(test, a=a, b=b) for a in ("erring", "erring_tries") for b in ("never", f"always_{a}") if (test := minus(a, b))]      # same best worker
-    return dict(seeds=sorted(rows["full"]), erring=erring, steps=steps, left_out=left_out, variants=dict(sorted(out.items(), key=lambda x: x[0] != "full")))
+    asked = [("full", "always_thinned"), *((a, b) for m, always in METHODS.items() for a, b in ((m, "never"), (m, always), (f"{m}, dial", always)))]
+    beside = [dict(test, a=a, b=b) for a, b in asked if (test := minus(a, b))]
+    return dict(seeds=sorted(rows["full"]), beside=beside, steps=steps, left_out=left_out, variants=dict(sorted(out.items(), key=lambda x: x[0] != "full")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,39 +272,39 @@ def main_table(found):
                   "precision", "recall"], rows)
 
 
+def spending(v, name, used):
+    """What the method `name`, used in one way (its row `used`), spends and how well it decides, beside its aims -> a sentence."""
+    tokens = lambda row: v[row]["mean"]["tokens"] if row in v else None
+    coin, best, least = (float(np.mean([r["own"][k] for r in v[name]["seeds"].values()])) for k in ("coin", "best", "best_tokens"))
+    if not tokens(used):
+        return f"{used.capitalize()}: no tokens, it never reasoned."
+    said = [(tokens(used) / x, f"times the tokens of {who}", AIMS[who]) for who, x in (("always", tokens(METHODS[name])), ("oracle", least)) if x]
+    said = [f"{x:.3f} {what} (aim: at most {aim}; {'met' if x <= aim else 'missed'})" for x, what, aim in said]
+    if best > coin:
+        way = (v[used]["mean"]["overall"] - coin) / (best - coin)
+        said.append(f"{way:.0%} of the way from a coin to hindsight (aim: at least {AIMS['decision']:.0%}; {'met' if way >= AIMS['decision'] else 'missed'})")
+    return f"{used.capitalize()}: " + ", ".join(said) + "."
+
+
 def verdict(found):
     """The study's question answered in sentences, whichever way the numbers fall."""
     v, out = plain(found), []
     sign = lambda d: 0 if d["half"] is None or abs(d["diff"]) <= d["half"] else math.copysign(1, d["diff"])
-    pairs = [("full", name, v[name]["full_minus"]) for name in ("never", "always", "always_thinned") if name in v and v[name]["full_minus"]]
-    for a, b, d in [*pairs, *((d["a"], d["b"], d) for d in found["erring"])]:
+    for d in found["beside"]:
         sure = {1: ", the interval above zero", -1: ", the interval below zero", 0: ", within noise" if d["half"] is not None else ""}[sign(d)]
-        out.append(f"{a.capitalize()} minus {b}: {show(d['diff'], d['half'], sign='+')} over {d['n']} seed{'s' * (d['n'] > 1)}{sure}.".replace("_", " "))
-    tokens = lambda name: v[name]["mean"]["tokens"] if name in v else None
-    for name, aim in AIMS.items():
-        if tokens(name) and tokens("full"):
-            ratio = tokens("full") / tokens(name)
-            out.append(f"Tokens: {ratio:.3f} times those of {name} (aim: at most {aim}; {'met' if ratio <= aim else 'missed'}).")
-    best, coin = (v[n]["mean"]["overall"] for n in ("oracle", "random"))
-    way = lambda name, coin, best: (f"{(v[name]['mean']['overall'] - coin) / (best - coin):.0%} of the way from a coin to hindsight" if best > coin
-                                    else "hindsight is no better than a coin")
-    if not tokens("full"):
-        out.append("Tokens: none, full never reasoned.")
-    elif tokens("oracle"):
-        out.append(f"Told which families need steps, and foreseeing no luck, it would be {tokens('full, told') / tokens('oracle'):.3f} times.")
-        if "full, dial" in v:
-            taus, ratio = [r["tau"] for r in v["full, dial"]["seeds"].values()], tokens("full, dial") / tokens("oracle")
-            out.append(f"With tau at what the other seeds need for that aim ({min(taus):g} to {max(taus):g}): {ratio:.3f} times, {way('full, dial', coin, best)}.")
-    out.append(f"Decision: {way('full', coin, best)} (aim: at least 80%).")
-    for name in dict.fromkeys(d["a"] for d in found["erring"] if f"always_{d['a']}" in v):                 # the same of the best worker who errs
-        own = {k: float(np.mean([r["own"][k] for r in v[name]["seeds"].values()])) for k in ("coin", "best", "best_tokens")}
-        if own["best_tokens"] and tokens(f"always_{name}"):
-            out.append(f"{name.capitalize().replace('_', ' ')}: {tokens(name) / tokens(f'always_{name}'):.3f} times the tokens of always, "
-                       f"{tokens(name) / own['best_tokens']:.3f} times its oracle's, {way(name, own['coin'], own['best'])}.")
+        out.append(f"{d['a'].capitalize()} minus {d['b']}: {show(d['diff'], d['half'], sign='+')} over {d['n']} seed{'s' * (d['n'] > 1)}{sure}.")
+    for name in METHODS:
+        out += [spending(v, name, used) for used in (name, f"{name}, dial") if used in v]
+    if v["oracle"]["mean"]["tokens"]:
+        ratio = v["full, told"]["mean"]["tokens"] / v["oracle"]["mean"]["tokens"]
+        out.append(f"Told which families need steps, and foreseeing no luck, full would spend {ratio:.3f} times the oracle's tokens.")
+    taus = [r["tau"] for name in METHODS for r in v.get(f"{name}, dial", {"seeds": {}})["seeds"].values()]
+    if taus:
+        out.append(f"Dial: tau from {min(taus):g} to {max(taus):g}, what the other seeds need to spend {AIMS['oracle']} times their oracles' tokens.")
     apart = lambda n: n in ("full", "oracle", "random") or "," in n or "erring" in n                       # no ablations of the full method
     rivals = {n: sign(x["full_minus"]) for n, x in v.items() if not apart(n) and x["full_minus"]}
     better, worse = (", ".join(n for n, s in rivals.items() if s == w) or "none" for w in (-1, 1))
-    return out + [f"Beyond noise better than full: {better}; worse: {worse}."]
+    return [line.replace("_", " ") for line in [*out, f"Beyond noise better than full: {better}; worse: {worse}."]]
 
 
 def family_table(found):
@@ -369,12 +372,12 @@ def summarise(folder):
     says, paths = verdict(found), sorted(glob.glob(os.path.join(folder, "seed*", "full", "analysis.json")))
     evaluation.write(os.path.join(folder, "study.json"), found)
     draw(found, os.path.join(folder, "study.png"))
-    parts = ["# Does thinking when needed pay?", *says, f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
+    parts = ["# Does thinking when needed pay?", "\n".join(f"* {s}" for s in says), f"Seeds {', '.join(map(str, found['seeds']))}. ± is half the 95 % t-interval over seeds; "
              "p is of the paired t-test against full over n seeds, two-sided, uncorrected. Overall: mean over families. "
              "random: a coin at full's reason rate. oracle: with hindsight the better of never and always. "
              "always thinned: the always model, a coin thinning its thoughts out to full's tokens. "
              "'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
-             "reason on the families that need steps and on no other; 'full, dial': at the tau that the other seeds need to spend "
+             "reason on the families that need steps and on no other; dial: at the tau that the other seeds need to spend "
              f"{AIMS['oracle']} times the oracle's tokens. erring, always erring: the best worker errs, one statement in ten; tries: it writes four "
              "rationales for each pair. unsure: a pair that fails directly and of which nothing was kept does not train the decision.",
              "![quality and tokens](study.png)", main_table(found), "## Families", family_table(found)]
@@ -404,7 +407,7 @@ def main():
     try:
         found = summarise(a.folder)
         if a.readme:
-            evaluation.into_readme(a.readme, "study", "\n\n".join([main_table(found), " ".join(verdict(found))]))
+            evaluation.into_readme(a.readme, "study", "\n\n".join([main_table(found), "\n".join(f"* {s}" for s in verdict(found))]))
     except (ValueError, OSError) as e:
         sys.exit(f"study.py: {e}")
 
