@@ -244,6 +244,7 @@ def gather(folder):
                          datasets={n: interval([r["datasets"][n] for r in of.values()]) for n in next(iter(of.values()))["datasets"]},
                          full_minus=minus("full", name))
     asked = [("full", "always_thinned"), *((a, b) for m, always in METHODS.items() for a, b in ((m, "never"), (m, always), (f"{m}, dial", always)))]
+    asked += [("erring", f"erring_{part}") for part in ("supervised", "one_loss", "unsure")]               # which parts matter where labels are few
     beside = [dict(test, a=a, b=b) for a, b in asked if (test := minus(a, b))]
     return dict(seeds=sorted(rows["full"]), beside=beside, steps=steps, left_out=left_out, variants=dict(sorted(out.items(), key=lambda x: x[0] != "full")))
 
@@ -356,13 +357,14 @@ def draw(found, path):
         axes = fig.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for ax, key, what in zip(axes, ("overall", "tokens"), ("mean quality", "generated tokens per query")):
             for y, (name, v) in enumerate(rows):
-                colour = evaluation.COLOURS.get({"full": "adaptive"}.get(name, name.removeprefix("full, ")), "#8a5a9e")
+                plays = "adaptive" if name in METHODS else "always" if name.startswith("always") else name.removeprefix("full, ")
+                colour = evaluation.COLOURS.get(plays, "#8a5a9e")
                 mark = "s" if "," in name or name in ("random", "oracle") else "o"
                 ax.errorbar(v["mean"][key], y, xerr=v["half"][key], fmt=mark, color=colour, ms=9 if name == "full" else 6, capsize=3, lw=1)
             ax.axvline(found["variants"]["full"]["mean"][key], color=evaluation.COLOURS["adaptive"], lw=0.8, ls=":")
             ax.grid(axis="y", lw=0.3)
             ax.set(xlabel=what, yticks=range(len(rows)), yticklabels=[name.replace("_", " ") for name, _ in rows])
-        fig.suptitle(f"Mean and 95 % interval over {len(found['seeds'])} seeds; squares: the full method's weights, used otherwise")
+        fig.suptitle(f"Mean and 95 % interval over {len(found['seeds'])} seeds; squares: the same weights, used otherwise")
         fig.savefig(path)
 
 

@@ -1207,6 +1207,8 @@ VARIANTS = {                                                     # name: (forked
     # presets make
     "erring": ("full", "propose", dict(propose_errors=0.1)),
     "always_erring": ("erring", "select", dict(ALWAYS, select_judged="erring", embed_workers="careful")),
+    "erring_supervised": ("erring", "rl", dict(rl_steps=0)),
+    "erring_one_loss": ("erring", "rl", dict(rl_one_loss=True)),
     "erring_unsure": ("erring", "embed", dict(embed_unsure=True)),
     "erring_tries": ("full", "propose", dict(propose_errors=0.1, propose_k=4)),
     "always_erring_tries": ("erring_tries", "select", dict(ALWAYS, select_judged="erring_tries", embed_workers="careful-0,careful-1,careful-2,careful-3")),
