@@ -739,9 +739,9 @@ def facts(scene, rng, n=8):
 
 
 def misread(rows, rate, seed, tries=1):
-    """Scripted rationales (rows of workers.jsonl) if careful erred as real writers do, and wrote so many for each pair (careful-0, careful-1 ...): each
-    statement is wrong with chance `rate`, and a single wrong one spoils the rest, which then is what sloppy wrote -> new rows. Of n statements all
-    are right with chance (1 - rate)^n: the longer, the less."""
+    """Scripted rationales (rows of workers.jsonl) if careful erred, and wrote so many for each pair (careful-0, careful-1 ...) -> new rows. Each statement
+    is wrong with chance `rate`; when one is, the whole rationale is what sloppy wrote, the same at every try. Of n statements all are right with
+    chance (1 - rate)^n: the longer, the less."""
     rng, sloppy = np.random.default_rng([seed, 13]), {r["id"]: r["text"] for r in rows if r["worker"] == "sloppy"}
     right = lambda text: rng.random() < (1 - rate) ** len(re.split(r" [.,] | then ", text))
     once = lambda r, worker: dict(r, worker=worker, text=r["text"] if right(r["text"]) else sloppy[r["id"]])

@@ -19,7 +19,7 @@ beat their rationale: an evaluator that is easily impressed names the right one 
 answers once in ten times whatever it reads, so single rationales pass by luck; placebos show how many (with and without it:
 results/selection.txt).
 The evaluator never trained on the pair that it judges: two warm-up embedders are cross-fitted on the two halves of the pairs [ours]. What an
-evaluator has seen a dozen times it knows by heart, and then little can be kept; seen three times it makes no difference (results/crossfit.txt).
+evaluator has seen a dozen times it knows by heart, and then little can be kept; seen three times, half the pairs lost cost a little recall (results/crossfit.txt).
 
 `rule` offers the ablations: full | positive_only (Δ of the positive's cosine alone, in units of the temperature: "false-helpful" for
 15.7 % of cases in the SURE paper) | no_placebo | none (keep everything).

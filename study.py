@@ -184,7 +184,7 @@ def dial(reports, seed, tau):
 
 def thinned(modes, tokens):
     """A report's mode for a model that thinks always, made to cost no more than so many tokens per query: a coin decides where it thinks."""
-    never, always, share = modes["never"], modes["always"], min(1.0, tokens / modes["always"]["tokens_per_query"])
+    never, always, share = modes["never"], modes["always"], min(1.0, tokens / max(modes["always"]["tokens_per_query"], 1e-9))
     mix = lambda a, b: (1 - share) * a + share * b
     return dict({k: mix(never[k], always[k]) for k in ("overall", "tokens_per_query", "ms_per_query")}, reason_rate=share,
                 datasets={n: mix(x, always["datasets"][n]) for n, x in never["datasets"].items()})
@@ -192,7 +192,7 @@ def thinned(modes, tokens):
 
 def collect(folder):
     """The study's folder -> ({variant: {seed: figures}}, the datasets that need steps, {variant: [datasets left out]}). A colon in a name: measured
-    elsewhere than on the ordinary test sets; a comma: the full method's weights, used otherwise."""
+    elsewhere than on the ordinary test sets; a comma: the same weights, used otherwise."""
     rows, steps, left_out, dear, runs = {}, [], {}, {}, {name: {} for name in METHODS}
     for report in sorted(glob.glob(os.path.join(folder, "seed*", "*", "report.json"))):
         run = os.path.dirname(report)
@@ -230,7 +230,8 @@ def collect(folder):
 
 
 def gather(folder):
-    """-> study.json's content: per variant its figures by seed, their intervals, and the paired test against the full method."""
+    """-> study.json's content: per variant its figures by seed, their intervals, and the paired test against the full method; "beside": more such
+    pairs, a minus b."""
     rows, steps, left_out = collect(folder)
     out = {}
 
@@ -274,17 +275,24 @@ def main_table(found):
 
 
 def spending(v, name, used):
-    """What the method `name`, used in one way (its row `used`), spends and how well it decides, beside its aims -> a sentence."""
-    tokens = lambda row: v[row]["mean"]["tokens"] if row in v else None
-    coin, best, least = (float(np.mean([r["own"][k] for r in v[name]["seeds"].values()])) for k in ("coin", "best", "best_tokens"))
-    if not tokens(used):
+    """What the method `name`, used in one way (its row `used`), spends and how well it decides, beside its aims: on the mean and seed by seed -> a sentence."""
+    of, always = v[used]["seeds"], v[METHODS[name]]["seeds"] if METHODS[name] in v else {}
+    own, said = {s: v[name]["seeds"][s]["own"] for s in of}, []
+
+    def held(pairs, aim, least, what):
+        """pairs: a numerator and a denominator for each seed."""
+        pairs, ok = [x for x in pairs if x[1] > 0], lambda x: x >= aim if least else x <= aim
+        if pairs:
+            x, each = sum(a for a, _ in pairs) / sum(b for _, b in pairs), sum(ok(a / b) for a, b in pairs)
+            said.append(f"{what(x)} (aim: at {'least' if least else 'most'} {aim}; {'met' if ok(x) else 'missed'}, in {each} of {len(pairs)} seeds)")
+
+    if not any(r["tokens"] for r in of.values()):
         return f"{used.capitalize()}: no tokens, it never reasoned."
-    said = [(tokens(used) / x, f"times the tokens of {who}", AIMS[who]) for who, x in (("always", tokens(METHODS[name])), ("oracle", least)) if x]
-    said = [f"{x:.3f} {what} (aim: at most {aim}; {'met' if x <= aim else 'missed'})" for x, what, aim in said]
-    if best > coin:
-        way = (v[used]["mean"]["overall"] - coin) / (best - coin)
-        said.append(f"{way:.0%} of the way from a coin to hindsight (aim: at least {AIMS['decision']:.0%}; {'met' if way >= AIMS['decision'] else 'missed'})")
-    return f"{used.capitalize()}: " + ", ".join(said) + "."
+    held([(of[s]["tokens"], always[s]["tokens"]) for s in of if s in always], AIMS["always"], False, lambda x: f"{x:.3f} times the tokens of always")
+    held([(of[s]["tokens"], own[s]["best_tokens"]) for s in of], AIMS["oracle"], False, lambda x: f"{x:.3f} times the oracle's")
+    held([(of[s]["overall"] - own[s]["coin"], own[s]["best"] - own[s]["coin"]) for s in of], AIMS["decision"], True,
+         lambda x: f"{x:.0%} of the way from a coin to hindsight")
+    return f"{used.capitalize()}: " + (", ".join(said) or "nothing to compare it with") + "."
 
 
 def verdict(found):
@@ -305,7 +313,7 @@ def verdict(found):
     apart = lambda n: n in ("full", "oracle", "random") or "," in n or "erring" in n                       # no ablations of the full method
     rivals = {n: sign(x["full_minus"]) for n, x in v.items() if not apart(n) and x["full_minus"]}
     better, worse = (", ".join(n for n, s in rivals.items() if s == w) or "none" for w in (-1, 1))
-    return [line.replace("_", " ") for line in [*out, f"Beyond noise better than full: {better}; worse: {worse}."]]
+    return [line.replace("_", " ") for line in [*out, f"Ablations of full, beyond noise better: {better}; worse: {worse}."]]
 
 
 def family_table(found):
@@ -380,8 +388,8 @@ def summarise(folder):
              "always thinned: the always model, a coin thinning its thoughts out to full's tokens. "
              "'full, never', 'full, always': the full method's weights, forced; 'full, told': forced to "
              "reason on the families that need steps and on no other; dial: at the tau that the other seeds need to spend "
-             f"{AIMS['oracle']} times the oracle's tokens. erring, always erring: the best worker errs, one statement in ten; tries: it writes four "
-             "rationales for each pair. unsure: a pair that fails directly and of which nothing was kept does not train the decision.",
+             f"{AIMS['oracle']} times the oracle's tokens. erring: the best worker errs, one statement in ten, and writes sloppy's text then; "
+             "tries: it and the base model write four rationales for each pair. unsure: a pair that fails directly and of which nothing was kept does not train the decision.",
              "![quality and tokens](study.png)", main_table(found), "## Families", family_table(found)]
     if any(":" in name for name in found["variants"]):
         parts += ["## Other worlds, and who reasons", "hard: longer paths and sums than in training. night: light on dark, never drawn in training. "
