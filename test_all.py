@@ -2731,6 +2731,9 @@ def test_select_audit_by_hand():
     err = lambda rows: [dict(r, text="sloppy") if r["id"] == "Walk/0" else r for r in rows]      # there careful said what sloppy says: no help
     a = m_select.audit(err(results), err(kept), level, "full", ["Walk"])
     assert (a["precision"], a["recall"], a["sloppy_kept"]) == (0.25, 0.5, 0.3333)
+    tries = lambda rows: [dict(r, worker="careful-3") if r["worker"] == "careful" else r for r in rows]
+    a = m_select.audit(tries(results), tries(kept), {**level, ("Walk", "careful-3"): 1.1, ("Kind", "careful-3"): 1.1}, "full", ["Walk"])
+    assert (a["precision"], a["recall"]) == (0.5, 0.6667)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4894,6 +4897,11 @@ def test_propose_errs_where_told(m_finished, tmp_path, monkeypatch):
     said = {(r["id"], r["worker"]): r["text"] for r in m_select.read_rationales(str(tmp_path / "out" / "rationales.jsonl"))}
     before = {(r["id"], r["worker"]): r["text"] for r in m_select.read_rationales(os.path.join(m_finished, "propose", "rationales.jsonl")) if r["worker"] != "base"}
     assert said == {(i, w): before[i, "sloppy" if w == "careful" else w] for i, w in before} and said != before
+    run.cfg.propose_k = 2
+    monkeypatch.setattr(train, "propose", lambda *a: [])
+    train.propose_stage(run, str(tmp_path / "out"))
+    tries = {(r["id"], r["worker"]): r["text"] for r in m_select.read_rationales(str(tmp_path / "out" / "rationales.jsonl"))}
+    assert {w for _, w in tries} == {"careful-0", "careful-1", "captioner", "sloppy", "parrot"} and all(t == before[i, "sloppy"] for (i, w), t in tries.items() if "careful" in w)
 
 
 def test_propose_takes_the_rationales_of_all_pairs(tmp_path, monkeypatch):
@@ -5028,7 +5036,7 @@ def test_study_decided_and_erring(s_study, tmp_path):
             report, config = m_json(to, "report.json"), m_json(to, "config.json")
             report["modes"]["adaptive"].update(overall=0.5 + plus, tokens_per_query=6.0 if name == "always_erring" else 3.0)
             report["modes"]["random"]["overall"], report["modes"]["oracle"]["overall"], report["modes"]["oracle"]["tokens_per_query"] = 0.4, 0.54, 2.0
-            M.write_json(os.path.join(to, "report.json"), report), M.write_json(os.path.join(to, "config.json"), dict(config, seed=seed))
+            M.write_json(os.path.join(to, "report.json"), report), M.write_json(os.path.join(to, "config.json"), dict(config, seed=seed, tau=0.0))
     found = study.gather(root)
     beside = {(d["a"], d["b"]): {k: x for k, x in d.items() if k not in "ab"} for d in found["beside"]}
     assert [beside["erring", b] for b in ("never", "always_erring")] == [study.paired([0.51, 0.53], other) for other in ([0.5, 0.4], [0.54, 0.52])]
@@ -5042,8 +5050,11 @@ def test_study_decided_and_erring(s_study, tmp_path):
     found["variants"]["erring"]["seeds"] = {3: dict(found["variants"]["erring"]["seeds"][3], own=dict(coin=0.5, best=0.5, best_tokens=0.0))}
     assert study.spending(found["variants"], "erring", "erring") == "Erring: nothing to compare it with."
     assert "Erring minus always erring: -0.010 ± 0.254 over 2 seeds, within noise." in says and not any("erring" in s for s in says if s.startswith("Ablations"))
+    for s, r in found["variants"]["full, dial"]["seeds"].items():
+        point = next(c for c in m_json(root, f"seed{s}", "full", "report.json")["curve"] if c["tau"] == r["tau"])
+        assert r["tau"] > 0 and 0 < r["tokens"] < 6 and r["tokens"] == pytest.approx(point["tokens_per_query"]) and r["overall"] == pytest.approx(point["overall"])
     taus = [r["tau"] for r in found["variants"]["full, dial"]["seeds"].values()]
-    assert taus == [study.dial({s: m_json(root, f"seed{s}", "full", "report.json") for s in (2, 3)}, s, 0.5) for s in (2, 3)]
+    assert taus == [study.dial({s: m_json(root, f"seed{s}", "full", "report.json") for s in (2, 3)}, s, 0.0) for s in (2, 3)]
 
 
 def test_study_readme_marks(tmp_path):

@@ -1074,7 +1074,7 @@ def branches_to_learn(run, reader):
     judged = {r["id"] for r in of_queries}
     if c.embed_unsure:                                           # the target has less than a half, so there was something to gain: nobody knows how
         found = selection.read_rationales(run.path("select", "judged.jsonl"), numbers=("direct",))
-        judged -= {r["id"] for r in found if r["direct"] < math.log(0.5)} - kept.keys()
+        judged -= {r["id"] for r in found if r["direct"] < math.log(0.5)}
     for r in proposed if c.sides == "both" else ():
         if r["side"] == "target":
             offline.setdefault(r["id"], []).append(reader.rationale(r["text"]))
