@@ -184,7 +184,7 @@ def dial(reports, seed, tau):
 
 def thinned(modes, tokens):
     """A report's mode for a model that thinks always, made to cost no more than so many tokens per query: a coin decides where it thinks."""
-    never, always, share = modes["never"], modes["always"], min(1.0, tokens / max(modes["always"]["tokens_per_query"], 1e-9))
+    never, always, share = modes["never"], modes["always"], min(1.0, tokens / modes["always"]["tokens_per_query"])
     mix = lambda a, b: (1 - share) * a + share * b
     return dict({k: mix(never[k], always[k]) for k in ("overall", "tokens_per_query", "ms_per_query")}, reason_rate=share,
                 datasets={n: mix(x, always["datasets"][n]) for n, x in never["datasets"].items()})

@@ -5029,7 +5029,7 @@ def test_study_decided_and_erring(s_study, tmp_path):
     got = study.decided(run, lambda dataset, row: row["p_reason"] > tau)
     assert 0 < got["reason_rate"] < 1 and all(got[k] == pytest.approx(at[tau][k]) for k in ("overall", "reason_rate", "tokens_per_query"))
     root = str(tmp_path / "study")
-    for seed, by in ((2, {"full": 0.0, "erring": 0.01, "always_erring": 0.04, "never": 0.0}), (3, {"full": 0.0, "erring": 0.03, "always_erring": 0.02, "never": -0.1})):
+    for seed, by in ((2, {"full": 0.0, "erring": 0.01, "always_erring": 0.04, "never": 0.0, "erring_unsure": 0.02}), (3, {"full": 0.0, "erring": 0.03, "always_erring": 0.02, "never": -0.1, "erring_unsure": 0.02})):
         for name, plus in by.items():
             to = os.path.join(root, f"seed{seed}", name)
             shutil.copytree(run, to, symlinks=True, ignore=shutil.ignore_patterns("*.safetensors", "cache", "partial"))
@@ -5039,7 +5039,8 @@ def test_study_decided_and_erring(s_study, tmp_path):
             M.write_json(os.path.join(to, "report.json"), report), M.write_json(os.path.join(to, "config.json"), dict(config, seed=seed, tau=0.0))
     found = study.gather(root)
     beside = {(d["a"], d["b"]): {k: x for k, x in d.items() if k not in "ab"} for d in found["beside"]}
-    assert [beside["erring", b] for b in ("never", "always_erring")] == [study.paired([0.51, 0.53], other) for other in ([0.5, 0.4], [0.54, 0.52])]
+    others = {"never": [0.5, 0.4], "always_erring": [0.54, 0.52], "erring_unsure": [0.52, 0.52]}
+    assert {b: beside["erring", b] for b in others} == {b: study.paired([0.51, 0.53], other) for b, other in others.items()}
     says = study.verdict(found)
     assert "Erring: 0.500 times the tokens of always (aim: at most 0.6; met, in 2 of 2 seeds), 1.500 times the oracle's (aim: at most 1.15; missed, in 0 of 2 seeds), " \
            "86% of the way from a coin to hindsight (aim: at least 0.8; met, in 1 of 2 seeds)." in says   # 0.51 and 0.53 on the way from 0.40 to 0.54
