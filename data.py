@@ -1,1283 +1,1248 @@
 """
-MMEB, whole: the training sources of VLM2Vec-V2 and the 78 test sets of MMEB-V2, as two tables of rows over a handful of parsers.
+MMEB as two tables: the training sources of VLM2Vec-V2 and the 78 test sets of MMEB-V2.
 
-The idea. A benchmark is not code, it is a table: where the rows lie, which columns they have, what is said before the picture. So every dataset is
-one row of TRAIN or EVAL below, every kind of file one parser of a few lines, and the model only ever sees items:
+The idea. A benchmark is not code but a table: where the rows lie, which columns they have, what is
+said before the image. Every dataset is a row of mmeb.json (see Row below), every kind of file has
+a parser of a few lines, and the model only ever sees items:
 
-    item = {"text": str, "image": ref | [ref, ...], "video": {"frames": [ref, ...], "fps": float}, "instruction": str}   (absent: omitted)
-    ref  = an absolute path, or a Picture(table, row, column) inside a parquet file; load_picture(ref) decodes either
+    item = {"text": str, "image": ref | [ref, ...], "video": {"frames": [ref, ...], "fps": float},
+            "instruction": str}                                        absent keys are left out
+    ref  = an absolute path, or a TableImage inside a parquet file; load_image(ref) decodes either
 
-Strings are VLM2Vec's to the byte with its visual placeholder taken out (our chat template puts pictures first, so nothing is lost) and all other
-white space kept: it is worth 1.7 points on VisDial. prompts="qwen" instead moves the instruction to item["instruction"].
+Strings are VLM2Vec's to the byte, without its visual placeholder (our chat template puts images
+first, so nothing is lost) and with all other white space: that is worth 1.7 points on VisDial.
+prompts="qwen" moves the instruction of a test query to item["instruction"] instead.
 
-The sampler's maths. A global batch of B pairs is B/b sub-batches of b; each draws a dataset d with p(d) = w_d / Σw and takes the next b rows of
-d's own shuffled walk. In-batch negatives of one sub-batch so share a source, which makes them hard. Every draw is a function of (seed, step), every
-shuffle of (seed, dataset, epoch): workers and ranks cannot change the stream, and its state is {"step", "taken"}.
+The sampler's maths. A batch of B pairs is B/b sub-batches of b pairs. Each draws a dataset d with
+p(d) = w_d / Σw and takes the next b rows of d's own shuffled walk. In-batch negatives of a
+sub-batch so share a dataset, which makes them hard. A draw is a function of (seed, step), a shuffle
+of (seed, dataset, epoch): neither workers nor ranks change the stream, and its state is the step.
 
 How to run:
-    python data.py --check ROOT [--train | --eval] [--names A,B] [--on_bad skip]     what is found, missing, short or broken
-    python data.py --check ROOT --fetch [--names A,B]                                the same after `hf download` of what is missing
-    python data.py --bench [--out FILE.json]                                         the scale figures, on generated tables
-ROOT mirrors hub ids: ROOT/<hub id>/... as `hf download ID --repo-type dataset --local-dir ROOT/ID` leaves it (then unpack the archives).
-Your own data needs no code: put pairs in MMEB's columns (qry, qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path) into
-ROOT/train.jsonl and ROOT/test.jsonl (or .parquet), pictures beside them; or write ROOT/datasets.json (see "The row").
+    python data.py --check ROOT [--train | --eval] [--names A,B]     found, missing, short, broken
+    python data.py --check ROOT --fetch [--revision REV]             the same after a download
+ROOT mirrors hub ids: ROOT/<hub id>/... as `hf download ID --repo-type dataset --local-dir ROOT/ID`
+leaves it (then unpack the archives). Your pairs need no code: put them, in MMEB's columns (qry,
+qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path), into ROOT/train.jsonl
+and ROOT/test.jsonl (or .parquet, which may hold the images themselves), images next to them; or
+describe your files in ROOT/datasets.json (see Row).
 
-Left out: decoding videos (the published frame folders are read), audio, the agent and text-only tasks of MMEB-V3, the English-only copies of
-ViDoRe-V2 that the leaderboard does not count. Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; where the reference is wrong we say so.
+Broken rows. In training a row that cannot be read is named, counted and replaced by the next one.
+It stops an evaluation, whose score would be that of another test. --check names them all.
+
+Left out: decoding videos (the published frame folders are read), audio, the agent and text-only
+tasks of MMEB-V3, the English-only copies of ViDoRe-V2 that the leaderboard does not count.
+Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; comments say where the reference is wrong.
 """
 
 import argparse
-import collections        # Counter, deque, defaultdict
+import collections
 import contextlib
-import copy               # a sampler that runs ahead
-import dataclasses        # Picture
-import functools          # caches
-import glob               # tables by pattern
-import hashlib            # names of cached tables, VisRAG's page names
-import importlib.metadata # versions, for the record of the bench
-import io                 # pictures inside tables
-import itertools          # zip_longest, chain, count
+import dataclasses
+import functools
+import glob
+import hashlib
+import io
+import itertools
 import json
-import mmap               # what worker processes write and their maker reads
-import multiprocessing    # pipes; the bench
+import math
+import multiprocessing
 import os
-import pickle             # their answers
-import platform           # the bench
 import re
-import signal
 import sys
-import tempfile           # no half-written cache
-import time               # the bench
-import traceback
+import threading
 import warnings
-import weakref            # when shared memory is free again
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-IMG = "<|image_1|>"          # Phi-3.5-V's token, hard-coded in MMEB's text; we strip it, also where no picture follows (WebQA)
-SMALL = 1 << 20              # bytes of a parquet file that is simply read; larger ones are memory-mapped through CACHE
-CACHE = os.environ.get("NANOMMEMB_CACHE", os.path.expanduser("~/.cache/nanommemb"))      # never inside the user's data
-FRAMES, FPS = 8, 2.0         # VLM2Vec looks at 8 frames of a video (Qwen3-VL-Embedding at 64); 2 per second is what Qwen assumes
-warnings.simplefilter("error", Image.DecompressionBombWarning)         # Pillow's limit stays on (89 Mpx) and is an error, not a warning
+IMG = "<|image_1|>"  # Phi-3.5-V's token in MMEB's text; it also stands where no image follows
+FRAMES, FPS = 8, 2.0  # VLM2Vec looks at 8 frames of a video; 2 per second is what Qwen assumes
+
+# labels: class names of test sets whose candidates are all classes, also those that no clip shows.
+# visrag: VLM2Vec's prompts for VisRAG's training pages, {source: [before query, before page]}.
+# tables: lists of patterns that a row may name. train, eval: the rows, in groups.
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "mmeb.json"), "rb") as words:
+    WORDS = json.load(words)
+LABELS = WORDS["labels"]
 
 
 class BadData(ValueError):
-    """Something in the data is not what it should be: one line that names dataset, row or file. all: the single complaints, where it sums up."""
+    """Something in the data is not what it should be: one line of at most 300 characters."""
 
-    def __init__(self, text, all=()):
-        # what Pillow, Arrow or the hub say may have several lines, what a row says may be no text that can be printed
-        super().__init__(str(text).replace("\n", " ").encode("utf-8", "backslashreplace").decode())
-        self.all = list(all) or [str(self)]
+    def __init__(self, text):
+        # A library's message may span lines; a row may hold text that cannot be printed.
+        line = " ".join(str(text).encode("utf-8", "backslashreplace").decode().splitlines())
+        super().__init__(line if len(line) <= 300 else f"{line[:190]} ... {line[-105:]}")
 
 
 class Missing(BadData):
     """The root has no table of this dataset: not broken, just not there."""
 
 
-def named(error, where):
-    """The error with dataset and row before it, unless they are there already: the code that reads cells need not know where it is."""
-    return error if str(error).startswith(where) else BadData(f"{where}: {error}")
+def fail(where, why):
+    """Raise BadData("where: why"), or why alone where it says so already."""
+    raise named(where, why) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Items and pictures
+def named(where, why):
+    """The error that fail() raises."""
+    return BadData(why if str(why).startswith(str(where)) else f"{where}: {why}")
+
+
+def is_text(value):
+    """Is it text that a file can hold? Half an emoji (a lone surrogate, legal in JSON) is not."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def short(value):
+    """A value as it may stand in a message."""
+    if value is None:
+        return "null"
+    if not isinstance(value, (str, int, float)):
+        return f"a {type(value).__name__}"
+    half = isinstance(value, str) and not is_text(value)  # repr() may be cut before it shows
+    return repr(value)[:60] + " with half an emoji (a lone surrogate)" * half
+
+
+# --------------------------------------------------------------------------------------------------
+# Items and images
+
 
 def item(text="", image=None, video=None, instruction=None):
     """Only what is there; a side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
-    out = {"text": text, "image": image, "video": video, "instruction": instruction}
-    return {k: v for k, v in out.items() if v not in (None, "")} or {"text": ""}
+    parts = {"text": text, "image": image, "video": video, "instruction": instruction}
+    return {key: value for key, value in parts.items() if value not in (None, "")} or {"text": ""}
 
 
 def listed(value):
     """None, a value or a list -> a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def refs(item):
-    """Every picture reference of an item, frames last."""
-    return listed(item.get("image")) + (list(item["video"]["frames"]) if "video" in item else [])
+    """Every image reference of an item, frames last."""
+    frames = item["video"]["frames"] if "video" in item else []  # a list or a tuple
+    return listed(item.get("image")) + list(frames)
 
 
-def decoded(item):
-    """The item with its references replaced by pictures; a new dict, the old one is untouched."""
-    load = lambda refs: [load_picture(ref) for ref in refs] if isinstance(refs, list) else load_picture(refs)
-    make = {"image": load, "video": lambda video: {**video, "frames": load(list(video["frames"]))}}
-    return {key: make[key](value) if key in make else value for key, value in item.items()}
+def look(*items):
+    """Open every image of these items; BadData names the first that is broken."""
+    for item in items:
+        for ref in refs(item):
+            load_image(ref)
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture inside a parquet file (its bytes, or the hub's {"bytes", "path"}), read when wanted."""
+class TableImage:
+    """An image inside a parquet file: bytes, or the hub's {"bytes", "path"}; read when wanted."""
+
     table: str
     row: int
     column: str
+    index: int | None = None  # where the cell is a list
 
     def read(self):
         """The encoded bytes."""
-        value = parquet(self.table).column(self.column)[self.row].as_py()
-        value = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(value, bytes) or not value:
-            raise BadData(f"{self}: no picture bytes there")
-        return value
+        value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0]
+        value = (value if self.index is None else value.values[self.index]).as_py()
+        return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
-        return f"{self.table} row {self.row} column {self.column}"
+        place = f"{self.table} row {self.row} column {self.column}"
+        return place if self.index is None else f"{place} image {self.index}"
 
 
-def load_picture(ref, draft=False):
-    """path | bytes | {"bytes", "path"} | Picture | PIL -> RGB picture; BadData for anything else, for image bombs and for strips beyond 200 to 1.
+# A PIL image that was opened lazily may be shared by several items, and by threads: whoever loads
+# it first reads and closes its file, so only one thread at a time may try.
+SHARED = threading.Lock()
+# Pillow refuses images of more than twice its limit (89 Mpx) and only warns before; we refuse both.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+FAULTS = {
+    "FileNotFoundError": "no such image",
+    "UnidentifiedImageError": "not an image",
+    "DecompressionBombError": "too many pixels",
+    "DecompressionBombWarning": "too many pixels",
+}
 
-    As in the reference (Image.open(...).convert("RGB")) the EXIF orientation is NOT applied. Unlike it, alpha is laid on white (convert drops it,
-    which turns transparent black letters into a black page) and 16-bit grey is scaled (convert clips it to white). draft: only to find faults, at an
-    eighth of a JPEG's size: cheap, and all its entropy-coded bytes are still read.
+
+def load_image(ref):
+    """path | bytes | {"bytes", "path"} | TableImage | PIL image -> RGB image, else BadData.
+
+    As in the reference the EXIF orientation is NOT applied. Threads may share the references.
     """
-    ref = (ref.get("bytes") or ref.get("path")) if isinstance(ref, dict) else ref
-    name = ("picture" if isinstance(ref, Image.Image) else f"{len(ref)} bytes" if isinstance(ref, bytes)
-            else str(ref) if isinstance(ref, (str, os.PathLike, Picture)) else f"a {type(ref).__name__}")
-    body, fault = ref.read() if isinstance(ref, Picture) else ref, "not a picture"
+    if isinstance(ref, dict):
+        ref = ref.get("bytes") or ref.get("path")
+    name = f"{len(ref)} bytes" if isinstance(ref, bytes) else str(ref)[:250]  # for messages
+    if isinstance(ref, Image.Image):
+        name = "image"
+    elif not isinstance(ref, (str, os.PathLike, bytes, TableImage)):
+        fail("image", f"a path, bytes or an image is wanted, got {short(ref)}")
+    elif re.match("https?://", name):
+        fail(name, "an address, and nothing is fetched from the web here: save the image first")
     try:
-        im = body if isinstance(body, Image.Image) else Image.open(io.BytesIO(body) if isinstance(body, bytes) else body)
-        if im.width * im.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):          # the header says so, before a byte is decoded
-            raise Image.DecompressionBombError(f"{im.width}x{im.height}, the limit is {Image.MAX_IMAGE_PIXELS} in all")
-        if max(im.size) > 200 * min(im.size):        # as model.smart_resize, which knows no row to name
-            fault = "not a picture that Qwen's processors take"
-            raise ValueError(f"{im.width}x{im.height} pixels: expected sides that differ by no more than 200 to 1")
-        fault = "broken picture"
-        if draft:
-            im.draft("RGB", (1, 1))
-        im.load()
-        if im.mode.startswith("I;16") or im.mode == "I":
-            return Image.fromarray((np.clip(np.asarray(im, np.int64), 0, 65535) // 257).astype(np.uint8)).convert("RGB")
-        if im.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in im.info:
-            return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA")).convert("RGB")
-        return im if im.mode == "RGB" else im.convert("RGB")
-    except FileNotFoundError:
-        web = isinstance(ref, str) and re.match("https?://", ref)
-        raise BadData(f"{name}: " + ("an address, and nothing is fetched from the web here: save the picture first" if web else "no such picture")) from None
-    except Exception as e:               # Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...) at mutilated bytes
-        if isinstance(ref, str) and os.path.isfile(ref):
-            sound(ref)                   # has a better reason, where there is one
-        raise BadData(f"{name}: {'too many pixels' if 'omb' in type(e).__name__ else fault} ({e})") from None
+        image = ref if isinstance(ref, Image.Image) else Image.open(io.BytesIO(image_bytes(ref)))
+        size = f"{image.width}x{image.height} pixels"  # as the header has it
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            fail(name, f"too many pixels ({size}, the limit is {Image.MAX_IMAGE_PIXELS} in all)")
+        if max(image.size) > 200 * min(image.size):  # Qwen's processors do not take it either
+            fail(name, f"{size}: expected sides that differ by no more than 200 to 1")
+        # What was opened here belongs to this thread.
+        with SHARED if image is ref else contextlib.nullcontext():
+            image.load()
+        return to_rgb(image)
+    except BadData as error:
+        fail(name, error)
+    except Exception as error:  # Pillow raises nearly anything at mutilated bytes
+        fail(name, FAULTS.get(type(error).__name__, f"broken image ({error})"))
 
 
-def fault_of(ref):
-    """What is wrong with a picture, in words, or None."""
-    try:
-        load_picture(ref, draft=True)
-    except BadData as e:
-        return str(e)
+def image_bytes(ref):
+    """The encoded bytes of a path, bytes or a TableImage."""
+    if isinstance(ref, bytes):
+        return ref
+    if isinstance(ref, TableImage):
+        return ref.read()
+    check_file(ref)
+    with open(ref, "rb") as file:
+        return file.read()
 
 
-def look(item, fault):
-    """The item, if none of its pictures is broken by fault(ref), a cached fault_of: a picture of many rows is decoded once. fault=None: no look."""
-    if why := next(filter(None, map(fault, refs(item))), None) if fault else None:
-        raise BadData(why)
-    return item
+def to_rgb(image):
+    """An image of any mode -> RGB as a viewer shows it, ValueError where viewers would disagree.
+
+    The reference says convert("RGB"), which drops alpha (a page of transparent black letters turns
+    black; here alpha is laid on white) and cuts 16-bit grey off at 255 (here it is scaled).
+    """
+    if image.mode[0] in "IF":
+        return grey_levels(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def natural(name):
-    """frame_2 before frame_10: digits compare as numbers."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name)]
+def grey_levels(image):
+    """Grey of more than 8 bits -> RGB. Which level is white: I;16 says so, I and F do not."""
+    levels = np.asarray(image).astype(np.float64)  # (h, w)
+    low, high = levels.min(), levels.max()
+    whites = {"I": [255, 65535], "F": [1, 255]}.get(image.mode, [65535])
+    whites = [white for white in whites if low >= 0 and high <= white]  # not for NaN either
+    if not whites:
+        raise ValueError(f"mode {image.mode} with levels from {low:g} to {high:g}: which is white?")
+    shown = (levels * 255 / whites[0]).astype(np.uint8)
+    # PNG names a level that is transparent: white, as everywhere here.
+    if "transparency" in image.info:
+        shown[levels == image.info["transparency"]] = 255
+    return Image.fromarray(shown).convert("RGB")
 
 
 def frames_of(folder, n):
-    """Paths of a clip's frames: all in natural order, or n of them at np.linspace(0, last, n) where there are at least n (VLM2Vec's rule).
+    """Paths of a clip's frames in natural order: n of them at np.linspace(0, last, n), or all.
 
-    Fewer than n are taken as they are; upstream pads with the last frame since June 2026, which costs Qwen3 2.3 points on HMDB51.
+    Fewer than n are taken as they are (VLM2Vec's rule at 6e1e1d4). Upstream pads with the last
+    frame since June 2026, which costs Qwen3 2.3 points on HMDB51.
     """
-    names = sorted((f for f in os.listdir(folder) if f.lower().endswith((".jpg", ".jpeg", ".png")) and f[0] != "."), key=natural)
+    names = [name for name in os.listdir(folder) if name[0] != "."]  # AppleDouble files: ._x.jpg
+    names = [name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png"))]
     if not names:
-        raise BadData(f"clip folder {folder} has no frames")
+        fail(f"clip folder {folder}", "has no frames")
+    names.sort(key=natural)
     if n and n <= len(names):
         names = [names[i] for i in np.linspace(0, len(names) - 1, n, dtype=int)]
     return [os.path.join(folder, name) for name in names]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: parquet and JSON lines as rows by number. Whatever cannot be read is a BadData that says which file and why.
+def natural(name):
+    """A sort key: frame_2 before frame_10."""
+    parts = re.split(r"(\d+)", name)
+    # isdigit() would let "\u00b2" through, which int() refuses.
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p.lower()) for p in parts]
 
-def sound(path):
-    """BadData if a file's first bytes say that it cannot be what it should be."""
-    with open(path, "rb") as f:
-        head = f.read(64)
+
+# --------------------------------------------------------------------------------------------------
+# Tables: rows by number out of parquet files, JSON lines and JSON lists
+
+
+def check_file(path):
+    """Refuse a file whose first bytes say that it cannot be what it should be."""
+    with open(path, "rb") as file:
+        head = file.read(64)
     if not head:
-        raise BadData(f"{path} is empty (zero bytes)")
+        fail(path, "is empty (zero bytes)")
     if head.startswith(b"version https://git-lfs"):
-        raise BadData(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` or download it again")
+        fail(path, "is a git-lfs pointer: run `git lfs pull` or download it again")
 
 
-@functools.lru_cache(maxsize=None)
-def _parquet(path, size, changed):
-    """One parquet file as an Arrow table that costs no memory: large ones are unpacked once into CACHE and mapped from there.
+OPENING = threading.Lock()  # --check opens tables in threads, `datasets` was not made for that
 
-    Parquet is compressed by the row group: a random row costs a thousand. HF `datasets` unpacks to Arrow for the same reason.
+
+def open_table(path):
+    """A parquet or JSON file -> a datasets.Dataset of the file as it is now.
+
+    `datasets` keeps an Arrow copy in its cache and maps it: a row is in memory while it is used.
     """
-    sound(path)
-    try:
-        file = pq.ParquetFile(path, memory_map=True)
-        if size <= SMALL:
-            return file.read()
-        flat = os.path.join(CACHE, hashlib.sha256(f"{path}|{size}|{changed}".encode()).hexdigest()[:24] + ".arrow")
-        if not os.path.exists(flat):
-            os.makedirs(CACHE, exist_ok=True)
-            rows = 1024 if file.metadata.num_rows * 1024 < size else 65536       # of a batch: few where rows are pictures, many of text
-            plain = pa.schema([f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in file.schema_arrow])
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder:               # so that no half-written file ever has the final name
-                with pa.OSFile(part := os.path.join(folder, "part"), "wb") as sink, pa.ipc.new_file(sink, plain) as out:
-                    for batch in file.iter_batches(batch_size=rows):                # a dictionary may differ from batch to batch, which a file cannot hold
-                        out.write_table(pa.Table.from_batches([batch]).cast(plain))
-                os.replace(part, flat)
-        return pa.ipc.open_file(pa.memory_map(flat)).read_all()
-    except (pa.ArrowException, OSError) as e:
-        raise BadData(f"{path} cannot be read: {str(e).splitlines()[0]}") from None
-
-
-def parquet(path):
-    """The file as it is now; opened once per process as long as it does not change."""
+    check_file(path)
     stat = os.stat(path)
-    return _parquet(path, stat.st_size, stat.st_mtime_ns)
+    with OPENING:
+        return _open_table(path, stat.st_size, stat.st_mtime_ns)
 
 
-class Lines:
-    """A JSONL file (or a JSON list) as rows: only where the lines start is held, so a million rows are 8 MB."""
+@functools.cache
+def _open_table(path, size, changed):
+    """size and changed are part of the name in the cache: a file that has changed is read anew.
 
-    def __init__(self, path):
-        sound(path)
-        self.path, self.file = path, open(path, "rb")
-        sizes = np.fromiter((len(line) if line.strip() else -len(line) for line in self.file), np.int64)      # < 0: blank, no row
-        ends = np.cumsum(abs(sizes))
-        self.starts = np.append((ends - sizes)[sizes > 0], ends[-1])
-        self.rows = self.parse(0, ends[-1], 0) if os.pread(self.file.fileno(), 4096, 0).lstrip()[:1] == b"[" else None
+    JSON stays text, a row a line, and is parsed when a row is read: Arrow wants columns of one type
+    each (neg_text is text or a list), takes text for dates, and does not name the line at fault.
+    """
+    import datasets  # takes seconds, which load_image alone need not wait for
+    from datasets.data_files import DataFilesDict, DataFilesList
 
-    def __len__(self):
-        return len(self.starts) - 1 if self.rows is None else len(self.rows)
-
-    def parse(self, start, end, i):
-        """The JSON value in these bytes; pread, so that threads may share the file."""
-        try:
-            return json.loads(os.pread(self.file.fileno(), int(end - start), int(start)).decode("utf-8-sig"))
-        except (ValueError, RecursionError) as e:
-            raise BadData(f"{self.path} row {i}: not JSON ({e})") from None
-
-    def __getitem__(self, i):
-        row = self.parse(self.starts[i], self.starts[i + 1], i) if self.rows is None else self.rows[i]
-        if not isinstance(row, dict):
-            raise BadData(f"{self.path} row {i}: a JSON object is wanted, this is {type(row).__name__}")
-        return row
-
-
-def filled(path, name, column):
-    """Arrow column -> (rows,) bool: is anything in the cell? Of texts only the offsets are read; numbers and dates are no side of a pair."""
-    column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-    if column.null_count == len(column):                         # pandas writes a column of nothing as numbers
-        return np.zeros(len(column), bool)
-    if pa.types.is_primitive(column.type):
-        raise BadData(f"{path}: column {name} holds {column.type}, not text")
-    if pa.types.is_struct(column.type):                          # the hub's {"bytes", "path"}
-        return np.any([filled(path, name, pc.struct_field(column, f.name)) for f in column.type], 0) & np.asarray(column.is_valid())
-    textual = any(yes(column.type) for yes in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary))
-    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
-        column, textual = column.cast(pa.large_binary()), True
-    return pc.fill_null(pc.greater(pc.binary_length(column), 0) if textual else column.is_valid(), False)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+    try:
+        if path.endswith(".parquet"):
+            # A bare path would be taken for a pattern, and a folder may be called run[1].
+            files = DataFilesDict(train=DataFilesList([path], [(size, changed)]))
+            return datasets.Dataset.from_parquet(files, split="train", batch_size=1000)
+        return datasets.Dataset.from_generator(
+            json_lines,
+            features=datasets.Features({"line": datasets.Value("binary")}),
+            gen_kwargs={"path": path, "size": size, "changed": changed},
+        )
+    except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
+        why = error.__cause__ or error
+        fail(path, f"cannot be read: {'no rows' if 'to no data' in str(why) else why}")
 
 
-def picture_cell(table, row, column, value):
-    """Arrow scalar of a picture column -> a Picture where there are bytes, else the path that stands there, or None."""
-    parts = dict(value.items()) if pa.types.is_struct(value.type) and value.is_valid else {"bytes": value}                # the hub's {"bytes", "path"}
-    for part in (parts.get("bytes"), parts.get("path")):
-        if part is not None and part.is_valid:
-            if not isinstance(part, pa.BinaryScalar) or isinstance(part, pa.StringScalar):
-                return part.as_py() or None
-            if part.as_buffer().size:
-                return Picture(table, row, column)
-    return None
+def json_lines(path, size, changed):
+    """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes."""
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
+        file.seek(0)
+        if start.startswith(b"["):
+            for value in json.load(file):
+                yield {"line": json.dumps(value).encode()}
+            return
+        for line in file:
+            if line.strip():
+                yield {"line": line}
+
+
+class Cells(dict):
+    """A row, {column: value}, that names a column it does not have."""
+
+    def __missing__(self, column):
+        fail(f"no column {column}", f"there are {', '.join(self)}")
 
 
 class Table:
-    """The first `cap` rows of a dataset's shards by number: table[i] -> {column: value}, None where a shard lacks an optional column.
+    """The first `cap` rows of some files by number: table[i] -> Cells, images as TableImage."""
 
-    Pictures (column "image") stay where they are, as Picture references (see picture_cell).
-    """
-
-    def __init__(self, files, required, optional, cap=None):
-        self.required, self.columns, self.parts = required, [*required, *optional], []            # parts: (path, Lines or Arrow table, the columns it has)
-        for path in files:
-            part = parquet(path) if path.endswith(".parquet") else Lines(path)
-            have = part.column_names if isinstance(part, pa.Table) else list(part[0]) if len(part) else required
-            if lost := [c for c in required if c not in have]:
-                raise BadData(f"{path} has no column {', '.join(lost)} (it has {', '.join(have)})")
-            if twice := [c for c in self.columns if have.count(c) > 1]:
-                raise BadData(f"{path} has the column {twice[0]} {have.count(twice[0])} times")
-            self.parts.append((path, part, [c for c in self.columns if c in have]))
-        self.ends = np.cumsum([len(part) for _, part, _ in self.parts])            # shard k holds rows ends[k - 1] ... ends[k] - 1
-        self.length = int(min(self.ends[-1], cap or self.ends[-1]))
+    def __init__(self, paths, cap=None):
+        self.files = [(path, open_table(path)) for path in paths]
+        rows = sum(len(file) for _, file in self.files)
+        self.length = min(rows, cap or rows)
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, i):
-        path, part, have = self.parts[k := int(np.searchsorted(self.ends, i, "right"))]
-        i -= int(self.ends[k - 1]) if k else 0                     # now the row inside its shard
-        if isinstance(part, Lines):
-            row = self.line(part, i)
-            return {c: row.get(c) for c in self.columns}
-        cells = {c: part.column(c)[i] for c in have}               # of the mapped file; nothing else is read
-        try:
-            return dict.fromkeys(self.columns) | {c: picture_cell(path, i, c, v) if c == "image" else v.as_py() for c, v in cells.items()}
-        except ValueError as e:                                    # text that is not UTF-8
-            raise BadData(f"{path} row {i} cannot be read: {e}") from None
+        for path, file in self.files:
+            if i < len(file):
+                return read_row(path, file, i)
+            i -= len(file)
+        raise IndexError(i)
 
-    def line(self, part, i):
-        """Row i of a JSONL file; unlike a parquet file's, each may lack a column."""
-        row = part[i]
-        if lost := [c for c in self.required if c not in row]:
-            raise BadData(f"{part.path} row {i} has no column {', '.join(lost)} (it has {', '.join(row)})")
-        return row
 
-    def empty(self, sides, on_bad="stop"):
-        """(rows,) bool: has one of the sides (lists of columns) nothing in any of its columns?"""
-        def line(part, i):
-            """Line i is whole. So is, under "skip", one that is not JSON: it is met, and counted, when it is read."""
-            try:
-                return all(any(map(self.line(part, i).get, side)) for side in sides)
-            except BadData:
-                if on_bad == "stop":
-                    raise
-                return True
+def read_row(path, file, i):
+    """Row i of a file that open_table() gave."""
+    where = f"{path} row {i}"
+    row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
+    columns = {name: row.column(name)[0] for name in row.column_names}
+    try:
+        if path.endswith(".parquet"):
+            refs = {name: TableImage(path, i, name) for name in columns}
+            return Cells({name: arrow_value(columns[name], refs[name]) for name in columns})
+        row = json.loads(columns["line"].as_py().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
+        fail(where, f"cannot be read ({error})")
+    if not isinstance(row, dict):
+        fail(where, f"a JSON object is wanted, got {short(row)}")
+    return Cells(row)
 
-        column = lambda path, part, side: np.any([filled(path, c, part.column(c)) for c in side], 0)
-        whole = [[line(part, i) for i in range(len(part))] if isinstance(part, Lines) else np.all([column(path, part, side) for side in sides], 0)
-                 for path, part, _ in self.parts]
-        return ~np.concatenate(whole).astype(bool)[:len(self)]
+
+def arrow_value(cell, image):
+    """An Arrow cell as Python. Bytes of an image stay where they are: `image` refers to them."""
+    if not cell.is_valid or not holds_images(cell.type):
+        return cell.as_py()
+    if isinstance(cell, pa.ListScalar):
+        images = [dataclasses.replace(image, index=k) for k in range(len(cell))]
+        return [arrow_value(value, ref) for value, ref in zip(cell.values, images)]
+    parts = dict(cell.items()) if isinstance(cell, pa.StructScalar) else {"bytes": cell}
+    # as_buffer() looks at the mapped file without copying it.
+    if parts["bytes"].is_valid and parts["bytes"].as_buffer().size:
+        return image
+    return parts.get("path", pa.scalar(None)).as_py() or None
+
+
+def holds_images(kind):
+    """Is this Arrow type one of images: bytes, the hub's {"bytes", "path"}, or a list of those?"""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return holds_images(kind.value_type)
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+KINDS = {"text": "text", "text?": "text", "texts": "a list of texts", "id": "an id"}
 
 
 def cell(row, column, kind="text"):
-    """A checked cell. kind: text; text? (null is "", as everywhere in training); texts (a list with something in it);
-    id (int or str -> str: hubs store ids as either, and qrels not always as the corpus does; pandas makes 7.0 of a 7 beside a null)."""
-    value, text = row[column], lambda v: isinstance(v, str)
-    value = int(value) if kind == "id" and isinstance(value, float) and value.is_integer() else value
+    """A checked cell of a row. kind: text; text? (null is "", as everywhere in training);
+    texts (a list with something in it); id (int or str -> str: hubs store ids as either, and qrels
+    not always as the corpus does; pandas makes 7.0 of a 7 next to a null)."""
+    value = row[column]
     if kind == "text?" and value is None:
         return ""
-    good = {"texts": isinstance(value, list) and len(value) > 0 and all(map(text, value)),
-            "id": type(value) is int or text(value) and value != ""}
-    if not good.get(kind, text(value)):
-        got = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise BadData(f"column {column} is {got}, {dict(texts='a list of texts', id='an id').get(kind, 'text')} is wanted")
-    return str(value) if kind == "id" else value
+    if kind == "id" and type(value) in (int, float) and float(value).is_integer():
+        return str(int(value))
+    parts = value if kind == "texts" and isinstance(value, list) and value else [value]
+    wrong = [part for part in parts if not is_text(part)]
+    if (kind == "texts" and parts is not value) or (kind == "id" and value == ""):
+        wrong = [value]
+    if wrong:
+        fail(f"column {column}", f"{KINDS[kind]} is wanted, got {short(wrong[0])}")
+    return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The row. TRAIN, EVAL and ROOT/datasets.json = {"train": [rows], "eval": [rows]}, which takes their place where it exists, have these keys.
-# A row may be short: only name is needed, the rest is filled in by complete().
-#
-#   name      str          unique; the key of every score and id
-#   parser    str          a key of TRAIN_PARSERS or EVAL_PARSERS below
-#   hub       str          hub id = folder under ROOT ("" = ROOT itself)
-#   table     [glob]       where in ROOT the rows lie; the first glob that matches wins; {hub} {repo} {name} {split} {config} {part} are
-#                          filled in (repo = the hub id's last part; part = queries, corpus or qrels)
-#   split     str          "original" / "test" ...        config  str | [str]     hub config(s); several are read one after the other
-#   cap       int          so many first rows are used
-#   media     [folder]     where in ROOT pictures and frame folders are looked for, in this order, file by file
-#   frames    int          frames per video               fps     float           what the item says about them
-#   fetch     [[hub, glob, shell command that unpacks it]]   what `hf download` must bring besides the hub
-#   train only:  rows int (published), weight float
-#   eval only:   modality image | video | visdoc, scope local | global, queries int (published), family str, ood bool (image sets: MMEB-train has no
-#                such subset), inst str and tgt str (the parser's prompts), tail str (what ends a query), columns [id, caption] of video_ret, labels (a key of LABELS, or a
-#                list), language str (filter), original {...} (keys that page_labels="original" replaces)
-
-COMMON = dict(hub="", table=None, config="", media=None, fps=FPS, fetch=[], cap=None)
-NUMBERS = {"weight", "cap", "frames", "fps", "rows", "queries"}
-DEFAULTS = {
-    "train": dict(COMMON, parser="mmeb", split=None, frames=FRAMES, rows=None, weight=1.0),
-    "eval": dict(COMMON, parser="pairs", split="test", frames=None, modality="image", scope=None, queries=None, family="own", ood=None,
-                 inst="", tgt="", tail="\n", columns=["video_id", "caption"], labels=None, language=None, original=None)}
-# how the hub lays tables out: one folder per config, everything in data/, the config in the file name, or plain json
-TABLES = ["{hub}/" + t for t in (
-    "{config}/{split}-*.parquet", "data/{config}/{split}-*.parquet", "data/{split}-*.parquet", "{config}/{split}*.parquet",
-    "{config}-{split}*.parquet", "{config}/{split}*.json*", "json/{config}.json*", "{split}*.json*", "{config}.json*", "*_{config}.json*")]
-V2 = "TIGER-Lab/MMEB-V2"
-PAGES = f"{V2}/visdoc-tasks"
-BEIR = [place + t for place in ("{hub}/", PAGES + "/data/{repo}/", PAGES + "/data/{hub}/") for t in (
-    "{part}/{split}-*.parquet", "data/{part}/{split}-*.parquet", "{part}/{split}*.parquet", "{part}-{split}*.parquet",
-    "{part}/{split}*.json*", "{part}*.parquet", "{part}.json*")]
-
-MMEB = "TIGER-Lab/MMEB-train"
-MMEB_TRAIN = [  # name (underscores; the test sets have hyphens), rows of one split, cap and weight of VLM2Vec's train_alltasks.yaml.
-    # None: only known to about 1 % (39.5k, 24.0k, 28.3k, 70k, 123k, 100k, 100k, 100k, 113k, 15.9k, 17.2k, 100k): never called "short"
-    ("ImageNet_1K", 100000, 100000, 1.0),   ("N24News", 48988, 50000, 1.0),         ("HatefulMemes", 8500, 10000, 0.5),
-    ("VOC2007", 7844, 10000, 0.5),          ("SUN397", 19850, 20000, 0.5),          ("OK-VQA", 9009, 10000, 0.5),
-    ("A-OKVQA", 17056, 20000, 0.5),         ("DocVQA", None, 40000, 1.0),           ("InfographicsVQA", None, 25000, 0.5),
-    ("ChartQA", None, 28000, 0.5),          ("Visual7W", None, 70000, 1.0),         ("VisDial", None, 130000, 1.0),
-    ("CIRR", 26116, 30000, 0.5),            ("VisualNews_t2i", None, 100000, 1.0),  ("VisualNews_i2t", None, 100000, 1.0),
-    ("MSCOCO_t2i", None, 100000, 1.0),      ("MSCOCO_i2t", None, 120000, 1.0),      ("NIGHTS", None, 20000, 0.5),
-    ("WebQA", None, 20000, 0.5),            ("MSCOCO", None, 100000, 1.0)]
-SHARE = "ShareGPTVideo/train_video_and_instruction"
-TRAIN = [  # paths in MMEB-train start with images/<subset>/Train/: the folder that CONTAINS images/ is wanted, not VLM2Vec's .../image
-    dict(name=name, hub=MMEB, table=["{hub}/{name}/{split}-*.parquet"], rows=rows, cap=cap, weight=weight,
-         media=[MMEB, f"{MMEB}/image", f"{MMEB}/images"],
-         fetch=[[MMEB, f"images_zip/{name}.zip", f"unzip -qn images_zip/{name}.zip -d images"]]) for name, rows, cap, weight in MMEB_TRAIN]
-TRAIN += [
-    dict(name="colpali_train_set", parser="page_qa", hub="vidore/colpali_train_set", table=["{hub}/data/train-*.parquet"], rows=118195,
-         weight=10.0),
-    dict(name="visrag-indomain", parser="page", hub="openbmb/VisRAG-Ret-Train-In-domain-data", rows=122752, weight=12.0,
-         table=["{hub}/data/train-*.parquet", "{hub}/train-*.parquet"])]
-TRAIN += [
-    dict(name=name, parser=parser, hub=SHARE, table=[f"{SHARE}/video_instruction/train/sft/{file}.jsonl", f"{SHARE}/{file}.jsonl"],
-         rows=rows, cap=rows, weight=5.0, media=[f"{SHARE}/train_300k", f"{SHARE}/video_frames/train_300k", SHARE])
-    for name, parser, file, rows in [("video_caption_300k", "video_caption", "video_caption_300k", 300000),
-                                     ("video_caption_300k-video", "video_retrieval", "video_caption_300k", 300000),
-                                     ("video_qa_240k", "video_qa", "video_240k_caption_15k", 240000)]]
-
-IMAGE_SETS = [  # family, parser, in domain (MMEB-train has the same set), out of domain; 1000 queries each, hit@1, positive = candidate 0
-    ("I-CLS", "image_cls", "ImageNet-1K N24News HatefulMemes VOC2007 SUN397", "Place365 ImageNet-A ImageNet-R ObjectNet Country211"),
-    ("I-QA", "image_qa", "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W", "ScienceQA VizWiz GQA TextVQA"),
-    ("I-RET", "image_t2i", "VisDial VisualNews_t2i MSCOCO_t2i WebQA", "Wiki-SS-NQ EDIS"),
-    ("I-RET", "image_i2t", "VisualNews_i2t MSCOCO_i2t", ""),
-    ("I-RET", "image_i2i_vg", "CIRR NIGHTS", "FashionIQ OVEN"),
-    ("I-VG", "image_i2i_vg", "MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing")]
-EVAL = [
-    dict(name=name, modality="image", parser=parser, family=family, ood=name in other.split(), scope="local", queries=1000,
-         hub="ziyjiang/MMEB_Test_Instruct", table=["{hub}/{name}/test-*.parquet"],
-         tail="\n\n" if name == "VisDial" else "\n",              # "to be consistent with v1", says VLM2Vec
-         media=[f"{V2}/image-tasks", f"{V2}/image-tasks/MMEB", "TIGER-Lab/MMEB-eval/images", "TIGER-Lab/MMEB-eval"],
-         fetch=[[V2, "image-tasks/*", "cd image-tasks && tar -xzf mmeb_v1.tar.gz && mv MMEB/* ."]])
-    for family, parser, own, other in IMAGE_SETS for name in f"{own} {other}".split()]
-
-ASK = ("Given a video and a question, select the most accurate answer from the provided candidates. "
-       "Return only the exact text of your chosen answer. Question: ")
-MOMENT = "Find the clip that corresponds to the described scene in the given video:"
-MVBENCH = ("episodic_reasoning action_sequence action_prediction action_antonym fine_grained_action unexpected_action object_existence "
-           "object_interaction object_shuffle moving_direction action_localization scene_transition action_count moving_count "
-           "moving_attribute state_change fine_grained_pose character_order egocentric_navigation counterfactual_inference").split()
-VIDEO_SETS = [  # name, parser, queries, prompt (the space that ends Breakfast's is theirs), and what differs from the rule in video_row
-    ("K700", "video_cls", 1000, "Recognize the category of the video content.", dict(hub="VLM2Vec/Kinetics-700", labels="K700")),
-    ("SmthSmthV2", "video_cls", 1000, "What actions or object interactions are being performed by the person in the video?",
-     dict(folders=["SSv2"], cap=1000)),
-    ("HMDB51", "video_cls", 1000, "What actions or objects interactions are the person in the video doing?", dict(labels="HMDB51")),
-    ("UCF101", "video_cls", 1000, "What activities or sports are being performed by the person in the video?", dict(labels="UCF101")),
-    ("Breakfast", "video_cls", 433, "Recognize the breakfast type that the person is cooking in the video. ", dict(labels="Breakfast")),
-    ("MVBench", "mvbench", 4000, ASK, dict(config=MVBENCH, split="train")),
-    ("Video-MME", "videomme", 2700, ASK, {}),
-    ("NExTQA", "nextqa", 8564, ASK, dict(config="MC")),
-    ("EgoSchema", "egoschema", 500, ASK, dict(config="Subset", folders=["egoschema", "EgoSchema"])),
-    ("ActivityNetQA", "activitynetqa", 1000, ASK, {}),
-    ("DiDeMo", "video_ret", 1004, "Find a video that includes the following described scenes:", dict(columns=["video", "caption"])),
-    ("MSR-VTT", "video_ret", 1000, "Find a video that contains the following visual content:", dict(config="test_1k")),
-    ("MSVD", "video_ret", 670, "Find the video snippet that corresponds to the given summary:", {}),
-    ("VATEX", "video_ret", 4478, "Select a video that fits the description provided:", dict(columns=["videoID", "enCap"])),
-    ("YouCook2", "video_ret", 3179, "Find a video that demonstrates the following action while making a recipe:",
-     dict(hub="lmms-lab/YouCook2", columns=["id", "sentence"], split="val")),
-    ("QVHighlight", "moment", 1083, MOMENT, {}),
-    ("Charades-STA", "moment", 727, MOMENT, dict(folders=["Charades-STA", "Charades_STA"])),
-    ("MomentSeeker", "momentseeker", 1602, "", dict(tgt="Understand the content of the provided video clip."))]
+# --------------------------------------------------------------------------------------------------
+# Rows of the two tables
 
 
-def video_row(name, parser, queries, inst, folders=None, **more):
-    """A line of VIDEO_SETS -> a row of EVAL: VLM2Vec/NAME or its offline mirror, and every place where its frames are known to end up."""
-    kind = {"video_cls": "cls", "video_ret": "ret", "moment": "mret", "momentseeker": "mret"}.get(parser, "qa")
-    base, folders = f"{V2}/video-tasks/frames", folders or [name]
-    mirrors = dict.fromkeys([*(f.lower().replace("-", "_") for f in folders), name.lower()])
-    # VLM2Vec's yaml, Qwen's yaml (= the archives as packed), and two third parties'
-    deep = [f"{base}/{d}data/ziyan/video_retrieval/{f}/frames" for d in ("video_ret/", "") for f in folders] if kind == "ret" else []
-    flat = [f"{base}/{d}/{f}" for f in folders for d in (f"video_{kind}", f"video_{kind}/video_{kind}", ".")]
-    unpack = {"qa": "cat video_qa.tar.gz-0? | tar -xz", "mret": "tar -xzf video_mret.tar.gz"}.get(
-        kind, f"mkdir -p video_{kind} && tar -xzf video_{kind}.tar.gz -C video_{kind}")
-    return dict(dict(name=name, parser=parser, queries=queries, inst=inst, modality="video", family=f"V-{kind.upper()}",
-                     scope="global" if kind == "ret" or "labels" in more else "local", hub=f"VLM2Vec/{name}", media=deep + flat,
-                     tgt="Understand the content of the provided video.",
-                     table=TABLES + ["{hub}/data/{split}.json*", "{hub}/*_{split}.json*"]                 # as SmthSmthV2's hub has it, and MSVD's
-                     + ["{hub}/*/{split}-*.parquet"] * ("config" not in more)                              # VATEX, Video-MME: a folder of any name
-                     + [f"{V2}/video-tasks/data/{mirror}.jsonl" for mirror in mirrors],
-                     fetch=[[V2, f"video-tasks/frames/video_{kind}*", f"cd video-tasks/frames && {unpack}"]]), **more)
+@dataclasses.dataclass
+class Row:
+    """A dataset. mmeb.json and ROOT/datasets.json = {"train": [rows], "eval": [rows]}, which takes
+    its place where it exists, need only the name and what differs from these defaults."""
 
-
-PAGE_SETS = [  # family, name, hub id, {what {} stands for: queries}, the rest; all global, graded, ndcg_linear@5
-    ("ViDoRe-V1", "ViDoRe_{}", "vidore/{}_test_subsampled_beir", dict(arxivqa=500, docvqa=451, infovqa=494, tabfquad=280), {}),
-    ("ViDoRe-V1", "ViDoRe_{}", "vidore/{}_test_beir", dict(tatdqa=1646, shiftproject=100), {}),
-    ("ViDoRe-V1", "ViDoRe_syntheticDocQA_{}", "vidore/syntheticDocQA_{}_test_beir",
-     dict(artificial_intelligence=100, energy=100, government_reports=100, healthcare_industry=100), {}),
-    ("ViDoRe-V2", "ViDoRe_{}", "vidore/{}", dict(esg_reports_human_labeled_v2=52), {}),
-    ("ViDoRe-V2", "ViDoRe_{}_multilingual", "vidore/{}", dict(biomedical_lectures_v2=640, economics_reports_v2=232, esg_reports_v2=228), {}),
-    ("VisRAG", "VisRAG_{}", "openbmb/VisRAG-Ret-Test-{}", {"ArxivQA": 816, "ChartQA": 63, "MP-DocVQA": 591, "SlideVQA": 556, "InfoVQA": 718,
-                                                           "PlotQA": 863}, dict(split="train")),
-    # the page sets had wrong labels until November 2025: the -fixed data is the default, page_labels="original" reads the old ones
-    ("VisDoc-OOD", "{}-page", "VLM2Vec/{}-page-fixed", dict(ViDoSeek=1142), dict(original={"hub": "VLM2Vec/ViDoSeek-page"})),
-    ("VisDoc-OOD", "{}-doc", "VLM2Vec/{}", dict(ViDoSeek=1142), {}),
-    ("VisDoc-OOD", "{}-page", "VLM2Vec/{}-page-fixed", dict(MMLongBench=838), dict(original={"hub": "VLM2Vec/MMLongBench"})),
-    ("VisDoc-OOD", "{}-doc", "VLM2Vec/{}-doc", dict(MMLongBench=838), {})]
-EVAL += [video_row(*line, **more) for *line, more in VIDEO_SETS]
-EVAL += [
-    dict(more, name=(full := name.format(key)), modality="visdoc", parser="beir", family=family, scope="global", queries=queries,
-         hub=hub.format(key), table=BEIR, inst="Find a document image that matches the given query:",
-         tgt="Understand the content of the provided document image.", media=[f"{PAGES}/images/{full}", f"{PAGES}/{full}"] +
-         [f"{PAGES}/{d}{full.removeprefix('ViDoRe_')}" for d in ("images/", "")] * (family == "ViDoRe-V2"))
-    for family, name, hub, sets, more in PAGE_SETS for key, queries in sets.items()]
+    name: str  # unique; the key of every score and id
+    parser: str | None = None  # of TRAIN_PARSERS (default mmeb) or EVAL_PARSERS (default pairs)
+    hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
+    # Where in ROOT the rows lie: patterns of which the first that matches wins, or the name of a
+    # list of them in mmeb.json. {hub} {repo} {name} {lower} {under} {split} {config} {part} are
+    # filled in: repo is the hub id's last part, lower and under are spellings of the name, part is
+    # queries, corpus or qrels.
+    table: str | list | None = None
+    split: str | None = None  # "original", "test" ...
+    config: str | list = ""  # the hub's config; a test set may have several, read in turn
+    cap: int | None = None  # only so many first rows are used
+    media: str | list | None = None  # folders where images and clips are looked for, in this order
+    frames: int | None = None  # frames per video, and what the item says of their rate
+    fps: int | float = FPS
+    fetch: list = dataclasses.field(default_factory=list)  # [[hub id, pattern, command to unpack]]
+    # Training only: published rows (None where they are known to about 1 %), weight of a draw.
+    rows: int | None = None
+    weight: int | float = 1.0
+    # Test sets only. scope: the candidates are the row's (local) or all (global); ood: MMEB-train
+    # has no such set; inst and tgt: the parser's prompts; tail: what ends a query.
+    modality: str = "image"
+    family: str = "own"
+    scope: str | None = None
+    queries: int | None = None  # published
+    ood: bool | None = None
+    inst: str = ""
+    tgt: str = ""
+    tail: str = "\n"
+    columns: list = dataclasses.field(default_factory=lambda: ["video_id", "caption"])  # video_ret
+    labels: str | list | None = None  # all classes, or their key in mmeb.json
+    # What page_labels="original" replaces: the page sets had wrong labels until November 2025.
+    original: dict | None = None
 
 
 def complete(row, kind):
-    """A short row -> a whole one. An unknown key is an error: a typing mistake must not become a default."""
+    """A short row -> all keys. A typing mistake must not become a default: BadData names it."""
     name = row.get("name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]{1,200}", name) or name in (".", ".."):
-        raise BadData(f"datasets.json: a row of {kind!r} needs a name that can name a file, got {str(row)[:80]}")
-    if unknown := sorted(set(row) - set(DEFAULTS[kind]) - {"name"}):
-        raise BadData(f"{name}: unknown key {unknown[0]!r} in its row; known: {', '.join(DEFAULTS[kind])}")
-    row = {**DEFAULTS[kind], **row}
-    known = {"parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS, "modality": ("image", "video", "visdoc"), "labels": LABELS, "scope": ("local", "global")}
-    texts = lambda v: all(isinstance(x, str) for x in v)
+    if not is_text(name) or not re.fullmatch(r"[^/\\\0]{1,200}", name) or name in (".", ".."):
+        fail("datasets.json", f"a row of {kind!r} needs a name that can name a file, {short(name)}")
+    types = {field.name: field.type for field in dataclasses.fields(Row)}
     for key, value in row.items():
-        wants, optional = "text", key != "name" and DEFAULTS[kind][key] is None
-        if value is None and optional or key in ("ood", "fetch", "original"):
-            good = True
-        elif key in NUMBERS:
-            whole = (int,) if key in ("cap", "frames", "rows", "queries") else (int, float)
-            good, wants = type(value) in whole and 0 <= value < 1e18, f"a {'whole ' * (whole == (int,))}number from 0 up"
-        elif key == "columns":
-            good, wants = isinstance(value, list) and len(value) == 2 and texts(value), "a list of two texts"
-        elif key in known and not (key == "labels" and isinstance(value, list)):
-            good, wants = isinstance(value, str) and value in known[key], "one of " + ", ".join(known[key])
-        else:
-            good = value is not None and texts(value if isinstance(value, list) and (key in ("table", "media", "labels") or key == "config" and kind == "eval") else [value])
-        if not good:
-            raise BadData(f"{name}: {key} {value!r}: {wants} is wanted")
-    row["table"] = listed(row["table"]) or (BEIR if row["parser"] == "beir" else TABLES)
+        if key not in types:
+            fail(name, f"unknown key {short(key)} in its row; known: {', '.join(types)}")
+        if not is_value(value, types[key]):
+            kinds = getattr(types[key], "__name__", types[key])
+            fail(name, f"{key}: {kinds} is wanted, got {short(value)}")
+    row = dataclasses.asdict(Row(**row))
+    # Retrieval among all candidates is what these are for.
+    everywhere = row["parser"] in (None, "pairs", "beir", "video_ret")
+    row["scope"] = row["scope"] or ("global" if everywhere else "local")
+    row["parser"] = row["parser"] or {"train": "mmeb", "eval": "pairs"}[kind]
+    row["split"] = row["split"] or {"train": "original", "eval": "test"}[kind]
     row["media"] = listed(row["media"]) or [row["hub"]]
-    if kind == "eval":
-        row["scope"] = row["scope"] or ("global" if row["parser"] in ("pairs", "beir", "video_ret") else "local")
+    table = row["table"] or ("beir" if row["parser"] == "beir" else "hub")
+    row["table"] = WORDS["tables"].get(table, [table]) if isinstance(table, str) else table
+    choices = {"parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS, "labels": LABELS}
+    choices |= {"modality": ["image", "video", "visdoc"], "scope": ["local", "global"]}
+    for key, values in choices.items():
+        if isinstance(row[key], str) and row[key] not in values:
+            fail(name, f"{key} {row[key]!r}: one of {', '.join(values)} is wanted")
     return row
 
 
-def tables(root, kind):
-    """The whole rows that hold for this root: its datasets.json, else train.jsonl / test.jsonl beside the pictures, else TRAIN / EVAL."""
-    listing, own = os.path.join(root, "datasets.json"), {"train": "train", "eval": "test"}
-    if not os.path.isdir(root):
-        raise BadData(f"{root}: no such folder")
-    files = {k: [f for f in (f"{name}.jsonl", f"{name}.parquet") if os.path.exists(os.path.join(root, f))] for k, name in own.items()}
-    rows = TRAIN if kind == "train" else EVAL
-    if twice := next((fs for fs in files.values() if len(fs) > 1), None):
-        raise BadData(f"{root} has {' and '.join(twice)}: which one is meant?")
-    if not os.path.realpath(listing).startswith(os.path.join(os.path.realpath(root), "")):
-        raise BadData(f"{listing} leaves the root (it is {os.path.realpath(listing)})")
-    if os.path.exists(listing):
-        try:
-            with open(listing, encoding="utf-8") as f:
-                found = json.load(f)
-        except (OSError, ValueError, RecursionError) as e:
-            raise BadData(f"{listing}: not readable as JSON ({e})") from None
-        if not isinstance(found, dict) or set(found) - set(own) or not all(isinstance(rows, list) for rows in found.values()):
-            raise BadData(f"{listing}: wants {{\"train\": [rows], \"eval\": [rows]}}")
-        rows = found.get(kind, [])
-    elif any(files.values()):
-        rows = [dict(name="own", table=files[kind])] if files[kind] else []
-    rows = [complete(row, kind) for row in rows]
-    if twice := [name for name, n in collections.Counter(row["name"] for row in rows).items() if n > 1]:
-        raise BadData(f"{listing}: {kind} dataset {twice[0]!r} is listed twice")
+def is_value(value, kind):
+    """Is it of this type, a number from 0 up, text that a file can hold?"""
+    if not isinstance(value, kind):
+        return False
+    if isinstance(value, (int, float)):
+        return 0 <= value < 1e18
+    if isinstance(value, (str, list)):
+        return all(is_text(part) or isinstance(part, list) for part in listed(value))
+    return True
+
+
+def expand(groups):
+    """mmeb.json's groups -> rows: what those of a group have in common, then each one's keys."""
+    rows = []
+    for group in groups:
+        for row in group["rows"]:
+            common = json.dumps(group["common"]).replace("{name}", row["name"])  # in all texts
+            rows.append({**json.loads(common), **row})
     return rows
+
+
+TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])
+
+
+def tables(root, kind):
+    """The complete rows that hold for a root: its datasets.json, else its train.jsonl and
+    test.jsonl (or .parquet), else TRAIN or EVAL."""
+    if not os.path.isdir(root):
+        fail(root, "no such folder")
+    listing = os.path.join(root, "datasets.json")
+    files = ["train.jsonl", "train.parquet", "test.jsonl", "test.parquet"]
+    files = [file for file in files if os.path.exists(os.path.join(root, file))]
+    rows = TRAIN if kind == "train" else EVAL
+    if os.path.exists(listing):
+        rows = read_listing(root, listing)[kind]
+    elif files:
+        files = [file for file in files if file.startswith("train" if kind == "train" else "test")]
+        rows = [{"name": "own", "table": file} for file in files]
+        if len(rows) > 1:
+            fail(root, f"{' and '.join(files)}: which is meant?")
+    rows = [complete(row, kind) for row in rows]
+    for name, count in collections.Counter(row["name"] for row in rows).items():
+        if count > 1:
+            fail(listing, f"{kind} dataset {name!r} is listed twice")
+    return rows
+
+
+def read_listing(root, path):
+    """datasets.json -> {"train": [rows], "eval": [rows]}."""
+    check_inside(root, path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        fail(path, f"not readable as JSON ({error})")
+    known = {"train": [], "eval": []}
+    lists = isinstance(rows, dict) and all(isinstance(value, list) for value in rows.values())
+    if not lists or set(rows) - set(known):
+        fail(path, '{"train": [rows], "eval": [rows]} is wanted')
+    return known | rows
 
 
 def wanted(rows, names):
     """The rows of these names, in this order (None: all); an unknown name is an error."""
     by_name = {row["name"]: row for row in rows}
-    if twice := [name for name, n in collections.Counter(names or []).items() if n > 1]:
-        raise BadData(f"dataset {twice[0]!r} is asked for twice")
-    if lost := [name for name in names or [] if name not in by_name]:
-        raise BadData(f"no dataset {lost[0]!r} in the table; there are {', '.join(by_name)}")
-    return rows if names is None else [by_name[name] for name in names]
+    for name in names or []:
+        if name not in by_name:
+            raise BadData(f"no dataset {name!r} in the table; there are {', '.join(by_name)}")
+    return [by_name[name] for name in dict.fromkeys(names)] if names is not None else rows
 
 
-_real = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)           # of folders only: a row costs no walk up the tree
+# --------------------------------------------------------------------------------------------------
+# Files of a root
 
 
-def whole_shards(files):
-    """BadData where shards NAME-00000-of-00003 are not all there, or those of an older division lie beside them."""
-    found = collections.defaultdict(set)
-    for path in files:
-        if m := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?\.\w+", path):
-            found[m[1]].add((int(m[3]), int(m[2])))
-    for name, shards in found.items():
-        of = sorted({n for n, _ in shards})
-        if len(of) > 1:
-            raise BadData(f"{name}: shards of {' and of '.join(map(str, of))} lie side by side")
-        if lost := sorted(set(range(of[0])) - {i for _, i in shards}):
-            raise BadData(f"{name}: of {of[0]} shards {len(lost)} are missing, the first is {lost[0]}")
+def check_inside(root, path):
+    """Refuse a path that leads out of ROOT, also through a symbolic link.
 
-
-class Media:
-    """A row of TRAIN or EVAL on a root: opens its tables and finds what they refer to, pictures and clips, in its media folders.
-
-    ROOT cannot be left: not by '..', not by an absolute path, not through a symbolic link. (So a hub cache, whose snapshots link to blobs
-    elsewhere, is no root; `hf download --local-dir` writes real files.)
+    So a hub cache, whose snapshots link to blobs elsewhere, is no root; `hf download --local-dir`
+    writes real files.
     """
+    real = os.path.realpath(path)
+    if not os.path.join(real, "").startswith(os.path.join(os.path.realpath(root), "")):
+        fail(f"path {path!r}", f"leaves the root (it is {real})")
+
+
+def check_shards(paths):
+    """Refuse NAME-00000-of-00003 without its siblings, or next to those of another division."""
+    matches = [re.search(r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?\.\w+$", path) for path in paths]
+    counts = {int(match[1]) for match in matches if match}
+    if counts and counts != {len(paths)}:
+        numbers = " and of ".join(map(str, sorted(counts)))
+        fail(paths[0], f"{len(paths)} shards are there, of {numbers} that are wanted")
+
+
+class Files:
+    """A complete row on a root: its tables, and the images and clips that they refer to."""
 
     def __init__(self, spec, root, frames=None):
-        self.spec, self.root, self.name = spec, os.path.realpath(root), spec["name"]
-        self.frames = frames or spec["frames"] or FRAMES           # the caller's, the row's, VLM2Vec's
+        self.spec = spec
+        self.name = spec["name"]
+        self.parser = spec["parser"]
+        self.root = os.path.realpath(root)
+        self.frames = frames or spec["frames"] or FRAMES  # the caller's, the row's, VLM2Vec's
 
     def inside(self, relative, folder=""):
-        """A path relative to a folder of ROOT -> the absolute one; BadData if it is empty, absolute or leads out."""
-        if not isinstance(relative, str) or not relative or re.search("[\0\ud800-\udc7f\udd00-\udfff]", relative):        # no file has such a name
-            raise BadData(f"{relative!r} is not a path")
+        """A path relative to a folder of ROOT -> the absolute one."""
+        # \udc80 ... \udcff stand for bytes that are no UTF-8: a file may be called so.
+        if not isinstance(relative, str) or re.search("[\0\ud800-\udc7f\udd00-\udfff]", relative):
+            fail(short(relative), "not a path")
+        if not relative or os.path.isabs(relative) or ".." in re.split(r"[/\\]", relative):
+            fail(f"path {relative!r}", "leaves the root" if relative else "is empty")
         path = os.path.normpath(os.path.join(self.root, folder, relative))
-        real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
-        real = os.path.realpath(real) if os.path.islink(real) else real            # only a link needs the walk
-        out = os.path.isabs(relative) or ".." in re.split(r"[/\\]", relative)
-        if out or not os.path.join(real, "").startswith(os.path.join(self.root, "")):
-            raise BadData(f"path {relative!r} leaves the root (it is {real})")
+        check_inside(self.root, path)
         return path
 
-    def find(self, relative, what="picture"):
-        """Absolute path of a picture (or "clip folder") in the first of the media folders that has it (or it by another name, for a list)."""
-        folders, there = self.spec["media"], os.path.isdir if what == "clip folder" else os.path.isfile
-        names = relative if isinstance(relative, list) else [relative]
-        for folder, name in itertools.product(folders, names):
-            if there(path := self.inside(name, folder)):
+    def find(self, *names, clip=False):
+        """Absolute path of an image (or the folder of a clip) in the first folder of media that has
+        it, under any of these names."""
+        there = os.path.isdir if clip else os.path.isfile
+        for folder, name in itertools.product(self.spec["media"], names):
+            path = self.inside(name, folder)
+            if there(path):
                 return path
-        raise BadData(f"{what} {' or '.join(map(repr, names))} is missing (looked in {', '.join(f or '.' for f in folders[:3])}{', ...' * (len(folders) > 3)})")
+        folders = ", ".join(folder or "." for folder in self.spec["media"])
+        what = "clip folder" if clip else "image"
+        fail(f"{what} {' or '.join(map(repr, names))}", f"missing, looked in {folders}")
 
-    def picture(self, ref):
-        """A path of the data -> an absolute one; None or "" -> None; a Picture is one already."""
-        if ref is None or ref == "" or isinstance(ref, Picture):
-            return ref or None
-        if not isinstance(ref, str):
-            raise BadData(f"{ref!r} is not a path")
-        return self.find(ref)
+    def image(self, value):
+        """A cell -> a reference, a list of them, or None where there is nothing."""
+        cells = [cell for cell in listed(value) if cell not in (None, "")]
+        images = [c if isinstance(c, TableImage) else self.find(c) for c in cells]
+        if isinstance(value, list):
+            return images or None
+        return images[0] if images else None
 
-    def clip(self, video, n=0):
-        """Video name -> {"frames", "fps"}; n = None takes every frame there is."""
-        frames = frames_of(self.find(video, "clip folder"), self.frames if n == 0 else n)
-        for path in filter(os.path.islink, frames):
-            self.inside(os.path.relpath(path, self.root))
+    def clip(self, name, n=0):
+        """Name of a video -> {"frames", "fps"}; n = None takes every frame there is."""
+        frames = frames_of(self.find(name, clip=True), self.frames if n == 0 else n)
+        for path in frames:
+            check_inside(self.root, path)
         return {"frames": frames, "fps": self.spec["fps"]}
 
-    def table(self, required, optional, split, config="", part=""):
-        """The Table of a config or part: the shards, sorted, of the first pattern that matches any ('*' matches no dot files such as
-        AppleDouble's). Missing where the root has none; BadData where another part of it was there."""
-        hub = self.spec["hub"]
-        fill = dict(hub=hub, repo=os.path.basename(hub), name=self.name, split=split, config=config, part=part)
+    def table(self, config="", part=""):
+        """The Table of a config or part. Missing where the root has none of the dataset, BadData
+        where it has another part of it."""
+        try:
+            paths = self.paths(config, part)
+            if paths:
+                check_shards(paths)
+                return Table(paths, self.spec["cap"])
+            parts = ["corpus", "qrels", "queries"] if part else [""]
+            configs = listed(self.spec["config"]) or [""]
+            half = any(self.paths(c, p) for c, p in itertools.product(configs, parts))
+        except BadData as error:
+            fail(self.name, error)
+        what = f"{self.name}: no {part or config or 'table'} in {self.root}"
+        raise (BadData if half else Missing)(f"{what} (looked for {self.spec['table'][0]} ...)")
+
+    def paths(self, config, part):
+        """The sorted files of the first pattern that matches any; '*' matches no ._x.parquet."""
+        hub, name = self.spec["hub"], self.name
+        lower = name.lower()
+        fill = {"hub": hub, "repo": os.path.basename(hub), "name": name, "config": config}
+        fill |= {"split": self.spec["split"], "part": part}
+        fill |= {"lower": lower, "under": lower.replace("-", "_")}
         fill = {key: glob.escape(value) for key, value in fill.items()}
         for pattern in self.spec["table"]:
             try:
                 pattern = os.path.normpath("./" + pattern.format(**fill))
-            except (LookupError, ValueError) as e:
-                raise BadData(f"{self.name}: table {pattern!r} is no pattern ({type(e).__name__}: {e}); it may hold {', '.join(fill)}") from None
-            files = [f for f in sorted(glob.glob(pattern, root_dir=self.root)) if f.endswith((".parquet", ".jsonl", ".json"))]
-            try:
-                if files := [f for f in map(self.inside, files) if os.path.isfile(f)]:
-                    whole_shards(files)
-                    return Table(files, required, optional, self.spec["cap"])
-            except BadData as e:
-                raise named(e, self.name) from None
-        parts, configs = ("corpus", "qrels", "queries") if part else [""], map(glob.escape, listed(self.spec["config"]) or [""])
-        others = [{**fill, "part": p, "config": c} for p, c in itertools.product(parts, configs)]                # is another part of it there?
-        there = any(glob.glob(os.path.normpath("./" + pattern.format(**other)), root_dir=self.root) for pattern in self.spec["table"] for other in others)
-        raise (BadData if there else Missing)(
-            f"{self.name}: no {part or config or 'table'} in {self.root} (looked for {self.spec['table'][0].format(**fill)})")
+            except (LookupError, ValueError, AttributeError) as error:
+                fail(name, f"table {pattern!r} is no pattern ({error}); it may hold {list(fill)}")
+            files = sorted(glob.glob(pattern, root_dir=self.root))
+            files = [file for file in files if file.endswith((".parquet", ".jsonl", ".json"))]
+            files = [path for path in map(self.inside, files) if os.path.isfile(path)]
+            if files:
+                return files
+        return []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training: one parser per kind of source, row -> (query item, target item, [hard negative items])
+# --------------------------------------------------------------------------------------------------
+# Training: a parser per kind of source, row -> (query item, target item, [hard negative items])
 
-def mmeb_pair(m, row):
-    """MMEB's own columns. Hard negatives (text, picture or both; one, or lists of them) are kept: VLM2Vec reads and drops them."""
-    side = lambda row, text, path: item(cell(row, text, "text?").replace(IMG, ""), m.picture(row[path]))
-    texts, paths = listed(row.get("neg_text")), listed(row.get("neg_image_path"))
-    if texts and paths and len(texts) != len(paths):
-        raise BadData(f"{len(texts)} neg_text for {len(paths)} neg_image_path")
-    negatives = itertools.zip_longest(texts, paths)
-    return side(row, *PAIR[:2]), side(row, *PAIR[2:]), [side(dict(neg_text=text, path=path), "neg_text", "path")
-                                                        for text, path in negatives if text or path]
+PAIR = ["qry", "qry_image_path", "pos_text", "pos_image_path"]
 
 
-def video_pair(m, row):
-    """LLaVA-Hound's conversation about a clip, used in three ways: clip -> caption, caption -> clip, clip and question -> answer."""
-    turns, kind = row["conversations"], m.spec["parser"]
-    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns[:2]):
-        raise BadData("conversations is not a list of two turns with a value")
-    asked, answer, clip = turns[0]["value"].replace("<video>", ""), turns[1]["value"], m.clip(cell(row, "video"))
-    if not answer:
-        raise BadData("conversations: the answer is empty")
-    if kind == "video_retrieval":
-        return (item("Find a video that contains the following visual content: " + answer),
-                item("Understand the content of the provided video: ", video=clip), [])
-    return item("Answer a question based on the content of a video. " * (kind == "video_qa") + asked, video=clip), item(answer), []
+def mmeb_pair(files, row):
+    """MMEB's columns. Hard negatives (text, image or both; a value or lists) are kept: VLM2Vec
+    reads and drops them."""
+    texts, images = listed(row.get("neg_text")), listed(row.get("neg_image_path"))
+    if texts and images and len(texts) != len(images):
+        fail("negatives", f"{len(texts)} neg_text for {len(images)} neg_image_path")
+    negatives = [
+        mmeb_side(files, {"neg_text": text, "neg_image_path": image}, "neg_text", "neg_image_path")
+        for text, image in itertools.zip_longest(texts, images)
+        if text or image
+    ]
+    return mmeb_side(files, row, *PAIR[:2]), mmeb_side(files, row, *PAIR[2:]), negatives
 
 
-def page_pair(m, row):
-    """Pages. colpali_train_set is used as question answering: page and question -> answer (its own long prompts are left out, as VLM2Vec does);
-    VisRAG as text -> page. The odd spaces are VLM2Vec's: f"{prompt} {query} {token}" of a prompt ending in a space, token or query empty."""
-    query, page = cell(row, "query", "text?"), m.picture(row["image"])
-    if m.spec["parser"] == "page_qa":
+def mmeb_side(files, row, text, image):
+    """The item of two columns."""
+    return item(cell(row, text, "text?").replace(IMG, ""), files.image(row[image]))
+
+
+def video_pair(files, row):
+    """LLaVA-Hound's conversation about a clip, used in three ways: clip -> caption, caption ->
+    clip, clip and question -> answer."""
+    turns = row["conversations"]
+    turns = turns[:2] if isinstance(turns, list) else []
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
+    if len(texts) < 2 or not all(map(is_text, texts)) or not texts[1]:
+        fail("column conversations", "two turns with a value are wanted, of text")
+    question, answer = texts[0].replace("<video>", ""), texts[1]
+    clip = files.clip(cell(row, "video"))
+    if files.parser == "video_retrieval":
+        query = item("Find a video that contains the following visual content: " + answer)
+        return query, item("Understand the content of the provided video: ", video=clip), []
+    if files.parser == "video_qa":
+        question = "Answer a question based on the content of a video. " + question
+    return item(question, video=clip), item(answer), []
+
+
+def page_pair(files, row):
+    """Pages. colpali_train_set is used as question answering: page and question -> answer (its own
+    long prompts are left out, as VLM2Vec does); VisRAG as text -> page. The odd spaces are
+    VLM2Vec's f"{prompt} {query} {token}" of a prompt that ends in a space, token or query empty."""
+    query, page = cell(row, "query", "text?"), files.image(row["image"])
+    if files.parser == "page_qa":
         return item(" " + query, page), item(cell(row, "answer", "text?")), []
-    before, after = VISRAG.get(cell(row, "source", "text?"), ("", ""))
-    return item(f"{before}  {query} " if before else f"{query} "), item(f"{after}  " if after else " ", page), []
+    before, after = WORDS["visrag"].get(str(row.get("source")), ("", ""))
+    query = f"{before}  {query} " if before else f"{query} "
+    return item(query), item(f"{after}  " if after else " ", page), []
 
 
-PAIR, TALK = ["qry", "qry_image_path", "pos_text", "pos_image_path"], ["video", "conversations"]
-TRAIN_PARSERS = {  # name: (row -> pair, columns that must be there, columns that may be, columns of each side: all empty = row dropped)
-    "mmeb":    (mmeb_pair, PAIR, ["neg_text", "neg_image_path"], [PAIR[:2], PAIR[2:]]),
-    "page_qa": (page_pair, ["query", "image", "answer"], [], [["query", "image"], ["answer"]]),
-    "page":    (page_pair, ["query", "image"], ["source"], [["query"], ["image"]]),
-    **{kind: (video_pair, TALK, [], [TALK[:1], TALK[1:]]) for kind in ("video_caption", "video_retrieval", "video_qa")}}
+# name: (parser, the columns of each side)
+TRAIN_PARSERS = {
+    "mmeb": (mmeb_pair, [PAIR[:2], PAIR[2:]]),
+    "page_qa": (page_pair, [["query", "image"], ["answer"]]),
+    "page": (page_pair, [["query"], ["image"]]),
+    "video_caption": (video_pair, [["video"], ["conversations"]]),
+    "video_retrieval": (video_pair, [["video"], ["conversations"]]),
+    "video_qa": (video_pair, [["video"], ["conversations"]]),
+}
 
 
-class Source(Media):
-    """A row of TRAIN opened. Rows with an empty side are dropped and counted, as the reference does: out of the first `cap`, not before."""
+class Source(Files):
+    """A training row opened. Rows with an empty side are dropped and counted, as the reference
+    does: of the first `cap`, not before."""
 
-    def __init__(self, spec, root, split, on_bad="stop"):
+    def __init__(self, spec, root):
         super().__init__(spec, root)
-        self.parse, required, optional, sides = TRAIN_PARSERS[spec["parser"]]
-        self.rows = self.table(required, optional, spec["split"] or split, spec["config"])
-        try:
-            empty = self.rows.empty(sides, on_bad)
-        except BadData as e:
-            raise named(e, self.name) from None
-        self.keep, self.dropped = np.flatnonzero(~empty).astype(np.int32), int(empty.sum())          # keep: usable rows, 4 bytes each
+        self.parse, sides = TRAIN_PARSERS[self.parser]
+        self.rows = self.table(spec["config"])
+        keep = (i for i in range(len(self.rows)) if self.is_full(i, sides))
+        self.keep = np.fromiter(keep, np.int32)  # numbers of the usable rows, 4 bytes each
+        self.dropped = len(self.rows) - len(self.keep)
         if not len(self.keep):
-            raise BadData(f"{self.name}: no usable row in {self.rows.parts[0][0]} ({len(empty)} rows, all with an empty side)")
+            fail(self.name, f"no usable row in {self.rows.files[0][0]}: every side is empty")
+
+    def is_full(self, i, sides):
+        """Has each side something? A row that cannot be read counts: pair() will name it."""
+        try:
+            row = self.rows[i]
+            return all(any(row[column] for column in side) for side in sides)
+        except BadData:
+            return True
 
     def id(self, row):
         """Usable row -> "Name/row in its table"."""
         return f"{self.name}/{self.keep[row]}"
 
     def pair(self, row):
-        """-> {"id", "dataset", "query": item, "target": item, "negatives": [items]}, pictures as references."""
-        if not 0 <= row < len(self.keep):
-            raise IndexError(f"{self.name} has {len(self.keep)} usable rows, row {row} was asked for")
+        """-> {"id", "dataset", "query": item, "target": item, "negatives": [items]}, with refs."""
         try:
             query, target, negatives = self.parse(self, self.rows[int(self.keep[row])])
-            if {"text": ""} in (query, target, *negatives):
-                raise BadData("a side is empty but for the marker of a picture that is not given")
-        except BadData as e:
-            raise named(e, self.id(row)) from None
-        return {"id": self.id(row), "dataset": self.name, "query": query, "target": target, "negatives": negatives}
+            if {"text": ""} in (query, target, *negatives):  # is_full() saw IMG, or an empty list
+                fail("a side", f"empty but for {IMG}, and no image is given")
+        except BadData as error:
+            fail(self.id(row), error)
+        pair = {"id": self.id(row), "dataset": self.name, "query": query, "target": target}
+        return pair | {"negatives": negatives}
 
 
-def as_it_is(pair):
+def pair_key(pair):
+    """A short hash of what a pair is: the texts and the images' bytes of query and target. Unlike
+    its row number it stays when rows are inserted, or the root is moved."""
+    digest = hashlib.sha256()
+    for side in (pair["query"], pair["target"]):
+        texts = {key: value for key, value in side.items() if key in ("text", "instruction")}
+        digest.update(json.dumps(texts, sort_keys=True).encode())
+        for ref in refs(side):
+            digest.update(hashlib.sha256(image_bytes(ref)).digest())
+    return digest.hexdigest()[:16]
+
+
+def sound(pair):
+    """The pair, if every image of it can be opened."""
+    look(pair["query"], pair["target"], *pair["negatives"])
     return pair
 
 
 class TrainData:
-    """Sources by number, their usable rows by number; pairs are built when asked for.
+    """Sources by number, their usable rows by number; a pair is built when it is asked for.
 
-    names, sizes (usable rows) and weights by source; dropped {name: rows with an empty side}; missing [names the root does not have];
-    bad {id or name: why it was skipped}, filled under on_bad="skip" while the data is read.
+    names, sizes (usable rows), weights by source; dropped {name: rows with an empty side}; missing:
+    names the root does not have.
     """
 
-    def __init__(self, sources, missing, bad, on_bad):
-        self.sources, self.missing, self.bad, self.on_bad = sources, missing, bad, on_bad
-        self.names, self.sizes = [s.name for s in sources], [len(s.keep) for s in sources]
-        self.weights, self.dropped = [float(s.spec["weight"]) for s in sources], {s.name: s.dropped for s in sources}
+    def __init__(self, sources, missing):
+        self.sources = sources
+        self.missing = missing
+        self.names = [source.name for source in sources]
+        self.sizes = [len(source.keep) for source in sources]
+        self.weights = [float(source.spec["weight"]) for source in sources]
+        self.dropped = {source.name: source.dropped for source in sources}
+        # A byte per row, shared with worker processes: has it been named as broken?
+        self.named = [multiprocessing.RawArray("b", size) for size in self.sizes]
+
+    def id(self, source, row):
+        return self.sources[source].id(row)
 
     def pair(self, source, row):
-        """One pair, pictures as references (see Source.pair)."""
+        """The pair, images as references."""
         return self.sources[source].pair(row)
 
-    def usable(self, source, row, found, load=True, read=as_it_is):
-        """read() of one pair, its pictures decoded or not. A bad one stops the run, or (on_bad="skip") goes into found {id: why}, and the table's next
-        row takes its place."""
-        for at in itertools.chain(range(row, self.sizes[source]), range(row)):
+    def fetch(self, source, row, read=sound):
+        """read(pair). If that fails (ValueError) the next row that can be read takes its place;
+        those that are left out are named, each once, whichever process meets it."""
+        size = self.sizes[source]
+        errors = {}
+        for i in itertools.chain(range(row, size), range(row)):
             try:
-                pair = self.pair(source, at)
-                if load:
-                    pair |= {"query": decoded(pair["query"]), "target": decoded(pair["target"]), "negatives": [*map(decoded, pair["negatives"])]}
-                return read(pair)
-            except ValueError as e:                               # BadData, or what read() could not use
-                error = named(e, name := self.sources[source].id(at))
-                if self.on_bad == "stop":
-                    raise error from None
-                found[name] = str(error)
-        raise BadData(f"{self.names[source]}: not one usable row; first: {next(iter(found.values()))}", found.values())
+                pair = read(self.pair(source, i))
+            except ValueError as error:
+                errors[i] = error
+                continue
+            for broken, error in errors.items():
+                self.name_broken(source, broken, error)
+            return pair
+        fail(self.names[source], f"none of its {size} rows can be read; the first: {errors[row]}")
 
-    def fetch(self, source, row, load=True, read=as_it_is):
-        """usable(), what it finds noted."""
-        found = {}
-        pair = self.usable(source, row, found, load, read)
-        self.note(found)
-        return pair
+    def name_broken(self, source, row, error):
+        if not self.named[source][row]:
+            self.named[source][row] = 1
+            line = named(self.id(source, row), error)
+            tqdm.write(f"skipped ({self.skipped} so far): {line}")
 
-    def note(self, found):
-        """Each bad row is counted and named once."""
-        for name, error in found.items():
-            if name not in self.bad:
-                self.bad[name] = error
-                tqdm.write(f"skipped ({len(self.bad)} so far): {error}")
-
-    def stream(self, lists, workers=0, ahead=1, load=True, read=as_it_is):
-        """Lists of (source, row) -> lists of read(pair), see in_order(). read: what else is to be done where a pair is decoded (train.py: resizing,
-        tokenising), that is beside whatever the caller does meanwhile; without torch, whose threads a forked process does not have."""
-        def work(refs):
-            found = {}
-            return [self.usable(*ref, found, load, read) for ref in refs], found
-
-        for pairs, bad in in_order(work, lists, workers, ahead):
-            self.note(bad)
-            yield pairs
+    @property
+    def skipped(self):
+        """How many broken rows have been met."""
+        return sum(sum(rows) for rows in self.named)
 
 
-def train_sets(root, names=None, split="original", on_bad="stop", caps=None, weights=None):
-    """TrainData of a root. names=None takes what is there and lists the rest in .missing; a name asked for must be there.
-
-    caps and weights ({name: number}) replace the table's. on_bad="skip" leaves out what is broken, counted and named in .bad.
-    """
-    rows, sources, missing, bad = wanted(tables(root, "train"), names), [], [], {}
-    for row in rows:
-        own = {key: given[row["name"]] for key, given in (("cap", caps), ("weight", weights)) if row["name"] in (given or {})}
+def train_sets(root, names=None, split=None):
+    """TrainData of a root. names=None takes what is there and lists the rest in .missing; a name
+    that is asked for must be there. A dataset without a single sound row is refused here."""
+    sources, missing = [], []
+    for row in wanted(tables(root, "train"), names):
         try:
-            source = Source({**row, **own}, root, split, on_bad)
-            if on_bad == "skip":                                  # of a table without its pictures nothing can take a broken row's place
-                TrainData([source], [], {}, on_bad).usable(0, 0, {})
-            sources.append(source)
+            sources.append(Source(row | {"split": split or row["split"]}, root))
         except Missing:
             if names is not None:
                 raise
             missing.append(row["name"])
-        except BadData as e:
-            if on_bad == "stop":
-                raise
-            bad[row["name"]] = str(e)
-            tqdm.write(f"skipped: {e}")
     if not sources:
-        raise BadData(f"{root}: none of the {len(rows)} training datasets can be used" + "".join(f"; {why}" for why in [*bad.values()][:1]))
-    return TrainData(sources, missing, bad, on_bad)
+        fail(root, f"none of its {len(missing)} training datasets is there")
+    data = TrainData(sources, missing)
+    for source in range(len(sources)):
+        data.fetch(source, 0)  # fails where nothing can be read, before anything is trained
+    return data
 
 
 class Sampler:
-    """Endless global batches [(source, row), ...]: an iterator whose whole state is a step and a count per source.
+    """Endless batches [(source, row), ...]. The state is the step: skip(n) leaves n batches out.
 
-    A rank takes its contiguous slice of the global batch, so joining the ranks gives the stream of one. A walk that ends inside a sub-batch
-    goes on with the next epoch's order; a source smaller than a sub-batch repeats rows in it (the loss masks equal targets).
-    first: where in each source the `sizes` rows begin (0 by default), so that stages can have rows of their own.
+    Every rank draws the global batch and takes every world-th sub-batch (or an equal part of one,
+    where there are fewer sub-batches than ranks). A walk that ends inside a sub-batch goes on with
+    the next epoch's order; a source smaller than a sub-batch repeats rows in it (the loss masks
+    equal targets). first: where in each source its `sizes` rows begin, so that stages can have rows
+    of their own.
     """
 
     def __init__(self, sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
         weights = np.asarray(weights, np.float64)
-        if len(sizes) != len(weights) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
-            raise ValueError(f"the sampler wants a weight >= 0 per source and one above 0, got {weights.tolist()} for {len(sizes)} sources")
-        if any(size < 1 for size, w in zip(sizes, weights) if w > 0):
+        if len(sizes) != len(weights) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+            raise ValueError(f"weights {weights.tolist()}: from 0 up, not all 0, a source each")
+        if any(size < 1 for size, weight in zip(sizes, weights) if weight > 0):
             raise ValueError(f"a source with a weight has no rows: sizes {list(sizes)}")
-        if sub_batch < 1 or batch % sub_batch or batch % world or not 0 <= rank < world:
-            raise ValueError(f"batch {batch} must be a multiple of sub_batch {sub_batch} and of world {world}, and rank {rank} below world")
-        self.first = list(first) if first is not None else [0] * len(sizes)
-        self.sizes, self.p, self.batch, self.sub, self.seed = list(sizes), weights / weights.sum(), batch, sub_batch, seed
-        self.rank, self.world, self.step, self.taken = rank, world, 0, [0] * len(self.sizes)
-        self.orders = {}                                          # source: (epoch, shuffled rows); only the current epoch's, 4 bytes a row
-
-    def order(self, source, epoch):
-        """The shuffled walk over a source in one epoch."""
-        if self.orders.get(source, (None,))[0] != epoch:
-            walk = np.random.default_rng([1, self.seed, source, epoch]).permutation(self.sizes[source])
-            self.orders[source] = (epoch, walk.astype(np.int32))
-        return self.orders[source][1]
+        if sub_batch < 1 or batch % sub_batch or batch % world:
+            raise ValueError(
+                f"batch {batch} is no multiple of sub_batch {sub_batch}, world {world}"
+            )
+        self.sizes = list(sizes)
+        self.p = weights / weights.sum()
+        self.batch = batch
+        self.sub_batch = sub_batch
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.first = [0] * len(self.sizes) if first is None else list(first)
+        self.step = 0
+        self.taken = [0] * len(self.sizes)  # rows that each source's walk has gone
+        self.orders = {}  # source: (epoch, its shuffled rows); 4 bytes a row
 
     def __iter__(self):
         return self
 
     def __next__(self):
         """This rank's batch / world pairs of the next global batch."""
-        out = []                                                  # the global batch; every rank draws it whole
-        for source in np.random.default_rng([0, self.seed, self.step]).choice(len(self.p), self.batch // self.sub, p=self.p).tolist():
-            need = self.sub
-            while need:
-                epoch, at = divmod(self.taken[source], self.sizes[source])                # where this source's walk stands
-                rows = self.order(source, epoch)[at:at + need].tolist()
-                out += [(source, self.first[source] + row) for row in rows]
-                need -= len(rows)                                 # > 0 when the epoch ended: on with the next one
-                self.taken[source] += len(rows)
+        pairs = [pair for source in self.draw() for pair in self.take(source)]
+        size = math.gcd(self.sub_batch, self.batch // self.world)  # sub_batch, if ranks are few
+        parts = [pairs[at : at + size] for at in range(0, self.batch, size)]
+        return [pair for part in parts[self.rank :: self.world] for pair in part]
+
+    def skip(self, steps):
+        """Draw so many batches, and forget them."""
+        for _ in range(steps):
+            for source in self.draw():
+                self.taken[source] += self.sub_batch
+
+    def draw(self):
+        """The sources of the next batch's sub-batches."""
+        rng = np.random.default_rng([0, self.seed, self.step])  # order() has the streams of 1
         self.step += 1
-        share = self.batch // self.world
-        return out[self.rank * share:(self.rank + 1) * share]
+        return rng.choice(len(self.p), self.batch // self.sub_batch, p=self.p).tolist()
 
-    def state(self):
-        """All there is to save, as JSON; under 200 bytes for a few sources."""
-        return {"seed": self.seed, "step": self.step, "taken": list(self.taken), "sizes": list(self.sizes), "batch": [self.batch, self.sub]}
+    def take(self, source):
+        """The next sub_batch rows of a source's walk."""
+        pairs = []
+        for at in range(self.taken[source], self.taken[source] + self.sub_batch):
+            epoch, place = divmod(at, self.sizes[source])
+            row = int(self.order(source, epoch)[place])
+            pairs.append((source, self.first[source] + row))
+        self.taken[source] += self.sub_batch
+        return pairs
 
-    def load(self, state):
-        """Goes on where state() was taken; the world size may differ, the data and the batch may not."""
-        if lost := [k for k, v in self.state().items() if k not in ("step", "taken") and state.get(k) != v]:
-            raise ValueError(f"this sampler state is of another run: {lost[0]} was {state.get(lost[0])}, is {self.state()[lost[0]]}")
-        self.step, self.taken = int(state["step"]), [int(n) for n in state["taken"]]
-
-
-def batches(data, sampler, workers=0, steps=None, load=True, read=as_it_is):
-    """Batches of pairs, in the sampler's order whatever the number of workers. sampler.state() is always that of the batch last handed out.
-    With workers the next batch is read while this one is used; for `read` see TrainData.stream."""
-    ahead = copy.deepcopy(sampler)                                # runs before the one whose state counts
-    drawn = itertools.islice(ahead, steps)
-    share = sampler.batch // sampler.world
-    lists, each = (refs[at : at + CHUNK] for refs in drawn for at in range(0, share, CHUNK)), -(-share // CHUNK)
-    stream = data.stream(lists, workers, each + 2 * workers, load, read)
-    try:
-        while batch := [pair for pairs in itertools.islice(stream, each) for pair in pairs]:                    # raises here what a worker met
-            next(sampler)
-            yield batch
-    finally:
-        stream.close()
+    def order(self, source, epoch):
+        """The shuffled rows of a source in an epoch."""
+        if self.orders.get(source, (None,))[0] != epoch:
+            rng = np.random.default_rng([1, self.seed, source, epoch])
+            rows = rng.permutation(self.sizes[source]).astype(np.int32)
+            self.orders[source] = (epoch, rows)
+        return self.orders[source][1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Worker processes. Threads decode as fast (Pillow works outside the interpreter lock) and hand over for nothing, but what is Python in reading and
-# tokenising would take its turns with the trainer's. A pool of the standard library sends ten times a picture's file through a pipe. So: processes,
-# and memory that both sides see. What each makes of the same cores: bench(), results/bench_data.json.
-
-CHUNK = 2                    # pairs a worker is asked for at a time
-ARENA = 4 << 30              # bytes of each worker's shared memory, of which only what has been written takes any
+# --------------------------------------------------------------------------------------------------
+# Evaluation: a parser per kind of test set, row -> a query, its candidates, its positives
 
 
-def unpacked(pixels, size):
-    """uint8 (w * h * 4), Pillow's own layout -> an RGB picture on this very memory."""
-    return Image.fromarrow(pa.FixedSizeListArray.from_arrays(pa.array(pixels), 4), "RGB", size)
-
-
-class Packer(pickle.Pickler):
-    """Pickles an RGB picture as the array that it is in memory: arrays can leave a pickle (protocol 5), so that their bytes are copied once, not thrice."""
-
-    def reducer_override(self, x):
-        if not isinstance(x, Image.Image) or x.mode != "RGB":
-            return NotImplemented
-        try:
-            return unpacked, (np.frombuffer(pa.array(x).buffers()[-1], np.uint8), x.size)
-        except ValueError:                                        # made before the fork, in several pieces of 16 MB: as Pillow pickles it
-            return NotImplemented
-
-
-class Worker:
-    """A process that answers tasks with work(task), in order. A fork: it has what its maker has, mapped tables included, and nothing is sent for it.
-    Arrays in its answers lie in memory that both see, the rest comes through a pipe. That memory is `slots` slots; an answer has one for itself until
-    nothing of it is used any more. most: of answers that are asked for and unread."""
-
-    def __init__(self, work, most, slots):
-        self.work, self.most, self.free, self.asked = work, most, [*range(slots)], collections.deque()
-        self.size = ARENA // slots
-        self.memory = mmap.mmap(-1, ARENA)
-        self.pipe, theirs = multiprocessing.Pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                self.serve(theirs)
-                os._exit(0)
-            except BaseException:                                 # an error in the program: said here, and the maker sees that the pipe has closed
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        theirs.close()
-
-    def serve(self, pipe):
-        """What the process does, until its maker is gone or kills it."""
-        for sent_to_all in (signal.SIGINT, signal.SIGTERM):       # Ctrl-C, and batch systems, which signal whole groups: the maker may still want
-            signal.signal(sent_to_all, signal.SIG_IGN)            # a batch, to finish its step and write a checkpoint
-        self.pipe.close()                                         # or the maker's death would not end recv()
-        Image.core.set_block_size(1 << 29)                        # every picture in one piece, up to Pillow's limit of 89 Mpx
-        Image.core.set_blocks_max(4 * CHUNK)                      # whose memory serves the next: new pages are slow to get
-        try:
-            while True:
-                self.answer(pipe, *pipe.recv())
-        except (EOFError, OSError):                               # nobody is there any more
-            return
-
-    def answer(self, pipe, slot, task):
-        """Does a task and sends what came of it: (whether it went well, the answer or the error), and where in the slot its arrays lie."""
-        try:
-            answer = True, self.work(task)
-        except (ValueError, OSError) as e:                        # of the data: raised where it was asked for. Anything else ends the process
-            answer = False, e
-        body, spans, room = io.BytesIO(), [], np.frombuffer(self.memory, np.uint8, self.size, slot * self.size)
-
-        def put(buffer):
-            """-> whether the buffer stays in the pickle, for want of room."""
-            at = -(-spans[-1][1] // 64) * 64 if spans else 0      # as aligned as memory of its own would be
-            with buffer.raw() as raw:
-                if at + raw.nbytes > self.size:
-                    return True
-                room[at : at + raw.nbytes] = raw
-                spans.append((at, at + raw.nbytes))
-
-        Packer(body, 5, buffer_callback=put).dump(answer)
-        pipe.send((body.getvalue(), spans))
-
-    def ask(self, task):
-        """One more task."""
-        self.asked.append(self.free.pop())
-        with contextlib.suppress(OSError):                        # it has ended: next() will say so, after the answers that were still sent
-            self.pipe.send((self.asked[-1], task))
-
-    def next(self):
-        """The next answer. Its arrays are the shared memory itself while there is enough of that for the answers to come, else copies."""
-        try:
-            body, spans = self.pipe.recv()
-        except (EOFError, OSError):
-            code = self.end()
-            killed = " (killed, as when memory runs out: fewer --workers take less)" if code == -9 else ""
-            raise OSError(f"a worker process ended with exit code {code}{killed}") from None
-        slot = self.asked.popleft()
-        mine = np.frombuffer(self.memory, np.uint8, self.size, slot * self.size)
-        lent = len(self.free) + len(self.asked) >= self.most
-        good, answer = pickle.loads(body, buffers=[mine[a:b] if lent else mine[a:b].copy() for a, b in spans])
-        if lent:
-            weakref.finalize(mine, self.free.append, slot)        # what was loaded keeps it alive
-        else:
-            self.free.append(slot)
-        if good:
-            return answer
-        try:
-            raise answer
-        finally:
-            del answer                                            # else a circle (error, its traceback, this frame) would hold the memory for a while
-
-    def end(self, kill=False):
-        """-> its exit code, minus the signal that ended it. It only reads: nothing is lost when it is killed."""
-        if self.pid:
-            if kill:
-                os.kill(self.pid, signal.SIGKILL)
-            self.pid, code = 0, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            self.pipe.close()
-            return code
-
-
-def in_order(work, tasks, workers, ahead):
-    """work(task) for each of tasks, in their order: here, or by so many processes in turn, each task begun at most `ahead` before its answer is wanted."""
-    if not workers:
-        yield from map(work, tasks)
-        return
-    ahead = min(ahead, 64 * workers)                              # so many tasks fit into a pipe
-    crew, tasks, asked, most = [], iter(tasks), collections.deque(), -(-ahead // workers)
-    try:
-        while len(crew) < workers:
-            crew.append(Worker(work, most, 3 * most))
-        turns = itertools.cycle(crew)
-        while True:
-            for task in itertools.islice(tasks, ahead - len(asked)):
-                asked.append(next(turns))
-                asked[-1].ask(task)
-            if not asked:
-                return
-            yield asked.popleft().next()
-    finally:
-        for worker in crew:
-            worker.end(kill=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: one parser per kind of test set, row -> a query, its candidates, its positives
-
-class EvalSet(Media):
-    """A row of EVAL opened and filled by its parser. With on_bad="skip" a broken candidate or query is noted and left out, else it stops.
+class EvalSet(Files):
+    """A test row opened and filled by its parser.
 
     name, modality      as in the row, which is .spec
     metric              hit@1, or ndcg_linear@5 for visdoc
     protocol            what a score of it must be quoted with
     queries, query_ids  items and their names
-    candidates          items, one per dedup key; cand_ids the keys; cand_where the rows that they were first met in; index {key: number, or None
-                        for a broken one}
-    local               per query an array of candidate numbers (repeats kept), or None: every candidate, for all
+    candidates          items, one per key; cand_ids the keys, cand_where the rows that had them
+                        first, index {key: number}
+    local               per query an array of candidate numbers (repeats kept), or None: all, for
+                        every query
     positives           per query candidate numbers
     grades              per query the positives' grades, or None
-    rows, dropped, bad  rows of the query table; queries left out because something of theirs is broken; every complaint, in words
+    rows                of the table of queries
     """
 
-    def __init__(self, row, root, on_bad, frames, prompts):
-        super().__init__(row, root, frames)
-        self.modality, self.on_bad, self.prompts, self.protocol = row["modality"], on_bad, prompts, ""
-        self.metric, self.where = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1", self.name
-        self.queries, self.query_ids, self.candidates, self.cand_ids, self.cand_where, self.index = [], [], [], [], [], {}
-        self.local, self.positives, self.grades, self.rows, self.dropped, self.bad = [], [], [], 0, 0, []
-        self.asked = {}                              # of the parser pairs: query -> its number
-        self.config = self.spot = ""                 # of several tables one after the other: which is being read, and where in it
-        self.fault = functools.cache(fault_of) if on_bad == "skip" else None         # a run that must not stop later looks at every picture now
+    def __init__(self, spec, root, frames=None, prompts="vlm2vec", problems=None):
+        super().__init__(spec, root, frames)
+        self.prompts = prompts
+        self.inst = spec["inst"]
+        self.tgt = spec["tgt"]
+        self.problems = problems  # a list takes every complaint; None: the first is raised
+        self.modality = spec["modality"]
+        self.metric = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1"
+        labels = spec["labels"]
+        self.labels = LABELS[labels] if isinstance(labels, str) else listed(labels)
+        self.queries = []
+        self.query_ids = []
+        self.candidates = []
+        self.cand_ids = []
+        self.cand_where = []
+        self.index = {}
+        self.local = []
+        self.positives = []
+        self.grades = []
+        self.rows = 0
+        self.where = self.name  # the row being read
+        self.detail = ""  # and in which of several configs it is
+        self.config = ""
+        self.asked = {}  # of the parser pairs: query -> its number
+        self.find = functools.cache(self.find)  # 1000 rows may share 1000 candidates
 
-    def complain(self, error):
-        """Up with it, or into the notes, under the name of the row being read."""
-        error = named(error, self.where + self.spot)
-        if self.on_bad == "stop":
-            raise error from None
-        self.bad.append(str(error))
-
-    def each(self, table, prefix, parse, limit=None, start=0):
-        """parse(self, row) for every row, until there are `limit` queries -> how many rows were bad."""
-        bad = 0
-        for i in range(len(table)):
-            if limit and len(self.queries) == limit:
-                break
-            self.where = f"{prefix}{start + i}"
-            self.spot = f" (row {i} of {self.config})" if len(listed(self.spec["config"])) > 1 else ""
-            try:
-                parse(self, table[i])
-            except BadData as e:
-                self.complain(e)
-                bad += 1
-        return bad
+    @contextlib.contextmanager
+    def at(self, where, detail=""):
+        """What goes wrong inside is wrong with this row."""
+        self.where = where
+        self.detail = detail
+        try:
+            yield
+        except BadData as error:
+            error = named(where + detail, error)
+            if self.problems is None:
+                raise error from None
+            self.problems.append(str(error))
 
     def say(self, full, inst, content, image=None, video=None):
-        """VLM2Vec's one string, or Qwen's instruction (system turn) and content apart. Qwen's targets have no instruction."""
+        """VLM2Vec's string, or Qwen's instruction (system turn) and content apart, where targets
+        have no instruction."""
         if self.prompts == "vlm2vec":
             return item(full, image, video)
         return item(content, image, video, inst.strip().removesuffix("Question:").strip())
 
-    def cand(self, key, make):
-        """Index of the candidate with this dedup key, made when first met (a later one with that key is the same one); None if broken."""
+    def cand(self, key, item):
+        """The number of the candidate with this key. A later one with that key is the same one."""
         if key not in self.index:
-            self.index[key] = None
-            try:
-                made = look(make(), self.fault)
-            except BadData as e:
-                self.complain(e)
-                return None
+            if not is_text(key):
+                fail("candidate", f"text is wanted as its key, got {short(key)}")
+            self.look(item)
             self.index[key] = len(self.candidates)
-            self.candidates.append(made)
+            self.candidates.append(item)
             self.cand_ids.append(key)
-            self.cand_where.append(self.where + self.spot)
+            self.cand_where.append(self.where + self.detail)
         return self.index[key]
 
-    def query(self, made, cands, positives, grades=None, qid=None):
-        """One query with its candidates and positives, both as what cand() gave."""
-        if any(p is None for p in positives) or not positives:
-            raise BadData("its positive is broken or there is none")
-        self.queries.append(look(made, self.fault))
-        self.query_ids.append(qid or self.where)                   # "Name/row in its table" where the data has no id
-        self.local.append(np.array([c for c in cands if c is not None], np.int64))        # a broken candidate is not ranked
-        self.positives.append(list(dict.fromkeys(positives)))      # a clip may be listed twice (MomentSeeker)
+    def query(self, item, cands, positives, grades=None, qid=None):
+        """A query with the numbers of its candidates and positives."""
+        if not positives:
+            fail("query", "it has no positive, or that is broken")
+        self.look(item)
+        self.queries.append(item)
+        self.query_ids.append(qid or self.where)  # "Name/row in its table" where there is no id
+        self.local.append(np.array(cands, np.int64))
+        self.positives.append(list(dict.fromkeys(positives)))  # MomentSeeker lists clips twice
         self.grades.append(grades)
+
+    def look(self, item):
+        """--check opens every image; a run does when it embeds them."""
+        if self.problems is not None:
+            look(item)
 
 
 def image_set(b, row):
-    """The 36 image sets. Query: T + " " + instruction [+ " " + text], " \\n" -> "\\n", + tail; then the token T goes.
+    """The 36 image sets. Query: T + " " + instruction [+ " " + text], " \n" -> "\n", + tail; then
+    the token T goes.
 
-    Candidates are raw texts (key = the text), or pictures with an instruction and, where the first one is not blank (WebQA, EDIS, OVEN,
-    ...), captions: in image_t2i the key is the path alone, so one path with another caption collapses; in image_i2i_vg it is path:caption
-    (several objects of one picture are targets in RefCOCO-Matching). The positive is the first.
+    Candidates are raw texts (key = the text), or images with an instruction and, where the first is
+    not blank (WebQA, EDIS, OVEN, ...), captions: in image_t2i the key is the path alone, so a path
+    with another caption collapses; in image_i2i_vg it is path:caption (several objects of an image
+    are targets in RefCOCO-Matching). The positive is the first.
     """
-    kind, tail, squeeze = b.spec["parser"], b.spec["tail"], lambda text: text.replace(" \n", "\n")
+    kind, tail = b.parser, b.spec["tail"]
     inst, text = cell(row, "qry_inst").replace(IMG, ""), cell(row, "qry_text", "text?")
     if kind in ("image_t2i", "image_i2i_vg"):
-        told, paths = cell(row, "tgt_inst").replace(IMG, ""), cell(row, "tgt_img_path", "texts")
-        captions = [""] * len(paths) if row["tgt_text"] in (None, [], [""]) else cell(row, "tgt_text", "texts")
-        if len(captions) != len(paths):
-            raise BadData(f"{len(captions)} tgt_text for {len(paths)} tgt_img_path")
-        blank, end = not captions[0].strip(), "\n" if kind == "image_t2i" else ""         # no newline after blank captions in i2i_vg
-        full = lambda caption: squeeze(f" {told}") + end if blank else squeeze(f" {told} {caption}") + "\n"
-        cands = [b.cand(path if kind == "image_t2i" else path + ":" + caption.strip('"'),
-                        lambda: b.say(full(caption), "", "" if blank else caption.strip(), image=b.find(path)))
-                 for path, caption in zip(paths, captions)]
+        cands = image_targets(b, row, kind)
     else:
-        cands = [b.cand(answer, lambda: b.say(answer, "", answer)) for answer in cell(row, "tgt_text", "texts")]
-    if kind == "image_t2i":                          # no picture, though a stray token may be there (WebQA)
+        answers = cell(row, "tgt_text", "texts")
+        cands = [b.cand(answer, b.say(answer, "", answer)) for answer in answers]
+    if kind == "image_t2i":  # without image, though a stray token may be there (WebQA)
         return b.query(b.say(f"{inst} {text}{tail}", inst, text), cands, cands[:1])
-    lead = inst if kind in ("image_cls", "image_i2t") else "\n" + inst.strip()         # two of VLM2Vec's parsers strip, two do not
+    # Two of VLM2Vec's parsers strip the instruction, two do not.
+    lead = inst if kind in ("image_cls", "image_i2t") else "\n" + inst.strip()
+    full = f" {lead} {text}" if text else f" {lead}"
     image = b.find(cell(row, "qry_img_path"))
-    b.query(b.say(squeeze(f" {lead}" + (" " + text if text else "")) + tail, inst, text, image), cands, cands[:1])
+    query = b.say(full.replace(" \n", "\n") + tail, inst, text, image)
+    return b.query(query, cands, cands[:1])
+
+
+def image_targets(b, row, kind):
+    """The numbers of candidates that are images."""
+    inst, paths = cell(row, "tgt_inst").replace(IMG, ""), cell(row, "tgt_img_path", "texts")
+    captions = [""] * len(paths)
+    if row.get("tgt_text") not in (None, [], [""]):
+        captions = cell(row, "tgt_text", "texts")
+    if len(captions) != len(paths):
+        fail("tgt_text", f"{len(captions)} of them for {len(paths)} tgt_img_path")
+    cands = []
+    blank = not captions[0].strip()
+    end = "" if blank and kind == "image_i2i_vg" else "\n"
+    for path, caption in zip(paths, captions):
+        full = f" {inst}" if blank else f" {inst} {caption}"
+        image = b.find(path)
+        target = b.say(full.replace(" \n", "\n") + end, "", "" if blank else caption.strip(), image)
+        key = path if kind == "image_t2i" else path + ":" + caption.strip('"')
+        cands.append(b.cand(key, target))
+    return cands
 
 
 def video_cls(b, row):
-    """Global over the label list (not only the labels that occur: 1000 clips do not show all 700), or local over neg_text (SmthSmthV2)."""
+    """Global over all labels (also those that do not occur: 1000 clips do not show all 700), or
+    local over neg_text (SmthSmthV2)."""
     label = cell(row, "pos_text")
-    texts = cell(row, "neg_text", "texts") if b.spec["scope"] == "local" else b.labels or [label]
-    if label not in texts:
-        raise BadData(f"the label {label!r} is not among its {len(texts)} options")
-    cands = [b.cand(text, lambda: b.say(text, "", text)) for text in (texts if b.spec["scope"] == "local" else [label])]
+    local = b.spec["scope"] == "local"
+    options = cell(row, "neg_text", "texts") if local else b.labels or [label]
+    if label not in options:
+        fail("column pos_text", f"{short(label)} is not among its {len(options)} options")
+    cands = [b.cand(text, b.say(text, "", text)) for text in (options if local else [label])]
     video = b.clip(cell(row, "video_id", "id"))
-    b.query(b.say(" " + b.spec["inst"], b.spec["inst"], "", video=video), cands, [b.index[label]])
+    b.query(b.say(" " + b.inst, b.inst, "", video=video), cands, [b.index[label]])
 
 
-VIDEO_QA = {  # parser: (column of the clip's name, what its folder has before that name, columns of the options; none: yes or no)
-    "videomme": ("videoID", "", ["options"]), "egoschema": ("video_idx", "", ["option"]), "mvbench": ("video", "{config}/", ["candidates"]),
-    "nextqa": ("video", "", ["a0", "a1", "a2", "a3", "a4"]), "activitynetqa": ("video_name", "v_", [])}
+# parser: (column of the clip's name, what stands before that name, columns of the options (none:
+# yes or no), how the answer names the first, second ... option ("": as it is listed))
+VIDEO_QA = {
+    "videomme": ("videoID", "", ["options"], "ABCDEFGH"),
+    "egoschema": ("video_idx", "", ["option"], "01234567"),
+    "nextqa": ("video", "", ["a0", "a1", "a2", "a3", "a4"], "01234567"),
+    "mvbench": ("video", "{config}/", ["candidates"], ""),
+    "activitynetqa": ("video_name", "v_", [], ""),
+}
 
 
 def video_qa(b, row):
     """Multiple choice about a clip; key = the option as listed, text = what is embedded."""
-    kind, question = b.spec["parser"], cell(row, "question")
-    column, before, columns = VIDEO_QA[kind]
-    options = [cell(row, c) for c in columns] if len(columns) > 1 else ["yes", "no"]
-    options = cell(row, columns[0], "texts") if len(columns) == 1 else options
-    # 'C. Berries.' -> 'Berries'. (Upstream takes the last letter of an option that has no '. '; we take the option.)
-    bare = [(o[o.find(". "):] if ". " in o else o).strip(". ") for o in options]
-    lettered = [f"({chr(65 + i)}) {o}" for i, o in enumerate(options)]
-    asked, names, texts, spelled = {                 # the question, the options as keys and as texts, how the answer names each of them
-        "videomme": (question + "\n" + "\n".join(options), options, bare, "ABCDEFGH"),
-        "egoschema": (question + " ".join(options), options, bare, "01234567"),           # nothing before 'A.': theirs
-        "nextqa": ("\n".join([question, "Options:", *lettered]).rstrip(), options, options, "01234567"),
-        "mvbench": ("\n".join([question, "Options:", *lettered]).rstrip(), lettered, lettered, options),
-        "activitynetqa": (question + "? (A) yes; (B) no.", options, options, options)}[kind]
-    answer = cell(row, "answer", "id") if spelled is options else cell(row, "answer", "id").strip()
-    if answer not in (spelled := list(spelled)[:len(options)]):
-        raise BadData(f"the answer {answer!r} is not among its {len(options)} options")
-    cands = [b.cand(name, lambda: b.say(text, "", text)) for name, text in zip(names, texts)]
+    column, before, columns, letters = VIDEO_QA[b.parser]
+    if len(columns) == 1:
+        options = cell(row, columns[0], "texts")
+    else:
+        options = [cell(row, name) for name in columns] or ["yes", "no"]
+    names = list(letters[: len(options)]) or options
+    answer = cell(row, "answer", "id")
+    answer = answer.strip() if letters else answer
+    if answer not in names:
+        fail("column answer", f"{short(answer)} is not among its {len(options)} options")
+    # Where an answer stands twice (MVBench) the last is right, as upstream.
+    right = len(names) - 1 - names[::-1].index(answer)
+    question, keys, texts = ask(b.parser, cell(row, "question"), options)
+    cands = [b.cand(key, b.say(text, "", text)) for key, text in zip(keys, texts)]
     clip = b.clip(before.format(config=b.config) + cell(row, column, "id"))
-    right = len(spelled) - 1 - spelled[::-1].index(answer)        # where it stands twice (MVBench) the last, as upstream
-    b.query(b.say(f" {b.spec['inst']} {asked}", b.spec["inst"], asked, video=clip), cands, [cands[right]])
+    query = b.say(f" {b.inst} {question}", b.inst, question, video=clip)
+    b.query(query, cands, [cands[right]])
+
+
+def ask(kind, question, options):
+    """-> the question with its options, the candidates' keys, their texts."""
+    lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
+    if kind == "activitynetqa":
+        return question + "? (A) yes; (B) no.", options, options
+    if kind == "videomme":
+        return "\n".join([question, *options]), options, [bare(option) for option in options]
+    if kind == "egoschema":  # nothing stands before 'A.': theirs
+        return question + " ".join(options), options, [bare(option) for option in options]
+    question = "\n".join([question, "Options:", *lettered]).rstrip()
+    return (question, options, options) if kind == "nextqa" else (question, lettered, lettered)
+
+
+def bare(option):
+    """'C. Berries.' -> 'Berries'. Upstream takes the last letter of an option without '. ', we the
+    option."""
+    start = option.find(". ") if ". " in option else 0
+    return option[start:].strip(". ")
 
 
 def stem(path):
-    """Video name without folders and without a video ending (DiDeMo has .mov, .m4v, .3gp, ...); QVHighlight's ..._210.0 is no ending."""
+    """Name of a video without folders and ending (DiDeMo has .mov, .m4v, .3gp, ...); the .0 of
+    QVHighlight's ..._210.0 is no ending."""
     return re.sub(r"\.(?=\d*[a-z])[a-z\d]{2,4}$", "", os.path.basename(path), flags=re.I)
 
 
-def target_clip(b, key, path, n=0):
-    """Index of a candidate that is a clip."""
-    return b.cand(key, lambda: b.say(" " + b.spec["tgt"], "", "", video=b.clip(path, n)))
+def target_clip(b, key, name, n=0):
+    """The number of a candidate that is a clip."""
+    if key in b.index:
+        return b.index[key]
+    return b.cand(key, b.say(" " + b.tgt, "", "", video=b.clip(name, n)))
 
 
 def video_ret(b, row):
-    """Caption -> video among all videos; key = the video's id. Where a video has several captions the first is the query."""
-    (id_column, column), inst = b.spec["columns"], b.spec["inst"]
-    video = cell(row, id_column, "id")
-    video = stem(video) if id_column == "video" else video          # DiDeMo names a file, the others have ids
-    caption = cell(row, column, "texts")[0] if isinstance(row[column], list) else cell(row, column)
+    """Caption -> video among all; key = the video's id. The first of several captions is taken."""
+    column, caption = b.spec["columns"]
+    video = cell(row, column, "id")
+    video = stem(video) if column == "video" else video  # DiDeMo names a file, the others have ids
+    text = cell(row, caption, "texts")[0] if isinstance(row[caption], list) else cell(row, caption)
     target = target_clip(b, video, video)
-    b.query(b.say(f"{inst} {caption}", inst, caption), [target], [target])
+    b.query(b.say(f"{b.inst} {text}", b.inst, text), [target], [target])
 
 
 def moment(b, row):
-    """Clips of one video: every folder beside query/ is a candidate, positive* the right one; key = the clip's folder (ours under ROOT)."""
-    video, inst, text = stem(cell(row, "video_path", "id")), b.spec["inst"], cell(row, "query")
-    folder = b.find(video, "clip folder")
-    clips = sorted((c for c in os.listdir(folder) if c != "query" and c[0] != "." and os.path.isdir(os.path.join(folder, c))), key=natural)
-    cands = [target_clip(b, os.path.relpath(os.path.join(folder, c), b.root), f"{video}/{c}") for c in clips]
-    b.query(b.say(f" {inst} {text}", inst, text, video=b.clip(f"{video}/query")), cands,
-            [i for c, i in zip(clips, cands) if c.startswith("positive")])
+    """Clips of a video: every folder next to query/ is a candidate, positive* the right ones; key =
+    the clip's folder (ours under ROOT)."""
+    text = cell(row, "query")
+    video = stem(cell(row, "video_path", "id"))
+    folder = b.find(video, clip=True)
+    names = [name for name in os.listdir(folder) if name != "query" and name[0] != "."]
+    names = [name for name in names if os.path.isdir(os.path.join(folder, name))]
+    names.sort(key=natural)
+    keys = [os.path.relpath(os.path.join(folder, name), b.root) for name in names]
+    cands = [target_clip(b, key, f"{video}/{name}") for key, name in zip(keys, names)]
+    right = [number for name, number in zip(names, cands) if name.startswith("positive")]
+    query = b.say(f" {b.inst} {text}", b.inst, text, video=b.clip(f"{video}/query"))
+    b.query(query, cands, right)
 
 
-SEEK = {".mp4": " Find the clip that corresponds to the given sentence and video segment:",
-        ".jpg": " Select the video clip that aligns with the given text and image:",
-        "": "Find the clip that corresponds to the given text:"}
+SEEK = {
+    ".mp4": " Find the clip that corresponds to the given sentence and video segment:",
+    ".jpg": " Select the video clip that aligns with the given text and image:",
+    "": "Find the clip that corresponds to the given text:",
+}
 
 
 def momentseeker(b, row):
-    """Several positives; the query is text, text and picture, or text and clip; all frames there are (8) are taken."""
+    """Several positives; the query is text, text and image, or text and clip; all frames there are
+    (8) are taken."""
     text, given = cell(row, "query", "text?"), cell(row, "input_frames", "text?")
-    kind = next(ending for ending in SEEK if given.endswith(ending))         # "" fits what is left: a query of text alone
-    if given and not kind or not given and not text:
-        raise BadData(f"input_frames {given!r} is no .mp4 and no .jpg" if given else "neither query nor input_frames")
-    flat = lambda path: "video_frames/" + path.replace("/", "_").split(".mp4")[0]
-    image = b.picture(f"query_{given}") if kind == ".jpg" else None
+    kind = os.path.splitext(given)[1] if given else ""
+    if kind not in SEEK or (given and not kind):
+        fail("column input_frames", f"{short(given)} is no .mp4 and no .jpg")
+    if not given and not text:
+        fail("query", "neither query nor input_frames")
+    image = b.find(f"query_{given}") if kind == ".jpg" else None
     video = b.clip(flat(given), None) if kind == ".mp4" else None
     cands = {}
     for column in ("positive_frames", "negative_frames"):
-        if not all(isinstance(c, dict) and "output_path" in c for c in listed(row[column])):
-            raise BadData(f"column {column} is not a list of clips with an output_path")
-        paths = [flat(cell(c, "output_path")) for c in listed(row[column])]
+        clips = listed(row[column])
+        if not all(isinstance(clip, dict) and "output_path" in clip for clip in clips):
+            fail(f"column {column}", "a list of clips with an output_path is wanted")
+        paths = [flat(cell(clip, "output_path")) for clip in clips]
         cands[column] = [target_clip(b, path, path, None) for path in paths]
-    full = SEEK[kind] + f" {text}" * bool(text)
-    b.query(b.say(full, SEEK[kind], text, image, video), sum(cands.values(), []), cands["positive_frames"])
+    full = SEEK[kind] + (f" {text}" if text else "")
+    query = b.say(full, SEEK[kind], text, image, video)
+    b.query(query, [*cands["positive_frames"], *cands["negative_frames"]], cands["positive_frames"])
+
+
+def flat(path):
+    """MomentSeeker's clips lie in folders side by side: a/b.mp4 is video_frames/a_b."""
+    return "video_frames/" + path.replace("/", "_").split(".mp4")[0]
 
 
 def pairs(b, row):
-    """A user's own test set in the columns of MMEB-train: all targets are candidates; equal queries are one, with several positives."""
-    query, target, _ = mmeb_pair(b, row)
+    """A user's test set in MMEB-train's columns: all targets are candidates; equal queries are a
+    single one with several positives."""
+    query, target = mmeb_side(b, row, *PAIR[:2]), mmeb_side(b, row, *PAIR[2:])
     if {"text": ""} in (query, target):
-        raise BadData("a side is empty")
-    key, name = (json.dumps([row[text] or "", row[path] or ""], ensure_ascii=False) for text, path in (PAIR[:2], PAIR[2:]))
-    found = b.cand(name, lambda: target)
-    if key in b.asked and found is not None:
-        positives = b.positives[b.asked[key]]
-        positives += [found] * (found not in positives)
-    else:
-        b.query(query, [found], [found])
+        fail("a side", "is empty")
+    key = side_key(row, *PAIR[:2])
+    number = b.cand(side_key(row, *PAIR[2:]), target)
+    if key not in b.asked:
+        b.query(query, [number], [number])
         b.asked[key] = len(b.queries) - 1
+    positives = b.positives[b.asked[key]]
+    if number not in positives:
+        positives.append(number)
+
+
+def side_key(row, text, image):
+    """'["text", "path"]'; an image inside the table goes by its bytes."""
+    names = [
+        hashlib.sha256(ref.read()).hexdigest() if isinstance(ref, TableImage) else ref or ""
+        for ref in listed(row[image])
+    ]
+    names = names if isinstance(row[image], list) else (names or [""])[0]
+    return json.dumps([row[text] or "", names], ensure_ascii=False)
 
 
 def short_name(page):
@@ -1287,323 +1252,277 @@ def short_name(page):
 
 
 def beir(b, limit):
-    """queries + corpus + qrels -> text query, every page a candidate, graded positives. Ids are compared as text, whatever their type."""
-    spec, pages, asked, relevant = b.spec, set(), set(), collections.defaultdict(dict)
-
-    def corpus(b, row):
-        """A page: its picture is in the table, or lies in the media folders as the table says, NAME.png (ViDoRe) or short_name(NAME) (VisRAG)."""
-        page = cell(row, "corpus-id", "id")
-        if page in pages:
-            raise BadData(f"corpus-id {page!r} occurs twice")
-        pages.add(page)                                  # also a broken one: a qrel that names it is not at fault
-        find = lambda ref: ref if isinstance(ref, Picture) else b.find([*listed(ref or None), f"{page}.png", short_name(page)])
-        b.cand(page, lambda: b.say(" " + spec["tgt"], "", "", image=find(row["image"])))
-
-    def qrels(b, row):
-        """How relevant a page is to a query: 0 (not at all) ... 3."""
-        page, score = cell(row, "corpus-id", "id"), row["score"]
-        if page not in pages:
-            raise BadData(f"corpus-id {page!r} names no document of the corpus")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= 100:          # 2^grade must be a number
-            raise BadData(f"score is {score!r}")
-        if score > 0:                                    # a duplicate keeps the higher grade
-            of = relevant[cell(row, "query-id", "id")]
-            of[page] = max(of.get(page, 0), score)
-
-    def queries(b, row):
-        """A question; its pages are known by now."""
-        if spec["language"] and row["language"] != spec["language"]:
-            return
-        qid, text = cell(row, "query-id", "id"), cell(row, "query")
-        if qid in asked:
-            raise BadData(f"query-id {qid!r} occurs twice")
-        asked.add(qid)
-        right = {b.index[page]: score for page, score in relevant[qid].items() if b.index.get(page) is not None}
-        b.query(b.say(f"{spec['inst']} {text}", spec["inst"], text), [], list(right), list(right.values()), qid)
-
-    for parse, required, optional in ((corpus, ["corpus-id"], ["image"]), (qrels, ["query-id", "corpus-id", "score"], []),
-                                      (queries, ["query-id", "query"], ["language"])):
-        table, part = b.table(required, optional, spec["split"], part=parse.__name__), parse.__name__         # the last one's counts stay
-        b.rows, b.dropped = len(table), b.each(table, f"{b.name}/{part} row ", parse, limit if part == "queries" else None)
+    """queries + corpus + qrels -> text query, every page a candidate, graded positives. Ids are
+    compared as text, whatever their type."""
+    pages = read_pages(b)
+    read_queries(b, read_qrels(b, pages), limit)
 
 
-IMAGE = ["qry_inst", "qry_text", "qry_img_path"]
-EVAL_PARSERS = {  # name: (row -> query and candidates, columns that must be there, columns that may be)
-    **{kind: (image_set, [*IMAGE, "tgt_text"], []) for kind in ("image_cls", "image_i2t", "image_qa")},
-    "image_t2i":    (image_set, [*IMAGE[:2], "tgt_inst", "tgt_img_path"], ["tgt_text"]),
-    "image_i2i_vg": (image_set, [*IMAGE, "tgt_inst", "tgt_img_path"], ["tgt_text"]),
-    "video_cls":    (video_cls, ["video_id", "pos_text"], ["neg_text"]),
-    **{kind: (video_qa, [video, "question", "answer", *options], []) for kind, (video, _, options) in VIDEO_QA.items()},
-    "video_ret":    (video_ret, [], []),                          # its columns are the row's
-    "moment":       (moment, ["query", "video_path"], []),
-    "momentseeker": (momentseeker, ["query", "positive_frames", "negative_frames", "input_frames"], []),
-    "pairs":        (pairs, PAIR, []),
-    "beir":         (beir, [], [])}                               # reads its three tables itself
+def read_pages(b):
+    """The corpus -> the ids of its pages. An image is in the table, or lies in the media folders as
+    the table says, as NAME.png (ViDoRe) or as short_name(NAME) (VisRAG)."""
+    table = b.table(part="corpus")
+    pages = set()
+    for i in range(len(table)):
+        with b.at(f"{b.name}/corpus row {i}"):
+            row = table[i]
+            page = cell(row, "corpus-id", "id")
+            if page in pages:
+                fail("column corpus-id", f"{page!r} occurs twice")
+            pages.add(page)  # also a broken one: a qrel that names it is not at fault
+            image = row.get("image")
+            if not isinstance(image, TableImage):
+                image = b.find(*listed(image or None), f"{page}.png", short_name(page))
+            b.cand(page, b.say(" " + b.tgt, "", "", image=image))
+    return pages
 
 
-def load_eval(root, row, on_bad="stop", limit=None, page_labels="fixed", frames=None, prompts="vlm2vec"):
-    """A row of EVAL (or the name of one) -> EvalSet. limit = so many queries (a global set of pages or labels stays whole).
+def read_qrels(b, pages):
+    """How relevant a page is to a query, 0 (not at all) ... 3 -> {query: {page: grade}}."""
+    table = b.table(part="qrels")
+    relevant = collections.defaultdict(dict)
+    for i in range(len(table)):
+        with b.at(f"{b.name}/qrels row {i}"):
+            row = table[i]
+            page, grade = cell(row, "corpus-id", "id"), row["score"]
+            if page not in pages:
+                fail("column corpus-id", f"{page!r} names no document of the corpus")
+            if type(grade) not in (int, float) or not abs(grade) <= 100:  # 2^grade is a number
+                fail("column score", f"a number up to 100 is wanted, got {short(grade)}")
+            if grade > 0:  # a duplicate keeps the higher grade
+                grades = relevant[cell(row, "query-id", "id")]
+                grades[page] = max(grades.get(page, 0), grade)
+    return relevant
 
-    frames: 8 as VLM2Vec (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". page_labels: "fixed" or "original", named in
-    .protocol. Missing where the root has no table of it, else BadData for the first thing broken (on_bad="skip": when nothing is left).
+
+def read_queries(b, relevant, limit):
+    """The questions; their pages are known by now."""
+    table = b.table(part="queries")
+    b.rows = len(table)
+    seen = set()
+    for i in range(len(table)):
+        if limit and len(b.queries) == limit:
+            break
+        with b.at(f"{b.name}/queries row {i}"):
+            row = table[i]
+            qid, text = cell(row, "query-id", "id"), cell(row, "query")
+            if qid in seen:
+                fail("column query-id", f"{qid!r} occurs twice")
+            seen.add(qid)
+            grades = {b.index[p]: g for p, g in relevant[qid].items() if p in b.index}
+            query = b.say(f"{b.inst} {text}", b.inst, text)
+            b.query(query, [], list(grades), list(grades.values()), qid)
+
+
+IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
+EVAL_PARSERS = dict.fromkeys(IMAGE_SETS, image_set) | dict.fromkeys(VIDEO_QA, video_qa)
+EVAL_PARSERS |= {"video_cls": video_cls, "video_ret": video_ret, "moment": moment}
+EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": beir}
+
+
+def load_eval(
+    root, row, limit=None, page_labels="fixed", frames=None, prompts="vlm2vec", problems=None
+):
+    """A row of EVAL (or the name of one) -> EvalSet; the first thing that is broken stops it.
+
+    limit: so many queries (a global set of pages or labels stays complete). frames: 8 as VLM2Vec
+    (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". page_labels: "fixed" or
+    "original", named in .protocol. problems: a list that takes all that is broken instead, images
+    included. Missing where the root has no table of the set.
     """
-    if prompts not in ("vlm2vec", "qwen") or page_labels not in ("fixed", "original") or on_bad not in ("stop", "skip"):
-        raise ValueError(f"prompts {prompts!r}, page_labels {page_labels!r} or on_bad {on_bad!r} is not known")
-    spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else complete(row, "eval")
-    spec = {**spec, **(spec["original"] or {})} if page_labels == "original" else spec
-    b = EvalSet(spec, root, on_bad, frames, prompts)
-    parse, required, optional = EVAL_PARSERS[spec["parser"]]
-    b.labels = LABELS[spec["labels"]] if isinstance(spec["labels"], str) else spec["labels"] or []
-    for label in b.labels:                             # candidates 0, 1, ... whether a clip shows them or not
-        b.cand(label, lambda: b.say(label, "", label))
-    if parse is beir:
+    if prompts not in ("vlm2vec", "qwen") or page_labels not in ("fixed", "original"):
+        raise ValueError(f"prompts {prompts!r} or page_labels {page_labels!r} is not known")
+    if isinstance(row, str):
+        row = wanted(tables(root, "eval"), [row])[0]
+    spec = complete(row, "eval")
+    if page_labels == "original" and spec["original"]:
+        spec = complete(spec | spec["original"], "eval")
+    b = EvalSet(spec, root, frames, prompts, problems)
+    for label in b.labels:  # candidates 0, 1, ... whether a clip shows them or not
+        b.cand(label, b.say(label, "", label))
+    if b.parser == "beir":
         beir(b, limit)
-    for b.config in [] if parse is beir else listed(spec["config"]) or [""]:
-        table = b.table(required or spec["columns"], optional, spec["split"], b.config)
-        b.dropped += b.each(table, f"{b.name}/", parse, limit, b.rows)
-        b.rows += len(table)
-    if not b.queries:
-        raise BadData(f"{b.name}: not one usable query in {b.rows} rows" + "".join(f"; first: {why}" for why in b.bad[:1]), b.bad)
-    b.local = b.local if spec["scope"] == "local" else None            # None: everything in .candidates, for every query
-    b.grades = b.grades if parse is beir else None                     # only pages are graded
-    b.protocol = (f"{b.frames} frames, " * (spec["modality"] == "video") + f"{prompts} prompts"
-                  + f", page labels: {page_labels}" * bool(spec["original"]))
+    else:
+        read_rows(b, limit)
+        b.grades = None  # only pages are graded
+    if not b.queries and not b.problems:
+        with b.at(b.name):
+            fail(b.name, f"not a single query in {b.rows} rows")
+    if spec["scope"] == "global":
+        b.local = None
+    protocol = [f"{b.frames} frames"] if b.modality == "video" else []
+    protocol.append(f"{prompts} prompts")
+    protocol += [f"page labels: {page_labels}"] if spec["original"] else []
+    b.protocol = ", ".join(protocol)
     return b
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def read_rows(b, limit):
+    """The rows of all configs, through the parser."""
+    parse = EVAL_PARSERS[b.parser]
+    configs = listed(b.spec["config"]) or [""]
+    for b.config in configs:
+        table = b.table(b.config)
+        for i in range(len(table)):
+            if limit and len(b.queries) == limit:
+                break
+            detail = f" (row {i} of {b.config})" if len(configs) > 1 else ""
+            with b.at(f"{b.name}/{b.rows + i}", detail):
+                parse(b, table[i])
+        b.rows += len(table)
+
+
+# --------------------------------------------------------------------------------------------------
 # python data.py --check ROOT
 
-def check_one(spec, kind, root, page_labels="fixed"):
-    """One dataset looked at whole, every picture decoded, of test clips every frame (a run may take fewer) -> (status, rows, usable rows, [what is
-    wrong]). Its status is
 
-    found | short (fewer rows than published) | broken | missing (no table, or a table of which not one picture is there).
+def check_one(spec, kind, root, page_labels="fixed"):
+    """A dataset read from end to end, every image decoded, of test clips every frame (a run may
+    take fewer) -> (status, rows, usable rows, [what is wrong]).
+
+    found | short (fewer rows than published) | broken | missing (no table, or a table of which not
+    a single image is there: those were never fetched).
     """
-    bad, usable, rows, fault = [], 0, 0, functools.cache(fault_of)
+    problems, rows, usable = [], 0, 0
     try:
         if kind == "eval":
-            found = load_eval(root, spec, on_bad="skip", page_labels=page_labels, frames=sys.maxsize)           # all of a clip's
-            rows, usable, bad = found.rows, len(found.queries), found.bad
+            everything = {"page_labels": page_labels, "frames": sys.maxsize}
+            es = load_eval(root, spec, **everything, problems=problems)
+            rows, usable = es.rows, len(es.queries)
         else:
-            source = Source(spec, root, "original", on_bad="skip")
+            source = Source(spec, root)
             rows = len(source.rows)
-            for row in range(len(source.keep)):
-                try:
-                    pair = source.pair(row)
-                    for side in (pair["query"], pair["target"], *pair["negatives"]):
-                        look(side, fault)
-                    usable += 1
-                except BadData as e:
-                    bad.append(str(named(e, source.id(row))))
+            usable = check_pairs(source, problems)
     except Missing:
         return "missing", 0, 0, []
-    except BadData as e:
-        bad += e.all
-    if bad:                                          # a table without a single one of its pictures is not broken: they were never fetched
-        return "missing" if not usable and all(" is missing (looked in " in why for why in bad) else "broken", rows, usable, bad
-    return "short" if rows < (spec["rows" if kind == "train" else "queries"] or 0) else "found", rows, usable, bad
+    except BadData as error:
+        problems.append(str(error))
+    if problems:
+        fetched = usable or not all("missing, looked in" in line for line in problems)
+        return "broken" if fetched else "missing", rows, usable, problems
+    published = spec["rows" if kind == "train" else "queries"] or 0
+    return "short" if rows < published else "found", rows, usable, problems
 
 
-def downloads(spec, root, fetch=False):
-    """The commands that bring one dataset; with fetch they are run (archives are then unpacked by the printed command, not by us)."""
-    mine, commands = [f"{spec['name']}/*"] if "{hub}/{name}/" in spec["table"][0] else [], []
-    wants = [(spec["hub"], mine, "")] + [(hub, [pattern], unpack) for hub, pattern, unpack in spec["fetch"]]
-    for hub, patterns, unpack in wants if spec["hub"] else []:
-        folder = os.path.join(root, hub)
-        commands.append(f"hf download {hub} --repo-type dataset --local-dir {folder}" + "".join(f" --include '{p}'" for p in patterns)
-                        + f" && (cd {folder} && {unpack})" * bool(unpack))
+def check_pairs(source, problems):
+    """How many pairs are sound; what is wrong with the others goes into problems."""
+    usable = 0
+    for row in range(len(source.keep)):
         try:
-            if fetch:
-                from huggingface_hub import snapshot_download
-                snapshot_download(hub, repo_type="dataset", local_dir=folder, allow_patterns=patterns or None)
-        except Exception as e:           # no network, no such id, no access, no room: whatever the hub's client raises, the dataset is named
-            raise BadData(f"{spec['name']}: {hub} could not be fetched ({type(e).__name__}: {e})") from None
+            sound(source.pair(row))
+            usable += 1
+        except BadData as error:
+            problems.append(str(named(source.id(row), error)))
+    return usable
+
+
+def downloads(spec, root, fetch=False, revision=None):
+    """The commands that bring a dataset; with fetch they are run (archives are then unpacked by the
+    printed command, not by us). revision: a commit, branch or tag, of every hub id it takes."""
+    # A hub id of many datasets, each in a folder of its name: only that folder is wanted.
+    first = spec["table"][0].replace("{name}", spec["name"])
+    only = [f"{spec['name']}/*"] if first.startswith(f"{{hub}}/{spec['name']}/") else []
+    wants = [(spec["hub"], only, "")] if spec["hub"] else []
+    wants += [(hub, [pattern], unpack) for hub, pattern, unpack in spec["fetch"]]
+    commands = []
+    for hub, patterns, unpack in wants:
+        folder = os.path.join(root, hub)
+        command = f"hf download {hub} --repo-type dataset --local-dir {folder}"
+        command += f" --revision {revision}" if revision else ""
+        command += "".join(f" --include '{pattern}'" for pattern in patterns)
+        commands.append(command + (f" && (cd {folder} && {unpack})" if unpack else ""))
+        if fetch:
+            download(spec["name"], hub, folder, patterns, revision)
     return commands
 
 
-def check(root, kinds=("train", "eval"), names=None, on_bad="stop", fetch=False, workers=2, page_labels="fixed"):
-    """Prints a line per dataset and what is wrong with it. Exit code: 1 = something would stop a run (with on_bad="skip": nothing of a
-    dataset is usable), 2 = no dataset at all is there, 0 = else; a dataset of which there is no table, or that is short, is no error."""
-    todo = [(spec, kind) for kind in kinds for spec in tables(root, kind) if names is None or spec["name"] in names]
-    if lost := set(names or []) - {spec["name"] for spec, _ in todo}:
-        raise BadData(f"no dataset {sorted(lost)[0]!r} in the table")
-    count, fatal, verdict = collections.Counter(), 0, lambda job: check_one(*job, root, page_labels)
-    for job in todo if fetch else []:
-        if verdict(job)[0] in ("missing", "short"):
-            downloads(job[0], root, fetch)
+def download(name, hub, folder, patterns, revision):
+    """Files of a hub id into its folder under ROOT."""
+    from huggingface_hub import snapshot_download
+
+    options = {"repo_type": "dataset", "local_dir": folder, "revision": revision}
+    try:
+        snapshot_download(hub, allow_patterns=patterns or None, **options)
+    except Exception as error:  # no network, no such id, no access, no room: all the hub raises
+        fail(name, f"{hub} could not be fetched ({type(error).__name__}: {error})")
+
+
+def check(
+    root,
+    kinds=("train", "eval"),
+    names=None,
+    fetch=False,
+    revision=None,
+    workers=2,
+    page_labels="fixed",
+):
+    """Print a line per dataset, and every broken row. Exit code: 1 = something would stop a run or
+    be skipped, 2 = no dataset at all is there, 0 = else; one that has no table, or fewer rows than
+    published, is no error."""
+    todo = [(spec, kind) for kind in kinds for spec in tables(root, kind)]
+    lost = set(names or []) - {spec["name"] for spec, _ in todo}
+    if lost:
+        fail(root, f"no dataset {min(lost)!r} in the table")
+    todo = [(spec, kind) for spec, kind in todo if names is None or spec["name"] in names]
+    verdict = functools.partial(check_one, root=root, page_labels=page_labels)
+    for spec, kind in todo if fetch else []:
+        if verdict(spec, kind)[0] in ("missing", "short"):
+            downloads(spec, root, fetch, revision)
+    count = dict.fromkeys(["found", "short", "missing", "broken"], 0)
+    faults = 0
     with ThreadPoolExecutor(workers) as pool:
-        verdicts = tqdm(pool.map(verdict, todo), total=len(todo), desc="checking", disable=None)
-        for (spec, kind), (status, rows, usable, bad) in zip(todo, verdicts):
+        verdicts = pool.map(verdict, *zip(*todo)) if todo else []
+        for (spec, kind), result in zip(todo, tqdm(verdicts, total=len(todo), disable=None)):
+            status, _, _, problems = result
             count[status] += 1
-            fatal += bool(bad) and (on_bad == "stop" or not usable)
-            want = spec["rows" if kind == "train" else "queries"] or "?"
-            tqdm.write(f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {want:>8} rows, {usable:,} usable"
-                       + " queries" * (kind == "eval") + ", more than published: another version of it?" * (want != "?" and usable > want))
-            alike = collections.defaultdict(list)                # by what a complaint says without its names and numbers
-            for line in bad:
-                alike[re.sub(r"'[^']*'|\d+", "", line)].append(line)
-            for lines in alike.values():
-                most = 20 if len(todo) > 1 else len(lines)
-                more = [f"... and {len(lines) - most} more like these; --names {spec['name']} lists them all"] if len(lines) > most else []
-                tqdm.write("\n".join(f"         {line}" for line in lines[:most] + more))
-            for line in downloads(spec, root) if status != "found" else []:
-                tqdm.write(f"         {line}")
-    print(", ".join(f"{status}: {count[status]}" for status in ("found", "short", "missing", "broken")))
-    return 1 if fatal else 2 if count["missing"] == len(todo) else 0
+            faults += len(problems)
+            commands = downloads(spec, root, revision=revision) if status != "found" else []
+            tqdm.write(describe(spec, kind, *result, commands))
+    print(", ".join(f"{status}: {n}" for status, n in count.items()))
+    if faults:
+        return 1
+    return 2 if count["missing"] == len(todo) else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python data.py --bench: the scale figures, on tables and pictures made for it
-
-def resident():
-    """Resident memory of this process in MB (Linux)."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS"))
-
-
-def children():
-    """CPU seconds of the processes that were started here and have ended."""
-    used = os.times()
-    return used.children_user + used.children_system
-
-
-def record(figures, out):
-    """Prints the figures; with `out` also writes them, and what they were measured on, as JSON."""
-    print("\n".join(f"{name}: {figure:,}" for name, figure in figures.items()))
-    if out:
-        with open("/proc/cpuinfo") as f:
-            cpu = next((line.partition(": ")[2].strip() for line in f if line.startswith("model name")), platform.machine())
-        versions = {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "pyarrow")} | {"python": platform.python_version()}
-        with open(out, "w", encoding="utf-8") as f:
-            json.dump({"device": f"{cpu}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} (this program's included)",
-                       "date": time.strftime("%Y-%m-%d"), "versions": versions, "figures": figures}, f, indent=1)
-
-
-def pillow(path):
-    return Image.open(path).convert("RGB")
-
-
-def decode(paths, read, carry):
-    """A batch read and handed back (carry), or each picture dropped at once. -> (seconds of CPU, pictures or None)."""
-    start = time.process_time()
-    held = [read(path) if carry else read(path).size for path in paths]
-    return time.process_time() - start, held if carry else None
-
-
-def bench_world(root, rows, pictures):
-    """`rows` training rows in 20 subsets, texts of random words (real ones compress as badly, so that every table is one that is unpacked and mapped),
-    and `pictures` photograph-like JPEGs (smooth noise) of 640 x 480 that they share -> the JPEGs' paths."""
-    rng, files = np.random.default_rng(0), [os.path.join(root, MMEB, f"{i}.jpg") for i in range(pictures)]
-    ask, n = f"{IMG}\nRepresent the given image with the following question: ", rows // len(MMEB_TRAIN)
-    for name, *_ in MMEB_TRAIN:
-        os.makedirs(os.path.join(root, MMEB, name))
-        words = [" ".join(row) for row in (rng.integers(1 << 16, 1 << 24, (n, 8))).astype(str)]
-        table = {"qry": [f"{ask}{text}?\n" for text in words], "qry_image_path": [f"{i}.jpg" for i in rng.integers(0, pictures, n)],
-                 "pos_text": [text[:20] for text in words], "pos_image_path": [""] * n}
-        pq.write_table(pa.table(table), os.path.join(root, MMEB, name, "original-00000-of-00001.parquet"))
-    for file in files:
-        Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.BICUBIC).save(file, quality=90)
-    return files
-
-
-def bench(rows, out, steps=10_000, pictures=256, batch=64):
-    """Time to the first batch, memory over 10,000 batches of references, and decoding. Seconds of the clock, and CPU seconds, which other people's
-    jobs do not bend. Who decodes, each on all cores:
-        pillow          alone: processes that do Image.open(path).convert("RGB"), drop the picture and nothing else
-        pillow_keeps    the same, told to keep a freed picture's memory for the next, which spares the system's work; the loader does that too
-        threads         the loader's work in threads of this process, batches handed over
-        pool            the same in the standard library's pool of processes, which pickles every picture into a pipe
-        loader          the loader: pairs read, pictures decoded by its worker processes, batches handed over
-    "First batch" begins with nothing unpacked.
-    """
-    global CACHE
-    cores, took = len(os.sched_getaffinity(0)), collections.defaultdict(list)
-    workers = lambda keep: ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), Image.core.set_blocks_max, (keep,))
-    with tempfile.TemporaryDirectory() as root, workers(0) as alone, workers(2) as keeping, workers(batch) as pool, \
-            ThreadPoolExecutor(cores) as threads:
-        CACHE, files, figures = os.path.join(root, "cache"), bench_world(root, rows, pictures), {}
-        for again in ("first_batch", "first_batch_again"):        # the second time the tables are unpacked already
-            _parquet.cache_clear()
-            start, cpu = time.perf_counter(), time.process_time()
-            data = train_sets(root, caps={name: None for name, *_ in MMEB_TRAIN})
-            sampler = Sampler(data.sizes, data.weights, batch, batch // 4)
-            next(batches(data, sampler))
-            figures |= {"rows": sum(data.sizes), f"{again}_s": round(time.perf_counter() - start, 2),
-                        f"{again}_cpu_s": round(time.process_time() - cpu, 2)}
-        figures["mapped_mb"] = round(sum(os.path.getsize(file) for file in glob.glob(f"{CACHE}/*")) / 2**20)
-        before, start = resident(), time.perf_counter()
-        for _ in tqdm(batches(data, sampler, steps=steps, load=False), total=steps, disable=None):
-            pass
-        figures |= {"batches": steps, "reference_pairs_per_s": round(steps * batch / (time.perf_counter() - start)),
-                    "resident_mb": round(resident()), "resident_growth_mb": round(resident() - before)}
-        held = [files[i:i + batch] for i in range(0, pictures, batch)] * 16      # long enough for the loader to reuse memory, as in training
-        work = lambda pool, read, carry: sum(seconds for seconds, _ in pool.map(decode, held, itertools.repeat(read), itertools.repeat(carry)))
-
-        def here():
-            Image.core.set_blocks_max(batch)
-            work(threads, load_picture, True)
-            Image.core.set_blocks_max(0)
-            return 0.0                                            # what threads spend is this process's anyway
-
-        def loader():
-            before = children()
-            sum(0 for _ in batches(data, sampler, cores, len(held)))
-            return children() - before
-
-        ways = {"pillow": lambda: work(alone, pillow, False), "pillow_keeps": lambda: work(keeping, pillow, False), "threads": here,
-                "pool": lambda: work(pool, load_picture, True), "loader": loader}
-        for name, way in [*ways.items()] * 5:                     # in turn: the machine may be busy with something else
-            wall, cpu = time.perf_counter(), time.process_time()
-            there = way()
-            spent = time.perf_counter() - wall, there + time.process_time() - cpu
-            took[name].append([1000 * seconds / (len(held) * batch) for seconds in spent])
-    for name, times in took.items():
-        wall, cpu = np.min(times, 0)                              # of the round that was disturbed least by whatever else the machine does
-        figures |= {f"{name}_ms": round(float(wall), 2), f"{name}_cpu_ms": round(float(cpu), 2)}
-    figures |= {f"{name}_of_{peer}{what}": round(figures[f"{peer}{what}_ms"] / figures[f"{name}{what}_ms"], 2)          # shares of its rate
-                for name in ("threads", "pool", "loader") for peer in ("pillow", "pillow_keeps") for what in ("", "_cpu")}
-    record(figures, out)
+def describe(spec, kind, status, rows, usable, problems, commands):
+    """What --check prints of a dataset."""
+    want = spec["rows" if kind == "train" else "queries"] or "?"
+    line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {want:>8} rows"
+    line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
+    if not usable and len(problems) > 20:  # the fault is not in the rows
+        problems = [*problems[:20], f"... and {len(problems) - 20} more: no row is usable"]
+    return "\n         ".join([line, *problems, *commands])
 
 
 def main():
     """The command line; the exit code is check()'s."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--check", metavar="ROOT", help="look at every dataset of a root")
+    add("--check", metavar="ROOT", required=True, help="look at every dataset of a root")
     add("--train", action="store_true", help="only the training sets")
     add("--eval", action="store_true", help="only the test sets")
     add("--names", help="only these datasets, with commas")
-    add("--on_bad", choices=["stop", "skip"], default="stop", help="skip: broken rows are no error while the dataset is usable")
-    add("--page_labels", choices=["fixed", "original"], default="fixed", help="ViDoSeek-page and MMLongBench-page")
-    add("--fetch", action="store_true", help="download what is missing from the hub (needs a network)")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that look at pictures")
-    add("--bench", action="store_true", help="measure the loader on generated tables")
-    add("--rows", type=int, default=1_000_000, help="rows of the bench")
-    add("--out", metavar="FILE.json", help="where the bench's figures go")
+    add("--page_labels", choices=["fixed", "original"], default="fixed", help="of the page sets")
+    add("--fetch", action="store_true", help="download what is missing (needs a network)")
+    add("--revision", help="commit, branch or tag of what is fetched; names fix its hub id")
+    add("--workers", type=int, default=os.cpu_count(), help="threads that look at images")
     args = parser.parse_args()
-    if args.bench:
-        return bench(args.rows, args.out)
-    if not args.check:
-        parser.error("--check ROOT or --bench is wanted")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: at least 1")
     kinds = [kind for kind in ("train", "eval") if getattr(args, kind)] or ["train", "eval"]
-    return check(args.check, kinds, args.names.split(",") if args.names else None, args.on_bad, args.fetch, args.workers, args.page_labels)
+    names = args.names.split(",") if args.names else None
+    return check(
+        args.check, kinds, names, args.fetch, args.revision, args.workers, args.page_labels
+    )
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Words that are only looked up: the class names of the test sets whose candidates are the whole list, also those that no test clip shows (VLM2Vec's
-# video_classification_utils.py), and VLM2Vec's prompts for VisRAG's training pages, {source: [what goes before the query, before the page]}
-
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.json"), encoding="utf-8") as f:
-    LABELS, VISRAG = json.load(f).values()
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BadData as e:
-        sys.exit(f"data.py: {e}")
-    except BrokenPipeError:                          # `| head` has seen enough
+    except BadData as error:
+        sys.exit(f"data.py: {error}")
+    except BrokenPipeError:  # `| head` has seen enough
         sys.stdout = None
         sys.exit(1)

@@ -1,195 +1,332 @@
 """
-GRPO by hand: learn what to write, and whether to write at all, with a price on latency.
+GRPO by hand: learn what to write, and whether to write at all, at a price on latency.
 
-The idea. Per query a group of G rollouts, half forced to reason and half direct, so that both actions are always seen. The direct branch
-is deterministic: it is computed once and counts G/2 times. A rollout's reward says how well the embedding after it finds the target:
-    R = p(t | q, r) + format − price · tokens / T_max       p = exp m(q, r) in [0, 1]: softmax over the batch's targets at temperature 0.02;
-                                                            format = 0.1 when the rationale closed itself (a direct answer is well formed);
-                                                            tokens are those generated: charged, because seconds are not reproducible
-Two losses, never averaged together (one decision token among 30 would carry 3 % of a token mean, and collapse):
-    decision   J(q) = p · mean R_reason + (1 − p) · R_direct + β · entropy(p), p = p_reason. Its maximum is p* = σ(gain / β) with gain = mean
-               R_reason − R_direct, in closed form: no noise from sampling the action. The loss is the cross-entropy between p* and p, whose
-               gradient in the logit is p − p*; that of J itself, p(1 − p)·(...), vanishes where the decision is sure, so that a model
-               which was taught to think would not learn that the price has gone up. p_reason thus foretells the gain, and reasoning
-               when p_reason > tau means: when gain > β · logit(tau)
-    rationale  token-level clipped policy gradient on the tokens that were chosen, </think> among them. The rollouts were forced to reason, so
-               each counts by its importance weight, p_reason: where the policy would not reason, what it was made to write teaches nothing
+The idea. A query's group has 2K rollouts. K are sampled rationales; the other half is the direct
+answer, which is deterministic: it is computed once and counts K times. A rollout's reward says how
+well the embedding after it finds the query's target t:
+
+    R = p(t | q, r) + format - latency_penalty * tokens / T
+
+    p(t | q, r)  in [0, 1]: softmax of the similarities to the batch's targets / temperature
+    format       0.1 where the rationale closed itself; a direct answer is always well formed
+    tokens       those that were sampled, at most T: seconds would not be reproducible
+
+Two losses, never averaged together: a decision is one token among some 30, would carry 3 % of a
+mean over tokens, and would collapse (the option rl_one_loss shows it).
+
+    when   J(q) = p * mean R_reason + (1 - p) * R_direct + beta * entropy(p), with p = p_reason, has
+           its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct. This is a
+           closed form: the action need not be sampled. The loss is the cross-entropy of p* and p;
+           its gradient in the logit is p - p*. That of J itself has the factor p * (1 - p), which
+           vanishes where the model is sure: one that was taught to think would not learn that the
+           price has gone up. So p_reason foretells the gain, and to reason when p_reason exceeds
+           the threshold means to reason when gain > beta * logit(threshold).
+    what   the policy gradient on the sampled tokens. Each rationale counts by its importance weight
+           p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
 Which GRPO this is, in six lines:
-    advantage          of a rationale's tokens: (R − mean R of the query's rationales) / σ; what a query's rationales share says whether to
-                       reason, and the decision's loss has it. The reward is summed before it is normalised
-    σ                  root mean square of R − group mean over all rollouts of the batch, the direct ones among them, not each group's own,
-                       which would let a tiny price decide wherever quality ties
-    reduction          token level over a constant denominator (rollouts x T_max): no length bias
-    clip / KL          ratio clipped to 0.8 ... 1.28; no reference model, no KL
-    stop token         </think> is trained; forced tokens (the opening, a closing after running out, the tail) are not
-    deleted            value network, several epochs per rollout, group-wise std, advantage for embeddings (these learn by InfoNCE, beside)
-A group whose rationales all got the same reward teaches none of their tokens; its decision is learnt all the same. Picture tokens are banned
-at sampling and in the log-probability alike.
+    advantage   (R - mean R of the query's rationales) / sigma. R is summed before it is normalised.
+                What a query's rationales share says whether to reason: the loss `when` has it
+    sigma       root mean square of R - group mean over the batch's groups of 2K. One sigma for each
+                group would let a tiny price decide wherever the quality ties
+    reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
+    ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
+    stop token  </think> is trained. Forced tokens (opening, tail, the end of a cut) are not
+    deleted     value network, clip, several epochs per rollout, division by each group's deviation,
+                advantages for embeddings (they learn by InfoNCE in the same step)
+A query whose rationales all have the same reward teaches none of their tokens, but its decision.
 
-How to run: stage `rl` of train.py. The log names what tells a live run from a dead one: reward, reason rate, entropy of the decision,
-zero-variance share, clip share, |logp_rollout − logp_train|, tokens, seconds of generate/score/update, and one sample.
+How to run: python train.py --stage rl. The log tells a live run from a dead one: rewards, p_reason,
+its entropy, share of groups without variance, how far sampling and training differ, a rationale.
 
-Left out: off-policy updates, asynchronous rollouts, group size by difficulty.
-Source: the design notes (not in this folder), section 5; the choices and where they come from: DAPO (2503.14476), Dr.GRPO (2503.20783),
-Lite PPO (2508.08221).
+Left out: off-policy updates, asynchronous rollouts, a group size that depends on difficulty.
+Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
+2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. The decision's closed form: ours.
 """
 
 import time
+from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-from embed import NOTHING, branch_logp, collate, decision_logits, direct_vectors, grad_cache, info_nce, passes, pool
-from embed import gather_objects, gather_rows, rank
+import scale
+from embed import decision_logits, embed_direct, info_nce, pool, rationale_logprobs
 from model import generate
+from processor import collate
+
+FORMAT_BONUS = 0.1  # as much as T tokens cost at the default penalty
+NCE_WEIGHT = 0.1  # InfoNCE only has to keep the space where stage embed has left it
+EPSILON = 1e-4  # on sigma, whose usual size is 0.1, for a batch without any variance
+
+# --------------------------------------------------------------------------------------------------
+# Rollouts
 
 
-def rewards(quality, tokens, closed_itself, price, t_max, bonus=0.1):
-    """R of every rollout. quality in [0, 1], tokens (generated), closed_itself (bool), all of one shape."""
-    return quality + bonus * closed_itself.float() - price * tokens.float() / t_max
+@dataclass
+class Experience:
+    """K rationales of at most T tokens for each of b queries; nothing in it has a gradient."""
+
+    tokens: list  # [b][K] ids from <think> to <|endoftext|>
+    num_sampled: torch.Tensor  # (b, K) tokens that the actor chose
+    truncated: torch.Tensor  # (b, K) bool: it ran out of tokens and was closed by force
+    old_logprobs: torch.Tensor  # (b, K, T) of the sampled tokens; zero after them
+    vectors: torch.Tensor  # (b, 1 + K, H) unit; the direct one first
+    p_reason: torch.Tensor  # (b,)
 
 
-def advantages(reason, direct, eps=1e-4):
-    """reason (B, G/2) and direct (B,) rewards -> advantages (B, G/2) of the reasoned rollouts and live (B,) bool.
+@torch.no_grad()
+def rollouts(actor, processor, prompts, cfg, generator):
+    """Sample K rationales for each of b prompts -> Experience. The K share the prompt's prefill."""
+    actor.eval()
+    device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
+    sampling = dict(processor.generation, temperature=cfg.rl_temperature, generator=generator)
+    longest = 1 + max(len(prompt["ids"]) for prompt in prompts)
+    together = max(1, 4 * cfg.chunk_tokens // longest)  # no activations are kept: 4 times as many
+    parts, vectors, logits = [], [], []
+    for start in range(0, len(prompts), together):
+        batch = collate(prompts[start : start + together], processor, device=device)
+        part = generate(actor, batch, T, K, **sampling)
+        parts.append(part)
+        # The prefill ends in <|endoftext|>: it holds the direct vector and the decision.
+        direct = pool(part.hidden, batch["ends"])  # (b, 1, H)
+        reasoned = F.normalize(part.last.float(), dim=-1)  # (b, K, H)
+        vectors.append(torch.cat((direct, reasoned), dim=1))
+        logits.append(decision_logits(actor, part.hidden, batch, processor))  # (b, 2)
+    num_sampled = torch.cat([part.num_sampled for part in parts]).to(device)
+    flat = [x for part in parts for row in part.logprobs for rollout in row for x in rollout]
+    return Experience(
+        tokens=[row for part in parts for row in part.tokens],
+        num_sampled=num_sampled,
+        truncated=torch.cat([part.truncated for part in parts]).to(device),
+        old_logprobs=unflatten(torch.tensor(flat, device=device), num_sampled, T),
+        vectors=torch.cat(vectors),
+        p_reason=torch.cat(logits).softmax(-1)[:, 1],
+    )
 
-    The direct rollout stands for G/2 equal ones: the group mean is that of all G. Divided by the root mean square of what is left over all
-    B·G rollouts. A group in which all G rewards are equal, the direct one's too, is not live and gets 0.
-    (The tokens of the rationales learn from them centred once more, on the query's rationales alone: policy() in grpo_step.)
+
+@torch.no_grad()
+def target_vectors(actor, processor, targets, budget):
+    """Direct vectors (b, H) of the targets, by the actor like those of the rollouts."""
+    vectors = torch.zeros(len(targets), actor.c.hidden, device=actor.device)
+    for rows in scale.chunks_of([len(target["ids"]) + 1 for target in targets], budget):
+        vectors[rows] = embed_direct(actor, processor, [targets[i] for i in rows])
+    return vectors
+
+
+def leading(count, width):
+    """count (b, K) -> mask (b, K, width), True at the first `count` places of each rollout."""
+    return torch.arange(width, device=count.device) < count[..., None]
+
+
+def unflatten(flat, count, width):
+    """Numbers (n,) of tokens, rollout after rollout, count (b, K) of each -> (b, K, width)."""
+    mask = leading(count, width)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
+    """The same of the model that learns: states h (b, S, H) -> (b, K, T), zero after the sampled
+    tokens. Both are of the sampled distribution, at rl_temperature."""
+    flat, _, _ = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
+    # A closing that was forced is in `flat` too. It gets room, and is cut off again.
+    room = len(processor.closing)
+    width = cfg.max_new_tokens + room
+    return unflatten(flat, num_sampled + room * truncated, width)[..., : cfg.max_new_tokens]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rewards and credit
+
+
+def target_probs(vectors, targets, positive, duplicates, temperature):
+    """p(t | q, r) of every rollout among the batch's B targets -> (b, 1 + K).
+
+    vectors (b, 1 + K, H), targets (B, H), positive (b,) column of each query's target, duplicates
+    (b, B) True where a column equals that target: it is left out of the softmax.
     """
-    g = torch.cat((reason, direct[:, None].expand_as(reason)), dim=1)                         # (B, G)
-    centred = g - g.mean(1, keepdim=True)
-    live = centred.abs().amax(1) > 1e-6
-    a = centred / (centred.square().mean().sqrt() + eps)
-    return a[:, : reason.shape[1]] * live[:, None], live
+    query = torch.arange(len(vectors), device=vectors.device)
+    left_out = duplicates.clone()
+    left_out[query, positive] = False
+    logits = vectors @ targets.T / temperature  # (b, 1 + K, B)
+    logits = logits.masked_fill(left_out[:, None], float("-inf"))
+    return logits.softmax(-1)[query, :, positive]
 
 
-def policy_loss(logp, old, advantage, denominator, low=0.2, high=0.28):
-    """Token-level clipped loss. logp, old, advantage (n,), one entry per chosen token -> loss, share of clipped tokens.
+def rewards(p_target, num_sampled, truncated, cfg):
+    """p_target (b, 1 + K), num_sampled and truncated (b, K) -> R (b, 1 + K), direct first."""
+    price = cfg.latency_penalty * num_sampled / cfg.max_new_tokens
+    direct = p_target[:, :1] + FORMAT_BONUS
+    reason = p_target[:, 1:] + FORMAT_BONUS * ~truncated - price
+    return torch.cat((direct, reason), dim=1)
 
-    On-policy the ratio is 1 and the gradient is −advantage · ∇logp / denominator.
+
+def credit(reward):
+    """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
+
+    In a group of 2K the K direct rewards lie gain / 2 below the group's mean, and the rationales'
+    mean lies gain / 2 above it: the mean square of R - group mean is spread² / 2 + gain² / 4.
     """
-    ratio = (logp - old).exp()
-    plain, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
-    return -torch.minimum(plain, clipped).sum() / denominator, (clipped < plain).float().mean() if len(logp) else logp.sum()
+    gain = reward[:, 1:].mean(1) - reward[:, 0]
+    spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
+    sigma = (spread.square().mean() / 2 + gain.square().mean() / 4).sqrt() + EPSILON
+    varies = spread.abs().amax(1, keepdim=True) > 1e-6  # below that it is rounding
+    return gain, varies * spread / sigma, sigma
 
 
-def decision_loss(logits, gain, beta=0.1):
-    """logits (B, 2) of [direct, reason], gain (B,) = mean R_reason − R_direct -> mean cross-entropy to p* = σ(gain / β), the maximum of
-    p·gain + β·entropy(p); its gradient in the logit of `reason` is (p − p*) / B."""
-    best = (gain.detach() / beta).sigmoid()
-    return -(torch.stack((1 - best, best), 1) * logits.log_softmax(-1)).sum(1).mean()
+# --------------------------------------------------------------------------------------------------
+# Losses: sums over some queries, divided by constants of the joined batch
 
 
-def averaged_loss(logp, old, advantage, logits, gain, group, n):
-    """Ablation: one mean over the n decision and rationale tokens together, as plain GRPO would, where 1 of some 30 tokens is the decision.
-    Unlike the two losses it has no clip, no entropy and no importance weight; rl_decision, rl_rationale and rl_beta are not read.
+def decision_loss(decision, gain, beta):
+    """Cross-entropy to p* = sigmoid(gain / beta). decision (b,): the logit of p_reason."""
+    p_star = (gain / beta).sigmoid()
+    return F.binary_cross_entropy_with_logits(decision, p_star, reduction="sum")
 
-    Every rollout of the group brings its decision token: half of them chose to reason (advantage gain/2), half did not (−gain/2), written
-    here per query and counted `group` times. The gain is not divided by a standard deviation.
+
+def rationale_loss(logprobs, old_logprobs, num_sampled, weight):
+    """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and weight (b, K).
+
+    On-policy the ratio is 1 and its gradient that of logprobs. It stays, because the actor may be
+    a bf16 copy of the model, whose log-probabilities are up to 0.03 off (measured, pocket size).
+    A clip at 0.8 ... 1.28 would never act.
     """
-    decision = -(logits.log_softmax(-1) * torch.stack((-gain, gain), 1).detach() * 0.25).sum(1)                # half the rollouts each way, ±gain/2
-    return (decision.sum() * group - ((logp - old).exp() * advantage).sum()) / n
+    mask = leading(num_sampled, logprobs.shape[2])
+    ratio = (logprobs - old_logprobs).exp()
+    return -(weight[..., None] * ratio * mask).sum()
 
 
-def rollouts(model, reader, prompts, half, max_new, temperature, generator, budget=1 << 16):
-    """G/2 sampled rationales per query, sharing the query's prefill -> branches [B][half] of ids, old logp [B][half], new and forced (B, half):
-    how many tokens were sampled, and whether the end was forced on them. budget: of padded prompt tokens that are in memory together."""
-    model.eval()
-    n, found = max(1, budget // max(len(p["ids"]) + 1 for p in prompts)), []
-    for at in range(0, len(prompts), n):
-        batch = collate(prompts[at : at + n], reader, device=model.device)
-        found.append(generate(model, batch, max_new, half, **reader.how, temperature=temperature, generator=generator))
-    join = lambda key: sum((out[key] for out in found), [])
-    return join("tokens"), join("logp"), *(np.concatenate([out[key] for out in found]) for key in ("new", "forced"))
+def one_mean_loss(decision, gain, policy, advantage, sigma):
+    """Ablation: decision and rationale tokens in one sum, as plain GRPO would have it.
 
-
-def grpo_step(model, reader, prompts, targets, same, cfg, generator, actor=None):
-    """One GRPO step on B queries, of which each rank has its share b; leaves gradients in the parameters.
-
-    prompts [b] queries; targets [b] prompts of their targets; same (B, B) bool over the joined batch, True where two targets are equal;
-    actor: who writes the rollouts, the model itself by default. cfg: rl_group, rl_max_new, rl_temperature, rl_price, rl_beta, rl_decision,
-    rl_rationale, rl_nce, rl_one_loss, temperature, chunk_tokens.
-    -> metrics of the joined batch; "sample" holds a rationale of this rank's query with the lowest mean reward.
+    All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
+    -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
+    There is no entropy and no importance weight; rl_when and rl_beta are not read.
     """
-    b, B, half, t0 = len(prompts), len(same), cfg.rl_group // 2, time.time()
-    tokens, old, new, forced = rollouts(actor or model, reader, prompts, half, cfg.rl_max_new, cfg.rl_temperature, generator, 4 * cfg.chunk_tokens)
-    model.train()
-    new, forced = (np.concatenate(gather_objects(x)) for x in (new, forced))                  # (B, half)
-    first, device, n_vectors, seen = rank() * b, model.device, B * (1 + half), {"t1": time.time()}
-    lengths = dict(query=[len(p["ids"]) + 1 + sum(map(len, t)) for p, t in zip(prompts, tokens)], target=[len(t["ids"]) + 1 for t in targets])
-    # vectors are numbered: those of each query, the direct one first, then the targets
-    number = lambda kind, i: range((first + i) * (1 + half), (first + i + 1) * (1 + half)) if kind == "query" else [n_vectors + first + i]
-    chunks, order, fits = passes(lengths, number, cfg.chunk_tokens, reader.pad_to)
-    p_reason, parts = torch.zeros(b, 1, device=device), dict(clip=0.0, gap=[0.0])
+    when = -(advantage.shape[1] * gain / 2 * decision).sum()
+    return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
 
-    def encode(chunk):
-        kind, rows = chunk or ("nothing", [])
+
+# --------------------------------------------------------------------------------------------------
+# The step
+
+
+def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, actor=None):
+    """One on-policy update; leaves gradients in the model's parameters.
+
+    prompts and targets [b]: this process' share of the batch's B queries, and what they look for.
+    duplicates (B, B) bool over the joined batch: True where two targets are equal. actor: writes
+    the rollouts, for instance a merged copy of the model; by default the model itself.
+    cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_beta, rl_when,
+    rl_one_loss, temperature, chunk_tokens.
+    -> metrics of the joined batch; "sample": a rationale of the share's query that earned least.
+    """
+    started = time.time()
+    actor = actor or model
+    B, K, T = len(duplicates), cfg.rl_rollouts, cfg.max_new_tokens
+
+    # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
+    roll = rollouts(actor, processor, prompts, cfg, generator)
+    t = target_vectors(actor, processor, targets, cfg.chunk_tokens)
+    t, share = scale.gather(t)  # (B, H), and where our b queries are among the B
+
+    # 2) Reward: probability of the target, a bonus for good form, minus the price of latency.
+    p_target = target_probs(roll.vectors, t, share, duplicates[share], cfg.temperature)
+    reward, _ = scale.gather(rewards(p_target, roll.num_sampled, roll.truncated, cfg))  # (B, 1 + K)
+    p_reason, _ = scale.gather(roll.p_reason)  # (B,)
+    num_sampled, _ = scale.gather(roll.num_sampled)  # (B, K)
+    truncated, _ = scale.gather(roll.truncated)  # (B, K)
+
+    # 3) Credit: against the same query's rationales; one sigma for the whole batch.
+    gain, advantage, sigma = credit(reward)  # (B,), (B, K), ()
+    weight = p_reason[:, None] * advantage  # (B, K): the rationales were forced
+    rolled_out = time.time()
+
+    # 4) Both losses of some queries. Vectors too, for InfoNCE: of queries or of targets.
+    train_logprobs = torch.zeros_like(roll.old_logprobs)  # for the log
+
+    def forward(kind, rows, with_loss):
         if kind == "target":
-            return direct_vectors(model, reader, [targets[i] for i in rows]), None
-        batch = collate([prompts[i] for i in rows] or [NOTHING], reader, [tokens[i] for i in rows] or None, device)
+            return embed_direct(model, processor, [targets[i] for i in rows])[:, None], None, {}
+        branches = [roll.tokens[i] for i in rows]
+        batch = collate([prompts[i] for i in rows], processor, branches, model.device)
         h = model(batch)
-        q = pool(h, batch["ends"]).flatten(0, 1)                                              # (rows * (1+half), H): direct first
-        logits = decision_logits(model, h, batch, reader)[: len(rows)]
-        p_reason[rows, 0] = logits.detach().softmax(-1)[:, 1]
-        return (q, lambda: policy(h, batch, rows, logits)) if rows else (q[:0], None)
-
-    def loss_fn(v):
-        """Rewards of all rollouts, and InfoNCE: the space must not drift."""
-        q, t = v[order[:n_vectors]].view(B, 1 + half, -1), v[order[n_vectors:]]
-        seen.update(score(q.detach(), t.detach(), same, new, forced, cfg), p=gather_rows(p_reason)[0][:, 0], t2=time.time())
-        own, flat, each = torch.arange(B, device=device), q[:, 1:].reshape(B * half, -1), lambda x: x.repeat_interleave(half, 0)
-        seen["nce"] = [info_nce(q[:, 0], t, own, cfg.temperature, same),
-                       info_nce(flat, t, each(own), cfg.temperature, each(same), weights=each(seen["p"].clamp(min=1e-6)))]
-        return cfg.rl_nce * (seen["nce"][0] + seen["p"].mean() * seen["nce"][1])             # rollouts by their importance weight here too
-
-    def policy(h, batch, rows, logits):
-        """The two losses of some rows: their sums over constants of the joined batch."""
-        mine = first + np.array(rows)
-        logp, row, branch = branch_logp(model, h, batch, reader, len(reader.prefix))
-        chosen = sampled(new[mine], forced[mine], len(reader.close))
-        logp, row, branch = logp[chosen], row[chosen], branch[chosen]
-        was = torch.tensor([x for i in rows for g in range(half) for x in old[i][g]], device=device)
-        adv, gain, p = seen["adv"][mine], seen["gain"][mine], seen["p"][mine]
-        own = p[:, None] * (adv - adv.mean(1, keepdim=True))                                  # (rows, half): among the query's rationales
-        token_loss, clip = policy_loss(logp, was, own[row, branch], B * half * cfg.rl_max_new)
-        parts["clip"] += float(clip.detach()) * len(logp) / max(1, int(new.sum()))
-        parts["gap"] += [float((logp.detach() - was).abs().max())] if len(was) else []
+        vectors = pool(h, batch["ends"])  # (b, 1 + K, H)
+        if not with_loss:
+            return vectors, None, {}
+        direct, reason = decision_logits(model, h, batch, processor).unbind(1)
+        decision = reason - direct  # (b,)
+        count, cut = roll.num_sampled[rows], roll.truncated[rows]
+        logprobs = sampled_logprobs(model, h, batch, processor, count, cut, cfg)
+        train_logprobs[rows] = logprobs.detach()
+        policy = logprobs, roll.old_logprobs[rows], count
+        at = share[rows]
         if cfg.rl_one_loss:
-            return averaged_loss(logp, was, adv[row, branch], logits, gain, 2 * half, new.sum() + 2 * B * half)
-        return cfg.rl_decision * decision_loss(logits, gain, cfg.rl_beta) * len(rows) / B + cfg.rl_rationale * token_loss
+            loss = one_mean_loss(decision, gain[at], policy, advantage[at], sigma)
+            return vectors, loss / (num_sampled.sum() + 2 * B * K), {}
+        when = decision_loss(decision, gain[at], cfg.rl_beta) / B
+        what = rationale_loss(*policy, weight[at]) / (B * K * T)
+        return vectors, cfg.rl_when * when + what, {"loss_when": float(when.detach())}
 
-    loss, extra = grad_cache(chunks, encode, loss_fn, fits)
-    told, worst = gather_objects(parts), int(seen["reason"][first : first + b].mean(1).argmin())
-    sample = dict(row=worst, rationale=reader.rationale_text(tokens[worst][0]), reward=float(seen["reason"][first + worst, 0]),
-                  direct=float(seen["direct"][first + worst]))
-    return dict(loss=loss + extra, **figures(**seen), clip_share=sum(x["clip"] for x in told), logp_gap=max(sum((x["gap"] for x in told), [])),
-                tokens=float(new.mean()), closed_by_force=float(forced.mean()), nce_direct=float(seen["nce"][0].detach()),
-                nce_reason=float(seen["nce"][1].detach()), s_generate=seen["t1"] - t0, s_score=seen["t2"] - seen["t1"],
-                s_update=time.time() - seen["t2"], sample=sample)
+    # 5) InfoNCE on the direct and on the reasoned path keeps the space in place.
+    def contrast(vectors):
+        q, t = vectors["query"], vectors["target"][:, 0]  # (B, 1 + K, H), (B, H)
+        column = torch.arange(B, device=t.device)
+        direct = info_nce(q[:, 0], t, column, cfg.temperature, duplicates)
+        query = column.repeat_interleave(K)  # of each rationale
+        reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
+        weights = p_reason.clamp(min=1e-6)[query]
+        reasoned = info_nce(reasoned, t, query, cfg.temperature, duplicates[query], weights)
+        return NCE_WEIGHT * (direct + p_reason.mean() * reasoned)
+
+    model.train()
+    lengths = {
+        "query": [len(p["ids"]) + 1 + sum(map(len, ids)) for p, ids in zip(prompts, roll.tokens)],
+        "target": [len(target["ids"]) + 1 for target in targets],
+    }
+    loss, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
+
+    # 6) The log.
+    difference, _ = scale.gather(roll.old_logprobs - train_logprobs)  # (B, K, T)
+    worst = int(reward[share, 1:].mean(1).argmin())
+    sample = {
+        "row": worst,
+        "rationale": processor.rationale_text(roll.tokens[worst][0]),
+        "reward": float(reward[share[worst], 1]),
+        "direct": float(reward[share[worst], 0]),
+    }
+    metrics |= summary(reward, p_reason, gain, advantage)
+    metrics |= sampling_gap(difference, num_sampled)
+    metrics["loss"] = loss
+    metrics["tokens"] = float(num_sampled.float().mean())
+    metrics["truncated"] = float(truncated.float().mean())
+    metrics["s_rollouts"] = rolled_out - started
+    metrics["s_update"] = time.time() - rolled_out
+    return metrics | {"sample": sample}
 
 
-def score(q, t, same, new, forced, cfg):
-    """Rewards and what follows from them. q (B, 1+half, H), direct first; t (B, H) -> reason, adv (B, half); direct, gain, live (B,)."""
-    B, device = len(q), q.device
-    own, other = torch.arange(B, device=device), same & ~torch.eye(B, dtype=torch.bool, device=device)
-    s = torch.einsum("bgh,ch->bgc", q, t) / cfg.temperature                                   # (B, 1+half, B): the batch's targets are C
-    quality = s.masked_fill(other[:, None], float("-inf")).softmax(-1)[own, :, own]           # (B, 1+half): exp of embed.margin_score
-    spent, ended = torch.from_numpy(new).to(device), torch.from_numpy(~forced).to(device)
-    reason = rewards(quality[:, 1:], spent, ended, cfg.rl_price, cfg.rl_max_new)
-    direct = rewards(quality[:, 0], torch.zeros(B, device=device), torch.ones(B, device=device), cfg.rl_price, cfg.rl_max_new)
-    adv, live = advantages(reason, direct)
-    return dict(reason=reason, direct=direct, adv=adv, live=live, gain=reason.mean(1) - direct)
+def summary(reward, p_reason, gain, advantage):
+    """Rewards and decisions: means over the joined batch."""
+    direct, reason = reward[:, 0], reward[:, 1:].mean(1)
+    figures = {
+        "reward": p_reason * reason + (1 - p_reason) * direct,
+        "reward_reason": reason,
+        "reward_direct": direct,
+        "p_reason": p_reason,
+        "reason_rate": p_reason > 0.5,
+        "decision_right": (p_reason > 0.5) == (gain > 0),
+        "decision_entropy": torch.distributions.Bernoulli(p_reason).entropy(),
+        "zero_variance": (advantage == 0).all(1),
+    }
+    return {name: float(x.float().mean()) for name, x in figures.items()}
 
 
-def figures(p, reason, direct, gain, live, **_):
-    """What `score` has found, and p = p_reason (B,), as the log's numbers: means over the joined batch."""
-    entropy = -(p * p.clamp(min=1e-9).log() + (1 - p) * (1 - p).clamp(min=1e-9).log()).mean()
-    return dict(reward=float((p * reason.mean(1) + (1 - p) * direct).mean()), reward_reason=float(reason.mean()), reward_direct=float(direct.mean()),
-                reason_rate=float((p > 0.5).float().mean()), p_reason=float(p.mean()), decision_entropy=float(entropy),
-                decision_right=float(((p > 0.5) == (gain > 0)).float().mean()), zero_variance=float((~live).float().mean()))
-
-
-def sampled(new, forced, n_close):
-    """Of branch_logp's tokens, in order: new[row, branch] that were sampled, then, where the end was forced, n_close that were not."""
-    return torch.from_numpy(np.concatenate([np.arange(n + n_close * end) < n for n, end in zip(new.ravel(), forced.ravel())]))
+def sampling_gap(difference, num_sampled):
+    """log p of sampling minus log p of training: the largest and, over all tokens, Schulman's
+    estimators of their KL divergence: k1, the mean, and k2, half the mean square."""
+    n = num_sampled.sum()
+    return {
+        "logp_gap": float(difference.abs().max()),
+        "logp_k1": float(difference.sum() / n),
+        "logp_k2": float(difference.square().sum() / n / 2),
+    }

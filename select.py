@@ -1,378 +1,442 @@
 """
-Counterfactual selection of rationales: which words, if any, explain why this query belongs to this target?
+Counterfactual selection of rationales: which words, if any, explain why this query has this target?
 
-The idea. A rationale that merely looks like reasoning teaches a model the form of reasoning. So every candidate r of a pair (q, t) is
-put through a controlled experiment on one fixed candidate set C (the target and hard and random negatives):
-    m(q, r)      = log softmax_{c in C}( e(q, r)·e(c, ∅) / temperature )[t]       a margin: the positive AGAINST the others
-    Δ(r)         = m(q, r) − m(q, ∅)                                             with minus without      [the paper's counterfactual]
-    Δ_placebo(r) = m(q, r') − m(q, ∅)      r' = what the same worker wrote about another pair of the task with another target   [ours]
-    Δ_guess      = −log|C| − m(q, ∅)       what knowing nothing would gain over a direct embedding that is sure of a wrong target  [ours]
-    keep r  iff  Δ(r) > Δ_placebo(r)  and  Δ(r) − max(0, Δ_guess) > t            words about this pair helped, neither form nor doubt
-    t            one per shelf (what one worker wrote for one dataset): the smallest of margin and the shelf's own Δs above it at which luck
-                 explains at most a share `fdr` of what passes, (1 + placebos above t) <= fdr · (rationales above t); without one the
-                 shelf keeps nothing. A worker or dataset without placebos has nothing that measures its luck, and is taken at the margin [ours]
-    weight       w = softmax(Δ / T) over the kept ones: their posterior under a uniform prior (∅ is left to the decision)
-A margin of log 2 asks a rationale to double the target's probability; so where the direct embedding already gives it a half,
-nothing can be kept: easy pairs select themselves out. Pairs with none kept teach the decision token "do not reason".
-The shelf's threshold counts as the knockoff filter does (Barber & Candès 2015, the "+1" version), but every placebo, not only those that
-beat their rationale: an evaluator that is easily impressed names the right one of ten
-answers once in ten times whatever it reads, so single rationales pass by luck; placebos show how many (with and without it:
-results/selection.txt).
-The evaluator never trained on the pair that it judges: two warm-up embedders are cross-fitted on the two halves of the pairs [ours]. What an
-evaluator has seen a dozen times it knows by heart, and then little can be kept; seen three times, half the pairs lost cost a little recall (results/crossfit.txt).
+The idea. A rationale that merely looks like reasoning teaches a model the form of reasoning. So
+every candidate r of a pair (q, t) goes through a controlled experiment. On one fixed set C (the
+target, its hard negatives, random targets of the dataset), with s(q, r; c) = e(q, r)·e(c, ∅),
 
-`rule` offers the ablations: full | positive_only (Δ of the positive's cosine alone, in units of the temperature: "false-helpful" for
-15.7 % of cases in the SURE paper) | no_placebo | none (keep everything).
+    logp(q, r)   = log softmax_{c in C}( s(q, r; c) / temperature )[t]
+    gain         = logp(q, r) − logp(q, ∅)         with minus without: the paper's counterfactual
+    gain_placebo = logp(q, r') − logp(q, ∅)        r': the same proposer about another target [ours]
+    gain_guess   = −log|C| − logp(q, ∅)            what knowing nothing would gain           [ours]
 
-How to run (inside a run it is the stages propose and select of train.py):
-    python select.py --write-requests requests.jsonl --data ROOT --model-name NAME [--k 4]     OpenAI batch format, pictures as data URLs
-    vllm run-batch -i requests.jsonl -o responses.jsonl --model NAME --runner generate         or any hosted model, on as many machines as you have
-    python select.py --read-responses responses.jsonl --worker NAME --out rationales.jsonl
-    python select.py --audit runs/pocket                                                       a pocket run's judgements under other rules
+    keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > threshold
+    weight  = softmax of gain over a pair's kept rationales: their posterior under a uniform prior
 
-About the name: the standard library has a module `select` too, and subprocess, hence torch, import it. Where that is a shared library,
-this file hides it. So when it is *imported* as `select` the lines below hand the real module over; nothing here is imported by that
-name. train.py loads this file by its path. The `def`s that then still run are harmless: the importer already holds the real module.
+The words must help (gain), because they are about this pair (placebo), and not because they shake a
+direct embedding that is sure of a wrong target (guess). The default margin lies just above log 2:
+a rationale must at least double the target's probability.
 
-Left out: rationales for targets inside --write-requests (see --sides), judges other than an embedder, learned thresholds.
-Source: the design notes (not in this folder), sections 3, 4 and 8; the counterfactual is MMEmb-R1's (arXiv 2604.06156, abstract), the
-formula is ours.
+Luck. An evaluator that names the right one of ten by whim does so for placebos as well. So each
+stratum (what one proposer wrote for one dataset) has a threshold of its own: the smallest t of the
+margin and the stratum's gains above it with
+
+    1 + #{placebos above t}  <=  fdr · #{rationales above t}
+
+as the knockoff filter counts (Barber & Candès 2015), over all placebos. Without such a t the
+stratum keeps nothing. A stratum that has no placebos counts zero of them.
+
+Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
+target more than exp(−margin), about a half, nothing can be kept: such pairs are not judged further,
+and the decision they teach is "direct". Exact for the rules full and no_placebo.
+
+Cross-fitting. The evaluator never trained on the pair that it judges: two evaluators learn on one
+half of the pairs each and judge the other half. What an evaluator knows by heart gains nothing.
+
+`rule` offers the ablations: positive_only looks at s(q, r; t)/temperature alone and cannot see that
+a wrong candidate rose even more; no_placebo drops the placebo and its threshold; none keeps all.
+
+    python train.py --stage select           the experiment, inside a run
+    python select.py --run runs/pocket       what other rules would keep of a finished run
+
+Paper: MMEmb-R1 (arXiv 2604.06156), which names the counterfactual; the formulas are ours.
+Left out: judges that are no embedders; learnt thresholds; candidates mined over the whole dataset.
+
+The name. The standard library has a module `select`, which subprocess and so torch import, and this
+file can stand in its way. Whoever imports it by that name is given the library's: the lines below.
 """
 
 import sys
 
 if __name__ == "select":
-    def _hand_over():
-        import os
-        from importlib.machinery import BuiltinImporter, PathFinder
-        from importlib.util import module_from_spec
+    import os
+    from importlib.machinery import BuiltinImporter, PathFinder
+    from importlib.util import module_from_spec
 
-        here = os.path.realpath(os.path.dirname(os.path.abspath(__file__)))
-        mine = lambda p: os.path.realpath(p) == here or os.path.exists(os.path.join(p, "pocket.py"))   # a fork's would ask ours, for ever
-        elsewhere = [p for p in sys.path if not mine(p or os.getcwd())]
-        spec = BuiltinImporter.find_spec("select") or PathFinder.find_spec("select", elsewhere)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"there is no standard library 'select' besides {__file__}")
-        real = module_from_spec(spec)
-        spec.loader.exec_module(real)            # run it first, publish it second: other threads must not see it half made
-        globals().update({k: v for k, v in vars(real).items() if not k.startswith("__")})
-        sys.modules["select"] = real
-
-    _hand_over()
+    elsewhere = [p for p in sys.path if not os.path.exists(os.path.join(p, "select.py"))]
+    spec = BuiltinImporter.find_spec("select") or PathFinder.find_spec("select", elsewhere)
+    real = module_from_spec(spec)
+    spec.loader.exec_module(real)  # complete before it is published: another thread may be waiting
+    globals().update(vars(real))  # ... and such a thread holds this module
+    sys.modules["select"] = real
 else:
     import argparse
-    import base64
     import collections
-    import io
-    import json
+    import dataclasses
+    import hashlib
     import math
     import os
 
     import numpy as np
     import torch
-    from tqdm import tqdm
 
-    import data as loader
-    from embed import collate, pool
+    from embed import contrastive_step, pool
     from model import read_json
+    from processor import collate, prompt_key
+    from propose import read_rationales
+    from scale import chunks_of
 
-# Below: constants and functions only, none with a name that the real `select` has; nothing that imports or computes (see above).
+# From here on only `def` and constants: in the first case nothing above is imported.
 
-MANY = 4096                                                      # of more than these, draw a few instead of shuffling all for every pair: n, not n²
 RULES = ("full", "positive_only", "no_placebo", "none")
-PROMPTS = (  # several ways to ask, so that one model is several workers
-    "Think step by step about what the {side} shows or asks for, look up whatever is needed, and end with what should be found.",
-    "List the facts in the {side} that matter for finding its match, one after the other, then draw the conclusion.",
-    "Describe the {side} briefly and precisely, then say in a few words what its match must look like.",
-    "Work out the answer to the {side}. Show every intermediate result. End with the answer alone.")
+WINDOW = 1024  # pairs of one dataset that are judged against each other, and in memory together
+CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
+AUDITED = 0.25  # share of the placebos that are offered as if they were about the pair
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The evaluator: it learns on one half of the pairs, and judges the other
+
+
+def fold_of(pair_id, folds):
+    """The fold that judges this pair. A hash: the same everywhere, whatever else is in the data."""
+    return hashlib.blake2b(pair_id.encode(), digest_size=4).digest()[0] % folds
+
+
+def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
+    """One update of the evaluator that will judge `fold` -> metrics; leaves gradients.
+
+    It learns the direct path and the reasoned one on any candidate rationale of a pair, good or
+    bad, each counted by its posterior p(t|q,r) / (p(t|q,r) + p(t|q,∅)). Otherwise those that only
+    look like reasoning would teach it to believe none.
+    texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale.
+    """
+    folds = cfg.select_folds
+    pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
+    if not pairs:
+        raise ValueError("select: all pairs of a batch are of the other fold; raise --batch")
+    drawn = []
+    for p in pairs:
+        written = list(texts.get(p["id"], {}).values())
+        if written:
+            text = written[rng_of(p["id"]).integers(len(written))]
+        drawn.append(processor.rationale(text) if written else None)
+    cfg = dataclasses.replace(cfg, lm_weight=0.0, decision_weight=0.0)
+    labels = [-1] * len(pairs)
+    return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # The experiment
 
 
-def choose_placebos(pairs, rationales, rng):
-    """For every pair and worker a rationale by the same worker about another pair of the same dataset with another target.
+def judge(model, processor, pairs, texts, cfg, rng):
+    """The experiment on one window of pairs -> rows, one per rationale.
 
-    pairs [{"id", "dataset", "answer" (a key that equal targets share)}]; rationales {id: {worker: text}} -> {id: {worker: text or None}}.
-    None where 50 draws find none. Another pair with the same target would be no placebo: its words may well fit.
+    pairs: {"id", "dataset", "query", "target", "negatives", "answer"} of one dataset and one fold,
+    at most WINDOW; texts: {pair id: {proposer: text}}. Candidates and placebos come from the
+    window: its rows depend on nothing else, and memory does not grow with the data. All is drawn
+    before anything is measured, so which pairs are easy changes no draw.
+    A row has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a placebo and, in
+    an audited quarter, of a second placebo. They are None where there is no such text, and where
+    the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
     """
-    shelves = {}
-    for p in pairs:
-        for worker, text in rationales.get(p["id"], {}).items():
-            shelves.setdefault((p["dataset"], worker), []).append((p["answer"], text))
+    if len({p["dataset"] for p in pairs}) > 1:
+        raise ValueError("select: a window holds pairs of one dataset")
+    prompts, numbers = distinct_documents(pairs)
+    candidates = candidate_sets(numbers, rng)
+    trials = draw_trials(pairs, texts, rng)
 
-    def one(p, worker):
-        shelf = shelves[p["dataset"], worker]
-        at = rng.permutation(len(shelf))[:50] if len(shelf) <= MANY else rng.integers(len(shelf), size=50)
-        return next((shelf[i][1] for i in at if shelf[i][0] != p["answer"]), None)
+    # 1) e(c, ∅) of every candidate
+    t = torch.cat(encode(model, processor, prompts, [[] for _ in prompts], cfg.chunk_tokens))
 
-    return {p["id"]: {worker: one(p, worker) for worker in rationales.get(p["id"], {})} for p in pairs}
+    # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts asked about those that can keep any
+    cases = [(p["query"], c) for p, c in zip(pairs, candidates)]
+    scores = log_probs(model, processor, cases, [[] for _ in cases], t, cfg)
+    hard = [i for i, score in enumerate(scores) if can_keep(score[""][0], cfg)]
+    asked = [sorted({text for _, *words in trials[i] for text in words if text}) for i in hard]
+    hard_cases = [cases[i] for i in hard]
+    for i, score in zip(hard, log_probs(model, processor, hard_cases, asked, t, cfg)):
+        scores[i] = score  # logp(q, ∅) again: in one row with the words it shares their rounding
 
-
-def candidate_sets(pairs, rng, size=16):
-    """One fixed candidate set per pair: its target first, its own hard negatives, then random targets of its dataset; all different.
-
-    pairs [{"dataset", "target" (index into a list of targets), "answer", "negatives" [indices]}] -> int array (n, size), short rows
-    padded with -1. `size` 16: chance is 1/16, low enough that a rationale has room to help.
-    """
-    pools, out = {}, np.full((len(pairs), size), -1)
-    for p in pairs:
-        pools.setdefault(p["dataset"], {}).setdefault(p["answer"], p["target"])
-    pools = {dataset: list(targets.items()) for dataset, targets in pools.items()}
-    for i, p in enumerate(pairs):
-        pick = list(dict.fromkeys([p["target"], *p["negatives"][: size // 2]]))     # a negative may be another pair's target, or come twice
-        some = pools[p["dataset"]]
-        if len(some) > MANY:
-            some = [some[j] for j in dict.fromkeys(rng.integers(len(some), size=8 * size).tolist())]
-        others = [t for a, t in some if a != p["answer"] and t not in pick]
-        pick += [others[j] for j in rng.permutation(len(others))[: size - len(pick)]]
-        out[i, : len(pick)] = pick
-    return out
-
-
-def margins(model, reader, prompts, branches, targets, candidates, temperature=0.02, batch_size=32, title=None):
-    """m(q, ∅) and m(q, r) for every branch of every query, and what the positive alone says.
-
-    prompts [n] of Reader.read, branches [n] lists of rationale branches, targets (N, H) unit vectors, candidates (n, c) indices with
-    the target in column 0 and -1 for none -> list of n float arrays (2, 1 + number of branches), the direct embedding first: the margins,
-    and s(q, r; t)/temperature, the positive without the others.
-    """
-    out = [None] * len(prompts)
-    order = np.argsort([len(p["ids"]) + sum(map(len, b)) for p, b in zip(prompts, branches)], kind="stable")
-    with torch.no_grad():
-        # the longest first: what they free is large enough for the next; the other way round memory grows to twice as much
-        for at in tqdm(range(0, len(order), batch_size)[::-1], desc=title, disable=None if title else True):
-            rows = order[at : at + batch_size].tolist()
-            batch = collate([prompts[i] for i in rows], reader, [branches[i] for i in rows], model.device)
-            q = pool(model(batch), batch["ends"])                                             # (B, 1+G, H)
-            c = torch.from_numpy(candidates[rows]).to(q.device)                               # (B, c)
-            t = targets[c.clamp(min=0)]                                                       # (B, c, H)
-            s = torch.einsum("bgh,bch->bgc", q, t) / temperature
-            m = s.masked_fill((c < 0)[:, None], float("-inf")).log_softmax(-1)[..., 0]        # (B, 1+G): embed.margin_score, some candidates absent
-            for i, both in zip(rows, torch.stack((m, s[..., 0]), 1).cpu().numpy()):
-                out[i] = both[:, : 1 + len(branches[i])].astype(np.float64)
-    return out
-
-
-def keep_rule(delta, delta_placebo, rule="full", threshold=0.7, delta_guess=0.0):
-    """The rule of the docstring, elementwise -> bool. A missing placebo (nan) cannot refuse anything."""
-    delta, placebo = np.asarray(delta, float), np.asarray(delta_placebo, float)
-    if rule == "none":
-        return np.ones(delta.shape, bool)
-    beats = ~(delta <= placebo) if rule in ("full", "positive_only") else True
-    return (delta - np.maximum(0.0, delta_guess) > threshold) & beats
-
-
-def seen_by(rule, results):
-    """Judged rows as the rule sees them: positive_only has other Δs, and no guess."""
-    if rule != "positive_only":
-        return results
-    return [dict(r, delta_guess=0.0, **dict(zip(("delta", "delta_placebo", "delta_second"), r["positive"]))) for r in results]
-
-
-def column(rows, key):
-    """A number of every row -> float array, nan for None."""
-    return np.array([np.nan if r[key] is None else r[key] for r in rows], float)
-
-
-def dataset_of(row):
-    return row["id"].rsplit("/", 1)[0]
-
-
-def thresholds(results, rule="full", margin=0.7, fdr=0.1):
-    """t of every shelf: {(dataset, worker): t}; inf for a shelf that keeps nothing. Rules without placebos have the margin for all."""
-    shelves, out = {}, {}
-    for r in results:
-        shelves.setdefault((dataset_of(r), r["worker"]), []).append(r)
-    for shelf, rows in shelves.items():
-        guess = np.maximum(0.0, column(rows, "delta_guess"))
-        own, false = np.sort(column(rows, "delta") - guess), np.sort(column(rows, "delta_placebo") - guess)
-        false = false[~np.isnan(false)]
-        t = np.concatenate(([margin], own[own > margin]))        # only these are tried; a placebo's Δ between two of them is not
-        passed, lucky = len(own) - np.searchsorted(own, t, "right"), len(false) - np.searchsorted(false, t, "right")
-        good = t[1 + lucky <= fdr * passed] if rule in ("full", "positive_only") else t
-        out[shelf] = float(good[0]) if len(good) else math.inf
-    return out
-
-
-def posterior(delta, temperature=1.0):
-    """w ∝ softmax(Δ / T) over the kept rationales of one pair; sums to 1."""
-    z = np.asarray(delta, float) / temperature
-    w = np.exp(z - z.max())
-    return w / w.sum()
-
-
-def kept_mask(results, level, rule="full", delta="delta", placebo="delta_placebo"):
-    """Which of these rows the rule keeps, given thresholds' `level` -> bool array."""
-    at = np.array([level[dataset_of(r), r["worker"]] for r in results])
-    return keep_rule(column(results, delta), column(results, placebo), rule, at, column(results, "delta_guess"))
-
-
-def choose(results, level, rule="full", temperature=1.0):
-    """results [{"id", "worker", "text", "delta", "delta_placebo", "delta_guess"}] -> the kept ones, with "weight" (1 per pair in all)."""
-    by_pair = {}
-    for r, keep in zip(results, kept_mask(results, level, rule)):
-        if keep:
-            by_pair.setdefault(r["id"], []).append(r)
-    return [dict(r, weight=float(w)) for rows in by_pair.values() for r, w in zip(rows, posterior([r["delta"] for r in rows], temperature))]
-
-
-def audit(results, kept, level, rule="full", needs_steps=None):
-    """The report: kept share per worker and per dataset, placebo acceptance, and against the truth precision and recall.
-
-    needs_steps: datasets whose careful rationales truly help (pocket world), or None where nobody knows. Rows with "delta_second" are
-    those whose placebo was offered as the pair's own, against a second placebo.
-    """
-    offered = [r for r in results if r.get("delta_second") is not None]
-    placebo_kept = kept_mask(offered, level, rule, "delta_placebo", "delta_second") if offered else None
-
-    def share(key):
-        of, among = (collections.Counter(map(key, rows)) for rows in (kept, results))
-        return {k: round(of[k] / n, 4) for k, n in sorted(among.items())}
-
-    out = {"candidates": len(results), "kept": len(kept), "precision": None, "recall": None,
-           "placebo_accepted": round(float(placebo_kept.mean()), 4) if offered else None,
-           "by_worker": share(lambda r: r["worker"]), "by_dataset": share(dataset_of)}
-    if needs_steps is not None:
-        slips = {(r["id"], r["text"]) for r in results if r["worker"] == "sloppy"}           # careful may err too: pocket.misread
-        helps = lambda r: r["worker"].split("-")[0] == "careful" and dataset_of(r) in needs_steps and (r["id"], r["text"]) not in slips
-        truly = {r["id"] for r in results if helps(r)}
-        found = {r["id"] for r in kept if helps(r)}
-        out["precision"] = round(sum(map(helps, kept)) / len(kept), 4) if kept else 0.0
-        out["recall"] = round(len(found) / len(truly), 4) if truly else None
-        sloppy = [r for r in results if r["worker"] == "sloppy" and dataset_of(r) in needs_steps]
-        ids = {(r["id"], r["worker"]) for r in kept}
-        out["sloppy_kept"] = round(sum((r["id"], r["worker"]) in ids for r in sloppy) / len(sloppy), 4) if sloppy else None
-    return out
-
-
-def compare_rules(run):
-    """A finished pocket run's judged rationales under other rules -> table rows [(rule, audit)]."""
-    results = read_rationales(os.path.join(run, "select", "judged.jsonl"))
-    c, truth, out = read_json(os.path.join(run, "config.json")), read_json(os.path.join(run, "data", "pocket.json"))["steps"], []
-    rules = {"full": ("full", c["select_fdr"]), "full, one margin for all shelves": ("full", 1e9),
-             "positive_only": ("positive_only", c["select_fdr"]), "no_placebo": ("no_placebo", 1.0), "none": ("none", 1.0)}
-    for name, (rule, luck) in rules.items():
-        seen = seen_by(rule, results)
-        level = thresholds(seen, rule, c["select_margin"], luck)
-        out.append((name, audit(seen, choose(seen, level, rule), level, rule, truth)))
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: rationales, and the OpenAI batch format
-
-
-def read_rationales(path, numbers=()):
-    """rationales.jsonl -> rows. One object a line with id, side (query | target), worker, text, and the `numbers` asked for (selected.jsonl
-    has "weight"); ValueError names file and line."""
+    # 3) with minus without
     rows = []
-    with open(path, "rb") as f:                                  # as bytes, so that what is not text has a line number too
-        for n, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{path} line {n}: not JSON ({e})") from None
-            for key, kind in (*((k, str) for k in ("id", "worker", "text")), *((k, (int, float)) for k in numbers)):
-                if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-                    raise ValueError(f"{path} line {n}: {key!r} is missing or not a {'string' if kind is str else 'number'}")
-            if row.setdefault("side", "query") not in ("query", "target"):
-                raise ValueError(f"{path} line {n}: side is {row['side']!r}, expected query or target")
+    for p, c, trial, score in zip(pairs, candidates, trials, scores):
+        direct, _ = score[""]
+        for proposer, text, placebo, second in trial:
+            gains = [gain_of(words, score) for words in (text, placebo, second)]
+            row = {
+                "id": p["id"],
+                "dataset": p["dataset"],
+                "proposer": proposer,
+                "text": text,
+                "direct": direct,
+                "gain": gains[0][0],
+                "gain_placebo": gains[1][0],
+                "gain_second": gains[2][0],
+                "gain_guess": -math.log(len(c)) - direct,
+                "similarity_gain": [similarity for _, similarity in gains],
+                "offered": second is not None,
+            }
             rows.append(row)
     return rows
 
 
-def write_rows(path, rows):
-    """JSON lines, complete or not at all."""
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    os.replace(path + ".part", path)
+def gain_of(text, score):
+    """With minus without: (log-probability, similarity), or Nones for a text that was not asked."""
+    if text not in score:
+        return None, None
+    (logp, s), (logp_direct, s_direct) = score[text], score[""]
+    return logp - logp_direct, s - s_direct
 
 
-def to_data_url(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def can_keep(direct, cfg):
+    """Whether any rationale of a pair could pass: gain <= −direct must exceed the margin."""
+    return cfg.select_rule not in ("full", "no_placebo") or direct < -cfg.select_margin
 
 
-def request(pair, k, model_name, side="query", max_tokens=256):
-    """One chat request of the OpenAI batch format for worker prompt k. The worker sees this side of the pair alone, never the other."""
-    item, what = pair[side], "query" if side == "query" else "document"
-    content = [{"type": "image_url", "image_url": {"url": to_data_url(loader.load_picture(ref))}} for ref in loader.refs(item)]
-    content.append({"type": "text", "text": item.get("text", "") + "\n\n" + PROMPTS[k % len(PROMPTS)].format(side=what)})
-    body = {"model": model_name, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens,
-            "temperature": 0.7 if k >= len(PROMPTS) else 0.0}     # each prompt once greedily, then sampled
-    return {"custom_id": f"{pair['id']}|{side}|{k}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+def distinct_documents(pairs):
+    """Targets and negatives, each once -> prompts, and each pair's numbers, the target first."""
+    place, prompts, numbers = {}, [], []
+    for p in pairs:
+        documents = {prompt_key(prompt): prompt for prompt in (p["target"], *p["negatives"])}
+        for key, prompt in documents.items():
+            if key not in place:
+                place[key] = len(prompts)
+                prompts.append(prompt)
+        numbers.append([place[key] for key in documents])
+    return prompts, numbers
 
 
-def read_responses(path, worker):
-    """A batch's answers -> (rationale rows, failures [(custom_id, why)]). Thinking models' <think> markers are taken off."""
-    rows, failed, seen = [], [], set()
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                answer = json.loads(line)
-                pair, side, k = answer["custom_id"].rsplit("|", 2)
-                choices = ((answer.get("response") or {}).get("body") or {}).get("choices") or []
-                text = ((choices[0].get("message") or {}).get("content") or "") if choices else ""
-                text = text.replace("<think>", "").replace("</think>", " ").strip()
-                if answer["custom_id"] in seen:
-                    raise ValueError(f"a second answer to {answer['custom_id']}")
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{path} line {n}: not a batch response ({type(e).__name__}: {e})") from None
-            seen.add(answer["custom_id"])
-            if text:
-                rows.append({"id": pair, "side": side, "worker": f"{worker}-{k}", "text": text})
-            else:
-                failed.append((answer["custom_id"], str(answer.get("error") or "no text in the response")))
-    return rows, failed
+def candidate_sets(numbers, rng, size=CANDIDATES):
+    """C of every pair: its target, then hard negatives (half of C at most), then random targets.
+
+    numbers: [n] lists, the target first, all different -> [n] lists likewise, of at most `size`.
+    """
+    targets = np.unique([target for target, *_ in numbers])
+    sets = []
+    for of_pair in numbers:
+        chosen = of_pair[: 1 + size // 2]
+        rest = rng.permutation(np.setdiff1d(targets, chosen))
+        sets.append(chosen + rest[: size - len(chosen)].tolist())
+    return sets
+
+
+def draw_trials(pairs, texts, rng):
+    """-> [n] lists of (proposer, text, placebo, second placebo), None where there is none.
+
+    An author's rationales are laid out in a random circle. The next one in it that is about another
+    target is the placebo: words about the same target may well fit.
+    """
+    written = collections.defaultdict(list)
+    for i, p in enumerate(pairs):
+        for proposer, text in texts.get(p["id"], {}).items():
+            written[author(proposer)].append((i, proposer, text))
+    trials = [[] for _ in pairs]
+    for rationales in written.values():
+        circle = [rationales[i] for i in rng.permutation(len(rationales))]
+        for at, (i, proposer, text) in enumerate(circle):
+            onwards = circle[at + 1 :] + circle[:at]
+            answer = pairs[i]["answer"]
+            strange = (words for j, _, words in onwards if pairs[j]["answer"] != answer)
+            placebo, second = next(strange, None), next(strange, None)
+            if second == placebo or rng.random() >= AUDITED:
+                second = None
+            trials[i].append((proposer, text, placebo, second))
+    return trials
+
+
+def log_probs(model, processor, cases, words, t, cfg):
+    """-> for every case {text: [logp(q, r), s(q, r; t)/temperature]}, where "" stands for ∅.
+
+    cases: (query prompt, numbers of its candidates in t, the target first); words: the texts asked
+    of each; t: (N, H).
+    """
+    branches = [[processor.rationale(text) for text in texts] for texts in words]
+    queries = [query for query, _ in cases]
+    vectors = encode(model, processor, queries, branches, cfg.chunk_tokens)
+    scores = []
+    for (_, c), texts, q in zip(cases, words, vectors):
+        s = q @ t[c].T / cfg.temperature  # (1+K, |C|)
+        table = torch.stack((s.log_softmax(-1)[:, 0], s[:, 0]), dim=1)  # (1+K, 2)
+        scores.append(dict(zip(["", *texts], table.double().tolist())))
+    return scores
+
+
+def encode(model, processor, prompts, branches, budget):
+    """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1+K, H)."""
+    lengths = [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
+    vectors = [None] * len(prompts)
+    for rows in chunks_of(lengths, budget):
+        rationales = [branches[i] for i in rows]
+        batch = collate([prompts[i] for i in rows], processor, rationales, model.device)
+        with torch.no_grad():
+            pooled = pool(model(batch), batch["ends"])  # (B, 1+K, H), zeros where a row has fewer
+        for i, v in zip(rows, pooled):
+            vectors[i] = v[: 1 + len(branches[i])]
+    return vectors
+
+
+# --------------------------------------------------------------------------------------------------
+# The rule
+
+
+def gains_of(row, rule):
+    """(gain, gain_placebo, gain_second), each less what a guess gains; None where not measured.
+
+    positive_only sees those of the similarity, which has no candidates to guess among.
+    """
+    if rule == "positive_only":
+        return row["similarity_gain"]
+    gains = (row["gain"], row["gain_placebo"], row["gain_second"])
+    return [None if gain is None else gain - max(0.0, row["gain_guess"]) for gain in gains]
+
+
+def keeps(gain, gain_placebo, threshold, rule):
+    """The rule for one rationale. Where there is no placebo, none has to be beaten."""
+    if rule == "none":
+        return True
+    if gain is None or gain <= threshold:
+        return False
+    return rule == "no_placebo" or gain_placebo is None or gain > gain_placebo
+
+
+def author(proposer):
+    """Whose words: "careful#2" is the second try of "careful" for the same pair."""
+    return proposer.split("#")[0]
+
+
+def stratum(row):
+    return row["dataset"], author(row["proposer"])
+
+
+def thresholds(rows, rule, margin, fdr):
+    """{stratum: threshold}. Rules that know no placebos have the margin for all."""
+    gains, placebos = collections.defaultdict(list), collections.defaultdict(list)
+    for row in rows:
+        gain, placebo, _ = gains_of(row, rule)
+        gains[stratum(row)].append(-math.inf if gain is None else gain)
+        placebos[stratum(row)].append(-math.inf if placebo is None else placebo)
+    if rule in ("no_placebo", "none"):
+        return dict.fromkeys(gains, margin)
+    return {k: stratum_threshold(gains[k], placebos[k], margin, fdr) for k in gains}
+
+
+def stratum_threshold(gains, placebos, margin, fdr):
+    """The smallest t >= margin with 1 + #{placebos > t} <= fdr · #{gains > t}; inf without one."""
+    gains, placebos = np.sort(gains), np.sort(placebos)
+    t = np.concatenate(([margin], gains[gains > margin]))  # the right side changes only here
+    passed = len(gains) - np.searchsorted(gains, t, "right")
+    lucky = len(placebos) - np.searchsorted(placebos, t, "right")
+    enough = t[1 + lucky <= fdr * passed]
+    return float(enough[0]) if len(enough) else math.inf
+
+
+def posterior(gains):
+    """w ∝ exp(gain) over the kept rationales of one pair; sums to 1."""
+    w = np.exp(np.array(gains) - max(gains))
+    return (w / w.sum()).tolist()
+
+
+def choose(rows, rule, margin, fdr):
+    """Judged rows -> those that the rule keeps, each with its "weight". Iterates `rows` twice.
+
+    Rule none trusts all rationales of a pair alike.
+    """
+    threshold = thresholds(rows, rule, margin, fdr)
+    kept = collections.defaultdict(list)
+    for row in rows:
+        gain, placebo, _ = gains_of(row, rule)
+        if keeps(gain, placebo, threshold[stratum(row)], rule):
+            kept[row["id"]].append((row, 0.0 if rule == "none" else gain))
+    weighted = []
+    for same_pair in kept.values():
+        weights = posterior([gain for _, gain in same_pair])
+        weighted += [row | {"weight": w} for (row, _), w in zip(same_pair, weights)]
+    return weighted
+
+
+# --------------------------------------------------------------------------------------------------
+# The audit
+
+
+def audit(rows, kept, rule, margin, fdr, helps=None):
+    """What share of whose rationales was kept, and how often a placebo passes for a rationale.
+
+    helps(row) -> True, False, or None for a row that nobody can mark. With it, precision is the
+    share of the kept and marked rows that help, recall the share of the pairs about which something
+    helpful was written that keep such a row. Without it both are None.
+    """
+    threshold = thresholds(rows, rule, margin, fdr)
+    accepted = []
+    for row in rows:
+        if row["offered"]:
+            _, placebo, second = gains_of(row, rule)
+            accepted.append(keeps(placebo, second, threshold[stratum(row)], rule))
+    among = collections.Counter(author(row["proposer"]) for row in rows)
+    number = collections.Counter(author(row["proposer"]) for row in kept)
+    helpful = {row["id"] for row in rows if helps and helps(row)}
+    caught = {row["id"] for row in kept if helps and helps(row)}
+    return {
+        "candidates": among.total(),
+        "kept": len(kept),
+        "precision": share(map(helps, kept)) or 0.0 if helps else None,
+        "recall": share(pair_id in caught for pair_id in helpful),
+        "placebo_accepted": share(accepted),
+        "by_proposer": {name: round(number[name] / n, 4) for name, n in sorted(among.items())},
+    }
+
+
+def share(marks):
+    """Of the marks that are not None the share that is True; None without any."""
+    marks = [mark for mark in marks if mark is not None]
+    return round(sum(marks) / len(marks), 4) if marks else None
+
+
+def few_kept(rows, kept):
+    """A line for the user if under 1 % of the judged pairs kept a rationale, else None."""
+    judged = {row["id"] for row in rows if row["gain"] is not None}
+    keep = {row["id"] for row in kept}
+    if len(keep) >= max(1, 0.01 * len(judged)):
+        return None
+    return (
+        f"WARNING: selection kept rationales of {len(keep)} of {len(judged)} judged pairs: trained "
+        "on this, the model will hardly ever reason. Try a stronger proposer (propose.py "
+        "--write-requests), and see by_proposer in select/audit.json"
+    )
+
+
+def pocket_truth(root):
+    """helps(row) for a pocket world, whose makers know which datasets need steps; else None."""
+    path = os.path.join(root, "pocket.json")
+    if not os.path.exists(path):
+        return None
+    needs_steps = set(read_json(path)["steps"])
+
+    def helps(row):
+        return author(row["proposer"]) == "careful" and row["dataset"] in needs_steps
+
+    return helps
+
+
+def compare_rules(run):
+    """What the rules would keep of a finished run's judged rationales -> [(name, audit)]."""
+    rows = read_rationales(os.path.join(run, "select", "judged.jsonl"), numbers=("direct",))
+    config = read_json(os.path.join(run, "config.json"))
+    helps = pocket_truth(os.path.join(run, "data"))
+    fdr, no_limit = config["select_fdr"], 1e9
+    tried = [("full", fdr), ("full", no_limit), ("no_placebo", fdr), ("none", fdr)]
+    if all(row["gain"] is not None for row in rows):  # easy pairs may pass this one
+        tried.append(("positive_only", fdr))
+    table = []
+    for rule, fdr in tried:
+        name = f"{rule}, the margin for all" if fdr == no_limit else rule
+        kept = choose(rows, rule, config["select_margin"], fdr)
+        table.append((name, audit(rows, kept, rule, config["select_margin"], fdr, helps)))
+    return table
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Rationales from models that run elsewhere: write requests, read responses.")
-    ap.add_argument("--write-requests", metavar="FILE", help="write chat requests for every training pair of --data")
-    ap.add_argument("--read-responses", metavar="FILE", help="turn a batch's responses into rationales")
-    ap.add_argument("--audit", metavar="RUN", help="a pocket run: what other rules would have kept, against the truth")
-    ap.add_argument("--data", metavar="ROOT", help="training data, see data.py")
-    ap.add_argument("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", help="model field of the requests")
-    ap.add_argument("--k", type=int, default=4, help="requests per pair: four prompts greedy, further ones sampled")
-    ap.add_argument("--sides", choices=("query", "target", "both"), default="query")
-    ap.add_argument("--limit", type=int, help="at most this many pairs per dataset")
-    ap.add_argument("--worker", default="model", help="name that the rationales carry")
-    ap.add_argument("--out", default="rationales.jsonl")
-    a = ap.parse_args()
-    if sum(map(bool, (a.write_requests, a.read_responses, a.audit))) != 1:
-        ap.error("one of --write-requests, --read-responses and --audit")
+    parser = argparse.ArgumentParser(description="What the rules would keep of a finished run.")
+    parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
     try:
-        if a.audit:
-            for rule, found in compare_rules(a.audit):
-                print(f"{rule:34s}" + "  ".join(f"{k} {found[k]}" for k in ("kept", "precision", "recall", "placebo_accepted", "sloppy_kept")))
-            return 0
-        if a.read_responses:
-            rows, failed = read_responses(a.read_responses, a.worker)
-            write_rows(a.out, rows)
-            for custom_id, why in failed:
-                print(f"no rationale for {custom_id}: {why}", file=sys.stderr)
-            print(f"rationales: {len(rows)}\nfailed: {len(failed)}\nwritten: {a.out}")
-            return 0
-        if not a.data or a.k < 1 or a.limit is not None and a.limit < 1:
-            ap.error("--write-requests needs --data, a --k of at least 1, and no --limit or one of at least 1")
-        train = loader.train_sets(a.data)
-        n = 0
-        with open(a.write_requests, "w", encoding="utf-8") as f:
-            for s, size in enumerate(train.sizes):
-                for row in tqdm(range(min(size, a.limit or size)), desc=train.names[s], disable=None):
-                    pair = train.pair(s, row)
-                    for side in ("query", "target") if a.sides == "both" else (a.sides,):
-                        for k in range(a.k):
-                            f.write(json.dumps(request(pair, k, a.model_name, side), ensure_ascii=False) + "\n")
-                            n += 1
-        print(f"requests: {n}\nwritten: {a.write_requests}")
-        return 0
-    except (ValueError, OSError) as e:
+        for name, report in compare_rules(parser.parse_args().run):
+            columns = ("kept", "precision", "recall", "placebo_accepted")
+            print(f"{name:24s}", *(f"{column} {report[column]}" for column in columns), sep="  ")
+    except (ValueError, OSError, KeyError) as e:
         print(f"select.py: {e}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,798 @@
+r"""An item becomes tokens and patches: everything that happens before the network runs.
+
+The idea. A query or target is any mix of instruction, text, images and video frames. It is written
+as a chat in Qwen3-VL's format, and the model goes on in one of two ways. Each ends in
+<|endoftext|>, and the state of that token is the embedding:
+
+    <|im_start|>system\n{instruction}<|im_end|>\n
+    <|im_start|>user\n{video}{image}{text}<|im_end|>\n
+    <|im_start|>assistant\n
+        direct:  <|endoftext|>
+        reason:  <think>\n{rationale}\n</think>\n\n<|endoftext|>
+
+The arithmetic. A patch is 16 x 16 pixels of two frames (an image counts as two equal ones), and
+2 x 2 patches make one visual token. So an image of h x w pixels costs h * w / 1024 tokens between
+<|vision_start|> and <|vision_end|>; its sides are multiples of 32 and its area is within limits.
+A photograph of 1000 x 750 pixels is read as 992 x 736 = 31 x 23 = 713 tokens.
+
+    Tokenizer   text -> ids
+    Processor   item -> prompt: ids, patches and their grids; the files of a checkpoint folder
+    collate     prompts and their rationales -> the batch of model.Qwen3VL
+
+    processor = Processor.from_folder(folder, model.c)
+    prompts = [processor({"image": "cat.jpg", "text": "What is this?"}), processor("a cat")]
+    states = model(collate(prompts, processor))
+
+Shapes: B rows, S tokens of a row, K rationales of a row, N patches of a batch. A *segment* is one
+image or one group of two video frames: a grid of (h, w) patches.
+
+How to run: nothing to run here. `python embed.py --help` embeds a file of items.
+Left out: audio, video files (a video is a list of frames), images from the web.
+Sources (facts; every line is ours): the template, the limits and the order of parts are those of
+Qwen3-VL-Embedding's wrapper (2601.04720), the frame limits those of qwen-vl-utils 0.0.14, the time
+stamps those of transformers 4.57. Byte-level BPE: Sennrich et al. 2016 (1508.07909), GPT-2.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+import numbers
+import os
+import unicodedata
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+import torch
+from PIL import Image
+
+from data import listed, load_image
+from model import FACTOR, MERGE, PATCH, PATCH_DIM, TEMPORAL, read_json, rope_positions, write_json
+
+# --------------------------------------------------------------------------------------------------
+# Text -> ids
+
+
+def byte_letters():
+    """{letter: byte}: the printable letters that stand for bytes in a byte-level tokenizer.json.
+
+    GPT-2's choice: a printable Latin-1 character stands for itself; the others, in order, are
+    the letters from U+0100 on. So a space is spelled "Ġ" and a newline "Ċ".
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    letters.update({chr(256 + i): byte for i, byte in enumerate(rest)})
+    return letters
+
+
+class Tokenizer:
+    """Text -> ids. Markers such as <|im_end|> inside a text are spelled out, never special.
+
+    spec     the parsed tokenizer.json
+    special  {content: id} of its added tokens
+    size     number of ids
+    """
+
+    def __init__(self, spec):
+        # Another normalizer or splitter would give other ids, and nobody would know.
+        steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+        patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
+        if spec["normalizer"] != {"type": "NFC"} or len(patterns) != 1:
+            raise ValueError("expected the normalizer NFC and one pattern that splits text")
+        vocab, merges, letters = spec["model"]["vocab"], spec["model"]["merges"], byte_letters()
+        merged = ["".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges]
+        tokens = [*letters, *merged]
+        # tiktoken merges by rank, which is the order of the merges; ids may be numbered otherwise.
+        ranks = {bytes(letters[ch] for ch in token): rank for rank, token in enumerate(tokens)}
+        if len(ranks) < len(tokens):
+            raise ValueError("two merges have the same result, which tiktoken cannot tell apart")
+        self.spec = spec
+        self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self.to_id = np.array([vocab[token] for token in tokens])
+        self.to_bytes = dict(zip(self.to_id.tolist(), ranks))
+        self.to_bytes.update({i: content.encode() for content, i in self.special.items()})
+        self.size = max(self.to_bytes) + 1
+        self.bpe = tiktoken.Encoding(
+            "qwen3-vl", pat_str=patterns[0], mergeable_ranks=ranks, special_tokens={}
+        )
+        self.nfc = tokenizers.normalizers.NFC()
+
+    @classmethod
+    def from_folder(cls, folder):
+        path = os.path.join(folder, "tokenizer.json")
+        spec = read_json(path)
+        try:
+            return cls(spec)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            fault = f"{type(e).__name__}: {str(e)[:80]}"
+            raise ValueError(f"{path}: not a byte-level BPE as Qwen's ({fault})") from None
+
+    def encode(self, text):
+        """Text -> list of ids. NFC first: without it 15 % of hard strings get other ids."""
+        try:
+            if not text.isascii():
+                text = self.nfc.normalize_str(text)
+            ranks = self.bpe.encode_ordinary(text)
+        except UnicodeEncodeError as e:  # "\\ud83d" is legal JSON, but no text
+            half = f"U+{ord(text[e.start]):X} after {text[: e.start][-30:]!r}"
+            raise ValueError(f"half a character in a text: the lone surrogate {half}") from None
+        except BaseException as e:  # tiktoken's Rust panics at a run of some 10^6 blanks
+            if type(e).__name__ != "PanicException":
+                raise
+            raise ValueError(f"tiktoken cannot split a text of {len(text):,} characters") from e
+        return self.to_id[ranks].tolist() if ranks else []
+
+    def decode(self, ids):
+        spelled = b"".join(self.to_bytes.get(int(i), b"") for i in ids)
+        return spelled.decode("utf-8", errors="replace")
+
+
+def append_eos(spec):
+    """A copy of a tokenizer.json that appends <|endoftext|> by itself.
+
+    sentence-transformers and vLLM pool the last token that the tokenizer returns, and have no
+    other way to be told of this one. Qwen3-Embedding's file does the same.
+    """
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|endoftext|>",
+        pair="$A $B <|endoftext|>",
+        special_tokens=[("<|endoftext|>", library.token_to_id("<|endoftext|>"))],
+    )
+    return json.loads(library.to_str())
+
+
+# --------------------------------------------------------------------------------------------------
+# Images -> patches
+
+
+def smart_resize(height, width, min_pixels, max_pixels):
+    """The (height, width) in which Qwen looks at an image: multiples of 32, the area within limits.
+
+    Both sides shrink or grow by one factor, then are rounded down or up. Python's round goes to the
+    even number at a tie, as in the original. ValueError for sides beyond 200 to 1.
+    """
+    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width}x{height} pixels: expected at most 200 to 1")
+    h = max(FACTOR, round(height / FACTOR) * FACTOR)
+    w = max(FACTOR, round(width / FACTOR) * FACTOR)
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(FACTOR, math.floor(height / shrink / FACTOR) * FACTOR)
+        w = max(FACTOR, math.floor(width / shrink / FACTOR) * FACTOR)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * grow / FACTOR) * FACTOR
+        w = math.ceil(width * grow / FACTOR) * FACTOR
+    return h, w
+
+
+def resize(image, h, w):
+    """PIL RGB image -> uint8 (h, w, 3), by Pillow's bicubic filter."""
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def patchify(frames):
+    """frames (F, height, width, 3) uint8 -> patches (N, 1536) uint8 and their grid (h, w).
+
+    F = 1 is an image, an even F a video; N = F / 2 * h * w (an image: h * w). Order of patches:
+    frame group, blocks of 2 x 2 in raster order, the four patches of a block, so that what becomes
+    one visual token stands together. Inside a patch: channel, frame, row, column.
+    """
+    depth = min(len(frames), TEMPORAL)
+    t, h, w = len(frames) // depth, frames.shape[1] // PATCH, frames.shape[2] // PATCH
+    x = frames.reshape(t, depth, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, frame, row, column)
+    patches = np.empty((*x.shape[:6], TEMPORAL, PATCH, PATCH), dtype=np.uint8)
+    patches[...] = x  # a single frame is broadcast to two
+    return patches.reshape(t * h * w, PATCH_DIM), (h, w)
+
+
+def normalize_pixels(patches, device="cpu"):
+    """uint8 numpy -> fp32 tensor in -1 ... 1. Bytes travel to the device, floats are made there."""
+    if torch.device(device).type == "cpu":
+        # numpy asks the system for huge pages, torch does not: a third of the time for 100 MB.
+        floats = torch.from_numpy(patches.astype(np.float32))
+    else:
+        floats = torch.from_numpy(patches).to(device).float()
+    return floats.mul_(2 / 255).sub_(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Items -> prompts
+
+CLIP_PIXELS = 10 * 768 * 32 * 32  # of a whole video, counted once per group of two frames
+DEFAULT_INSTRUCTION = "Represent the user's input."  # what Qwen3VLEmbedder writes without one
+ITEM_KEYS = ("text", "image", "video", "fps", "instruction", "messages")
+ROLES = ("system", "user", "assistant")
+# Where a part of a message may hold an image; the last three are transformers', for type "image".
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class UserText(str):
+    """Text of an item, as opposed to the template's: what `max_length` may cut."""
+
+
+@dataclass
+class Segment:
+    """An image, or a group of two video frames, where it stands in a prompt."""
+
+    ids: list  # <|vision_start|>, a pad id for each visual token, <|vision_end|>
+    patches: np.ndarray  # (h * w, 1536) uint8
+    grid: tuple  # (h, w)
+
+
+@dataclass(eq=False)
+class Processor:
+    """Turns items into prompts. Whatever cannot be read is a ValueError of one line.
+
+    The fields are settings; beside them it knows the ids of the chat format:
+        eos_id (<|endoftext|>), im_start_id, im_end_id, think_id, think_end_id
+        prefix, closing, tail, suppress_tokens: what generation has to know of a rationale
+        generation: the same as keyword arguments of model.generate
+    """
+
+    tokenizer: Tokenizer
+    config: object  # model.Config: its image markers must be the tokenizer's
+    min_pixels: int = 4 * 32 * 32  # area of an image; these two do not hold for a video's frames
+    max_pixels: int = 1800 * 32 * 32
+    frame_min_pixels: int = 128 * 32 * 32  # area of a frame; see frame_limits
+    frame_max_pixels: int = 768 * 32 * 32
+    max_frames: int = 64  # a bare list of more frames is thinned out; frames with fps never are
+    fps: float = 2.0  # of frames that come without: what qwen-vl-utils assumes
+    max_length: int = 8192  # tokens with <|endoftext|>: text is cut at its end, images never are
+    default_instruction: str | None = None  # of items without one; None writes no system turn
+
+    pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
+    trained_here = True  # False: opened from a folder that no code of ours wrote
+
+    def __post_init__(self):
+        self.check_settings()
+        self.check_vocabulary()
+        special = self.tokenizer.special
+        self.eos_id = special["<|endoftext|>"]
+        self.im_start_id = special["<|im_start|>"]
+        self.im_end_id = special["<|im_end|>"]
+        self.think_id = special["<think>"]
+        self.think_end_id = special["</think>"]
+        # A rationale is prefix, sampled tokens, </think>, tail; closing ends one that was cut off.
+        self.prefix = [self.think_id, *self.tokenizer.encode("\n")]
+        self.tail = [*self.tokenizer.encode("\n\n"), self.eos_id]
+        self.closing = [*self.tokenizer.encode("\n"), self.think_end_id]
+        # Never sampled: image markers, padding, ids without a token. </think> ends a rationale.
+        unused = range(self.tokenizer.size, self.config.vocab)
+        self.suppress_tokens = sorted({*special.values(), *unused} - {self.think_end_id})
+        self.generation = {
+            "prefix": self.prefix,
+            "stop_ids": (self.think_end_id,),
+            "closing": self.closing,
+            "tail": self.tail,
+            "suppress_tokens": self.suppress_tokens,
+        }
+        self.warned_of_path = False
+
+    def __call__(self, item, instruction=None):
+        """item -> prompt: a dict of
+
+        ids (S,) int64           up to "assistant\\n": <|endoftext|> is what a model may write next
+        pixel_values, image_grid of each segment its patches (h * w, 1536) uint8 and its (h, w)
+
+        A str is text. A path (os.PathLike), PIL image or bytes is an image. A dict has any of
+        "text", "image" and "video" (a value or a list; shown in the order video, image, text) or
+        "messages", and "instruction". A video is a list of frames or {"frames": [...], "fps": f}.
+        The item's instruction wins over the call's, the call's over the default; "" writes none.
+        """
+        item = as_dict(item)
+        messages = messages_of(item)
+        given = [item.get("instruction"), instruction, self.default_instruction]
+        instruction = next((text for text in given if text is not None), "")
+        if messages[0]["role"] != "system":
+            messages = system_turn(instruction) + messages
+        pieces = []
+        for message in messages:
+            pieces += [self.im_start_id, message["role"] + "\n"]
+            for part in listed(message["content"]):
+                pieces += self.part(part)
+            pieces += [self.im_end_id, "\n"]
+        return self.finish([*pieces, self.im_start_id, "assistant\n"])
+
+    def part(self, part):
+        """One part of a message -> pieces: texts and segments.
+
+            "a text"    {"text": t}    {"type": "text", "text": t}
+            {"image": ref}    {"image_url": ref or {"url": ref}}    {"type": "image", "image": ref}
+            {"type": "image", "url" or "path" or "base64": ref}
+            {"video": clip}    {"type": "video", "video": clip, "fps": f}
+
+        All that is not None is shown, in the order video, image, text: {"image": x, "text": y} is
+        both, and the None with which Arrow tables fill a part is nothing. `type` may be absent; it
+        names what must be there. TEMPLATE does the same.
+        """
+        if isinstance(part, str):
+            return self.text(part)
+        if not isinstance(part, dict):
+            raise ValueError(f"a part of content is a {type(part).__name__}, expected a dict")
+        part = without_none(part)
+        kind = str(part.get("type", "")).removesuffix("_url")
+        names = IMAGE_KEYS if kind == "image" else IMAGE_KEYS[:2]
+        images = [decode_reference(name, part[name]) for name in names if name in part]
+        pieces = {}
+        if "video" in part:
+            pieces["video"] = self.video(part["video"], part.get("fps"))
+        if images:
+            pieces["image"] = self.image(images[0])
+        if "text" in part:
+            pieces["text"] = self.text(part["text"])
+        if not pieces or len(images) > 1 or kind not in ("", *pieces):
+            keys = ", ".join(map(str, part))[:60]
+            raise ValueError(f"a part of content with {keys}: expected text, video or one image")
+        warn_unread("a part of content", part, ("type", "video", "fps", *names, "text"))
+        return list(itertools.chain(*pieces.values()))
+
+    def text(self, text):
+        """Text is never opened as a file, but a path among texts is most likely a mistake."""
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}, expected a string")
+        looks_like_a_path = text.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(text)
+        if looks_like_a_path and not self.warned_of_path:
+            self.warned_of_path = True
+            warnings.warn(f"read as text: to show the file, give Path({text!r})", stacklevel=2)
+        return [UserText(text)]
+
+    def image(self, ref):
+        """A path, bytes, {"bytes", "path"} or PIL image -> its segment."""
+        image = load_image(ref)
+        h, w = smart_resize(image.height, image.width, self.min_pixels, self.max_pixels)
+        patches, grid = patchify(resize(image, h, w)[None])
+        return [self.segment(self.config.image_token, patches, grid)]
+
+    def segment(self, token, patches, grid):
+        """The ids around and for patches: one for every 2 x 2 of them."""
+        visual = [token] * (len(patches) // MERGE**2)
+        ids = [self.config.vision_start, *visual, self.config.vision_end]
+        return Segment(ids, patches, grid)
+
+    def video(self, video, fps=None):
+        """One clip -> for each two frames their mean time and a segment (transformers 4.57):
+
+            <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.2 seconds>...
+
+        Frames are never resampled where their fps is known. Not copied: qwen-vl-utils first rounds
+        the frames of a list to multiples of 64 pixels, and its time goes on where an odd last frame
+        is repeated.
+        """
+        frames = video
+        if isinstance(video, dict):
+            frames = video.get("frames")
+            fps = fps if video.get("fps") is None else video["fps"]
+        if not isinstance(frames, (list, tuple)) or not frames:
+            raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
+        if fps is None and frames is video and len(frames) > self.max_frames:  # a bare list
+            at = np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)
+            frames = [frames[i] for i in at]
+        fps = self.fps if fps is None else fps
+        if not is_positive(fps):
+            raise ValueError(f"a video's fps is {fps!r}, expected a number above 0")
+        images = [load_image(decode_reference("image", frame)) for frame in frames]
+        times = [i / fps for i in range(len(images))]
+        if len(images) % TEMPORAL:  # an odd last frame is shown twice
+            images.append(images[-1])
+            times.append(times[-1])
+        limits = self.frame_limits(len(images))
+        sizes = [smart_resize(image.height, image.width, *limits) for image in images]
+        h, w = sizes[0]  # all are shown in the first one's size
+        patches, grid = patchify(np.stack([resize(image, h, w) for image in images]))
+        groups = patches.reshape(-1, grid[0] * grid[1], PATCH_DIM)
+        pieces = []
+        for i, group in enumerate(groups):
+            middle = (times[2 * i] + times[2 * i + 1]) / 2
+            pieces.append(f"<{middle:.1f} seconds>")
+            pieces.append(self.segment(self.config.video_token, group, grid))
+        return pieces
+
+    def frame_limits(self, n):
+        """(min, max) area of each of n frames.
+
+        A long video's frames shrink to their share of CLIP_PIXELS, but not below 1.05 times the
+        least area (qwen-vl-utils). By default 20 frames may have 768 tokens each, 64 have 240.
+        """
+        share = max(CLIP_PIXELS * TEMPORAL / n, int(1.05 * self.frame_min_pixels))
+        return self.frame_min_pixels, min(self.frame_max_pixels, share)
+
+    def finish(self, pieces):
+        """Pieces (texts, ids of markers, segments) -> prompt.
+
+        Neighbouring texts are tokenised as one, so that "user\\n" and "\\nWhat" merge as they do in
+        transformers, which tokenises the whole chat. What is too long then loses user text.
+        """
+        ids, spans = [], []  # spans: where user text stands in ids
+        for is_text, group in itertools.groupby(pieces, key=lambda piece: isinstance(piece, str)):
+            group = list(group)
+            if not is_text:
+                for piece in group:
+                    ids += piece.ids if isinstance(piece, Segment) else [piece]
+                continue
+            tokens = self.tokenizer.encode("".join(group))
+            user = [i for i, text in enumerate(group) if isinstance(text, UserText)]
+            if user:
+                before = self.tokenizer.encode("".join(group[: user[0]]))
+                after = self.tokenizer.encode("".join(group[user[-1] + 1 :]))
+                spans.append((len(ids) + len(before), len(ids) + len(tokens) - len(after)))
+            ids += tokens
+        for start, stop in reversed(spans):  # the last text is cut first, the instruction last
+            surplus = max(0, len(ids) + 1 - self.max_length)
+            ids = ids[: max(start, stop - surplus)] + ids[stop:]
+        segments = [piece for piece in pieces if isinstance(piece, Segment)]
+        return {
+            "ids": np.array(ids, dtype=np.int64),
+            "pixel_values": [segment.patches for segment in segments],
+            "image_grid": [segment.grid for segment in segments],
+        }
+
+    def rationale(self, text):
+        """Text -> the ids of its branch, <think> to <|endoftext|>.
+
+        Tokenised in the parts of generation: what a model writes after the prefix, up to </think>.
+        """
+        sampled = self.tokenizer.encode(text.strip() + "\n")
+        return [*self.prefix, *sampled, self.think_end_id, *self.tail]
+
+    def rationale_text(self, ids):
+        """Ids of a branch -> the text between <think> and </think>."""
+        inner = ids[len(self.prefix) :]
+        if self.think_end_id in inner:
+            inner = inner[: inner.index(self.think_end_id)]
+        return self.tokenizer.decode(inner).strip()
+
+    def check_settings(self):
+        """Whatever is no limit would show as a crash in Pillow or numpy, or not at all."""
+        images = self.min_pixels, self.max_pixels
+        frames = self.frame_min_pixels, self.frame_max_pixels
+        for value in (*images, *frames, self.max_frames, self.fps, self.max_length):
+            if not is_positive(value):
+                raise ValueError(f"a limit is {value!r}, expected a number above 0")
+        for low, high in (images, frames):
+            if not max(low, FACTOR**2) <= high:
+                raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
+
+    def check_vocabulary(self):
+        """Tokenizer and model must be of one checkpoint."""
+        special, size, config = self.tokenizer.special, self.tokenizer.size, self.config
+        for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"):
+            if name not in special:
+                raise ValueError(f"the tokenizer lacks {name}, which every Qwen3 tokenizer has")
+        expected = {
+            "<|image_pad|>": config.image_token,
+            "<|video_pad|>": config.video_token,
+            "<|vision_start|>": config.vision_start,
+            "<|vision_end|>": config.vision_end,
+        }
+        for name, i in expected.items():
+            if special.get(name) != i:
+                raise ValueError(f"{name}: tokenizer says {special.get(name)}, model {i}")
+        if size > config.vocab:
+            raise ValueError(f"the tokenizer has {size} ids, the model's vocabulary {config.vocab}")
+
+    @classmethod
+    def from_folder(cls, folder, config, **settings):
+        """The processor of a checkpoint. Each setting is the argument unless that is None, else
+        what a checkpoint of ours says, else Qwen's, which has a default instruction."""
+        tokenizer = Tokenizer.from_folder(folder)
+        try:
+            settings = {**saved_settings(folder), **without_none(settings)}
+            processor = cls(tokenizer, config, **settings)
+        except ValueError as e:
+            raise ValueError(f"{folder}: {e}") from None
+        processor.trained_here = is_ours(folder)
+        return processor
+
+    def save(self, folder):
+        """Writes what from_folder and transformers' AutoProcessor read:
+
+        tokenizer.json, tokenizer_config.json    the vocabulary; appends <|endoftext|>
+        preprocessor_config.json                 limits of images
+        video_preprocessor_config.json           limits of frames
+        embedder_config.json                     the other settings; marks a checkpoint of ours
+        chat_template.jinja                      __call__ as a template
+        """
+        image = {**VISION_CONFIG, "image_processor_type": "Qwen2VLImageProcessorFast"}
+        image["size"] = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        video = {**VISION_CONFIG, "video_processor_type": "Qwen3VLVideoProcessor"}
+        video["frame_min_pixels"] = self.frame_min_pixels
+        video["frame_max_pixels"] = self.frame_max_pixels
+        # The same in transformers' words: the area of a whole clip, and a cap on each frame.
+        clip_pixels = CLIP_PIXELS * TEMPORAL
+        video["size"] = {"shortest_edge": self.frame_min_pixels, "longest_edge": clip_pixels}
+        video["max_video_tokens"] = self.frame_max_pixels // FACTOR**2
+        video["cap_pixels_per_frame"] = True
+        files = {
+            "tokenizer.json": append_eos(self.tokenizer.spec),
+            "tokenizer_config.json": {**TOKENIZER_CONFIG, "model_max_length": self.max_length},
+            "preprocessor_config.json": image,
+            "video_preprocessor_config.json": video,
+            "embedder_config.json": {name: getattr(self, name) for name in OUR_SETTINGS},
+        }
+        os.makedirs(folder, exist_ok=True)
+        for name in OLDER_FILES:
+            Path(folder, name).unlink(missing_ok=True)
+        for name, value in files.items():
+            write_json(os.path.join(folder, name), value)
+        template = chat_template(self.default_instruction)
+        Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def as_dict(item):
+    """An item in any of its forms -> a dict with some of ITEM_KEYS."""
+    if isinstance(item, str):
+        return {"text": item}
+    if item is None or isinstance(item, (list, tuple)):
+        raise ValueError(f"a {type(item).__name__}: expected a string, an image, a path or a dict")
+    if not isinstance(item, dict):
+        return {"image": item}  # load_image says what it is if it is none
+    item = without_none(item)
+    if item and not item.keys() & {*ITEM_KEYS}:
+        keys = ", ".join(map(str, item))[:60]
+        raise ValueError(f"a dict with the keys {keys}: expected {', '.join(ITEM_KEYS)}")
+    warn_unread("an item", item, ITEM_KEYS)
+    return item
+
+
+def messages_of(item):
+    """The chat messages of an item, checked. They stand as they are, so that text and images may
+    interleave and turns may follow each other. Without "messages": one turn of the user."""
+    messages = item.get("messages")
+    if messages is None:
+        return [{"role": "user", "content": content_of(item)}]
+    if item.keys() & {"text", "image", "video"}:
+        raise ValueError("an item has messages, or text, image and video, but not both")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError('messages: expected a list of {"role": ..., "content": ...}')
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"message {i}: expected a role of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), (str, list, tuple)):
+            kind = type(message.get("content")).__name__
+            raise ValueError(f"message {i}: content of type {kind}, expected text or parts")
+        warn_unread(f"message {i}", message, ("role", "content"))
+    return list(messages)
+
+
+def content_of(item):
+    """An item's videos, images and texts -> parts of a message, in the order of Qwen's wrapper.
+
+    A list of frames is one video; a list of lists, or of {"frames", "fps"}, is several.
+    """
+    video = item.get("video")
+    clips = [] if video is None else [video]
+    if isinstance(video, (list, tuple)) and all(map(is_clip, video)):
+        clips = list(video) or clips
+    parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
+    parts += [{"image": image} for image in listed(item.get("image"))]
+    texts = listed(item.get("text"))
+    if not parts and not any(texts):
+        texts = ["NULL"]  # Qwen3-VL-Embedding's word for an empty item
+    return parts + [{"text": text} for text in texts]
+
+
+def system_turn(instruction):
+    """The system turn of an instruction, as Qwen's wrapper writes it; none of an empty one.
+
+    Stripped, and with a full stop unless it ends in punctuation (Unicode's categories P).
+    """
+    if not isinstance(instruction, str):
+        raise ValueError(f"an instruction is a string, not {type(instruction).__name__}")
+    text = instruction.strip()
+    if not text:
+        return []
+    if not unicodedata.category(text[-1]).startswith("P"):
+        text += "."
+    return [{"role": "system", "content": text}]
+
+
+def decode_reference(name, ref):
+    """An image under one of IMAGE_KEYS -> bytes if it is spelled in base64, else as it is.
+
+    data:image/png;base64,iVBO... is how chat requests carry images.
+    """
+    if isinstance(ref, dict) and "url" in ref:  # {"image_url": {"url": ...}}
+        ref = ref["url"]
+    if name != "base64" and not (isinstance(ref, str) and ref.startswith("data:")):
+        return ref
+    try:
+        return base64.b64decode(ref.rpartition(",")[2], validate=True)
+    except (AttributeError, ValueError) as e:
+        raise ValueError(f"{str(ref)[:40]}...: not an image in base64 ({e})") from None
+
+
+def is_positive(value):
+    """A finite number above 0; True is none."""
+    return isinstance(value, numbers.Real) and value is not True and 0 < value < math.inf
+
+
+def is_clip(video):
+    """A list of frames or {"frames", "fps"}. A frame may be a dict, too: {"bytes", "path"}."""
+    return isinstance(video, (list, tuple)) or (isinstance(video, dict) and "frames" in video)
+
+
+def without_none(values):
+    """Arrow tables fill every column of a struct: what is None was not given."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def warn_unread(what, given, known):
+    """Names the keys that nobody reads: ids, or typing mistakes."""
+    unread = [str(name) for name in without_none(given) if name not in known]
+    if unread:
+        known = ", ".join(known)
+        warnings.warn(f"{what}: {', '.join(unread)} is not read; what is: {known}", stacklevel=3)
+
+
+# --------------------------------------------------------------------------------------------------
+# The files of a checkpoint folder
+
+OUR_SETTINGS = ("max_frames", "fps", "max_length", "default_instruction")
+TOKENIZER_CONFIG = {"tokenizer_class": "Qwen2Tokenizer", "padding_side": "right"}
+TOKENIZER_CONFIG |= {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+VISION_CONFIG = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL, "merge_size": MERGE}
+VISION_CONFIG |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+VISION_CONFIG |= {"processor_class": "Qwen3VLProcessor"}
+# The same settings under other names, which transformers would prefer: a save removes them.
+OLDER_FILES = ["processor_config.json", "chat_template.json", "special_tokens_map.json"]
+OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt"]
+
+# Processor.__call__ for other programs, which hand over images apart: `type` may stand alone.
+TEMPLATE = r"""
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' -}}
+{%- if message.content is string -%}{{- message.content -}}{%- else -%}
+{%- for content in message.content -%}
+{%- set part = {'text': content} if content is string else content -%}
+{%- if part.type == 'video' or part.get('video') is not none -%}{{- '<|video_pad|>' -}}{%- endif -%}
+{%- if part.type in ['image', 'image_url'] or part.get('image') is not none
+       or part.get('image_url') is not none -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- endif -%}
+{{- part.get('text') or '' -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+
+def chat_template(default_instruction):
+    """TEMPLATE, opened by the default instruction unless the messages have a system turn.
+
+    A string of JSON is one of Jinja, too.
+    """
+    turn = system_turn(default_instruction or "")
+    if not turn:
+        return TEMPLATE
+    text = json.dumps(f"<|im_start|>system\n{turn[0]['content']}<|im_end|>\n")
+    opening = "{%- if messages[0].role != 'system' -%}{{- " + text + " -}}{%- endif -%}"
+    return opening + TEMPLATE
+
+
+def is_ours(folder):
+    """Only `Processor.save` writes this file."""
+    return os.path.exists(os.path.join(folder, "embedder_config.json"))
+
+
+def saved_settings(folder):
+    """What a checkpoint folder says of Processor's settings.
+
+    In a folder that is not ours the same files mean other things (an Instruct model's limits are
+    for chatting), so Qwen3-VL-Embedding's defaults hold there.
+    """
+    if not is_ours(folder):
+        return {"default_instruction": DEFAULT_INSTRUCTION}
+    embedder = read_json(os.path.join(folder, "embedder_config.json"))
+    area = read_json(os.path.join(folder, "preprocessor_config.json"))
+    video = read_json(os.path.join(folder, "video_preprocessor_config.json"))
+    try:
+        settings = {name: embedder[name] for name in OUR_SETTINGS if name in embedder}
+        settings["min_pixels"] = area["size"]["shortest_edge"]
+        settings["max_pixels"] = area["size"]["longest_edge"]
+        for name in ("frame_min_pixels", "frame_max_pixels"):
+            if name in video:  # folders of an older version lack it, and have the default
+                settings[name] = video[name]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"a setting is not where we write it ({type(e).__name__}: {e})") from None
+    return settings
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts -> a batch
+
+
+def collate(prompts, processor, rationales=None, device="cpu", pad_to=None):
+    """Prompts, and for each a list of rationales (ids) -> the batch of model.Qwen3VL, a dict of
+
+    ids (B, S), positions (3, B, S), lengths (B,), pixel_values (N, 1536), image_grid [(h, w)]
+    branch (B, S)    0 in the prompt, 1, 2 ... in its branches, -1 in padding; None if K = 0
+    ends (B, 1 + K)  the place of each branch's last token, -1 where there is none
+    previous (B, S)  the place whose logits predict this token, -1 in the prompt and in padding
+
+    A row: prompt, <|endoftext|> (branch 1, column 0 of ends), rationale 1 (branch 2, column 1) ...
+    All branches start at the same position, as if the others were not there. Padding is on the
+    right; S is a multiple of pad_to, by default the processor's. K = 0 needs no branch: a causal
+    model never looks to the right.
+    """
+    rationales = rationales or [[]] * len(prompts)
+    rows = []
+    for prompt, texts in zip(prompts, rationales):
+        rows.append(lay_out(prompt, [[processor.eos_id], *texts], processor.config))
+    # The six lines of a row are padded together: ids, three positions, branch, previous.
+    lengths = [table.shape[1] for table, _ in rows]
+    pad_to = pad_to or processor.pad_to
+    S = math.ceil(max(lengths) / pad_to) * pad_to
+    K = max(len(last) for _, last in rows) - 1
+    padding = np.array([processor.eos_id, 1, 1, 1, -1, -1])
+    batch = np.tile(padding[:, None, None], (1, len(rows), S))  # (6, B, S)
+    ends = np.full((len(rows), 1 + K), -1)
+    for b, (table, last) in enumerate(rows):
+        batch[:, b, : lengths[b]] = table
+        ends[b, : len(last)] = last
+    batch = torch.from_numpy(batch).to(device)
+    patches = [x for prompt in prompts for x in prompt["pixel_values"]]
+    return {
+        "ids": batch[0],
+        "positions": batch[1:4],
+        "branch": batch[4] if K else None,
+        "previous": batch[5],
+        "lengths": torch.tensor(lengths, device=device),
+        "ends": torch.from_numpy(ends).to(device),
+        "pixel_values": normalize_pixels(np.concatenate(patches), device) if patches else None,
+        "image_grid": [grid for prompt in prompts for grid in prompt["image_grid"]],
+    }
+
+
+def lay_out(prompt, branches, config):
+    """One row -> table (6, n) of ids, three positions, branch and previous; ends of its branches.
+
+    A prompt of two tokens and the branches [e], [a, b, e] give
+
+        ids       p p e a b e
+        branch    0 0 1 2 2 2
+        position  0 1 2 2 3 4     (all three axes, without images)
+        previous  - - 1 1 3 4
+        ends          2     5
+    """
+    ids = prompt["ids"]
+    positions = rope_positions(ids, prompt["image_grid"], config)  # (3, n)
+    first = positions.max() + 1
+    table = [np.stack([ids, *positions, np.zeros_like(ids), np.full_like(ids, -1)])]
+    ends, n = [], len(ids)
+    for k, tokens in enumerate(branches, 1):
+        step = np.arange(len(tokens))
+        previous = n + step - 1
+        previous[0] = len(ids) - 1  # the prompt's last token predicts how every branch begins
+        position = first + step
+        table.append(
+            np.stack([tokens, position, position, position, np.full_like(step, k), previous])
+        )
+        n += len(tokens)
+        ends.append(n - 1)
+    return np.concatenate(table, axis=1), ends
+
+
+def prompt_key(prompt):
+    """Equal prompts have equal keys: a hash of ids, grids and pixels.
+
+    The grids count: a white image of 2 x 4 patches has the ids and pixels of one of 4 x 2.
+    """
+    digest = hashlib.blake2b(prompt["ids"].tobytes(), digest_size=12)
+    digest.update(str(prompt["image_grid"]).encode())
+    for patches in prompt["pixel_values"]:
+        digest.update(np.ascontiguousarray(patches))
+    return digest.hexdigest()

@@ -1,0 +1,356 @@
+"""
+Rationales: who writes them, and the files in which they travel.
+
+The idea. A rationale is what may be said about a query before it is embedded. A proposer writes
+candidates r ~ π(r | q), and selection (select.py) finds out which of them explain the pair. So
+variety counts, and errors are allowed. No proposer sees the target: words that nobody could write
+at test time would teach nothing.
+
+    the model itself   propose(): a checkpoint of ours continues the query with <think>; any other
+                       is asked in words (PROMPTS) and ends its answer as it was taught to
+    any server         files of requests and responses in the OpenAI batch format
+    a file             train.py --rationales FILE
+
+A file of rationales has one object a line:
+
+    {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus, so ...", "key": ""}
+
+The id is that of the pair. The key is a hash of the pair's content, which ties the text to it: a
+row number alone would fit another table, too. The second text of one proposer about one pair goes
+by the name of "base#2", and so on.
+
+    python propose.py --write-requests requests.jsonl --data ROOT --model-name NAME --k 4
+    split -l 20000 requests.jsonl                    shards, for as many servers
+    vllm run-batch -i xaa -o xaa.responses --model NAME
+    python propose.py --read-responses *.responses --requests requests.jsonl --name NAME
+
+--image-urls file writes paths in place of images: kilobytes a request, not megabytes. The server
+must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
+missing, doubled, wrong or cut off is counted and named, and the rest is used.
+
+Left out: rationales about targets, tools, retries (send the requests of the failures again).
+Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts are ours.
+"""
+
+import argparse
+import base64
+import io
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import data
+from model import generate
+from processor import collate
+
+# Of sampling: several answers of one proposer have to differ. Ours; hosted models default to 1.
+TEMPERATURE = 0.7
+# Several ways to ask make several proposers of one model.
+PROMPTS = (
+    "Think step by step about what the query shows or asks for, look up whatever is needed, and "
+    "end with what should be found.",
+    "List the facts in the query that matter for finding its match, one after the other, then "
+    "draw the conclusion.",
+    "Describe the query briefly and precisely, then say what its match must look like.",
+    "Work out the answer to the query. Show every intermediate result. End with the answer alone.",
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# The model itself
+
+
+def question(item, number=0):
+    """The query's item with an instruction behind its text, for a model that follows them."""
+    return item | {"text": f"{item.get('text', '')}\n\n{PROMPTS[number]}".strip()}
+
+
+def propose(model, processor, pairs, cfg, generator, ask=False):
+    """Sample cfg.num_candidates rationales for every pair's query -> rows of a rationales file.
+
+    pairs: {"id", "query": prompt, "key" or not}. ask: the prompts are those of `question`, and
+    <|im_end|> ends an answer. A "truncated" row ran out of cfg.max_new_tokens. An empty rationale
+    is left out: it is the direct embedding by another way.
+    """
+    pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
+    longest = max((len(p["query"]["ids"]) for p in pairs), default=1)
+    together = max(1, min(64, 4 * cfg.chunk_tokens // longest))  # their caches share the memory
+    options = asking(processor) if ask else processor.generation
+    options = options | {"temperature": TEMPERATURE, "generator": generator}
+    rows = []
+    for start in range(0, len(pairs), together):
+        part = pairs[start : start + together]
+        batch = collate([p["query"] for p in part], processor, device=model.device)
+        rollouts = generate(model, batch, cfg.max_new_tokens, cfg.num_candidates, **options)
+        for p, answers, truncated in zip(part, rollouts.tokens, rollouts.truncated.tolist()):
+            for k, ids in enumerate(answers):
+                row = {"id": p["id"], "side": "query", "proposer": nth("base", k)}
+                row["text"] = answer_text(processor, ids) if ask else processor.rationale_text(ids)
+                row["truncated"] = truncated[k]
+                if "key" in p:
+                    row["key"] = p["key"]
+                if row["text"]:
+                    rows.append(row)
+    return rows
+
+
+def asking(processor):
+    """Options of `generate` for a chat: nothing is forced, and <|im_end|> ends the answer.
+
+    Behind a forced <think> an Instruct checkpoint rambles: it was never taught to close one.
+    """
+    free = {processor.im_end_id, processor.think_id, processor.think_end_id}
+    suppress_tokens = [i for i in processor.suppress_tokens if i not in free]
+    return {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}
+
+
+def answer_text(processor, ids):
+    """What a chat model wrote, up to its end token."""
+    ids = [i for i in ids if i != processor.im_end_id]
+    return without_markers(processor.tokenizer.decode(ids))
+
+
+def without_markers(text):
+    """Thoughts and answer as one text: a thinking model puts <think> around the former."""
+    return text.replace("<think>", "").replace("</think>", "").strip()
+
+
+def nth(proposer, k):
+    """The name of the k-th text, counted from 0, of one proposer about one pair."""
+    return f"{proposer}#{k + 1}" if k else proposer
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of rationales
+
+
+def read_rationales(path, numbers=()):
+    """A file of rationales -> rows. ValueError names file and line.
+
+    numbers: fields that have to be finite numbers. Older files say "worker" for "proposer".
+    No rationale is dropped: what would have the name of an earlier one is numbered on.
+    """
+    rows, names = [], set()
+    for place, line in numbered_lines([path]):
+        try:
+            row = checked_row(json.loads(line), numbers)
+        except ValueError as e:
+            raise ValueError(f"{place}: {e}") from None
+        proposer, k = row["proposer"], 0
+        while (row["id"], row["side"], row["proposer"]) in names:
+            k += 1
+            row["proposer"] = nth(proposer, k)
+        names.add((row["id"], row["side"], row["proposer"]))
+        rows.append(row)
+    return rows
+
+
+def numbered_lines(paths):
+    """(place, line) of files, as bytes: what is no text has a line number, too."""
+    for path in paths:
+        with open(path, "rb") as f:
+            for n, line in enumerate(f, 1):
+                yield f"{path} line {n}", line
+
+
+def checked_row(row, numbers=()):
+    """One object of a rationales file, with its defaults; ValueError says what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {data.short(row)}")
+    row = {"side": "query", "proposer": row.pop("worker", None)} | row
+    for key in ("id", "side", "proposer", "text"):
+        if not data.is_text(row.get(key)):
+            raise ValueError(f"{key!r}: expected text, got {data.short(row.get(key))}")
+    for key in numbers:
+        if not isinstance(row.get(key), (int, float)) or not math.isfinite(row[key]):
+            raise ValueError(f"{key!r}: expected a finite number, got {data.short(row.get(key))}")
+    if row["side"] not in ("query", "target"):
+        raise ValueError(f"'side': expected query or target, got {data.short(row['side'])}")
+    return row
+
+
+def write_rows(path, rows):
+    """JSON lines, complete or not at all -> their number."""
+    total = 0
+    with open(f"{path}.part", "w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            total += 1
+    os.replace(f"{path}.part", path)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
+# Any server: requests
+
+
+def requests(options):
+    """The chat requests of every training pair, one per prompt, each for options.k answers.
+
+    All answers come from one request (n = k), so the images travel and are encoded once. The
+    custom id says whose answer it is; responses repeat it. Only the query's side is shown.
+    """
+    train = data.train_sets(options.data)
+    for source, size in enumerate(train.sizes):
+        rows = range(min(size, options.limit or size))
+        for row in tqdm(rows, desc=train.names[source], disable=None):
+            pair = train.pair(source, row)
+            key = data.pair_key(pair)
+            images = [image_url(ref, options) for ref in data.refs(pair["query"])]
+            content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+            for number in range(options.prompts):
+                text = {"type": "text", "text": question(pair["query"], number)["text"]}
+                yield {
+                    "custom_id": f"{pair['id']}|{key}|{number}",
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": {
+                        "model": options.model_name,
+                        "messages": [{"role": "user", "content": [*content, text]}],
+                        "n": options.k,
+                        "max_tokens": options.max_tokens,
+                        "temperature": TEMPERATURE if options.k > 1 else 0.0,  # one: the best
+                    },
+                }
+
+
+def image_url(ref, options):
+    """An image as a URL, within options.max_pixels: the path of its file where paths are wanted and
+    it has one of that size, else the image spelled out, as PNG, which loses nothing.
+
+    Servers shrink what is larger, each by rules of its own; a page spelled out takes 9 MB.
+    """
+    if options.image_urls == "file" and isinstance(ref, (str, os.PathLike)):
+        with Image.open(ref) as image:  # reads the header alone
+            if image.width * image.height <= options.max_pixels:
+                return Path(ref).absolute().as_uri()
+    image = data.load_image(ref)
+    shrink = min(1.0, math.sqrt(options.max_pixels / (image.width * image.height)))
+    image = image.resize([max(1, int(shrink * side)) for side in image.size])
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Any server: responses
+
+
+def read_responses(paths, name, accept_cut=False, asked=()):
+    """Files of responses -> (rows, failures [(custom id or place, why)]).
+
+    asked: the custom ids of all requests. Failures are a request without a response, a second
+    response, an error, an answer without text and, unless accept_cut, one cut off at max_tokens: a
+    rationale without its conclusion. One failure costs nothing else.
+    """
+    rows, failed, answered = [], [], set()
+    for place, line in numbered_lines(paths):
+        try:
+            response = json.loads(line)
+            custom_id = response["custom_id"]
+            pair, key, number = custom_id.rsplit("|", 2)
+            answers = answers_of(response, accept_cut)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
+            continue
+        if custom_id in answered:
+            answers = [("", "a second response")]  # after an error it is the first: a retry
+        for k, (text, why) in enumerate(answers):
+            if why:
+                failed.append((custom_id, why))
+                continue
+            answered.add(custom_id)
+            proposer = nth(f"{name}-{number}", k)
+            row = {"id": pair, "side": "query", "proposer": proposer, "text": text, "key": key}
+            rows.append(row)
+    heard = answered.union(custom_id for custom_id, _ in failed)
+    failed += [(custom_id, "no response") for custom_id in asked if custom_id not in heard]
+    return rows, failed
+
+
+def answers_of(response, accept_cut):
+    """[(text, why it cannot be used, or "")] of the choices of one response. Thoughts that the
+    server keeps in a field of their own belong to the text."""
+    body = (response.get("response") or {}).get("body") or {}
+    if not body.get("choices"):
+        return [("", str(response.get("error") or body.get("error") or "no choices")[:200])]
+    answers = []
+    for choice in body["choices"]:
+        message = choice["message"]
+        thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = without_markers(f"{thoughts}\n{message.get('content') or ''}")
+        why = "" if text else "no text"
+        if not data.is_text(text):
+            why = f"got {data.short(text)}"
+        if choice.get("finish_reason") == "length" and not accept_cut:
+            why = "cut off at max_tokens"
+        answers.append((text, why))
+    return answers
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def at_least_1(text):
+    """argparse's type of a count."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def parse():
+    """The options: what to write or to read, then those of each."""
+    parser = argparse.ArgumentParser(description="Rationales by models that run elsewhere.")
+    add = parser.add_argument
+    act = parser.add_mutually_exclusive_group(required=True)
+    act.add_argument("--write-requests", metavar="FILE", help="ask about all pairs of --data")
+    act.add_argument("--read-responses", metavar="FILE", nargs="+", help="responses -> rationales")
+    add("--data", metavar="ROOT", help="training data, see data.py")
+    add("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", help="whom the requests ask")
+    add("--k", type=at_least_1, default=4, help="answers to a request; a single one is greedy")
+    add("--prompts", type=int, choices=(1, 2, 3, 4), default=1, help="ways to ask, a request each")
+    add("--limit", type=at_least_1, help="at most so many pairs per dataset")
+    add("--max-tokens", type=at_least_1, default=256, help="of an answer")
+    add("--max-pixels", type=at_least_1, default=1003520, help="of an image; larger ones shrink")
+    add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
+    add("--requests", metavar="FILE", nargs="+", default=[], help="to name what has no response")
+    add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
+    add("--name", default="model", help="of the proposer, in the rationales")
+    add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")
+    options = parser.parse_args()
+    if options.write_requests and not options.data:
+        parser.error("--write-requests needs --data")
+    return options
+
+
+def main():
+    options = parse()
+    try:
+        if options.write_requests:
+            total = write_rows(options.write_requests, requests(options))
+            print(f"requests: {total}\nwritten: {options.write_requests}")
+            return 0
+        asked = [json.loads(line)["custom_id"] for _, line in numbered_lines(options.requests)]
+        how = options.name, options.accept_cut, asked
+        rows, failed = read_responses(options.read_responses, *how)
+        for custom_id, why in failed:
+            print(f"no rationale for {custom_id}: {why}", file=sys.stderr)
+        print(f"rationales: {len(rows)}\nfailed: {len(failed)}")
+        if not rows:
+            raise ValueError(f"no rationale to write to {options.out}")
+        write_rows(options.out, rows)
+        print(f"written: {options.out}")
+        return 0
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        print(f"propose.py: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

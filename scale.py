@@ -1,0 +1,562 @@
+"""
+Scale: the same maths on several GPUs and in little memory.
+
+The idea files (embed.py, select.py, propose.py, rl.py) state a loss on a batch. This file computes
+its gradient when neither the batch nor the model fits. It knows processes, chunks, shards, adapters
+and checkpoints, and nothing of prompts, rationales or rewards.
+
+    gather      rows of all processes side by side: each has the joined batch's negatives
+    backward    GradCache: the gradient of a loss over the joined batch, in the memory of one chunk
+    LoRALinear  trains a small update of W instead of W: a fraction of the optimizer's memory
+    shard       FSDP2: a process holds its part of a layer, and all of it only while it runs
+    Optimizer   Muon for the layers' matrices, AdamW for the rest; warm-up, flat, linear cool-down
+    save_state  what is trained, inside a stage; a kill at any moment leaves the last good file
+
+How to run. Alone, every function here is the identity or the textbook formula. On a node:
+    torchrun --nproc_per_node=8 train.py --preset qwen3vl-2b ...
+
+The contract of several processes: each holds its share of the batch's rows; all compute the same
+loss on the joined vectors; each leaves the part of the gradient that comes from its rows; the parts
+are added up, not averaged.
+
+Sources: GradCache, arXiv 2101.06983; LoRA, arXiv 2106.09685; FSDP, arXiv 2304.11277; Muon, Keller
+Jordan 2024 (kellerjordan.github.io/posts/muon) and, for the size of its updates, arXiv 2502.16982.
+Left out: tensor and pipeline parallelism, CPU offload, quantised weights.
+"""
+
+import datetime
+import glob
+import math
+import os
+import pickle
+import shutil
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------
+# Processes: what those of one torchrun tell each other
+
+
+def world_size():
+    """How many processes train together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main():
+    """True on the process that writes files and speaks."""
+    return rank() == 0
+
+
+def gather_objects(values):
+    """A list on every process -> one list, joined in process order. Any picklable values."""
+    if world_size() == 1:
+        return list(values)
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, list(values))
+    return [value for part in lists for value in part]
+
+
+def barrier():
+    """Nobody goes on before all are here."""
+    gather_objects([])
+
+
+def gather(x):
+    """x (n, ...), n may differ between processes -> the rows of all processes (N, ...) in process
+    order, and a LongTensor (n,) of the places where this process' rows are. Carries no gradient."""
+    counts = gather_objects([len(x)])
+    start = sum(counts[: rank()])
+    rows = torch.arange(start, start + len(x), device=x.device)
+    if world_size() == 1:
+        return x.detach(), rows
+    # A collective wants equal shapes: shorter parts are padded, and the padding is cut off again.
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    joined = torch.cat([part[:n] for part, n in zip(parts, counts)])
+    return joined, rows
+
+
+# ---------------------------------------------------------------------------------------------
+# GradCache
+
+
+def chunks_of(lengths, budget, waste=1.25):
+    """Cut rows into chunks that one forward pass can take.
+
+    lengths: tokens of each row. A chunk is padded to its longest row, so rows are sorted by length,
+    longest first. A new chunk begins where the padded tokens would exceed the budget, or where
+    the longest row is more than `waste` times the shortest. A row above the budget is alone.
+    -> lists of row numbers. chunks_of([5, 9, 5], budget=10) -> [[1], [0, 2]]
+    """
+    chunks = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest = lengths[chunks[-1][0]] if chunks else 0
+        fits = chunks and (len(chunks[-1]) + 1) * longest <= budget
+        if fits and lengths[row] * waste >= longest:
+            chunks[-1].append(row)
+        else:
+            chunks.append([row])
+    return chunks
+
+
+def backward(lengths, forward, loss, budget):
+    """GradCache (arXiv 2101.06983): the gradient of a loss over ALL vectors, in little memory.
+
+    A contrastive loss L couples all vectors v_i of a batch, so it cannot be cut into chunks. But
+        dL/dθ = Σ_i dL/dv_i · dv_i/dθ                   by the chain rule;
+        g_i = dL/dv_i                                   needs the vectors alone, no activations;
+        dL/dθ = d/dθ Σ_i g_i · v_i(θ), g_i constant     is a sum over rows: any chunks will do.
+    So: vectors once without gradients, g from the loss, then chunk by chunk with gradients.
+    It costs a second forward pass and saves all activations but those of a chunk.
+
+    lengths  {name: [tokens of each row]} of this process; at least one row of each name
+    forward  (name, rows, with_loss) -> vectors (len(rows), k, H), a further loss of these rows
+             (a scalar tensor, or None) and {metric: float}; a function of the weights alone, and
+             k is the same for all rows of a name
+    loss     {name: (n, k, H)} of all processes, in process order, then row order -> scalar
+    budget   padded tokens of a pass. Where all rows of every process fit in one budget, the first
+             pass keeps its activations, and there is no second
+
+    -> loss (a float: with the further losses of all rows) and metrics, summed over rows and
+    processes. Leaves in every parameter's .grad this process' part of the gradient.
+    """
+    empty = [name for name, tokens in lengths.items() if not tokens]
+    if empty:
+        raise ValueError(f"backward: no rows of {empty[0]!r} on process {rank()}")
+
+    # 1) Passes. Sharded layers meet in each, so all processes make equally many: those with fewer
+    # chunks repeat their last with weight zero.
+    passes = [(name, rows) for name in lengths for rows in chunks_of(lengths[name], budget)]
+    fits = len(passes) == 1 or sum(sum(tokens) for tokens in lengths.values()) <= budget
+    everywhere = gather_objects([(len(passes), fits)])
+    repeats = max(count for count, _ in everywhere) - len(passes)
+    weights = [1.0] * len(passes) + [0.0] * repeats
+    passes += passes[-1:] * repeats
+    keep = all(fits for _, fits in everywhere)
+
+    # 2) Vectors v_i
+    with torch.set_grad_enabled(keep):
+        results = [forward(name, rows, keep) for name, rows in passes]
+    vectors = {}
+    for (name, rows), (v, _, _) in zip(passes, results):
+        if name not in vectors:
+            vectors[name] = v.new_zeros(len(lengths[name]), *v.shape[1:])
+        vectors[name][rows] = v.detach()
+
+    # 3) g_i = dL/dv_i, of which this process takes the rows that are its
+    joined, places = {}, {}
+    for name in lengths:
+        joined[name], places[name] = gather(vectors[name])
+        joined[name].requires_grad_()
+    value = loss(joined)
+    g = torch.autograd.grad(value, list(joined.values()), materialize_grads=True)
+    g = {name: g_all[places[name]] for name, g_all in zip(joined, g)}
+
+    # 4) The gradient of Σ g_i · v_i and of the further losses, chunk by chunk
+    further, metrics = 0.0, []
+    for i, (name, rows) in enumerate(passes):
+        v, extra, numbers = results[i] if keep else forward(name, rows, True)
+        results[i] = None
+        surrogate = (v * g[name][rows]).sum()
+        if extra is not None:
+            surrogate = surrogate + extra
+            further += weights[i] * float(extra.detach())
+        (weights[i] * surrogate).backward()
+        if weights[i] > 0:
+            metrics.append(numbers)
+
+    total = {}
+    for numbers in gather_objects(metrics):
+        for key, x in numbers.items():
+            total[key] = total.get(key, 0.0) + x
+    return float(value.detach()) + sum(gather_objects([further])), total
+
+
+# ---------------------------------------------------------------------------------------------
+# Large models in training: LoRA, shards, and the way back to an ordinary model
+
+LORA_ALPHA = 64.0  # an update counts alpha / rank times: twice at rank 32
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen. A (rank, in), B (out, rank).
+
+    W keeps its name: the base model's weights are called the same with and without."""
+
+    def __init__(self, linear, rank, alpha=LORA_ALPHA):
+        super().__init__()
+        out_features, in_features = linear.weight.shape
+        device = linear.weight.device
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / rank
+        # fp32 whatever W is: steps of 1e-5 are lost in bf16. B = 0: training starts at W.
+        self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear starts
+
+    def forward(self, x):
+        update = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return F.linear(x, self.weight, self.bias) + self.scale * update
+
+
+def add_lora(model, rank):
+    """Freeze the model and give each linear layer of both towers' blocks an update, in place."""
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        in_block = ".layers." in name or ".blocks." in name
+        if in_block and isinstance(layer, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoRALinear(layer, rank))
+
+
+def prepare(model, dtype, lora=0, checkpointing=False, compile=False, train_vision=True):
+    """Make a model ready to be trained, in place: what is trained becomes fp32, what is frozen
+    stays as it is, and the arithmetic is in `dtype`. lora: the rank; 0 trains every weight."""
+    if lora:
+        add_lora(model, lora)
+    if not train_vision:
+        model.visual.requires_grad_(False)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    model.set_checkpointing(checkpointing)
+    if compile:
+        model.compile_layers()
+    if dtype != torch.float32:
+        # Each call is an autocast of its own: autocast keeps the weights it has cast, and those
+        # of a pass without gradients must not serve the pass with gradients.
+        model.forward = torch.autocast(model.device.type, dtype)(model.forward)
+        model.logits = torch.autocast(model.device.type, dtype)(model.logits)
+    return model
+
+
+def shard(model, dtype):
+    """FSDP2: each process holds a part of every text layer in fp32, and gathers a layer in `dtype`
+    while it runs. The vision tower and the embedding stay in one piece: which of them a batch uses
+    differs between processes, and nobody must wait for one that stays away."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes 1.2 s to import
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.text.layers:
+        fully_shard(layer, mp_policy=policy)
+    embedding = model.text.embed_tokens.weight
+    fully_shard(model.text, mp_policy=policy, ignored_params={embedding})
+    for module in (model.text, *model.text.layers):
+        # A sum, not a mean: each process has the gradient of its rows alone.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def is_sharded(tensor):
+    """FSDP2's tensors are DTensors, on which full_tensor() gathers all parts on every process."""
+    return hasattr(tensor, "full_tensor")
+
+
+@torch.no_grad()
+def merge(model, dtype=torch.float32, into=None):
+    """What is being trained as an ordinary model of `dtype`: shards gathered, LoRA added in fp32
+    and rounded once. `model` stays as it is. into: the result of an earlier call, written over.
+    Where there are shards, all processes call it together."""
+    trained = dict(model.named_parameters())
+    merged = into
+    if merged is None:
+        with torch.device("meta"):
+            merged = type(model)(model.c)
+        merged.to(dtype).to_empty(device=model.device).requires_grad_(False)
+        merged.has_head = model.has_head
+        if "lm_head.weight" not in trained:  # tied to the embedding, or absent and never used
+            merged.lm_head.weight = merged.text.embed_tokens.weight
+    for name, p in merged.named_parameters():
+        weight = trained[name]
+        if is_sharded(weight):
+            weight = weight.full_tensor()
+        parent, _, kind = name.rpartition(".")
+        layer = model.get_submodule(parent)
+        if isinstance(layer, LoRALinear) and kind == "weight":
+            weight = weight.float() + layer.scale * (layer.lora_b @ layer.lora_a)
+        p.copy_(weight)
+    return merged.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def add_gradients(params):
+    """Add each gradient up over the processes; shards were added up by their backward pass.
+    A gradient that no process has stays None: AdamW's moments then rest, as they do alone."""
+    params = [p for p in params if not is_sharded(p)]
+    if world_size() == 1 or not params:
+        return
+    has = torch.tensor([p.grad is not None for p in params], dtype=torch.int32)
+    has = has.to(params[0].device)
+    dist.all_reduce(has)
+    for p, count in zip(params, has.tolist()):
+        if count and p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if count:
+            dist.all_reduce(p.grad)
+
+
+def clip_gradients(params, limit):
+    """Scale all gradients so that their joint norm is at most `limit` -> the norm before."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norms = [grad.norm() for grad in grads]
+    norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    norm = float(torch.stack(norms).norm())
+    factor = min(1.0, limit / (norm + 1e-6))
+    for grad in grads:
+        grad.mul_(factor)
+    return norm
+
+
+def orthogonalise(update, steps=5):
+    """Newton-Schulz: update (rows, columns) = U S V' -> nearly U V'.
+
+    A step maps each singular value s to a s + b s³ + c s⁵, which drives what lies in (0, 1] towards
+    1. Muon's coefficients rise steeply from 0 and settle between 0.7 and 1.2 instead of at 1.
+    In fp32: torch.optim.Muon casts to bfloat16, which takes 12 of the 13 seconds of a step on a
+    CPU without bf16 instructions.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = update / update.norm().clamp(min=1e-7)  # no singular value is above the norm, now 1
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T  # for the smaller Gram matrix
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum made orthogonal: a step as long in every direction of a matrix.
+
+    Times 0.2 sqrt(max(rows, columns)) its entries are as large as those of AdamW's steps, so the
+    learning rate is the same (arXiv 2502.16982). A convolution's kernel is a matrix (out, rest).
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["average"] = torch.zeros_like(p)
+                average = state["average"].lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(average, momentum).flatten(1)
+                size = 0.2 * math.sqrt(max(update.shape))
+                p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * size)
+
+
+def schedule(i, steps, warmup, cool):
+    """The learning rate of update i (from 0) as a share of its peak: it rises over `warmup`
+    updates, stays, and falls linearly over the last `cool`, to 2 % at least."""
+    rise = min(1.0, (i + 1) / max(1, warmup))
+    fall = min(1.0, (steps - i) / max(1, cool))
+    return rise * max(0.02, fall)
+
+
+class Optimizer:
+    """Muon for the matrices of the layers and AdamW for the rest, or AdamW alone.
+
+    cfg      .optimizer "muon" or "adamw", .lr, .warmup in steps
+    steps    of the schedule; the attribute may grow while the rate is still flat
+    factor   times lr
+    cool     the share of the steps in which the rate falls
+    patches  Muon for the patch embedding too. From nothing, images are then read sooner; later, on
+             a few thousand images, it only disturbs
+
+    Muon learns to look things up in the pocket world sooner than AdamW. Embedding and head stay
+    with AdamW: a row of theirs is a token, and most tokens are not in a batch.
+    """
+
+    CLIP = 1.0  # norm of all gradients together
+
+    def __init__(self, model, cfg, steps, factor=1.0, cool=0.4, patches=False):
+        self.steps = steps
+        self.warmup = min(cfg.warmup, steps // 4)
+        self.cool = cool * steps
+        self.peak = cfg.lr * factor
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.params = list(trained.values())
+        matrices = {}
+        if cfg.optimizer == "muon":
+            matrices = {n: p for n, p in trained.items() if is_matrix(n, p, patches)}
+        rest = [p for name, p in trained.items() if name not in matrices]
+        self.parts = []
+        if rest:
+            # The fused kernel takes no mixture of shards and complete tensors.
+            fused = rest[0].is_cuda and not any(is_sharded(p) for p in rest)
+            how = {"betas": (0.9, 0.98), "weight_decay": 0.0, "foreach": False, "fused": fused}
+            self.parts.append(torch.optim.AdamW(rest, self.peak, **how))
+        if matrices:
+            self.parts.append(Muon(matrices.values(), self.peak))
+
+    def step(self, i):
+        """Update number i (from 0) -> norm of the gradient before clipping. Where it is not finite
+        nothing moves, and the caller stops."""
+        add_gradients(self.params)
+        norm = clip_gradients(self.params, self.CLIP)
+        if not math.isfinite(norm):
+            return norm
+        rate = self.peak * schedule(i, self.steps, self.warmup, self.cool)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self):
+        return {"steps": self.steps, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, saved):
+        self.steps = saved["steps"]
+        for part, state in zip(self.parts, saved["parts"]):
+            params = [p for group in part.param_groups for p in group["params"]]
+            for i, moments in state["state"].items():
+                state["state"][i] = {key: like(x, params[i]) for key, x in moments.items()}
+            part.load_state_dict(state)
+
+
+def is_matrix(name, p, patches):
+    """Is it Muon's? The two-dimensional weights of layers and mergers."""
+    if "patch_embed.proj.weight" in name:
+        return patches
+    return p.ndim == 2 and "embed" not in name and "lm_head" not in name
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints inside a stage
+
+KEEP = 2  # the last so many stay: where one is damaged there is one before
+
+
+def like(x, p):
+    """A tensor of a file, in shards where the parameter p is in shards and x has its shape."""
+    if not is_sharded(p) or x.shape != p.shape:
+        return x
+    return dist.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+
+
+def for_file(value):
+    """Nested containers with each sharded tensor gathered. All processes call it; a tensor at a
+    time is complete on each, and the main process alone keeps them, in its CPU memory."""
+    if isinstance(value, dict):
+        return {key: for_file(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [for_file(x) for x in value]
+    if not is_sharded(value):
+        return value
+    complete = value.full_tensor()
+    return complete.cpu() if is_main() else None
+
+
+def need_space(folder, size):
+    """OSError, in one line, unless the disk has room for `size` bytes; asked before writing."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.02 * size + 2**20:
+        room = f"{size / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free"
+        raise OSError(f"{folder}: a checkpoint of {room}; what is there is untouched")
+
+
+def flush(*paths):
+    """Bring files to the disk, before a new name says that they are complete."""
+    for path in paths:
+        if os.path.isfile(path):
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
+
+
+def save_state(folder, step, model, optimizer):
+    """Write {step}.state.pt: what is trained, the optimizer and its schedule. The order of the data
+    and all random numbers follow from the step. Written aside and renamed, so that a kill at any
+    moment leaves the files before as they are. All processes call it."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if is_main():  # a weight and at most two moments of it
+        need_space(folder, 3 * sum(p.numel() * p.element_size() for p in trained.values()))
+    state = for_file({"step": step, "model": trained, "optimizer": optimizer.state_dict()})
+    if not is_main():
+        return
+    path = os.path.join(folder, f"{step:08d}.state.pt")
+    aside = os.path.join(folder, "state.part")
+    try:
+        torch.save(state, aside)
+    except RuntimeError as e:  # torch's word for a full disk
+        raise OSError(f"{path}: not written ({e})") from None
+    flush(aside)
+    os.replace(aside, path)
+    for old in sorted(glob.glob(os.path.join(folder, "*.state.pt")))[:-KEEP]:
+        os.unlink(old)
+
+
+@torch.no_grad()
+def load_state(folder, model, optimizer):
+    """Put the folder's last state into model and optimizer -> its step; 0 where there is none.
+    ValueError names a file that is damaged or belongs to another model."""
+    paths = sorted(glob.glob(os.path.join(folder, "*.state.pt")))
+    if not paths:
+        return 0
+    path = paths[-1]
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        remedy = "without it the one before is used, without --resume the stage starts again"
+        raise ValueError(f"{path}: damaged ({type(e).__name__}); {remedy}") from None
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != saved["model"].keys():
+        raise ValueError(f"{path}: belongs to a model with other trained weights")
+    for name, p in trained.items():
+        p.copy_(like(saved["model"][name], p))
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+
+
+def find_device(name=""):
+    """--device -> a device that exists; empty: CUDA where there is a GPU. ValueError otherwise."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return name
+
+
+def join_processes(name=""):
+    """Under torchrun, meet the other processes -> the device of this one; alone, find_device."""
+    device = find_device(name)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    backend = "gloo"
+    if device.startswith("cuda"):
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        # They wait for each other as long as a stage may take on one of them.
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
+    return device
