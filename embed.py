@@ -251,9 +251,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     # 3) Gradients, in as many passes as memory asks for
     query_tokens = [len(pair["query"]["ids"]) + 1 + n for pair, n in zip(pairs, tokens)]
     target_tokens = [len(target["ids"]) + 1 for target in targets]
-    lengths = {"query": query_tokens, "target": target_tokens}
-    for name in lengths:  # as collate pads them
-        lengths[name] = [math.ceil(n / processor.pad_to) * processor.pad_to for n in lengths[name]]
+    lengths = {"query": processor.padded(query_tokens), "target": processor.padded(target_tokens)}
     value, metrics = scale.backward(lengths, forward, loss, cfg.chunk_tokens)
     return {"loss": value, **log, **metrics, "ids": [pair["id"] for pair in pairs]}
 

@@ -482,6 +482,10 @@ class Processor:
         if size > config.vocab:
             raise ValueError(f"the tokenizer has {size} ids, the model's vocabulary {config.vocab}")
 
+    def padded(self, lengths):
+        """How long `collate` makes rows of so many tokens."""
+        return [-(-n // self.pad_to) * self.pad_to for n in lengths]
+
     @classmethod
     def from_folder(cls, folder, config, **settings):
         """The processor of a checkpoint. Each setting is the argument unless that is None, else

@@ -280,9 +280,10 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
         return NCE_WEIGHT * (direct + p_reason.mean() * reasoned)
 
     model.train()
+    tokens = [len(p["ids"]) + 1 + sum(map(len, ids)) for p, ids in zip(prompts, roll.tokens)]
     lengths = {
-        "query": [len(p["ids"]) + 1 + sum(map(len, ids)) for p, ids in zip(prompts, roll.tokens)],
-        "target": [len(target["ids"]) + 1 for target in targets],
+        "query": processor.padded(tokens),
+        "target": processor.padded([len(target["ids"]) + 1 for target in targets]),
     }
     loss, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
 

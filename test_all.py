@@ -1285,6 +1285,26 @@ def test_inputs_stay_as_they_are():
     assert all(torch.equal(x, weights[name]) for name, x in e.model.state_dict().items())
 
 
+def test_matryoshka_training_makes_short_prefixes_useful():
+    """Free vectors of 32 numbers for 64 pairs: trained with it, the first 4 find more targets."""
+
+    def recall_of_prefix(dims):
+        torch.manual_seed(0)
+        q = torch.randn(64, 32, requires_grad=True)
+        t = torch.randn(64, 32, requires_grad=True)
+        optimizer = torch.optim.Adam([q, t], lr=0.05)
+        for _ in range(60):
+            optimizer.zero_grad()
+            unit = F.normalize(q, dim=1), F.normalize(t, dim=1)
+            embed.info_nce(*unit, torch.arange(64), 0.1, dims=dims).backward()
+            optimizer.step()
+        short = F.normalize(q[:, :4], dim=1) @ F.normalize(t[:, :4], dim=1).T
+        return float((short.argmax(1) == torch.arange(64)).float().mean())
+
+    assert recall_of_prefix(()) < 0.7
+    assert recall_of_prefix((4,)) == 1.0
+
+
 # --------------------------------------------------------------------------------------------------
 # rl.py and bench.py
 

@@ -812,9 +812,9 @@ def eval_stage(run, part):
     """Every mode and what it costs (eval.py)."""
     if scale.is_main():
         c = run.cfg
-        limits = {"max_new_tokens": c.max_new_tokens}
+        options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}
         embedder = run.embedder("rl")
-        evaluation.evaluate(embedder, run.data_root, part, threshold=c.threshold, options=limits)
+        evaluation.evaluate(embedder, run.data_root, part, threshold=c.threshold, options=options)
 
 
 def write_report(run):
