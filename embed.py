@@ -180,8 +180,10 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale) + μ·CE(decision). Leaves gradients.
 
     pairs       "query", "target", "negatives": prompts; "answer": the target's prompt_key; "id"
-    rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path
-    labels      of each pair the right decision: 1 reason, 0 direct, -1 unknown
+    rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
+                train.py draws one kept rationale per pair by its weight
+    labels      of each pair the right decision: 1 (reason) if one was kept, 0 (direct) if it was
+                judged and none was kept, -1 if it was not judged
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (warm-up of select): each counts
                 in NCE(reasoned) by its posterior against ∅, p(t|q,r) / (p(t|q,r) + p(t|q,∅))
@@ -203,18 +205,21 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     tokens = [len(rationale or ()) for rationale in rationales]
     all_tokens = scale.gather_objects(tokens)
     has = torch.tensor(all_tokens, device=model.device) > 0  # (N,) the pair has a reasoned path
-    forced = len(processor.prefix) + len(processor.tail)
-    num_tokens = sum(n - forced for n in all_tokens if n)
+    num_forced = len(processor.prefix) + len(processor.tail)
+    num_written = sum(n - num_forced for n in all_tokens if n)
     num_labels = sum(label >= 0 for label in scale.gather_objects(labels))
     answers = scale.gather_objects([pair["answer"] for pair in pairs])
     positive = torch.from_numpy(np.searchsorted(keys, answers)).to(model.device)  # (N,) columns
-    # A target has no copy among the columns. Among the queries it has: those that look for it too.
+    # Columns are distinct, so query→target needs no mask; target→query does: other queries with the
+    # same target are no negatives.
     duplicates = F.one_hot(positive, len(keys)).bool()
     dims = prefix_dims(cfg.matryoshka_dims)
 
-    def forward(name, rows, with_loss):
+    # scale.backward calls forward on chunks, then the joint loss once on all vectors, and
+    # backpropagates both (GradCache).
+    def forward(kind, rows, with_loss):
         """Some rows' vectors: queries (rows, 2, H), direct and reasoned; targets (rows, 1, H)."""
-        if name == "target":
+        if kind == "target":
             return embed_direct(model, processor, [targets[i] for i in rows])[:, None], None, {}
         queries = [pairs[i]["query"] for i in rows]
         branches = [[rationales[i]] if rationales[i] else [] for i in rows]
@@ -224,13 +229,15 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # where no row has a rationale
         if not with_loss:
             return vectors, None, {}
-        decisions = torch.tensor([labels[i] for i in rows], device=model.device)
-        losses = token_losses(model, processor, h, batch, decisions, cfg, num_tokens, num_labels)
-        return vectors, *losses
+        right_decisions = torch.tensor([labels[i] for i in rows], device=model.device)
+        loss, metrics = token_losses(
+            model, processor, h, batch, right_decisions, cfg, num_written, num_labels
+        )
+        return vectors, loss, metrics
 
     log = {}
 
-    def loss(vectors):
+    def contrast(vectors):
         """NCE(direct) + NCE(reasoned), on the vectors of the joined batch."""
         direct, reasoned = vectors["query"].unbind(1)  # (N, H)
         t = vectors["target"][column_rows, 0]  # (columns, H)
@@ -243,8 +250,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         nce_direct = info_nce(direct, t, positive, cfg.temperature, duplicates, None, dims)
         nce_reason = t.new_zeros(())
         if has.any():
-            of_those = positive[has], cfg.temperature, duplicates[has], weights, dims
-            nce_reason = info_nce(reasoned[has], t, *of_those)
+            nce_reason = info_nce(
+                reasoned[has], t, positive[has], cfg.temperature, duplicates[has], weights, dims
+            )
         log.update(nce_direct=float(nce_direct.detach()), nce_reason=float(nce_reason.detach()))
         return nce_direct + nce_reason
 
@@ -252,7 +260,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     query_tokens = [len(pair["query"]["ids"]) + 1 + n for pair, n in zip(pairs, tokens)]
     target_tokens = [len(target["ids"]) + 1 for target in targets]
     lengths = {"query": processor.padded(query_tokens), "target": processor.padded(target_tokens)}
-    value, metrics = scale.backward(lengths, forward, loss, cfg.chunk_tokens)
+    value, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
     return {"loss": value, **log, **metrics, "ids": [pair["id"] for pair in pairs]}
 
 
@@ -261,16 +269,16 @@ def prefix_dims(text):
     return tuple(int(d) for d in text.split(",") if d)
 
 
-def token_losses(model, processor, h, batch, labels, cfg, num_tokens, num_labels):
+def token_losses(model, processor, h, batch, labels, cfg, num_written, num_labels):
     """λ·CE(rationale tokens) + μ·CE(decision) of some rows, as parts of the joined batch's means.
 
-    h (B, S, H), labels (B,); num_tokens and num_labels of the joined batch -> scalar, metrics
+    h (B, S, H), labels (B,); num_written and num_labels of the joined batch -> scalar, metrics
     """
     loss = torch.zeros((), device=h.device)
     metrics = {"lm": 0.0, "decision": 0.0, "decision_right": 0.0}
-    if cfg.lm_weight and num_tokens:
+    if cfg.lm_weight and num_written:
         logp, _, _ = rationale_logprobs(model, h, batch, processor)
-        lm = -logp.sum() / num_tokens
+        lm = -logp.sum() / num_written
         loss = loss + cfg.lm_weight * lm
         metrics["lm"] = float(lm.detach())
     if cfg.decision_weight and num_labels:

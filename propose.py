@@ -21,8 +21,8 @@ by the name of "base#2", and so on.
 
     python propose.py --write-requests requests.jsonl --data ROOT --model-name NAME --k 4
     split -l 20000 requests.jsonl                    shards, for as many servers
-    vllm run-batch -i xaa -o xaa.responses --model NAME
-    python propose.py --read-responses *.responses --requests requests.jsonl --name NAME
+    vllm run-batch -i xaa -o xaa.responses --model NAME --runner generate
+    python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
 --image-urls file writes paths in place of images: kilobytes a request, not megabytes. The server
 must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
@@ -65,21 +65,23 @@ PROMPTS = (
 # The model itself
 
 
-def question(item, number=0):
+def question(item, prompt_number=0):
     """The query's item with an instruction behind its text, for a model that follows them."""
-    return item | {"text": f"{item.get('text', '')}\n\n{PROMPTS[number]}".strip()}
+    return item | {"text": f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]}".strip()}
 
 
 def propose(model, processor, pairs, cfg, generator, ask=False):
     """Sample cfg.num_candidates rationales for every pair's query -> rows of a rationales file.
 
-    pairs: {"id", "query": prompt, "key" or not}. ask: the prompts are those of `question`, and
-    <|im_end|> ends an answer. A "truncated" row ran out of cfg.max_new_tokens. An empty rationale
-    is left out: it is the direct embedding by another way.
+    pairs: {"id", "query": prompt, "key" or not}. ask: the caller built the prompts with
+    `question(item)`, and <|im_end|> ends an answer. The proposer "base" is the model itself. A
+    "truncated" row ran out of cfg.max_new_tokens. An empty rationale is left out: it is the direct
+    embedding by another way.
     """
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
     longest = max((len(p["query"]["ids"]) for p in pairs), default=1)
-    together = max(1, min(64, 4 * cfg.chunk_tokens // longest))  # their caches share the memory
+    # This bounds the key-value caches, at most 64 prompts.
+    together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
     options = asking(processor) if ask else processor.generation
     options = options | {"temperature": TEMPERATURE, "generator": generator}
     rows = []
@@ -203,10 +205,10 @@ def requests(options):
             key = data.pair_key(pair)
             images = [image_url(ref, options) for ref in data.refs(pair["query"])]
             content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
-            for number in range(options.prompts):
-                text = {"type": "text", "text": question(pair["query"], number)["text"]}
+            for prompt_number in range(options.prompts):
+                text = {"type": "text", "text": question(pair["query"], prompt_number)["text"]}
                 yield {
-                    "custom_id": f"{pair['id']}|{key}|{number}",
+                    "custom_id": f"{pair['id']}|{key}|{prompt_number}",
                     "method": "POST",
                     "url": "/v1/chat/completions",
                     "body": {
@@ -253,19 +255,20 @@ def read_responses(paths, name, accept_cut=False, asked=()):
         try:
             response = json.loads(line)
             custom_id = response["custom_id"]
-            pair, key, number = custom_id.rsplit("|", 2)
+            pair, key, prompt_number = custom_id.rsplit("|", 2)
             answers = answers_of(response, accept_cut)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
             continue
         if custom_id in answered:
-            answers = [("", "a second response")]  # after an error it is the first: a retry
+            # (a response after a mere error is a retry and is accepted)
+            answers = [("", "a second response")]
         for k, (text, why) in enumerate(answers):
             if why:
                 failed.append((custom_id, why))
                 continue
             answered.add(custom_id)
-            proposer = nth(f"{name}-{number}", k)
+            proposer = nth(f"{name}-{prompt_number}", k)
             row = {"id": pair, "side": "query", "proposer": proposer, "text": text, "key": key}
             rows.append(row)
     heard = answered.union(custom_id for custom_id, _ in failed)
@@ -321,7 +324,7 @@ def parse():
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
     add("--requests", metavar="FILE", nargs="+", default=[], help="to name what has no response")
     add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
-    add("--name", default="model", help="of the proposer, in the rationales")
+    add("--proposer", default="model", help="its name in the rationales")
     add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")
     options = parser.parse_args()
     if options.write_requests and not options.data:
@@ -337,7 +340,7 @@ def main():
             print(f"requests: {total}\nwritten: {options.write_requests}")
             return 0
         asked = [json.loads(line)["custom_id"] for _, line in numbered_lines(options.requests)]
-        how = options.name, options.accept_cut, asked
+        how = options.proposer, options.accept_cut, asked
         rows, failed = read_responses(options.read_responses, *how)
         for custom_id, why in failed:
             print(f"no rationale for {custom_id}: {why}", file=sys.stderr)

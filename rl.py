@@ -12,7 +12,8 @@ well the embedding after it finds the query's target t:
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
 Two losses, never averaged together: a decision is one token among some 30, would carry 3 % of a
-mean over tokens, and would collapse (the option rl_one_loss shows it).
+mean over tokens, and would hardly move. Where the supervised model never reasons, one loss leaves
+it so (option rl_one_loss; results/study/study.md: erring one loss 0.766, two losses 0.915).
 
     when   J(q) = p * mean R_reason + (1 - p) * R_direct + beta * entropy(p), with p = p_reason, has
            its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct. This is a
@@ -24,9 +25,9 @@ mean over tokens, and would collapse (the option rl_one_loss shows it).
     what   the policy gradient on the sampled tokens. Each rationale counts by its importance weight
            p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
-Which GRPO this is, in six lines:
-    advantage   (R - mean R of the query's rationales) / sigma. R is summed before it is normalised.
-                What a query's rationales share says whether to reason: the loss `when` has it
+Which GRPO this is, in six points:
+    advantage   (R - mean R of the query's rationales) / sigma. Their common part (the mean) is the
+                business of `when`. R is summed before it is normalised
     sigma       root mean square of R - group mean over the batch's groups of 2K. One sigma for each
                 group would let a tiny price decide wherever the quality ties
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
@@ -46,6 +47,7 @@ Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominat
 
 import time
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,8 @@ def rollouts(actor, processor, prompts, cfg, generator):
     sampling = dict(processor.generation, temperature=cfg.rl_temperature, generator=generator)
     longest = 1 + max(len(prompt["ids"]) for prompt in prompts)
     together = max(1, 4 * cfg.chunk_tokens // longest)  # no activations are kept: 4 times as many
+    # A part has hidden (b, S, H), tokens [b][K] ids, num_sampled (b, K), logprobs [b][K] numbers of
+    # the sampled tokens, truncated (b, K) and last (b, K, H), the state of the last token.
     parts, vectors, logits = [], [], []
     for start in range(0, len(prompts), together):
         batch = collate(prompts[start : start + together], processor, device=device)
@@ -94,7 +98,8 @@ def rollouts(actor, processor, prompts, cfg, generator):
         vectors.append(torch.cat((direct, reasoned), dim=1))
         logits.append(decision_logits(actor, part.hidden, batch, processor))  # (b, 2)
     num_sampled = torch.cat([part.num_sampled for part in parts]).to(device)
-    flat = [x for part in parts for row in part.logprobs for rollout in row for x in rollout]
+    logprobs = [row for part in parts for row in part.logprobs]  # [b][K] lists
+    flat = list(chain.from_iterable(chain.from_iterable(logprobs)))
     return Experience(
         tokens=[row for part in parts for row in part.tokens],
         num_sampled=num_sampled,
@@ -129,7 +134,9 @@ def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
     """The same of the model that learns: states h (b, S, H) -> (b, K, T), zero after the sampled
     tokens. Both are of the sampled distribution, at rl_temperature."""
     flat, _, _ = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
-    # A closing that was forced is in `flat` too. It gets room, and is cut off again.
+    # `flat` has num_sampled tokens per rollout, and for a truncated one also the forced closing
+    # (`room` tokens). Lay out (b, K, T + room), keep the first T; the loss masks what is beyond
+    # num_sampled.
     room = len(processor.closing)
     width = cfg.max_new_tokens + room
     return unflatten(flat, num_sampled + room * truncated, width)[..., : cfg.max_new_tokens]
@@ -188,8 +195,8 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, weight):
     """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and weight (b, K).
 
     On-policy the ratio is 1 and its gradient that of logprobs. It stays, because the actor may be
-    a bf16 copy of the model, whose log-probabilities are up to 0.03 off (measured, pocket size).
-    A clip at 0.8 ... 1.28 would never act.
+    a bf16 copy of the model, whose log-probabilities are up to 0.03 off (one step of the pocket
+    model in bf16). DAPO's clip, 0.8 ... 1.28, would never act.
     """
     mask = leading(num_sampled, logprobs.shape[2])
     ratio = (logprobs - old_logprobs).exp()
@@ -201,7 +208,8 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
 
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
-    There is no entropy and no importance weight; rl_when and rl_beta are not read.
+    The decision's gain is not divided by sigma (the study's one_loss was measured so). There is no
+    entropy and no importance weight; rl_when and rl_beta are not read.
     """
     when = -(advantage.shape[1] * gain / 2 * decision).sum()
     return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
@@ -215,11 +223,13 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     """One on-policy update; leaves gradients in the model's parameters.
 
     prompts and targets [b]: this process' share of the batch's B queries, and what they look for.
-    duplicates (B, B) bool over the joined batch: True where two targets are equal. actor: writes
-    the rollouts, for instance a merged copy of the model; by default the model itself.
+    duplicates (B, B) bool over the joined batch: True where two targets are equal, so on the
+    diagonal. actor: writes the rollouts, for instance a merged copy of the model; by default the
+    model itself.
     cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_beta, rl_when,
     rl_one_loss, temperature, chunk_tokens.
-    -> metrics of the joined batch; "sample": a rationale of the share's query that earned least.
+    -> metrics of the joined batch; "sample": a rationale of that query of this process whose
+    rationales earned least.
     """
     started = time.time()
     actor = actor or model
@@ -228,10 +238,12 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
     t = target_vectors(actor, processor, targets, cfg.chunk_tokens)
-    t, share = scale.gather(t)  # (B, H), and where our b queries are among the B
+    # t (B, H); ours (b,): the places of our b queries among the B (target i belongs to query i, so
+    # `ours` is also the target's column).
+    t, ours = scale.gather(t)
 
     # 2) Reward: probability of the target, a bonus for good form, minus the price of latency.
-    p_target = target_probs(roll.vectors, t, share, duplicates[share], cfg.temperature)
+    p_target = target_probs(roll.vectors, t, ours, duplicates[ours], cfg.temperature)
     reward, _ = scale.gather(rewards(p_target, roll.num_sampled, roll.truncated, cfg))  # (B, 1 + K)
     p_reason, _ = scale.gather(roll.p_reason)  # (B,)
     num_sampled, _ = scale.gather(roll.num_sampled)  # (B, K)
@@ -260,7 +272,7 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
         logprobs = sampled_logprobs(model, h, batch, processor, count, cut, cfg)
         train_logprobs[rows] = logprobs.detach()
         policy = logprobs, roll.old_logprobs[rows], count
-        at = share[rows]
+        at = ours[rows]
         if cfg.rl_one_loss:
             loss = one_mean_loss(decision, gain[at], policy, advantage[at], sigma)
             return vectors, loss / (num_sampled.sum() + 2 * B * K), {}
@@ -273,10 +285,11 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
         q, t = vectors["query"], vectors["target"][:, 0]  # (B, 1 + K, H), (B, H)
         column = torch.arange(B, device=t.device)
         direct = info_nce(q[:, 0], t, column, cfg.temperature, duplicates)
-        query = column.repeat_interleave(K)  # of each rationale
+        column_of_rationale = column.repeat_interleave(K)  # (B * K,)
+        alike = duplicates[column_of_rationale]  # a query's other rationales are no negatives
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
-        weights = p_reason.clamp(min=1e-6)[query]
-        reasoned = info_nce(reasoned, t, query, cfg.temperature, duplicates[query], weights)
+        weights = p_reason.clamp(min=1e-6)[column_of_rationale]
+        reasoned = info_nce(reasoned, t, column_of_rationale, cfg.temperature, alike, weights)
         return NCE_WEIGHT * (direct + p_reason.mean() * reasoned)
 
     model.train()
@@ -289,12 +302,12 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
 
     # 6) The log.
     difference, _ = scale.gather(roll.old_logprobs - train_logprobs)  # (B, K, T)
-    worst = int(reward[share, 1:].mean(1).argmin())
+    worst = int(reward[ours, 1:].mean(1).argmin())
     sample = {
         "row": worst,
         "rationale": processor.rationale_text(roll.tokens[worst][0]),
-        "reward": float(reward[share[worst], 1]),
-        "direct": float(reward[share[worst], 0]),
+        "reward": float(reward[ours[worst], 1]),
+        "direct": float(reward[ours[worst], 0]),
     }
     metrics |= summary(reward, p_reason, gain, advantage)
     metrics |= sampling_gap(difference, num_sampled)

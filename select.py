@@ -13,9 +13,10 @@ target, its hard negatives, random targets of the dataset), with s(q, r; c) = e(
     keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > threshold
     weight  = softmax of gain over a pair's kept rationales: their posterior under a uniform prior
 
-The words must help (gain), because they are about this pair (placebo), and not because they shake a
-direct embedding that is sure of a wrong target (guess). The default margin lies just above log 2:
-a rationale must at least double the target's probability.
+The words must help (gain), because they are about this pair (placebo). Where the direct vector is
+confidently wrong, any words raise the target by flattening the softmax. So what a uniform guess
+would gain is subtracted first. The default margin lies just above log 2: a rationale must at least
+double the target's probability.
 
 Luck. An evaluator that names the right one of ten by whim does so for placebos as well. So each
 stratum (what one proposer wrote for one dataset) has a threshold of its own: the smallest t of the
@@ -23,15 +24,15 @@ margin and the stratum's gains above it with
 
     1 + #{placebos above t}  <=  fdr · #{rationales above t}
 
-as the knockoff filter counts (Barber & Candès 2015), over all placebos. Without such a t the
-stratum keeps nothing. A stratum that has no placebos counts zero of them.
+as the knockoff filter counts (Barber & Candès, arXiv 1404.5609), over all placebos. Without such a
+t the stratum keeps nothing. A stratum that has no placebos counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, nothing can be kept: such pairs are not judged further,
 and the decision they teach is "direct". Exact for the rules full and no_placebo.
 
-Cross-fitting. The evaluator never trained on the pair that it judges: two evaluators learn on one
-half of the pairs each and judge the other half. What an evaluator knows by heart gains nothing.
+Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
+on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
 
 `rule` offers the ablations: positive_only looks at s(q, r; t)/temperature alone and cannot see that
 a wrong candidate rose even more; no_placebo drops the placebo and its threshold; none keeps all.
@@ -76,12 +77,25 @@ else:
     from propose import read_rationales
     from scale import chunks_of
 
+    @dataclasses.dataclass
+    class Trial:
+        """One rationale and its placebos, None where there is none."""
+
+        proposer: str
+        text: str
+        placebo: str | None
+        second_placebo: str | None
+
+        def texts(self):
+            return self.text, self.placebo, self.second_placebo
+
+
 # From here on only `def` and constants: in the first case nothing above is imported.
 
 RULES = ("full", "positive_only", "no_placebo", "none")
 WINDOW = 1024  # pairs of one dataset that are judged against each other, and in memory together
 CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
-AUDITED = 0.25  # share of the placebos that are offered as if they were about the pair
+AUDITED = 0.25  # share of the placebos that are audited: tried as if about the pair
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,40 +154,45 @@ def judge(model, processor, pairs, texts, cfg, rng):
     # 1) e(c, ∅) of every candidate
     t = torch.cat(encode(model, processor, prompts, [[] for _ in prompts], cfg.chunk_tokens))
 
-    # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts asked about those that can keep any
+    # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of those that can keep any. There
+    # logp(q, ∅) is measured again beside the texts: both sides of a gain then have the same batch
+    # shape and rounding.
     cases = [(p["query"], c) for p, c in zip(pairs, candidates)]
     scores = log_probs(model, processor, cases, [[] for _ in cases], t, cfg)
     hard = [i for i, score in enumerate(scores) if can_keep(score[""][0], cfg)]
-    asked = [sorted({text for _, *words in trials[i] for text in words if text}) for i in hard]
     hard_cases = [cases[i] for i in hard]
-    for i, score in zip(hard, log_probs(model, processor, hard_cases, asked, t, cfg)):
-        scores[i] = score  # logp(q, ∅) again: in one row with the words it shares their rounding
+    hard_texts = []
+    for i in hard:
+        texts_of_case = {text for trial in trials[i] for text in trial.texts() if text}
+        hard_texts.append(sorted(texts_of_case))
+    for i, score in zip(hard, log_probs(model, processor, hard_cases, hard_texts, t, cfg)):
+        scores[i] = score
 
     # 3) with minus without
     rows = []
-    for p, c, trial, score in zip(pairs, candidates, trials, scores):
+    for p, c, trials_of_pair, score in zip(pairs, candidates, trials, scores):
         direct, _ = score[""]
-        for proposer, text, placebo, second in trial:
-            gains = [gain_of(words, score) for words in (text, placebo, second)]
+        for trial in trials_of_pair:
+            gains = [with_minus_without(text, score) for text in trial.texts()]
             row = {
                 "id": p["id"],
                 "dataset": p["dataset"],
-                "proposer": proposer,
-                "text": text,
+                "proposer": trial.proposer,
+                "text": trial.text,
                 "direct": direct,
                 "gain": gains[0][0],
                 "gain_placebo": gains[1][0],
                 "gain_second": gains[2][0],
                 "gain_guess": -math.log(len(c)) - direct,
                 "similarity_gain": [similarity for _, similarity in gains],
-                "offered": second is not None,
+                "audited": trial.second_placebo is not None,
             }
             rows.append(row)
     return rows
 
 
-def gain_of(text, score):
-    """With minus without: (log-probability, similarity), or Nones for a text that was not asked."""
+def with_minus_without(text, score):
+    """Gains in (log-probability, similarity), or Nones for a text that was not measured."""
     if text not in score:
         return None, None
     (logp, s), (logp_direct, s_direct) = score[text], score[""]
@@ -213,7 +232,7 @@ def candidate_sets(numbers, rng, size=CANDIDATES):
 
 
 def draw_trials(pairs, texts, rng):
-    """-> [n] lists of (proposer, text, placebo, second placebo), None where there is none.
+    """-> [n] lists of Trial.
 
     An author's rationales are laid out in a random circle. The next one in it that is about another
     target is the placebo: words about the same target may well fit.
@@ -228,28 +247,28 @@ def draw_trials(pairs, texts, rng):
         for at, (i, proposer, text) in enumerate(circle):
             onwards = circle[at + 1 :] + circle[:at]
             answer = pairs[i]["answer"]
-            strange = (words for j, _, words in onwards if pairs[j]["answer"] != answer)
+            strange = (foreign for j, _, foreign in onwards if pairs[j]["answer"] != answer)
             placebo, second = next(strange, None), next(strange, None)
             if second == placebo or rng.random() >= AUDITED:
                 second = None
-            trials[i].append((proposer, text, placebo, second))
+            trials[i].append(Trial(proposer, text, placebo, second))
     return trials
 
 
-def log_probs(model, processor, cases, words, t, cfg):
+def log_probs(model, processor, cases, texts, t, cfg):
     """-> for every case {text: [logp(q, r), s(q, r; t)/temperature]}, where "" stands for ∅.
 
-    cases: (query prompt, numbers of its candidates in t, the target first); words: the texts asked
-    of each; t: (N, H).
+    cases: (query prompt, numbers of its candidates in t, the target first); texts: a list for each
+    case; t: (N, H).
     """
-    branches = [[processor.rationale(text) for text in texts] for texts in words]
+    branches = [[processor.rationale(text) for text in texts_of_case] for texts_of_case in texts]
     queries = [query for query, _ in cases]
     vectors = encode(model, processor, queries, branches, cfg.chunk_tokens)
     scores = []
-    for (_, c), texts, q in zip(cases, words, vectors):
+    for (_, c), texts_of_case, q in zip(cases, texts, vectors):
         s = q @ t[c].T / cfg.temperature  # (1+K, |C|)
         table = torch.stack((s.log_softmax(-1)[:, 0], s[:, 0]), dim=1)  # (1+K, 2)
-        scores.append(dict(zip(["", *texts], table.double().tolist())))
+        scores.append(dict(zip(["", *texts_of_case], table.double().tolist())))
     return scores
 
 
@@ -271,7 +290,7 @@ def encode(model, processor, prompts, branches, budget):
 # The rule
 
 
-def gains_of(row, rule):
+def gains_above_guess(row, rule):
     """(gain, gain_placebo, gain_second), each less what a guess gains; None where not measured.
 
     positive_only sees those of the similarity, which has no candidates to guess among.
@@ -304,7 +323,7 @@ def thresholds(rows, rule, margin, fdr):
     """{stratum: threshold}. Rules that know no placebos have the margin for all."""
     gains, placebos = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
-        gain, placebo, _ = gains_of(row, rule)
+        gain, placebo, _ = gains_above_guess(row, rule)
         gains[stratum(row)].append(-math.inf if gain is None else gain)
         placebos[stratum(row)].append(-math.inf if placebo is None else placebo)
     if rule in ("no_placebo", "none"):
@@ -313,9 +332,10 @@ def thresholds(rows, rule, margin, fdr):
 
 
 def stratum_threshold(gains, placebos, margin, fdr):
-    """The smallest t >= margin with 1 + #{placebos > t} <= fdr · #{gains > t}; inf without one."""
+    """Of the margin and the gains above it the smallest t with 1 + #{placebos > t} <= fdr · #{gains
+    > t} (placebos are not tried as t: on the safe side); inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
-    t = np.concatenate(([margin], gains[gains > margin]))  # the right side changes only here
+    t = np.concatenate(([margin], gains[gains > margin]))  # #{gains > t} changes only here
     passed = len(gains) - np.searchsorted(gains, t, "right")
     lucky = len(placebos) - np.searchsorted(placebos, t, "right")
     enough = t[1 + lucky <= fdr * passed]
@@ -336,7 +356,7 @@ def choose(rows, rule, margin, fdr):
     threshold = thresholds(rows, rule, margin, fdr)
     kept = collections.defaultdict(list)
     for row in rows:
-        gain, placebo, _ = gains_of(row, rule)
+        gain, placebo, _ = gains_above_guess(row, rule)
         if keeps(gain, placebo, threshold[stratum(row)], rule):
             kept[row["id"]].append((row, 0.0 if rule == "none" else gain))
     weighted = []
@@ -360,17 +380,20 @@ def audit(rows, kept, rule, margin, fdr, helps=None):
     threshold = thresholds(rows, rule, margin, fdr)
     accepted = []
     for row in rows:
-        if row["offered"]:
-            _, placebo, second = gains_of(row, rule)
+        if row["audited"]:  # the placebo plays the rationale, the second placebo plays its placebo
+            _, placebo, second = gains_above_guess(row, rule)
             accepted.append(keeps(placebo, second, threshold[stratum(row)], rule))
     among = collections.Counter(author(row["proposer"]) for row in rows)
     number = collections.Counter(author(row["proposer"]) for row in kept)
     helpful = {row["id"] for row in rows if helps and helps(row)}
     caught = {row["id"] for row in kept if helps and helps(row)}
+    precision = None
+    if helps:
+        precision = share(map(helps, kept)) or 0.0
     return {
         "candidates": among.total(),
         "kept": len(kept),
-        "precision": share(map(helps, kept)) or 0.0 if helps else None,
+        "precision": precision,
         "recall": share(pair_id in caught for pair_id in helpful),
         "placebo_accepted": share(accepted),
         "by_proposer": {name: round(number[name] / n, 4) for name, n in sorted(among.items())},

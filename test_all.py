@@ -28,6 +28,7 @@ import model as M
 import processor as P
 import base64
 import collections
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -47,7 +48,6 @@ from embed import Embedder
 import copy
 import bench
 import rl
-import dataclasses
 import re
 import signal
 import socket
@@ -322,10 +322,10 @@ def test_select_gain_by_hand():
     e, log_z = math.e, math.log(1 + math.e + 1 / math.e)
     logps = {text: logp for text, (logp, _) in first.items()}
     assert logps == pytest.approx({"": -log_z, "a": 1 - math.log(e + 2), "b c": -log_z})
-    assert selection.gain_of("a", first) == pytest.approx((0.85616, 1.0), abs=1e-5)
-    assert selection.gain_of("b c", first) == (0, 0)
-    assert selection.gain_of("never asked", first) == (None, None)
-    assert selection.gain_of("d", second) == pytest.approx((-0.2, 1.2), abs=1e-6)
+    assert selection.with_minus_without("a", first) == pytest.approx((0.85616, 1.0), abs=1e-5)
+    assert selection.with_minus_without("b c", first) == (0, 0)
+    assert selection.with_minus_without("never asked", first) == (None, None)
+    assert selection.with_minus_without("d", second) == pytest.approx((-0.2, 1.2), abs=1e-6)
 
 
 def test_select_rules_by_hand():
@@ -344,14 +344,14 @@ def test_select_rules_by_hand():
 def judged(pair_id, gain, placebo=None, proposer="w", **changes):
     row = {"id": pair_id, "dataset": pair_id[0], "proposer": proposer, "text": "x", "direct": -2.0}
     row |= {"gain": gain, "gain_placebo": placebo, "gain_second": None, "gain_guess": -1.0}
-    return row | {"similarity_gain": [7.0, 6.0, None], "offered": False} | changes
+    return row | {"similarity_gain": [7.0, 6.0, None], "audited": False} | changes
 
 
 def test_select_must_beat_a_guess():
     row = judged("A/1", 2.0, 1.0, gain_guess=1.4)
-    assert selection.gains_of(row, "full") == pytest.approx([0.6, -0.4, None])
-    assert selection.gains_of(row | {"gain_guess": -5.0}, "full") == [2.0, 1.0, None]
-    assert selection.gains_of(row, "positive_only") == [7.0, 6.0, None]
+    assert selection.gains_above_guess(row, "full") == pytest.approx([0.6, -0.4, None])
+    assert selection.gains_above_guess(row | {"gain_guess": -5.0}, "full") == [2.0, 1.0, None]
+    assert selection.gains_above_guess(row, "positive_only") == [7.0, 6.0, None]
 
 
 def test_select_threshold_by_hand():
@@ -385,11 +385,11 @@ def test_select_chooses_by_stratum_and_weighs_by_the_posterior():
 
 def test_select_audit_by_hand():
     """Of three pairs with a helpful rationale two keep it. Of four kept rows two help, and one
-    cannot be marked. Of nine offered placebos the three of W/0 exceed the margin."""
+    cannot be marked. Of nine audited placebos the three of W/0 exceed the margin."""
     rows = []
     for pair_id, placebo in (("W/0", 1.5), ("W/1", 0.9), ("W/2", 0.0), ("K/0", -1.0)):
         for name in ("careful", "careful#2", "sloppy"):
-            rows.append(judged(pair_id, 2.0, placebo, name, offered=pair_id != "K/0"))
+            rows.append(judged(pair_id, 2.0, placebo, name, audited=pair_id != "K/0"))
 
     def helps(row):
         unmarked = (row["id"], row["proposer"]) == ("W/1", "careful#2")
@@ -448,9 +448,11 @@ def test_select_placebo_never_shares_the_target():
     seen, num_second = collections.Counter(), 0
     for seed in range(20):
         trials = selection.draw_trials(pairs, texts, np.random.default_rng(seed))
-        assert trials[11] == [] and ("alone", "nobody else", None, None) in trials[0]
-        assert sorted(proposer for proposer, *_ in trials[1]) == ["v", "w", "w#2"]
-        for p, (proposer, text, *placebos) in ((p, t) for p, ts in zip(pairs, trials) for t in ts):
+        assert trials[11] == []
+        assert selection.Trial("alone", "nobody else", None, None) in trials[0]
+        assert sorted(trial.proposer for trial in trials[1]) == ["v", "w", "w#2"]
+        for p, trial in ((p, t) for p, ts in zip(pairs, trials) for t in ts):
+            proposer, text, *placebos = dataclasses.astuple(trial)
             assert text == texts[p["id"]][proposer]
             assert placebos[0] != placebos[1] or placebos == [None, None]
             num_second += placebos[1] is not None
@@ -514,8 +516,9 @@ def test_select_judge_is_its_naive_twin():
         return np.array([s[0] - math.log(sum(map(math.exp, s))), s[0]])
 
     expected = [(i, trial) for i, of_pair in enumerate(trials) for trial in of_pair]
-    assert len(rows) == len(expected) == 24 and 0 < sum(row["offered"] for row in rows) < 20
-    for row, (i, (proposer, *words)) in zip(rows, expected):
+    assert len(rows) == len(expected) == 24 and 0 < sum(row["audited"] for row in rows) < 20
+    for row, (i, trial) in zip(rows, expected):
+        proposer, *words = dataclasses.astuple(trial)
         direct = score(i)
         gains = [(None, None) if text is None else score(i, text) - direct for text in words]
         assert (row["id"], row["proposer"], row["text"]) == (f"A/{i}", proposer, words[0])
@@ -525,7 +528,7 @@ def test_select_judge_is_its_naive_twin():
         measured = row["gain"], row["gain_placebo"], row["gain_second"]
         assert measured == pytest.approx([gain for gain, _ in gains], abs=1e-3)
         assert row["similarity_gain"] == pytest.approx([gain for _, gain in gains], abs=1e-3)
-        assert row["offered"] == (words[2] is not None)
+        assert row["audited"] == (words[2] is not None)
 
 
 @pytest.mark.parametrize("rule", ["full", "no_placebo"])
@@ -772,7 +775,7 @@ def test_propose_reads_responses(proposing, tmp_path):
     asked, answers, out = (tmp_path / name for name in ("q.jsonl", "a.jsonl", "r.jsonl"))
     proposing("--write-requests", asked, "--data", "x", "--prompts", 2)
     answers.write_text("\n".join(json.dumps(line) for line, *_ in RESPONSES) + '\n{"half a li')
-    read = "--read-responses", answers, "--name", "big", "--out", out
+    read = "--read-responses", answers, "--proposer", "big", "--out", out
     code, shown = proposing(*read, "--requests", asked)
     rows = propose.read_rationales(out)
     assert [row["text"] for row in rows] == [text for _, used, _ in RESPONSES for text in used]
