@@ -221,20 +221,26 @@ def to_rgb(image):
     """
     if image.mode[0] in "IF":
         return grey_levels(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:  # alpha, a transparent colour, a palette with alpha
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def grey_levels(image):
-    """Grey of more than 8 bits -> RGB. Which level is white: I;16 says so, I and F do not."""
+    """Grey of more than 8 bits -> RGB. Which level is white: I;16 says so, I and F do not.
+
+    For them the highest level decides; in I it may be that of a mask (1) or of 10 or 12 bits.
+    """
     levels = np.asarray(image).astype(np.float64)  # (h, w)
     low, high = levels.min(), levels.max()
-    whites = {"I": [255, 65535], "F": [1, 255]}.get(image.mode, [65535])
-    whites = [white for white in whites if low >= 0 and high <= white]  # not for NaN either
-    if not whites:
+    ranges = {"I": [(2, 255), (4096, 65535)], "F": [(0, 1), (1, 255)]}  # from ... to white
+    ranges = ranges.get(image.mode, [(0, 65535)])
+    whites = [white for least, white in ranges if low >= 0 and least <= high <= white]
+    if not whites:  # so it is for NaN
         raise ValueError(f"mode {image.mode} with levels from {low:g} to {high:g}: which is white?")
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's WhiteIsZero, which Pillow leaves so
+        levels = whites[0] - levels
     shown = (levels * 255 / whites[0]).astype(np.uint8)
     # PNG names a level that is transparent: white, as everywhere here.
     if "transparency" in image.info:
@@ -385,19 +391,31 @@ def arrow_value(cell, image):
         images = [dataclasses.replace(image, index=k) for k in range(len(cell))]
         return [arrow_value(value, ref) for value, ref in zip(cell.values, images)]
     parts = dict(cell.items()) if isinstance(cell, pa.StructScalar) else {"bytes": cell}
+    encoded = parts.get("bytes", pa.scalar(None))
+    if encoded.is_valid and not is_binary(encoded.type):
+        fail(f"column {image.column}", f"an image's bytes are wanted, got {encoded.type}")
     # as_buffer() looks at the mapped file without copying it.
-    if parts["bytes"].is_valid and parts["bytes"].as_buffer().size:
+    if encoded.is_valid and encoded.as_buffer().size:
         return image
     return parts.get("path", pa.scalar(None)).as_py() or None
 
 
 def holds_images(kind):
-    """Is this Arrow type one of images: bytes, the hub's {"bytes", "path"}, or a list of those?"""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    """Is this Arrow type one of images: bytes, the hub's {"bytes", "path"} (one may be absent), or
+    a list of those?"""
+    types = pa.types
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return holds_images(kind.value_type)
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if types.is_struct(kind):
+        return max(kind.get_field_index("bytes"), kind.get_field_index("path")) >= 0
+    return is_binary(kind)
+
+
+def is_binary(kind):
+    """Is this Arrow type bytes, in any of its layouts?"""
+    types = pa.types
+    varying = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return varying or types.is_fixed_size_binary(kind)
 
 
 KINDS = {"text": "text", "text?": "text", "texts": "a list of texts", "id": "an id"}
@@ -601,7 +619,7 @@ class Files:
     def inside(self, relative, folder=""):
         """A path relative to a folder of ROOT -> the absolute one."""
         # \udc80 ... \udcff stand for bytes that are no UTF-8: a file may be called so.
-        if not isinstance(relative, str) or re.search("[\0\ud800-\udc7f\udd00-\udfff]", relative):
+        if re.search("[\0\ud800-\udc7f\udd00-\udfff]", relative):
             fail(short(relative), "not a path")
         if not relative or os.path.isabs(relative) or ".." in re.split(r"[/\\]", relative):
             fail(f"path {relative!r}", "leaves the root" if relative else "is empty")
@@ -612,6 +630,13 @@ class Files:
     def find(self, *names, clip=False):
         """Absolute path of an image (or the folder of a clip) in the first folder of media that has
         it, under any of these names."""
+        for name in names:
+            if not isinstance(name, str):
+                fail(short(name), "not a path")
+        return self.search(names, clip)
+
+    def search(self, names, clip):
+        """What find() says of names that are text: a test set keeps it."""
         there = os.path.isdir if clip else os.path.isfile
         for folder, name in itertools.product(self.spec["media"], names):
             path = self.inside(name, folder)
@@ -778,10 +803,10 @@ class Source(Files):
 
 
 def pair_key(pair):
-    """A short hash of what a pair is: the texts and the images' bytes of query and target. Unlike
-    its row number it stays when rows are inserted, or the root is moved."""
+    """A short hash of what a pair is: the texts and the images' bytes of query, target and
+    negatives. Unlike its row number it stays when rows are inserted, or the root is moved."""
     digest = hashlib.sha256()
-    for side in (pair["query"], pair["target"]):
+    for side in (pair["query"], pair["target"], *pair["negatives"]):
         texts = {key: value for key, value in side.items() if key in ("text", "instruction")}
         digest.update(json.dumps(texts, sort_keys=True).encode())
         for ref in refs(side):
@@ -983,7 +1008,7 @@ class EvalSet(Files):
         self.detail = ""  # and in which of several configs it is
         self.config = ""
         self.asked = {}  # of the parser pairs: query -> its number
-        self.find = functools.cache(self.find)  # 1000 rows may share 1000 candidates
+        self.search = functools.cache(self.search)  # 1000 rows may share 1000 candidates
 
     @contextlib.contextmanager
     def at(self, where, detail=""):

@@ -540,10 +540,12 @@ class Embedder:
 
 
 def require_finite(values, dtype):
-    """values (n, d): raises ItemError for the first row with a number that is not finite."""
-    bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
+    """values (n, d): raises ItemError for the first row that has no direction, because a number or
+    the sum of the squares is not finite, or because all are zero."""
+    length = values.norm(dim=1)
+    bad = (~length.isfinite() | (length < 1e-12)).nonzero().flatten().tolist()
     if bad:
-        why = f"its vector or p_reason is not finite in {dtype}; use torch.bfloat16 or float32"
+        why = f"its vector or p_reason is not finite (or zero) in {dtype}; use bfloat16 or float32"
         raise ItemError(bad[0], why)
 
 
@@ -551,7 +553,9 @@ def find_folder(path_or_id, revision=None):
     """A local folder as it is, without any network; else owner/name on the Hugging Face hub, of
     which only data files are fetched, no programs. Only the hub has revisions."""
     path = os.fspath(path_or_id)
-    if os.path.isdir(path) and revision is None:
+    if os.path.isdir(path):
+        if revision is not None:
+            raise ValueError(f"{path}: a local folder has no revisions")
         return path
     if path.count("/") != 1:
         raise ValueError(f"{path}: expected a checkpoint folder, or owner/name on the hub")

@@ -191,7 +191,8 @@ class VectorCache:
         options = {**self.options, **how}
         # The file's name is a hash of everything that the vectors depend on.
         files = [getattr(ref, "table", ref) for item in items for ref in data.refs(item)]
-        changed = [os.path.getmtime(path) for path in files if os.path.exists(path)]
+        stats = [os.stat(path) for path in files if os.path.exists(path)]
+        changed = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         key = repr([self.model, options, items, changed])
         path = os.path.join(self.folder, hashlib.sha256(key.encode()).hexdigest())
         if not os.path.exists(path + ".json"):  # written last: with it the vectors are there

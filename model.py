@@ -978,10 +978,28 @@ def read_tensor(shard, name, shape, dtype, device, where):
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{where} is {tensor.dtype}, expected float32, bfloat16 or float16")
     tensor = tensor.to(device=device, dtype=dtype)
+    check_finite(tensor, where)
+    return tensor
+
+
+def check_finite(tensor, where):
     lowest, highest = tensor.aminmax()  # one NaN makes both NaN; takes no memory
     if not (lowest.isfinite() and highest.isfinite()):
         raise ValueError(f"{where} has numbers that are not finite in {tensor.dtype}")
-    return tensor
+
+
+def widest_type(files):
+    """The widest dtype among the tensors of a checkpoint's files: nothing is rounded unasked."""
+    order = ["F16", "BF16", "F32", "F64"]
+    types = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    widest = 0
+    for path in files:
+        with open_tensors(path) as shard:
+            for name in shard.keys():  # noqa: SIM118 (a file is no dict)
+                kind = shard.get_slice(name).get_dtype()
+                if kind in order:  # read_tensor names the others
+                    widest = max(widest, order.index(kind))
+    return types[widest]
 
 
 def load_model(folder, dtype=None, device="cpu"):
@@ -997,6 +1015,7 @@ def load_model(folder, dtype=None, device="cpu"):
     with torch.device("meta"):  # shapes without memory
         model = Qwen3VL(c)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    dtype = dtype or widest_type(files)
     state = {}
     for path in files:
         with open_tensors(path) as shard:
@@ -1009,7 +1028,6 @@ def load_model(folder, dtype=None, device="cpu"):
                     raise ValueError(f"{path}: a second tensor {name}")
                 where = f"{path}: {name}"
                 state[target] = read_tensor(shard, name, shapes[target], dtype, device, where)
-                dtype = state[target].dtype  # the first one's is that of all
     missing = [name for name in shapes if name not in state and name != "lm_head.weight"]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -1029,8 +1047,8 @@ def load_model(folder, dtype=None, device="cpu"):
 
 # Weights that an earlier save of any program may have left: shards, their index, adapters.
 STALE_WEIGHTS = re.compile(
-    r"(model|pytorch_model)(-\d+-of-\d+)?(\.safetensors|\.bin)(\.index\.json)?"
-    r"|adapter_(config\.json|model\.(safetensors|bin))"
+    r"(model|pytorch_model)(\.\w+)?(-\d+-of-\d+)?(\.safetensors|\.bin)(\.index(\.\w+)?\.json)?"
+    r"|adapter_.*"
 )
 
 
@@ -1046,6 +1064,8 @@ def save_model(model, folder, eos_id, pad_id):
         del state["lm_head.weight"]
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     path = os.path.join(folder, "model.safetensors")
+    for name, tensor in state.items():
+        check_finite(tensor, f"{path}: {name}")
     try:
         save_file(state, f"{path}.tmp", metadata={"format": "pt"})
     except SafetensorError as error:

@@ -51,7 +51,7 @@ import tokenizers
 import torch
 from PIL import Image
 
-from data import listed, load_image
+from data import listed, load_image, short
 from model import FACTOR, MERGE, PATCH, PATCH_DIM, TEMPORAL, read_json, rope_positions, write_json
 
 # --------------------------------------------------------------------------------------------------
@@ -279,6 +279,7 @@ class Processor:
             "suppress_tokens": self.suppress_tokens,
         }
         self.warned_of_path = False
+        self.warned_of_system = False
 
     def __call__(self, item, instruction=None):
         """item -> prompt: a dict of
@@ -297,6 +298,9 @@ class Processor:
         instruction = next((text for text in given if text is not None), "")
         if messages[0]["role"] != "system":
             messages = system_turn(instruction) + messages
+        elif any(given[:2]) and not self.warned_of_system:
+            self.warned_of_system = True
+            warnings.warn("an instruction is not read: messages have a system turn", stacklevel=2)
         pieces = []
         for message in messages:
             pieces += [self.im_start_id, message["role"] + "\n"]
@@ -333,8 +337,8 @@ class Processor:
         if "text" in part:
             pieces["text"] = self.text(part["text"])
         if not pieces or len(images) > 1 or kind not in ("", *pieces):
-            keys = ", ".join(map(str, part))[:60]
-            raise ValueError(f"a part of content with {keys}: expected text, video or one image")
+            keys = f"a part of content with {keys_of(part)}"
+            raise ValueError(f"{keys}: expected text, video or one image")
         warn_unread("a part of content", part, ("type", "video", "fps", *names, "text"))
         return list(itertools.chain(*pieces.values()))
 
@@ -345,7 +349,7 @@ class Processor:
         looks_like_a_path = text.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(text)
         if looks_like_a_path and not self.warned_of_path:
             self.warned_of_path = True
-            warnings.warn(f"read as text: to show the file, give Path({text!r})", stacklevel=2)
+            warnings.warn(f"read as text: to show the file, give Path({text!r:.200})", stacklevel=2)
         return [UserText(text)]
 
     def image(self, ref):
@@ -374,6 +378,7 @@ class Processor:
         if isinstance(video, dict):
             frames = video.get("frames")
             fps = fps if video.get("fps") is None else video["fps"]
+            warn_unread("a video", video, ("frames", "fps"))
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
         if fps is None and frames is video and len(frames) > self.max_frames:  # a bare list
@@ -381,7 +386,7 @@ class Processor:
             frames = [frames[i] for i in at]
         fps = self.fps if fps is None else fps
         if not is_positive(fps):
-            raise ValueError(f"a video's fps is {fps!r}, expected a number above 0")
+            raise ValueError(f"a video's fps is {short(fps)}, expected a number above 0")
         images = [load_image(decode_reference("image", frame)) for frame in frames]
         times = [i / fps for i in range(len(images))]
         if len(images) % TEMPORAL:  # an odd last frame is shown twice
@@ -459,7 +464,7 @@ class Processor:
         frames = self.frame_min_pixels, self.frame_max_pixels
         for value in (*images, *frames, self.max_frames, self.fps, self.max_length):
             if not is_positive(value):
-                raise ValueError(f"a limit is {value!r}, expected a number above 0")
+                raise ValueError(f"a limit is {short(value)}, expected a number above 0")
         for low, high in (images, frames):
             if not max(low, FACTOR**2) <= high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
@@ -531,7 +536,9 @@ class Processor:
         for name, value in files.items():
             write_json(os.path.join(folder, name), value)
         template = chat_template(self.default_instruction)
-        Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
+        path = Path(folder, "chat_template.jinja")
+        path.unlink(missing_ok=True)  # a link, as in a hub cache: what it leads to stays
+        path.write_text(template, encoding="utf-8")
 
 
 def as_dict(item):
@@ -544,7 +551,7 @@ def as_dict(item):
         return {"image": item}  # load_image says what it is if it is none
     item = without_none(item)
     if item and not item.keys() & {*ITEM_KEYS}:
-        keys = ", ".join(map(str, item))[:60]
+        keys = keys_of(item)
         raise ValueError(f"a dict with the keys {keys}: expected {', '.join(ITEM_KEYS)}")
     warn_unread("an item", item, ITEM_KEYS)
     return item
@@ -605,16 +612,18 @@ def system_turn(instruction):
 def decode_reference(name, ref):
     """An image under one of IMAGE_KEYS -> bytes if it is spelled in base64, else as it is.
 
-    data:image/png;base64,iVBO... is how chat requests carry images.
+    data:image/png;base64,iVBO... is how chat requests carry images. White space in it is nothing.
     """
     if isinstance(ref, dict) and "url" in ref:  # {"image_url": {"url": ...}}
         ref = ref["url"]
     if name != "base64" and not (isinstance(ref, str) and ref.startswith("data:")):
         return ref
     try:
-        return base64.b64decode(ref.rpartition(",")[2], validate=True)
+        code = ref.decode("ascii") if isinstance(ref, bytes) else ref
+        code = "".join(code.rpartition(",")[2].split())
+        return base64.b64decode(code, validate=True)
     except (AttributeError, ValueError) as e:
-        raise ValueError(f"{str(ref)[:40]}...: not an image in base64 ({e})") from None
+        raise ValueError(f"{short(ref)}: not an image in base64 ({e})") from None
 
 
 def is_positive(value):
@@ -634,10 +643,16 @@ def without_none(values):
 
 def warn_unread(what, given, known):
     """Names the keys that nobody reads: ids, or typing mistakes."""
-    unread = [str(name) for name in without_none(given) if name not in known]
+    unread = [name for name in without_none(given) if name not in known]
     if unread:
         known = ", ".join(known)
-        warnings.warn(f"{what}: {', '.join(unread)} is not read; what is: {known}", stacklevel=3)
+        warnings.warn(f"{what}: {keys_of(unread)} is not read; what is: {known}", stacklevel=3)
+
+
+def keys_of(given):
+    """The keys of a dict as they may stand in a message."""
+    plain = [key if isinstance(key, str) and key.isprintable() else short(key) for key in given]
+    return ", ".join(plain)[:90]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,18 +668,25 @@ VISION_CONFIG |= {"processor_class": "Qwen3VLProcessor"}
 OLDER_FILES = ["processor_config.json", "chat_template.json", "special_tokens_map.json"]
 OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt"]
 
-# Processor.__call__ for other programs, which hand over images apart: `type` may stand alone.
+# Processor.__call__ for other programs, which hand over images apart: type "image" or "video" may
+# stand alone. What else Processor.part refuses is refused here, too.
 TEMPLATE = r"""
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
 {%- if message.content is string -%}{{- message.content -}}{%- else -%}
 {%- for content in message.content -%}
 {%- set part = {'text': content} if content is string else content -%}
-{%- if part.type == 'video' or part.get('video') is not none -%}{{- '<|video_pad|>' -}}{%- endif -%}
-{%- if part.type in ['image', 'image_url'] or part.get('image') is not none
+{%- set kind = (part.get('type') or '') | string | replace('_url', '') -%}
+{%- set video = part.type == 'video' or part.get('video') is not none -%}
+{%- set image = kind == 'image' or part.get('image') is not none
        or part.get('image_url') is not none -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- set text = part.get('text') is not none -%}
+{%- set shown = {'': video or image or text, 'video': video, 'image': image, 'text': text} -%}
+{%- if not shown.get(kind) -%}
+{{- raise_exception('a part of content: expected text, video or image') -}}
 {%- endif -%}
+{%- if video -%}{{- '<|video_pad|>' -}}{%- endif -%}
+{%- if image -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- endif -%}
 {{- part.get('text') or '' -}}
 {%- endfor -%}
 {%- endif -%}

@@ -50,6 +50,8 @@ from processor import collate
 
 # Of sampling: several answers of one proposer have to differ. Ours; hosted models default to 1.
 TEMPERATURE = 0.7
+# What is read of a file of rationales. Others may hold what cannot be written again.
+COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 # Several ways to ask make several proposers of one model.
 PROMPTS = (
     "Think step by step about what the query shows or asks for, look up whatever is needed, and "
@@ -134,8 +136,10 @@ def nth(proposer, k):
 def read_rationales(path, numbers=()):
     """A file of rationales -> rows. ValueError names file and line.
 
-    numbers: fields that have to be finite numbers. Older files say "worker" for "proposer".
-    No rationale is dropped: what would have the name of an earlier one is numbered on.
+    numbers: fields that have to be finite numbers; with them the file is one of select's, which
+    has columns of its own, and all are read. Older files say "worker" for "proposer".
+    No rationale is dropped: what would have the name of an earlier one is numbered on, and what
+    was cut off says so ("truncated"): train.py counts it.
     """
     rows, names = [], set()
     for place, line in numbered_lines([path]):
@@ -173,7 +177,10 @@ def checked_row(row, numbers=()):
             raise ValueError(f"{key!r}: expected a finite number, got {data.short(row.get(key))}")
     if row["side"] not in ("query", "target"):
         raise ValueError(f"'side': expected query or target, got {data.short(row['side'])}")
-    return row
+    cut = row.get("truncated", False)
+    if not isinstance(cut, bool):
+        raise ValueError(f"'truncated': expected true or false, got {data.short(cut)}")
+    return row if numbers else {key: row[key] for key in COLUMNS if key in row}
 
 
 def write_rows(path, rows):
@@ -246,21 +253,27 @@ def image_url(ref, options):
 def read_responses(paths, name, accept_cut=False, asked=()):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
-    asked: the custom ids of all requests. Failures are a request without a response, a second
-    response, an error, an answer without text and, unless accept_cut, one cut off at max_tokens: a
-    rationale without its conclusion. One failure costs nothing else.
+    asked: the custom ids of all requests, if known. Failures are a request without a response, a
+    response that nobody asked for, a second one, an error, an answer without text and one that did
+    not come to its end: a rationale without its conclusion. accept_cut takes those that were cut
+    off at max_tokens. One failure costs nothing else.
     """
+    asked = dict.fromkeys(asked)
     rows, failed, answered = [], [], set()
     for place, line in numbered_lines(paths):
         try:
             response = json.loads(line)
             custom_id = response["custom_id"]
+            if not data.is_text(custom_id):
+                raise ValueError(f"'custom_id': expected text, got {data.short(custom_id)}")
             pair, key, prompt_number = custom_id.rsplit("|", 2)
             answers = answers_of(response, accept_cut)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
             continue
-        if custom_id in answered:
+        if asked and custom_id not in asked:
+            answers = [("", "it was never asked for")]
+        elif custom_id in answered:
             # (a response after a mere error is a retry and is accepted)
             answers = [("", "a second response")]
         for k, (text, why) in enumerate(answers):
@@ -277,23 +290,45 @@ def read_responses(paths, name, accept_cut=False, asked=()):
 
 
 def answers_of(response, accept_cut):
-    """[(text, why it cannot be used, or "")] of the choices of one response. Thoughts that the
-    server keeps in a field of their own belong to the text."""
-    body = (response.get("response") or {}).get("body") or {}
-    if not body.get("choices"):
-        return [("", str(response.get("error") or body.get("error") or "no choices")[:200])]
-    answers = []
-    for choice in body["choices"]:
-        message = choice["message"]
-        thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
-        text = without_markers(f"{thoughts}\n{message.get('content') or ''}")
-        why = "" if text else "no text"
+    """[(text, why it cannot be used, or "")] of the choices of one response."""
+    reply = response.get("response") or {}
+    body = reply.get("body") or {}
+    error = response.get("error") or body.get("error")
+    if reply.get("status_code") not in (None, 200):
+        error = error or f"status {data.short(reply['status_code'])}"
+    if error or not body.get("choices"):
+        return [("", str(error or "no choices")[:200])]
+    return [answer_of(choice, accept_cut) for choice in body["choices"]]
+
+
+def answer_of(choice, accept_cut):
+    """(text, why it cannot be used, or "") of one choice. Thoughts that the server keeps in a field
+    of their own belong to the text."""
+    message, finish = choice["message"], choice.get("finish_reason")
+    usable = (None, "stop", "length", "max_tokens") if accept_cut else (None, "stop")
+    if finish not in usable:
+        return "", f"cut off: finish_reason {data.short(finish)}"
+    thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
+    texts = [thoughts, "\n", *texts_of(message.get("content"))]
+    for text in texts:
         if not data.is_text(text):
-            why = f"got {data.short(text)}"
-        if choice.get("finish_reason") == "length" and not accept_cut:
-            why = "cut off at max_tokens"
-        answers.append((text, why))
-    return answers
+            return "", f"expected text, got {data.short(text)}"
+    text = without_markers("".join(texts))
+    return text, "" if text else "no text"
+
+
+def texts_of(content):
+    """The texts of a message's content: none, one or a list of parts. What is no text stays."""
+    if content is None:
+        return []
+    if not isinstance(content, list):
+        return [content]
+    return [part.get("text") if is_text_part(part) else part for part in content]
+
+
+def is_text_part(part):
+    """Is it {"type": "text", ...}?"""
+    return isinstance(part, dict) and part.get("type") == "text"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,6 +364,8 @@ def parse():
     options = parser.parse_args()
     if options.write_requests and not options.data:
         parser.error("--write-requests needs --data")
+    if not data.is_text(options.proposer):
+        parser.error(f"--proposer: expected text, got {data.short(options.proposer)}")
     return options
 
 

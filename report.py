@@ -157,9 +157,9 @@ def verdict(modes, records):
     tokens = {mode: row["tokens_per_query"] for mode, row in modes.items()}
     never, against_never = difference(modes, records, "never")
     always, against_always = difference(modes, records, "always")
-    title = f"Adaptive reasoning {never} never and {always} always"
+    title = f"One model, used three ways: adaptive {never} never and {always} always"
     if never == always:
-        title = f"Adaptive reasoning {never} never and always"
+        title = f"One model, used three ways: adaptive {never} never and always"
     # From a coin, which knows nothing, to hindsight, which knows the result.
     way = score["oracle"] - score["random"]
     gained = score["adaptive"] - score["random"]
@@ -173,7 +173,7 @@ def verdict(modes, records):
         f"Decision: from a coin of the same rate ({score['random']:.3f}) to hindsight "
         f"({score['oracle']:.3f}), {reached}. Who decides by the task's name alone gets "
         f"{score['per_task']:.3f} at best.",
-        "Never and always are this same model, forced.",
+        "Never and always are this same model, forced: one trained for them is not measured here.",
     ]
 
 

@@ -675,6 +675,15 @@ def test_propose_keeps_every_rationale_of_a_file(tmp_path):
     assert rows[1] == row | {"side": "query", "proposer": "w#2", "text": "tea", "key": "k"}
 
 
+def test_propose_reads_the_known_columns_alone(tmp_path):
+    """Others may be what no file can hold. A rationale that was cut off still says so."""
+    path = tmp_path / "r.jsonl"
+    row = {"id": "a/1", "side": "query", "proposer": "w", "text": "tea", "truncated": True}
+    path.write_text(json.dumps(row | {"note": "\ud83d", "score": float("nan"), "\ud83d": [1]}))
+    assert propose.read_rationales(path) == [row]
+    assert propose.write_rows(path, propose.read_rationales(path)) == 1
+
+
 GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
 
 
@@ -693,6 +702,8 @@ GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
         (GOOD.replace('"n"', '"side": "both", "n"'), "'side'"),
         (GOOD.replace("1}", '"1"}'), "'n'"),
         (GOOD.replace("1}", "NaN}"), "'n'"),
+        (GOOD.replace("1}", '1, "truncated": 1}'), "'truncated'"),
+        (GOOD.replace("1}", '1, "truncated": null}'), "'truncated'"),
     ],
 )
 def test_propose_names_damaged_rationales(tmp_path, line, why):
@@ -749,10 +760,15 @@ def test_propose_writes_requests(proposing, tmp_path, urls):
     assert json.loads(out.read_text())["body"]["temperature"] == 0.0
 
 
-def response(custom_id, *contents, finish="stop", **more):
+def response(custom_id, *contents, finish="stop", status=200, **more):
     messages = [{"content": content, **more} for content in contents]
     choices = [{"finish_reason": finish, "message": message} for message in messages]
-    return {"custom_id": custom_id, "error": None, "response": {"body": {"choices": choices}}}
+    reply = {"status_code": status, "body": {"choices": choices}}
+    return {"custom_id": custom_id, "error": None, "response": reply}
+
+
+def part(text, kind="text"):
+    return {"type": kind, "text": text}
 
 
 RESPONSES = [  # what the server sends, what is used of it, what is said about it
@@ -767,6 +783,18 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (response("no bars", "x"), [], "line 9: not a response"),
     ({"custom_id": "a|b/1|key1|9", "response": {"body": "x"}}, [], "line 10: not a response"),
     (["a list"], [], "line 11: not a response"),
+    (response("a|b/\ud83d|key0|0", "x"), [], "line 12: not a response"),
+    (response("a|b/0|\ud83d|0", "x"), [], "line 13: not a response"),
+    (response("a|b/0|key0|1", "x", finish="content_filter"), [], "content_filter"),
+    (response("a|b/0|key0|1", "x", finish="abort"), [], "abort"),
+    (response("a|b/0|key0|1", "x", finish="error"), [], "'error'"),
+    (response("a|b/0|key0|1", "max", finish="max_tokens"), [], "max_tokens"),
+    (response("a|b/0|key0|1", "x", status=500), [], "status 500"),
+    (response("a|b/2|key2|1", {"text": "x"}, reasoning="x"), [], "got a dict"),
+    (response("a|b/2|key2|1", [part("x", "image")]), [], "got a dict"),
+    (response("a|b/2|key2|1", [part(7)]), [], "got 7"),
+    (response("a|b/1|key1|1", [part("in "), part("parts")], 5, finish=None), ["in parts"], "got 5"),
+    (response("a|b/7|key7|0", "x"), [], "never asked"),
 ]
 
 
@@ -780,19 +808,27 @@ def test_propose_reads_responses(proposing, tmp_path):
     rows = propose.read_rationales(out)
     assert [row["text"] for row in rows] == [text for _, used, _ in RESPONSES for text in used]
     assert {(row["id"], row["key"]) for row in rows} == {(f"a|b/{i}", f"key{i}") for i in range(3)}
-    assert [row["proposer"] for row in rows] == ["big-0", "big-0#3", "big-0", "big-0"]
+    assert [row["proposer"] for row in rows] == ["big-0", "big-0#3", "big-0", "big-0", "big-1"]
     lines = shown.err.splitlines()
-    assert code == 0 and f"rationales: 4\nfailed: {len(lines)}\n" in shown.out and len(lines) == 10
+    assert code == 0 and f"rationales: 5\nfailed: {len(lines)}\n" in shown.out
+    assert len(lines) == sum(bool(why) for *_, why in RESPONSES) + 1
     for line, _, why in RESPONSES:
         name = line["custom_id"] if isinstance(line, dict) and "line" not in why else why
         assert not why or any(name in line and why in line for line in lines), why
-    assert "line 12: not a response" in shown.err
+    assert f"line {len(RESPONSES) + 1}: not a response" in shown.err
+    assert shown.err.count("half an emoji") == 3
     proposing(*read, "--accept-cut")
     assert "cut" in [row["text"] for row in propose.read_rationales(out)]
     answers.write_text("[]\n")
     code, shown = proposing(*read, "--requests", asked)
     assert code == 1 and "a|b/1|key1|1: no response" in shown.err
-    assert len(propose.read_rationales(out)) == 5  # the older file stays
+    assert len(propose.read_rationales(out)) == 7  # the older file stays
+
+
+def test_propose_refuses_half_an_emoji_as_a_name(proposing, capsys):
+    with pytest.raises(SystemExit):
+        proposing("--read-responses", "x", "--proposer", "\udcff")
+    assert "error: --proposer: expected text, got '\\udcff'" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1221,7 +1257,7 @@ BAD_RUNS = {  # lines, options, what is said
     "dim": (b'"a"', "--dim 65", "dim=65: expected a number from 1 to 64"),
     "device": (b'"a"', "--device no", "device no"),
     "dtype": (b'"a"', "--dtype int8", "dtype int8: expected bfloat16"),
-    "revision": (b'"a"', "--revision v1", ": expected a checkpoint folder, or owner/name"),
+    "revision": (b'"a"', "--revision v1", ": a local folder has no revisions"),
     "pixels": (b'"a"', "--max-pixels 3", "expected min <= max"),
 }
 
@@ -3400,6 +3436,36 @@ def test_processor_chat_template_equals_ours(default, tmp_path):
                 )
 
 
+PARTS = [{"type": "audio", "audio": "a"}, {"type": "audio", "text": "a"}, {"type": "text"}, {}]
+PARTS += [{"image": None}, {"type": "video_url", "video_url": "a"}, {"type": "text", "image": "a"}]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_processor_chat_template_refuses_what_we_refuse(folder, part):
+    from transformers import AutoTokenizer
+
+    library, messages = AutoTokenizer.from_pretrained(folder), said(part)["messages"]
+    for kind in ("image", "video"):  # for who hands over images apart
+        alone = said({"type": kind})["messages"]
+        assert f"<|{kind}_pad|>" in library.apply_chat_template(alone, tokenize=False)
+    with pytest.raises(Exception, match="a part of content"):
+        library.apply_chat_template(messages, tokenize=False)
+    with pytest.raises(ValueError):
+        tiny_processor()({"messages": messages})
+
+
+def test_processor_save_writes_through_no_link(tmp_path):
+    """A hub's snapshot is a folder of links into its cache."""
+    tiny_processor().save(tmp_path / "blobs")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()}
+    os.makedirs(tmp_path / "links")
+    for name in before:
+        os.symlink(tmp_path / "blobs" / name, tmp_path / "links" / name)
+    tiny_processor(max_length=99, default_instruction="Do.").save(tmp_path / "links")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()}
+    assert not any(path.is_symlink() for path in (tmp_path / "links").iterdir())
+
+
 def test_processor_saved_folder(folder):
     """transformers' tokenizer appends <|endoftext|> by itself and has the roles of the tokens."""
     from transformers import AutoTokenizer
@@ -3454,7 +3520,10 @@ def test_processor_spellings_of_one_image(tmp_path):
     cell = {"bytes": data, "path": None}
     refs = [image, [image], data, cell, f"data:image/png;base64,{code}", str(tmp_path / "p.png")]
     items = [{"image": ref} for ref in refs] + [tmp_path / "p.png", data, image]
-    for part in ({"image": image}, {"type": "image", "base64": code}):
+    spaced = "\n ".join([code[:9], code[9:]])
+    parts = [{"image": image}, {"image_url": {"url": f"data:image/png;base64,{spaced}"}}]
+    parts += [{"type": "image", "base64": ref} for ref in (code, code.encode(), spaced)]
+    for part in parts:
         items.append({"messages": [{"role": "user", "content": [part]}]})
     keys = {P.prompt_key(processor(item)) for item in items}
     assert len(keys) == 1
@@ -3500,12 +3569,18 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
         ({"text": "a", "img": 3}, "an item: img is not read"),
         ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, "0: name is not read"),
         ({"messages": [{**user, "name": None}]}, "a part of content: cache is not read"),
+        ({"text": "a", b"x" * 999: 3, "y" * 999: 4}, "an item: a bytes, y+ is not read"),
+        ({"video": {**make_clip(2, 1), "FPS": 2}}, "a video: FPS is not read"),
         ({"text": ["see", "cat.PNG"]}, re.escape("give Path('cat.PNG')")),
     ):
         with pytest.warns(UserWarning, match=message):
             processor(item)
+    chat = {"messages": [{"role": "system", "content": "S"}]}
+    with pytest.warns(UserWarning, match="an instruction is not read"):
+        processor(chat, "Find it")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        processor(chat, "Find it")
         for item in ("cat.PNG", "dog.png", Path("cat.PNG"), {"text": "a", "img": None}):
             processor(item)
 
@@ -3550,6 +3625,9 @@ BAD_ITEMS = [
     ({"video": {"fps": 2}}, "a video without frames"),
     ({"video": make_clip(2, 0)}, "fps is 0"),
     ({"video": make_clip(2), "fps": "x"}, "fps is 'x'"),
+    ({"video": make_clip(2), "fps": b"x" * 999}, "fps is a bytes"),
+    ({b"x" * 999: 1, "a\n": 2}, r"the keys a bytes, 'a\\n': expected"),
+    (said({"type": "image", "base64": b"\x89PNG"}), "a bytes: not an image in base64"),
     ({"messages": []}, "messages: expected a list"),
     ({**said("a"), "text": "b"}, "not both"),
     (said("x", role="tool"), "message 0: expected a role"),
@@ -4073,6 +4151,43 @@ def test_data_pair_keys_are_of_the_content(tmp_path):
     x, y = (data.train_sets(str(tmp_path / name)) for name in "xy")
     keys = [data.pair_key(y.pair(0, i)) for i in range(4)]
     assert [data.pair_key(x.pair(0, i)) for i in range(2)] == keys[1:3] and len(set(keys)) == 4
+    negative = {"negatives": [{"text": "no"}]}
+    assert data.pair_key(x.pair(0, 0) | negative) != keys[1]
+
+
+RED_PNG, STRUCT = png("red"), pa.struct({"bytes": pa.binary(), "path": pa.string()})
+HELD = {"bytes": RED_PNG, "path": None}
+CELLS = [  # an image column as writers leave it: type and cell; what is said of it, None: read
+    (pa.struct({"path": pa.string()}), {"path": "a.png"}, None),
+    (pa.struct({"bytes": pa.binary()}), {"bytes": RED_PNG}, None),
+    (pa.list_(STRUCT, 1), [HELD], None),
+    (pa.list_(STRUCT), [HELD], None),
+    (pa.binary(len(RED_PNG)), RED_PNG, None),
+    (pa.binary_view(), RED_PNG, None),
+    (pa.struct({"bytes": pa.string()}), {"bytes": "x"}, "row 0: .*bytes are wanted, got string"),
+    (pa.struct({"file": pa.string()}), {"file": "a.png"}, "a dict: not a path"),
+    (pa.int64(), 3, "3: not a path"),
+]
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+@pytest.mark.parametrize("column, value, message", CELLS, ids=range(len(CELLS)))
+def test_data_image_columns_as_other_writers_leave_them(tmp_path, kind, column, value, message):
+    write_image(tmp_path / "a.png")
+    table = {"qry": ["q"], "qry_image_path": pa.array([value], column)}
+    table |= {"pos_text": ["a"], "pos_image_path": [""]}
+    pq.write_table(pa.table(table), tmp_path / f"{kind}.parquet")
+
+    def query():
+        if kind == "train":
+            return data.train_sets(str(tmp_path)).pair(0, 0)["query"]
+        return data.load_eval(str(tmp_path), "own").queries[0]
+
+    if message is None:
+        assert [load_image(ref).getpixel((0, 0)) for ref in data.refs(query())] == [(255, 0, 0)]
+    else:
+        with pytest.raises(BadData, match=f"own/0: .*{message}"):
+            query()
 
 
 def test_data_columns_as_other_writers_leave_them(tmp_path):
@@ -4203,6 +4318,19 @@ def new(mode, color, **info):
     return image
 
 
+def alpha_palette():
+    """As a colour-mapped TGA of 32 bits: transparent black."""
+    image = Image.new("P", (4, 4))
+    image.putpalette([0, 0, 0, 0], "RGBA")
+    return image
+
+
+def white_is_zero():
+    out = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 65535 - 51400, np.uint16)).save(out, "TIFF", tiffinfo={262: 0})
+    return Image.open(out)
+
+
 WHITE, RED, HALF, GREY = (255, 255, 255), (255, 0, 0), (127, 127, 127), (200, 200, 200)
 IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
     (new("1", 1), WHITE),
@@ -4213,6 +4341,7 @@ IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
     (new("RGBa", (0, 0, 0, 0)), WHITE),
     (new("PA", (0, 0)), WHITE),
     (new("P", 0, transparency=0), WHITE),
+    (alpha_palette(), WHITE),
     (new("RGB", RED, transparency=RED), WHITE),
     (new("CMYK", (0, 255, 255, 0)), RED),
     (new("YCbCr", (76, 85, 255)), RED),
@@ -4221,6 +4350,9 @@ IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
     (array(np.uint16, 32768), HALF),
     (array(np.int32, 200), GREY),
     (array(np.int32, 51400), GREY),
+    (white_is_zero(), GREY),
+    (array(np.int32, 1), None),  # a mask
+    (array(np.int32, 1023), None),  # white may be 1023, 4095, 65535
     (array(np.int32, 200, -1), None),
     (array(np.int32, 70000), None),
     (array(np.float32, 0.5), HALF),
@@ -4987,7 +5119,7 @@ def test_the_verdict_goes_every_way():
         0.5: "is level with never and loses to always",
     }
     for adaptive, title in titles.items():
-        assert verdict_of(0.5, 0.6, adaptive)[0] == f"Adaptive reasoning {title}"
+        assert verdict_of(0.5, 0.6, adaptive)[0] == f"One model, used three ways: adaptive {title}"
     assert "67%" in verdict_of(0.5, 0.6, 0.8)[1][2] and "-67%" in verdict_of(0.5, 0.6, 0.4)[1][2]
     assert "nothing to decide" in verdict_of(0.5, 0.5, 0.5, 0.5, 0.5)[1][2]
     noisy = {"a": [{"never": x, "always": 0, "adaptive": 1 - x} for x in (0, 1, 0)]}

@@ -360,6 +360,8 @@ class Run:
                 os.unlink(final)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
+            for later in STAGES[STAGES.index(stage) + 1 :]:  # begun on what was there before
+                shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
         scale.barrier()
         self.note(self.stages | {stage: {"seconds": round(seconds, 1)}})
@@ -640,9 +642,14 @@ def propose_stage(run, part):
     embedder = run.embedder("base")
     model, processor = embedder.model, embedder.processor
     source = c.rationales or ("" if c.data else run.path("data", "proposers.jsonl"))
-    given = {}
+    given, of_targets = {}, 0
     for row in propose.read_rationales(source) if source else []:
-        given.setdefault(row["id"], []).append(row)
+        if row["side"] == "query":
+            given.setdefault(row["id"], []).append(row)
+        else:
+            of_targets += 1
+    if of_targets:
+        run.say(f"propose: {of_targets} rationales of {source!r} are about targets, and not used")
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = Pairs(run, processor, question=propose.question if ask else as_is)
@@ -818,7 +825,7 @@ def eval_stage(run, part):
 
 
 def write_report(run):
-    """report.json, report.md, report.html, and a few numbers on the screen."""
+    """report.json, report.md and report.html."""
     summary, audit = run.read("eval", "summary.json"), run.read("select", "audit.json")
     seconds = {stage: done["seconds"] for stage, done in run.stages.items()}
     result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
@@ -826,23 +833,31 @@ def write_report(run):
     result |= {k: summary[k] for k in ("modes", "curve", "adaptivity") if k in summary}
     write_json(run.path("report.json"), result)
     report.write_report(run.cfg.out, run.data_root)
-    print(f"seconds: {sum(seconds.values()):.1f}")
-    for mode, numbers in summary["modes"].items():
+
+
+def print_numbers(run):
+    """The numbers that matter, one a line, for people and for grep."""
+    result = run.read("report.json")
+    audit = result["selection"]
+    print(f"seconds: {sum(result['seconds'].values()):.1f}")
+    for mode, numbers in result["modes"].items():
         print(f"{mode}: {numbers['overall']:.4f}")
         print(f"{mode}_tokens: {numbers['tokens_per_query']:.2f}")
     for key in ("precision", "recall", "placebo_accepted"):
         if audit.get(key) is not None:
             print(f"selection_{key}: {audit[key]}")
-    print(f"peak_memory_gb: {peak_memory():.2f}")
+    print(f"peak_memory_gb: {peak_memory()}")
     print(f"report: {run.path('report.html')}")
 
 
 def peak_memory():
-    """Of this process. macOS counts bytes, Linux kilobytes."""
-    import resource  # not there on Windows
-
+    """Of this process. macOS counts bytes, Linux kilobytes; Windows has no such module."""
+    try:
+        import resource
+    except ImportError:
+        return "unknown"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (30 if sys.platform == "darwin" else 20)
+    return round(peak / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -871,10 +886,12 @@ def run_stages(cfg):
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
+    new = not os.path.exists(run.path("report.json"))
     for stage in STAGES if whole else [cfg.stage]:
         if whole and stage in run.stages:
             run.say(f"{stage}: done before")
             continue
+        new = True
         started = time.time()
         part = run.begin(stage)
         embedder = globals()[f"{stage}_stage"](run, part)
@@ -883,7 +900,9 @@ def run_stages(cfg):
         run.finish(stage, part, time.time() - started)
         run.say(f"{stage}: {time.time() - started:.0f} s")
     if "eval" in run.stages and scale.is_main():
-        write_report(run)
+        if new:
+            write_report(run)
+        print_numbers(run)
 
 
 def main(argv):
