@@ -545,7 +545,7 @@ def require_finite(values, dtype):
     length = values.norm(dim=1)
     bad = (~length.isfinite() | (length < 1e-12)).nonzero().flatten().tolist()
     if bad:
-        why = f"its vector or p_reason is not finite (or zero) in {dtype}; use bfloat16 or float32"
+        why = f"its vector or p_reason is zero or not finite in {dtype}; use bfloat16 or float32"
         raise ItemError(bad[0], why)
 
 
