@@ -2075,6 +2075,18 @@ def test_run_edited_data_is_refused(stage, finished, own_root, tmp_path, capsys)
     assert "the training table has changed" in one_line(capsys)
 
 
+def test_run_reordered_data_is_refused_by_rl(finished, own_root, tmp_path, capsys):
+    """rl's pairs are the last rows: in another order they are those that embed knows by heart."""
+    own = shutil.copytree(own_root, tmp_path / "own")
+    out = copy_of(finished, tmp_path / "run", "embed")
+    config = read_json(f"{out}/config.json")
+    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
+    write_json(f"{out}/config.json", config | moved)
+    propose.write_rows(own / "train.jsonl", json_rows(own, "train.jsonl")[::-1])
+    assert exit_code(arguments(str(own), out, stage="rl")) == 2
+    assert "the training table has changed" in one_line(capsys)
+
+
 def test_run_rationales_of_another_table_are_refused(finished, own_root, tmp_path, capsys):
     out = copy_of(finished, tmp_path / "run", "base")
     rows = propose.read_rationales(f"{finished}/propose/rationales.jsonl")

@@ -270,6 +270,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg = cfg
         self.stopping = False
+        self.stage = ""  # the one that runs
         self.device = scale.join_processes(cfg.device)
         os.makedirs(cfg.out, exist_ok=True)
         self.stages = self.read("stages.json")
@@ -297,6 +298,19 @@ class Run:
                 raise UsageError(f"{path} {change}: repeat the option, or use another --out")
         if not before and scale.is_main():
             write_json(path, asdict(self.cfg))
+
+    def same_tables(self, fingerprint):
+        """Refuse training tables that changed since propose, which may note other ones: rows are
+        known by their numbers, and the last ones of a dataset are rl's."""
+        noted = self.read("tables.json").get("training", fingerprint)
+        scale.barrier()
+        if self.stage != "propose" and noted != fingerprint:
+            raise UsageError(
+                f"{self.data_root}: the training table has changed since propose: do --stage "
+                "propose and what follows again"
+            )
+        if scale.is_main():
+            write_json(self.path("tables.json"), {"training": fingerprint})
 
     def rng(self, *key):
         """A generator that depends on seed and key alone: nothing to save, nothing to restore."""
@@ -336,6 +350,7 @@ class Run:
 
     def begin(self, stage):
         """-> STAGE.part, the folder in which an unfinished stage works."""
+        self.stage = stage
         part = self.path(f"{stage}.part")
         if scale.is_main():
             if self.cfg.resume != "auto":
@@ -452,11 +467,21 @@ class Pairs(Dataset):
         self.tables = data.train_sets(run.data_root)
         if self.tables.missing:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
+        run.same_tables(self.fingerprint())
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
         self.kept = {}
         if sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP:
             refs = [(source, row) for source, rows in enumerate(self.rows) for row in rows]
             self.kept = {ref: self[ref] for ref in progress(refs, "reading pairs")}
+
+    def fingerprint(self):
+        """A hash of the datasets' sizes and of up to 32 pairs of each, evenly spread: a row that is
+        inserted, lost or moved shifts most of them."""
+        digest = hashlib.sha256(repr(self.tables.sizes).encode())
+        for source, n in enumerate(self.tables.sizes):
+            for row in np.linspace(0, n - 1, min(n, 32), dtype=int).tolist():
+                digest.update(self.tables.fetch(source, row, read=data.pair_key).encode())
+        return digest.hexdigest()
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?"""
