@@ -39,8 +39,8 @@ holds anything out, and the loss of a batch depends on the batch).
 
 import os
 
-# libgomp's threads spin while they wait. Beside another busy process that makes a step many times as
-# long; passive waiting costs a sixth on idle cores (results/speed.md). Read when torch is imported.
+# libgomp's threads spin while they wait. Beside another busy process that makes a step many times
+# as long; passive waiting costs a sixth on idle cores (results/speed.md). torch reads it at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A batch's shapes vary, which fragments CUDA's memory pool unless its segments may grow.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
