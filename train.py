@@ -216,12 +216,16 @@ def parse(argv):
     why = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser("train.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    groups = {}
     for f in fields(Config):
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         kind = true_or_false if f.type is bool else f.type
         names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"})
-        about = f"{f.metadata['group']}: {why.get(f.name)} ({f.default!r})"
+        about = f"{why.get(f.name)} ({f.default!r})"
         choices, unset = f.metadata["choices"], argparse.SUPPRESS
-        parser.add_argument(*names, type=kind, choices=choices, default=unset, help=about)
+        groups[title].add_argument(*names, type=kind, choices=choices, default=unset, help=about)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | {"out": os.path.join("runs", preset)} | given)
