@@ -1308,6 +1308,15 @@ def test_weights_that_overflow_in_float16_are_refused():
         e.encode(["a"])
 
 
+def test_a_vector_without_a_direction_is_refused():
+    """All zeros, or squares that overflow: normalised it would be zeros, which match nothing."""
+    for factor in (0.0, 1e25):
+        e = tiny_embedder()
+        e.model.text.norm.weight.data *= factor
+        with pytest.raises(ValueError, match="^item 0: .*zero or not finite"):
+            e.encode(["a"], reason="never")
+
+
 def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
     full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory: 80 GiB"))
     monkeypatch.setattr(Embedder, "embed_prompts", full)
@@ -2073,6 +2082,26 @@ def test_run_edited_data_is_refused(stage, finished, own_root, tmp_path, capsys)
     propose.write_rows(own / "train.jsonl", [rows[0] | {"qry": "who is new?"}, *rows])
     assert exit_code(arguments(str(own), out, stage=stage)) == 2
     assert "the training table has changed" in one_line(capsys)
+
+
+def test_run_rationales_of_targets_replace_none_of_a_query(finished, own_root, tmp_path, capsys):
+    out = copy_of(finished, tmp_path / "run", "base")
+    rows = propose.read_rationales(f"{own_root}/rationales.jsonl")
+    both_sides = str(tmp_path / "rationales.jsonl")
+    about_targets = [row | {"side": "target", "text": "of a target"} for row in rows]
+    propose.write_rows(both_sides, rows + about_targets)
+    assert exit_code(arguments(own_root, out, "--rationales", both_sides, stage="propose")) == 0
+    texts = [row["text"] for row in json_rows(out, "propose/rationales.jsonl")]
+    assert "of a target" not in texts and rows[0]["text"] in texts
+    assert f"{len(rows)} rationales" in capsys.readouterr().out
+
+
+def test_run_a_stage_done_again_discards_what_was_begun_after_it(finished, own_root, tmp_path):
+    """Its checkpoints and judgements were made from what was there before."""
+    out = copy_of(finished, tmp_path / "run", "propose")
+    os.makedirs(f"{out}/select.part")
+    assert exit_code(arguments(own_root, out, stage="propose")) == 0
+    assert not os.path.exists(f"{out}/select.part")
 
 
 def test_run_reordered_data_is_refused_by_rl(finished, own_root, tmp_path, capsys):
@@ -3028,6 +3057,25 @@ def test_model_dtypes(checkpoint, tmp_path):
     for folder in (checkpoint, half):
         parameters = M.load_model(folder, torch.float32).parameters()
         assert {p.dtype for p in parameters} == {torch.float32}
+
+
+def test_model_of_mixed_types_is_opened_in_the_widest(checkpoint, tmp_path):
+    """Otherwise the type of whichever tensor comes first would round all others."""
+    folder = shutil.copytree(checkpoint, tmp_path / "mixed")
+    path = str(folder / "model.safetensors")
+    tensors = load_file(path)
+    first = min(tensors)
+    tensors[first] = tensors[first].bfloat16()
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert M.load_model(str(folder)).dtype == torch.float32
+
+
+def test_model_with_nan_is_not_saved(tmp_path):
+    model = tiny_model()
+    model.text.norm.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="norm.weight has numbers that are not finite"):
+        M.save_model(model, str(tmp_path), 0, 0)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_model_save_leaves_exactly_what_was_saved(checkpoint, tmp_path):
