@@ -52,9 +52,21 @@ from processor import Processor, Tokenizer, collate, normalize_pixels
 
 PEER_NAME = f"transformers {transformers.__version__}"
 # "large" is a cut of 2B that a CPU can bear: 8 of its 28 layers, a quarter of its width.
-TEXT = {"vocab": 0, "hidden": 512, "mlp": 1536, "layers": 8, "heads": 4, "kv_heads": 2}
-VISION = {"v_hidden": 384, "v_mlp": 1536, "v_layers": 6, "v_heads": 6, "v_deepstack": (1, 3, 5)}
-SIZES = {**CONFIGS, "large": dataclasses.replace(CONFIGS["2b"], **TEXT, **VISION)}
+LARGE = dataclasses.replace(
+    CONFIGS["2b"],
+    vocab=0,  # the tokenizer's
+    hidden=512,
+    mlp=1536,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    v_hidden=384,
+    v_mlp=1536,
+    v_layers=6,
+    v_heads=6,
+    v_deepstack=(1, 3, 5),
+)
+SIZES = {**CONFIGS, "large": LARGE}
 
 # --------------------------------------------------------------------------------------------------
 # The same model and the same inputs for both
@@ -64,9 +76,11 @@ def make_model(size, device, dtype):
     """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder."""
     tokenizer = Tokenizer(pocket.train_tokenizer(pocket.vocabulary_texts()))
     special = tokenizer.special
+    # The shapes are Qwen's, the numbers of the special tokens are those of this vocabulary.
+    shapes = SIZES[size]
     config = dataclasses.replace(
-        SIZES[size],
-        vocab=SIZES[size].vocab or tokenizer.size,
+        shapes,
+        vocab=shapes.vocab or tokenizer.size,
         image_token=special["<|image_pad|>"],
         video_token=special["<|video_pad|>"],
         vision_start=special["<|vision_start|>"],
@@ -75,28 +89,37 @@ def make_model(size, device, dtype):
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3VL(config).to(dtype).init_weights().eval()
-    max_pixels = 256 * 256 if config.hidden <= 128 else 512 * 512
-    return Embedder(model, Processor(tokenizer, config, max_pixels=max_pixels))
+    side = 256 if config.hidden <= 128 else 512
+    processor = Processor(tokenizer, config, max_pixels=side * side)
+    return Embedder(model, processor)
 
 
-def random_image(rng, side, height, width):
+def random_text(rng, n):
+    """n words, each of which is a token."""
+    words = rng.choice(list(pocket.COLOURS), n)
+    return " ".join(words)
+
+
+def random_image(rng, processor, height, width):
     """Noise of height x width times the side of the largest square."""
-    shape = int(height * side), int(width * side), 3
-    return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+    side = processor.max_pixels**0.5
+    shape = (int(height * side), int(width * side), 3)
+    noise = rng.integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(noise)
 
 
 def make_items(n, processor, seed):
-    """n items: five kinds in turn. A word is a token."""
-    rng, words = np.random.default_rng(seed), list(pocket.COLOURS)
-    image = partial(random_image, rng, processor.max_pixels**0.5)
+    """n items: five kinds in turn."""
+    rng = np.random.default_rng(seed)
+    image = partial(random_image, rng, processor)
     items = []
     while len(items) < n:
         items += [
-            {"text": " ".join(rng.choice(words, 10)), "image": [image(0.9, 1.2)]},
-            {"text": " ".join(rng.choice(words, 20))},
-            {"text": " ".join(rng.choice(words, 400))},
+            {"text": random_text(rng, 10), "image": [image(0.9, 1.2)]},
+            {"text": random_text(rng, 20)},
+            {"text": random_text(rng, 400)},
             {"image": [image(0.4, 0.7)]},
-            {"text": " ".join(rng.choice(words, 10)), "image": [image(0.5, 0.5), image(0.6, 0.3)]},
+            {"text": random_text(rng, 10), "image": [image(0.5, 0.5), image(0.6, 0.3)]},
         ]
     return items[:n]
 
@@ -110,14 +133,23 @@ def make_pairs(n, processor):
     queries = make_prompts(n, processor, 1)
     targets = make_prompts(n, processor, 2)
     pairs = []
-    for i, (query, target) in enumerate(zip(queries, targets)):
-        pair = {"id": str(i), "dataset": "bench", "query": query, "target": target}
-        pairs.append({**pair, "answer": str(i), "negatives": []})
+    for i in range(n):
+        pair = {
+            "id": str(i),
+            "dataset": "bench",
+            "query": queries[i],
+            "target": targets[i],
+            "answer": str(i),
+            "negatives": [],
+        }
+        pairs.append(pair)
     return pairs
 
 
 # --------------------------------------------------------------------------------------------------
 # The tasks, twice: two classes with the same methods
+
+BATCH = 16
 
 
 class Ours:
@@ -132,39 +164,45 @@ class Ours:
     @torch.no_grad()
     def embed(self, prompts):
         """Direct vectors (n, H), as Embedder.encode computes them once it has read the items."""
-        settings = "never", 0.5, 1, 0.0, None  # reason, and four numbers that are not used then
-        vectors = torch.empty(len(prompts), self.model.c.hidden, device=self.model.device)
-        for rows in self.embedder.batches([len(prompt["ids"]) + 1 for prompt in prompts], 16):
-            states, _ = self.embedder.embed_prompts([prompts[i] for i in rows], *settings)
+        never = ("never", 0.5, 1, 0.0, None)  # four numbers that are not used then
+        lengths = [len(prompt["ids"]) + 1 for prompt in prompts]
+        width = self.model.c.hidden
+        vectors = torch.empty(len(prompts), width, device=self.model.device)
+        for rows in self.embedder.batches(lengths, BATCH):
+            batch = [prompts[i] for i in rows]
+            states, _ = self.embedder.embed_prompts(batch, *never)
             vectors[rows] = F.normalize(states, dim=-1)
         return vectors
 
     def preprocess(self, images):
         """Patches (N, 1536), read by Embedder.encode's threads."""
-        prompts = next(self.embedder.windows(images, None, batch_size=len(images)))
-        return normalize_pixels(np.concatenate([p["pixel_values"][0] for p in prompts]))
+        windows = self.embedder.windows(images, None, batch_size=len(images))
+        pixels = [prompt["pixel_values"][0] for prompt in next(windows)]
+        return normalize_pixels(np.concatenate(pixels))
 
     def write(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         batch = collate(prompts, self.processor, device=self.model.device)
         settings = {**self.processor.generation, "temperature": temperature}
         out = generate(self.model, batch, T, K, **settings)
-        opening = len(self.processor.prefix)
-        rollouts = [ids[opening:] for row in out.tokens for ids in row]
-        return [ids[:n] for ids, n in zip(rollouts, out.num_sampled.flatten().tolist())]
+        start = len(self.processor.prefix)
+        sampled = []
+        for branches, counts in zip(out.tokens, out.num_sampled.tolist()):  # a query's K
+            for ids, count in zip(branches, counts):
+                sampled.append(ids[start : start + count])
+        return sampled
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path."""
-        rationales, labels = [None] * len(pairs), [-1] * len(pairs)
-        step = pairs, rationales, labels, self.cfg
-        metrics = contrastive_step(self.model, self.processor, *step)
+        rationales = [None] * len(pairs)
+        labels = [-1] * len(pairs)
+        metrics = contrastive_step(self.model, self.processor, pairs, rationales, labels, self.cfg)
         self.model.zero_grad(set_to_none=True)
         return metrics["loss"]
 
     def grpo(self, prompts, targets, duplicates):
         """One step of rl.py."""
-        step = prompts, targets, duplicates, self.cfg, None
-        rl.grpo_step(self.model, self.processor, *step)
+        rl.grpo_step(self.model, self.processor, prompts, targets, duplicates, self.cfg, None)
         self.model.zero_grad(set_to_none=True)
 
 
@@ -193,17 +231,26 @@ class Peer:
         so that all prompts have to end there.
         """
         batch = collate(prompts, self.processor)
-        ids, lengths = batch["ids"], batch["lengths"][:, None] - int(left)
+        ids = batch["ids"]  # (B, S)
+        lengths = batch["lengths"][:, None]
+        if left:
+            lengths = lengths - 1
         place = torch.arange(ids.shape[1])
         mask = place < lengths
         if left:  # turn each row, so that its padding comes first
             turned = (place + lengths) % ids.shape[1]
-            ids, mask = ids.gather(1, turned), mask.gather(1, turned)
-        inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        inputs["mm_token_type_ids"] = (ids == self.processor.config.image_token).long()
+            ids = ids.gather(1, turned)
+            mask = mask.gather(1, turned)
+        is_image = ids == self.processor.config.image_token
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask.long(),
+            "mm_token_type_ids": is_image.long(),
+        }
         if batch["image_grid"]:
+            grids = [(1, *grid) for grid in batch["image_grid"]]
+            inputs["image_grid_thw"] = torch.tensor(grids)
             inputs["pixel_values"] = batch["pixel_values"]
-            inputs["image_grid_thw"] = torch.tensor([(1, *grid) for grid in batch["image_grid"]])
         return inputs
 
     def forward(self, prompts):
@@ -211,19 +258,25 @@ class Peer:
         inputs = self.inputs(prompts)
         h = self.model.model(**inputs).last_hidden_state
         last = inputs["attention_mask"].sum(1) - 1
-        return F.normalize(h[torch.arange(len(h)), last], dim=-1), h
+        rows = torch.arange(len(h))
+        vectors = F.normalize(h[rows, last], dim=-1)
+        return vectors, h
 
     @torch.no_grad()
     def embed(self, prompts):
-        """Direct vectors (n, H), in batches of 16 as they come."""
-        batches = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
-        return torch.cat([self.forward(batch)[0] for batch in batches])
+        """Direct vectors (n, H), in batches as they come."""
+        parts = []
+        for i in range(0, len(prompts), BATCH):
+            vectors, _ = self.forward(prompts[i : i + BATCH])
+            parts.append(vectors)
+        return torch.cat(parts)
 
     @torch.no_grad()
     def write(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         processor = self.processor
-        inputs = self.inputs([continued(prompt, processor.prefix) for prompt in prompts], left=True)
+        opened = [continued(prompt, processor.prefix) for prompt in prompts]
+        inputs = self.inputs(opened, left=True)
         out = self.model.generate(
             **inputs,
             do_sample=temperature > 0,
@@ -234,15 +287,21 @@ class Peer:
             eos_token_id=processor.think_end_id,
             pad_token_id=processor.eos_id,
         )
-        rows = out[:, inputs["input_ids"].shape[1] :].tolist()
-        return [[token for token in row if token != processor.eos_id] for row in rows]
+        start = inputs["input_ids"].shape[1]
+        sampled = []
+        for row in out[:, start:].tolist():
+            sampled.append([token for token in row if token != processor.eos_id])
+        return sampled
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path, the batch as one pass for each side."""
         self.model.train()
-        q, _ = self.forward([pair["query"] for pair in pairs])
-        t, _ = self.forward([pair["target"] for pair in pairs])
-        loss = info_nce(q, t, torch.arange(len(q)), self.cfg.temperature)
+        queries = [pair["query"] for pair in pairs]
+        targets = [pair["target"] for pair in pairs]
+        q, _ = self.forward(queries)
+        t, _ = self.forward(targets)
+        column = torch.arange(len(pairs))  # of each query's target
+        loss = info_nce(q, t, column, self.cfg.temperature)
         loss.backward()
         self.model.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -253,40 +312,50 @@ class Peer:
         Every rollout is a row of its own, which computes its prompt again. All advantages are 1,
         and nothing is decided: what is left out of rl.py's step are sums over a few numbers.
         """
-        processor, K = self.processor, self.cfg.rl_rollouts
+        temperature, K = self.cfg.temperature, self.cfg.rl_rollouts
+        # 1) Roll out: K rationales per query.
         self.model.eval()
         sampled = self.write(prompts, K, self.cfg.max_new_tokens)
         self.model.train()
 
-        # 1) Log-probabilities of the sampled tokens, from the states that predict them.
-        prompts_BK = [prompt for prompt in prompts for _ in range(K)]
+        # 2) Vectors and log-probabilities again, with gradient.
+        repeated = [prompt for prompt in prompts for _ in range(K)]
+        reasoned, logprobs = self.follow(repeated, sampled)
+        q, _ = self.forward(prompts)
+        t, _ = self.forward(targets)
+
+        # 3) InfoNCE on both paths, and the policy gradient.
+        column = torch.arange(len(prompts))
+        query = column.repeat_interleave(K)  # of each rollout
+        direct = info_nce(q, t, column, temperature, duplicates)
+        thinking = info_nce(reasoned, t, query, temperature, duplicates[query])
+        loss = direct + thinking - logprobs.mean()
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def follow(self, prompts, sampled):
+        """N prompts, the tokens sampled after each -> unit vectors behind them (N, H), and the
+        log-probabilities of all tokens, from the states that predict them."""
+        processor = self.processor
         rollouts, places = [], []
-        for prompt, ids in zip(prompts_BK, sampled):
+        for prompt, ids in zip(prompts, sampled):
             branch = [*processor.prefix, *ids, *processor.tail]
             rollouts.append(continued(prompt, branch[:-1]))  # collate appends <|endoftext|>
             start = len(prompt["ids"]) + len(processor.prefix) - 1
-            places.append(range(start, start + len(ids)))
-        reasoned, h = self.forward(rollouts)
-        states = torch.cat([row[list(place)] for row, place in zip(h, places)])
-        logits = self.model.lm_head(states)
+            places.append(slice(start, start + len(ids)))
+        vectors, h = self.forward(rollouts)
+        states = [row[place] for row, place in zip(h, places)]
+        logits = self.model.lm_head(torch.cat(states))
         logits[:, processor.suppress_tokens] = float("-inf")
         tokens = torch.tensor([token for ids in sampled for token in ids])
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])
-
-        # 2) Losses.
-        q, _ = self.forward(prompts)
-        t, _ = self.forward(targets)
-        column = torch.arange(len(prompts))
-        query = column.repeat_interleave(K)
-        loss = info_nce(q, t, column, self.cfg.temperature, duplicates)
-        loss = loss + info_nce(reasoned, t, query, self.cfg.temperature, duplicates[query])
-        (loss - logprobs.mean()).backward()
-        self.model.zero_grad(set_to_none=True)
+        return vectors, logprobs
 
 
 def continued(prompt, ids):
     """The prompt with these ids behind it."""
-    return {**prompt, "ids": np.concatenate([prompt["ids"], ids])}
+    longer = np.concatenate([prompt["ids"], ids])
+    return {**prompt, "ids": longer}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,26 +376,32 @@ def race(name, ours, peer, amount, unit, repeats):
 
     A first turn, which is not counted, pays for what happens once: buffers, kernels, caches.
     """
-    turns = [(seconds(ours), seconds(peer)) for _ in range(1 + repeats)]
-    our_rate, peer_rate = (amount / np.median(turns[1:], axis=0)).tolist()
-    row = {
+    turns = []
+    for _ in range(1 + repeats):
+        turns.append((seconds(ours), seconds(peer)))
+    medians = np.median(turns[1:], axis=0)
+    our_rate, peer_rate = (amount / medians).tolist()
+    ratio = our_rate / peer_rate
+    print(f"{name:<30}{our_rate:>12.2f}{peer_rate:>12.2f} {unit:<10}{ratio:>6.2f}x", flush=True)
+    return {
         "name": name,
         "ours": our_rate,
         "peer": peer_rate,
-        "ratio": our_rate / peer_rate,
+        "ratio": ratio,
         "unit": unit,
         "peer_name": PEER_NAME,
     }
-    print("{name:<30}{ours:>12.2f}{peer:>12.2f} {unit:<10}{ratio:>6.2f}x".format(**row), flush=True)
-    return row
 
 
 def agree(name, ours, peer, tolerance):
     """ValueError unless both sides have computed the same, to a tolerance of absolute size."""
-    gap = float((torch.as_tensor(ours) - torch.as_tensor(peer)).abs().max())
+    difference = torch.as_tensor(ours) - torch.as_tensor(peer)
+    gap = float(difference.abs().max())
     if not gap <= tolerance:  # a NaN is not
-        message = f"ours and transformers differ by {gap:.2g}, more than {tolerance:.2g}"
-        raise ValueError(f"{name}: {message}: not the same computation")
+        raise ValueError(
+            f"{name}: ours and transformers differ by {gap:.2g}, more than {tolerance:.2g}: "
+            "not the same computation"
+        )
 
 
 def compare(size, options):
@@ -340,14 +415,17 @@ def compare(size, options):
         embedder.save(folder)
         peer = Peer(folder, processor, cfg)
 
-    # 1) Inputs.
+    # 1) Inputs, the same for both.
     items = make_items(options.items, processor, 0)
-    prompts = make_prompts(options.items, processor, 0)
-    images = [image for item in items for image in item.get("image", [])]
+    prompts = [processor(item) for item in items]
+    images = []
+    for item in items:
+        images += item.get("image", [])
     queries = make_prompts(Q, processor, 3)
     pairs = make_pairs(options.batch, processor)
     few = pairs[: max(2, Q // 16)]  # the peer's activations of all their rollouts must fit
-    batch = [pair["query"] for pair in few], [pair["target"] for pair in few]
+    few_queries = [pair["query"] for pair in few]
+    few_targets = [pair["target"] for pair in few]
     duplicates = torch.eye(len(few), dtype=torch.bool)
 
     # 2) Both must agree. fp32 sums in another order differ by 1e-6; a loss adds up a batch of them,
@@ -355,33 +433,48 @@ def compare(size, options):
     agree("embed", ours.embed(prompts), peer.embed(prompts), 1e-4)
     agree("preprocess", ours.preprocess(images), peer.preprocess(images), 1e-5)
     agree("contrastive", ours.contrastive(pairs), peer.contrastive(pairs), 1e-3)
-    greedy = prompts[:6], 1, 12, 0.0
+    greedy = (prompts[:6], 1, 12, 0.0)
     if ours.write(*greedy) != peer.write(*greedy):
         raise ValueError("generate: the greedy tokens differ: not the same computation")
 
-    # 3) Turns.
+    # 3) Turns: method, name of the row, what the method takes, how many of which unit that is.
+    grpo = (few_queries, few_targets, duplicates)
     tasks = [
         ("embed", "embed mixed", (prompts,), len(prompts), "items/s"),
         ("preprocess", "preprocess", (images,), len(images), "images/s"),
         ("write", f"generate {Q}x{K}x{T}", (queries, K, T), Q * K * T, "tokens/s"),
         ("contrastive", f"contrastive {len(pairs)} pairs", (pairs,), len(pairs), "pairs/s"),
-        ("grpo", f"grpo {len(few)}x{K}x{T}", (*batch, duplicates), len(few), "queries/s"),
+        ("grpo", f"grpo {len(few)}x{K}x{T}", grpo, len(few), "queries/s"),
     ]
     rows = []
     for method, name, inputs, amount, unit in tasks:
         our_task = partial(getattr(ours, method), *inputs)
         peer_task = partial(getattr(peer, method), *inputs)
-        name = f"{name}, {size}"
-        rows.append(race(name, our_task, peer_task, amount, unit, options.repeats))
+        row = race(f"{name}, {size}", our_task, peer_task, amount, unit, options.repeats)
+        rows.append(row)
     return rows
 
 
+def clock(name, task, amount, unit, repeats):
+    """Our rate alone -> {name, rate, unit, peak_gb}; a first turn, not counted, compiles."""
+    gpu = torch.cuda.is_available()
+    seconds(task)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = [seconds(task) for _ in range(repeats)]
+    rate = amount / float(np.median(times))
+    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if gpu else float("nan")
+    print(f"{name:<30}{rate:>12.2f} {unit:<14}peak {peak_gb:.1f} GB", flush=True)
+    return {"name": name, "rate": rate, "unit": unit, "peak_gb": peak_gb}
+
+
 def measure(size, options):
-    """Our rates, with nothing beside them -> [{name, rate, unit, peak_gb}].
+    """Our rates, with nothing beside them -> rows of clock().
 
     On a GPU in bf16 and compiled, as the large presets run. dynamo counts the graphs that it has
     compiled: none means that all of this ran eagerly, whatever the options say.
     """
+    # 1) The model and its inputs.
     gpu = options.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     embedder = make_model(size, options.device, dtype)
@@ -396,28 +489,26 @@ def measure(size, options):
     queries = make_prompts(Q, processor, 3)
     pairs = make_pairs(options.batch, processor)
     generator = torch.Generator(options.device).manual_seed(0)
+
+    # 2) Turns. Training comes last: it makes the weights fp32.
+    embed = partial(ours.embed, prompts)
+    write = partial(ours.write, queries, K, T)
     propose_all = partial(propose.propose, model, processor, pairs, cfg, generator)
+    contrastive = partial(ours.contrastive, pairs)
     tasks = [
-        ("embed", partial(ours.embed, prompts), len(prompts), "items/s"),
-        (f"decode {Q}x{K}x{T}", partial(ours.write, queries, K, T), Q * K * T, "tokens/s"),
+        ("embed", embed, len(prompts), "items/s"),
+        (f"decode {Q}x{K}x{T}", write, Q * K * T, "tokens/s"),
         (f"propose {len(pairs)}x{K}x{T}", propose_all, len(pairs) * K, "rationales/s"),
-        ("contrastive step", partial(ours.contrastive, pairs), len(pairs), "pairs/s"),
+        ("contrastive step", contrastive, len(pairs), "pairs/s"),
     ]
     rows = []
     for name, task, amount, unit in tasks:
-        if name == "contrastive step":  # comes last: training makes the weights fp32
+        if task is contrastive:
             scale.prepare(model, dtype, checkpointing=True)
-        seconds(task)  # warm up, compile
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        times = [seconds(task) for _ in range(options.repeats)]
-        rate = amount / float(np.median(times))
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9 if gpu else float("nan")
-        name = f"{name}, {size}"
-        print(f"{name:<30}{rate:>12.2f} {unit:<14}peak {peak_gb:.1f} GB", flush=True)
-        rows.append({"name": name, "rate": rate, "unit": unit, "peak_gb": peak_gb})
+        rows.append(clock(f"{name}, {size}", task, amount, unit, options.repeats))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    print(f"compiled path: {'used' if graphs else 'not used'}, {graphs} graphs", flush=True)
+    used = "used" if graphs else "not used"
+    print(f"compiled path: {used}, {graphs} graphs", flush=True)
     return rows
 
 
@@ -435,6 +526,7 @@ COUNTS = {
 
 
 def parse(argv):
+    """The options; ValueError names one that is wrong."""
     parser = argparse.ArgumentParser(description="Speed, beside transformers on the same weights.")
     parser.add_argument("--out", help="JSON file; a GPU may do without")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
@@ -444,36 +536,51 @@ def parse(argv):
     options = parser.parse_args(argv)
     options.device = torch.device(scale.find_device(options.device))
     gpu = options.device.type == "cuda"
-    options.size = (options.size or ("2b" if gpu else "pocket,large")).split(",")
+    sizes = options.size or ("2b" if gpu else "pocket,large")
+    options.size = sizes.split(",")
     for name in COUNTS:
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
+        count = getattr(options, name)
+        if count < 1:
+            raise ValueError(f"--{name} {count}: expected at least 1")
     for size in options.size:
         if size not in SIZES:
             raise ValueError(f"--size {size}: expected some of {','.join(SIZES)}")
     if not options.out and not gpu:
         raise ValueError("--out FILE.json is missing")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(options.out or "."))):
-        raise ValueError(f"--out {options.out}: no such folder")
+    if options.out:
+        folder = os.path.dirname(os.path.abspath(options.out))
+        if not os.path.isdir(folder):
+            raise ValueError(f"--out {options.out}: no such folder")
     return options
 
 
-def main(argv=None):
-    try:
-        options = parse(argv)
+def run(options):
+    """All sizes. The file is written after each: a large size may not fit into the memory."""
+    gpu = options.device.type == "cuda"
+    if gpu:
+        device = torch.cuda.get_device_name(options.device)
+    else:
         device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
-        if options.device.type == "cuda":
-            device = torch.cuda.get_device_name(options.device)
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-        versions["python"] = platform.python_version()
-        out = {"device": device, "versions": versions, "rows": [], "rates": []}
-        for size in options.size:
-            if options.device.type == "cuda":
-                out["rates"] += measure(size, options)
-            else:
-                out["rows"] += compare(size, options)
-            if options.out:
-                write_json(options.out, out)
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    out = {"device": device, "versions": versions, "rows": [], "rates": []}
+    for size in options.size:
+        if gpu:
+            out["rates"] += measure(size, options)
+        else:
+            out["rows"] += compare(size, options)
+        if options.out:
+            write_json(options.out, out)
+
+
+def main(argv=None):
+    """Run; what goes wrong is said in one line."""
+    try:
+        run(parse(argv))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"bench.py: {str(error).splitlines()[0]}")
 

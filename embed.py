@@ -30,6 +30,7 @@ import contextlib
 import itertools
 import json
 import math
+import numbers
 import os
 import sys
 import warnings
@@ -42,13 +43,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scale
+from data import is_text
 from model import Cache, generate, load_model, read_json, save_model, write_json
-from processor import Processor, collate, prompt_key
+from processor import Processor, collate, is_count, is_positive, prompt_key, require
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
-# B rows, S tokens, H numbers of a state. Column 0 of `ends` (B, 1 + K) is the place where a row's
-# direct branch ends, column k that of its k-th rationale; -1 where there is none.
+# A row of a batch is one packed sequence: a prompt, then its continuations, the branches: first
+# <|endoftext|> alone (direct), then rationale 1 ... K. A branch sees the prompt and itself. B rows,
+# S tokens, H numbers of a state. Column 0 of `ends` (B, 1 + K) is the place where a row's direct
+# branch ends, column k that of its k-th rationale; -1 where there is none.
 
 
 def states_at(h, places):
@@ -57,7 +61,7 @@ def states_at(h, places):
 
 
 def pool(h, ends):
-    """States (B, S, H) and ends (B, K) -> unit vectors (B, K, H) in fp32; zeros where absent."""
+    """States (B, S, H), ends (B, 1 + K) -> unit vectors (B, 1 + K, H), fp32; zeros where absent."""
     vectors = F.normalize(states_at(h, ends.clamp(min=0)).float(), dim=-1)
     return vectors * (ends >= 0)[..., None]
 
@@ -92,7 +96,9 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
         nothing = ends.new_zeros(0)
         return nothing.float(), nothing, nothing
 
-    # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ...
+    # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ... A
+    # rationale's tokens are prefix (<think>\n), text, </think>, tail (\n\n<|endoftext|>), and begin
+    # one place after the end of the branch before.
     column = (branch - 1).clamp(min=1)
     first = ends.gather(1, column - 1) + 1 + len(processor.prefix)
     last = ends.gather(1, column) - len(processor.tail)
@@ -100,6 +106,8 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     chosen = (branch >= 2) & (first <= place) & (place <= last)
     row, place = chosen.nonzero(as_tuple=True)
 
+    # `previous` is the place of a token's predecessor: that of a branch's first token is the
+    # prompt's last.
     states = h[row, batch["previous"][row, place]]  # (n, H): what predicts each token
     ids = batch["ids"][row, place]
     logp = []
@@ -191,32 +199,34 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     """
     model.train()
 
-    # 1) Candidates. Each distinct one is embedded once and is one column of the joined batch: no
-    # query is pushed away from its target because another query has the same. Columns are in the
-    # order of keys; column_rows says where their vectors are.
+    # 1) Candidates. The joined batch is the batches of all processes together. Each distinct
+    # candidate is embedded once and is one of its columns: no query is pushed away from its target
+    # because another query has the same. Columns are in the order of keys; row_of_column says where
+    # their vectors are.
     candidates = {pair["answer"]: pair["target"] for pair in pairs}
     for pair in pairs:
         for negative in pair["negatives"][:NEGATIVES]:
             candidates.setdefault(prompt_key(negative), negative)
     targets = list(candidates.values())
-    keys, column_rows = np.unique(scale.gather_objects(list(candidates)), return_index=True)
+    keys, row_of_column = np.unique(scale.gather_objects(list(candidates)), return_index=True)
 
     # 2) What the loss needs of all N pairs of the joined batch
     tokens = [len(rationale or ()) for rationale in rationales]
     all_tokens = scale.gather_objects(tokens)
-    has = torch.tensor(all_tokens, device=model.device) > 0  # (N,) the pair has a reasoned path
+    has_rationale = torch.tensor(all_tokens, device=model.device) > 0  # (N,)
     num_forced = len(processor.prefix) + len(processor.tail)
     num_written = sum(n - num_forced for n in all_tokens if n)
     num_labels = sum(label >= 0 for label in scale.gather_objects(labels))
     answers = scale.gather_objects([pair["answer"] for pair in pairs])
     positive = torch.from_numpy(np.searchsorted(keys, answers)).to(model.device)  # (N,) columns
-    # Columns are distinct, so query→target needs no mask; target→query does: other queries with the
-    # same target are no negatives.
+    # Query→target needs no mask, since columns are distinct. Target→query does: info_nce sees from
+    # these columns which queries share a target, and are no negatives of it.
     duplicates = F.one_hot(positive, len(keys)).bool()
     dims = prefix_dims(cfg.matryoshka_dims)
 
-    # scale.backward calls forward on chunks, then the joint loss once on all vectors, and
-    # backpropagates both (GradCache).
+    # scale.backward (GradCache) calls forward on chunks of rows: first for the vectors alone; then,
+    # when it knows the joint loss' gradient in each vector, with the token losses. Metrics are
+    # summed over chunks.
     def forward(kind, rows, with_loss):
         """Some rows' vectors: queries (rows, 2, H), direct and reasoned; targets (rows, 1, H)."""
         if kind == "target":
@@ -226,7 +236,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         batch = collate(queries, processor, branches, model.device)
         h = model(batch)
         vectors = pool(h, batch["ends"])
-        vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # where no row has a rationale
+        vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
         if not with_loss:
             return vectors, None, {}
         right_decisions = torch.tensor([labels[i] for i in rows], device=model.device)
@@ -240,19 +250,19 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     def contrast(vectors):
         """NCE(direct) + NCE(reasoned), on the vectors of the joined batch."""
         direct, reasoned = vectors["query"].unbind(1)  # (N, H)
-        t = vectors["target"][column_rows, 0]  # (columns, H)
+        t = vectors["target"][row_of_column, 0]  # (columns, H)
         weights = None
         if posterior_weights:  # a / (a + b) = sigmoid(log a − log b); a constant: the E-step
             with torch.no_grad():
                 after = log_target_prob(reasoned, t, positive, cfg.temperature)
                 before = log_target_prob(direct, t, positive, cfg.temperature)
-            weights = (after - before).sigmoid()[has]
+            weights = (after - before).sigmoid()[has_rationale]
         nce_direct = info_nce(direct, t, positive, cfg.temperature, duplicates, None, dims)
         nce_reason = t.new_zeros(())
-        if has.any():
-            nce_reason = info_nce(
-                reasoned[has], t, positive[has], cfg.temperature, duplicates[has], weights, dims
-            )
+        if has_rationale.any():
+            reasoned, same = reasoned[has_rationale], duplicates[has_rationale]
+            column = positive[has_rationale]
+            nce_reason = info_nce(reasoned, t, column, cfg.temperature, same, weights, dims)
         log.update(nce_direct=float(nce_direct.detach()), nce_reason=float(nce_reason.detach()))
         return nce_direct + nce_reason
 
@@ -393,7 +403,9 @@ class Embedder:
         if tau is not None:
             warnings.warn("tau= is spelled threshold=", DeprecationWarning, stacklevel=2)
             threshold = tau
-        self.check_options(reason, threshold, dim, batch_size, max_new_tokens, temperature)
+        self.check_options(
+            instruction, reason, threshold, dim, batch_size, max_new_tokens, temperature
+        )
         if isinstance(items, (str, bytes, dict)) or not hasattr(items, "__iter__"):
             items = [items]
         hidden = None if show_progress is None else not show_progress
@@ -421,22 +433,23 @@ class Embedder:
             v = v.numpy()
         return (v, infos) if return_info else v
 
-    def check_options(self, reason, threshold, dim, batch_size, max_new_tokens, temperature):
+    def check_options(
+        self, instruction, reason, threshold, dim, batch_size, max_new_tokens, temperature
+    ):
         """What can be refused before anything is computed, and what is worth a warning."""
         H = self.model.c.hidden
         headless = not self.model.has_head
-        expected = {
-            f"reason={reason}: expected auto, never or always": reason in REASONS,
-            f"reason={reason}: there is no lm_head": reason != "always" or not headless,
-            f"threshold={threshold}: expected a number": not math.isnan(threshold),
-            f"dim={dim}: expected a number from 1 to {H}": dim is None or 1 <= dim <= H,
-            f"batch_size={batch_size}: expected at least 1": batch_size >= 1,
-            f"max_new_tokens={max_new_tokens}: expected at least 1": max_new_tokens >= 1,
-            f"temperature={temperature}: expected at least 0": temperature >= 0,
-        }
-        for message, holds in expected.items():
-            if not holds:
-                raise ValueError(message)
+        require(instruction is None or is_text(instruction), "instruction", instruction, "text")
+        require(reason in REASONS, "reason", reason, "auto, never or always")
+        require(reason != "always" or not headless, "reason", reason, "a model with an lm_head")
+        is_number = isinstance(threshold, numbers.Real) and not math.isnan(threshold)
+        require(is_number, "threshold", threshold, "a number")
+        is_prefix = dim is None or (is_count(dim) and dim <= H)
+        require(is_prefix, "dim", dim, f"a whole number from 1 to {H}")
+        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            require(is_count(value), name, value, "a whole number above 0")
+        is_temperature = temperature == 0 or is_positive(temperature)
+        require(is_temperature, "temperature", temperature, "a finite number, at least 0")
         if headless and reason == "auto":
             warnings.warn("no lm_head: this checkpoint only embeds directly", stacklevel=3)
         if dim not in (None, H, *self.matryoshka_dims):

@@ -30,6 +30,7 @@ How to run:
     python eval.py --model runs/pocket/rl --data runs/pocket/data --out DIR --threshold 0.5
     python eval.py --model Qwen/Qwen3-VL-Embedding-2B --data MMEB_V2_ROOT --out DIR \\
         --reason never --prompts qwen --frames 64 --tasks CIRR,MSVD
+    torchrun --nproc_per_node=8 eval.py ...     deals the datasets out to 8 processes
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/leaderboard.json and
 DIR/summary.json. Vectors lie in DIR/cache by content: a broken run goes on where it stopped.
 
@@ -50,18 +51,23 @@ import time
 import numpy as np
 
 import data
+import scale
 from embed import Embedder, ItemError
 from model import read_json, write_json
 
 KS = (1, 5, 10)
+PLACES = np.arange(1, KS[-1] + 1)  # of a ranking, as far as the metrics look
+DISCOUNT = 1 / np.log2(PLACES + 1)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # num_pred and num_data make 26
 MODALITIES = {"image": "hit@1", "video": "hit@1", "visdoc": "ndcg_linear@5"}
 MODES = ("never", "always", "adaptive")  # the measured ones; mode_table() derives the others
 # The leaderboard names two page sets so since their labels were corrected in November 2025.
 FIXED = ("ViDoSeek-page", "MMLongBench-page")
-ABOUT = "model_name model_backbone model_size embedding_dimension max_length_tokens"
-ABOUT += " model_release_date data_source url report_generated_date"  # of leaderboard.json
+ABOUT = (  # of leaderboard.json
+    "model_name model_backbone model_size embedding_dimension max_length_tokens "
+    "model_release_date data_source url report_generated_date"
+).split()
 GRID = 2.0**25
 TOP = 100  # candidates of a query that are kept
 BUDGET = 1 << 22  # scores that exist at a time
@@ -72,41 +78,51 @@ LAST = 2**32 - 1  # above every candidate number
 # Metrics and ranks
 
 
+def ndcg(gain, at, k):
+    """gain (p,) of a query's positives, at (p, 10) as in score_ranks -> what the ranking gains over
+    what the best order would gain, both discounted by place."""
+    best = np.sort(gain)[::-1][:k]
+    ideal = best @ DISCOUNT[: len(best)]
+    if ideal <= 0:
+        return 0.0
+    reached = gain @ at * DISCOUNT  # (10,)
+    return reached[:k].sum() / ideal
+
+
 def score_ranks(ranks, grades=None):
     """Ranks of a query's positives (1 = first, inf = not ranked), their grades -> (24,) as in KEYS.
 
     Three positives, at the ranks 2, 4 and inf: precision@5 = 2/5, recall@5 = 2/3,
     map@5 = (1/2 + 2/4)/3, ndcg@5 = (1/log 3 + 1/log 5)/(1/log 2 + 1/log 3 + 1/log 4).
     """
-    grades = np.ones(len(ranks)) if grades is None else np.asarray(grades)
-    place = np.arange(1, KS[-1] + 1)
-    discount = 1 / np.log2(place + 1)
-    at = np.reshape(ranks, (-1, 1)) == place  # (p, 10): which positive stands at which place
-    found = at.any(0)
-    precisions = found.cumsum() / place
-    gains = {"ndcg_linear": grades, "ndcg_exponential": 2.0**grades - 1}
-    score = {}
+    if grades is None:
+        grades = np.ones(len(ranks))
+    linear = np.asarray(grades)
+    exponential = 2.0**linear - 1
+    at = np.reshape(ranks, (-1, 1)) == PLACES  # (p, 10): which positive stands at which place
+    found = at.any(0)  # (10,)
+    precisions = found.cumsum() / PLACES
+    columns = []
     for k in KS:
         hits = found[:k].sum()
+        hit = hits > 0
         precision = hits / k
         recall = hits / len(ranks) if len(ranks) else 1.0
-        score[f"hit@{k}"] = hits > 0
-        score[f"precision@{k}"] = precision
-        score[f"recall@{k}"] = recall
-        score[f"f1@{k}"] = 2 * precision * recall / (precision + recall) if hits else 0.0
-        score[f"map@{k}"] = (found * precisions)[:k].sum() / max(1, min(len(ranks), k))
-        score[f"mrr@{k}"] = (found / place)[:k].max()
-        for name, gain in gains.items():
-            best = np.sort(gain)[::-1][:k]
-            ideal = best @ discount[: len(best)]
-            reached = (gain @ at * discount)[:k].sum()
-            score[f"{name}@{k}"] = reached / ideal if ideal > 0 else 0.0
-    return np.array([score[key] for key in KEYS], float)
+        f1 = 2 * precision * recall / (precision + recall) if hit else 0.0
+        reachable = max(1, min(len(ranks), k))  # so many hits are possible
+        average = (found * precisions)[:k].sum() / reachable
+        reciprocal = (found / PLACES)[:k].max()
+        gains = [ndcg(linear, at, k), ndcg(exponential, at, k)]
+        # In the order of METRICS.
+        columns.append([hit, *gains, precision, recall, f1, average, reciprocal])
+    return np.array(columns, float).T.flatten()  # metric by metric
 
 
 def grid_scores(queries, candidates):
     """(n, d), (m, d) -> (n, m) int64: dot products in units of 2^-25. ValueError for NaN."""
-    product = np.asarray(queries, np.float64) @ np.asarray(candidates, np.float64).T
+    queries = np.asarray(queries, np.float64)
+    candidates = np.asarray(candidates, np.float64)
+    product = queries @ candidates.T
     if not np.isfinite(product).all():  # NaN would sort anywhere
         raise ValueError("a vector with NaN or infinity is not ranked")
     return np.rint(product * GRID).astype(np.int64)
@@ -122,9 +138,11 @@ def blocks(queries, candidates, local):
         for i, corpus in enumerate(local):
             yield [i], np.asarray(corpus)
         return
+    everyone = range(len(queries))
+    numbers = np.arange(len(candidates))
     size = max(1, BUDGET // len(queries))
-    for first in range(0, len(candidates), size):
-        yield range(len(queries)), np.arange(first, min(first + size, len(candidates)))
+    for first in range(0, len(numbers), size):
+        yield everyone, numbers[first : first + size]
 
 
 def rank(queries, candidates, positives, grades=None, local=None):
@@ -134,53 +152,101 @@ def rank(queries, candidates, positives, grades=None, local=None):
     local: per query the candidates it is ranked among, else all; a wrong one that is listed twice
     takes two places, as in the reference.
     """
-    # Of each query: the scores of its positives, how many wrong candidates are ahead of each of
+    # 1) Of each query: the scores of its positives, how many wrong candidates are ahead of each of
     # them, and the best wrong candidates so far.
-    score = [grid_scores(queries[i : i + 1], candidates[p])[0] for i, p in enumerate(positives)]
-    ahead = [np.zeros(len(p), np.int64) for p in positives]
-    best = [np.empty(0, np.int64) for _ in positives]
+    scores, ahead, best = [], [], []
+    for i, right in enumerate(positives):
+        scores.append(grid_scores(queries[i : i + 1], candidates[right])[0])
+        ahead.append(np.zeros(len(right), np.int64))
+        best.append(np.empty(0, np.int64))
+
+    # 2) Meet all candidates, a block at a time.
     for rows, numbers in blocks(queries, candidates, local):
-        scores = grid_scores(queries[rows], candidates[numbers])  # (rows, numbers)
+        block = grid_scores(queries[rows], candidates[numbers])  # (rows, numbers)
         # Score and number in one integer: sorting it puts higher scores first and, among equal
-        # scores, earlier candidates. So the result does not depend on where a chunk ends.
-        keys = (scores << 32) | (LAST - numbers)
-        for i, row, key in zip(rows, scores, keys):
+        # scores, earlier candidates. So the result does not depend on where a block ends.
+        keys = (block << 32) | (LAST - numbers)
+        for i, row, key in zip(rows, block, keys):
             wrong = ~np.isin(numbers, positives[i])
-            ahead[i] += (row[wrong] >= score[i][:, None]).sum(1)
-            best[i] = np.sort(np.concatenate([best[i], key[wrong]]))[-TOP:]
+            in_front = row[wrong] >= scores[i][:, None]  # (positives, wrong ones)
+            ahead[i] += in_front.sum(1)
+            met = np.concatenate([best[i], key[wrong]])
+            best[i] = np.sort(met)[-TOP:]
+
+    # 3) Put the positives among them. A positive's rank counts the positives before it, too.
     ranks, top = [], []
     for i, right in enumerate(positives):
-        place = np.arange(len(right))
-        grade = grades[i] if grades else place
-        order = np.lexsort((place, grade, -score[i]))  # of equal scores the lower grade first
-        ranks.append(np.empty(len(right), np.int64))
-        ranks[i][order] = 1 + ahead[i][order] + place
-        first = (LAST - (best[i][::-1] & LAST)).tolist()
-        for position, number in sorted(zip(ranks[i], right)):  # the wrong ones stand between
-            first.insert(position - 1, number)
-        top.append(first[:TOP])
+        grade = grades[i] if grades else np.zeros(len(right))
+        ranks.append(places(scores[i], grade, ahead[i]))
+        wrong = LAST - (best[i][::-1] & LAST)  # numbers, the best first
+        merged = merge(right, ranks[i], wrong.tolist())
+        top.append(merged[:TOP])
     return ranks, top
+
+
+def places(scores, grades, ahead):
+    """Ranks of a query's positives; `ahead` of each are so many wrong candidates."""
+    number = np.arange(len(scores))
+    # By score, of equal scores the lower grade first, of equal grades as they come.
+    order = np.lexsort((number, grades, -scores))
+    ranks = np.empty_like(ahead)
+    ranks[order] = 1 + ahead[order] + number
+    return ranks
+
+
+def merge(right, ranks, wrong):
+    """The wrong candidates in their order, with the right ones at their ranks among them."""
+    merged = list(wrong)
+    for place, number in sorted(zip(ranks, right)):
+        merged.insert(place - 1, number)
+    return merged
+
+
+def column(rows, key):
+    """One field of all rows (n,)."""
+    return np.array([row[key] for row in rows])
+
+
+# --------------------------------------------------------------------------------------------------
+# A dataset is measured
+
+
+def fingerprint(embedder):
+    """Other weights or settings, other text. A name would not do: training writes over weights."""
+    weights = hashlib.sha256()
+    for name, value in embedder.model.state_dict().items():
+        weights.update(f"{name} {value.dtype}".encode())
+        weights.update(value.float().cpu().numpy().tobytes())
+    simple = []
+    for setting in vars(embedder.processor).items():
+        if isinstance(setting[1], (int, float, str)):
+            simple.append(setting)
+    return f"{weights.hexdigest()} {simple}"
 
 
 class VectorCache:
     """FOLDER/<hash>.npy (n, d) float32 and FOLDER/<hash>.json, infos and time, of lists of items.
 
-    options: of Embedder.encode, the same for all lists. Vectors are told apart by the model's
-    weights and settings: its name would not do, as training writes new weights over old ones.
+    options: of Embedder.encode, the same for all lists.
     """
 
     def __init__(self, embedder, folder, options):
         self.embedder = embedder
         self.folder = folder
         self.options = options
-        weights = hashlib.sha256()
-        for name, value in embedder.model.state_dict().items():
-            weights.update(f"{name} {value.dtype}".encode())
-            weights.update(value.float().cpu().numpy().tobytes())
-        settings = vars(embedder.processor).items()
-        simple = [pair for pair in settings if isinstance(pair[1], (int, float, str))]
-        self.model = f"{weights.hexdigest()} {simple}"
+        self.model = fingerprint(embedder)
         os.makedirs(folder, exist_ok=True)
+
+    def path(self, items, options):
+        """Its name is a hash of everything that the vectors depend on."""
+        changed = []
+        for item in items:
+            files = [getattr(ref, "table", ref) for ref in data.refs(item)]
+            stats = [os.stat(file) for file in files if os.path.exists(file)]
+            changed += [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        key = repr([self.model, options, items, changed])
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return os.path.join(self.folder, name)
 
     def embed(self, items, names, **how):
         """n items -> (vectors (n, d), infos, ms per item). BadData names an item that is broken.
@@ -189,12 +255,7 @@ class VectorCache:
         infos: per item {"reasoned", "p_reason", "rationale", "new_tokens"}.
         """
         options = {**self.options, **how}
-        # The file's name is a hash of everything that the vectors depend on.
-        files = [getattr(ref, "table", ref) for item in items for ref in data.refs(item)]
-        stats = [os.stat(path) for path in files if os.path.exists(path)]
-        changed = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        key = repr([self.model, options, items, changed])
-        path = os.path.join(self.folder, hashlib.sha256(key.encode()).hexdigest())
+        path = self.path(items, options)
         if not os.path.exists(path + ".json"):  # written last: with it the vectors are there
             start = time.perf_counter()
             try:
@@ -202,10 +263,15 @@ class VectorCache:
             except ItemError as error:
                 raise data.BadData(f"{names[error.index]}: {error.why}") from error
             ms = 1000 * (time.perf_counter() - start) / len(items)
-            np.save(path + ".npy", vectors)
-            write_json(path + ".json", [infos, ms])
+            # Written aside and renamed: another process may embed the same candidates.
+            aside = f"{path}.{scale.rank()}"
+            np.save(aside + ".npy", vectors)
+            write_json(aside + ".json", [infos, ms])
+            for ending in (".npy", ".json"):
+                os.replace(aside + ending, path + ending)
         infos, ms = read_json(path + ".json")
-        return np.load(path + ".npy", mmap_mode="r"), infos, ms
+        vectors = np.load(path + ".npy", mmap_mode="r")
+        return vectors, infos, ms
 
 
 def measure(es, cache, modes, threshold):
@@ -214,28 +280,36 @@ def measure(es, cache, modes, threshold):
     A row per query: {"scores" (24,) as in KEYS, "top": ids of the first candidates, "ms",
     "reasoned", "p_reason", "rationale", "new_tokens"}.
     """
-    seen = zip(es.cand_ids, es.cand_where)
-    names = [f"{es.name} candidate {key} (first met at {row})" for key, row in seen]
+    names = []
+    for key, row in zip(es.cand_ids, es.cand_where):
+        names.append(f"{es.name} candidate {key} (first met at {row})")
     targets, _, _ = cache.embed(es.candidates, names, reason="never")
-    names = [f"{es.name} query {key}" for key in es.query_ids]
-    grades = es.grades or [None] * len(names)
     results = {}
     for mode in modes:
-        if mode == "adaptive" and {"never", "always"} <= set(results):
-            pairs = zip(results["never"], results["always"])
-            results[mode] = [a if n["p_reason"] > threshold else n for n, a in pairs]
-            continue
-        how = {"reason": mode}
-        if mode == "adaptive":
+        if mode != "adaptive":
+            results[mode] = measure_mode(es, cache, targets, reason=mode)
+        elif "never" in results and "always" in results:  # nothing is left to compute
+            results[mode] = []
+            for direct, reasoned in zip(results["never"], results["always"]):
+                reasons = direct["p_reason"] > threshold
+                results[mode].append(reasoned if reasons else direct)
+        else:
             how = {"reason": "auto", "threshold": threshold}
-        vectors, infos, ms = cache.embed(es.queries, names, **how)
-        ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
-        for i, info in enumerate(infos):
-            info["scores"] = score_ranks(ranks[i], grades[i])
-            info["top"] = [es.cand_ids[c] for c in top[i]]
-            info["ms"] = ms
-        results[mode] = infos
+            results[mode] = measure_mode(es, cache, targets, **how)
     return results
+
+
+def measure_mode(es, cache, targets, **how):
+    """The rows of one mode; how: as in VectorCache.embed."""
+    names = [f"{es.name} query {key}" for key in es.query_ids]
+    vectors, infos, ms = cache.embed(es.queries, names, **how)
+    ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
+    grades = es.grades or [None] * len(names)
+    for i, info in enumerate(infos):
+        info["scores"] = score_ranks(ranks[i], grades[i])
+        info["top"] = [es.cand_ids[c] for c in top[i]]
+        info["ms"] = ms
+    return infos
 
 
 def write_lines(path, rows):
@@ -252,31 +326,60 @@ def write_dataset(es, results, primary, out):
     MMEB-V2. queries.jsonl is ours: per query the decision, the rationale, and per mode the score,
     the first three candidates and ms, which is all that report.py and mode_table() need.
     """
+    counting = results[primary]
     # A rationale is of interest where adaptive did not ask for it, too.
-    thoughts = results.get("always", results[primary])
+    thoughts = results.get("always", counting)
+    number = KEYS.index(es.metric)
+
+    # 1) Query by query.
     predictions, records = [], []
     for i, query in enumerate(es.query_ids):
-        row = results[primary][i]
         label = [es.cand_ids[c] for c in es.positives[i]]
         grades = es.grades[i] if es.grades else None
-        predictions.append({"prediction": row["top"], "label": label, "rel_scores": grades})
-        record = {"id": query, "label": label, "top3": {}}
-        record |= {key: row[key] for key in ("p_reason", "reasoned")}
-        record |= {key: thoughts[i][key] for key in ("rationale", "new_tokens")}
+        top = counting[i]["top"]
+        predictions.append({"prediction": top, "label": label, "rel_scores": grades})
+        record = {
+            "id": query,
+            "label": label,
+            "top3": {},
+            "p_reason": counting[i]["p_reason"],
+            "reasoned": counting[i]["reasoned"],
+            "rationale": thoughts[i]["rationale"],
+            "new_tokens": thoughts[i]["new_tokens"],
+        }
         for mode, rows in results.items():
-            record[mode] = rows[i]["scores"][KEYS.index(es.metric)]
+            record[mode] = rows[i]["scores"][number]
             record[f"ms_{mode}"] = rows[i]["ms"]
             record["top3"][mode] = rows[i]["top"][:3]
         records.append(record)
-    means = np.mean([row["scores"] for row in results[primary]], axis=0)
+
+    # 2) All together.
+    means = column(counting, "scores").mean(0)  # (24,)
     score = dict(zip(KEYS, means.tolist()))
-    score["num_pred"] = score["num_data"] = len(records)
-    start = os.path.join(out, es.modality, es.name)
-    os.makedirs(os.path.dirname(start), exist_ok=True)
+    score["num_pred"] = len(records)
+    score["num_data"] = len(records)
+
+    # 3) The files.
+    folder = os.path.join(out, es.modality)
+    os.makedirs(folder, exist_ok=True)
+    start = os.path.join(folder, es.name)
     write_lines(start + "_pred.jsonl", predictions)
     write_lines(start + "_queries.jsonl", records)
     write_json(start + "_score.json", score)
     return score, records
+
+
+def describe(es, rows, score):
+    """What summary.json says of a dataset. rows, score: of the mode that counts."""
+    return {
+        "modality": es.modality,
+        "protocol": es.protocol,
+        "metric": es.metric,
+        "queries": len(es.queries),
+        "score": score[es.metric],
+        "reason_rate": column(rows, "reasoned").mean(),
+        "tokens_per_query": column(rows, "new_tokens").mean(),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,7 +391,10 @@ def plain_means(scores, modality):
     groups = {"overall": list(scores.values())}
     for kind in MODALITIES:
         groups[kind] = [score for name, score in scores.items() if modality[name] == kind]
-    return {kind: float(np.mean(group)) if group else None for kind, group in groups.items()}
+    means = {}
+    for kind, group in groups.items():
+        means[kind] = float(np.mean(group)) if group else None
+    return means
 
 
 def summarise(table, modality, share):
@@ -299,7 +405,10 @@ def summarise(table, modality, share):
     """
     score = (1 - share) * table["never"] + share * table["always"]
     ms = (1 - share) * table["ms_never"] + share * table["ms_always"]
-    datasets = {name: float(score[table["dataset"] == name].mean()) for name in modality}
+    datasets = {}
+    for name in modality:
+        here = table["dataset"] == name
+        datasets[name] = float(score[here].mean())
     return {
         **plain_means(datasets, modality),
         "reason_rate": float(np.mean(share)),
@@ -315,24 +424,59 @@ def mode_table(records, modality, threshold=0.5):
     records, modality: {dataset: rows of its queries.jsonl}, {dataset: "image", "video" or "visdoc"}
     modes: {mode: what summarise() returns}. curve: adaptive at 41 thresholds.
     """
-    rows = [{**row, "dataset": name} for name in records for row in records[name]]
-    columns = ("dataset", "never", "always", "p_reason", "new_tokens", "ms_never", "ms_always")
-    table = {key: np.array([row[key] for row in rows]) for key in columns}  # (n,) each
-    oracle = table["always"] > table["never"]  # not >=: equal scores cost no tokens
+    # 1) All queries of all datasets in one table.
+    rows = []
+    for name, queries in records.items():
+        rows += [{**query, "dataset": name} for query in queries]
+    table = {}  # columns (n,)
+    for key in ("dataset", "never", "always", "p_reason", "new_tokens", "ms_never", "ms_always"):
+        table[key] = column(rows, key)
+
+    # 2) A mode is who reasons.
     per_task = np.zeros(len(rows), bool)
     for name in records:
         here = table["dataset"] == name
-        per_task[here] = table["always"][here].mean() > table["never"][here].mean()
+        thinking = table["always"][here].mean()
+        direct = table["never"][here].mean()
+        per_task[here] = thinking > direct
     adaptive = table["p_reason"] > threshold
-    shares = {"never": 0.0, "always": 1.0, "adaptive": adaptive, "per_task": per_task}
-    shares |= {"random": adaptive.mean(), "oracle": oracle}
-    modes = {mode: summarise(table, modality, share) for mode, share in shares.items()}
+    shares = {
+        "never": 0.0,
+        "always": 1.0,
+        "adaptive": adaptive,
+        "per_task": per_task,
+        "random": adaptive.mean(),
+        "oracle": table["always"] > table["never"],  # not >=: equal scores cost no tokens
+    }
+    modes = {}
+    for mode, share in shares.items():
+        modes[mode] = summarise(table, modality, share)
+
+    # 3) The dial: adaptive again, at other thresholds.
     curve = []
     for limit in np.linspace(0, 1, 41).round(6).tolist():
         point = summarise(table, modality, table["p_reason"] > limit)
-        shown = {key: point[key] for key in ("overall", "tokens_per_query", "reason_rate")}
-        curve.append({"threshold": limit, **shown})
+        row = {"threshold": limit}
+        for key in ("overall", "tokens_per_query", "reason_rate"):
+            row[key] = point[key]
+        curve.append(row)
     return modes, curve
+
+
+def chance_of_more(high, low):
+    """The chance that a number of `high` (n,) is above one of `low` (m,), ties counting half."""
+    gap = np.subtract.outer(high, low)  # each against each
+    if gap.size == 0:
+        return None
+    return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
+
+
+def means_by_steps(steps, values):
+    """Steps (n,), values (n,) -> {steps: mean}, of the known ones."""
+    means = {}
+    for count in np.unique(steps[steps >= 0]):
+        means[str(count)] = float(values[steps == count].mean())
+    return means
 
 
 def adaptivity(records, truth):
@@ -346,41 +490,62 @@ def adaptivity(records, truth):
     out = {}
     for name, rows in records.items():
         # Ids that come from the data need not name their dataset.
-        ids = [f"{name}/" + str(row["id"]).removeprefix(f"{name}/") for row in rows]
-        steps = np.array([truth.get(key, -1) for key in ids])  # (n,)
+        ids = [str(row["id"]).removeprefix(f"{name}/") for row in rows]
+        steps = np.array([truth.get(f"{name}/{key}", -1) for key in ids])  # (n,)
         if steps.max() < 0:
             continue
-        p_reason = np.array([row["p_reason"] for row in rows])
-        gap = np.subtract.outer(p_reason[steps >= 2], p_reason[steps == 0])  # each against each
-        auc = float(np.mean((gap > 0) + 0.5 * (gap == 0))) if gap.size else None
-        out[name] = {"auc": auc, "reason_rate": {}, "never": {}, "always": {}}
-        for key, column in zip(("reason_rate", "never", "always"), ("reasoned", *MODES)):
-            values = np.array([row[column] for row in rows])
-            for count in np.unique(steps[steps >= 0]):
-                out[name][key][str(count)] = float(values[steps == count].mean())
+        p_reason = column(rows, "p_reason")
+        out[name] = {
+            "auc": chance_of_more(p_reason[steps >= 2], p_reason[steps == 0]),
+            "reason_rate": means_by_steps(steps, column(rows, "reasoned")),
+            "never": means_by_steps(steps, column(rows, "never")),
+            "always": means_by_steps(steps, column(rows, "always")),
+        }
     return out
+
+
+# --------------------------------------------------------------------------------------------------
+# All datasets
 
 
 def aggregate(metrics, rows):
     """{dataset: 26 numbers}, rows of the table -> means, and the names of what is missing."""
-    modality = {row["name"]: row["modality"] for row in rows}
-    missing = [name for name in modality if name not in metrics]
-    there = [name for name in modality if name in metrics]
-    scores = {name: metrics[name][MODALITIES[modality[name]]] for name in there}
+    modality, scores, missing = {}, {}, []
+    for row in rows:
+        name = row["name"]
+        modality[name] = row["modality"]
+        if name in metrics:
+            key = MODALITIES[row["modality"]]
+            scores[name] = metrics[name][key]
+        else:
+            missing.append(name)
     return {**plain_means(scores, modality), "missing": missing}
 
 
 def leaderboard(metrics, rows):
     """The leaderboard's file; a string stands for a dataset that was not run, as in its script."""
-    metadata = dict.fromkeys(ABOUT.split()) | {"data_source": "Self-Reported"}
+    metadata = dict.fromkeys(ABOUT)
+    metadata["data_source"] = "Self-Reported"
     metadata["report_generated_date"] = datetime.datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
     ran = {row["modality"] for row in rows if row["name"] in metrics}
     for row in rows:
-        absent = "FILE_N/A" if row["modality"] in ran else "DIR_N/A"
-        name = row["name"] + "-fixed" * (row["name"] in FIXED)
-        table[row["modality"]][name] = metrics.get(row["name"], absent)
+        name, modality = row["name"], row["modality"]
+        absent = "FILE_N/A" if modality in ran else "DIR_N/A"
+        title = f"{name}-fixed" if name in FIXED else name
+        table[modality][title] = metrics.get(name, absent)
     return {"metadata": metadata, "metrics": table}
+
+
+def gather(found, rows):
+    """{dataset: value} of each process -> of all of them, in the order of the rows."""
+    joined = dict(scale.gather_objects(found.items()))
+    ordered = {}
+    for row in rows:
+        name = row["name"]
+        if name in joined:
+            ordered[name] = joined[name]
+    return ordered
 
 
 def evaluate(
@@ -393,6 +558,7 @@ def evaluate(
     With never and always the summary has modes, curve and adaptivity (which wants the truth).
     options: more of Embedder.encode (batch_size, dim, max_new_tokens).
     reading: more of data.load_eval (limit, frames, prompts).
+    Several processes, each with the same model, share the datasets; all return the same summary.
     """
     if not math.isfinite(threshold):
         raise ValueError(f"threshold {threshold}: a finite number is wanted")
@@ -400,38 +566,53 @@ def evaluate(
     asked = data.wanted(rows, tasks)
     primary = "adaptive" if "adaptive" in modes else modes[0]
     cache = VectorCache(embedder, os.path.join(out, "cache"), options or {})
+
+    # 1) Each process measures datasets of its own.
     metrics, datasets, records = {}, {}, {}
-    for row in asked:
+    for row in asked[scale.rank() :: scale.world_size()]:
         try:
             es = data.load_eval(root, row, **reading)
         except data.Missing:
             continue  # aggregate() names it
+        name = es.name
         results = measure(es, cache, modes, threshold)
-        metrics[es.name], records[es.name] = write_dataset(es, results, primary, out)
-        about = {key: getattr(es, key) for key in ("modality", "protocol", "metric")}
-        about |= {"queries": len(es.queries), "score": metrics[es.name][es.metric]}
-        about["reason_rate"] = np.mean([row["reasoned"] for row in results[primary]])
-        about["tokens_per_query"] = np.mean([row["new_tokens"] for row in results[primary]])
-        datasets[es.name] = about
-        print(es.name, json.dumps(about), flush=True)
+        metrics[name], records[name] = write_dataset(es, results, primary, out)
+        datasets[name] = describe(es, results[primary], metrics[name])
+        print(name, json.dumps(datasets[name]), flush=True)
+    metrics = gather(metrics, asked)
+    datasets = gather(datasets, asked)
+    records = gather(records, asked)
     if not datasets:
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
-    summary = {**aggregate(metrics, asked), "datasets": datasets}
-    summary |= {"mode": primary, "threshold": threshold, "reading": reading}
-    if {"never", "always"} <= set(modes):
-        modality = {name: row["modality"] for name, row in datasets.items()}
+
+    # 2) What they say together.
+    summary = aggregate(metrics, asked)
+    summary["datasets"] = datasets
+    summary["mode"] = primary
+    summary["threshold"] = threshold
+    summary["reading"] = reading
+    if "never" in modes and "always" in modes:
+        modality = {name: about["modality"] for name, about in datasets.items()}
         summary["modes"], summary["curve"] = mode_table(records, modality, threshold)
         summary["adaptivity"] = adaptivity(records, truth or {})
-    # Calls with other tasks, but the same model and options, fill one leaderboard.
+
+    # 3) Calls with other tasks, but the same model and options, fill one leaderboard.
     path = os.path.join(out, "summary.json")
     earlier = read_json(path) if os.path.exists(path) else {}
     summary["setting"] = json.dumps([cache.model, primary, threshold, options, reading])
     if earlier.get("setting") == summary["setting"]:
         metrics = {**earlier["metrics"], **metrics}
     summary["metrics"] = metrics
-    write_json(os.path.join(out, "leaderboard.json"), leaderboard(metrics, rows))
-    write_json(path, summary)
+    if scale.is_main():
+        write_json(os.path.join(out, "leaderboard.json"), leaderboard(metrics, rows))
+        write_json(path, summary)
     return summary
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+REASON = {"auto": ["adaptive"], "never": ["never"], "always": ["always"], "all": MODES}
 
 
 def positive(text):
@@ -441,8 +622,8 @@ def positive(text):
     return int(text)
 
 
-def main(argv=None):
-    """Options in, files and the numbers that matter out."""
+def parse(argv):
+    """The options; what is wrong with them ends here, before a model is opened."""
     # Without the usage text a wrong option ends in one line.
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
@@ -451,7 +632,7 @@ def main(argv=None):
     add("--data", required=True, help="the root; python data.py --check ROOT says what is in it")
     add("--out", required=True, help="folder for the results")
     add("--tasks", help="only these datasets, with commas")
-    add("--reason", choices=["auto", "never", "always", "all"], default="auto", help="all: compare")
+    add("--reason", choices=[*REASON], default="auto", help="all: compare")
     add("--threshold", type=float, default=0.5, help="reason when p_reason is above it (0.5)")
     add("--max_new_tokens", type=positive, default=128, help="of a rationale (128)")
     add("--batch_size", type=positive, default=16, help="items embedded together (16)")
@@ -460,14 +641,35 @@ def main(argv=None):
     add("--frames", type=positive, help="per video (8; Qwen3-VL-Embedding takes 64)")
     add("--limit", type=positive, help="so many queries a dataset, for a quick look")
     args = parser.parse_args(argv)
-    modes = {"auto": ["adaptive"], "all": MODES}.get(args.reason, [args.reason])
-    tasks = None if args.tasks is None else args.tasks.split(",")
-    options = {key: vars(args)[key] for key in ("batch_size", "max_new_tokens", "dim")}
-    reading = {key: vars(args)[key] for key in ("limit", "frames", "prompts")}
-    data.wanted(data.tables(args.data, "eval"), tasks)  # wrong names end here, before the model
-    embedder = Embedder.from_pretrained(args.model, revision=args.revision)
-    where = (embedder, args.data, args.out, tasks)
-    summary = evaluate(*where, modes, args.threshold, options, **reading)
+    args.tasks = None if args.tasks is None else args.tasks.split(",")
+    data.wanted(data.tables(args.data, "eval"), args.tasks)
+    return args
+
+
+def main(argv=None):
+    """Options in, files and the numbers that matter out."""
+    args = parse(argv)
+    device = scale.join_processes()
+    embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
+    options = {
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "dim": args.dim,
+    }
+    summary = evaluate(
+        embedder,
+        args.data,
+        args.out,
+        args.tasks,
+        REASON[args.reason],
+        args.threshold,
+        options,
+        limit=args.limit,
+        frames=args.frames,
+        prompts=args.prompts,
+    )
+    if not scale.is_main():
+        return
     for key in (*MODALITIES, "overall", "missing"):
         print(f"{key}: {summary[key]}")
     for mode, row in summary.get("modes", {}).items():

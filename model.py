@@ -34,6 +34,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from itertools import groupby
 
 import numpy as np
@@ -932,7 +933,8 @@ def weight_files(folder):
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: not a folder")
     names = sorted(os.listdir(folder))
-    adapters = [name for name in names if name.startswith("adapter_")]
+    # peft may give an adapter a folder of its own.
+    adapters = glob("adapter_*", root_dir=folder) + glob("*/adapter_*", root_dir=folder)
     if adapters:
         raise ValueError(
             f"{folder}: {adapters[0]} belongs to an adapter (LoRA), which is not applied here: "

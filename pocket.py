@@ -1,21 +1,27 @@
 """
-The pocket world: a small, drawn world in MMEB's own layouts, so that the whole method runs on a laptop and can be marked against the truth.
+The pocket world: a small, drawn world in MMEB's own layouts, so that the whole method runs on a
+laptop and can be marked against the truth.
 
-The idea. A picture is a 3x3 grid of 32-pixel tiles (one visual token each): coloured shapes, digits, words. Sixteen families of
-query-target pairs cover MMEB-V2's kinds: classification, visual questions, caption retrieval in both directions, composed retrieval,
-grounding, near-duplicates, videos and pages. Twelve are solvable at one look. Four need steps, because their answer is a function
-of several look-ups that a few layers cannot chain in one pass:
-    Walk   "start at nw and follow the colours three times"         each thing's colour says where next (image)
-    Sum    "add four from ne on"                                    a running sum modulo ten            (image)
-    Tally  add all digits of a clip                                 the same over time                  (video)
-    Total  "the account with rent three , food five ..."            the same, from words alone          (page)
+The idea. An image is a 3x3 grid of 32-pixel tiles, one visual token each: coloured shapes, digits
+or nothing. Twelve families of query-target pairs cover MMEB-V2's kinds. Eight need one look. Four
+are mixed: the prompt is the same for all their queries, and only the content says how many steps a
+query needs. Half of them need none; the others 1 to 4, drawn evenly:
 
-Scripted proposers of known quality write rationales: careful (right steps), captioner (true words about the picture, no steps), sloppy
-(right form, one wrong fact, hence a wrong end) and parrot (form only). The truth that selection is marked against: a careful
-rationale on a family that needs steps helps, every other does not. Where careful is made to err (`misread`), what it got wrong does not help.
+    Walk   "start at nw and follow the colours": the edge or a purple thing ends the walk    (image)
+    Sum    "add the numbers from ne on": until a cell without a number                       (image)
+    Tally  the same over a clip: until a blank place                                         (video)
+    Total  an account of one to five lines, whose page is wanted                             (page)
+
+A few layers cannot chain several look-ups in one pass; a rationale writes them down one by one.
+
+Scripted proposers of known quality write rationales: careful (right steps, but each statement is
+wrong with chance 0.1, and what follows from it follows; four independent tries), captioner (true
+words about the image, no steps), sloppy (right form, one wrong fact) and parrot (form only). The
+truth that selection is marked against: a rationale whose statements are all right helps a query of
+two or more steps; one step is left unmarked; every other text does not help.
 
 How to run:
-    python pocket.py --out DIR [--seed 1] [--train 300] [--test 100] [--style plain|night] [--steps 3]
+    python pocket.py --out DIR [--seed 1] [--train 300] [--test 100] [--longest 4]
 
 Left out: natural images, fonts other than Pillow's, noise in the labels.
 Source: the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py); the world is ours.
@@ -26,27 +32,23 @@ import dataclasses
 import io
 import json
 import os
-import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
-
 import tokenizers
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import scale
 from model import CONFIGS, Qwen3VL
 from processor import Processor, Tokenizer, collate
 
-MIN_PIXELS, MAX_PIXELS = 1024, 65536  # one visual token covers 32 x 32 pixels
-LOOK_STEPS = 240  # steps of nothing but description, before anything is asked
-SKILL_WANTED = 0.93  # held-out token accuracy of every skill in STEP_SKILLS
-
-TILE = 32
+TILE = 32  # pixels
 COLOURS = {
     "red": (214, 40, 40),
     "blue": (40, 80, 220),
@@ -54,936 +56,992 @@ COLOURS = {
     "yellow": (235, 190, 20),
     "purple": (140, 50, 170),
 }
-SHAPES = (
-    "circle",
-    "square",
-    "triangle",
-    "star",
-    "cross",
-    "ring",
-    "diamond",
-    "bar",
-    "moon",
-    "frame",
-)
-KINDS = [(c, s) for c in COLOURS for s in SHAPES]  # 50 kinds of glyph
-CELLS = (
-    "nw",
-    "n",
-    "ne",
-    "w",
-    "mid",
-    "e",
-    "sw",
-    "s",
-    "se",
-)  # a 3x3 picture in reading order; one token each
-MOVES = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
-RULE = {
-    "red": "right",
-    "blue": "left",
-    "green": "down",
-    "yellow": "up",
-}  # where a colour sends you in Walk; purple nowhere
-ROWS = ("top", "middle", "bottom")
+SHAPES = "circle square triangle star cross ring diamond bar moon frame".split()
+KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+CELLS = "nw n ne w mid e sw s se".split()  # in reading order; one token each
+MOVES = {  # from each cell, 0 to 8, to the next one; - is out of the image
+    "right": "12-45-78-",
+    "left": "-01-34-67",
+    "down": "345678---",
+    "up": "---012345",
+}
+RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}  # purple ends a walk
 TIMES = ("first", "second", "third")
+PLACES = [f"{time} {side}" for time in TIMES for side in ("left", "right")]  # of a clip
 NUMBERS = (
-    "zero one two three four five six seven eight nine "
-    "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-).split()  # words: one token each
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen"
+).split()
 DIGITS = NUMBERS[:10]
-TENS = (
-    "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-)  # of a page's number: "fifty eight", "no three"
-WORDS = ("sun", "map", "tea", "fox", "ink", "oak", "gem", "jar", "bee", "hat", "cup", "key")
-ITEMS = ("rent", "food", "heat", "tax", "fare", "wage")  # of an account, in this order
+TENS = "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+WORDS = "sun map tea fox ink oak gem jar bee hat cup key".split()
+ITEMS = "rent food heat tax fare wage".split()  # of an account, in this order
 PARROT = (
     "let me think step by step . first look , then go on , so the answer is clear",
     "step by step : start , go , look , add , so the answer is found",
     "first look at the picture . then think . then the answer is clear",
     "let me look , then go step by step , then say the answer",
 )
+LONGEST = 4  # steps of a query in training
+ERRORS = 0.1  # chance that one statement of careful is wrong
+TRIES = 4  # rationales that careful writes about a pair
+CANDIDATES = 20  # of a test query, where they are its own
+MIN_PIXELS, MAX_PIXELS = 1024, 65536  # one visual token covers 32 x 32 pixels
+LOOK_STEPS = 240  # of pretraining: nothing but description, before anything is asked
+SKILL_WANTED = 0.93  # held-out token accuracy of every skill in STEP_SKILLS
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+def pick(values, rng, but=None):
+    """One of the values, but not that one."""
+    values = [value for value in values if value != but]
+    return values[rng.integers(len(values))]
+
+
+def draw_digits(n, rng):
+    return rng.integers(0, 10, n).tolist()
+
+
+# --------------------------------------------------------------------------------------------------
 # Drawing
 
-
-def font(size):
-    return ImageFont.load_default(size=size)  # ships with Pillow: no file to look for
-
-
-def shape_points(shape, x, y, r):
-    """Corners of a polygon shape around (x, y)."""
-    if shape == "triangle":
-        return [(x, y - r), (x - r, y + r), (x + r, y + r)]
-    if shape == "star":
-        a = np.arange(10) * np.pi / 5 - np.pi / 2
-        k = np.where(np.arange(10) % 2 == 0, r * 1.15, r * 0.45)
-        return list(zip(x + k * np.cos(a), y + k * np.sin(a)))
-    if shape == "cross":
-        t = r / 3
-        return [
-            (x + a, y + b)
-            for a, b in (
-                (-t, -r),
-                (t, -r),
-                (t, -t),
-                (r, -t),
-                (r, t),
-                (t, t),
-                (t, r),
-                (-t, r),
-                (-t, t),
-                (-r, t),
-                (-r, -t),
-                (-t, -t),
-            )
-        ]
-    if shape == "diamond":
-        return [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]
-    t = r / 2.5 if shape == "bar" else r  # a bar is a flat square
-    return [(x - r, y - t), (x + r, y - t), (x + r, y + t), (x - r, y + t)]
-
-
-def draw_tile(kind, rng, style="plain"):
-    """One 32x32 tile. kind: (colour, shape) | int digit | str word | None blank | a plain RGB triple of ints -> uint8 (32, 32, 3)."""
-    paper, black = (
-        (int(rng.integers(228, 250)), 25) if style == "plain" else (int(rng.integers(20, 50)), 235)
-    )  # "night": light on dark
-    im = Image.new("RGB", (TILE, TILE), (paper,) * 3)
-    d, (dx, dy) = ImageDraw.Draw(im), rng.integers(-2, 3, 2)
-    if isinstance(kind, tuple) and len(kind) == 2:
-        ink = tuple(
-            int(v) for v in np.clip(np.array(COLOURS[kind[0]]) + rng.integers(-18, 19, 3), 0, 255)
-        )
-        x, y, r = 16 + int(dx), 16 + int(dy), int(rng.integers(8, 12))
-        hollow = kind[1] in ("ring", "frame")
-        how = dict(outline=ink, width=3) if hollow else dict(fill=ink)
-        if kind[1] in ("circle", "ring", "moon"):
-            d.ellipse((x - r, y - r, x + r, y + r), **how)
-            if kind[1] == "moon":  # a disc with a bite
-                d.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), fill=(paper,) * 3)
-        else:
-            d.polygon(shape_points(kind[1], x, y, r), **how)
-    elif isinstance(kind, tuple):
-        d.rectangle((0, 0, TILE, TILE), fill=kind)
-    elif isinstance(kind, (int, np.integer)):
-        d.text(
-            (16 + int(dx), 16 + int(dy)),
-            str(kind),
-            font=font(int(rng.integers(20, 25))),
-            fill=(black,) * 3,
-            anchor="mm",
-        )
-    elif kind:
-        d.text((16, 16 + int(dy)), kind, font=font(14), fill=(black,) * 3, anchor="mm")
-    return np.asarray(im)
-
-
-def draw(grid, rng, style="plain"):
-    """grid: rows of kinds -> one picture, uint8 (32 * rows, 32 * columns, 3)."""
-    return np.concatenate(
-        [np.concatenate([draw_tile(k, rng, style) for k in row], axis=1) for row in grid], axis=0
-    )
-
-
-def picture(scene, rng, style="plain"):
-    """scene: nine kinds in reading order -> 96x96."""
-    return draw([scene[0:3], scene[3:6], scene[6:9]], rng, style)
-
-
-def clip(states, rng, style="plain"):
-    """Every state (a row of kinds) is shown for two frames, so that one frame group is one state -> list of pictures."""
-    return [f for s in states for f in [draw([s], rng, style)] * 2]
-
-
-def page_grid(title, marks):
-    """A page is 3x4 tiles: title words on top, marks (digits) at the bottom, text between them (`print_lines`)."""
-    return [[*title, None, None][:3], [None] * 3, [None] * 3, [*marks, None, None, None][:3]]
-
-
-def print_lines(page, rng):
-    """Lines of unreadable text, ragged on the right, on the two empty rows of a page -> a new page."""
-    out = page.copy()
-    for y in range(TILE + 6, 3 * TILE, 8):
-        out[y : y + 3, 6 : int(rng.integers(50, 90))] = 120
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Words for what is seen
-
-
-def name(kind):
-    return (
-        " ".join(kind)
-        if isinstance(kind, tuple)
-        else kind
-        if isinstance(kind, str)
-        else DIGITS[kind]
-    )
-
-
-def describe(scene, between=" "):
-    """The whole picture in words: "nw red star n three ..."; blanks are not mentioned. A caption has commas between."""
-    return between.join(f"{c} {name(k)}" for c, k in zip(CELLS, scene) if k is not None)
-
-
-def makes(total):
-    """ "makes eight", "makes seventeen keep seven". The full sum comes first because a + b mod 10 alone cannot be learned from either
-    digit by itself (each says nothing about it), and training then waits on a plateau for longer than this whole run."""
-    return f"makes {NUMBERS[total]}" + (f" keep {DIGITS[total - 10]}" if total >= 10 else "")
-
-
-def number(marks):
-    """A page's two digits as one number. Each word says its place: a vector that sums up words (see train.document_losses) does not keep their
-    order, and took 58 for 85."""
-    return f"{TENS[marks[0]]} {DIGITS[marks[1]]}"
-
-
-def running_sum(labels, digits, total=None):
-    """ "nw three . n five makes eight . ne nine makes seventeen keep seven": the steps of a sum modulo ten -> text and result."""
-    out = []
-    for label, x in zip(labels, digits):
-        step = f"{label} {DIGITS[x]}".strip()
-        if total is not None:  # the first of all is only read
-            step += f" {makes(total + x)}"
-        out.append(step)
-        total = x if total is None else (total + x) % 10
-    return " . ".join(out), total
-
-
-def add_up(labels, digits):
-    """The running sum with a head and the result at the end -> text and answer."""
-    text, total = running_sum(labels, digits)
-    return f"add {text} . {DIGITS[total]}", DIGITS[total]
-
-
-def spoil(digits, rng):
-    """The same digits with one of them misread: the sum ends wrong."""
-    out = list(digits)
-    j = rng.integers(len(out))
-    out[j] = int((out[j] + rng.integers(1, 10)) % 10)
-    return out
-
-
-def walk(scene, start, moves):
-    """Follow the moves from a cell (None: where the colour of the thing there sends you) -> steps in words and the cells visited; None when a
-    move leaves the picture or a colour has no rule."""
-    r, c = divmod(start, 3)
-    text, cells = [f"{CELLS[start]} {name(scene[start])}"], [start]
-    for m in moves:
-        m = m or RULE.get(scene[3 * r + c][0])
-        r, c = (r + MOVES[m][0], c + MOVES[m][1]) if m else (-1, -1)
-        if not (0 <= r < 3 and 0 <= c < 3):
-            return None
-        cells.append(3 * r + c)
-        text.append(f"{m} {CELLS[cells[-1]]} {name(scene[cells[-1]])}")
-    return " . ".join(text), cells
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Families. Each makes one pair: query and target parts, what the proposers know, and special wrong candidates
-
-
-def glyphs(rng, n):
-    """n glyphs (at most ten) of different shapes, in any colours: a shape names one thing of a picture."""
-    return list(zip(rng.choice(list(COLOURS), n).tolist(), rng.permutation(SHAPES)[:n].tolist()))
-
-
-def other(kind, rng):
-    """A kind that differs in colour or in shape."""
-    c, s = kind
-    return (
-        (rng.choice([x for x in COLOURS if x != c]).item(), s)
-        if rng.random() < 0.5
-        else (c, rng.choice([x for x in SHAPES if x != s]).item())
-    )
-
-
-def make_kind(rng, style, steps):
-    k, cell = glyphs(rng, 1)[0], rng.integers(9)
-    scene = [k if i == cell else None for i in range(9)]
-    return dict(
-        image=picture(scene, rng, style),
-        answer=name(k),
-        caption=describe(scene),
-        careful=f"{CELLS[cell]} {name(k)}",
-        sloppy=f"{CELLS[cell]} {name(other(k, rng))}",
-    )
-
-
-def make_colour(rng, style, steps):
-    c = rng.choice(list(COLOURS)).item()
-    scene = [(c, s) if rng.random() < 0.7 else None for s in rng.choice(SHAPES, 9).tolist()]
-    scene[int(rng.integers(9))] = (c, rng.choice(SHAPES).item())
-    scene[int(rng.integers(9))] = KINDS[rng.integers(len(KINDS))]  # one stranger
-    count = {x: sum(k is not None and k[0] == x for k in scene) for x in COLOURS}
-    c = max(count, key=count.get)
-    return dict(
-        image=picture(scene, rng, style),
-        answer=c,
-        caption=describe(scene),
-        careful=f"mostly {c}",
-        sloppy=f"mostly {rng.choice([x for x in COLOURS if x != c])}",
-    )
-
-
-def make_at(rng, style, steps):
-    scene, i = glyphs(rng, 9), rng.integers(9)
-    return dict(
-        image=picture(scene, rng, style),
-        question=f"what is at {CELLS[i]} ?",
-        answer=name(scene[i]),
-        wrong_answers=[name(k) for k in scene if k != scene[i]],
-        caption=describe(scene),
-        careful=f"{CELLS[i]} {name(scene[i])}",
-        sloppy=f"{CELLS[i]} {name(other(scene[i], rng))}",
-    )
-
-
-def make_beside(rng, style, steps):
-    scene = glyphs(rng, 9)
-    while True:
-        i, m = int(rng.integers(9)), rng.choice(list(MOVES)).item()
-        found = walk(scene, i, [m])
-        if found:
-            break
-    text, (_, j) = found
-    return dict(
-        image=picture(scene, rng, style),
-        question=f"what is {m} of {CELLS[i]} ?",
-        answer=name(scene[j]),
-        wrong_answers=[name(k) for k in scene if k != scene[j]],
-        caption=describe(scene),
-        careful=text,
-        sloppy=text[: -len(name(scene[j]))] + name(other(scene[j], rng)),
-    )
-
-
-def make_walk(rng, style, steps):
-    """Every step depends on what the one before found, so the moves cannot be added up beforehand."""
-    while True:  # a way that never stands on a cell twice; its colours are painted to lead there
-        scene, start = glyphs(rng, 9), int(rng.integers(9))
-        moves = rng.choice(list(MOVES), steps).tolist()
-        found = walk(scene, start, moves)
-        if found and len(set(found[1])) == steps + 1:
-            break
-    colour = {move: c for c, move in RULE.items()}
-    for cell, move in zip(found[1], moves):
-        scene[cell] = (colour[move], scene[cell][1])
-    text, cells = walk(scene, start, [None] * steps)
-    end = scene[cells[-1]]
-    wrong = [walk(scene, s, [None] * steps) for s in rng.permutation(9).tolist() if s != start]
-    wrong = [
-        w for w in wrong if w and scene[w[1][-1]][0] != end[0] and scene[w[1][-1]][1] != end[1]
-    ]
-    if (
-        wrong and rng.random() < 0.5
-    ):  # sloppy: started in the wrong place, or misread the last thing
-        sloppy = wrong[0][0]
-    else:
-        c, s = (
-            rng.choice([x for x in COLOURS if x != end[0]]),
-            rng.choice([x for x in SHAPES if x != end[1]]),
-        )
-        sloppy = text[: -len(name(end))] + f"{c} {s}"
-    return dict(
-        image=picture(scene, rng, style),
-        question=f"start at {CELLS[start]} and follow the colours {NUMBERS[steps]} times . what is there ?",
-        answer=name(end),
-        wrong_answers=[name(k) for k in scene if k != end],
-        caption=describe(scene),
-        careful=text,
-        sloppy=sloppy,
-        cells=cells,
-    )
-
-
-def make_sum(rng, style, steps):
-    """One digit more than steps, in reading order from some cell on (after se comes nw)."""
-    start, n = int(rng.integers(9)), steps + 1
-    cells = [(start + i) % 9 for i in range(n)]
-    scene = [
-        int(rng.integers(10)) if i in cells else KINDS[rng.integers(len(KINDS))] for i in range(9)
-    ]
-    labels, digits = [CELLS[i] for i in cells], [scene[i] for i in cells]
-    text, answer = add_up(labels, digits)
-    return dict(
-        image=picture(scene, rng, style),
-        question=f"add {NUMBERS[n]} from {CELLS[start]} on",
-        answer=answer,
-        wrong_answers=[d for d in DIGITS if d != answer],
-        caption=describe(scene),
-        careful=text,
-        sloppy=add_up(labels, spoil(digits, rng))[0],
-    )
-
-
-def few(rng, n):
-    """A picture of n things, the other cells blank -> scene."""
-    at = dict(zip(rng.permutation(9)[:n].tolist(), glyphs(rng, n)))
-    return [at.get(i) for i in range(9)]
-
-
-def make_caption(rng, style, steps):
-    scene = few(rng, 3)
-    text = describe(scene, " , ")
-    return dict(
-        image=picture(scene, rng, style),
-        text=text,
-        caption=describe(scene),
-        careful=text,
-        sloppy=describe(few(rng, 3), " , "),
-    )
-
-
-def make_change(rng, style, steps):
-    scene = few(rng, 3)
-    free = [i for i, k in enumerate(scene) if k is None]
-    i, j = rng.permutation(free)[:2].tolist()
-    new, nope = glyphs(rng, 2)
-    after = lambda at, k: picture([k if n == at else x for n, x in enumerate(scene)], rng, style)
-    return dict(
-        image=picture(scene, rng, style),
-        text=f"put a {name(new)} at {CELLS[i]}",
-        target_image=after(i, new),
-        wrong=[after(j, new), after(i, nope), picture(scene, rng, style)],
-        caption=describe(scene),
-        careful=f"{CELLS[i]} {name(new)}",
-        sloppy=f"{CELLS[j]} {name(nope)}",
-    )
-
-
-def make_point(rng, style, steps):
-    scene, i = glyphs(rng, 9), int(rng.integers(9))
-    crops = [draw_tile(k, rng, style) for k in scene]
-    return dict(
-        image=picture(scene, rng, style),
-        text=f"the thing at {CELLS[i]}",
-        target_image=crops[i],
-        wrong=[x for n, x in enumerate(crops) if n != i],
-        caption=describe(scene),
-        careful=f"{CELLS[i]} {name(scene[i])}",
-        sloppy=f"{CELLS[i]} {name(other(scene[i], rng))}",
-    )
-
-
-def make_twin(rng, style, steps):
-    """Nine flat patches of continuous colours: what no words carry. The twin is a little darker or lighter, and noisy."""
-    rgb = rng.integers(40, 230, (9, 3))
-    tint = lambda: np.clip(rgb + rng.integers(-12, 13) + rng.integers(-6, 7, (9, 3)), 0, 255)
-    show = lambda colours: picture([tuple(int(v) for v in c) for c in colours], rng, style)
-    near = [np.clip(rgb + rng.integers(-45, 46, (9, 3)), 0, 255) for _ in range(2)]
-    return dict(
-        image=show(rgb),
-        target_image=show(tint()),
-        wrong=[show(x) for x in near],
-        caption="a picture of nine patches",
-        careful="nine patches",
-        sloppy="nine dark patches",
-    )
-
-
-def motion(rng):
-    """One thing in a clip of two tiles, that moves or stays -> states, kind, and which."""
-    k, how = glyphs(rng, 1)[0], rng.choice(["moves right", "moves left", "stays"]).item()
-    turn, side = int(rng.integers(1, 3)), int(rng.integers(2))  # when it moves; where it stays
-    at = {
-        "moves right": [0] * turn + [1] * (3 - turn),
-        "moves left": [1] * turn + [0] * (3 - turn),
-        "stays": [side] * 3,
-    }[how]
-    return [[k if i == x else None for i in range(2)] for x in at], k, how
-
-
-def make_motion(rng, style, steps):
-    states, k, how = motion(rng)
-    wrong = rng.choice([w for w in ("moves right", "moves left", "stays") if w != how]).item()
-    return dict(
-        video=clip(states, rng, style),
-        answer=f"{k[1]} {how}",
-        caption=f"a {name(k)}",
-        careful=f"the {k[1]} {how}",
-        sloppy=f"the {k[1]} {wrong}",
-    )
-
-
-def make_sequence(rng, style, steps):
-    ks = glyphs(rng, 3)
-    text = " then ".join(name(k) for k in ks)
-    return dict(
-        video=clip([[k] for k in ks], rng, style),
-        text=text,
-        caption=text,
-        careful=text,
-        sloppy=" then ".join(name(k) for k in glyphs(rng, 3)),
-    )
-
-
-def make_tally(rng, style, steps):
-    """One digit more than steps, two at a time."""
-    digits = rng.integers(0, 10, steps + 1).tolist()
-    states = [[*digits[i : i + 2], None][:2] for i in range(0, len(digits), 2)]
-    labels = [f"{t} {side}" for t in TIMES for side in ("left", "right")]
-    text, answer = add_up(labels, digits)
-    return dict(
-        video=clip(states, rng, style),
-        answer=answer,
-        wrong_answers=[d for d in DIGITS if d != answer],
-        caption=describe_clip(states),
-        careful=text,
-        sloppy=add_up(labels, spoil(digits, rng))[0],
-    )
-
-
-def describe_clip(states):
-    """ "first left four right two , second …" for clips of two tiles; one tile has no side."""
-    sides = ("left", "right") if len(states[0]) == 2 else ("",) * len(states[0])
-    return " , ".join(
-        " ".join([t, *(f"{s} {name(k)}".strip() for s, k in zip(sides, row) if k is not None)])
-        for t, row in zip(TIMES, states)
-    )
-
-
-def make_topic(rng, style, steps):
-    a, b = rng.permutation(WORDS)[:2].tolist()
-    d = rng.integers(0, 10, 2).tolist()
-    say = number(d)
-    return dict(
-        page=((a, b), tuple(d)),
-        text=f"the page {say} about {a} and {b}",
-        caption=f"{a} {b}",
-        careful=f"{a} {b} {say}",
-        sloppy=f"{a} {rng.choice([w for w in WORDS if w not in (a, b)])} {say}",
-    )
-
-
-def make_total(rng, style, steps):
-    """One digit more than steps, each with its label: the page bears the sum of the first half and, going on, of all, as one number."""
-    digits = rng.integers(0, 10, steps + 1).tolist()
-    half, labels = len(digits) // 2, ITEMS[: steps + 1]
-
-    def work(digits):
-        (first, a), later = running_sum(labels[:half], digits[:half]), labels[half:]
-        rest, b = running_sum(later, digits[half:], a)
-        return f"add {first} . {TENS[a]} . {rest} . {number((a, b))}", (
-            a,
-            b,
-        )  # noted down where it is found: no looking back
-
-    text, sums = work(digits)
-    say = account(labels, digits)
-    return dict(
-        page=((WORDS[0],), sums),
-        text=f"the account with {say}",
-        caption=say,
-        careful=text,  # all have one title: the sums decide
-        sloppy=work([*spoil(digits[:half], rng), *digits[half:]])[0],
-    )  # a slip at first: both sums end wrong
-
-
-def account(labels, digits):
-    return " , ".join(f"{label} {DIGITS[x]}" for label, x in zip(labels, digits))
-
-
-# name, maker, needs steps, kind of pair, query instruction, target instruction. Kinds: see LAYOUT below
-FAMILIES = [
-    ("PocketKind", make_kind, False, "cls", "Represent the given image for classification", ""),
-    (
-        "PocketColour",
-        make_colour,
-        False,
-        "cls",
-        "Identify the colour that most of the image has",
-        "",
-    ),
-    (
-        "PocketAt",
-        make_at,
-        False,
-        "vqa",
-        "Represent the given image with the following question: ",
-        "",
-    ),
-    (
-        "PocketBeside",
-        make_beside,
-        False,
-        "vqa",
-        "Represent the given image with the following question: ",
-        "",
-    ),
-    (
-        "PocketWalk",
-        make_walk,
-        True,
-        "vqa",
-        "Represent the given image with the following question: ",
-        "",
-    ),
-    (
-        "PocketSum",
-        make_sum,
-        True,
-        "vqa",
-        "Represent the given image with the following question: ",
-        "",
-    ),
-    (
-        "PocketCaption_t2i",
-        make_caption,
-        False,
-        "t2i",
-        "Find me an everyday image that matches the given caption: ",
-        "Represent the given image.",
-    ),
-    (
-        "PocketCaption_i2t",
-        make_caption,
-        False,
-        "i2t",
-        "Find an image caption describing the given everyday image.",
-        "",
-    ),
-    (
-        "PocketChange",
-        make_change,
-        False,
-        "i2i",
-        "Given an image, find a similar everyday image with the described changes: ",
-        "Represent the given image.",
-    ),
-    (
-        "PocketPoint",
-        make_point,
-        False,
-        "i2i",
-        "Select the portion of the image that follows the language expressions: ",
-        "Represent the given cropped image of the object.",
-    ),
-    (
-        "PocketTwin",
-        make_twin,
-        False,
-        "i2i",
-        "Find a day-to-day image that looks similar to the provided image.",
-        "Represent the given image.",
-    ),
-    (
-        "PocketMotion",
-        make_motion,
-        False,
-        "vcls",
-        "What activities are being performed in the video?",
-        "",
-    ),
-    ("PocketTally", make_tally, True, "vcls", "What do all the numbers add up to?", ""),
-    (
-        "PocketSequence",
-        make_sequence,
-        False,
-        "t2v",
-        "Find a video that contains the following visual content: ",
-        "Understand the content of the provided video.",
-    ),
-    (
-        "PocketTopic",
-        make_topic,
-        False,
-        "page",
-        "Find a document image that matches the given query: ",
-        "Understand the content of the provided document image.",
-    ),
-    (
-        "PocketTotal",
-        make_total,
-        True,
-        "page",
-        "Find a document image that matches the given query: ",
-        "Understand the content of the provided document image.",
-    ),
-]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing the world in MMEB's layouts (data.py reads it with the parsers that read the real thing)
-
-TRAIN_HUB, TEST_HUB, V2 = "TIGER-Lab/MMEB-train", "ziyjiang/MMEB_Test_Instruct", "TIGER-Lab/MMEB-V2"
-CLIP_HUB = "ShareGPTVideo/train_video_and_instruction"
-PARSERS = {
-    "cls": "image_cls",
-    "vqa": "image_qa",
-    "t2i": "image_t2i",
-    "i2t": "image_i2t",
-    "i2i": "image_i2i_vg",
+INK = (25, 25, 25)  # of text
+CORNERS = {  # in radii from the middle
+    "triangle": [(0, -1), (-1, 1), (1, 1)],
+    "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
+    "star": [],
+}
+for i in range(10):
+    angle, reach = i * np.pi / 5, 0.45 if i % 2 else 1.15
+    CORNERS["star"].append((reach * np.sin(angle), -reach * np.cos(angle)))
+BOXES = {  # half their sides, in radii
+    "square": [(1, 1)],
+    "bar": [(1, 0.4)],
+    "cross": [(1, 1 / 3), (1 / 3, 1)],
 }
 
 
+def draw_shape(pen, colour, shape, paper, x, y, rng):
+    """A shape around (x, y) in a shade of the colour, a little larger or smaller."""
+    ink = tuple((COLOURS[colour] + rng.integers(-18, 19, 3)).tolist())
+    r = int(rng.integers(8, 12))
+    box = (x - r, y - r, x + r, y + r)
+    if shape in CORNERS:
+        pen.polygon([(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]], ink)
+    elif shape in BOXES:
+        for dx, dy in BOXES[shape]:
+            pen.rectangle((x - r * dx, y - r * dy, x + r * dx, y + r * dy), ink)
+    elif shape == "frame":
+        pen.rectangle(box, outline=ink, width=3)
+    elif shape == "ring":
+        pen.ellipse(box, outline=ink, width=3)
+    else:
+        pen.ellipse(box, ink)
+        if shape == "moon":  # a disc with a bite
+            pen.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), paper)
+
+
+def draw_tile(kind, rng):
+    """kind: (colour, shape) | digit | word | (r, g, b) | None -> uint8 (32, 32, 3)."""
+    paper = (int(rng.integers(228, 250)),) * 3
+    tile = Image.new("RGB", (TILE, TILE), paper)
+    pen = ImageDraw.Draw(tile)
+    x, y = (16 + rng.integers(-2, 3, 2)).tolist()
+    if isinstance(kind, int):
+        font = ImageFont.load_default(int(rng.integers(20, 25)))
+        pen.text((x, y), str(kind), INK, font, anchor="mm")
+    elif isinstance(kind, str):
+        pen.text((16, y), kind, INK, ImageFont.load_default(14), anchor="mm")
+    elif kind in KINDS:
+        draw_shape(pen, *kind, paper, x, y, rng)
+    elif kind is not None:
+        pen.rectangle((0, 0, TILE, TILE), kind)
+    return np.asarray(tile)
+
+
+class Bank:
+    """Tiles drawn once and used again: an image costs a copy instead of nine drawings.
+
+    copies: drawings of each kind, which differ in place, size and shade.
+    """
+
+    def __init__(self, rng, copies=40):
+        patches = map(tuple, rng.integers(40, 230, (6, 3)).tolist())
+        kinds = [*KINDS, *range(10), None, *WORDS, *patches]
+        self.tiles = {kind: [draw_tile(kind, rng) for _ in range(copies)] for kind in kinds}
+
+    def tile(self, kind, rng):
+        """uint8 (32, 32, 3). A flat patch may have any colour."""
+        if kind not in self.tiles:
+            return draw_tile(kind, rng)
+        tiles = self.tiles[kind]
+        return tiles[rng.integers(len(tiles))]
+
+    def grid(self, kinds, rng, columns=3):
+        """Kinds in reading order -> uint8 (32 * rows, 32 * columns, 3)."""
+        rows = []
+        for i in range(0, len(kinds), columns):
+            tiles = [self.tile(kind, rng) for kind in kinds[i : i + columns]]
+            rows.append(np.hstack(tiles))
+        return np.vstack(rows)
+
+    def clip(self, kinds, rng):
+        """Two kinds at a time, shown for two frames: a frame group."""
+        frames = []
+        for i in range(0, len(kinds), 2):
+            frames += [self.grid(kinds[i : i + 2], rng, 2)] * 2
+        return frames
+
+    def page(self, words, marks, rng):
+        """3 x 4 tiles: words on top, two digits at the bottom, lines of unreadable text between."""
+        blank = [None] * (9 - len(words))
+        page = self.grid([*words, *blank, *marks, None], rng)
+        for y in range(TILE + 6, 3 * TILE, 8):
+            page[y : y + 3, 6 : int(rng.integers(50, 90))] = 120
+        return page
+
+
+# --------------------------------------------------------------------------------------------------
+# Words for what is seen, and eyes that may err
+
+
+def name(kind):
+    """("red", "star") -> "red star"; 3 -> "three"; a word is itself."""
+    if isinstance(kind, tuple):
+        return " ".join(kind)
+    return kind if isinstance(kind, str) else DIGITS[kind]
+
+
+def number(tens, ones):
+    """Two digits as one number: each word says its place, as a bag of words must."""
+    return f"{TENS[tens]} {DIGITS[ones]}"
+
+
+def makes(total):
+    """ "makes eight", "makes seventeen keep seven". The full sum comes first: the last digit alone
+    cannot be learnt from either summand, and training would wait on a plateau."""
+    return f"makes {NUMBERS[total]}" + (f" keep {DIGITS[total - 10]}" if total >= 10 else "")
+
+
+def confuse(kind, rng):
+    """Something else of the same sort: it differs in all that is said about it."""
+    if isinstance(kind, int):
+        return int((kind + rng.integers(1, 10)) % 10)
+    if isinstance(kind, str):
+        return pick(WORDS, rng, but=kind)
+    colour, shape = kind
+    return pick(COLOURS, rng, but=colour), pick(SHAPES, rng, but=shape)
+
+
+@dataclasses.dataclass
+class Eyes:
+    """Reads one thing after the other. A reading errs with chance `errors`; the wrong-th does."""
+
+    rng: np.random.Generator = None
+    errors: float = 0.0
+    wrong: int = None
+    readings: int = 0
+
+    def read(self, kind):
+        errs = self.readings == self.wrong or (self.errors and self.rng.random() < self.errors)
+        self.readings += 1
+        return confuse(kind, self.rng) if errs else kind
+
+
+SHARP = Eyes()
+
+
+def seen(kinds, places=CELLS):
+    """What is not blank -> [(place, kind)]."""
+    return [(place, kind) for place, kind in zip(places, kinds) if kind is not None]
+
+
+def describe(things, between=" ", eyes=SHARP):
+    """[(place, kind)] -> "nw red star n three"."""
+    return between.join(f"{place} {name(eyes.read(kind))}".strip() for place, kind in things)
+
+
+def next_cell(cell, move):
+    """One cell further, or None: out of the image, or nowhere to go."""
+    there = MOVES[move][cell] if move else "-"
+    return None if there == "-" else int(there)
+
+
+def onwards(cell, kind):
+    """What a thing at a cell does to a walk -> ("right", next cell), or ("right out", None) at the
+    edge, or ("stay", None) if it is purple."""
+    move = RULE.get(kind[0])
+    there = next_cell(cell, move)
+    if there is None:
+        return f"{move} out" if move else "stay", None
+    return move, there
+
+
+def explain_walk(scene, start, eyes):
+    """ "nw red star . right n purple bar . stay": each statement acts on what the last one read."""
+    kind = eyes.read(scene[start])
+    text = [f"{CELLS[start]} {name(kind)}"]
+    move, cell = onwards(start, kind)
+    while cell is not None and len(text) < 9:  # a misread colour may lead in a circle
+        kind = eyes.read(scene[cell])
+        text.append(f"{move} {CELLS[cell]} {name(kind)}")
+        move, cell = onwards(cell, kind)
+    return " . ".join([*text, move])
+
+
+def explain_sum(labels, digits, eyes, stop=()):
+    """ "n five . ne nine makes fourteen keep four . e red star . four": a sum modulo ten, what
+    ended it (stop: [(label, kind)] or nothing), and the result."""
+    total, text = 0, []
+    for label, digit in zip(labels, digits):
+        digit = eyes.read(digit)
+        added = f" {makes(total + digit)}" if text else ""
+        text.append(f"{label} {DIGITS[digit]}{added}")
+        total = (total + digit) % 10
+    if stop:
+        text.append(describe(stop, eyes=eyes))
+    return " . ".join([*text, DIGITS[total]])
+
+
+def explain_total(labels, digits, eyes):
+    """A sum whose end is the page's number."""
+    text = explain_sum(labels, digits, eyes)
+    digit = text.split()[-1]
+    return text.removesuffix(digit) + number(0, DIGITS.index(digit))
+
+
+# --------------------------------------------------------------------------------------------------
+# Families. Each maker draws one pair -> a dict of
+#   image | video | page    what is shown; a page's words and digits are drawn when it is written
+#   text                    what is asked
+#   answer, wrong           the target, text or image, where it is no page; hard negatives
+#   steps                   how many steps the query needs
+#   caption, explain        what proposers know; explain(eyes) writes a rationale
+
+
+def glyphs(rng, n):
+    """n things of different shapes, in any colours."""
+    colours = rng.choice(list(COLOURS), n).tolist()
+    shapes = rng.permutation(SHAPES)[:n].tolist()
+    return list(zip(colours, shapes))
+
+
+def spread(places, kinds, n):
+    """n places: these hold things, the others are blank."""
+    things = dict(zip(places, kinds))
+    return [things.get(place) for place in range(n)]
+
+
+def few_things(rng, n):
+    """A scene of n things; the other cells are blank."""
+    cells = rng.permutation(9)[:n].tolist()
+    return spread(cells, glyphs(rng, n), 9)
+
+
+def put(scene, cell, kind):
+    """The scene with another kind at one cell."""
+    return [*scene[:cell], kind, *scene[cell + 1 :]]
+
+
+def draw_steps(rng, longest):
+    """Half of a mixed family's queries need no step, the others 1 to `longest`, evenly."""
+    return 0 if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
+
+
+def draw_way(rng, steps):
+    """A walk that never crosses itself -> its start, {cell: colour} on the way, its end."""
+    start = cell = pick(range(9), rng)
+    way = {}
+    for colour in rng.choice(list(RULE), steps).tolist():
+        way[cell] = colour
+        cell = next_cell(cell, RULE[colour])
+        if cell is None or cell in way:
+            return draw_way(rng, steps)  # another one
+    return start, way, cell
+
+
+def shown(bank, scene, rng):
+    """What every query with an image of nine cells has."""
+    return {"image": bank.grid(scene, rng), "caption": describe(seen(scene))}
+
+
+def look(label, kind):
+    """A rationale of one look: "nw red star"."""
+    return partial(describe, [(label, kind)], " ")
+
+
+def make_colour(bank, rng, longest):
+    """Which colour is it? Things of one colour, some blanks, a stranger."""
+    colour = pick(COLOURS, rng)
+    scene = []
+    for shape in rng.choice(SHAPES, 9).tolist():
+        scene.append((colour, shape) if rng.random() < 0.8 else None)
+    scene[4] = (colour, pick(SHAPES, rng))
+    stranger = pick(KINDS, rng)
+    scene[pick(range(4), rng)] = stranger
+    return {
+        "answer": colour,
+        "explain": look("mid", scene[4]),
+    } | shown(bank, scene, rng)
+
+
+def make_at(bank, rng, longest):
+    """What is at a cell of a full image?"""
+    scene, cell = glyphs(rng, 9), pick(range(9), rng)
+    return {
+        "text": f"what is at {CELLS[cell]} ?",
+        "answer": name(scene[cell]),
+        "wrong": [name(kind) for kind in scene],
+        "explain": look(CELLS[cell], scene[cell]),
+    } | shown(bank, scene, rng)
+
+
+def make_walk(bank, rng, longest):
+    """Cells that are not on the way end a walk as often as not, so the end cannot be recognised
+    without walking."""
+    steps = draw_steps(rng, longest)
+    start, way, end = draw_way(rng, steps)
+    scene = []
+    for cell, (colour, shape) in enumerate(glyphs(rng, 9)):
+        if cell in way:
+            colour = way[cell]
+        elif cell == end or rng.random() < 0.5:
+            endings = [c for c in COLOURS if next_cell(cell, RULE.get(c)) is None]
+            colour = pick(endings, rng)
+        scene.append((colour, shape))
+    return {
+        "text": f"start at {CELLS[start]} and follow the colours . what is at the end ?",
+        "answer": name(scene[end]),
+        "wrong": [name(kind) for kind in scene],
+        "steps": steps,
+        "end": name(scene[end]),
+        "explain": partial(explain_walk, scene, start),
+    } | shown(bank, scene, rng)
+
+
+def make_sum(bank, rng, longest):
+    """steps + 1 numbers in reading order (after se comes nw), then a cell without one; elsewhere
+    numbers that do not count."""
+    steps = draw_steps(rng, longest)
+    start = pick(range(9), rng)
+    *run, stop = [(start + i) % 9 for i in range(steps + 2)]
+    scene = []
+    for cell, thing in enumerate(glyphs(rng, 9)):
+        is_number = cell in run or (cell != stop and rng.random() < 0.5)
+        scene.append(pick(range(10), rng) if is_number else thing)
+    digits = [scene[cell] for cell in run]
+    labels = [CELLS[cell] for cell in run]
+    ended_by = [(CELLS[stop], scene[stop])]
+    return {
+        "text": f"add the numbers from {CELLS[start]} on",
+        "answer": DIGITS[sum(digits) % 10],
+        "wrong": DIGITS,
+        "steps": steps,
+        "explain": partial(explain_sum, labels, digits, stop=ended_by),
+    } | shown(bank, scene, rng)
+
+
+def make_tally(bank, rng, longest):
+    """Numbers in the first steps + 1 of the six places of a clip; the other places are blank."""
+    steps = min(draw_steps(rng, longest), len(PLACES) - 1)
+    digits = draw_digits(steps + 1, rng)
+    ended_by = [(place, "blank") for place in PLACES[steps + 1 :][:1]]
+    return {
+        "video": bank.clip(spread(range(steps + 1), digits, len(PLACES)), rng),
+        "answer": DIGITS[sum(digits) % 10],
+        "wrong": DIGITS,
+        "steps": steps,
+        "caption": describe(zip(PLACES, digits)),
+        "explain": partial(explain_sum, PLACES, digits, stop=ended_by),
+    }
+
+
+def make_total(bank, rng, longest):
+    """An account. Its page bears the last digit of the sum; whose account it is does not count."""
+    steps = min(draw_steps(rng, longest), len(ITEMS) - 1)
+    digits = draw_digits(steps + 1, rng)
+    owners = " and ".join(rng.permutation(WORDS)[:2])
+    lines = describe(zip(ITEMS, digits), " , ")
+    return {
+        "page": (("sun",), (0, sum(digits) % 10)),  # one title for all: the number decides
+        "text": f"the account of {owners} with {lines}",
+        "steps": steps,
+        "caption": lines,
+        "explain": partial(explain_total, ITEMS, digits),
+    }
+
+
+def make_topic(bank, rng, longest):
+    """The page of two words and a number."""
+    words = rng.permutation(WORDS)[:2].tolist()
+    marks = draw_digits(2, rng)
+    return {
+        "page": (tuple(words), tuple(marks)),
+        "text": f"the page {number(*marks)} about {words[0]} and {words[1]}",
+        "caption": " ".join(words),
+        "explain": partial(describe, [("", word) for word in words], " "),
+    }
+
+
+def make_caption(bank, rng, longest):
+    """From an image to its caption."""
+    scene = few_things(rng, 3)
+    things = seen(scene)
+    return {
+        "answer": describe(things, " , "),
+        "explain": partial(describe, things, " , "),
+    } | shown(bank, scene, rng)
+
+
+def make_search(bank, rng, longest):
+    """From a caption to its image."""
+    pair = make_caption(bank, rng, longest)
+    return {"text": pair.pop("answer"), "answer": pair.pop("image"), **pair}
+
+
+def make_change(bank, rng, longest):
+    """The image after a change. Wrong ones: another cell, another thing, no change."""
+    scene = few_things(rng, 3)
+    blank = [cell for cell, kind in enumerate(scene) if kind is None]
+    cell, elsewhere = rng.permutation(blank)[:2].tolist()
+    thing, another = glyphs(rng, 2)
+    answer = bank.grid(put(scene, cell, thing), rng)
+    other_cell = bank.grid(put(scene, elsewhere, thing), rng)
+    other_thing = bank.grid(put(scene, cell, another), rng)
+    pair = shown(bank, scene, rng)
+    unchanged = bank.grid(scene, rng)
+    return {
+        "text": f"put a {name(thing)} at {CELLS[cell]}",
+        "answer": answer,
+        "wrong": [other_cell, other_thing, unchanged],
+        "explain": look(CELLS[cell], thing),
+    } | pair
+
+
+def make_point(bank, rng, longest):
+    """The crop that shows the thing at a cell."""
+    scene, cell = glyphs(rng, 9), pick(range(9), rng)
+    crops = [bank.tile(kind, rng) for kind in scene]
+    return {
+        "text": f"the thing at {CELLS[cell]}",
+        "answer": crops.pop(cell),
+        "wrong": crops,
+        "explain": look(CELLS[cell], scene[cell]),
+    } | shown(bank, scene, rng)
+
+
+def make_twin(bank, rng, longest):
+    """Nine flat patches of any colour, which no words carry. The twin is a little darker or not."""
+    rgb = rng.integers(40, 230, (9, 3))
+    darker = rng.integers(-12, 13)
+    tinted = rgb + darker + rng.integers(-6, 7, (9, 3))
+    near = [rgb + rng.integers(-45, 46, (9, 3)) for _ in range(2)]
+    images = []
+    for patches in np.clip([rgb, tinted, *near], 0, 255).tolist():
+        scene = [tuple(patch) for patch in patches]
+        images.append(bank.grid(scene, rng))
+    image, twin, *wrong = images
+    return {
+        "image": image,
+        "answer": twin,
+        "wrong": wrong,
+        "caption": "a picture of nine patches",
+        "explain": look("nine", "patches"),
+    }
+
+
+@dataclasses.dataclass
+class Family:
+    """A dataset: the maker of its pairs, and what is said around them."""
+
+    name: str
+    make: callable
+    parser: str  # of its test set, see data.py
+    asks: str  # the query's instruction
+    wants: str = ""  # the target's
+
+
+QUESTION = "Represent the given image with the following question: "
+IMAGE = "Represent the given image."
+CROP = "Represent the given cropped image of the object."
+FIND_PAGE = "Find a document image that matches the given query: "
+PAGE = "Understand the content of the provided document image."
+
+# fmt: off
+FAMILIES = [
+    Family("PocketColour", make_colour, "image_cls",
+           "Identify the colour that most of the image has"),
+    Family("PocketAt", make_at, "image_qa", QUESTION),
+    Family("PocketWalk", make_walk, "image_qa", QUESTION),
+    Family("PocketSum", make_sum, "image_qa", QUESTION),
+    Family("PocketCaption_t2i", make_search, "image_t2i",
+           "Find me an everyday image that matches the given caption: ", IMAGE),
+    Family("PocketCaption_i2t", make_caption, "image_i2t",
+           "Find an image caption describing the given everyday image."),
+    Family("PocketChange", make_change, "image_i2i_vg",
+           "Given an image, find a similar everyday image with the described changes: ", IMAGE),
+    Family("PocketPoint", make_point, "image_i2i_vg",
+           "Select the portion of the image that follows the language expressions: ", CROP),
+    Family("PocketTwin", make_twin, "image_i2i_vg",
+           "Find a day-to-day image that looks similar to the provided image.", IMAGE),
+    Family("PocketTally", make_tally, "video_cls", "What do all the numbers add up to?"),
+    Family("PocketTopic", make_topic, "beir", FIND_PAGE, PAGE),
+    Family("PocketTotal", make_total, "beir", FIND_PAGE, PAGE),
+]
+# fmt: on
+MIXED = ("PocketWalk", "PocketSum", "PocketTally", "PocketTotal")
+
+# --------------------------------------------------------------------------------------------------
+# Writing the world in MMEB's layouts: data.py reads it with the parsers that read the real thing
+
+TRAIN_HUB = "TIGER-Lab/MMEB-train"
+TEST_HUB = "ziyjiang/MMEB_Test_Instruct"
+TEST_IMAGES = "TIGER-Lab/MMEB-V2/image-tasks"
+TEST_FRAMES = "TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls"
+CLIP_HUB = "ShareGPTVideo/train_video_and_instruction"
+TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
+
+
 class Writer:
-    """Writes under one root; every picture gets a path of its own."""
+    """Writes images and tables under one root."""
 
-    def __init__(self, root):
+    def __init__(self, root, bank):
         self.root = root
+        self.bank = bank
 
-    def picture(self, pixels, folder, name):
-        """-> path relative to the folder that the layout joins to."""
-        path = os.path.join(self.root, folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        Image.fromarray(pixels).save(path, compress_level=1)
+    def path(self, *parts):
+        path = Path(self.root, *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def image(self, image, folder, name):
+        """-> the name, relative to the folder that the layout joins to. A text stays itself."""
+        if isinstance(image, str):
+            return image
+        Image.fromarray(image).save(self.path(folder, name), compress_level=1)
         return name
 
-    def frames(self, clip, folder):
-        for i, f in enumerate(clip):
-            self.picture(f, folder, f"frame_{i + 1:04d}.png")
+    def images(self, row, folder, name, i, most=None):
+        """-> the query's image, the target and at most so many wrong ones: paths or texts."""
+        image = self.image(row.get("image", ""), folder, f"{name}/query_{i}.png")
+        answer = self.image(row["answer"], folder, f"{name}/target_{i}.png")
+        wrong = []
+        for k, x in enumerate(row.get("wrong", [])[:most]):
+            wrong.append(self.image(x, folder, f"{name}/wrong_{i}_{k}.png"))
+        return image, answer, wrong
 
-    def table(self, rows, path):
-        """A list of dicts -> parquet or, by its name, JSON lines."""
-        path = os.path.join(self.root, path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if path.endswith(".parquet"):
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        else:
-            with open(path, "w", encoding="utf-8") as f:
-                f.writelines(json.dumps(r) + "\n" for r in rows)
+    def clip(self, frames, folder):
+        for i, frame in enumerate(frames):
+            self.image(frame, folder, f"frame_{i + 1:04d}.png")
+
+    def page(self, page, rng):
+        """A page inside a table."""
+        buffer = io.BytesIO()
+        pixels = self.bank.page(*page, rng)
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    def parquet(self, columns, rows, *parts):
+        columns = columns.split()
+        table = pa.Table.from_pylist([dict(zip(columns, row)) for row in rows])
+        pq.write_table(table, self.path(*parts))
+
+    def lines(self, rows, *parts):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        self.path(*parts).write_text("".join(lines))
+
+    def json(self, value, *parts):
+        self.path(*parts).write_text(json.dumps(value, indent=1))
 
 
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
+# Each writes one family's rows -> what datasets.json says about them.
 
 
-def write_train(out, family, rows, rng, style):
-    """One family's training pairs -> its row of datasets.json."""
-    name, _, _, kind, inst, tgt = family
-    if kind == "vcls" or kind == "t2v":
-        for i, r in enumerate(rows):
-            out.frames(r["video"], f"{CLIP_HUB}/train_300k/{name}_{i}")
-        turn = lambda r: [
-            {"from": "human", "value": f"<video> {inst}"},
-            {"from": "gpt", "value": r.get("answer") or r["text"]},
-        ]
-        out.table(
-            [
-                {"id": f"{name}_{i}", "video": f"{name}_{i}", "conversations": turn(r)}
-                for i, r in enumerate(rows)
-            ],
-            f"{CLIP_HUB}/{name}.jsonl",
-        )
-        return dict(
-            name=name,
-            parser="video_caption" if kind == "vcls" else "video_retrieval",
-            hub=CLIP_HUB,
-            table=["{hub}/{name}.jsonl"],
-            media=[f"{CLIP_HUB}/train_300k"],
-        )
-    if kind == "page":
-        hub, show = (
-            f"pocket/{name}-train",
-            lambda p: print_lines(draw(page_grid(*p), rng, style), rng),
-        )
-        out.table(
-            [
-                {"query": f"{inst}{r['text']}", "image": png(show(r["page"])), "source": "pocket"}
-                for r in rows
-            ],
-            f"{hub}/data/train-00000-of-00001.parquet",
-        )
-        return dict(name=name, parser="page", hub=hub, table=["{hub}/data/train-*.parquet"])
+def train_images(out, family, rows, rng):
+    folder = f"images/{family.name}/Train"
+    most = 3 if family.wants else None  # of wrong images; texts cost nothing
     table = []
-    for i, r in enumerate(rows):
-        path = (
-            ""
-            if kind == "t2i"
-            else out.picture(r["image"], TRAIN_HUB, f"images/{name}/Train/query_{i}.png")
-        )
-        say = (
-            f"{inst}{r.get('question') or r.get('text') or ''}"
-            if kind in ("vqa", "t2i", "i2i")
-            else inst
-        )
-        row = dict(qry=("" if kind == "t2i" else "<|image_1|>\n") + say + "\n", qry_image_path=path)
-        if kind in ("t2i", "i2i"):
-            pixels = r["image"] if kind == "t2i" else r["target_image"]
-            row.update(
-                pos_text=f"<|image_1|>\n{tgt}\n",
-                pos_image_path=out.picture(
-                    pixels, TRAIN_HUB, f"images/{name}/Train/target_{i}.png"
-                ),
-            )
-            wrong = [
-                out.picture(p, TRAIN_HUB, f"images/{name}/Train/wrong_{i}_{n}.png")
-                for n, p in enumerate(r.get("wrong", [])[:3])
-            ]
-            row.update(neg_text=[row["pos_text"]] * len(wrong), neg_image_path=wrong)
+    for i, row in enumerate(rows):
+        image, answer, wrong = out.images(row, TRAIN_HUB, folder, i, most)
+        token = TOKEN if image else ""
+        query = f"{token}{family.asks}{row.get('text', '')}\n"
+        if family.wants:
+            text = f"{TOKEN}{family.wants}\n"
+            table.append((query, image, text, answer, wrong, [text] * len(wrong)))
         else:
-            wrong = r.get("wrong_answers", [])
-            row.update(
-                pos_text=r["text"] if kind == "i2t" else r["answer"],
-                pos_image_path="",
-                neg_text=wrong,
-                neg_image_path=[""] * len(wrong),
-            )
-        table.append(row)
-    out.table(table, f"{TRAIN_HUB}/{name}/original-00000-of-00001.parquet")
-    return dict(
-        name=name,
-        parser="mmeb",
-        hub=TRAIN_HUB,
-        table=["{hub}/{name}/{split}-*.parquet"],
-        media=[TRAIN_HUB],
-    )
+            wrong = different(answer, wrong)[1:]
+            table.append((query, image, answer, "", wrong, [""] * len(wrong)))
+    wrong = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
+    columns = f"qry qry_image_path pos_text pos_image_path {wrong}"
+    out.parquet(columns, table, TRAIN_HUB, family.name, "original-00000-of-00001.parquet")
+    return {
+        "parser": "mmeb",
+        "hub": TRAIN_HUB,
+        "table": ["{hub}/{name}/{split}-*.parquet"],
+        "media": [TRAIN_HUB],
+    }
 
 
-def choices(right, pool, rng, size=20, hard=()):
-    """The right one first (MMEB's way), then the hard ones and up to size candidates in all, every one different."""
-    hard = [x for x in dict.fromkeys(hard) if x != right]
-    rest = [x for x in dict.fromkeys(pool) if x != right and x not in hard]
-    return [right, *hard, *[rest[i] for i in rng.permutation(len(rest))[: size - 1 - len(hard)]]]
-
-
-def write_test(out, family, rows, rng, style):
-    """One family's test queries and candidates -> its row of datasets.json."""
-    name, _, steps, kind, inst, tgt = family
-    row = dict(name=name, queries=len(rows), family="steps" if steps else "one look", ood=False)
-    if kind in ("vcls", "t2v"):
-        hub, media = (
-            f"VLM2Vec/{name}",
-            f"{V2}/video-tasks/frames/{'video_cls' if kind == 'vcls' else 'video_ret'}/{name}",
-        )
-        for i, r in enumerate(rows):
-            out.frames(r["video"], f"{media}/clip_{i}")
-        answers = [r.get("answer") or r["text"] for r in rows]
-        more = [
-            dict(pos_text=a, neg_text=choices(a, answers, rng, hard=r.get("wrong_answers", [])))
-            if kind == "vcls"
-            else dict(caption=a)
-            for a, r in zip(answers, rows)
-        ]
-        out.table(
-            [dict(video_id=f"clip_{i}", **m) for i, m in enumerate(more)],
-            f"{hub}/data/test-00000-of-00001.parquet",
-        )
-        return dict(
-            row,
-            parser="video_cls" if kind == "vcls" else "video_ret",
-            hub=hub,
-            modality="video",
-            media=[media],
-            inst=inst.strip(),
-            tgt=tgt,
-            **(dict(scope="local") if kind == "vcls" else dict(columns=["video_id", "caption"])),
-        )
-    if kind == "page":
-        hub = f"pocket/{name}-test"
-        pages = {
-            p: i for i, p in enumerate(dict.fromkeys(r["page"] for r in rows))
-        }  # every page once
-        for part, table in (
-            ("queries", [{"query-id": i, "query": r["text"]} for i, r in enumerate(rows)]),
-            (
-                "corpus",
-                [
-                    {
-                        "corpus-id": i,
-                        "image": png(print_lines(draw(page_grid(*p), rng, style), rng)),
-                    }
-                    for p, i in pages.items()
-                ],
-            ),
-            (
-                "qrels",
-                [
-                    {"query-id": i, "corpus-id": pages[r["page"]], "score": 1}
-                    for i, r in enumerate(rows)
-                ],
-            ),
-        ):
-            out.table(table, f"{hub}/{part}/test-00000-of-00001.parquet")
-        return dict(row, parser="beir", hub=hub, modality="visdoc", inst=inst.strip(), tgt=tgt)
-    folder = f"{V2}/image-tasks"
-    save = lambda pixels, tag: out.picture(pixels, folder, f"{name}/{tag}.png")
-    answers = [r["text"] if kind == "i2t" else r.get("answer") for r in rows]
-    targets = [
-        save(r["image"] if kind == "t2i" else r["target_image"], f"target_{i}")
-        if kind in ("t2i", "i2i")
-        else ""
-        for i, r in enumerate(rows)
-    ]
+def train_clips(out, family, rows, rng):
     table = []
-    for i, r in enumerate(rows):
-        if kind in ("t2i", "i2i"):
-            wrong = [save(p, f"wrong_{i}_{n}") for n, p in enumerate(r.get("wrong", []))]
-            paths = [targets[i], *wrong, *choices(targets[i], targets, rng, 20 - len(wrong))[1:]]
-            texts = [""] * len(paths)
-        else:
-            texts = choices(answers[i], answers, rng, hard=r.get("wrong_answers", []))
-            paths = [""] * len(texts)
-        table.append(
-            dict(
-                qry_inst=("" if kind == "t2i" else "<|image_1|>\n") + inst.strip(),
-                qry_text=r.get("question") or (r.get("text") if kind != "i2t" else "") or "",
-                qry_img_path="" if kind == "t2i" else save(r["image"], f"query_{i}"),
-                tgt_inst=f"<|image_1|>\n{tgt}" if tgt else "",
-                tgt_text=texts,
-                tgt_img_path=paths,
-            )
-        )
-    out.table(table, f"{TEST_HUB}/{name}/test-00000-of-00001.parquet")
-    return dict(
-        row,
-        parser=PARSERS[kind],
-        hub=TEST_HUB,
-        table=["{hub}/{name}/test-*.parquet"],
-        modality="image",
-        scope="local",
-        media=[folder],
-    )
+    for i, row in enumerate(rows):
+        video = f"{family.name}_{i}"
+        out.clip(row["video"], f"{CLIP_HUB}/train_300k/{video}")
+        asks = {"from": "human", "value": f"<video> {family.asks}"}
+        says = {"from": "gpt", "value": row["answer"]}
+        table.append({"id": video, "video": video, "conversations": [asks, says]})
+    out.lines(table, CLIP_HUB, f"{family.name}.jsonl")
+    return {
+        "parser": "video_caption",
+        "hub": CLIP_HUB,
+        "table": ["{hub}/{name}.jsonl"],
+        "media": [f"{CLIP_HUB}/train_300k"],
+    }
 
 
-def write_world(root, seed=0, train=300, test=100, style="plain", steps=3, names=None):
-    """The whole world under `root`: both splits, datasets.json, pocket.json (the truth) and proposers.jsonl (scripted rationales).
+def train_pages(out, family, rows, rng):
+    hub = f"pocket/{family.name}-train"
+    pages = {}  # one drawing of each: equal pages are one target
+    table = []
+    for row in rows:
+        if row["page"] not in pages:
+            pages[row["page"]] = out.page(row["page"], rng)
+        table.append((family.asks + row["text"], pages[row["page"]], "pocket"))
+    out.parquet("query image source", table, hub, "data/train-00000-of-00001.parquet")
+    return {"parser": "page", "hub": hub, "table": ["{hub}/data/train-*.parquet"]}
 
-    Train and test share no query. steps: moves of a Walk (harder worlds have more). names: only these families.
+
+def different(first, rest):
+    """The first and then the rest, each once."""
+    return list(dict.fromkeys([first, *rest]))
+
+
+def candidates(right, wrong, pool, rng):
+    """The right one first (MMEB's way), then the wrong ones and more of the pool."""
+    chosen = different(right, wrong)
+    rest = [x for x in dict.fromkeys(pool) if x not in chosen]
+    more = rng.permutation(len(rest))[: CANDIDATES - len(chosen)]
+    return chosen + [rest[i] for i in more]
+
+
+def test_images(out, family, rows, rng):
+    stored = [out.images(row, TEST_IMAGES, family.name, i) for i, row in enumerate(rows)]
+    pool = [answer for _, answer, _ in stored]
+    wants = TOKEN + family.wants if family.wants else ""
+    table = []
+    for row, (image, answer, wrong) in zip(rows, stored):
+        asks = (TOKEN if image else "") + family.asks.strip()
+        options = candidates(answer, wrong, pool, rng)
+        blank = [""] * len(options)
+        targets = (blank, options) if family.wants else (options, blank)
+        table.append((asks, row.get("text", ""), image, wants, *targets))
+    columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
+    out.parquet(columns, table, TEST_HUB, family.name, "test-00000-of-00001.parquet")
+    return {
+        "parser": family.parser,
+        "hub": TEST_HUB,
+        "table": ["{hub}/{name}/test-*.parquet"],
+        "modality": "image",
+        "scope": "local",
+        "media": [TEST_IMAGES],
+    }
+
+
+def test_clips(out, family, rows, rng):
+    hub, media = f"VLM2Vec/{family.name}", f"{TEST_FRAMES}/{family.name}"
+    pool = [row["answer"] for row in rows]
+    table = []
+    for i, row in enumerate(rows):
+        out.clip(row["video"], f"{media}/clip_{i}")
+        options = candidates(row["answer"], row["wrong"], pool, rng)
+        table.append((f"clip_{i}", row["answer"], options))
+    out.parquet("video_id pos_text neg_text", table, hub, "data/test-00000-of-00001.parquet")
+    return {
+        "parser": family.parser,
+        "hub": hub,
+        "modality": "video",
+        "media": [media],
+        "inst": family.asks,
+        "tgt": family.wants,
+        "scope": "local",
+    }
+
+
+def test_pages(out, family, rows, rng):
+    hub = f"pocket/{family.name}-test"
+    pages = list(dict.fromkeys(row["page"] for row in rows))
+    corpus = [(i, out.page(page, rng)) for i, page in enumerate(pages)]
+    queries = [(i, row["text"]) for i, row in enumerate(rows)]
+    qrels = [(i, pages.index(row["page"]), 1) for i, row in enumerate(rows)]
+    out.parquet("query-id query", queries, hub, "queries/test-00000-of-00001.parquet")
+    out.parquet("corpus-id image", corpus, hub, "corpus/test-00000-of-00001.parquet")
+    out.parquet("query-id corpus-id score", qrels, hub, "qrels/test-00000-of-00001.parquet")
+    return {
+        "parser": family.parser,
+        "hub": hub,
+        "modality": "visdoc",
+        "inst": family.asks.strip(),
+        "tgt": family.wants,
+    }
+
+
+WRITERS = {"video_cls": (train_clips, test_clips), "beir": (train_pages, test_pages)}
+
+
+def distinct_rows(bank, family, n, rng, longest):
+    """n pairs whose queries all differ, so that training and test share none."""
+    rows = {}
+    while len(rows) < n:
+        row = family.make(bank, rng, longest)
+        pixels = np.array(row.get("video", row.get("image", ())))
+        rows.setdefault((row.get("text"), pixels.tobytes()), row)
+    return list(rows.values())
+
+
+def write_rationales(row, rng):
+    """What the scripted proposers say about a pair: [(proposer, text)]."""
+    explain, sharp = row["explain"], Eyes()
+    right = explain(sharp)
+    texts = []
+    while len(texts) < TRIES:
+        text = explain(Eyes(rng, ERRORS))
+        # A walk that errs and yet comes by its end is drawn again: who can say whether it helps?
+        if text == right or row.get("end", "nowhere") not in text:
+            texts.append(("careful", text))
+    wrong = rng.integers(sharp.readings)
+    texts.append(("captioner", row["caption"]))
+    texts.append(("sloppy", explain(Eyes(rng, wrong=wrong))))
+    texts.append(("parrot", pick(PARROT, rng)))
+    return texts
+
+
+def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
+    """The world under `root`: training and test sets, datasets.json, proposers.jsonl (scripted
+    rationales) and pocket.json, the truth: {"train": {pair id: {"steps", "rationale" without an
+    error}}, "test": {"family/query id": steps} of the mixed families}.
+
+    longest: steps of the longest queries. names: these families only.
     """
-    out, listing, proposers = Writer(root), {"train": [], "eval": []}, []
+    bank = Bank(np.random.default_rng([seed, len(FAMILIES)]))
+    out = Writer(root, bank)
+    listing = {"train": [], "eval": []}
+    truth = {"seed": seed, "train": {}, "test": {}}
+    rationales = []
     for n, family in enumerate(FAMILIES):
-        name, make = family[:2]
-        if names and name not in names:
+        if names and family.name not in names:
             continue
-        rng, seen, rows = np.random.default_rng([seed, n]), set(), []
-        while len(rows) < train + test:
-            row = make(rng, style, steps)
-            key = (
-                row.get("question"),
-                row.get("text") if family[3] != "i2t" else None,
-                *(p.tobytes() for p in [row.get("image"), *row.get("video", [])] if p is not None),
-            )
-            if key not in seen:
-                seen.add(key)
-                rows.append(row)
-        listing["train"].append(write_train(out, family, rows[:train], rng, style))
-        listing["eval"].append(write_test(out, family, rows[train:], rng, style))
-        for i, r in enumerate(rows[:train]):
-            for proposer, text in dict(
-                careful=r["careful"],
-                captioner=r["caption"],
-                sloppy=r["sloppy"],
-                parrot=rng.choice(PARROT).item(),
-            ).items():
-                proposers.append(
-                    dict(id=f"{name}/{i}", side="query", proposer=proposer, text=text or "nothing")
-                )
-    out.table(proposers, "proposers.jsonl")
-    for file, value in (
-        ("pocket.json", dict(seed=seed, style=style, steps=[f[0] for f in FAMILIES if f[2]])),
-        ("datasets.json", listing),
-    ):
-        with open(os.path.join(root, file), "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
+        rng = np.random.default_rng([seed, n])
+        rows = distinct_rows(bank, family, train + test, rng, longest)
+        learn, held_out = rows[:train], rows[train:]
+        write_train, write_test = WRITERS.get(family.parser, (train_images, test_images))
+        table = {"name": family.name}
+        listing["train"].append(table | write_train(out, family, learn, rng))
+        table |= {"queries": test, "family": "one look", "ood": False}
+        if family.name in MIXED:
+            table["family"] = "mixed"
+            for i, row in enumerate(held_out):
+                truth["test"][f"{family.name}/{i}"] = row["steps"]
+        listing["eval"].append(table | write_test(out, family, held_out, rng))
+        for i, row in enumerate(learn):
+            pair, steps = f"{family.name}/{i}", row.get("steps", 0)
+            truth["train"][pair] = {"steps": steps, "rationale": row["explain"](SHARP)}
+            for proposer, text in write_rationales(row, rng):
+                rationales.append({"id": pair, "side": "query", "proposer": proposer, "text": text})
+    out.lines(rationales, "proposers.jsonl")
+    out.json(truth, "pocket.json")
+    out.json(listing, "datasets.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Pretraining documents: "describe what you see", and the look-ups that steps are made of.
+# A document is (item, parts); parts are [(text, skill)]: the model learns the texts that have a
+# skill (its name), the others only ask. item["answer"] is what <|endoftext|> sums up.
+
+
+def says(item, text, skill):
+    """A document that says one thing, and whose summary that is."""
+    return {**item, "answer": text}, [(text, skill)]
+
+
+def thinks(steps, answer, skill):
+    """A <think> block of these parts, and what follows from it."""
+    opened = [("<think>", None), ("\n", None)]
+    closed = [(text, "form") for text in ("\n", "</think>", "\n\n")]
+    return [*opened, *steps, *closed, ("<|endoftext|>", None), (answer, skill)]
+
+
+def answers(item, facts, rng):
+    """facts [(question, cue, statement, answer, skill)], of which the user asks the last: it is
+    answered at once, or after a <think> block that looks up all of them.
+
+    ("what is right of nw ?", "nw red star . right", "n blue moon", "blue moon", "move")
+    """
+    question, _, _, answer, _ = facts[-1]
+    item = {**item, "text": question, "answer": answer}
+    steps = []
+    for _, cue, statement, _, skill in facts:
+        steps += [(f" . {cue}", None), (f" {statement}", skill)]
+    if rng.random() >= 0.5:
+        return item, [(answer, "answer"), *steps[:-2]]
+    first = (facts[0][1], None)
+    return item, thinks([first, *steps[1:]], answer, "answer")
+
+
+def base_document(bank, rng, look):
+    """About something seen. look: the share of images that are described, not asked about."""
+    kind = rng.random()
+    if kind < 0.05:
+        return change_document(bank, rng)
+    if kind < 0.60:
+        return scene_document(bank, rng, look)
+    if kind < 0.86:
+        return clip_document(bank, rng)
+    if kind < 0.97:
+        return page_document(bank, rng)
+    thing = pick([*KINDS, *range(10)], rng)
+    return says({"image": bank.tile(thing, rng)}, name(thing), "crop")
+
+
+def page_document(bank, rng):
+    """One word or two, and a number."""
+    words = rng.permutation(WORDS).tolist()
+    words = words[:1] if rng.random() >= 0.5 else words[:2]
+    marks = draw_digits(2, rng)
+    text = " ".join([*words, number(*marks)])
+    return says({"image": bank.page(words, marks, rng)}, text, "page")
+
+
+def change_document(bank, rng):
+    """What the image shows after a change."""
+    scene = few_things(rng, 3)
+    cell = pick(range(9), rng)
+    thing = glyphs(rng, 1)[0]
+    item = {"image": bank.grid(scene, rng), "text": f"put a {name(thing)} at {CELLS[cell]}"}
+    changed = put(scene, cell, thing)
+    return says(item, describe(seen(changed)), "change")
+
+
+def scene_document(bank, rng, look):
+    """Nine things, or things, digits and blanks: described, or asked about."""
+    scene = glyphs(rng, 9)
+    if rng.random() < 0.4:
+        scene = [mixed_thing(rng, 0.4, 0.4) for _ in range(9)]
+    asked = rng.random() > look
+    if asked and rng.random() < 0.6:  # few things are easier to find than nine
+        kept = rng.permutation(9)[: rng.integers(1, 6)]
+        scene = [kind if cell in kept else None for cell, kind in enumerate(scene)]
+    item = {"image": bank.grid(scene, rng)}
+    facts = scene_facts(scene, rng) if asked else []
+    if facts:
+        return answers(item, facts, rng)
+    return says(item, describe(seen(scene)) or "blank", "describe")
+
+
+def mixed_thing(rng, things, digits):
+    """A thing, a digit or a blank. things, digits: their chances."""
+    draw = rng.random()
+    if draw < things:
+        return pick(KINDS, rng)
+    return pick(range(10), rng) if draw < things + digits else None
+
+
+def scene_facts(scene, rng):
+    """Up to eight look-ups: what is at a cell, what is right of it, where a thing sends one."""
+    cells = [cell for cell, kind in enumerate(scene) if kind is not None]
+    facts = []
+    for cell in rng.choice(cells, 8).tolist() if cells else []:
+        label, thing = CELLS[cell], name(scene[cell])
+        kind_of_fact = rng.random()
+        question = f"what is at {label} ?" if rng.random() < 0.6 else f"the thing at {label}"
+        if kind_of_fact < 0.3:
+            facts.append((question, label, thing, thing, "at"))
+            continue
+        move = pick(MOVES, rng)
+        there = next_cell(cell, move)
+        if kind_of_fact < 0.65 and isinstance(scene[cell], tuple):
+            told, there = onwards(cell, scene[cell])
+            if there is not None:
+                found = "blank" if scene[there] is None else name(scene[there])
+                told += f" {CELLS[there]} {found}"
+            facts.append((question, f"{label} {thing} .", told, thing, "follow"))
+        elif there is not None and scene[there] is not None:
+            question = f"what is {move} of {label} ?"
+            answer = name(scene[there])
+            statement = f"{CELLS[there]} {answer}"
+            facts.append((question, f"{label} {thing} . {move}", statement, answer, "move"))
+    return facts
+
+
+def clip_document(bank, rng):
+    """Two or three states: described, or asked about."""
+    kinds = [mixed_thing(rng, 0.25, 0.6) for _ in PLACES]
+    if rng.random() < 0.3:
+        kinds = kinds[:4]
+    item = {"video": bank.clip(kinds, rng)}
+    things = seen(kinds, PLACES)
+    if not things or rng.random() < 0.5:
+        return says(item, describe(things) or "blank", "clip")
+    facts = []
+    for i in rng.permutation(len(kinds)).tolist():
+        thing = "blank" if kinds[i] is None else name(kinds[i])
+        facts.append((f"what is {PLACES[i]} ?", PLACES[i], thing, thing, "clip"))
+    return answers(item, facts, rng)
+
+
+def text_document(rng):
+    """Without an image: look things up in an account, add, or repeat."""
+    kind = rng.random()
+    parts = []
+    if kind < 0.3:
+        digits = draw_digits(rng.integers(1, len(ITEMS) + 1), rng)
+        for i in rng.integers(0, len(digits), 6).tolist():
+            parts += [(f" . {ITEMS[i]}", None), (f" {DIGITS[digits[i]]}", "account")]
+        return {"text": describe(zip(ITEMS, digits), " , ")}, parts
+    if kind < 0.45:
+        for a, b in draw_digits((12, 2), rng):
+            parts += [(f" . {DIGITS[a]} {DIGITS[b]}", None), (f" {makes(a + b)}", "table")]
+        return {"text": "add"}, parts
+    return repeat_document(rng)
+
+
+def repeat_document(rng):
+    """A phrase is repeated, and summed up: what a target's or a rationale's end says."""
+    things, digits = glyphs(rng, 3), draw_digits(8, rng)
+    caption = describe(seen(few_things(rng, 3)), " , ")
+    cell = pick(CELLS, rng)
+    words = rng.permutation(WORDS)[: rng.integers(3)]
+    page = " ".join([*words, number(*digits[1:3])])
+    phrases = [name(things[0]), DIGITS[digits[0]], caption, things[0][0], cell, page]
+    phrase = pick(phrases, rng)
+    if rng.random() < 0.5:
+        return says({"text": phrase}, phrase, "repeat")
+    names = [DIGITS[digit] for digit in digits[3:]]
+    added = f"{names[0]} . {names[1]} {makes(pick(range(19), rng))}"
+    steps = [name(things[1]), " . ".join(names), added]
+    before = (f"{pick(steps, rng)} . {phrase}", None)
+    return {"text": "repeat the end", "answer": phrase}, thinks([before], phrase, "repeat")
+
+
+def vocabulary_texts(seed=0):
+    """Every sentence form of the world, so that the tokenizer meets every word."""
+    rng = np.random.default_rng([seed, 7])
+    bank = Bank(rng, copies=1)
+    lists = (CELLS, MOVES, TIMES, NUMBERS, TENS, WORDS, ITEMS, COLOURS, SHAPES)
+    words = [word for words in lists for word in words]
+    texts = [*words, *(f" {word}" for word in words), *PARROT, "describe", "blank"]
+    for family in FAMILIES:
+        texts += [family.asks, family.wants]
+        for _ in range(8):
+            row = family.make(bank, rng, LONGEST)
+            texts += [value for value in row.values() if isinstance(value, str)]
+            texts.append(row["explain"](SHARP))
+    for _ in range(50):
+        for item, parts in (base_document(bank, rng, 0.35), text_document(rng)):
+            texts.append(item.get("text", ""))
+            texts.append("".join(text for text, _ in parts))
+    return texts
+
+
+# --------------------------------------------------------------------------------------------------
 # The tokenizer and the model that start from nothing
 
 # Qwen's split of text into words, and its added tokens in their published order.
@@ -998,20 +1056,16 @@ SPECIALS = (
     "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response> "
     "<think> </think>"
 ).split()
-NOT_SPECIAL = "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think>".split()
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE with Qwen's pattern and added tokens, merged until every word of the texts is
-    one token -> its tokenizer.json as a dict."""
+    """A byte-level BPE with Qwen's pattern and added tokens, merged until every word of the texts
+    is one token -> its tokenizer.json as a dict."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=10**6,  # never reached: merging stops when nothing is left to merge
@@ -1019,8 +1073,8 @@ def train_tokenizer(texts):
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, "\n\n"], trainer)
-    for token in SPECIALS:
-        added = tokenizers.AddedToken(token, special=token not in NOT_SPECIAL, normalized=False)
+    for token in SPECIALS:  # for Qwen only those with bars are special
+        added = tokenizers.AddedToken(token, special="|" in token, normalized=False)
         tokenizer.add_tokens([added])
     return json.loads(tokenizer.to_str())
 
@@ -1043,354 +1097,97 @@ def new_model(seed, device="cpu"):
     return model, Processor(tokenizer, config, *limits, *limits, max_frames=8)
 
 
-def vocabulary_texts(seed=0):
-    """Every sentence form of the world, so that the tokenizer meets every word: pairs of each family, and pretraining documents."""
-    rng = np.random.default_rng([seed, 7])
-    out = (
-        [t for f in FAMILIES for t in f[4:6]]
-        + list(PARROT)
-        + [
-            s + w
-            for w in (
-                *CELLS,
-                *MOVES,
-                *ROWS,
-                *TIMES,
-                *NUMBERS,
-                *TENS,
-                *WORDS,
-                *ITEMS,
-                *COLOURS,
-                *SHAPES,
-            )
-            for s in ("", " ")
-        ]
-    )
-    for _, make, *_ in FAMILIES:
-        for _ in range(8):
-            row = make(rng, "plain", 3)
-            out += [v for v in row.values() if isinstance(v, str)]
-    bank = Bank(rng, copies=1)
-    docs = [doc for _ in range(50) for doc in (base_document(bank, rng), text_document(rng))]
-    return (
-        out
-        + ["describe", "blank"]
-        + ["".join(t for t, _ in parts) for _, parts in docs]
-        + [item.get("text", "") for item, _ in docs]
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pretraining documents for the base stage: "describe what you see", and the look-ups that steps are made of
-
-
-class Bank:
-    """Tiles drawn once with Pillow and recomposed by indexing: a picture costs a copy instead of nine drawings."""
-
-    def __init__(self, rng, copies=40, style="plain"):
-        rgb = [tuple(int(v) for v in c) for c in rng.integers(40, 230, (6, 3))]
-        self.kinds = [*KINDS, *range(10), None, *WORDS, *rgb]
-        self.tiles = {
-            k: np.stack([draw_tile(k, rng, style) for _ in range(copies)]) for k in self.kinds
-        }
-
-    def draw(self, grid, rng):
-        """rows of kinds -> uint8 picture."""
-        one = lambda k: self.tiles[k][rng.integers(len(self.tiles[k]))]
-        return np.concatenate(
-            [np.concatenate([one(k) for k in row], axis=1) for row in grid], axis=0
-        )
-
-
-def base_document(bank, rng, look=0.35):
-    """One document about something seen: (item, [(text, learn)]); the model is trained on the texts with learn=True, the others only ask.
-
-    Pictures are described, or asked about: the user's question is answered at once, or after a <think> block of look-ups, as a thinking
-    model would; or a change is asked for, and the picture described as it then would be. Clips (what is in them, or what happens), pages
-    and crops likewise. item["answer"]: what <|endoftext|> is to sum up. look: the share of pictures that are described rather than asked about.
-    """
-    u = rng.random()
-    if u < 0.06:
-        scene, i, new = few(rng, 3), int(rng.integers(9)), glyphs(rng, 1)[0]
-        item = {
-            "image": bank.draw([scene[0:3], scene[3:6], scene[6:9]], rng),
-            "text": f"put a {name(new)} at {CELLS[i]}",
-        }
-        return said(item, describe([new if n == i else k for n, k in enumerate(scene)]))
-    if u < 0.58:
-        kinds = (
-            glyphs(rng, 9)
-            if rng.random() < 0.6
-            else [
-                KINDS[rng.integers(len(KINDS))]
-                if v < 0.4
-                else int(rng.integers(10))
-                if v < 0.8
-                else None
-                for v in rng.random(9)
-            ]
-        )
-        asked = rng.random() > look
-        if (
-            asked and rng.random() < 0.6
-        ):  # few things are easier to find than nine: the road to finding one of nine
-            shown = rng.permutation(9)[: rng.integers(1, 6)]
-            kinds = [k if i in shown else None for i, k in enumerate(kinds)]
-        item = {"image": bank.draw([kinds[0:3], kinds[3:6], kinds[6:9]], rng)}
-        found = facts(kinds, rng) if asked else []
-        if found:
-            return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
-        return said(item, describe(kinds) or "blank")
-    if u < 0.61:
-        states, k, how = motion(rng)
-        return said(
-            {
-                "video": [f for s in states for f in [bank.draw([s], rng)] * 2],
-                "text": "what happens ?",
-            },
-            f"{k[1]} {how}",
-        )
-    if u < 0.80:
-        two = rng.random() < 0.7
-        states = [
-            [
-                int(rng.integers(10))
-                if v < 0.6
-                else KINDS[rng.integers(len(KINDS))]
-                if v < 0.85
-                else None
-                for v in rng.random(1 + two)
-            ]
-            for _ in range(int(rng.integers(2, 4)))
-        ]
-        item = {"video": [f for s in states for f in [bank.draw([s], rng)] * 2]}
-        ask = rng.permutation(
-            [
-                (t, side)
-                for t, row in enumerate(states)
-                for side, k in enumerate(row)
-                if k is not None
-            ]
-        ).tolist()
-        if rng.random() < 0.5 or not ask:
-            return said(item, describe_clip(states))
-        say = lambda t, side: f"{('left', 'right')[side]} {TIMES[t]}" if two else TIMES[t]
-        found = [
-            (
-                f"what is {say(t, side)} ?",
-                say(t, side),
-                name(states[t][side]),
-                name(states[t][side]),
-            )
-            for t, side in ask
-        ]
-        return dict(item, text=found[-1][0], answer=found[-1][3]), answered(found, rng)
-    if u < 0.96:
-        words, marks = (
-            rng.permutation(WORDS)[: 1 + int(rng.random() < 0.5)].tolist(),
-            rng.integers(0, 10, 2).tolist(),
-        )
-        return said(
-            {"image": print_lines(bank.draw(page_grid(words, marks), rng), rng)},
-            " ".join([*words, number(marks)]),
-        )
-    k = bank.kinds[rng.integers(60)]
-    return said({"image": bank.draw([[k]], rng)}, name(k))
-
-
-def said(item, text):
-    """A document that says one thing, and whose summary that is."""
-    return dict(item, answer=text), [(text, True)]
-
-
-def answered(found, rng):
-    """facts (question, asked, told, answer), of which the user asked the last -> fragments of the assistant's turn."""
-    steps = [
-        part
-        for i, (_, asked, told, _) in enumerate(found)
-        for part in ((f"{' . ' if i else ''}{asked}", False), (f" {told}", True))
-    ]
-    if rng.random() < 0.5:
-        return [
-            ("<think>", False),
-            ("\n", False),
-            *steps,
-            ("\n", True),
-            ("</think>", True),
-            ("\n\n", True),
-            ("<|endoftext|>", False),
-            (found[-1][3], True),
-        ]
-    return [
-        (found[-1][3], True),
-        *([(" . " + steps[0][0], False), *steps[1:-2]] if len(found) > 1 else []),
-    ]
-
-
-def text_document(rng):
-    """One document without a picture: the addition table modulo ten, an account to look things up in, or a phrase to be repeated."""
-    u = rng.random()
-    if u < 0.3:
-        digits = rng.integers(0, 10, rng.integers(2, 7)).tolist()
-        ask = rng.integers(0, len(digits), 6).tolist()
-        return {"text": account(ITEMS, digits)}, [
-            part
-            for i in ask
-            for part in ((f" . {ITEMS[i]}", False), (f" {DIGITS[digits[i]]}", True))
-        ]
-    if u < 0.45:
-        out = []
-        for a, b in rng.integers(0, 10, (12, 2)).tolist():
-            out += [(f" . {DIGITS[a]} {DIGITS[b]}", False), (f" {makes(a + b)}", True)]
-        return {"text": "add"}, out
-    kinds = glyphs(rng, 3)
-    marks = rng.integers(0, 10, 8).tolist()
-    digits = [DIGITS[x] for x in marks]
-    phrase = [
-        name(kinds[0]),
-        digits[0],
-        describe(few(rng, 3), " , "),
-        " then ".join(map(name, kinds)),
-        f"{kinds[0][1]} {rng.choice(['moves right', 'moves left', 'stays'])}",
-        rng.choice(CELLS).item(),
-        " ".join([*rng.permutation(WORDS)[: rng.integers(3)], number(marks[1:3])]),
-    ][rng.integers(7)]
-    if rng.random() < 0.5:
-        return said({"text": phrase}, phrase)
-    before = [
-        name(kinds[1]),
-        " . ".join(digits[3:]),
-        f"{digits[3]} . {digits[4]} {makes(int(rng.integers(19)))}",
-    ][rng.integers(3)]  # what the end is not
-    return {"text": "repeat the end", "answer": phrase}, [
-        ("<think>", False),
-        ("\n", False),
-        (f"{before} . {phrase}", False),
-        ("\n", True),
-        ("</think>", True),
-        ("\n\n", True),
-        ("<|endoftext|>", False),
-        (phrase, True),
-    ]
-
-
-def skill_of(item, parts, i):
-    """Which skill the i-th fragment of a document shows."""
-    if "video" in item:
-        return "motion" if item.get("text") == "what happens ?" else "clip"
-    if "image" not in item:
-        return "table" if item["text"] == "add" else "account" if "answer" not in item else "repeat"
-    if item["image"].shape[:2] != (96, 96):
-        return "page" if item["image"].shape[0] == 128 else "crop"
-    if "text" not in item or item["text"].startswith("put "):
-        return "change" if "text" in item else "describe"
-    if parts[i][0] in ("\n", "</think>", "\n\n"):
-        return "form"
-    if i == 0 or parts[i - 1][0] == "<|endoftext|>":
-        return "answer"
-    last = parts[i - 1][0].split()[-1]
-    return "move" if last in MOVES else "at"
-
-
-def facts(scene, rng, n=8):
-    """Look-ups about a picture: [(question, asked, told, answer)], "asked told" being the statement, "answer" the reply to the question."""
-    out = []
-    seen = [i for i, k in enumerate(scene) if k is not None]
-    for i in rng.choice(seen, n).tolist() if seen else []:
-        if rng.random() < 0.4:
-            ask = f"what is at {CELLS[i]} ?" if rng.random() < 0.6 else f"the thing at {CELLS[i]}"
-            out.append((ask, CELLS[i], name(scene[i]), name(scene[i])))
-        else:
-            m = rng.choice(list(MOVES)).item()
-            r, c = i // 3 + MOVES[m][0], i % 3 + MOVES[m][1]
-            if 0 <= r < 3 and 0 <= c < 3 and scene[3 * r + c] is not None:
-                j = 3 * r + c
-                out.append(
-                    (
-                        f"what is {m} of {CELLS[i]} ?",
-                        f"{CELLS[i]} {name(scene[i])} . {m}",
-                        f"{CELLS[j]} {name(scene[j])}",
-                        name(scene[j]),
-                    )
-                )
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The base stage's update: next-token prediction on documents, and a summary at <|endoftext|>
 
 DOCUMENTS = 32  # about something seen, and half as many of text alone
 TEXT_WEIGHT = 0.3  # of the text documents' loss
 SUMMARY_WEIGHT = 0.5  # of "<|endoftext|> sums up the answer"
 
-# What steps of reasoning are made of; and "answer", one look-up without steps, which the evaluators
-# of select would else take for reasoning's merit. The other skills come on the way.
-STEP_SKILLS = ("at", "move", "clip", "table", "account", "answer")
+# What steps of reasoning are made of. The other skills come on the way.
+STEP_SKILLS = ("at", "move", "follow", "clip", "table", "account")
 
 
 def read_document(processor, item, parts):
-    """A document (item, [(text, learn)]) -> {"prompt", "branch" ids, "learn" bool per id, "ends"
-    places in the branch of its <|endoftext|>s (-1: the direct one), "words" that these sum up}.
+    """A document (item, [(text, skill)]) is a row of tokens: its prompt, the direct <|endoftext|>
+    and a branch, which ends in <|im_end|>.
 
-    A document is a branch of its prompt, after the direct <|endoftext|>; it ends in <|im_end|>.
+    -> {"prompt", "branch" ids, "length" of the row, "skills" [(skill, places in the row)], "learn"
+    all these places, "ends" places of <|endoftext|>, "words" that these sum up}.
     """
-    pieces = [(piece_ids(processor, text), learn) for text, learn in parts]
-    pieces.append(([processor.im_end_id], True))
-    branch = [i for ids, _ in pieces for i in ids]
-    learn = [yes for ids, yes in pieces for _ in ids]
-    words, ends = [], []
-    if "answer" in item:
-        encode = processor.tokenizer.encode
-        words = sorted(set(encode(item["answer"])) | set(encode(" " + item["answer"])[:1]))
-        ends = [-1] + [i for i, token in enumerate(branch) if token == processor.eos_id]
     query = {"text": item.get("text", "describe")}
     if "image" in item:
         query["image"] = Image.fromarray(item["image"])
     if "video" in item:
         query["video"] = [Image.fromarray(frame) for frame in item["video"]]
+    prompt = processor(query)
+    encode, special = processor.tokenizer.encode, processor.tokenizer.special
+    row = prompt["ids"].tolist()
+    skills = []
+    for text, skill in [("<|endoftext|>", None), *parts, ("<|im_end|>", "form")]:
+        begin = len(row)
+        row += [special[text]] if text in special else encode(text)
+        if skill:
+            skills.append((skill, range(begin, len(row))))
+    ends, words = [], []
+    if "answer" in item:
+        ends = [place for place, token in enumerate(row) if token == processor.eos_id]
+        first = encode(" " + item["answer"])[:1]  # as it stands inside a text
+        words = sorted({*encode(item["answer"]), *first})
     return {
-        "prompt": processor(query),
-        "branch": branch,
-        "learn": learn,
+        "prompt": prompt,
+        "branch": row[len(prompt["ids"]) + 1 :],
+        "length": len(row),
+        "skills": skills,
+        "learn": [place for _, places in skills for place in places],
         "ends": ends,
         "words": words,
     }
 
 
-def piece_ids(processor, text):
-    """A fragment's ids; the think markers are the added tokens."""
-    if text in ("<think>", "</think>", "<|endoftext|>"):
-        return [processor.tokenizer.special[text]]
-    return processor.tokenizer.encode(text)
+def read_batch(model, processor, documents):
+    """-> the batch, and the model's states (B, S, H)."""
+    prompts = [document["prompt"] for document in documents]
+    branches = [[document["branch"]] for document in documents]
+    batch = collate(prompts, processor, branches, model.device)
+    return batch, model(batch)
+
+
+def per_kind(x):
+    """Sums of x (3, n) over documents about something seen, and over those of text -> (3, 2)."""
+    kind = torch.arange(x.shape[1]) // DOCUMENTS
+    return torch.zeros(3, 2, dtype=x.dtype).index_add(1, kind, x)
 
 
 def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     """Gradients of one update -> metrics. look: the share of images that are described rather than
     asked about.
 
-    Documents about something seen and documents of text alone are two kinds: the loss is a mean over
-    the tokens of each, and over the summaries of each.
+    Documents about something seen and documents of text alone are two kinds: the loss is a mean
+    over the tokens of each, and over the summaries of each.
     """
     model.train()
-    documents = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
-    documents += [text_document(rng) for _ in range(DOCUMENTS // 2)]
-    documents = [read_document(processor, *d) for d in documents]
-    kind = torch.tensor([int(i >= DOCUMENTS) for i in range(len(documents))])
-    tokens = per_kind(kind, torch.tensor([sum(d["learn"]) for d in documents]))
-    summaries = per_kind(kind, torch.tensor([len(d["ends"]) for d in documents])).clamp(min=1)
-    share = (torch.tensor([1.0, TEXT_WEIGHT]) / tokens)[kind]
-    share_summary = (SUMMARY_WEIGHT / summaries)[kind]
-    sums = torch.zeros(3, len(documents))  # of each document: loss, summary loss, right tokens
-    lengths = [len(d["prompt"]["ids"]) + 1 + len(d["branch"]) for d in documents]
+    drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
+    drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]
+    documents = [read_document(processor, item, parts) for item, parts in drawn]
+    # 1) how much each document's tokens and summaries weigh
+    tokens = [len(document["learn"]) for document in documents]
+    summaries = [len(document["ends"]) for document in documents]
+    counts = per_kind(torch.tensor([tokens, summaries, tokens])).clamp(min=1)
+    weight = torch.tensor([[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]) / counts[:2]
+    weight = weight[:, torch.arange(len(documents)) // DOCUMENTS]
+    # 2) gradients, chunk by chunk
+    sums = torch.zeros(3, len(documents))
+    lengths = [document["length"] for document in documents]
     for rows in scale.chunks_of(lengths, chunk_tokens):
         part = document_losses(model, processor, [documents[i] for i in rows])
-        loss = (part[0] * share[rows].to(part.device)).sum()
-        loss = loss + (part[1] * share_summary[rows].to(part.device)).sum()
+        shares = weight[:, rows].to(part.device)
+        loss = (part[:2] * shares).sum()
         (loss / scale.world_size()).backward()  # gradients of all processes are added up
         sums[:, rows] = part.detach().cpu()
-    loss, text_loss = (per_kind(kind, sums[0]) / tokens).tolist()
-    summary, text_summary = (per_kind(kind, sums[1]) / summaries).tolist()
-    accuracy, text_accuracy = (per_kind(kind, sums[2]) / tokens).tolist()
+    # 3) means over what was counted
+    means = (per_kind(sums) / counts).tolist()
+    (loss, text_loss), (summary, text_summary), (accuracy, text_accuracy) = means
     return {
         "loss": loss + TEXT_WEIGHT * text_loss + SUMMARY_WEIGHT * (summary + text_summary),
         "summary": summary,
@@ -1400,46 +1197,34 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     }
 
 
-def per_kind(kind, x):
-    """Sums of x (n,) over each of the two kinds -> (2,)."""
-    return torch.zeros(2, dtype=x.dtype).index_add(0, kind, x)
+def places(documents, key, device):
+    """Rows and columns of these places of all documents."""
+    pairs = [(i, place) for i, document in enumerate(documents) for place in document[key]]
+    return torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).T
 
 
 def document_losses(model, processor, documents):
-    """Read documents [n] -> (3, n): sums over each document's tokens of the next-token loss, over its
-    <|endoftext|>s of the summary loss, and the number of tokens that were right.
+    """Read documents [n] -> (3, n): sums over each document's tokens of the next-token loss, over
+    its <|endoftext|>s of the summary loss, and the number of tokens that were right.
 
     The summary loss asks the state at <|endoftext|> for all words of the answer at once. The last
-    token of a base model would else know only how the answer begins, and contrastive learning, which
-    pools that token, would have to teach it the rest.
+    token of a base model would else know only how the answer begins, and contrastive learning,
+    which pools that token, would have to teach it the rest.
     """
-    n, device = len(documents), model.device
-    prompts = [d["prompt"] for d in documents]
-    batch = collate(prompts, processor, [[d["branch"]] for d in documents], device)
-    h = model(batch)
-    begin = [len(p["ids"]) + 1 for p in prompts]  # of each branch
-    learnt = [
-        (i, begin[i] + j)
-        for i, d in enumerate(documents)
-        for j, yes in enumerate(d["learn"])
-        if yes
-    ]
-    row, column = torch.tensor(learnt, device=device).T
+    batch, h = read_batch(model, processor, documents)
+    zeros = torch.zeros(len(documents), device=h.device)
+    row, column = places(documents, "learn", h.device)
     logits = model.logits(h[row, batch["previous"][row, column]])
     wanted = batch["ids"][row, column]
-    zeros = h.new_zeros(n)
-    next_token = F.cross_entropy(logits, wanted, reduction="none")
-    loss = zeros.index_add(0, row, next_token.to(h.dtype))
-    right = zeros.index_add(0, row, (logits.argmax(-1) == wanted).to(h.dtype))
-    summary = zeros
-    ends = [(i, begin[i] + j) for i, d in enumerate(documents) for j in d["ends"]]
-    if ends:
-        share = torch.zeros(len(ends), model.c.vocab, device=device)
-        for k, (i, _) in enumerate(ends):  # each of an answer's words counts alike
-            share[k, documents[i]["words"]] = 1 / len(documents[i]["words"])
-        row, column = torch.tensor(ends, device=device).T
-        logp = model.logits(h[row, column]).log_softmax(-1)
-        summary = zeros.index_add(0, row, -(logp * share).sum(-1).to(h.dtype))
+    losses = F.cross_entropy(logits.float(), wanted, reduction="none")
+    loss = zeros.index_add(0, row, losses)
+    right = zeros.index_add(0, row, (logits.argmax(-1) == wanted).float())
+    share = torch.zeros(len(documents), model.c.vocab, device=h.device)
+    for i, document in enumerate(documents):  # each of an answer's words counts alike
+        share[i, document["words"]] = 1 / max(1, len(document["words"]))
+    row, column = places(documents, "ends", h.device)
+    logp = model.logits(h[row, column]).float().log_softmax(-1)
+    summary = zeros.index_add(0, row, -(logp * share[row]).sum(-1))
     return torch.stack([loss, summary, right])
 
 
@@ -1447,67 +1232,40 @@ def document_losses(model, processor, documents):
 def measure_skills(model, processor, bank, rng, n=48):
     """Held-out token accuracy of each skill: {"describe", "at", "move", "answer", "clip", ...}."""
     model.eval()
-    documents = [base_document(bank, rng, look) for look in (1.0, 0.0) for _ in range(n)]
-    documents += [text_document(rng) for _ in range(n)]
+    drawn = [base_document(bank, rng, look) for look in (1.0, 0.0) for _ in range(n)]
+    drawn += [text_document(rng) for _ in range(n)]
     scores = {}
-    for at in range(0, len(documents), 32):
-        part = documents[at : at + 32]
-        read = [read_document(processor, *d) for d in part]
-        branches = [[d["branch"]] for d in read]
-        batch = collate([d["prompt"] for d in read], processor, branches, model.device)
-        h = model(batch)
-        for b, (item, parts) in enumerate(part):
-            i = int(batch["ends"][b, 0]) + 1
-            for k, (text, learn) in enumerate(parts):
-                j = i + len(piece_ids(processor, text))
-                if learn:
-                    logits = model.logits(h[b, batch["previous"][b, i:j]])
-                    right = (logits.argmax(-1) == batch["ids"][b, i:j]).float().mean().item()
-                    scores.setdefault(skill_of(item, parts, k), []).append(right)
-                i = j
+    for at in range(0, len(drawn), 32):
+        documents = [read_document(processor, *document) for document in drawn[at : at + 32]]
+        batch, h = read_batch(model, processor, documents)
+        guesses = model.logits(h).argmax(-1)
+        previous = batch["previous"].clamp(min=0)
+        right = (guesses.gather(1, previous) == batch["ids"]).float()
+        for i, document in enumerate(documents):
+            for skill, places in document["skills"][:-1]:  # all but <|im_end|>
+                accuracy = right[i, list(places)].mean().item()
+                scores.setdefault(skill, []).append(accuracy)
     return {skill: float(np.mean(values)) for skill, values in sorted(scores.items())}
 
 
-def misread(rows, rate, seed, tries=1):
-    """Scripted rationales (rows of proposers.jsonl) if careful erred, and wrote so many for each pair (careful-0, careful-1 ...) -> new rows. Each statement
-    is wrong with chance `rate`; when one is, the whole rationale is what sloppy wrote, the same at every try. Of n statements all are right with
-    chance (1 - rate)^n: the longer, the less."""
-    rng, sloppy = (
-        np.random.default_rng([seed, 13]),
-        {r["id"]: r["text"] for r in rows if r["proposer"] == "sloppy"},
-    )
-    right = lambda text: rng.random() < (1 - rate) ** len(re.split(r" [.,] | then ", text))
-    once = lambda r, proposer: dict(
-        r, proposer=proposer, text=r["text"] if right(r["text"]) else sloppy[r["id"]]
-    )
-    names = ["careful"] if tries < 2 else [f"careful-{k}" for k in range(tries)]
-    return [
-        new
-        for r in rows
-        for new in ([once(r, name) for name in names] if r["proposer"] == "careful" else [r])
-    ]
-
-
 def main():
-    ap = argparse.ArgumentParser(
-        description="Write the pocket world: a root that data.py --check, train.py --data and eval.py --data open."
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ap.add_argument("--out", required=True)
-    ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--train", type=int, default=300, help="training pairs per family")
-    ap.add_argument("--test", type=int, default=100, help="test queries per family")
-    ap.add_argument("--style", choices=("plain", "night"), default="plain")
-    ap.add_argument("--steps", type=int, default=3, help="moves of a Walk")
-    a = ap.parse_args()
-    if a.train < 1 or a.test < 2 or not 1 <= a.steps <= 5:
-        ap.error("--train wants at least 1, --test at least 2, --steps 1 to 5")
-    if os.path.exists(os.path.join(a.out, "datasets.json")):
-        ap.error(f"{a.out} already holds a world")
-    os.makedirs(a.out, exist_ok=True)
-    write_world(a.out, a.seed, a.train, a.test, a.style, a.steps)
-    print(
-        f"families: {len(FAMILIES)}\ntrain_pairs: {a.train * len(FAMILIES)}\ntest_queries: {a.test * len(FAMILIES)}\nwritten: {a.out}"
-    )
+    parser.add_argument("--out", required=True, help="an empty or new folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=300, help="training pairs of a family")
+    parser.add_argument("--test", type=int, default=100, help="test queries of a family")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="steps of the longest queries")
+    args = parser.parse_args()
+    if args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
+        parser.error("--train wants at least 1, --test 2, --longest 1 to 5")
+    if os.path.exists(os.path.join(args.out, "datasets.json")):
+        parser.error(f"{args.out} holds a world already")
+    os.makedirs(args.out, exist_ok=True)
+    write_world(args.out, args.seed, args.train, args.test, args.longest)
+    print(f"families: {len(FAMILIES)}\ntraining pairs: {args.train * len(FAMILIES)}")
+    print(f"test queries: {args.test * len(FAMILIES)}\nwritten: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,7 @@
 r"""An item becomes tokens and patches: everything that happens before the network runs.
 
 The idea. A query or target is any mix of instruction, text, images and video frames. It is written
-as a chat in Qwen3-VL's format, and the model goes on in one of two ways. Each ends in
-<|endoftext|>, and the state of that token is the embedding:
-
-    <|im_start|>system\n{instruction}<|im_end|>\n
-    <|im_start|>user\n{video}{image}{text}<|im_end|>\n
-    <|im_start|>assistant\n
-        direct:  <|endoftext|>
-        reason:  <think>\n{rationale}\n</think>\n\n<|endoftext|>
+as a chat in Qwen3-VL's format; embed.py shows it, and the two ways in which the model goes on.
 
 The arithmetic. A patch is 16 x 16 pixels of two frames (an image counts as two equal ones), and
 2 x 2 patches make one visual token. So an image of h x w pixels costs h * w / 1024 tokens between
@@ -51,7 +44,7 @@ import tokenizers
 import torch
 from PIL import Image
 
-from data import listed, load_image, short
+from data import is_text, listed, load_image, short
 from model import FACTOR, MERGE, PATCH, PATCH_DIM, TEMPORAL, read_json, rope_positions, write_json
 
 # --------------------------------------------------------------------------------------------------
@@ -67,8 +60,7 @@ def byte_letters():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
-    letters.update({chr(256 + i): byte for i, byte in enumerate(rest)})
-    return letters
+    return letters | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
 class Tokenizer:
@@ -215,7 +207,11 @@ ITEM_KEYS = ("text", "image", "video", "fps", "instruction", "messages")
 ROLES = ("system", "user", "assistant")
 # Where a part of a message may hold an image; the last three are transformers', for type "image".
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Names of images that Pillow opens, and of videos: a text that is one is most likely a mistake.
+MEDIA_SUFFIXES = tuple(
+    ".apng .avif .bmp .dds .gif .icns .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm "
+    ".ppm .psd .qoi .tga .tif .tiff .webp .avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm".split()
+)
 
 
 class UserText(str):
@@ -279,7 +275,6 @@ class Processor:
             "suppress_tokens": self.suppress_tokens,
         }
         self.warned_of_path = False
-        self.warned_of_system = False
 
     def __call__(self, item, instruction=None):
         """item -> prompt: a dict of
@@ -298,8 +293,7 @@ class Processor:
         instruction = next((text for text in given if text is not None), "")
         if messages[0]["role"] != "system":
             messages = system_turn(instruction) + messages
-        elif any(given[:2]) and not self.warned_of_system:
-            self.warned_of_system = True
+        elif any(given[:2]):  # Python shows a warning once
             warnings.warn("an instruction is not read: messages have a system turn", stacklevel=2)
         pieces = []
         for message in messages:
@@ -346,10 +340,11 @@ class Processor:
         """Text is never opened as a file, but a path among texts is most likely a mistake."""
         if not isinstance(text, str):
             raise ValueError(f"text is a {type(text).__name__}, expected a string")
-        looks_like_a_path = text.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(text)
-        if looks_like_a_path and not self.warned_of_path:
+        is_path = text.lower().endswith(MEDIA_SUFFIXES) and os.path.isfile(text)
+        if is_path and not self.warned_of_path:
             self.warned_of_path = True
-            warnings.warn(f"read as text: to show the file, give Path({text!r:.200})", stacklevel=2)
+            how = f"to show the image, give Path({text!r:.200}); of a video, a list of frames"
+            warnings.warn(f"read as text: {how}", stacklevel=2)
         return [UserText(text)]
 
     def image(self, ref):
@@ -381,6 +376,10 @@ class Processor:
             warn_unread("a video", video, ("frames", "fps"))
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
+        for frame, after in itertools.pairwise(frames):
+            if frame is after and isinstance(frame, Image.Image) and frame.tell():
+                copies = "PIL.ImageSequence.all_frames(image)"
+                raise ValueError(f"a video's frames are one image that seeks: expected {copies}")
         if fps is None and frames is video and len(frames) > self.max_frames:  # a bare list
             at = np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)
             frames = [frames[i] for i in at]
@@ -420,9 +419,9 @@ class Processor:
         transformers, which tokenises the whole chat. What is too long then loses user text.
         """
         ids, spans = [], []  # spans: where user text stands in ids
-        for is_text, group in itertools.groupby(pieces, key=lambda piece: isinstance(piece, str)):
+        for are_texts, group in itertools.groupby(pieces, lambda piece: isinstance(piece, str)):
             group = list(group)
-            if not is_text:
+            if not are_texts:
                 for piece in group:
                     ids += piece.ids if isinstance(piece, Segment) else [piece]
                 continue
@@ -460,11 +459,16 @@ class Processor:
 
     def check_settings(self):
         """Whatever is no limit would show as a crash in Pillow or numpy, or not at all."""
+        for name in ("min_pixels", "max_pixels", "frame_min_pixels", "frame_max_pixels", "fps"):
+            value = getattr(self, name)
+            require(is_positive(value), name, value, "a number above 0")
+        for name in ("max_frames", "max_length"):
+            value = getattr(self, name)
+            require(is_count(value), name, value, "a whole number above 0")
+        default = self.default_instruction
+        require(default is None or is_text(default), "default_instruction", default, "text")
         images = self.min_pixels, self.max_pixels
         frames = self.frame_min_pixels, self.frame_max_pixels
-        for value in (*images, *frames, self.max_frames, self.fps, self.max_length):
-            if not is_positive(value):
-                raise ValueError(f"a limit is {short(value)}, expected a number above 0")
         for low, high in (images, frames):
             if not max(low, FACTOR**2) <= high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
@@ -631,6 +635,17 @@ def is_positive(value):
     return isinstance(value, numbers.Real) and value is not True and 0 < value < math.inf
 
 
+def is_count(value):
+    """A whole number above 0."""
+    return isinstance(value, numbers.Integral) and is_positive(value)
+
+
+def require(holds, name, value, wanted):
+    """Refuses the value of an option in one line."""
+    if not holds:
+        raise ValueError(f"{name}={short(value)}: expected {wanted}")
+
+
 def is_clip(video):
     """A list of frames or {"frames", "fps"}. A frame may be a dict, too: {"bytes", "path"}."""
     return isinstance(video, (list, tuple)) or (isinstance(video, dict) and "frames" in video)
@@ -729,9 +744,9 @@ def saved_settings(folder):
         settings = {name: embedder[name] for name in OUR_SETTINGS if name in embedder}
         settings["min_pixels"] = area["size"]["shortest_edge"]
         settings["max_pixels"] = area["size"]["longest_edge"]
-        for name in ("frame_min_pixels", "frame_max_pixels"):
-            if name in video:  # folders of an older version lack it, and have the default
-                settings[name] = video[name]
+        # Folders of an older version lack these, and have the defaults.
+        frames = ("frame_min_pixels", "frame_max_pixels")
+        settings |= {name: video[name] for name in frames if name in video}
     except (KeyError, TypeError) as e:
         raise ValueError(f"a setting is not where we write it ({type(e).__name__}: {e})") from None
     return settings
@@ -804,9 +819,7 @@ def lay_out(prompt, branches, config):
         previous = n + step - 1
         previous[0] = len(ids) - 1  # the prompt's last token predicts how every branch begins
         position = first + step
-        table.append(
-            np.stack([tokens, position, position, position, np.full_like(step, k), previous])
-        )
+        table.append(np.stack([tokens, *[position] * 3, np.full_like(step, k), previous]))
         n += len(tokens)
         ends.append(n - 1)
     return np.concatenate(table, axis=1), ends

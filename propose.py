@@ -34,7 +34,9 @@ Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts a
 
 import argparse
 import base64
+import collections
 import io
+import itertools
 import json
 import math
 import os
@@ -93,12 +95,12 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
         rollouts = generate(model, batch, cfg.max_new_tokens, cfg.num_candidates, **options)
         for p, answers, truncated in zip(part, rollouts.tokens, rollouts.truncated.tolist()):
             for k, ids in enumerate(answers):
-                row = {"id": p["id"], "side": "query", "proposer": nth("base", k)}
-                row["text"] = answer_text(processor, ids) if ask else processor.rationale_text(ids)
+                text = answer_text(processor, ids) if ask else processor.rationale_text(ids)
+                row = {"id": p["id"], "side": "query", "proposer": nth("base", k), "text": text}
                 row["truncated"] = truncated[k]
                 if "key" in p:
                     row["key"] = p["key"]
-                if row["text"]:
+                if text:
                     rows.append(row)
     return rows
 
@@ -133,38 +135,89 @@ def nth(proposer, k):
 # Files of rationales
 
 
+class Rationales:
+    """A file of rationales by pair. The texts stay on the disk; in memory is where they stand.
+
+    path, numbers: as of read_rationales. only: authors whose rows count; empty: all.
+    authors {author: rows}; cut: rows that were cut off ("truncated"); of_targets: rows that are
+    about a target, and left out.
+    """
+
+    def __init__(self, path, numbers=(), only=()):
+        self.path, self.numbers = path, numbers
+        self.places = {}  # pair id: bytes at which its rows begin
+        self.authors = collections.Counter()
+        self.cut = self.of_targets = 0
+        with open(path, "rb") as file:
+            starts = [0, *itertools.accumulate(len(line) for line in file)]
+        for start, row in zip(starts, checked_rows([path], checked_rationale, numbers)):
+            if row["side"] == "target":
+                self.of_targets += 1
+            elif not only or author(row["proposer"]) in only:
+                self.places.setdefault(row["id"], []).append(start)
+                self.authors[author(row["proposer"])] += 1
+                self.cut += row.get("truncated", False)
+
+    def of(self, pair_id):
+        """The rows about a pair, in the file's order."""
+        rows, names = [], set()
+        with open(self.path, "rb") as file:
+            for start in self.places.get(pair_id, []):
+                file.seek(start)
+                row = checked_rationale(json.loads(file.readline()), self.numbers)
+                rows.append(named_apart(row, names))
+        return rows
+
+    def texts(self, pairs):
+        """{pair id: {proposer: text}} of some pairs."""
+        return {p["id"]: {row["proposer"]: row["text"] for row in self.of(p["id"])} for p in pairs}
+
+
 def read_rationales(path, numbers=()):
     """A file of rationales -> rows. ValueError names file and line.
 
-    numbers: fields that have to be finite numbers; with them the file is one of select's, which
-    has columns of its own, and all are read. Older files say "worker" for "proposer".
-    No rationale is dropped: what would have the name of an earlier one is numbered on, and what
-    was cut off says so ("truncated"): train.py counts it.
+    numbers: fields that have to be finite numbers; if there are any, the file is one of select's,
+    and all its columns are kept. Older files say "worker" for "proposer".
+    No rationale is dropped: where a pair has two of one name, the second becomes "name#2".
     """
-    rows, names = [], set()
-    for place, line in numbered_lines([path]):
-        try:
-            row = checked_row(json.loads(line), numbers)
-        except ValueError as e:
-            raise ValueError(f"{place}: {e}") from None
-        proposer, k = row["proposer"], 0
-        while (row["id"], row["side"], row["proposer"]) in names:
-            k += 1
-            row["proposer"] = nth(proposer, k)
-        names.add((row["id"], row["side"], row["proposer"]))
-        rows.append(row)
-    return rows
+    names = set()
+    rows = checked_rows([path], checked_rationale, numbers)
+    return [named_apart(row, names) for row in rows]
+
+
+def author(proposer):
+    """Whose words: "careful#2" is the second try of "careful" for the same pair."""
+    return proposer.split("#")[0]
+
+
+def named_apart(row, names):
+    """The row. Where the pair has one of its proposer's name, it gets the next free number."""
+    proposer, k = row["proposer"], 0
+    while (row["id"], row["side"], row["proposer"]) in names:
+        k += 1
+        row["proposer"] = nth(proposer, k)
+    names.add((row["id"], row["side"], row["proposer"]))
+    return row
 
 
 def numbered_lines(paths):
-    """(place, line) of files, as bytes: what is no text has a line number, too."""
+    """(place, line) of files, as bytes: a line that is no UTF-8 can be named by its number, too."""
     for path in paths:
         with open(path, "rb") as f:
             for n, line in enumerate(f, 1):
                 yield f"{path} line {n}", line
 
 
-def checked_row(row, numbers=()):
+def checked_rows(paths, check, *options):
+    """What `check` returns for each line of files of JSON. ValueError names file and line."""
+    for place, line in numbered_lines(paths):
+        try:
+            yield check(json.loads(line), *options)
+        except (ValueError, RecursionError) as e:  # JSON nested too deeply
+            raise ValueError(f"{place}: {e}") from None
+
+
+def checked_rationale(row, numbers):
     """One object of a rationales file, with its defaults; ValueError says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {data.short(row)}")
@@ -263,12 +316,10 @@ def read_responses(paths, name, accept_cut=False, asked=()):
     for place, line in numbered_lines(paths):
         try:
             response = json.loads(line)
-            custom_id = response["custom_id"]
-            if not data.is_text(custom_id):
-                raise ValueError(f"'custom_id': expected text, got {data.short(custom_id)}")
+            custom_id = custom_id_of(response)
             pair, key, prompt_number = custom_id.rsplit("|", 2)
             answers = answers_of(response, accept_cut)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
             continue
         if asked and custom_id not in asked:
@@ -287,6 +338,14 @@ def read_responses(paths, name, accept_cut=False, asked=()):
     heard = answered.union(custom_id for custom_id, _ in failed)
     failed += [(custom_id, "no response") for custom_id in asked if custom_id not in heard]
     return rows, failed
+
+
+def custom_id_of(row):
+    """The custom id of a request or a response."""
+    custom_id = row.get("custom_id") if isinstance(row, dict) else None
+    if not data.is_text(custom_id):
+        raise ValueError(f"'custom_id': expected text, got {data.short(custom_id)}")
+    return custom_id
 
 
 def answers_of(response, accept_cut):
@@ -309,7 +368,7 @@ def answer_of(choice, accept_cut):
     if finish not in usable:
         return "", f"cut off: finish_reason {data.short(finish)}"
     thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
-    texts = [thoughts, "\n", *texts_of(message.get("content"))]
+    texts = [thoughts, "\n", *map(text_of, data.listed(message.get("content")))]
     for text in texts:
         if not data.is_text(text):
             return "", f"expected text, got {data.short(text)}"
@@ -317,18 +376,11 @@ def answer_of(choice, accept_cut):
     return text, "" if text else "no text"
 
 
-def texts_of(content):
-    """The texts of a message's content: none, one or a list of parts. What is no text stays."""
-    if content is None:
-        return []
-    if not isinstance(content, list):
-        return [content]
-    return [part.get("text") if is_text_part(part) else part for part in content]
-
-
-def is_text_part(part):
-    """Is it {"type": "text", ...}?"""
-    return isinstance(part, dict) and part.get("type") == "text"
+def text_of(part):
+    """The text of a part of a message's content. What has none stays, to be named."""
+    if isinstance(part, dict) and part.get("type") == "text":
+        return part.get("text")
+    return part
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,7 +428,7 @@ def main():
             total = write_rows(options.write_requests, requests(options))
             print(f"requests: {total}\nwritten: {options.write_requests}")
             return 0
-        asked = [json.loads(line)["custom_id"] for _, line in numbered_lines(options.requests)]
+        asked = checked_rows(options.requests, custom_id_of)
         how = options.proposer, options.accept_cut, asked
         rows, failed = read_responses(options.read_responses, *how)
         for custom_id, why in failed:
@@ -387,7 +439,7 @@ def main():
         write_rows(options.out, rows)
         print(f"written: {options.out}")
         return 0
-    except (ValueError, OSError, KeyError, TypeError) as e:
+    except (ValueError, OSError) as e:
         print(f"propose.py: {e}", file=sys.stderr)
         return 1
 

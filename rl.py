@@ -11,9 +11,10 @@ well the embedding after it finds the query's target t:
     format       0.1 where the rationale closed itself; a direct answer is always well formed
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
-Two losses, never averaged together: a decision is one token among some 30, would carry 3 % of a
-mean over tokens, and would hardly move. Where the supervised model never reasons, one loss leaves
-it so (option rl_one_loss; results/study/study.md: erring one loss 0.766, two losses 0.915).
+Two losses, never averaged together: a decision is one token among some 30; in a mean over tokens it
+would carry 3 % and would hardly move. Where the supervised model never reasons, one loss leaves it
+so (option rl_one_loss; where the best proposer erred, in the world of commit e56d7ad, it reached
+0.766 and two losses 0.915).
 
     when   J(q) = p * mean R_reason + (1 - p) * R_direct + beta * entropy(p), with p = p_reason, has
            its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct. This is a
@@ -131,12 +132,12 @@ def unflatten(flat, count, width):
 
 
 def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
-    """The same of the model that learns: states h (b, S, H) -> (b, K, T), zero after the sampled
-    tokens. Both are of the sampled distribution, at rl_temperature."""
+    """Log-probabilities of the rollouts' tokens under the model that learns: states h (b, S, H) ->
+    (b, K, T), laid out like Experience.old_logprobs, and of the same distribution, that of
+    rl_temperature."""
     flat, _, _ = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
-    # `flat` has num_sampled tokens per rollout, and for a truncated one also the forced closing
-    # (`room` tokens). Lay out (b, K, T + room), keep the first T; the loss masks what is beyond
-    # num_sampled.
+    # `flat` has num_sampled tokens per rollout, and for a truncated one, which has sampled T, also
+    # the forced closing (`room` tokens). Lay out (b, K, T + room), keep the first T.
     room = len(processor.closing)
     width = cfg.max_new_tokens + room
     return unflatten(flat, num_sampled + room * truncated, width)[..., : cfg.max_new_tokens]
@@ -238,8 +239,8 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
     t = target_vectors(actor, processor, targets, cfg.chunk_tokens)
-    # t (B, H); ours (b,): the places of our b queries among the B (target i belongs to query i, so
-    # `ours` is also the target's column).
+    # The joined batch is that of all processes. t (B, H); ours (b,): the places of our b queries in
+    # it (target i belongs to query i, so `ours` is also the target's column).
     t, ours = scale.gather(t)
 
     # 2) Reward: probability of the target, a bonus for good form, minus the price of latency.
@@ -255,6 +256,7 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     rolled_out = time.time()
 
     # 4) Both losses of some queries. Vectors too, for InfoNCE: of queries or of targets.
+    # scale.backward asks for the vectors first, without the losses (see contrastive_step).
     train_logprobs = torch.zeros_like(roll.old_logprobs)  # for the log
 
     def forward(kind, rows, with_loss):
@@ -290,6 +292,7 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
         weights = p_reason.clamp(min=1e-6)[column_of_rationale]
         reasoned = info_nce(reasoned, t, column_of_rationale, cfg.temperature, alike, weights)
+        # info_nce divides by the sum of the weights; times their mean it is a sum over B again.
         return NCE_WEIGHT * (direct + p_reason.mean() * reasoned)
 
     model.train()

@@ -10,22 +10,23 @@ target, its hard negatives, random targets of the dataset), with s(q, r; c) = e(
     gain_placebo = logp(q, r') − logp(q, ∅)        r': the same proposer about another target [ours]
     gain_guess   = −log|C| − logp(q, ∅)            what knowing nothing would gain           [ours]
 
-    keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > threshold
+    keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > bar
     weight  = softmax of gain over a pair's kept rationales: their posterior under a uniform prior
 
 The words must help (gain), because they are about this pair (placebo). Where the direct vector is
 confidently wrong, any words raise the target by flattening the softmax. So what a uniform guess
-would gain is subtracted first. The default margin lies just above log 2: a rationale must at least
-double the target's probability.
+would gain is subtracted first. The bar is at least the margin (option select_margin), which lies
+just above log 2: a rationale must at least double the target's probability.
 
 Luck. An evaluator that names the right one of ten by whim does so for placebos as well. So each
-stratum (what one proposer wrote for one dataset) has a threshold of its own: the smallest t of the
-margin and the stratum's gains above it with
+stratum (what one proposer wrote for one dataset) has a bar of its own. Let g be the gains of its
+rationales and p those of their placebos, each less what a guess gains. The bar is the smallest of
+the margin and the g above it with
 
-    1 + #{placebos above t}  <=  fdr · #{rationales above t}
+    1 + #{p above the bar}  <=  fdr · #{g above the bar}
 
-as the knockoff filter counts (Barber & Candès, arXiv 1404.5609), over all placebos. Without such a
-t the stratum keeps nothing. A stratum that has no placebos counts zero of them.
+as the knockoff filter counts (Barber & Candès, arXiv 1404.5609). Without such a bar the stratum
+keeps nothing. A stratum that has no placebos counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, nothing can be kept: such pairs are not judged further,
@@ -35,13 +36,13 @@ Cross-fitting. The evaluator never trained on the pair that it judges: each of t
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
 
 `rule` offers the ablations: positive_only looks at s(q, r; t)/temperature alone and cannot see that
-a wrong candidate rose even more; no_placebo drops the placebo and its threshold; none keeps all.
+a wrong candidate rose even more; no_placebo drops the placebo and its bar; none keeps all.
 
     python train.py --stage select           the experiment, inside a run
     python select.py --run runs/pocket       what other rules would keep of a finished run
 
 Paper: MMEmb-R1 (arXiv 2604.06156), which names the counterfactual; the formulas are ours.
-Left out: judges that are no embedders; learnt thresholds; candidates mined over the whole dataset.
+Left out: judges that are no embedders; learnt bars; candidates mined over the whole dataset.
 
 The name. The standard library has a module `select`, which subprocess and so torch import, and this
 file can stand in its way. Whoever imports it by that name is given the library's: the lines below.
@@ -65,7 +66,9 @@ else:
     import collections
     import dataclasses
     import hashlib
+    import itertools
     import math
+    import operator
     import os
 
     import numpy as np
@@ -74,7 +77,7 @@ else:
     from embed import contrastive_step, pool
     from model import read_json
     from processor import collate, prompt_key
-    from propose import read_rationales
+    from propose import author, read_rationales
     from scale import chunks_of
 
     @dataclasses.dataclass
@@ -95,7 +98,7 @@ else:
 RULES = ("full", "positive_only", "no_placebo", "none")
 WINDOW = 1024  # pairs of one dataset that are judged against each other, and in memory together
 CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
-AUDITED = 0.25  # share of the placebos that are audited: tried as if about the pair
+AUDITED = 0.25  # share of the placebos that are tried against a second one: how many would pass?
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,19 +115,22 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 
     It learns the direct path and the reasoned one on any candidate rationale of a pair, good or
     bad, each counted by its posterior p(t|q,r) / (p(t|q,r) + p(t|q,∅)). Otherwise those that only
-    look like reasoning would teach it to believe none.
+    look like reasoning would teach it to ignore them all.
     texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale.
     """
     folds = cfg.select_folds
     pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
     if not pairs:
-        raise ValueError("select: all pairs of a batch are of the other fold; raise --batch")
+        raise ValueError(
+            f"select: all pairs of a batch are of fold {fold}, to be judged; raise --batch"
+        )
     drawn = []
     for p in pairs:
         written = list(texts.get(p["id"], {}).values())
         if written:
             text = written[rng_of(p["id"]).integers(len(written))]
         drawn.append(processor.rationale(text) if written else None)
+    # NCE(direct) + NCE(reasoned) alone: no loss on tokens, and no decision is taught (-1).
     cfg = dataclasses.replace(cfg, lm_weight=0.0, decision_weight=0.0)
     labels = [-1] * len(pairs)
     return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
@@ -205,7 +211,8 @@ def can_keep(direct, cfg):
 
 
 def distinct_documents(pairs):
-    """Targets and negatives, each once -> prompts, and each pair's numbers, the target first."""
+    """Targets and negatives, each once -> prompts, and each pair's places in them, the target
+    first."""
     place, prompts, numbers = {}, [], []
     for p in pairs:
         documents = {prompt_key(prompt): prompt for prompt in (p["target"], *p["negatives"])}
@@ -301,26 +308,21 @@ def gains_above_guess(row, rule):
     return [None if gain is None else gain - max(0.0, row["gain_guess"]) for gain in gains]
 
 
-def keeps(gain, gain_placebo, threshold, rule):
+def keeps(gain, gain_placebo, bar, rule):
     """The rule for one rationale. Where there is no placebo, none has to be beaten."""
     if rule == "none":
         return True
-    if gain is None or gain <= threshold:
+    if gain is None or gain <= bar:
         return False
     return rule == "no_placebo" or gain_placebo is None or gain > gain_placebo
-
-
-def author(proposer):
-    """Whose words: "careful#2" is the second try of "careful" for the same pair."""
-    return proposer.split("#")[0]
 
 
 def stratum(row):
     return row["dataset"], author(row["proposer"])
 
 
-def thresholds(rows, rule, margin, fdr):
-    """{stratum: threshold}. Rules that know no placebos have the margin for all."""
+def bars(rows, rule, margin, fdr):
+    """{stratum: bar}. Rules that know no placebos have the margin for all."""
     gains, placebos = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
         gain, placebo, _ = gains_above_guess(row, rule)
@@ -328,42 +330,42 @@ def thresholds(rows, rule, margin, fdr):
         placebos[stratum(row)].append(-math.inf if placebo is None else placebo)
     if rule in ("no_placebo", "none"):
         return dict.fromkeys(gains, margin)
-    return {k: stratum_threshold(gains[k], placebos[k], margin, fdr) for k in gains}
+    return {k: stratum_bar(gains[k], placebos[k], margin, fdr) for k in gains}
 
 
-def stratum_threshold(gains, placebos, margin, fdr):
-    """Of the margin and the gains above it the smallest t with 1 + #{placebos > t} <= fdr · #{gains
-    > t} (placebos are not tried as t: on the safe side); inf without one."""
+def stratum_bar(gains, placebos, margin, fdr):
+    """The smallest bar, of the margin and the gains above it, with 1 + #{placebos > bar} <=
+    fdr · #{gains > bar}; inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
-    t = np.concatenate(([margin], gains[gains > margin]))  # #{gains > t} changes only here
-    passed = len(gains) - np.searchsorted(gains, t, "right")
-    lucky = len(placebos) - np.searchsorted(placebos, t, "right")
-    enough = t[1 + lucky <= fdr * passed]
+    tried = np.concatenate(([margin], gains[gains > margin]))  # #{gains > bar} changes only here
+    passed = len(gains) - np.searchsorted(gains, tried, "right")
+    lucky = len(placebos) - np.searchsorted(placebos, tried, "right")
+    enough = tried[1 + lucky <= fdr * passed]
     return float(enough[0]) if len(enough) else math.inf
 
 
 def posterior(gains):
     """w ∝ exp(gain) over the kept rationales of one pair; sums to 1."""
-    w = np.exp(np.array(gains) - max(gains))
+    w = np.exp(np.array(gains) - max(gains, default=0.0))
     return (w / w.sum()).tolist()
 
 
 def choose(rows, rule, margin, fdr):
-    """Judged rows -> those that the rule keeps, each with its "weight". Iterates `rows` twice.
+    """Judged rows, pair after pair -> yields those that the rule keeps, each with its "weight".
 
-    Rule none trusts all rationales of a pair alike.
+    `rows` is gone through twice; one pair's rows are in memory. Rule none gives a pair's rationales
+    equal weights.
     """
-    threshold = thresholds(rows, rule, margin, fdr)
-    kept = collections.defaultdict(list)
-    for row in rows:
-        gain, placebo, _ = gains_above_guess(row, rule)
-        if keeps(gain, placebo, threshold[stratum(row)], rule):
-            kept[row["id"]].append((row, 0.0 if rule == "none" else gain))
-    weighted = []
-    for same_pair in kept.values():
-        weights = posterior([gain for _, gain in same_pair])
-        weighted += [row | {"weight": w} for (row, _), w in zip(same_pair, weights)]
-    return weighted
+    bar = bars(rows, rule, margin, fdr)
+    for _, same_pair in itertools.groupby(rows, key=operator.itemgetter("id")):
+        kept, gains = [], []
+        for row in same_pair:
+            gain, placebo, _ = gains_above_guess(row, rule)
+            if keeps(gain, placebo, bar[stratum(row)], rule):
+                kept.append(row)
+                gains.append(0.0 if rule == "none" else gain)
+        for row, weight in zip(kept, posterior(gains)):
+            yield row | {"weight": weight}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,15 +376,15 @@ def audit(rows, kept, rule, margin, fdr, helps=None):
     """What share of whose rationales was kept, and how often a placebo passes for a rationale.
 
     helps(row) -> True, False, or None for a row that nobody can mark. With it, precision is the
-    share of the kept and marked rows that help, recall the share of the pairs about which something
-    helpful was written that keep such a row. Without it both are None.
+    share of the kept and marked rows that help; recall: of the pairs about which something helpful
+    was written, the share for which such a row was kept. Without it both are None.
     """
-    threshold = thresholds(rows, rule, margin, fdr)
+    bar = bars(rows, rule, margin, fdr)
     accepted = []
     for row in rows:
         if row["audited"]:  # the placebo plays the rationale, the second placebo plays its placebo
             _, placebo, second = gains_above_guess(row, rule)
-            accepted.append(keeps(placebo, second, threshold[stratum(row)], rule))
+            accepted.append(keeps(placebo, second, bar[stratum(row)], rule))
     among = collections.Counter(author(row["proposer"]) for row in rows)
     number = collections.Counter(author(row["proposer"]) for row in kept)
     helpful = {row["id"] for row in rows if helps and helps(row)}
@@ -392,7 +394,7 @@ def audit(rows, kept, rule, margin, fdr, helps=None):
         precision = share(map(helps, kept)) or 0.0
     return {
         "candidates": among.total(),
-        "kept": len(kept),
+        "kept": number.total(),
         "precision": precision,
         "recall": share(pair_id in caught for pair_id in helpful),
         "placebo_accepted": share(accepted),
@@ -420,14 +422,21 @@ def few_kept(rows, kept):
 
 
 def pocket_truth(root):
-    """helps(row) for a pocket world, whose makers know which datasets need steps; else None."""
+    """helps(row) for a pocket world, whose makers know the truth; else None.
+
+    A rationale without an error helps a query of two or more steps. One step is left unmarked: a
+    model may or may not do it at a look. Nothing else helps.
+    """
     path = os.path.join(root, "pocket.json")
     if not os.path.exists(path):
         return None
-    needs_steps = set(read_json(path)["steps"])
+    truth = read_json(path)["train"]
 
     def helps(row):
-        return author(row["proposer"]) == "careful" and row["dataset"] in needs_steps
+        pair = truth[row["id"]]
+        if row["text"] != pair["rationale"]:
+            return False
+        return None if pair["steps"] == 1 else pair["steps"] >= 2
 
     return helps
 
@@ -444,7 +453,7 @@ def compare_rules(run):
     table = []
     for rule, fdr in tried:
         name = f"{rule}, the margin for all" if fdr == no_limit else rule
-        kept = choose(rows, rule, config["select_margin"], fdr)
+        kept = list(choose(rows, rule, config["select_margin"], fdr))
         table.append((name, audit(rows, kept, rule, config["select_margin"], fdr, helps)))
     return table
 

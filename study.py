@@ -6,16 +6,18 @@ that variants of one seed share the world, the base model and the proposals. Sco
 seed by seed with those of the full method: what a seed does to both drops out.
 
 The maths. Over n seeds a figure is its mean +- t(0.975, n - 1) * s / sqrt(n), s the sample standard
-deviation; a comparison is the same of the n differences, with the p of the paired two-sided t-test.
-Nothing is corrected for the number of variants.
+deviation; a comparison is the same of the n differences. Nothing is corrected for the number of
+variants.
 
 How to run:
-    python study.py --out runs/study --seeds 5                     every variant, hours on two cores
+    python study.py --out runs/study                               every variant, hours on two cores
     python study.py --out runs/study --seeds 1 --variants full,never --scale 0.05
-What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.json, OUT/study.md.
+    python study.py --out runs/study --only_summarise              the page, from what is there
+What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.json, OUT/study.md
+and OUT/study.png.
 
-Left out: corrections for multiple comparisons, tests without assumptions (five seeds cannot carry
-them: a sign test never goes below 0.06), an "always" that learns from selected rationales.
+Left out: corrections for multiple comparisons, and tests without assumptions (five seeds cannot
+carry them: a sign test never goes below 0.06).
 """
 
 import argparse
@@ -28,25 +30,26 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
+import eval as evaluation
+import pocket
 import train
+from embed import Embedder
 from model import read_json, write_json
 
-ALWAYS = {
-    "select_rule": "none",
-    "embed_proposers": "careful",  # the best proposer, which selection has to find by itself
-    "decision_weight": 0.0,
-    "rl_when": 0.0,
-    "latency_penalty": 0.0,
-    "threshold": -1.0,
-}
 NEVER = {"embed_proposers": "none", "decision_weight": 0.0, "rl_rollouts": 0, "threshold": 1.0}
+THINK = {"rl_when": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
+# Trained to think always, on all that the best proposer wrote. Selection has to find out who that
+# is; here it is told.
+ALWAYS = THINK | {"select_rule": "none", "embed_proposers": "careful"}
 # name: (forked from, first stage that is done again, options that differ)
 VARIANTS = {
     "full": (None, "base", {}),
     "never": ("full", "embed", NEVER),  # contrastive without a rationale, as VLM2Vec
     "always": ("full", "select", ALWAYS),  # a rationale on every query, as UME-R1
+    "always_selected": ("full", "embed", THINK | {"decision_weight": 0.0}),
     "no_selection": ("full", "select", {"select_rule": "none"}),
     "positive_only": ("full", "select", {"select_rule": "positive_only"}),
     "no_placebo": ("full", "select", {"select_rule": "no_placebo"}),
@@ -56,6 +59,8 @@ VARIANTS = {
     "dear_penalty": ("full", "rl", {"latency_penalty": 3.0}),
     "one_loss": ("full", "rl", {"rl_one_loss": True}),
 }
+LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
+BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of p_reason
 
 # --------------------------------------------------------------------------------------------------
 # Running
@@ -72,9 +77,11 @@ def fork(parent, folder, first, same_judge):
         source = os.path.relpath(os.path.join(parent, name), folder)
         os.symlink(source, os.path.join(folder, name))
     if first == "select" and same_judge:
-        os.makedirs(os.path.join(folder, "select.part"))
-        for path in glob.glob(os.path.join(parent, "select", "judged*.jsonl")):
-            shutil.copy(path, os.path.join(folder, "select.part"))
+        part = os.path.join(folder, "select.part")
+        os.makedirs(part)
+        for path in glob.glob(os.path.join(parent, "select", "judge*")):
+            copy = shutil.copytree if os.path.isdir(path) else shutil.copy
+            copy(path, os.path.join(part, os.path.basename(path)))
     done = read_json(os.path.join(parent, "stages.json"))
     write_json(os.path.join(folder, "stages.json"), {stage: done[stage] for stage in kept})
 
@@ -83,15 +90,30 @@ def run_variant(cfg, name, seed, out):
     """One variant under one seed, unless its report is there."""
     parent, first, changes = VARIANTS[name]
     folder = os.path.join(out, f"seed{seed}", name)
-    if os.path.exists(os.path.join(folder, "report.json")):
+    if not os.path.exists(os.path.join(folder, "report.json")):
+        if parent:
+            run_variant(cfg, parent, seed, out)
+            # Other folds make other evaluators; positive_only wants the easy pairs judged, too.
+            again = "select_folds" in changes or changes.get("select_rule") == "positive_only"
+            fork(os.path.join(out, f"seed{seed}", parent), folder, first, not again)
+        print(f"study: seed {seed}, {name}", flush=True)
+        train.run_stages(replace(cfg, seed=seed, out=folder, resume="auto", **changes))
+    if name == "full":
+        longer_chains(cfg, seed, folder)
+
+
+def longer_chains(cfg, seed, folder):
+    """The full method on chains one longer than in training -> FOLDER/longer/summary.json."""
+    world, out = os.path.join(folder, "longer_data"), os.path.join(folder, "longer")
+    if os.path.exists(os.path.join(out, "summary.json")):
         return
-    if parent:
-        run_variant(cfg, parent, seed, out)
-        # Other folds make other evaluators; positive_only wants the easy pairs judged, too.
-        again = "select_folds" in changes or changes.get("select_rule") == "positive_only"
-        fork(os.path.join(out, f"seed{seed}", parent), folder, first, not again)
-    print(f"study: seed {seed}, {name}", flush=True)
-    train.run_stages(replace(cfg, seed=seed, out=folder, resume="auto", **changes))
+    shutil.rmtree(world, ignore_errors=True)
+    queries = max(4, round(4 * cfg.world_test * cfg.scale))  # an eighth of them is that long
+    pocket.write_world(world, 1000 + seed, 4, queries, LONGER, pocket.MIXED)
+    truth = read_json(os.path.join(world, "pocket.json"))["test"]
+    embedder = Embedder.from_pretrained(os.path.join(folder, "rl"))
+    options = {"max_new_tokens": 64, "batch_size": 64}  # they take more words, too
+    evaluation.evaluate(embedder, world, out, options=options, truth=truth)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,41 +140,103 @@ def paired(a, b):
 def collect(out):
     """{variant: {seed: report}} of the reports that are there."""
     reports = {}
-    for path in sorted(glob.glob(os.path.join(out, "seed*", "*", "report.json"))):
-        folder, name = os.path.split(os.path.dirname(path))
-        seed = int(os.path.basename(folder).removeprefix("seed"))
-        reports.setdefault(name, {})[seed] = read_json(path)
+    for name in VARIANTS:
+        for path in sorted(glob.glob(os.path.join(out, "seed*", name, "report.json"))):
+            seed = int(path.split(os.sep)[-3].removeprefix("seed"))
+            reports.setdefault(name, {})[seed] = read_json(path)
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
     return reports
 
 
-def summarise(out):
-    """study.json and study.md of the runs that are there."""
-    reports = collect(out)
-    # A variant is used as it was trained; the full method's weights also in its other modes.
+def compare(reports):
+    """{variant or "full, MODE": its figures beside those of the full method}.
+
+    A variant is used as it was trained; the full method's weights also in its other modes.
+    """
     rows = {name: (by_seed, "adaptive") for name, by_seed in reports.items()}
     for mode in ("never", "always", "per_task", "random", "oracle"):
         rows[f"full, {mode}"] = (reports["full"], mode)
-    study = {}
+    table = {}
     for label, (by_seed, mode) in rows.items():
-        modes = {seed: r["modes"][mode] for seed, r in by_seed.items()}
+        modes = {seed: report["modes"][mode] for seed, report in by_seed.items()}
         shared = sorted(set(modes) & set(reports["full"]))
-        full = [reports["full"][seed]["modes"]["adaptive"]["overall"] for seed in shared]
-        study[label] = {
-            "seeds": sorted(modes),
-            "overall": interval([m["overall"] for m in modes.values()]),
-            "reason_rate": interval([m["reason_rate"] for m in modes.values()]),
-            "tokens_per_query": interval([m["tokens_per_query"] for m in modes.values()]),
-            "datasets": {
-                name: interval([m["datasets"][name] for m in modes.values()])
-                for name in next(iter(modes.values()))["datasets"]
-            },
-            "full_minus": paired(full, [modes[seed]["overall"] for seed in shared]),
+        full = [reports["full"][seed]["modes"]["adaptive"] for seed in shared]
+        row = {"seeds": sorted(modes)}
+        for key in ("overall", "reason_rate", "tokens_per_query"):
+            row[key] = interval([numbers[key] for numbers in modes.values()])
+        names = full[0]["datasets"]
+        row["datasets"] = {
+            name: interval([numbers["datasets"][name] for numbers in modes.values()])
+            for name in names
+        }
+        mine = [modes[seed]["overall"] for seed in shared]
+        row["full_minus"] = paired([numbers["overall"] for numbers in full], mine)
+        table[label] = row
+    return table
+
+
+def by_steps(adaptivities):
+    """Each seed's "adaptivity" -> {family: {"auc": [of each seed], "steps": {steps: {"reason_rate",
+    "never", "always": interval}}}}."""
+    families = {}
+    for name in adaptivities[0]:
+        seeds = [adaptivity[name] for adaptivity in adaptivities]
+        steps = {}
+        for count in sorted(seeds[0]["reason_rate"], key=int):
+            there = [seed for seed in seeds if count in seed["reason_rate"]]
+            steps[count] = {
+                key: interval([seed[key][count] for seed in there])
+                for key in ("reason_rate", "never", "always")
+            }
+        families[name] = {"auc": [seed["auc"] for seed in seeds], "steps": steps}
+    return families
+
+
+def calibration(out, seeds):
+    """Does p_reason foretell what thinking brings? -> a row for each bin of p_reason: its mean, the
+    mean score of always minus that of never, and the number of queries, of all seeds together."""
+    rows = []
+    for seed in seeds:
+        paths = glob.glob(f"{out}/seed{seed}/full/eval/*/*_queries.jsonl")
+        rows += [row for path in paths for row in train.read_rows(path)]
+    p_reason = np.array([row["p_reason"] for row in rows])
+    gain = np.array([row["always"] - row["never"] for row in rows])
+    table = []
+    for low, high in zip(BINS, BINS[1:]):
+        here = (p_reason >= low) & ((p_reason < high) | (high == 1.0))
+        if here.any():
+            row = {"from": low, "to": high, "queries": int(here.sum())}
+            row |= {"p_reason": float(p_reason[here].mean()), "gain": float(gain[here].mean())}
+            table.append(row)
+    return table
+
+
+def summarise(out):
+    """study.json, study.md and study.png of the runs that are there."""
+    reports = collect(out)
+    full = reports["full"]
+    study = {"variants": compare(reports)}
+    study["adaptivity"] = by_steps([report["adaptivity"] for report in full.values()])
+    paths = sorted(glob.glob(os.path.join(out, "seed*", "full", "longer", "summary.json")))
+    longer = [read_json(path)["adaptivity"] for path in paths]
+    study["longer"] = by_steps(longer) if longer else {}
+    study["calibration"] = calibration(out, full)
+    study["selection"] = {}
+    for name, by_seed in reports.items():
+        study["selection"][name] = {
+            key: interval([report["selection"][key] for report in by_seed.values()])
+            for key in ("precision", "recall", "placebo_accepted")
+            if all(report["selection"].get(key) is not None for report in by_seed.values())
         }
     write_json(os.path.join(out, "study.json"), study)
     with open(os.path.join(out, "study.md"), "w", encoding="utf-8") as f:
-        f.write(page(study))
+        f.write("\n".join(page(study)) + "\n")
+    draw(study["variants"], os.path.join(out, "study.png"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The page and the figure
 
 
 def show(value, digits=3):
@@ -161,38 +245,111 @@ def show(value, digits=3):
     return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def table(columns, rows):
+    """Markdown. The first column is words, the others are numbers."""
+    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
+    return ["", *[f"| {' | '.join(map(str, cells))} |" for cells in lines], ""]
+
+
 def page(study):
-    """Markdown: every variant beside the full method, then every family."""
+    """-> the lines of study.md."""
+    variants = study["variants"]
     lines = [
         "# Does every part earn its place?",
         "",
-        "Mean ± half the 95 % interval over seeds. `full, MODE` are the full method's own weights,",
-        "used otherwise; the other rows were trained for what they do. p is not corrected.",
-        "",
-        "| variant | seeds | overall | reason rate | tokens / query | full − it | p |",
-        "| --- | --: | --: | --: | --: | --: | --: |",
+        "Written by study.py. Mean ± half the 95 % interval over seeds. `full, MODE` are the full",
+        "method's own weights, used otherwise; the other rows were trained for what they do. p is",
+        "that of the paired t-test, not corrected for the number of rows.",
     ]
-    for label, row in study.items():
+    rows = []
+    for label, row in variants.items():
         difference, p = "", ""
         if label != "full":
             difference = show((row["full_minus"]["diff"], row["full_minus"]["half"]))
-            p = "" if row["full_minus"]["p"] is None else f"{row['full_minus']['p']:.3f}"
-        cells = [
-            label,
-            str(len(row["seeds"])),
+            p = "" if row["full_minus"]["p"] is None else f"{row['full_minus']['p']:.4f}"
+        figures = (
             show(row["overall"]),
             show(row["reason_rate"], 2),
             show(row["tokens_per_query"], 1),
-            difference,
-            p,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    variants = [label for label in study if not label.startswith("full,")]
-    lines += ["", f"| family | {' | '.join(variants)} |", "| --- |" + " --: |" * len(variants)]
-    for family in study["full"]["datasets"]:
-        scores = [f"{study[label]['datasets'][family][0]:.2f}" for label in variants]
-        lines.append(f"| {family} | {' | '.join(scores)} |")
-    return "\n".join(lines) + "\n"
+        )
+        rows.append([label, len(row["seeds"]), *figures, difference, p])
+    columns = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it", "p"]
+    lines += table(columns, rows)
+
+    labels = [label for label in variants if not label.startswith("full,")]
+    lines += ["## By family"]
+    rows = []
+    for family in variants["full"]["datasets"]:
+        scores = [f"{variants[label]['datasets'][family][0]:.2f}" for label in labels]
+        rows.append([family.removeprefix("Pocket"), *scores])
+    lines += table(["family", *labels], rows)
+
+    lines += [
+        "## By the number of steps a query needs",
+        "",
+        "Full method. The prompt is the same for all queries of a family. AUC: the chance that a",
+        "query of two or more steps has a higher p_reason than one of none, median over seeds.",
+    ]
+    lines += steps_table(study["adaptivity"])
+    if study["longer"]:
+        lines += [f"Chains of up to {LONGER} steps, new queries. In training none is that long:"]
+        lines += steps_table(study["longer"])
+
+    lines += [
+        "## Does p_reason foretell the gain?",
+        "",
+        "Queries of all seeds. Gain: the score after thinking minus the score without.",
+    ]
+    rows = []
+    for row in study["calibration"]:
+        name = f"{row['from']:.1f} to {row['to']:.1f}"
+        rows.append([name, row["queries"], f"{row['p_reason']:.3f}", f"{row['gain']:+.3f}"])
+    lines += table(["p_reason", "queries", "mean p_reason", "mean gain"], rows)
+
+    lines += ["## Selection against the truth"]
+    rows = []
+    for label, audit in study["selection"].items():
+        if audit.get("precision") and variants[label]["full_minus"]:
+            rows.append([label, *[show(audit[key]) if key in audit else "" for key in KEYS]])
+    return lines + table(["variant", *KEYS], rows)
+
+
+KEYS = ("precision", "recall", "placebo_accepted")
+
+
+def steps_table(families):
+    rows = []
+    for name, family in families.items():
+        auc = [value for value in family["auc"] if value is not None]
+        for count, row in family["steps"].items():
+            median = f"{np.median(auc):.3f}" if auc and count == "0" else ""
+            figures = show(row["reason_rate"], 2), show(row["never"], 2), show(row["always"], 2)
+            rows.append([name.removeprefix("Pocket"), count, *figures, median])
+    return table(["family", "steps", "reason rate", "never", "always", "AUC"], rows)
+
+
+def draw(variants, path):
+    """Quality against tokens: each point was trained for what it does, but for the dial's."""
+    shown = {"never": "s", "always": "D", "always_selected": "d", "supervised": "v", "full": "o"}
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, marker in shown.items():
+        if name not in variants:
+            continue
+        x, x_half = variants[name]["tokens_per_query"]
+        y, y_half = variants[name]["overall"]
+        label = "adaptive (full method)" if name == "full" else f"{name.replace('_', ' ')}, trained"
+        axes.errorbar(x, y, y_half or 0, x_half or 0, fmt=marker, ms=8, capsize=3, label=label)
+    for mode, marker in (("per_task", "^"), ("random", "X"), ("oracle", "*")):
+        row = variants[f"full, {mode}"]
+        x, y = row["tokens_per_query"][0], row["overall"][0]
+        label = f"{mode.replace('_', ' ')}: adaptive's weights"
+        axes.plot(x, y, marker, color="0.45", ms=8, label=label)
+    axes.set_xlabel("generated tokens per query")
+    axes.set_ylabel("mean score of twelve families")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
 def main():
@@ -200,7 +357,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, help="folder of the study")
-    parser.add_argument("--seeds", type=int, default=5, help="1 ... so many")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--variants", help="only these, with commas")
     parser.add_argument("--scale", type=float, default=1.0, help="see train.py")
     parser.add_argument("--only_summarise", action="store_true", help="tables of what is there")
@@ -211,9 +368,10 @@ def main():
             parser.error(f"--variants {name}: there are {', '.join(VARIANTS)}")
     try:
         cfg = train.parse([f"--scale={args.scale}"])
-        for seed in range(1, 0 if args.only_summarise else args.seeds + 1):
-            for name in names:
-                run_variant(cfg, name, seed, args.out)
+        if not args.only_summarise:
+            for name in names:  # a variant on all seeds before the next one
+                for seed in args.seeds:
+                    run_variant(cfg, name, seed, args.out)
         summarise(args.out)
     except (train.UsageError, ValueError, OSError) as e:
         sys.exit(f"study.py: {e}")

@@ -15,70 +15,67 @@ import os
 # Read when torch is imported: threads that spin while they wait make a busy machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import ast
+import base64
+import collections
+import copy
+import dataclasses
 import functools
 import importlib.util
+import io
+import itertools
 import json
+import math
+import multiprocessing
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
 import sys
+import tempfile
+import time
+import types
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import make_dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
-from PIL import Image
-import model as M
-import processor as P
-import base64
-import collections
-import dataclasses
-import math
-import shutil
-import subprocess
-from dataclasses import make_dataclass
-from types import SimpleNamespace
-import propose
-import types
-import warnings
-from datetime import timedelta
-from unittest.mock import Mock
-import huggingface_hub
 import torch.nn.functional as F
-from torch.multiprocessing import start_processes
-import embed
-import scale
-from embed import Embedder
-import copy
-import bench
-import rl
-import re
-import signal
-import socket
-import time
-from pathlib import Path
-from safetensors.torch import load_file
-import train
-from model import read_json
-from model import write_json
-import multiprocessing
+from PIL import Image, ImageSequence
+from safetensors.torch import load_file, save_file
 from torch import nn
-from dataclasses import replace
-from safetensors.torch import save_file
-import io
-from concurrent.futures import ThreadPoolExecutor
-import pyarrow as pa
-import pocket
-import itertools
-import pathlib
-import struct
-import tempfile
-import zlib
-import pyarrow.parquet as pq
-import data
-from data import BadData
-from data import load_image
-import eval as evaluation
-import report
-from embed import ItemError
-import ast
+from torch.multiprocessing import start_processes
 
+import bench
+import data
+import embed
+import eval as evaluation
+import model as M
+import pocket
+import processor as P
+import propose
+import report
+import rl
+import scale
+import study
+import train
+from data import BadData, load_image
+from embed import Embedder, ItemError
+from model import read_json, write_json
 
 # --------------------------------------------------------------------------------------------------
 # Fixtures: tiny models, items and twins
@@ -102,12 +99,10 @@ SMALL = {
 @functools.cache
 def tiny_tokenizer():
     """A byte-level BPE with Qwen's pattern and added tokens, trained on the licence."""
-    from pocket import train_tokenizer
-
     with open(os.path.join(HERE, "LICENSE"), encoding="utf-8") as f:
         texts = f.read().split("\n")
     texts += ["system user assistant seconds 你好，世界 naïve café 🙂"] * 9
-    return P.Tokenizer(train_tokenizer(texts))
+    return P.Tokenizer(pocket.train_tokenizer(texts))
 
 
 def tiny_config(**shape):
@@ -280,10 +275,6 @@ def transformers_inputs(folder, item, config):
 
 
 # --------------------------------------------------------------------------------------------------
-# propose.py and select.py
-
-
-# --------------------------------------------------------------------------------------------------
 # select.py: worked examples
 
 selection = load_select()
@@ -356,7 +347,7 @@ def test_select_must_beat_a_guess():
 
 def test_select_threshold_by_hand():
     gains, placebos = [float(i) for i in range(1, 11)], [2.5] + 9 * [0.0]
-    at = selection.stratum_threshold
+    at = selection.stratum_bar
     # Above 1.1 stand 9 and 1 placebo: 2/9 is too much. Above 2: 2/8. Above 3: 7 and none, 1/7.
     assert at(gains, placebos, 1.1, fdr=0.2) == 3.0
     assert at(gains, placebos, 1.1, fdr=0.25) == 1.1
@@ -371,11 +362,11 @@ def test_select_chooses_by_stratum_and_weighs_by_the_posterior():
     good = [judged(f"A/{i}", float(i), 2.5 if i == 1 else 0.0) for i in range(1, 11)]
     luck = [judged(f"B/{i}", float(i), float(i)) for i in range(10)]
     easy = [judged(f"A/{i}", None) for i in range(11, 90)]  # these count neither way
-    kept = selection.choose(good + luck + easy, "full", 1.1, 0.2)
+    kept = list(selection.choose(good + luck + easy, "full", 1.1, 0.2))
     assert [row["id"] for row in kept] == [f"A/{i}" for i in range(4, 11)]
     tries = [("w", 1.0, 0.0), ("w#2", 1 + math.log(3), None), ("w#3", 5.0, 6.0)]
     rows = [judged("A/1", gain, placebo, name) for name, gain, placebo in tries]
-    assert selection.thresholds(rows, "full", 0.7, 9.0) == {("A", "w"): 0.7}  # one author
+    assert selection.bars(rows, "full", 0.7, 9.0) == {("A", "w"): 0.7}  # one author
     weights = [row["weight"] for row in selection.choose(rows, "full", 0.7, 9.0)]
     assert weights == pytest.approx([0.25, 0.75])
     weights = [row["weight"] for row in selection.choose(rows, "none", 0.7, 9.0)]
@@ -425,7 +416,8 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, monkeypatch, capsys)
     rows = [judged(f"A/{i}", 1.0 + i, 2.0, "careful") for i in range(20)] + [judged("B/0", None)]
     propose.write_rows(tmp_path / "select" / "judged.jsonl", rows)
     M.write_json(str(tmp_path / "config.json"), {"select_margin": 0.7, "select_fdr": 0.1})
-    M.write_json(str(tmp_path / "data" / "pocket.json"), {"steps": ["A"]})
+    truth = {row["id"]: {"steps": 2, "rationale": row["text"]} for row in rows}
+    M.write_json(str(tmp_path / "data" / "pocket.json"), {"train": truth})
     monkeypatch.setattr(sys, "argv", ["select.py", "--run", str(tmp_path)])
     assert selection.main() == 0
     kept = [line.split("kept ")[1].split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -538,7 +530,7 @@ def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
     for judged_under in ("none", rule):
         cfg = select_config(temperature=0.02, select_rule=judged_under, select_margin=1.0)
         rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
-        chosen = selection.choose(rows, rule, 1.0, 0.8)
+        chosen = list(selection.choose(rows, rule, 1.0, 0.8))
         kept.append({(row["id"], row["proposer"]): row["weight"] for row in chosen})
         reports.append(selection.audit(rows, chosen, rule, 1.0, 0.8))
         easy = [row for row in rows if row["gain"] is None]
@@ -692,6 +684,7 @@ GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
     [
         ("{broken", ""),
         ("", ""),
+        ("[" * 10**5, "recursion"),
         ('{"id": "\udcff"}', "decode"),  # written as a byte that is not UTF-8
         ('"text"', "object"),
         (GOOD.replace('"id"', '"no"'), "'id'"),
@@ -819,6 +812,10 @@ def test_propose_reads_responses(proposing, tmp_path):
     assert shown.err.count("half an emoji") == 3
     proposing(*read, "--accept-cut")
     assert "cut" in [row["text"] for row in propose.read_rationales(out)]
+    for line, why in (("{", "Expecting"), ("[]", "'custom_id'"), ('{"custom_id": [1]}', "a list")):
+        (tmp_path / "broken.jsonl").write_text(f'{{"custom_id": "a"}}\n{line}\n')
+        code, shown = proposing(*read, "--requests", asked, tmp_path / "broken.jsonl")
+        assert code == 1 and re.search(rf"broken.jsonl line 2: .*{why}.*\n$", shown.err)
     answers.write_text("[]\n")
     code, shown = proposing(*read, "--requests", asked)
     assert code == 1 and "a|b/1|key1|1: no response" in shown.err
@@ -1145,7 +1142,7 @@ def test_what_encode_warns_of():
     with pytest.warns(UserWarning, match="no lm_head"):
         _, info = e.encode("a", return_info=True)
     assert info == [{"reasoned": False, "p_reason": None, "rationale": None, "new_tokens": 0}]
-    with pytest.raises(ValueError, match="reason=always: .*no lm_head"):
+    with pytest.raises(ValueError, match="reason='always': expected .* lm_head"):
         e.encode("a", reason="always")
 
 
@@ -1253,8 +1250,8 @@ BAD_RUNS = {  # lines, options, what is said
     "no folder": (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder"),
     "not npy": (b'"a"', "--output v.txt", "v.txt: expected a .npy file"),
     "input": (b'"a"', "--output IN/in.npy", "in.npy: .* not named like --input"),
-    "reason": (b'"a"', "--reason yes", "reason=yes: expected auto"),
-    "dim": (b'"a"', "--dim 65", "dim=65: expected a number from 1 to 64"),
+    "reason": (b'"a"', "--reason yes", "reason='yes': expected auto"),
+    "dim": (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     "device": (b'"a"', "--device no", "device no"),
     "dtype": (b'"a"', "--dtype int8", "dtype int8: expected bfloat16"),
     "revision": (b'"a"', "--revision v1", ": a local folder has no revisions"),
@@ -1271,15 +1268,23 @@ def test_bad_input_is_one_line(fault, folder, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and (tmp_path / "in.jsonl").read_bytes() == lines
 
 
-BAD_OPTIONS = "reason=yes temperature=-1 threshold=nan dim=0 dim=65 batch_size=0 max_new_tokens=0"
+NO_COUNTS = (0, -1, 2.0, "8", True, math.nan, [8])
+BAD_OPTIONS = {
+    "instruction": (5, "\ud83d"),
+    "reason": ("yes", None, 1),
+    "temperature": (-1, math.inf, math.nan, "0.5", [0.5]),
+    "threshold": (math.nan, "0.5", None),
+    "dim": (65, *NO_COUNTS),
+    "batch_size": NO_COUNTS,
+    "max_new_tokens": NO_COUNTS,
+}
 
 
-@pytest.mark.parametrize("option", BAD_OPTIONS.split())
-def test_bad_options(option):
-    name, value = option.split("=")
-    value = value if name == "reason" else float(value)
-    with pytest.raises(ValueError, match=f"^{name}="):
-        tiny_embedder().encode(["a"], **{name: value})
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(name):
+    for value in BAD_OPTIONS[name]:
+        with pytest.raises(ValueError, match=f"^{name}=.*: expected [^\n]*$"):
+            tiny_embedder().encode([], **{name: value})
 
 
 @pytest.mark.parametrize("item", [5, ["a"], {"txt": "a"}, b"none", make_image(10, 3000)])
@@ -1351,10 +1356,6 @@ def test_matryoshka_training_makes_short_prefixes_useful():
 
     assert recall_of_prefix(()) < 0.7
     assert recall_of_prefix((4,)) == 1.0
-
-
-# --------------------------------------------------------------------------------------------------
-# rl.py and bench.py
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1708,10 +1709,6 @@ def test_bench_refuses(argv, word, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# train.py
-
-
-# --------------------------------------------------------------------------------------------------
 # train.py: options
 
 
@@ -1776,7 +1773,7 @@ def test_train_every_option_is_read_and_explained(capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# One tiny run on data of one's own, which the tests below copy
+# train.py: one tiny run on data of one's own, which the tests below copy
 
 
 def exit_code(argv):
@@ -1968,8 +1965,6 @@ def test_run_fork(finished, own_root, tmp_path, capsys):
 
 def test_run_other_rule_on_the_same_judgements(finished, own_root, tmp_path, monkeypatch):
     """A study's fork brings the judgements: nothing is judged again."""
-    import study
-
     out = str(tmp_path / "fork")
     study.fork(finished, out, "select", True)
     monkeypatch.setattr(train, "judge_fold", None)
@@ -1980,7 +1975,7 @@ def test_run_other_rule_on_the_same_judgements(finished, own_root, tmp_path, mon
 
 
 # --------------------------------------------------------------------------------------------------
-# Whatever breaks off
+# train.py: whatever breaks off
 
 
 def test_run_sigterm_and_resume(finished, own_root, tmp_path, monkeypatch, capsys):
@@ -2134,22 +2129,48 @@ def test_run_without_a_test_set_is_refused_first(own_root, tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# The stages
+# train.py: the stages
 
 
-def test_train_lessons():
-    """A kept rationale by its weight, label 1; judged and none kept: 0; never judged: -1."""
+def test_train_lessons(tmp_path):
+    """A kept rationale by its weight and label 1. Where none was kept: label 0, and what the author
+    of most kept rationales wrote. Never judged: -1."""
+    rows, kept = [], []
+    for i in range(4):
+        for author, text in (("good", f"right {i}"), ("good#1", f"again {i}"), ("bad", "so")):
+            rows.append({"id": f"a/{i}", "proposer": author, "text": text, "key": "k"})
+    for i, author, weight in ((0, "good", 0.6), (0, "bad", 0.2), (1, "good#1", 1.0)):
+        text = next(r["text"] for r in rows if r["id"] == f"a/{i}" and r["proposer"] == author)
+        row = {"id": f"a/{i}", "proposer": author, "text": text, "weight": weight}
+        kept.append(row | {"gain": 1.0, "gain_placebo": 0.0})
+    for folder in ("propose", "select"):
+        (tmp_path / folder).mkdir()
+    propose.write_rows(tmp_path / "propose" / "rationales.jsonl", rows)
+    propose.write_rows(tmp_path / "select" / "selected.jsonl", kept)
+    lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
     rng = np.random.default_rng(0)
-    pair = {"id": "a/1", "key": "k"}
-    lesson = {"key": "k", "kept": [[1], [2]], "weights": [0.6, 0.2]}
-    drawn = [train.draw_lesson(lesson, pair, rng) for _ in range(400)]
+    pairs = [{"id": f"a/{i}", "key": "k"} for i in range(4)]
+    drawn = [lessons.draw(pairs[0], rng) for _ in range(400)]
     assert {label for _, label in drawn} == {1}
-    assert np.mean([ids == [1] for ids, _ in drawn]) == pytest.approx(0.75, abs=0.06)
-    nothing = {"key": None, "kept": [], "weights": []}
-    assert train.draw_lesson(nothing, pair, rng) == (None, 0)
-    assert train.draw_lesson(None, pair, rng) == (None, -1)
-    with pytest.raises(train.UsageError, match="a/1"):
-        train.draw_lesson(lesson | {"key": "other"}, pair, rng)
+    assert np.mean([text == "right 0" for text, _ in drawn]) == pytest.approx(0.75, abs=0.06)
+    drawn = {lessons.draw(pairs[3], rng) for _ in range(40)}
+    assert drawn == {("right 3", 0), ("again 3", 0)}
+    assert lessons.draw({"id": "a/9", "key": "k"}, rng) == (None, -1)
+    with pytest.raises(train.UsageError, match="a/0"):
+        lessons.draw({"id": "a/0", "key": "other"}, rng)
+    propose.write_rows(tmp_path / "select" / "selected.jsonl", [])  # nobody is to be trusted
+    lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
+    assert lessons.draw(pairs[0], rng) == (None, 0)
+
+
+def test_embed_starts_from_the_mean_of_the_evaluators(finished, own_root, tmp_path):
+    out = copy_of(finished, tmp_path / "run", "select")
+    assert exit_code(arguments(own_root, out, "--embed_steps", "0", stage="embed")) == 0
+    judges = [weights(out, "select", f"judge{fold}") for fold in (0, 1)]
+    embed = weights(out, "embed")
+    assert not equal_files(judges[0], judges[1])
+    mean = {name: (judges[0][name] + judges[1][name]) / 2 for name in embed}
+    assert equal_files(embed, mean, atol=1e-6)
 
 
 def test_run_matryoshka_and_proposers_reach_the_checkpoint(finished, own_root, tmp_path, capsys):
@@ -2189,7 +2210,7 @@ def test_train_base_goes_on_until_the_skills_are_there(skill, steps, tmp_path, m
     c = dataclasses.replace(train.Config(), base_steps=400, scale=0.1, out=str(tmp_path / "run"))
     run = train.Run(dataclasses.replace(c, device="cpu"))
     assert isinstance(train.pretrain(run, run.begin("base")), type(embedder))
-    assert taken == [1.0] * 2 + [0.4] * (steps - 2)
+    assert taken == [1.0] * 2 + [0.3] * (steps - 2)
 
 
 @pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (1.0, math.inf)])
@@ -2215,10 +2236,6 @@ def test_train_long_stages_speak(monkeypatch, capsys):
     monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
     assert list(train.progress([5, 6, 7, 8, 9], "judging")) == [5, 6, 7, 8, 9]
     assert capsys.readouterr().out.startswith("judging: 1 of 5\n")
-
-
-# --------------------------------------------------------------------------------------------------
-# scale.py
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2320,7 +2337,7 @@ def test_grad_cache_equals_the_joined_batch(budget):
 
 
 # --------------------------------------------------------------------------------------------------
-# Two processes equal one
+# scale.py: two processes equal one
 
 
 def last_states(model, items=ITEMS[4:7]):
@@ -2436,7 +2453,7 @@ def test_a_model_in_shards_equals_the_model(two_processes):
 
 
 # --------------------------------------------------------------------------------------------------
-# LoRA and lower precision
+# scale.py: LoRA and lower precision
 
 
 def test_lora_merged_equals_unmerged():
@@ -2485,7 +2502,7 @@ def test_bf16_trains_fp32_weights():
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimizer
+# scale.py: the optimizer
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48)])
@@ -2556,7 +2573,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
 
 
 # --------------------------------------------------------------------------------------------------
-# States inside a stage
+# scale.py: states inside a stage
 
 
 def train_toy(folder, steps, save_at=(), seed=0, name="adamw"):
@@ -2640,10 +2657,6 @@ def test_what_does_not_fit_is_one_line(tmp_path, fault, words):
 
 
 # --------------------------------------------------------------------------------------------------
-# model.py
-
-
-# ==================================================================================================
 # model.py: transformers judges the network, a forward over the full sequence judges generation
 
 MODEL_SHAPES = {
@@ -3193,10 +3206,12 @@ def test_model_bad_checkpoints(spoil, message, checkpoint, tmp_path):
 def test_model_bad_folders(checkpoint, tmp_path):
     folder = str(tmp_path / "a")
     shutil.copytree(checkpoint, folder)
-    (tmp_path / "a/adapter_config.json").write_text("{}")  # beside complete weights
-    with pytest.raises(ValueError, match="adapter_config.json belongs to an adapter"):
-        M.load_model(folder)
-    os.remove(f"{folder}/adapter_config.json")
+    (tmp_path / "a/default").mkdir()
+    for name in ("adapter_config.json", "default/adapter_config.json"):  # beside complete weights
+        (tmp_path / "a" / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"a: {name} belongs to an adapter"):
+            M.load_model(folder)
+        (tmp_path / "a" / name).unlink()
     (tmp_path / "a/config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: not valid JSON"):
         M.load_model(folder)
@@ -3215,15 +3230,7 @@ def test_model_bad_folders(checkpoint, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# processor.py
-
-
-# ruff: noqa: F403, F405, I001
-
-
-# ==================================================================================================
-# processor.py
-# Worked examples
+# processor.py: worked examples
 
 
 def spell(data):
@@ -3394,7 +3401,7 @@ def test_processor_max_length_cuts_text_only():
 
 
 # --------------------------------------------------------------------------------------------------
-# Twins
+# processor.py: twins
 
 HARD = ["", " ", "\n", "\r\n\r\n x", "don't DON'T 'S", "1234567", "a\u0301 \u1100\u1161\u11a8 ﬁ Å"]
 HARD += ["你好，世界。", "🙂👩‍👩‍👧🏽🇩🇪", "नमस्ते दुनिया", "مرحبا", "\u00a0\u3000x\t\t y", "a" * 300]
@@ -3567,7 +3574,7 @@ def test_processor_settings_are_the_arguments_else_the_checkpoints_else_qwens(tm
 
 
 # --------------------------------------------------------------------------------------------------
-# Odd but valid input
+# processor.py: odd but valid input
 
 
 def test_processor_spellings_of_one_image(tmp_path):
@@ -3635,12 +3642,16 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
     ):
         with pytest.warns(UserWarning, match=message):
             processor(item)
+    shutil.copy("cat.PNG", "film.mp4")
+    with pytest.warns(UserWarning, match="of a video, a list of frames"):
+        tiny_processor()("film.mp4")
+    images = [suffix for suffix in P.MEDIA_SUFFIXES if suffix in Image.registered_extensions()]
+    assert {Image.EXTENSION[suffix] for suffix in images} <= set(Image.OPEN) and len(images) > 20
     chat = {"messages": [{"role": "system", "content": "S"}]}
     with pytest.warns(UserWarning, match="an instruction is not read"):
         processor(chat, "Find it")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        processor(chat, "Find it")
         for item in ("cat.PNG", "dog.png", Path("cat.PNG"), {"text": "a", "img": None}):
             processor(item)
 
@@ -3657,11 +3668,28 @@ def test_processor_leaves_its_input_alone():
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad input: one line that says what it is
+# processor.py: bad input
 
 
 def said(*content, **message):
     return {"messages": [{"role": "user", "content": [*content], **message}]}
+
+
+def animation():
+    """A GIF of three colours, opened: one object that seeks."""
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "lime", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return Image.open(file)
+
+
+def test_processor_frames_of_an_animation_differ():
+    frames = ImageSequence.all_frames(animation())
+    prompt = tiny_processor()({"video": frames})
+    # Two groups of two frames, the last one twice; a patch is channel, frame, pixel.
+    patches = np.stack(prompt["pixel_values"]).reshape(2, -1, 3, 2, 256)
+    red, lime, blue = np.eye(3) * 255
+    assert np.array_equal(patches.mean((1, 4)).mT, [[red, lime], [blue, blue]])
 
 
 BAD_ITEMS = [
@@ -3683,6 +3711,8 @@ BAD_ITEMS = [
     ({"video": []}, "a video without frames"),
     ({"video": "film.mp4"}, "a video without frames"),
     ({"video": {"fps": 2}}, "a video without frames"),
+    ({"video": list(ImageSequence.Iterator(animation()))}, "frames are one image .*all_frames"),
+    ({"video": ImageSequence.Iterator(animation())}, "a video without frames .Iterator"),
     ({"video": make_clip(2, 0)}, "fps is 0"),
     ({"video": make_clip(2), "fps": "x"}, "fps is 'x'"),
     ({"video": make_clip(2), "fps": b"x" * 999}, "fps is a bytes"),
@@ -3719,7 +3749,7 @@ BAD_FOLDERS = [
     ("tokenizer.json", {"added_tokens": 3}, "tokenizer.json: .*TypeError"),
     ("tokenizer.json", {"added_tokens": []}, r"the tokenizer lacks <\|endoftext\|>"),
     ("preprocessor_config.json", {"size": 3}, "a setting is not where we write it"),
-    ("embedder_config.json", {"max_frames": "x"}, "a limit is 'x'"),
+    ("embedder_config.json", {"max_frames": "x"}, "max_frames='x': expected a whole number"),
     ("video_preprocessor_config.json", {"frame_max_pixels": 9}, "pixel limits 1024 to 9"),
 ]
 
@@ -3736,8 +3766,13 @@ def test_processor_bad_folders(name, change, message, tmp_path):
 def test_processor_bad_settings():
     for name in ("min_pixels", "max_frames", "fps", "max_length"):
         for value in (0, -1, float("nan"), "x", True):
-            with pytest.raises(ValueError, match="expected a number above 0"):
+            with pytest.raises(ValueError, match=f"^{name}=.*: expected a.* number above 0"):
                 tiny_processor(**{name: value})
+    with pytest.raises(ValueError, match="^max_frames=2.5: expected a whole number"):
+        tiny_processor(max_frames=2.5)
+    for value in ("\ud83d", 5):
+        with pytest.raises(ValueError, match="^default_instruction=.*: expected text"):
+            tiny_processor(default_instruction=value)
     for limits in ({"min_pixels": 9000}, {"frame_max_pixels": 1000}, {"max_pixels": 1023}):
         with pytest.raises(ValueError, match="expected min <= max"):
             tiny_processor(**limits)
@@ -3829,7 +3864,7 @@ def pair(qry="q", image="", **more):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tables
+# data.py: the tables
 
 
 FAMILIES = "I-CLS 10 I-QA 10 I-RET 12 I-VG 4 V-CLS 5 V-QA 5 V-RET 5 V-MRET 3 ViDoRe-V1 10"
@@ -4160,7 +4195,7 @@ def test_data_empty_sides_are_dropped_and_counted(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# A user's tables
+# data.py: a user's tables
 
 
 def test_data_your_pairs_need_no_code(tmp_path):
@@ -4282,7 +4317,7 @@ def test_data_large_tables_stay_on_disk(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# The sampler and the training loader
+# data.py: the sampler and the training loader
 
 
 def naive_stream(sizes, weights, batch, sub_batch, seed, steps):
@@ -4365,7 +4400,7 @@ def test_data_a_broken_row_is_replaced_in_training(tmp_path, capfd):
 
 
 # --------------------------------------------------------------------------------------------------
-# Images
+# data.py: images
 
 
 def array(kind, level, other=0):
@@ -4648,7 +4683,7 @@ def test_data_bad_pages_are_named(tmp_path, capsys, corpus, ids, qrels, message,
 
 
 # --------------------------------------------------------------------------------------------------
-# --check
+# data.py: --check
 
 
 def test_data_check_says_found_short_and_missing(tmp_path, capsys):
@@ -4715,10 +4750,6 @@ def test_data_fetch_downloads_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(BadData, match=r"^NIGHTS: .* \(ConnectionError: no route to host\)$"):
         data.check(root, names=["NIGHTS"], fetch=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# eval.py and report.py
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4983,6 +5014,36 @@ def test_a_run_and_its_files(root, tmp_path):
     assert changed.calls == [("never", 5), ("never", 5)]
 
 
+def evaluation_of_a_process(rank, root, folder):
+    """The first measures absent and hard, the second easy."""
+    group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
+    fake = Fake()
+    summary = evaluation.evaluate(fake, root, f"{folder}/two", truth={"hard/0": 2, "hard/1": 0})
+    M.write_json(f"{folder}/{rank}.json", [summary, fake.calls])
+    scale.barrier()
+    os._exit(0)  # without pytest's own ending
+
+
+def test_an_evaluation_by_two_processes_equals_one(root, tmp_path, monkeypatch):
+    """All files, byte by byte, and what is returned: the order of datasets is that of the table."""
+    monkeypatch.setattr(evaluation, "time", types.SimpleNamespace(perf_counter=lambda: 0))
+    one = tmp_path / "one"
+    evaluation.evaluate(Fake(), root, str(one), truth={"hard/0": 2, "hard/1": 0})
+    start_processes(evaluation_of_a_process, (root, str(tmp_path)), nprocs=2, start_method="fork")
+    first, second = (M.read_json(tmp_path / f"{rank}.json") for rank in range(2))
+    expected = M.read_json(one / "summary.json")
+    assert json.dumps(first[0]) == json.dumps(second[0]) == json.dumps(expected)
+    assert list(expected["datasets"]) == ["easy", "hard"]
+    assert len(first[1]) <= 3 and len(second[1]) <= 3  # targets, never, always: of one dataset
+    for path in one.rglob("*"):
+        if path.is_file() and path.name != "leaderboard.json":  # which has the time
+            assert (tmp_path / "two" / path.relative_to(one)).read_bytes() == path.read_bytes()
+    boards = [M.read_json(tmp_path / name / "leaderboard.json") for name in ("one", "two")]
+    assert json.dumps(boards[0]["metrics"]) == json.dumps(boards[1]["metrics"])
+    assert not list(tmp_path.glob("two/cache/*.?.*"))  # nothing that was written aside
+
+
 def test_calls_with_other_tasks_fill_one_leaderboard(root, tmp_path):
     out = str(tmp_path / "out")
     steps = [("easy", 0.5, {"easy"}), ("hard", 0.5, {"easy", "hard"}), ("hard", 0.6, {"hard"})]
@@ -5029,7 +5090,7 @@ def test_a_broken_row_stops_the_run_with_one_line(root, tmp_path):
 def test_the_command_line_hands_its_options_over(monkeypatch, root):
     seen = []
     summary = dict.fromkeys(("image", "video", "visdoc", "overall", "missing"))
-    monkeypatch.setattr(Embedder, "from_pretrained", lambda path, revision: (path, revision))
+    monkeypatch.setattr(Embedder, "from_pretrained", lambda path, _, revision: (path, revision))
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append((a, k)) or summary)
     line = f"--model a/m --revision r --data {root} --out o --reason never --threshold 0.2 --dim 8"
     evaluation.main((line + " --tasks easy,hard --limit 3").split())
@@ -5054,7 +5115,7 @@ def test_the_command_line_hands_its_options_over(monkeypatch, root):
     ],
 )
 def test_bad_options_end_in_one_line(options, says, root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Embedder, "from_pretrained", lambda path, revision: Fake())
+    monkeypatch.setattr(Embedder, "from_pretrained", lambda path, _, revision: Fake())
     line = ["--model", "m", "--data", root, "--out", str(tmp_path / "out")]
     with pytest.raises((SystemExit, ValueError)) as stop:
         evaluation.main(line + options.split(" "))
@@ -5201,7 +5262,7 @@ ARROWS = {  # who knows of whom; everything else would be an arrow upwards or a 
     "propose": {"data", "embed", "model", "processor", "scale"},
     "select": {"data", "embed", "model", "processor", "propose", "scale"},
     "rl": {"embed", "model", "processor", "scale"},
-    "eval": {"data", "embed", "model"},
+    "eval": {"data", "embed", "model", "scale"},
     "report": {"data", "eval", "model"},
     "pocket": {"model", "processor", "scale"},
 }
@@ -5254,8 +5315,6 @@ def test_readme():
 
 
 def test_readme_options_exist():
-    import train
-
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     known = {field.name for field in train.fields(train.Config)}
     for line in readme.splitlines():
@@ -5280,8 +5339,6 @@ def test_readme_edits_apply():
 
 
 def test_every_word_of_the_pocket_world_is_one_token():
-    import pocket
-
     tokenizer = pocket.new_model(0)[1].tokenizer
     for word in (*pocket.CELLS, *pocket.NUMBERS, *pocket.WORDS):
         assert len(tokenizer.encode(" " + word)) == 1, word
@@ -5289,12 +5346,9 @@ def test_every_word_of_the_pocket_world_is_one_token():
 
 def test_the_pocket_world_is_opened_by_the_real_loader(tmp_path):
     """Written in MMEB's layouts, so that there is one loader and it is the real one."""
-    import data
-    import pocket
-
     pocket.write_world(str(tmp_path), seed=3, train=4, test=4)
     train = data.train_sets(str(tmp_path))
-    assert train.names == [family[0] for family in pocket.FAMILIES]
+    assert train.names == [family.name for family in pocket.FAMILIES]
     assert set(train.sizes) == {4}
     for row in data.tables(str(tmp_path), "eval"):
         test_set = data.load_eval(str(tmp_path), row)
@@ -5303,8 +5357,6 @@ def test_the_pocket_world_is_opened_by_the_real_loader(tmp_path):
 
 
 def test_a_world_is_a_function_of_its_seed(tmp_path):
-    import pocket
-
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
         pocket.write_world(str(tmp_path / name), seed, 2, 2, names=["PocketWalk"])
@@ -5312,30 +5364,118 @@ def test_a_world_is_a_function_of_its_seed(tmp_path):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_walk_follows_its_colours():
-    """Worked example: nw is red (right), n is green (down), mid ends it after two moves."""
-    import pocket
+def test_rationales_of_the_pocket_world():
+    """Worked examples. nw is red (right), n is green (down), mid is purple, which ends it. The sum
+    is modulo ten; a misread digit changes all that follows."""
+    scene = [("red", "star"), ("green", "bar"), *[None] * 2, ("purple", "ring"), *[None] * 4]
+    walk = "nw red star . right n green bar . down mid purple ring . stay"
+    assert pocket.explain_walk(scene, 0, pocket.Eyes()) == walk
+    assert pocket.explain_walk([("blue", "ring")], 0, pocket.Eyes()) == "nw blue ring . left out"
+    cells = ["nw", "n", "ne"]
+    added = "nw three . n five makes eight . ne nine makes seventeen keep seven . seven"
+    assert pocket.explain_sum(cells, [3, 5, 9], pocket.Eyes()) == added
+    wrong = pocket.explain_sum(cells, [3, 5, 9], pocket.Eyes(np.random.default_rng(0), wrong=1))
+    assert wrong.startswith("nw three . n ") and " n five " not in wrong
+    assert not wrong.endswith(". seven")
+    assert pocket.explain_sum(cells[:1], [3], pocket.Eyes()) == "nw three . three"
+    added = pocket.explain_sum(cells[:1], [3], pocket.Eyes(), stop=[("n", ("red", "star"))])
+    assert added == "nw three . n red star . three"
+    total = pocket.explain_total(["rent", "food"], [3, 5], pocket.Eyes())
+    assert total == "rent three . food five makes eight . no eight"
 
-    scene = [("red", "star"), ("green", "bar"), *[None] * 2, ("blue", "ring"), *[None] * 4]
-    text, cells = pocket.walk(scene, 0, [None, None])
-    assert text == "nw red star . right n green bar . down mid blue ring"
-    assert cells == [0, 1, 4]
+
+def test_mixed_families_need_from_none_to_four_steps(tmp_path):
+    """Half of the queries none, the others one to four; the explanation has a statement for each
+    thing that has to be looked at, and its end is the answer."""
+    bank = pocket.Bank(np.random.default_rng(0), copies=1)
+    for family in pocket.FAMILIES:
+        if family.name not in pocket.MIXED:
+            continue
+        rng = np.random.default_rng(5)
+        rows = [family.make(bank, rng, 4) for _ in range(400)]
+        count = collections.Counter(row["steps"] for row in rows)
+        assert sorted(count) == [0, 1, 2, 3, 4] and 160 < count[0] < 240, family.name
+        assert all(25 < count[n] < 80 for n in (1, 2, 3, 4)), family.name
+        for row in rows:
+            statements = row["explain"](pocket.Eyes()).split(" . ")
+            ends = {"PocketTotal": 1, "PocketWalk": 1}.get(family.name, 2)  # what ended it; the sum
+            assert len(statements) == row["steps"] + 1 + ends
+            if "answer" in row:
+                place = -2 if family.name == "PocketWalk" else -1
+                assert statements[place].endswith(row["answer"])
 
 
-def test_running_sum():
-    import pocket
+def test_four_tries_err_independently():
+    """Each statement is wrong with chance 0.1, so four steps are right in 0.9^5 = 0.59 of tries."""
+    rng = np.random.default_rng(0)
+    cells, digits = list("abcde"), [1, 2, 3, 4, 5]
+    right = pocket.explain_sum(cells, digits, pocket.Eyes())
+    tries = [pocket.explain_sum(cells, digits, pocket.Eyes(rng, 0.1)) for _ in range(1000)]
+    assert abs(np.mean([text == right for text in tries]) - 0.9**5) < 0.05
+    row = {"explain": lambda eyes: pocket.explain_sum(cells, digits, eyes), "caption": "c"}
+    authors = collections.Counter(name for name, _ in pocket.write_rationales(row, rng))
+    assert authors == {"careful": 4, "captioner": 1, "sloppy": 1, "parrot": 1}
 
-    text, total = pocket.running_sum(["nw", "n", "ne"], [3, 5, 9])
-    assert text == "nw three . n five makes eight . ne nine makes seventeen keep seven"
-    assert total == 7
+
+def test_truth_of_the_pocket_world(tmp_path):
+    """Two steps or more and every statement right: it helps. One step: nobody can say."""
+    pair = {f"F/{n}": {"steps": n, "rationale": "right"} for n in range(4)}
+    M.write_json(str(tmp_path / "pocket.json"), {"train": pair, "test": {}})
+    helps = selection.pocket_truth(str(tmp_path))
+    marks = [helps({"id": f"F/{n}", "text": "right"}) for n in range(4)]
+    assert marks == [False, None, True, True]
+    assert not any(helps({"id": f"F/{n}", "text": "wrong"}) for n in range(4))
+    assert selection.pocket_truth(str(tmp_path / "elsewhere")) is None
 
 
 def test_study_statistics():
     """Three pairs that differ by 1, 2 and 3: t = 2 / (1 / sqrt 3), half = t(0.975, 2) / sqrt 3."""
-    import study
-
     test = study.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     assert test["diff"] == 2.0 and test["n"] == 3
     assert np.isclose(test["half"], 4.302653 / 3**0.5)
     assert np.isclose(test["p"], 0.074180)
     assert study.interval([0.5]) == (0.5, None)
+
+
+def study_folder(root):
+    """Two seeds of full and never: report.json and queries.jsonl, as runs leave them."""
+    for seed, variant in itertools.product((1, 2), ("full", "never")):
+        folder = root / f"seed{seed}" / variant
+        (folder / "eval" / "image").mkdir(parents=True)
+        score = 0.9 + 0.01 * seed if variant == "full" else 0.5
+        mode = {"overall": score, "reason_rate": 0.5, "tokens_per_query": 3.0 + seed}
+        mode["datasets"] = {"PocketWalk": score}
+        modes = dict.fromkeys(("never", "always", "adaptive", "per_task", "random", "oracle"), mode)
+        numbers = {"0": 0.1 * seed, "2": 1.0}
+        walk = {
+            "auc": 0.9 + 0.02 * seed,
+            "reason_rate": numbers,
+            "never": numbers,
+            "always": numbers,
+        }
+        audit = {"precision": 0.5, "recall": 0.25 * seed, "placebo_accepted": 0.0}
+        report = {"modes": modes, "adaptivity": {"PocketWalk": walk}, "selection": audit}
+        M.write_json(str(folder / "report.json"), report)
+        rows = [
+            {"p_reason": p, "never": 0.0, "always": float(p > 0.5)} for p in (0.0, 0.2, 0.95, 1.0)
+        ]
+        propose.write_rows(folder / "eval" / "image" / "PocketWalk_queries.jsonl", rows)
+
+
+def test_study_page(tmp_path):
+    """Worked example: full is 0.91 and 0.92, never 0.5: 0.415 ± t(0.975, 1) * 0.005 apart."""
+    study_folder(tmp_path)
+    study.summarise(str(tmp_path))
+    result = read_json(f"{tmp_path}/study.json")
+    test = result["variants"]["never"]["full_minus"]
+    assert np.isclose(test["diff"], 0.415) and np.isclose(test["half"], 12.706205 * 0.005)
+    assert np.allclose(result["adaptivity"]["PocketWalk"]["auc"], [0.92, 0.94])
+    assert np.allclose(result["adaptivity"]["PocketWalk"]["steps"]["0"]["never"][0], 0.15)
+    bins = [(row["from"], row["queries"], row["gain"]) for row in result["calibration"]]
+    assert bins == [(0.0, 2, 0.0), (0.1, 2, 0.0), (0.9, 4, 1.0)]
+    page = (tmp_path / "study.md").read_text()
+    assert "| never | 2 | 0.500 ± 0.000 |" in page and "| Walk | 0 | 0.15 ± 0.64 |" in page
+    assert "| full | 0.500 ± 0.000 | 0.375 ± 1.588 | 0.000 ± 0.000 |" in page
+    assert (tmp_path / "study.png").exists()
+    with pytest.raises(ValueError, match="no finished run"):
+        study.summarise(str(tmp_path / "nothing"))

@@ -87,6 +87,7 @@ def load_select():
 
 selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
+SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")  # a row of selected.jsonl
 RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares their targets
 
 # --------------------------------------------------------------------------------------------------
@@ -152,8 +153,8 @@ class Config:
     optimizer: str = opt("training", "muon", choices=("muon", "adamw"))  # of matrices; AdamW: rest
     lr: float = opt("training", 0.002)  # peak rate; a stage's factor multiplies it
     warmup: int = opt("training", 30)  # steps, a quarter of the stage at most
-    batch: int = opt("training", 64, 1)  # pairs of a contrastive step
-    sub_batch: int = opt("training", 16, 1)  # of one dataset, which makes negatives hard
+    batch: int = opt("training", 32, 1)  # pairs of a contrastive step
+    sub_batch: int = opt("training", 8, 1)  # of one dataset, which makes negatives hard
     temperature: float = opt("training", 0.02, 1e-4)  # of every softmax over targets
     lora: int = opt("training", 0)  # rank of LoRA; 0 trains all weights
     train_vision: bool = opt("training", True)  # the vision tower, too
@@ -165,20 +166,20 @@ class Config:
     rationales: str = opt("propose", "")  # a file of rationales that were written elsewhere
 
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
-    select_steps: int = opt("select", 220)  # warm-up of each evaluator
-    select_lr: float = opt("select", 0.3)  # times lr; at 1 evaluators learn pairs by heart
+    select_steps: int = opt("select", 200)  # warm-up of each evaluator
+    select_lr: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
     select_margin: float = opt("select", 0.7, -math.inf)  # least gain; log 2 doubles p(target)
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
     select_folds: int = opt("select", 2, 1)  # 2: the judge never trained on the pair; 1: it did
 
-    embed_steps: int = opt("embed", 450)  # updates
+    embed_steps: int = opt("embed", 300)  # updates
     embed_lr: float = opt("embed", 0.5)  # times lr
     embed_proposers: str = opt("embed", "")  # learn from these alone (commas), or none
     lm_weight: float = opt("embed", 1.0)  # of the rationale's cross-entropy
     decision_weight: float = opt("embed", 0.2)  # of the decision's cross-entropy
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
 
-    rl_steps: int = opt("rl", 60)  # updates
+    rl_steps: int = opt("rl", 40)  # updates
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_temperature: float = opt("rl", 1.0, 0.01)  # of sampling
@@ -276,6 +277,7 @@ class Run:
         self.stopping = False
         self.stage = ""  # the one that runs
         self.device = scale.join_processes(cfg.device)
+        self.pairs_read = {}
         os.makedirs(cfg.out, exist_ok=True)
         self.stages = self.read("stages.json")
         self.same_options(self.path("config.json"), ("machine", cfg.stage))
@@ -395,18 +397,22 @@ class Run:
         """What SIGTERM does in the training loop. Elsewhere it ends the process, as kill -9."""
         self.stopping = True
 
-    def embedder(self, stage):
+    def embedder(self, stage, *parts):
         """The checkpoint that a stage left."""
         if stage not in self.stages:
             raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
         c = self.cfg
         limits = {"max_pixels": c.max_pixels, "max_frames": c.max_frames}
-        return Embedder.from_pretrained(self.path(stage), self.device, c.dtype, **limits)
+        return Embedder.from_pretrained(self.path(stage, *parts), self.device, c.dtype, **limits)
 
-    def trainee(self, stage):
-        """The same, ready to be trained."""
+    def trainee(self, stage, parts=()):
+        """The same, ready to be trained. parts: folders of several, whose mean it is."""
         c = self.cfg
-        embedder = self.embedder(stage)
+        embedder = self.embedder(stage, *parts[:1])
+        for n, part in enumerate(parts[1:], 2):
+            other = self.embedder(stage, part).model
+            for p, q in zip(embedder.model.parameters(), other.parameters()):
+                p.data.lerp_(q.data, 1 / n)
         torch.manual_seed(self.torch_seed("lora"))
         dtype = getattr(torch, c.dtype)
         scale.prepare(embedder.model, dtype, c.lora, c.checkpointing, c.compile, c.train_vision)
@@ -418,6 +424,13 @@ class Run:
             kernels = [sdpa_kernel(embedder.model, dtype, branches) for branches in (False, True)]
             self.say(f"attention: {kernels[0]}; with branches {kernels[1]}")
         return embedder
+
+    def pairs(self, processor, for_rl=False, question=None):
+        """The training pairs. Stages of a call share what was read: their processors are alike."""
+        kind = for_rl, question
+        if kind not in self.pairs_read:
+            self.pairs_read[kind] = Pairs(self, processor, for_rl, question or as_is)
+        return self.pairs_read[kind]
 
     def merged(self, model, into=None):
         """What is being trained as a model of --dtype: to judge with, to sample from, to save."""
@@ -431,6 +444,28 @@ def read_rows(path):
     """The complete lines of a file of JSON lines. A kill may leave half a line at its end."""
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+class Rows:
+    """Files of JSON lines, read anew each time one goes through them: memory holds one row."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __iter__(self):
+        for path in self.paths:
+            with open(path, encoding="utf-8") as f:
+                for line in f:
+                    yield json.loads(line)
+
+
+def join(paths, path):
+    """One file of several, complete or not at all."""
+    with open(f"{path}.part", "wb") as out:
+        for part in paths:
+            with open(part, "rb") as f:
+                shutil.copyfileobj(f, out)
+    os.replace(f"{path}.part", path)
 
 
 def progress(items, title):
@@ -630,7 +665,7 @@ def pretrain(run, part):
     probe = pocket.Bank(run.rng("probe bank"))  # other drawings than those it learns from
 
     def one_step(i, _):
-        look = 1.0 if i < look_first else 0.4  # first learn to see, then to look things up
+        look = 1.0 if i < look_first else 0.3  # first learn to see, then to look things up
         rng = run.rng("base", i)
         return pocket.pretrain_step(model, processor, bank, rng, look, c.chunk_tokens)
 
@@ -653,16 +688,19 @@ def pretrain(run, part):
     return Embedder(model, processor)
 
 
-def by_window(run, folder, windows, rows_of, title):
-    """rows_of(n, window) of all windows -> their rows, in order. The windows are dealt out to the
-    processes. Each leaves a file, and is not done again when the stage is resumed."""
+def by_window(path, windows, rows_of, title):
+    """Write rows_of(n, window) of all windows, in order, into one file. The windows are dealt out
+    to the processes. Each leaves a file, and is not done again when the stage is resumed."""
+    folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
     for n, window in enumerate(progress(windows, title)):
         if n % scale.world_size() == scale.rank() and not os.path.exists(paths[n]):
             propose.write_rows(paths[n], rows_of(n, window))
     scale.barrier()
-    return [row for path in paths for row in read_rows(path)]
+    if scale.is_main():
+        join(paths, path)
+    scale.barrier()
 
 
 def propose_stage(run, part):
@@ -671,22 +709,18 @@ def propose_stage(run, part):
     embedder = run.embedder("base")
     model, processor = embedder.model, embedder.processor
     source = c.rationales or ("" if c.data else run.path("data", "proposers.jsonl"))
-    given, of_targets = {}, 0
-    for row in propose.read_rationales(source) if source else []:
-        if row["side"] == "query":
-            given.setdefault(row["id"], []).append(row)
-        else:
-            of_targets += 1
-    if of_targets:
-        run.say(f"propose: {of_targets} rationales of {source!r} are about targets, and not used")
+    given = propose.Rationales(source) if source else None
+    if given and given.of_targets:
+        lines = f"{given.of_targets} rationales of {source!r}"
+        run.say(f"propose: {lines} are about targets, and not used")
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
-    pairs = Pairs(run, processor, question=propose.question if ask else as_is)
+    pairs = run.pairs(processor, question=propose.question if ask else None)
 
     def write(n, window):
         rows = []
         for pair in window:
-            for row in given.get(pair["id"], []):
+            for row in given.of(pair["id"]) if given else []:
                 check_content(pair, row.get("key"))
                 rows.append(row | {"key": pair["key"]})
         if c.num_candidates:
@@ -694,89 +728,90 @@ def propose_stage(run, part):
             rows += propose.propose(model, processor, window, c, rng, ask)
         return rows
 
-    rows = by_window(run, os.path.join(part, "windows"), pairs.windows(), write, "propose")
-    unused = len(given.keys() - {row["id"] for row in rows})
-    run.say(f"propose: {len(rows)} rationales; {unused} pairs of {source!r} are rl's, or no pairs")
-    cut = sum(row.get("truncated", False) for row in rows)
-    run.say(f"propose: {cut} were cut off at {c.max_new_tokens} tokens")
-    if scale.is_main():
-        propose.write_rows(os.path.join(part, "rationales.jsonl"), rows)
+    path = os.path.join(part, "rationales.jsonl")
+    by_window(path, pairs.windows(), write, "propose")
+    written = propose.Rationales(path)
+    if given:
+        unused = len(given.places.keys() - written.places.keys())
+        run.say(f"propose: {unused} pairs of {source!r} are rl's, or no pairs")
+    run.say(f"propose: {written.authors.total()} rationales")
+    run.say(f"propose: {written.cut} were cut off at {c.max_new_tokens} tokens")
 
 
 def select_stage(run, part):
     """Cross-fitted evaluators judge every rationale; the rule keeps what helps its pair."""
     c = run.cfg
-    texts, keys = {}, {}
-    for row in propose.read_rationales(run.path("propose", "rationales.jsonl")):
-        texts.setdefault(row["id"], {})[row["proposer"]] = row["text"]
-        keys[row["id"]] = row.get("key")
-    judged = []
-    for fold in range(c.select_folds):
-        path = os.path.join(part, f"judged{fold}.jsonl")
+    written = propose.Rationales(run.path("propose", "rationales.jsonl"))
+    paths = [os.path.join(part, f"judged{fold}.jsonl") for fold in range(c.select_folds)]
+    for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork with another rule
-            rows = judge_fold(run, part, fold, texts, keys)
-            if scale.is_main():
-                propose.write_rows(path, rows)
-        scale.barrier()
-        judged += read_rows(path)
+            judge_fold(run, part, fold, written, path)
+    judged = Rows(paths)
 
     rule = c.select_rule, c.select_margin, c.select_fdr
-    kept = selection.choose(judged, *rule)
+    selected = os.path.join(part, "selected.jsonl")
+    if scale.is_main():
+        chosen = selection.choose(judged, *rule)
+        propose.write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
+        join(paths, os.path.join(part, "judged.jsonl"))
+    scale.barrier()
+    kept = Rows([selected])
     audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
     run.forget("select audit")
     run.log("select audit", 1, 1, {k: v for k, v in audit.items() if not isinstance(v, dict)})
     run.say(selection.few_kept(judged, kept) or "")
     if scale.is_main():
-        columns = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
-        rows = [{column: row[column] for column in columns} for row in kept]
-        propose.write_rows(os.path.join(part, "selected.jsonl"), rows)
-        propose.write_rows(os.path.join(part, "judged.jsonl"), judged)
         write_json(os.path.join(part, "audit.json"), audit)
 
 
-def judge_fold(run, part, fold, texts, keys):
+def judge_fold(run, part, fold, written, path):
     """Train an evaluator on the pairs of the other fold, and judge this fold's rationales with it.
 
-    texts {pair id: {proposer: text}}, keys {pair id: content} -> the rows of judged.jsonl
+    written: propose.Rationales; path: for the rows of judged.jsonl
     """
     c, name = run.cfg, f"select{fold}"
     embedder = run.trainee("base")
     processor = embedder.processor
-    pairs = Pairs(run, processor)
+    pairs = run.pairs(processor)
 
     def one_step(i, batch):
-        rng_of = partial(run.rng, name, i)
+        texts, rng_of = written.texts(batch), partial(run.rng, name, i)
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
 
     def judge(n, window):
         for pair in window:
-            check_content(pair, keys[pair["id"]])
-        rng = run.rng("judge", fold, n)
+            check_content(pair, written.of(pair["id"])[0].get("key"))
+        texts, rng = written.texts(window), run.rng("judge", fold, n)
         return selection.judge(embedder.model, processor, window, texts, c, rng)
 
     # Half of a batch belongs to the fold that is judged and drops out: draw twice as much.
     twice = 2 if c.select_folds > 1 else 1
     sizes = twice * c.batch, twice * c.sub_batch
     fit(run, name, part, embedder, pairs, one_step, *sizes, c.select_steps, c.select_lr)
-    ids = {pair_id for pair_id in texts if selection.fold_of(pair_id, c.select_folds) == fold}
-    folder = os.path.join(part, f"{name}.windows")
-    return by_window(run, folder, pairs.windows(ids), judge, f"judging fold {fold}")
+    if scale.is_main():
+        embedder.save(os.path.join(part, f"judge{fold}"))
+    ids = {i for i in written.places if selection.fold_of(i, c.select_folds) == fold}
+    by_window(path, pairs.windows(ids), judge, f"judging fold {fold}")
 
 
 def embed_stage(run, part):
-    """Learn both vectors from the rationales that were kept, and the decision: was any kept?"""
+    """Learn both vectors from the rationales that were kept, and the decision: was any kept?
+
+    It starts from the mean of the evaluators' weights (a model soup, arXiv 2203.05482): they have
+    learnt to find targets, which the base model has not.
+    """
     c = run.cfg
-    embedder = run.trainee("base")
+    embedder = run.trainee("select", [f"judge{fold}" for fold in range(c.select_folds)])
     processor = embedder.processor
-    pairs = Pairs(run, processor)
-    lessons = read_lessons(run, processor)
+    pairs = run.pairs(processor)
+    lessons = Lessons(run)
 
     def one_step(i, batch):
         rationales, labels = [], []
         for pair in batch:
             rng = run.rng("embed", i, pair["id"])
-            rationale, label = draw_lesson(lessons.get(pair["id"]), pair, rng)
-            rationales.append(rationale)
+            text, label = lessons.draw(pair, rng)
+            rationales.append(processor.rationale(text) if text else None)
             labels.append(label)
         return contrastive_step(embedder.model, processor, batch, rationales, labels, c)
 
@@ -786,37 +821,36 @@ def embed_stage(run, part):
     return embedder
 
 
-def read_lessons(run, processor):
-    """What propose and select left: {id of a judged pair: {"key", "kept", "weights"}}.
+class Lessons:
+    """What propose and select left: a rationale for each visit of a pair, and the right decision.
 
-    key: the pair's content; kept: token ids of the rationales; weights: their posterior.
+    A pair without a kept rationale learns the reasoned path, too, on what the author of most kept
+    ones wrote about it: whoever forces the model to reason shall not meet queries on which it
+    never did.
     """
-    lessons, proposers = {}, {"none"}
-    for row in propose.read_rationales(run.path("propose", "rationales.jsonl")):
-        lessons[row["id"]] = {"key": row.get("key"), "kept": [], "weights": []}
-        proposers.add(selection.author(row["proposer"]))
-    wanted = {name for name in run.cfg.embed_proposers.split(",") if name}
-    if wanted - proposers:
-        raise UsageError(f"--embed_proposers: there are {', '.join(sorted(proposers))}")
-    selected = run.path("select", "selected.jsonl")
-    for row in propose.read_rationales(selected, numbers=("weight",)):
-        if not wanted or selection.author(row["proposer"]) in wanted:
-            lesson = lessons[row["id"]]
-            lesson["kept"].append(processor.rationale(row["text"]))
-            lesson["weights"].append(row["weight"])
-    return lessons
 
+    def __init__(self, run):
+        wanted = {name for name in run.cfg.embed_proposers.split(",") if name}
+        self.written = propose.Rationales(run.path("propose", "rationales.jsonl"))
+        self.kept = propose.Rationales(run.path("select", "selected.jsonl"), ("weight",), wanted)
+        authors = {"none", *self.written.authors}
+        if wanted - authors:
+            raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
+        self.trusted = max(self.kept.authors, key=self.kept.authors.get, default=None)
 
-def draw_lesson(lesson, pair, rng):
-    """-> a kept rationale, drawn from the posterior, or None; the right decision: 1 to reason, 0 to
-    answer directly, -1 where the pair was not judged."""
-    if lesson is None:
-        return None, -1
-    check_content(pair, lesson["key"])
-    if not lesson["kept"]:
-        return None, 0
-    weights = np.array(lesson["weights"]) / sum(lesson["weights"])
-    return lesson["kept"][rng.choice(len(weights), p=weights)], 1
+    def draw(self, pair, rng):
+        """-> a text or None; the right decision: 1 to reason, 0 to answer directly, -1 where the
+        pair was not judged."""
+        written = self.written.of(pair["id"])
+        if not written:
+            return None, -1
+        check_content(pair, written[0].get("key"))
+        kept = self.kept.of(pair["id"])
+        if kept:  # drawn from their posterior
+            weights = np.array([row["weight"] for row in kept])
+            return kept[rng.choice(len(kept), p=weights / weights.sum())]["text"], 1
+        rest = [row for row in written if propose.author(row["proposer"]) == self.trusted]
+        return (rest[rng.integers(len(rest))]["text"] if rest else None), 0
 
 
 def rl_stage(run, part):
@@ -824,7 +858,7 @@ def rl_stage(run, part):
     c = run.cfg
     embedder = run.trainee("embed")
     model, processor = embedder.model, embedder.processor
-    pairs = Pairs(run, processor, for_rl=True)
+    pairs = run.pairs(processor, for_rl=True)
     actor = run.merged(model)  # writes the rollouts
 
     def contrast(i, batch):
@@ -845,12 +879,12 @@ def rl_stage(run, part):
 
 
 def eval_stage(run, part):
-    """Every mode and what it costs (eval.py)."""
-    if scale.is_main():
-        c = run.cfg
-        options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}
-        embedder = run.embedder("rl")
-        evaluation.evaluate(embedder, run.data_root, part, threshold=c.threshold, options=options)
+    """Every mode and what it costs (eval.py). The processes share the datasets."""
+    c = run.cfg
+    options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}
+    truth = {} if c.data else run.read("data", "pocket.json")["test"]
+    how = {"threshold": c.threshold, "options": options, "truth": truth}
+    evaluation.evaluate(run.embedder("rl"), run.data_root, part, **how)
 
 
 def write_report(run):
@@ -872,6 +906,9 @@ def print_numbers(run):
     for mode, numbers in result["modes"].items():
         print(f"{mode}: {numbers['overall']:.4f}")
         print(f"{mode}_tokens: {numbers['tokens_per_query']:.2f}")
+    for name, numbers in result["adaptivity"].items():
+        if numbers["auc"] is not None:
+            print(f"{name}_auc: {numbers['auc']:.4f}")
     for key in ("precision", "recall", "placebo_accepted"):
         if audit.get(key) is not None:
             print(f"selection_{key}: {audit[key]}")
