@@ -7,8 +7,8 @@ or nothing. Twelve families of query-target pairs cover MMEB-V2's kinds. Eight n
 are mixed: the prompt is the same for all their queries, and only the content says how many steps a
 query needs. Half of them need none; the others 1 to 4, drawn evenly:
 
-    Walk   "start at nw and follow the colours": the edge or a purple thing ends the walk    (image)
-    Sum    "add the numbers from ne on": until a cell without a number                       (image)
+    Walk   "start at nw and follow the colours": until a purple thing                        (image)
+    Sum    "add the numbers from ne on , w and so on": until a cell without a number         (image)
     Tally  the same over a clip: until a blank place                                         (video)
     Total  an account of one to five lines, whose page is wanted                             (page)
 
@@ -267,8 +267,8 @@ def next_cell(cell, move):
 
 
 def onwards(cell, kind):
-    """What a thing at a cell does to a walk -> ("right", next cell), or ("right out", None) at the
-    edge, or ("stay", None) if it is purple."""
+    """What a thing at a cell does to a walk -> ("right", next cell), or ("right out", None) where
+    that is outside, or ("stay", None) if it is purple."""
     move = RULE.get(kind[0])
     there = next_cell(cell, move)
     if there is None:
@@ -314,7 +314,7 @@ def explain_total(labels, digits, eyes):
 #   image | video | page    what is shown; a page's words and digits are drawn when it is written
 #   text                    what is asked
 #   answer, wrong           the target, text or image, where it is no page; hard negatives
-#   steps                   how many steps the query needs
+#   steps, end              how many steps the query needs; the words to which they lead
 #   caption, explain        what proposers know; explain(eyes) writes a rationale
 
 
@@ -396,8 +396,8 @@ def make_at(bank, rng, longest):
 
 
 def make_walk(bank, rng, longest):
-    """Cells that are not on the way end a walk as often as not, so the end cannot be recognised
-    without walking."""
+    """A purple thing ends a walk. So is half of what is not on the way: the end cannot be
+    recognised without walking."""
     steps = draw_steps(rng, longest)
     start, way, end = draw_way(rng, steps)
     scene = []
@@ -405,8 +405,7 @@ def make_walk(bank, rng, longest):
         if cell in way:
             colour = way[cell]
         elif cell == end or rng.random() < 0.5:
-            endings = [c for c in COLOURS if next_cell(cell, RULE.get(c)) is None]
-            colour = pick(endings, rng)
+            colour = "purple"
         scene.append((colour, shape))
     return {
         "text": f"start at {CELLS[start]} and follow the colours . what is at the end ?",
@@ -432,10 +431,11 @@ def make_sum(bank, rng, longest):
     labels = [CELLS[cell] for cell in run]
     ended_by = [(CELLS[stop], scene[stop])]
     return {
-        "text": f"add the numbers from {CELLS[start]} on",
+        "text": f"add the numbers from {CELLS[start]} on , {CELLS[(start + 1) % 9]} and so on",
         "answer": DIGITS[sum(digits) % 10],
         "wrong": DIGITS,
         "steps": steps,
+        "end": f". {DIGITS[sum(digits) % 10]}",
         "explain": partial(explain_sum, labels, digits, stop=ended_by),
     } | shown(bank, scene, rng)
 
@@ -450,6 +450,7 @@ def make_tally(bank, rng, longest):
         "answer": DIGITS[sum(digits) % 10],
         "wrong": DIGITS,
         "steps": steps,
+        "end": f". {DIGITS[sum(digits) % 10]}",
         "caption": describe(zip(PLACES, digits)),
         "explain": partial(explain_sum, PLACES, digits, stop=ended_by),
     }
@@ -465,6 +466,7 @@ def make_total(bank, rng, longest):
         "page": (("sun",), (0, sum(digits) % 10)),  # one title for all: the number decides
         "text": f"the account of {owners} with {lines}",
         "steps": steps,
+        "end": f". {number(0, sum(digits) % 10)}",
         "caption": lines,
         "explain": partial(explain_total, ITEMS, digits),
     }
@@ -804,7 +806,7 @@ def write_rationales(row, rng):
     texts = []
     while len(texts) < TRIES:
         text = explain(Eyes(rng, ERRORS))
-        # A walk that errs and yet comes by its end is drawn again: who can say whether it helps?
+        # What errs and yet comes to the right end is drawn again: who can say whether it helps?
         if text == right or row.get("end", "nowhere") not in text:
             texts.append(("careful", text))
     wrong = rng.integers(sharp.readings)

@@ -59,7 +59,7 @@ from model import generate
 from processor import collate
 
 FORMAT_BONUS = 0.1  # as much as T tokens cost at the default penalty
-NCE_WEIGHT = 0.1  # InfoNCE only has to keep the space where stage embed has left it
+NCE_WEIGHT = 1.0  # InfoNCE keeps the space where stage embed has left it
 EPSILON = 1e-4  # on sigma, whose usual size is 0.1, for a batch without any variance
 
 # --------------------------------------------------------------------------------------------------

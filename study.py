@@ -21,6 +21,7 @@ carry them: a sign test never goes below 0.06).
 """
 
 import argparse
+import collections
 import glob
 import json
 import math
@@ -60,6 +61,7 @@ VARIANTS = {
     "one_loss": ("full", "rl", {"rl_one_loss": True}),
 }
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
+KEYS = ("precision", "recall", "placebo_accepted")  # of selection's audit
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of p_reason
 
 # --------------------------------------------------------------------------------------------------
@@ -154,26 +156,29 @@ def compare(reports):
 
     A variant is used as it was trained; the full method's weights also in its other modes.
     """
-    rows = {name: (by_seed, "adaptive") for name, by_seed in reports.items()}
-    for mode in ("never", "always", "per_task", "random", "oracle"):
-        rows[f"full, {mode}"] = (reports["full"], mode)
     table = {}
-    for label, (by_seed, mode) in rows.items():
-        modes = {seed: report["modes"][mode] for seed, report in by_seed.items()}
-        shared = sorted(set(modes) & set(reports["full"]))
-        full = [reports["full"][seed]["modes"]["adaptive"] for seed in shared]
-        row = {"seeds": sorted(modes)}
-        for key in ("overall", "reason_rate", "tokens_per_query"):
-            row[key] = interval([numbers[key] for numbers in modes.values()])
-        names = full[0]["datasets"]
-        row["datasets"] = {
-            name: interval([numbers["datasets"][name] for numbers in modes.values()])
-            for name in names
-        }
-        mine = [modes[seed]["overall"] for seed in shared]
-        row["full_minus"] = paired([numbers["overall"] for numbers in full], mine)
-        table[label] = row
+    for name, by_seed in reports.items():
+        table[name] = figures(by_seed, "adaptive", reports["full"])
+    for mode in ("never", "always", "per_task", "random", "oracle"):
+        table[f"full, {mode}"] = figures(reports["full"], mode, reports["full"])
     return table
+
+
+def figures(by_seed, mode, full):
+    """One row of the table. by_seed, full: {seed: report}."""
+    modes = {seed: report["modes"][mode] for seed, report in by_seed.items()}
+    row = {"seeds": sorted(modes)}
+    for key in ("overall", "reason_rate", "tokens_per_query"):
+        row[key] = interval([numbers[key] for numbers in modes.values()])
+    row["datasets"] = {}
+    for name in modes[row["seeds"][0]]["datasets"]:
+        scores = [numbers["datasets"][name] for numbers in modes.values()]
+        row["datasets"][name] = interval(scores)
+    shared = [seed for seed in row["seeds"] if seed in full]
+    theirs = [full[seed]["modes"]["adaptive"]["overall"] for seed in shared]
+    mine = [modes[seed]["overall"] for seed in shared]
+    row["full_minus"] = paired(theirs, mine)
+    return row
 
 
 def by_steps(adaptivities):
@@ -185,12 +190,33 @@ def by_steps(adaptivities):
         steps = {}
         for count in sorted(seeds[0]["reason_rate"], key=int):
             there = [seed for seed in seeds if count in seed["reason_rate"]]
-            steps[count] = {
-                key: interval([seed[key][count] for seed in there])
-                for key in ("reason_rate", "never", "always")
-            }
+            steps[count] = {}
+            for key in ("reason_rate", "never", "always"):
+                steps[count][key] = interval([seed[key][count] for seed in there])
         families[name] = {"auc": [seed["auc"] for seed in seeds], "steps": steps}
     return families
+
+
+def decision_ratios(reports):
+    """How good are the decisions, and how cheap? {figure: [of each seed that has one]}."""
+    ratios = collections.defaultdict(list)
+    for report in reports:
+        modes = report["modes"]
+        score = {mode: numbers["overall"] for mode, numbers in modes.items()}
+        tokens = {mode: numbers["tokens_per_query"] for mode, numbers in modes.items()}
+        rate = {mode: numbers["reason_rate"] for mode, numbers in modes.items()}
+        gone, way = score["adaptive"] - score["random"], score["oracle"] - score["random"]
+        pairs = {
+            "of the way from random to oracle": (gone, way),
+            "tokens, to the oracle's": (tokens["adaptive"], tokens["oracle"]),
+            "tokens, to per task's": (tokens["adaptive"], tokens["per_task"]),
+            "tokens, to always'": (tokens["adaptive"], tokens["always"]),
+            "reason rate, to per task's": (rate["adaptive"], rate["per_task"]),
+        }
+        for name, (of, to) in pairs.items():
+            if to:
+                ratios[name].append(of / to)
+    return dict(ratios)
 
 
 def calibration(out, seeds):
@@ -221,14 +247,16 @@ def summarise(out):
     paths = sorted(glob.glob(os.path.join(out, "seed*", "full", "longer", "summary.json")))
     longer = [read_json(path)["adaptivity"] for path in paths]
     study["longer"] = by_steps(longer) if longer else {}
+    study["decision"] = decision_ratios(full.values())
     study["calibration"] = calibration(out, full)
     study["selection"] = {}
     for name, by_seed in reports.items():
-        study["selection"][name] = {
-            key: interval([report["selection"][key] for report in by_seed.values()])
-            for key in ("precision", "recall", "placebo_accepted")
-            if all(report["selection"].get(key) is not None for report in by_seed.values())
-        }
+        audits = [report["selection"] for report in by_seed.values()]
+        study["selection"][name] = {}
+        for key in KEYS:
+            values = [audit.get(key) for audit in audits]
+            if None not in values:
+                study["selection"][name][key] = interval(values)
     write_json(os.path.join(out, "study.json"), study)
     with open(os.path.join(out, "study.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(page(study)) + "\n")
@@ -265,14 +293,14 @@ def page(study):
     for label, row in variants.items():
         difference, p = "", ""
         if label != "full":
-            difference = show((row["full_minus"]["diff"], row["full_minus"]["half"]))
-            p = "" if row["full_minus"]["p"] is None else f"{row['full_minus']['p']:.4f}"
-        figures = (
-            show(row["overall"]),
-            show(row["reason_rate"], 2),
-            show(row["tokens_per_query"], 1),
-        )
-        rows.append([label, len(row["seeds"]), *figures, difference, p])
+            test = row["full_minus"]
+            difference = show((test["diff"], test["half"]))
+            p = "" if test["p"] is None else f"{test['p']:.4f}"
+        cells = [label, len(row["seeds"])]
+        cells.append(show(row["overall"]))
+        cells.append(show(row["reason_rate"], 2))
+        cells.append(show(row["tokens_per_query"], 1))
+        rows.append([*cells, difference, p])
     columns = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it", "p"]
     lines += table(columns, rows)
 
@@ -296,6 +324,14 @@ def page(study):
         lines += steps_table(study["longer"])
 
     lines += [
+        "## How good are the decisions, and how cheap?",
+        "",
+        "Adaptive of the full method, beside its own other modes.",
+    ]
+    rows = [[name, show(interval(values), 2)] for name, values in study["decision"].items()]
+    lines += table(["adaptive", "ratio"], rows)
+
+    lines += [
         "## Does p_reason foretell the gain?",
         "",
         "Queries of all seeds. Gain: the score after thinking minus the score without.",
@@ -309,12 +345,9 @@ def page(study):
     lines += ["## Selection against the truth"]
     rows = []
     for label, audit in study["selection"].items():
-        if audit.get("precision") and variants[label]["full_minus"]:
-            rows.append([label, *[show(audit[key]) if key in audit else "" for key in KEYS]])
+        cells = [show(audit[key]) if key in audit else "" for key in KEYS]
+        rows.append([label, *cells])
     return lines + table(["variant", *KEYS], rows)
-
-
-KEYS = ("precision", "recall", "placebo_accepted")
 
 
 def steps_table(families):
@@ -322,9 +355,11 @@ def steps_table(families):
     for name, family in families.items():
         auc = [value for value in family["auc"] if value is not None]
         for count, row in family["steps"].items():
+            cells = [name.removeprefix("Pocket"), count]
+            for key in ("reason_rate", "never", "always"):
+                cells.append(show(row[key], 2))
             median = f"{np.median(auc):.3f}" if auc and count == "0" else ""
-            figures = show(row["reason_rate"], 2), show(row["never"], 2), show(row["always"], 2)
-            rows.append([name.removeprefix("Pocket"), count, *figures, median])
+            rows.append([*cells, median])
     return table(["family", "steps", "reason rate", "never", "always", "AUC"], rows)
 
 

@@ -2038,6 +2038,32 @@ def test_run_two_processes_equal_one(finished, own_root, tmp_path):
     assert not equal_files(weights(out, "embed"), weights(finished, "base"), atol=1e-2)
 
 
+def train_of_a_process(rank, argv, port):
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train.main(argv)  # ends the process
+
+
+def test_run_two_processes_select_as_one(finished, own_root, tmp_path, monkeypatch):
+    """The windows are dealt out, and their rows come back in order."""
+    monkeypatch.setattr(train.selection, "WINDOW", 4)  # several of each fold
+    one, two = (copy_of(finished, tmp_path / name, "propose") for name in ("one", "two"))
+    assert exit_code(arguments(own_root, one, stage="select")) == 0
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    argv = arguments(own_root, two, stage="select")
+    start_processes(train_of_a_process, (argv, port), nprocs=2, start_method="fork")
+    a, b = (json_rows(out, "select", "judged.jsonl") for out in (one, two))
+    assert len(a) == len(b) == len(json_rows(finished, "select", "judged.jsonl"))
+    for x, y in zip(a, b):
+        x.pop("similarity_gain"), y.pop("similarity_gain")
+        assert x == pytest.approx(y, abs=1e-2)
+    a, b = (json_rows(out, "select", "selected.jsonl") for out in (one, two))
+    assert [(r["id"], r["proposer"]) for r in a] == [(r["id"], r["proposer"]) for r in b]
+    assert [r["weight"] for r in a] == pytest.approx([r["weight"] for r in b], abs=1e-2)
+
+
 def test_run_broken_stage_leaves_what_was_done(finished, own_root, tmp_path, monkeypatch, capsys):
     out = copy_of(finished, tmp_path / "run")
     before = contents(out, "metrics")
@@ -5445,7 +5471,9 @@ def study_folder(root):
         score = 0.9 + 0.01 * seed if variant == "full" else 0.5
         mode = {"overall": score, "reason_rate": 0.5, "tokens_per_query": 3.0 + seed}
         mode["datasets"] = {"PocketWalk": score}
-        modes = dict.fromkeys(("never", "always", "adaptive", "per_task", "random", "oracle"), mode)
+        modes = dict.fromkeys(("never", "always", "adaptive", "per_task"), mode)
+        modes["random"] = mode | {"overall": score - 0.2}
+        modes["oracle"] = mode | {"overall": score + 0.05, "tokens_per_query": 2.0}
         numbers = {"0": 0.1 * seed, "2": 1.0}
         walk = {
             "auc": 0.9 + 0.02 * seed,
@@ -5473,6 +5501,8 @@ def test_study_page(tmp_path):
     assert np.allclose(result["adaptivity"]["PocketWalk"]["steps"]["0"]["never"][0], 0.15)
     bins = [(row["from"], row["queries"], row["gain"]) for row in result["calibration"]]
     assert bins == [(0.0, 2, 0.0), (0.1, 2, 0.0), (0.9, 4, 1.0)]
+    assert np.allclose(result["decision"]["of the way from random to oracle"], [0.8, 0.8])
+    assert np.allclose(result["decision"]["tokens, to the oracle's"], [2.0, 2.5])
     page = (tmp_path / "study.md").read_text()
     assert "| never | 2 | 0.500 ± 0.000 |" in page and "| Walk | 0 | 0.15 ± 0.64 |" in page
     assert "| full | 0.500 ± 0.000 | 0.375 ± 1.588 | 0.000 ± 0.000 |" in page

@@ -172,21 +172,21 @@ class Config:
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
     select_folds: int = opt("select", 2, 1)  # 2: the judge never trained on the pair; 1: it did
 
-    embed_steps: int = opt("embed", 300)  # updates
+    embed_steps: int = opt("embed", 400)  # updates
     embed_lr: float = opt("embed", 0.5)  # times lr
     embed_proposers: str = opt("embed", "")  # learn from these alone (commas), or none
     lm_weight: float = opt("embed", 1.0)  # of the rationale's cross-entropy
-    decision_weight: float = opt("embed", 0.2)  # of the decision's cross-entropy
+    decision_weight: float = opt("embed", 0.5)  # of the decision's cross-entropy
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
 
-    rl_steps: int = opt("rl", 40)  # updates
+    rl_steps: int = opt("rl", 60)  # updates
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_temperature: float = opt("rl", 1.0, 0.01)  # of sampling
-    rl_lr: float = opt("rl", 0.03)  # times lr
-    latency_penalty: float = opt("rl", 0.1)  # reward charged for max_new_tokens tokens
-    rl_beta: float = opt("rl", 0.1, 1e-6)  # p_reason learns sigmoid(gain / beta)
-    rl_when: float = opt("rl", 1.0)  # weight of the decision's loss
+    rl_lr: float = opt("rl", 0.01)  # times lr
+    latency_penalty: float = opt("rl", 0.3)  # reward charged for max_new_tokens tokens
+    rl_beta: float = opt("rl", 0.05, 1e-6)  # p_reason learns sigmoid(gain / beta)
+    rl_when: float = opt("rl", 5.0)  # weight of the decision's loss
     rl_one_loss: bool = opt("rl", False)  # ablation: decision and rationale in one mean
 
     threshold: float = opt("eval", 0.5, -math.inf)  # reason when p_reason exceeds it
