@@ -59,7 +59,6 @@ from model import generate
 from processor import collate
 
 FORMAT_BONUS = 0.1  # as much as T tokens cost at the default penalty
-NCE_WEIGHT = 1.0  # InfoNCE keeps the space where stage embed has left it
 EPSILON = 1e-4  # on sigma, whose usual size is 0.1, for a batch without any variance
 
 # --------------------------------------------------------------------------------------------------
@@ -293,7 +292,7 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
         weights = p_reason.clamp(min=1e-6)[column_of_rationale]
         reasoned = info_nce(reasoned, t, column_of_rationale, cfg.temperature, alike, weights)
         # info_nce divides by the sum of the weights; times their mean it is a sum over B again.
-        return NCE_WEIGHT * (direct + p_reason.mean() * reasoned)
+        return direct + p_reason.mean() * reasoned
 
     model.train()
     tokens = [len(p["ids"]) + 1 + sum(map(len, ids)) for p, ids in zip(prompts, roll.tokens)]

@@ -257,10 +257,14 @@ def summarise(out):
             values = [audit.get(key) for audit in audits]
             if None not in values:
                 study["selection"][name][key] = interval(values)
+    curves = []
+    for report in full.values():
+        curves.append([[p["tokens_per_query"], p["overall"]] for p in report["curve"]])
+    study["dial"] = np.mean(curves, axis=0).tolist()
     write_json(os.path.join(out, "study.json"), study)
     with open(os.path.join(out, "study.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(page(study)) + "\n")
-    draw(study["variants"], os.path.join(out, "study.png"))
+    draw(study, os.path.join(out, "study.png"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -363,27 +367,36 @@ def steps_table(families):
     return table(["family", "steps", "reason rate", "never", "always", "AUC"], rows)
 
 
-def draw(variants, path):
-    """Quality against tokens: each point was trained for what it does, but for the dial's."""
-    shown = {"never": "s", "always": "D", "always_selected": "d", "supervised": "v", "full": "o"}
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+def draw(study, path):
+    """Quality against tokens. Coloured: trained for what it does, with its interval. Grey: the full
+    method's own weights, used otherwise; the line is its dial, the threshold."""
+    shown = {  # marker, colour, label
+        "never": ("s", "#0072B2", "never (trained for it)"),
+        "always": ("D", "#D55E00", "always (trained for it)"),
+        "always_selected": ("d", "#B65A92", "always (on selected rationales)"),
+        "supervised": ("v", "#8C6D00", "adaptive without RL"),
+        "full": ("o", "#009E73", "adaptive"),
+        "full, per_task": ("^", "0.45", "per task"),
+        "full, random": ("X", "0.45", "random"),
+        "full, oracle": ("*", "0.45", "oracle"),
+    }
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    for name, marker in shown.items():
-        if name not in variants:
+    axes.plot(*np.transpose(study["dial"]), color="#009E73", alpha=0.5, lw=1.5, zorder=1)
+    for name, (marker, colour, label) in shown.items():
+        if name not in study["variants"]:
             continue
-        x, x_half = variants[name]["tokens_per_query"]
-        y, y_half = variants[name]["overall"]
-        label = "adaptive (full method)" if name == "full" else f"{name.replace('_', ' ')}, trained"
-        axes.errorbar(x, y, y_half or 0, x_half or 0, fmt=marker, ms=8, capsize=3, label=label)
-    for mode, marker in (("per_task", "^"), ("random", "X"), ("oracle", "*")):
-        row = variants[f"full, {mode}"]
-        x, y = row["tokens_per_query"][0], row["overall"][0]
-        label = f"{mode.replace('_', ' ')}: adaptive's weights"
-        axes.plot(x, y, marker, color="0.45", ms=8, label=label)
+        row = study["variants"][name]
+        x, _ = row["tokens_per_query"]
+        y, half = row["overall"]
+        if name.startswith("full,"):
+            half = None
+        axes.errorbar(x, y, half, fmt=marker, color=colour, ms=9, capsize=3, label=label)
     axes.set_xlabel("generated tokens per query")
     axes.set_ylabel("mean score of twelve families")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     figure.savefig(path, dpi=150)
 
 

@@ -1529,7 +1529,7 @@ def naive_step(model, case, cfg, old):
     query, weights = column.repeat_interleave(K), p.detach().repeat_interleave(K)
     nce = embed.info_nce(q[:, 0], t, column, cfg.temperature, duplicates)
     reasoned = q[:, 1:].flatten(0, 1), t, query, cfg.temperature, duplicates[query], weights
-    return loss + 0.1 * (nce + p.detach().mean() * embed.info_nce(*reasoned)), reward
+    return loss + nce + p.detach().mean() * embed.info_nce(*reasoned), reward
 
 
 def rl_gradients(model):
@@ -5483,6 +5483,7 @@ def study_folder(root):
         }
         audit = {"precision": 0.5, "recall": 0.25 * seed, "placebo_accepted": 0.0}
         report = {"modes": modes, "adaptivity": {"PocketWalk": walk}, "selection": audit}
+        report["curve"] = [{"tokens_per_query": 3.0 * seed, "overall": score}]
         M.write_json(str(folder / "report.json"), report)
         rows = [
             {"p_reason": p, "never": 0.0, "always": float(p > 0.5)} for p in (0.0, 0.2, 0.95, 1.0)
@@ -5503,6 +5504,7 @@ def test_study_page(tmp_path):
     assert bins == [(0.0, 2, 0.0), (0.1, 2, 0.0), (0.9, 4, 1.0)]
     assert np.allclose(result["decision"]["of the way from random to oracle"], [0.8, 0.8])
     assert np.allclose(result["decision"]["tokens, to the oracle's"], [2.0, 2.5])
+    assert np.allclose(result["dial"], [[4.5, 0.915]])
     page = (tmp_path / "study.md").read_text()
     assert "| never | 2 | 0.500 ± 0.000 |" in page and "| Walk | 0 | 0.15 ± 0.64 |" in page
     assert "| full | 0.500 ± 0.000 | 0.375 ± 1.588 | 0.000 ± 0.000 |" in page
