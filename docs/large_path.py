@@ -1,9 +1,11 @@
 """The path of --preset qwen3vl-2b, walked to its end on a cut-down checkpoint of random weights.
 
-    python docs/large_path.py                     under ten minutes on two idle cores
+    python docs/large_path.py                     meant for ten minutes on two idle cores
     python docs/large_path.py --device cuda       the same on GPUs, with nccl where there are two
 
-It shows that what the preset switches on works together from base to report: the full vocabulary,
+NOT YET RUN TO ITS END: where it was written the cores were taken; only `checkpoint and data` passed.
+
+It is to show that what the preset switches on works together from base to report: the full vocabulary,
 bf16, recomputed activations, GradCache, torch.compile, FSDP2, SIGTERM and --resume. What stands in:
 
     checkpoint    Qwen3-VL's layout, its 151,936 ids, its markers' ids and its sizes of a head, but
@@ -42,14 +44,18 @@ from processor import Processor, Tokenizer, byte_letters  # noqa: E402
 
 FIRST_MARKER = 151643  # the id of <|endoftext|>; text has the ids before it
 OPTIONS = (
-    "--preset qwen3vl-2b --stage all --lr 1e-3 --batch 8 --sub_batch 4 --chunk_tokens 512 "
+    "--preset qwen3vl-2b --stage all --lr 1e-3 --batch 4 --sub_batch 4 --chunk_tokens 256 "
     "--max_new_tokens 4 --num_candidates 1 --select_steps 2 --select_margin -9 --select_fdr 99 "
     "--embed_steps 4 --rl_steps 2 --rl_batch 8 --rl_rollouts 2 --rl_holdout 0.25 --rl_lr 1"
 ).split()
 
 
 def full_tokenizer():
-    spec = pocket.train_tokenizer((REPO / "LICENSE").read_text("utf-8").split("\n"))
+    texts = (REPO / "LICENSE").read_text("utf-8").split("\n")
+    texts.append(
+        "system user assistant Represent the user's input. what follows it is add 1 to 23?"
+    )
+    spec = pocket.train_tokenizer(texts)
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for pair in itertools.product(list(vocab), byte_letters()):
         if len(vocab) < FIRST_MARKER and "".join(pair) not in vocab:
@@ -62,7 +68,7 @@ def full_tokenizer():
 
 def prepare(root, device):
     """checkpoint and data"""
-    small = {"hidden": 512, "mlp": 512, "layers": 2, "heads": 4, "kv_heads": 2}
+    small = {"hidden": 512, "mlp": 256, "layers": 2, "heads": 4, "kv_heads": 2}
     small |= {"v_hidden": 256, "v_mlp": 256, "v_layers": 2, "v_heads": 4, "v_deepstack": (0, 1)}
     config = Config(**small)
     torch.manual_seed(0)
