@@ -3,10 +3,11 @@
     python docs/large_path.py                     meant for ten minutes on two idle cores
     python docs/large_path.py --device cuda       the same on GPUs, with nccl where there are two
 
-NOT YET RUN TO ITS END: where it was written the cores were taken; only `checkpoint and data` passed.
+NOT YET RUN TO ITS END: where it was written the cores were taken; its first part alone passed.
 
-It is to show that what the preset switches on works together from base to report: the full vocabulary,
-bf16, recomputed activations, GradCache, torch.compile, FSDP2, SIGTERM and --resume. What stands in:
+It is to show that what the preset switches on works together from base to report: the full
+vocabulary, bf16, recomputed activations, GradCache, torch.compile, FSDP2, SIGTERM and --resume.
+What stands in:
 
     checkpoint    Qwen3-VL's layout, its 151,936 ids, its markers' ids and its sizes of a head, but
                   two layers in each tower, hidden 512, random weights in bf16. The file by which
