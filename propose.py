@@ -41,6 +41,7 @@ import json
 import math
 import os
 import sys
+from array import array
 from pathlib import Path
 
 from PIL import Image
@@ -145,24 +146,24 @@ class Rationales:
 
     def __init__(self, path, numbers=(), only=()):
         self.path, self.numbers = path, numbers
-        self.places = {}  # pair id: bytes at which its rows begin
+        self.places = {}  # pair id: bytes at which its rows begin, as an array of integers
         self.authors = collections.Counter()
         self.cut = self.of_targets = 0
+        rows = checked_rows([path], checked_rationale, numbers)
         with open(path, "rb") as file:
-            starts = [0, *itertools.accumulate(len(line) for line in file)]
-        for start, row in zip(starts, checked_rows([path], checked_rationale, numbers)):
-            if row["side"] == "target":
-                self.of_targets += 1
-            elif not only or author(row["proposer"]) in only:
-                self.places.setdefault(row["id"], []).append(start)
-                self.authors[author(row["proposer"])] += 1
-                self.cut += row.get("truncated", False)
+            for start, row in zip(itertools.accumulate(map(len, file), initial=0), rows):
+                if row["side"] == "target":
+                    self.of_targets += 1
+                elif not only or author(row["proposer"]) in only:
+                    self.places.setdefault(row["id"], array("q")).append(start)
+                    self.authors[author(row["proposer"])] += 1
+                    self.cut += row.get("truncated", False)
 
     def of(self, pair_id):
         """The rows about a pair, in the file's order."""
         rows, names = [], set()
         with open(self.path, "rb") as file:
-            for start in self.places.get(pair_id, []):
+            for start in self.places.get(pair_id, ()):
                 file.seek(start)
                 row = checked_rationale(json.loads(file.readline()), self.numbers)
                 rows.append(named_apart(row, names))

@@ -3,7 +3,7 @@ Counterfactual selection of rationales: which words, if any, explain why this qu
 
 The idea. A rationale that merely looks like reasoning teaches a model the form of reasoning. So
 every candidate r of a pair (q, t) goes through a controlled experiment. On one fixed set C (the
-target, its hard negatives, random targets of the dataset), with s(q, r; c) = e(q, r)·e(c, ∅),
+target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q, r)·e(c, ∅),
 
     logp(q, r)   = log softmax_{c in C}( s(q, r; c) / temperature )[t]
     gain         = logp(q, r) − logp(q, ∅)         with minus without: the paper's counterfactual
@@ -32,6 +32,10 @@ Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embeddi
 target more than exp(−margin), about a half, nothing can be kept: such pairs are not judged further,
 and the decision they teach is "direct". Exact for the rules full and no_placebo.
 
+Candidates. Where the dataset's targets are few, as in the pocket world, C is filled with random
+ones. Where they are many, random ones are easy: the right target wins with any words or none. So C
+takes those nearest to the target; near-copies of it, which may be right as well, come last.
+
 Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
 
@@ -42,7 +46,7 @@ a wrong candidate rose even more; no_placebo drops the placebo and its bar; none
     python select.py --run runs/pocket       what other rules would keep of a finished run
 
 Paper: MMEmb-R1 (arXiv 2604.06156), which names the counterfactual; the formulas are ours.
-Left out: judges that are no embedders; learnt bars; candidates mined over the whole dataset.
+Left out: judges that are no embedders; learnt bars; candidates from other windows of a dataset.
 
 The name. The standard library has a module `select`, which subprocess and so torch import, and this
 file can stand in its way. Whoever imports it by that name is given the library's: the lines below.
@@ -98,6 +102,8 @@ else:
 RULES = ("full", "positive_only", "no_placebo", "none")
 WINDOW = 1024  # pairs of one dataset that are judged against each other, and in memory together
 CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
+MANY = 512  # different targets in a window: from here on C is mined
+COPY = 0.95  # cosine of two targets that may be the same one in other words (arXiv 2407.15831)
 AUDITED = 0.25  # share of the placebos that are tried against a second one: how many would pass?
 
 
@@ -159,6 +165,8 @@ def judge(model, processor, pairs, texts, cfg, rng):
 
     # 1) e(c, ∅) of every candidate
     t = torch.cat(encode(model, processor, prompts, [[] for _ in prompts], cfg.chunk_tokens))
+    if len({target for target, *_ in numbers}) >= MANY:
+        candidates = mined_sets(numbers, t)
 
     # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of those that can keep any. There
     # logp(q, ∅) is measured again beside the texts: both sides of a gain then have the same batch
@@ -235,6 +243,21 @@ def candidate_sets(numbers, rng, size=CANDIDATES):
         chosen = of_pair[: 1 + size // 2]
         rest = rng.permutation(np.setdiff1d(targets, chosen))
         sets.append(chosen + rest[: size - len(chosen)].tolist())
+    return sets
+
+
+def mined_sets(numbers, t, size=CANDIDATES):
+    """The same with the targets nearest to each pair's target for random ones. t: (N, H)."""
+    targets = np.unique([target for target, *_ in numbers])
+    vectors = t[targets].float()
+    near = (vectors @ vectors.T).cpu().numpy()  # (T, T)
+    near[near > COPY] -= 2.0  # behind all others
+    nearest = dict(zip(targets.tolist(), targets[np.argsort(-near, axis=1)]))
+    sets = []
+    for of_pair in numbers:
+        chosen = of_pair[: 1 + size // 2]
+        rest = [target for target in nearest[of_pair[0]].tolist() if target not in chosen]
+        sets.append(chosen + rest[: size - len(chosen)])
     return sets
 
 

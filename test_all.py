@@ -469,6 +469,37 @@ def test_select_candidate_sets():
     assert few == [[1, 2], [2, 1], [1, 2]]
 
 
+def test_select_mined_candidates_are_near_but_no_copies():
+    """Targets on a circle, a degree apart, and a copy of the first: 0.95 is the cosine of 18."""
+    angles = torch.deg2rad(torch.tensor([*range(0, 360, 1), 0.5]))
+    t = torch.stack((angles.cos(), angles.sin()), dim=1)
+    numbers = [[i] for i in range(361)]
+    first, *rest = selection.mined_sets(numbers, t, size=5)
+    assert first[0] == 0 and sorted(first[1:]) == [19, 20, 340, 341]
+    assert len(rest) == 360 and rest[99][0] == 100
+    assert sorted(rest[99][1:]) == [80, 81, 119, 120]
+    own = selection.mined_sets([[0, 7, 19], *numbers[1:]], t, size=5)[0]
+    assert own[:4] == [0, 7, 19, 341] and own[4] in (20, 340)  # its hard negatives come first
+
+
+def test_select_candidates_are_mined_where_targets_are_many(monkeypatch):
+    model, (pairs, texts, processor) = tiny_model(3), text_pairs(12)
+    cfg = select_config(select_rule="none", chunk_tokens=200)
+
+    def judged():
+        rng = np.random.default_rng(0)
+        return selection.judge(model, processor, pairs, texts, cfg, rng)
+
+    monkeypatch.setattr(selection, "CANDIDATES", 4)
+    random = judged()
+    monkeypatch.setattr(selection, "MANY", 9)  # just the targets that are there
+    mined = judged()
+    assert [row["text"] for row in mined] == [row["text"] for row in random]
+    assert [row["direct"] for row in mined] != [row["direct"] for row in random]
+    monkeypatch.setattr(selection, "MANY", 10)
+    assert judged() == random
+
+
 def text_pairs(n):
     """n pairs. Every fourth has the target of the one before, as its negative, too. Every third
     query is its target, which makes the pair easy."""
@@ -1902,7 +1933,7 @@ def test_run_every_stage_has_its_pairs(finished, own_root):
     assert kept and list(kept[0]) == ["id", "proposer", "text", "gain", "gain_placebo", "weight"]
     run = train.Run(train.parse(arguments(own_root, finished)))
     pairs = train.Pairs(run, run.embedder("base").processor, for_rl=True)
-    held = [pair["id"] for window in pairs.windows() for pair in window]
+    held = [pair["id"] for window in pairs.load(pairs.windows()) for pair in window]
     assert held == [f"own/{i}" for i in range(21, 26)]
 
 
@@ -1930,9 +1961,9 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
     kept = train.Pairs(run, processor)
     monkeypatch.setattr(train.Pairs, "KEEP", 0)
     read = train.Pairs(run, processor)
-    assert len(kept.kept) == 21 and not read.kept
     stream = kept.stream("x", 8, 4, first=0)
     third = [next(stream) for _ in range(3)][2]
+    assert len(kept.kept) == 21 and not read.kept
     for a, b in zip(third, next(read.stream("x", 8, 4, first=2))):
         assert (a["id"], a["key"], a["answer"]) == (b["id"], b["key"], b["answer"])
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
@@ -2062,6 +2093,23 @@ def test_run_two_processes_select_as_one(finished, own_root, tmp_path, monkeypat
     a, b = (json_rows(out, "select", "selected.jsonl") for out in (one, two))
     assert [(r["id"], r["proposer"]) for r in a] == [(r["id"], r["proposer"]) for r in b]
     assert [r["weight"] for r in a] == pytest.approx([r["weight"] for r in b], abs=1e-2)
+
+
+def test_run_each_process_reads_its_own_windows_alone(finished, own_root, tmp_path, monkeypatch):
+    run = train.Run(train.parse(arguments(own_root, finished)))
+    processor = run.embedder("base").processor
+    monkeypatch.setattr(train.selection, "WINDOW", 4)
+    monkeypatch.setattr(train.scale, "world_size", lambda: 2)
+    monkeypatch.setattr(train.scale, "barrier", lambda: None)
+    path, read = str(tmp_path / "rows"), []
+    for rank in (1, 0):  # process 0 joins what both have written
+        monkeypatch.setattr(train.scale, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(train.scale, "is_main", lambda rank=rank: rank == 0)
+        pairs = train.Pairs(run, processor)
+        train.by_window(path, pairs, None, lambda n, window: [{"id": p["id"]} for p in window], "")
+        read.append(len(pairs.kept))
+    assert read == [4 + 4 + 1, 4 + 4 + 4]
+    assert [row["id"] for row in json_rows(path)] == [f"own/{i}" for i in range(21)]
 
 
 def test_run_broken_stage_leaves_what_was_done(finished, own_root, tmp_path, monkeypatch, capsys):

@@ -492,7 +492,7 @@ class Pairs(Dataset):
     "negatives", "answer"}: items are prompts; key is a hash of the pair's content, answer one that
     equal targets share. question: how a query is put to a proposer, as_is or propose.question.
 
-    What fits in memory is read once and kept; the rest is read by worker processes, while the model
+    Where all fits in memory, what was read is kept; else worker processes read it while the model
     computes. The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by
     heart the direct embedding is so good that thinking never seems to pay.
     """
@@ -509,9 +509,7 @@ class Pairs(Dataset):
         run.same_tables(self.fingerprint())
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
         self.kept = {}
-        if sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP:
-            refs = [(source, row) for source, rows in enumerate(self.rows) for row in rows]
-            self.kept = {ref: self[ref] for ref in progress(refs, "reading pairs")}
+        self.keep = sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP
 
     def fingerprint(self):
         """A hash of the datasets' sizes and of up to 32 pairs of each, evenly spread: a row that is
@@ -533,12 +531,15 @@ class Pairs(Dataset):
     def bytes(self, source):
         """What the prompts of a dataset would weigh, if all weigh what the first one does."""
         rows = self.rows[source]
-        pair = self[source, rows[0]]
+        pair = self.tables.fetch(source, rows[0], read=self.prompts)
         items = (pair["query"], pair["target"], *pair["negatives"])
         return len(rows) * (1000 + sum(x.nbytes for item in items for x in item["pixel_values"]))
 
     def __getitem__(self, ref):
-        return self.kept.get(ref) or self.tables.fetch(*ref, read=self.prompts)
+        pair = self.kept.get(ref) or self.tables.fetch(*ref, read=self.prompts)
+        if self.keep:
+            self.kept[ref] = pair
+        return pair
 
     def prompts(self, pair):
         target = self.processor(pair["target"])
@@ -550,17 +551,18 @@ class Pairs(Dataset):
 
     def load(self, batches):
         """Lists of (source, row) -> lists of pairs."""
-        workers = 0 if self.kept else self.run.cfg.workers
+        workers = 0 if self.keep else self.run.cfg.workers
         return DataLoader(self, batch_sampler=batches, collate_fn=as_is, num_workers=workers)
 
     def windows(self, ids=None):
-        """The pairs (of these ids), dataset by dataset, in lists of at most selection.WINDOW."""
+        """Places of the pairs (of these ids), dataset by dataset, in lists of at most
+        selection.WINDOW."""
         windows, size = [], selection.WINDOW
         for source, rows in enumerate(self.rows):
             refs = [(source, row) for row in rows]
             refs = [ref for ref in refs if ids is None or self.tables.id(*ref) in ids]
             windows += [refs[i : i + size] for i in range(0, len(refs), size)]
-        return self.load(windows)
+        return windows
 
     def stream(self, name, batch, sub_batch, first):
         """Endless batches of a stage, from its step `first` on: this process' share of each. A step
@@ -688,15 +690,18 @@ def pretrain(run, part):
     return Embedder(model, processor)
 
 
-def by_window(path, windows, rows_of, title):
+def by_window(path, pairs, ids, rows_of, title):
     """Write rows_of(n, window) of all windows, in order, into one file. The windows are dealt out
-    to the processes. Each leaves a file, and is not done again when the stage is resumed."""
+    to the processes, which read theirs alone. Each leaves a file, and is not done again when the
+    stage is resumed."""
     folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
+    windows = pairs.windows(ids)
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
-    for n, window in enumerate(progress(windows, title)):
-        if n % scale.world_size() == scale.rank() and not os.path.exists(paths[n]):
-            propose.write_rows(paths[n], rows_of(n, window))
+    mine = range(scale.rank(), len(windows), scale.world_size())
+    mine = [n for n in mine if not os.path.exists(paths[n])]
+    for n, window in zip(mine, progress(pairs.load([windows[n] for n in mine]), title)):
+        propose.write_rows(paths[n], rows_of(n, window))
     scale.barrier()
     if scale.is_main():
         join(paths, path)
@@ -729,7 +734,7 @@ def propose_stage(run, part):
         return rows
 
     path = os.path.join(part, "rationales.jsonl")
-    by_window(path, pairs.windows(), write, "propose")
+    by_window(path, pairs, None, write, "propose")
     written = propose.Rationales(path)
     if given:
         unused = len(given.places.keys() - written.places.keys())
@@ -791,7 +796,7 @@ def judge_fold(run, part, fold, written, path):
     if scale.is_main():
         embedder.save(os.path.join(part, f"judge{fold}"))
     ids = {i for i in written.places if selection.fold_of(i, c.select_folds) == fold}
-    by_window(path, pairs.windows(ids), judge, f"judging fold {fold}")
+    by_window(path, pairs, ids, judge, f"judging fold {fold}")
 
 
 def embed_stage(run, part):

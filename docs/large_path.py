@@ -1,13 +1,12 @@
 """The path of --preset qwen3vl-2b, walked to its end on a cut-down checkpoint of random weights.
 
-    python docs/large_path.py                     meant for ten minutes on two idle cores
-    python docs/large_path.py --device cuda       the same on GPUs, with nccl where there are two
+    python docs/large_path.py                     ten minutes on two idle cores, in fp32
+    python docs/large_path.py --device cuda       the same on GPUs in bf16, with nccl where there
+                                                  are two; not yet run
 
-NOT YET RUN TO ITS END: where it was written the cores were taken; its first part alone passed.
-
-It is to show that what the preset switches on works together from base to report: the full
-vocabulary, bf16, recomputed activations, GradCache, torch.compile, FSDP2, SIGTERM and --resume.
-What stands in:
+It shows that what the preset switches on works together from base to report: the full vocabulary,
+recomputed activations, GradCache, torch.compile, FSDP2, SIGTERM and --resume. It takes 8 GB of
+memory and 7 GB of the disk, which it gives back unless something fails. What stands in:
 
     checkpoint    Qwen3-VL's layout, its 151,936 ids, its markers' ids and its sizes of a head, but
                   two layers in each tower, hidden 512, random weights in bf16. The file by which
@@ -24,6 +23,7 @@ nothing. Left out: data too large for memory, which --workers read.
 import argparse
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,15 +47,15 @@ FIRST_MARKER = 151643  # the id of <|endoftext|>; text has the ids before it
 OPTIONS = (
     "--preset qwen3vl-2b --stage all --lr 1e-3 --batch 4 --sub_batch 4 --chunk_tokens 256 "
     "--max_new_tokens 4 --num_candidates 1 --select_steps 2 --select_margin -9 --select_fdr 99 "
-    "--embed_steps 4 --rl_steps 2 --rl_batch 8 --rl_rollouts 2 --rl_holdout 0.25 --rl_lr 1"
+    "--embed_steps 3 --rl_steps 2 --rl_batch 8 --rl_rollouts 2 --rl_holdout 0.25 --rl_lr 1"
 ).split()
+# A CPU without bf16 instructions takes 37 s for a product of (40, V) and (V, 512), in fp32 0.2 s.
+ON = {"cpu": ["--device", "cpu", "--dtype", "float32"], "cuda": ["--device", "cuda"]}
 
 
 def full_tokenizer():
     texts = (REPO / "LICENSE").read_text("utf-8").split("\n")
-    texts.append(
-        "system user assistant Represent the user's input. what follows it is add 1 to 23?"
-    )
+    texts.append("system user assistant Represent the user's input. what follows it is add to?")
     spec = pocket.train_tokenizer(texts)
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for pair in itertools.product(list(vocab), byte_letters()):
@@ -125,7 +125,7 @@ def require_alike(root, a, b):
 
 def eager(root, device):
     """one process"""
-    process = start(root, "eager", "--device", device, "--compile", "false")
+    process = start(root, "eager", *ON[device], "--compile", "false")
     expect(0, process, root / "eager.log")
     before, after = weights(root, "eager", "base"), weights(root, "eager", "rl")
     if all(torch.equal(before[name], after[name]) for name in after):
@@ -134,7 +134,7 @@ def eager(root, device):
 
 def compiled(root, device):
     """one process, compiled"""
-    process = start(root, "compiled", "--device", device, "--compile", "true")
+    process = start(root, "compiled", *ON[device], "--compile", "true")
     expect(0, process, root / "compiled.log")
     require_alike(root, "eager", "compiled")
 
@@ -142,7 +142,7 @@ def compiled(root, device):
 def sharded(root, device):
     """two processes, FSDP2"""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    more = ("--device", device, "--compile", "false", "--fsdp", "true")
+    more = (*ON[device], "--compile", "false", "--fsdp", "true")
     expect(0, start(root, "sharded", *more, launcher=launcher), root / "sharded.log")
     require_alike(root, "eager", "sharded")
 
@@ -150,7 +150,7 @@ def sharded(root, device):
 def interrupted(root, device):
     """SIGTERM in embed, --resume auto"""
     out, log = root / "interrupted", root / "interrupted.log"
-    more = ("--device", device, "--compile", "false", "--save_every", "2", "--resume", "auto")
+    more = (*ON[device], "--compile", "false", "--save_every", "1", "--resume", "auto")
     process = start(root, out.name, *more)
     while not list(out.glob("embed.part/embed.state/*.state.pt")) and process.poll() is None:
         time.sleep(0.02)
@@ -179,6 +179,7 @@ def main():
         started = time.time()
         walk(root, device)
         print(f"{walk.__doc__:32s}{time.time() - started:6.0f} s  ok", flush=True)
+    shutil.rmtree(root)
 
 
 if __name__ == "__main__":
