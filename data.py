@@ -53,6 +53,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -556,6 +557,33 @@ def tables(root, kind):
         if count > 1:
             fail(listing, f"{kind} dataset {name!r} is listed twice")
     return rows
+
+
+def fingerprint(root, kind):
+    """A hash of a root's "training" or "test" tables: their rows here and, of every file, name,
+    size, the first and the last megabyte. A row that is put in or taken out changes it."""
+    digest = hashlib.sha256()
+    for row in tables(root, "train" if kind == "training" else "eval"):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        files = Files(row, root)
+        parts = itertools.product(listed(row["config"]) or [""], ["", "corpus", "qrels", "queries"])
+        for path in [path for config, part in parts for path in files.paths(config, part)]:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{os.path.relpath(path, files.root)} {size}".encode())
+                digest.update(file.read(2**20))
+                file.seek(max(0, size - 2**20))
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def revisions(root):
+    """{hub id: commits} of what `hf download` or --fetch brought, which note them."""
+    commits = collections.defaultdict(set)
+    for note in Path(root).glob("*/*/.cache/huggingface/download/**/*.metadata"):
+        hub = "/".join(note.relative_to(root).parts[:2])
+        commits[hub].add(note.read_text("utf-8").split("\n")[0])
+    return {hub: sorted(found) for hub, found in sorted(commits.items())}
 
 
 def read_listing(root, path):

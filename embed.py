@@ -14,7 +14,8 @@ A prefill that ends in <|endoftext|> holds both the direct vector and, one token
 decision: not to reason costs nothing over an embedder that cannot.
 
 The maths. s(q, t) = e(q)·e(t), the cosine. InfoNCE = −log softmax over candidates of s/temperature,
-at the target; both directions averaged. One update of both paths (stages select, embed) minimises
+at the target; both directions averaged. One update of both paths (stage embed; select with λ = μ =
+0) minimises
     L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token).
 
 How to run: python embed.py --model runs/pocket/rl --input items.jsonl --output vectors.npy
@@ -98,7 +99,8 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
 
     # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ... A
     # rationale's tokens are prefix (<think>\n), text, </think>, tail (\n\n<|endoftext|>), and begin
-    # one place after the end of the branch before.
+    # one place after the end of the branch before. column (B, S): each token's branch's in `ends`;
+    # outside rationales it is any, since `chosen` drops those tokens.
     column = (branch - 1).clamp(min=1)
     first = ends.gather(1, column - 1) + 1 + len(processor.prefix)
     last = ends.gather(1, column) - len(processor.tail)
@@ -160,6 +162,7 @@ def info_nce(q, t, positive, temperature=0.02, duplicates=None, weights=None, di
     H = q.shape[1]
     if any(not 1 <= d <= H for d in dims):
         raise ValueError(f"matryoshka_dims {tuple(dims)}: this model's vectors have {H} numbers")
+    # (n, n), True where two queries have the same target: they are no negatives of it.
     backwards = None if duplicates is None else duplicates[:, positive].T
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
@@ -199,15 +202,16 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     """
     model.train()
 
-    # 1) Candidates. The joined batch is the batches of all processes together. Each distinct
-    # candidate is embedded once and is one of its columns: no query is pushed away from its target
-    # because another query has the same. Columns are in the order of keys; row_of_column says where
-    # their vectors are.
+    # 1) Candidates. The joined batch is the batches of all processes together; gather_objects joins
+    # their lists. A process embeds each of its distinct candidates once, and each distinct one of
+    # the joined batch is a column of the scores: no query is pushed away from its target because
+    # another query has the same. Columns are in the order of keys; row_of_column says where their
+    # vectors are.
     candidates = {pair["answer"]: pair["target"] for pair in pairs}
     for pair in pairs:
         for negative in pair["negatives"][:NEGATIVES]:
             candidates.setdefault(prompt_key(negative), negative)
-    targets = list(candidates.values())
+    documents = list(candidates.values())
     keys, row_of_column = np.unique(scale.gather_objects(list(candidates)), return_index=True)
 
     # 2) What the loss needs of all N pairs of the joined batch
@@ -219,8 +223,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     num_labels = sum(label >= 0 for label in scale.gather_objects(labels))
     answers = scale.gather_objects([pair["answer"] for pair in pairs])
     positive = torch.from_numpy(np.searchsorted(keys, answers)).to(model.device)  # (N,) columns
-    # Query→target needs no mask, since columns are distinct. Target→query does: info_nce sees from
-    # these columns which queries share a target, and are no negatives of it.
+    # Each query's own column. Query→target needs no mask, since columns are distinct. Target→query
+    # does: two queries that have one column here share a target, which info_nce reads from it.
     duplicates = F.one_hot(positive, len(keys)).bool()
     dims = prefix_dims(cfg.matryoshka_dims)
 
@@ -228,9 +232,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     # when it knows the joint loss' gradient in each vector, with the token losses. Metrics are
     # summed over chunks.
     def forward(kind, rows, with_loss):
-        """Some rows' vectors: queries (rows, 2, H), direct and reasoned; targets (rows, 1, H)."""
-        if kind == "target":
-            return embed_direct(model, processor, [targets[i] for i in rows])[:, None], None, {}
+        """Some rows' vectors: queries (rows, 2, H), direct and reasoned; documents (rows, 1, H)."""
+        if kind == "document":
+            return embed_direct(model, processor, [documents[i] for i in rows])[:, None], None, {}
         queries = [pairs[i]["query"] for i in rows]
         branches = [[rationales[i]] if rationales[i] else [] for i in rows]
         batch = collate(queries, processor, branches, model.device)
@@ -250,7 +254,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     def contrast(vectors):
         """NCE(direct) + NCE(reasoned), on the vectors of the joined batch."""
         direct, reasoned = vectors["query"].unbind(1)  # (N, H)
-        t = vectors["target"][row_of_column, 0]  # (columns, H)
+        t = vectors["document"][row_of_column, 0]  # (columns, H)
         weights = None
         if posterior_weights:  # a / (a + b) = sigmoid(log a − log b); a constant: the E-step
             with torch.no_grad():
@@ -268,8 +272,11 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
 
     # 3) Gradients, in as many passes as memory asks for
     query_tokens = [len(pair["query"]["ids"]) + 1 + n for pair, n in zip(pairs, tokens)]
-    target_tokens = [len(target["ids"]) + 1 for target in targets]
-    lengths = {"query": processor.padded(query_tokens), "target": processor.padded(target_tokens)}
+    document_tokens = [len(document["ids"]) + 1 for document in documents]
+    lengths = {  # as collate pads them
+        "query": processor.padded(query_tokens),
+        "document": processor.padded(document_tokens),
+    }
     value, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
     return {"loss": value, **log, **metrics, "ids": [pair["id"] for pair in pairs]}
 

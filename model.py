@@ -928,18 +928,22 @@ def write_json(path, value):
     os.replace(f"{path}.tmp", path)
 
 
-def weight_files(folder):
-    """The safetensors files of a checkpoint: one, or those in its index. ValueError if not so."""
-    if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: not a folder")
-    names = sorted(os.listdir(folder))
-    # peft may give an adapter a folder of its own.
-    adapters = glob("adapter_*", root_dir=folder) + glob("*/adapter_*", root_dir=folder)
+def refuse_adapters(folder, pattern):
+    adapters = glob(pattern, root_dir=folder)
     if adapters:
         raise ValueError(
             f"{folder}: {adapters[0]} belongs to an adapter (LoRA), which is not applied here: "
             "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
         )
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint: one, or those in its index. ValueError if not so."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: not a folder")
+    names = sorted(os.listdir(folder))
+    refuse_adapters(folder, "adapter_*")
+    refuse_adapters(folder, "*/adapter_*")  # peft may give an adapter a folder of its own
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
         table = read_json(index)
@@ -1061,6 +1065,7 @@ def save_model(model, folder, eos_id, pad_id):
     reads half of it, and a memory map of the old one stays valid.
     """
     os.makedirs(folder, exist_ok=True)
+    refuse_adapters(folder, "*/adapter_*")  # the folder could not be opened again
     state = model.state_dict()
     if model.c.tie or not model.has_head:
         del state["lm_head.weight"]

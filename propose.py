@@ -51,9 +51,9 @@ import data
 from model import generate
 from processor import collate
 
-# Of sampling: several answers of one proposer have to differ. Ours; hosted models default to 1.
+# Of sampling: above 0, because several answers of one proposer have to differ. The number is ours.
 TEMPERATURE = 0.7
-# What is read of a file of rationales. Others may hold what cannot be written again.
+# The columns that are kept of a file of rationales. Others may hold NaN, which is no JSON.
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 # Several ways to ask make several proposers of one model.
 PROMPTS = (
@@ -78,16 +78,17 @@ def question(item, prompt_number=0):
 def propose(model, processor, pairs, cfg, generator, ask=False):
     """Sample cfg.num_candidates rationales for every pair's query -> rows of a rationales file.
 
-    pairs: {"id", "query": prompt, "key" or not}. ask: the caller built the prompts with
-    `question(item)`, and <|im_end|> ends an answer. The proposer "base" is the model itself. A
-    "truncated" row ran out of cfg.max_new_tokens. An empty rationale is left out: it is the direct
-    embedding by another way.
+    pairs: {"id", "query", "key" if known}; a query is what the Processor makes of an item ("ids"
+    and patches). ask: it was made of `question(item)`, and <|im_end|> ends an answer. The proposer
+    "base" is the model itself. A "truncated" row ran out of cfg.max_new_tokens. An empty rationale
+    is left out: it says no more than the direct embedding.
     """
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
     longest = max((len(p["query"]["ids"]) for p in pairs), default=1)
-    # This bounds the key-value caches, at most 64 prompts.
+    # Nothing is kept for a backward pass: 4 times a training chunk's tokens fit. 64 prompts bound
+    # the key-value caches of the answers.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
-    options = asking(processor) if ask else processor.generation
+    options = chat_options(processor) if ask else processor.generation
     options = options | {"temperature": TEMPERATURE, "generator": generator}
     rows = []
     for start in range(0, len(pairs), together):
@@ -106,7 +107,7 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     return rows
 
 
-def asking(processor):
+def chat_options(processor):
     """Options of `generate` for a chat: nothing is forced, and <|im_end|> ends the answer.
 
     Behind a forced <think> an Instruct checkpoint rambles: it was never taught to close one.
@@ -139,19 +140,22 @@ def nth(proposer, k):
 class Rationales:
     """A file of rationales by pair. The texts stay on the disk; in memory is where they stand.
 
-    path, numbers: as of read_rationales. only: authors whose rows count; empty: all.
+    path, finite: as of read_rationales. only: authors whose rows count ("base#2" is a row of the
+    author "base"); empty: all.
     authors {author: rows}; cut: rows that were cut off ("truncated"); of_targets: rows that are
     about a target, and left out.
     """
 
-    def __init__(self, path, numbers=(), only=()):
-        self.path, self.numbers = path, numbers
+    def __init__(self, path, finite=(), only=()):
+        self.path, self.finite = path, finite
         self.places = {}  # pair id: bytes at which its rows begin, as an array of integers
         self.authors = collections.Counter()
         self.cut = self.of_targets = 0
-        rows = checked_rows([path], checked_rationale, numbers)
+        rows = checked_rows([path], checked_rationale, finite)
         with open(path, "rb") as file:
-            for start, row in zip(itertools.accumulate(map(len, file), initial=0), rows):
+            # The file is read twice in step: here for the byte at which each line begins.
+            starts = itertools.accumulate(map(len, file), initial=0)
+            for start, row in zip(starts, rows):
                 if row["side"] == "target":
                     self.of_targets += 1
                 elif not only or author(row["proposer"]) in only:
@@ -165,7 +169,7 @@ class Rationales:
         with open(self.path, "rb") as file:
             for start in self.places.get(pair_id, ()):
                 file.seek(start)
-                row = checked_rationale(json.loads(file.readline()), self.numbers)
+                row = checked_rationale(json.loads(file.readline()), self.finite)
                 rows.append(named_apart(row, names))
         return rows
 
@@ -174,15 +178,15 @@ class Rationales:
         return {p["id"]: {row["proposer"]: row["text"] for row in self.of(p["id"])} for p in pairs}
 
 
-def read_rationales(path, numbers=()):
+def read_rationales(path, finite=()):
     """A file of rationales -> rows. ValueError names file and line.
 
-    numbers: fields that have to be finite numbers; if there are any, the file is one of select's,
-    and all its columns are kept. Older files say "worker" for "proposer".
+    finite: fields that have to be finite numbers. Only select's files are read with any, and all
+    their columns are kept. Older files say "worker" for "proposer".
     No rationale is dropped: where a pair has two of one name, the second becomes "name#2".
     """
     names = set()
-    rows = checked_rows([path], checked_rationale, numbers)
+    rows = checked_rows([path], checked_rationale, finite)
     return [named_apart(row, names) for row in rows]
 
 
@@ -192,7 +196,7 @@ def author(proposer):
 
 
 def named_apart(row, names):
-    """The row. Where the pair has one of its proposer's name, it gets the next free number."""
+    """The row, renamed "name#2", "name#3" ... if its pair already has a row of that name."""
     proposer, k = row["proposer"], 0
     while (row["id"], row["side"], row["proposer"]) in names:
         k += 1
@@ -218,7 +222,7 @@ def checked_rows(paths, check, *options):
             raise ValueError(f"{place}: {e}") from None
 
 
-def checked_rationale(row, numbers):
+def checked_rationale(row, finite):
     """One object of a rationales file, with its defaults; ValueError says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {data.short(row)}")
@@ -226,7 +230,7 @@ def checked_rationale(row, numbers):
     for key in ("id", "side", "proposer", "text"):
         if not data.is_text(row.get(key)):
             raise ValueError(f"{key!r}: expected text, got {data.short(row.get(key))}")
-    for key in numbers:
+    for key in finite:
         if not isinstance(row.get(key), (int, float)) or not math.isfinite(row[key]):
             raise ValueError(f"{key!r}: expected a finite number, got {data.short(row.get(key))}")
     if row["side"] not in ("query", "target"):
@@ -234,7 +238,7 @@ def checked_rationale(row, numbers):
     cut = row.get("truncated", False)
     if not isinstance(cut, bool):
         raise ValueError(f"'truncated': expected true or false, got {data.short(cut)}")
-    return row if numbers else {key: row[key] for key in COLUMNS if key in row}
+    return row if finite else {key: row[key] for key in COLUMNS if key in row}
 
 
 def write_rows(path, rows):
@@ -277,7 +281,9 @@ def requests(options):
                         "messages": [{"role": "user", "content": [*content, text]}],
                         "n": options.k,
                         "max_tokens": options.max_tokens,
-                        "temperature": TEMPERATURE if options.k > 1 else 0.0,  # one: the best
+                        "temperature": TEMPERATURE
+                        if options.k > 1
+                        else 0.0,  # a single answer is greedy
                     },
                 }
 
@@ -378,7 +384,8 @@ def answer_of(choice, accept_cut):
 
 
 def text_of(part):
-    """The text of a part of a message's content. What has none stays, to be named."""
+    """The text of a part of a message's content. Anything else comes back as it is, and answer_of
+    names it."""
     if isinstance(part, dict) and part.get("type") == "text":
         return part.get("text")
     return part

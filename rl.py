@@ -12,13 +12,12 @@ well the embedding after it finds the query's target t:
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
 Two losses, never averaged together: a decision is one token among some 30; in a mean over tokens it
-would carry 3 % and would hardly move. Where the supervised model never reasons, one loss leaves it
-so (option rl_one_loss; where the best proposer erred, in the world of commit e56d7ad, it reached
-0.766 and two losses 0.915).
+would carry 3 % and would hardly move (option rl_one_loss; results/study has its figures).
 
     when   J(q) = p * mean R_reason + (1 - p) * R_direct + beta * entropy(p), with p = p_reason, has
-           its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct. This is a
-           closed form: the action need not be sampled. The loss is the cross-entropy of p* and p;
+           its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct (of
+           rewards; select.py's is of log-probabilities). This is a closed form: the action need not
+           be sampled. The loss is the cross-entropy of p* and p;
            its gradient in the logit is p - p*. That of J itself has the factor p * (1 - p), which
            vanishes where the model is sure: one that was taught to think would not learn that the
            price has gone up. So p_reason foretells the gain, and to reason when p_reason exceeds
@@ -28,12 +27,13 @@ so (option rl_one_loss; where the best proposer erred, in the world of commit e5
 
 Which GRPO this is, in six points:
     advantage   (R - mean R of the query's rationales) / sigma. Their common part (the mean) is the
-                business of `when`. R is summed before it is normalised
+                business of `when`. The three terms of R are added first, then normalised together
     sigma       root mean square of R - group mean over the batch's groups of 2K. One sigma for each
                 group would let a tiny price decide wherever the quality ties
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
-    stop token  </think> is trained. Forced tokens (opening, tail, the end of a cut) are not
+    stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
+                a rationale that ran out of tokens
     deleted     value network, clip, several epochs per rollout, division by each group's deviation,
                 advantages for embeddings (they learn by InfoNCE in the same step)
 A query whose rationales all have the same reward teaches none of their tokens, but its decision.
@@ -54,7 +54,14 @@ import torch
 import torch.nn.functional as F
 
 import scale
-from embed import decision_logits, embed_direct, info_nce, pool, rationale_logprobs
+from embed import (
+    decision_logits,
+    embed_direct,
+    info_nce,
+    pool,
+    prefix_dims,
+    rationale_logprobs,
+)
 from model import generate
 from processor import collate
 
@@ -136,7 +143,7 @@ def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
     rl_temperature."""
     flat, _, _ = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
     # `flat` has num_sampled tokens per rollout, and for a truncated one, which has sampled T, also
-    # the forced closing (`room` tokens). Lay out (b, K, T + room), keep the first T.
+    # the forced closing up to </think> (`room` tokens). Lay out (b, K, T + room), keep the first T.
     room = len(processor.closing)
     width = cfg.max_new_tokens + room
     return unflatten(flat, num_sampled + room * truncated, width)[..., : cfg.max_new_tokens]
@@ -157,7 +164,7 @@ def target_probs(vectors, targets, positive, duplicates, temperature):
     left_out[query, positive] = False
     logits = vectors @ targets.T / temperature  # (b, 1 + K, B)
     logits = logits.masked_fill(left_out[:, None], float("-inf"))
-    return logits.softmax(-1)[query, :, positive]
+    return logits.softmax(-1)[query, :, positive]  # (b, 1 + K)
 
 
 def rewards(p_target, num_sampled, truncated, cfg):
@@ -172,7 +179,8 @@ def credit(reward):
     """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
 
     In a group of 2K the K direct rewards lie gain / 2 below the group's mean, and the rationales'
-    mean lies gain / 2 above it: the mean square of R - group mean is spread² / 2 + gain² / 4.
+    mean lies gain / 2 above it. With spread = R of a rationale - the rationales' mean, the mean
+    square of R - group mean is spread² / 2 + gain² / 4.
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
@@ -223,17 +231,18 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     """One on-policy update; leaves gradients in the model's parameters.
 
     prompts and targets [b]: this process' share of the batch's B queries, and what they look for.
-    duplicates (B, B) bool over the joined batch: True where two targets are equal, so on the
-    diagonal. actor: writes the rollouts, for instance a merged copy of the model; by default the
+    duplicates (B, B) bool over the joined batch: True where two targets are equal, the diagonal
+    included. actor: writes the rollouts, for instance a merged copy of the model; by default the
     model itself.
-    cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_beta, rl_when,
-    rl_one_loss, temperature, chunk_tokens.
+    cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_beta, rl_when (weight
+    of the decision's loss), rl_one_loss, temperature, chunk_tokens, matryoshka_dims.
     -> metrics of the joined batch; "sample": a rationale of that query of this process whose
     rationales earned least.
     """
     started = time.time()
     actor = actor or model
     B, K, T = len(duplicates), cfg.rl_rollouts, cfg.max_new_tokens
+    dims = prefix_dims(cfg.matryoshka_dims)
 
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
@@ -276,7 +285,7 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
         at = ours[rows]
         if cfg.rl_one_loss:
             loss = one_mean_loss(decision, gain[at], policy, advantage[at], sigma)
-            return vectors, loss / (num_sampled.sum() + 2 * B * K), {}
+            return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # a decision per rollout
         when = decision_loss(decision, gain[at], cfg.rl_beta) / B
         what = rationale_loss(*policy, weight[at]) / (B * K * T)
         return vectors, cfg.rl_when * when + what, {"loss_when": float(when.detach())}
@@ -285,13 +294,15 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     def contrast(vectors):
         q, t = vectors["query"], vectors["target"][:, 0]  # (B, 1 + K, H), (B, H)
         column = torch.arange(B, device=t.device)
-        direct = info_nce(q[:, 0], t, column, cfg.temperature, duplicates)
+        direct = info_nce(q[:, 0], t, column, cfg.temperature, duplicates, None, dims)
         column_of_rationale = column.repeat_interleave(K)  # (B * K,)
-        alike = duplicates[column_of_rationale]  # a query's other rationales are no negatives
+        # (B * K, B), for target→query: a query's other rationales are no negatives of its target.
+        alike = duplicates[column_of_rationale]
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
-        weights = p_reason.clamp(min=1e-6)[column_of_rationale]
-        reasoned = info_nce(reasoned, t, column_of_rationale, cfg.temperature, alike, weights)
-        # info_nce divides by the sum of the weights; times their mean it is a sum over B again.
+        weights = p_reason.clamp(min=1e-6)[column_of_rationale]  # their sum must not be 0
+        reasoned = info_nce(reasoned, t, column_of_rationale, cfg.temperature, alike, weights, dims)
+        # info_nce divides by the sum of the weights. Times their mean this is the mean over B * K
+        # of p_reason * loss: where the policy does not reason, the reasoned path weighs little.
         return direct + p_reason.mean() * reasoned
 
     model.train()

@@ -20,21 +20,24 @@ just above log 2: a rationale must at least double the target's probability.
 
 Luck. An evaluator that names the right one of ten by whim does so for placebos as well. So each
 stratum (what one proposer wrote for one dataset) has a bar of its own. Let g be the gains of its
-rationales and p those of their placebos, each less what a guess gains. The bar is the smallest of
-the margin and the g above it with
+rationales and g' those of their placebos, each less what a guess gains. The bar is the smallest
+value, among the margin and those g that exceed it, for which
 
-    1 + #{p above the bar}  <=  fdr · #{g above the bar}
+    1 + #{g' above the bar}  <=  fdr · #{g above the bar}
 
-as the knockoff filter counts (Barber & Candès, arXiv 1404.5609). Without such a bar the stratum
-keeps nothing. A stratum that has no placebos counts zero of them.
+as the knockoff filter counts (Barber & Candès, arXiv 1404.5609). fdr is the false discovery rate
+(option select_fdr): the share of the kept that may be luck. Without such a bar the stratum keeps
+nothing. A stratum that has no placebos counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
-target more than exp(−margin), about a half, nothing can be kept: such pairs are not judged further,
-and the decision they teach is "direct". Exact for the rules full and no_placebo.
+target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so it is not
+judged further, and the decision it teaches is "direct". The ablations below that could keep
+something of an easy pair judge every pair.
 
-Candidates. Where the dataset's targets are few, as in the pocket world, C is filled with random
-ones. Where they are many, random ones are easy: the right target wins with any words or none. So C
-takes those nearest to the target; near-copies of it, which may be right as well, come last.
+Candidate targets. Where the dataset's targets are few, as in the pocket world, C is filled with
+random ones. Where they are many, random ones are easy: the right target wins with any words or
+none. So C takes those nearest to the target; near-copies of it, which may be right as well, come
+last.
 
 Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
@@ -46,7 +49,8 @@ a wrong candidate rose even more; no_placebo drops the placebo and its bar; none
     python select.py --run runs/pocket       what other rules would keep of a finished run
 
 Paper: MMEmb-R1 (arXiv 2604.06156), which names the counterfactual; the formulas are ours.
-Left out: judges that are no embedders; learnt bars; candidates from other windows of a dataset.
+Left out: judges that are no embedders; learnt bars; candidate targets from beyond the 1024 pairs
+that are judged together.
 
 The name. The standard library has a module `select`, which subprocess and so torch import, and this
 file can stand in its way. Whoever imports it by that name is given the library's: the lines below.
@@ -62,8 +66,8 @@ if __name__ == "select":
     elsewhere = [p for p in sys.path if not os.path.exists(os.path.join(p, "select.py"))]
     spec = BuiltinImporter.find_spec("select") or PathFinder.find_spec("select", elsewhere)
     real = module_from_spec(spec)
-    spec.loader.exec_module(real)  # complete before it is published: another thread may be waiting
-    globals().update(vars(real))  # ... and such a thread holds this module
+    spec.loader.exec_module(real)  # filled before it enters sys.modules
+    globals().update(vars(real))  # another thread may hold this file as its `select`
     sys.modules["select"] = real
 else:
     import argparse
@@ -135,7 +139,7 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
         written = list(texts.get(p["id"], {}).values())
         if written:
             text = written[rng_of(p["id"]).integers(len(written))]
-        drawn.append(processor.rationale(text) if written else None)
+        drawn.append(processor.rationale(text) if written else None)  # <think> ... <|endoftext|>
     # NCE(direct) + NCE(reasoned) alone: no loss on tokens, and no decision is taught (-1).
     cfg = dataclasses.replace(cfg, lm_weight=0.0, decision_weight=0.0)
     labels = [-1] * len(pairs)
@@ -150,27 +154,28 @@ def judge(model, processor, pairs, texts, cfg, rng):
     """The experiment on one window of pairs -> rows, one per rationale.
 
     pairs: {"id", "dataset", "query", "target", "negatives", "answer"} of one dataset and one fold,
-    at most WINDOW; texts: {pair id: {proposer: text}}. Candidates and placebos come from the
-    window: its rows depend on nothing else, and memory does not grow with the data. All is drawn
-    before anything is measured, so which pairs are easy changes no draw.
+    at most WINDOW; equal targets have one "answer", their prompt_key. texts: {pair id: {proposer:
+    text}}. Candidate targets and placebos come from the window: its rows depend on nothing else,
+    and memory does not grow with the data. All is drawn before anything is measured, so which pairs
+    are easy (see can_keep) changes no draw.
     A row has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a placebo and, in
     an audited quarter, of a second placebo. They are None where there is no such text, and where
     the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
     """
     if len({p["dataset"] for p in pairs}) > 1:
         raise ValueError("select: a window holds pairs of one dataset")
-    prompts, numbers = distinct_documents(pairs)
-    candidates = candidate_sets(numbers, rng)
+    documents, places = distinct_documents(pairs)
+    candidates = candidate_sets(places, rng)
     trials = draw_trials(pairs, texts, rng)
 
-    # 1) e(c, ∅) of every candidate
-    t = torch.cat(encode(model, processor, prompts, [[] for _ in prompts], cfg.chunk_tokens))
-    if len({target for target, *_ in numbers}) >= MANY:
-        candidates = mined_sets(numbers, t)
+    # 1) e(c, ∅) of every target and negative: t (N, H)
+    t = torch.cat(encode(model, processor, documents, [[] for _ in documents], cfg.chunk_tokens))
+    if len({target for target, *_ in places}) >= MANY:
+        candidates = mined_sets(places, t)
 
     # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of those that can keep any. There
     # logp(q, ∅) is measured again beside the texts: both sides of a gain then have the same batch
-    # shape and rounding.
+    # shape and rounding. A score is {text: [logp, similarity]}, with "" for ∅.
     cases = [(p["query"], c) for p, c in zip(pairs, candidates)]
     scores = log_probs(model, processor, cases, [[] for _ in cases], t, cfg)
     hard = [i for i, score in enumerate(scores) if can_keep(score[""][0], cfg)]
@@ -219,42 +224,45 @@ def can_keep(direct, cfg):
 
 
 def distinct_documents(pairs):
-    """Targets and negatives, each once -> prompts, and each pair's places in them, the target
+    """Targets and negatives, each once -> documents, and each pair's places among them, its target
     first."""
-    place, prompts, numbers = {}, [], []
+    place_of, documents, places = {}, [], []
     for p in pairs:
-        documents = {prompt_key(prompt): prompt for prompt in (p["target"], *p["negatives"])}
-        for key, prompt in documents.items():
-            if key not in place:
-                place[key] = len(prompts)
-                prompts.append(prompt)
-        numbers.append([place[key] for key in documents])
-    return prompts, numbers
+        own = {prompt_key(document): document for document in (p["target"], *p["negatives"])}
+        for key, document in own.items():
+            if key not in place_of:
+                place_of[key] = len(documents)
+                documents.append(document)
+        places.append([place_of[key] for key in own])
+    return documents, places
 
 
-def candidate_sets(numbers, rng, size=CANDIDATES):
+def candidate_sets(places, rng, size=CANDIDATES):
     """C of every pair: its target, then hard negatives (half of C at most), then random targets.
 
-    numbers: [n] lists, the target first, all different -> [n] lists likewise, of at most `size`.
+    places: [n] lists, the target first, all different -> [n] lists likewise, of at most `size`.
     """
-    targets = np.unique([target for target, *_ in numbers])
+    targets = np.unique([target for target, *_ in places])
     sets = []
-    for of_pair in numbers:
+    for of_pair in places:
         chosen = of_pair[: 1 + size // 2]
         rest = rng.permutation(np.setdiff1d(targets, chosen))
         sets.append(chosen + rest[: size - len(chosen)].tolist())
     return sets
 
 
-def mined_sets(numbers, t, size=CANDIDATES):
-    """The same with the targets nearest to each pair's target for random ones. t: (N, H)."""
-    targets = np.unique([target for target, *_ in numbers])
+def mined_sets(places, t, size=CANDIDATES):
+    """The same, filled with the targets nearest to the pair's own in place of random ones.
+
+    t (N, H): vectors of the documents.
+    """
+    targets = np.unique([target for target, *_ in places])
     vectors = t[targets].float()
     near = (vectors @ vectors.T).cpu().numpy()  # (T, T)
     near[near > COPY] -= 2.0  # behind all others
     nearest = dict(zip(targets.tolist(), targets[np.argsort(-near, axis=1)]))
     sets = []
-    for of_pair in numbers:
+    for of_pair in places:
         chosen = of_pair[: 1 + size // 2]
         rest = [target for target in nearest[of_pair[0]].tolist() if target not in chosen]
         sets.append(chosen + rest[: size - len(chosen)])
@@ -279,7 +287,7 @@ def draw_trials(pairs, texts, rng):
             answer = pairs[i]["answer"]
             strange = (foreign for j, _, foreign in onwards if pairs[j]["answer"] != answer)
             placebo, second = next(strange, None), next(strange, None)
-            if second == placebo or rng.random() >= AUDITED:
+            if second == placebo or rng.random() >= AUDITED:  # a text is no placebo of itself
                 second = None
             trials[i].append(Trial(proposer, text, placebo, second))
     return trials
@@ -288,7 +296,7 @@ def draw_trials(pairs, texts, rng):
 def log_probs(model, processor, cases, texts, t, cfg):
     """-> for every case {text: [logp(q, r), s(q, r; t)/temperature]}, where "" stands for ∅.
 
-    cases: (query prompt, numbers of its candidates in t, the target first); texts: a list for each
+    cases: (query prompt, places of its candidates in t, the target first); texts: a list for each
     case; t: (N, H).
     """
     branches = [[processor.rationale(text) for text in texts_of_case] for texts_of_case in texts]
@@ -304,6 +312,7 @@ def log_probs(model, processor, cases, texts, t, cfg):
 
 def encode(model, processor, prompts, branches, budget):
     """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1+K, H)."""
+    # 1: the <|endoftext|> of the direct branch
     lengths = [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
     vectors = [None] * len(prompts)
     for rows in chunks_of(lengths, budget):
@@ -386,6 +395,7 @@ def choose(rows, rule, margin, fdr):
             gain, placebo, _ = gains_above_guess(row, rule)
             if keeps(gain, placebo, bar[stratum(row)], rule):
                 kept.append(row)
+                # What a guess gains is the same for all of a pair: it drops out of the softmax.
                 gains.append(0.0 if rule == "none" else gain)
         for row, weight in zip(kept, posterior(gains)):
             yield row | {"weight": weight}
@@ -466,12 +476,13 @@ def pocket_truth(root):
 
 def compare_rules(run):
     """What the rules would keep of a finished run's judged rationales -> [(name, audit)]."""
-    rows = read_rationales(os.path.join(run, "select", "judged.jsonl"), numbers=("direct",))
+    rows = read_rationales(os.path.join(run, "select", "judged.jsonl"), finite=("direct",))
     config = read_json(os.path.join(run, "config.json"))
     helps = pocket_truth(os.path.join(run, "data"))
     fdr, no_limit = config["select_fdr"], 1e9
     tried = [("full", fdr), ("full", no_limit), ("no_placebo", fdr), ("none", fdr)]
-    if all(row["gain"] is not None for row in rows):  # easy pairs may pass this one
+    # positive_only could keep rationales of easy pairs, too, which a run by `full` has not judged.
+    if all(row["gain"] is not None for row in rows):
         tried.append(("positive_only", fdr))
     table = []
     for rule, fdr in tried:

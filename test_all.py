@@ -734,7 +734,7 @@ def test_propose_names_damaged_rationales(tmp_path, line, why):
     path = tmp_path / "r.jsonl"
     path.write_text(f"{GOOD}\n{line}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=rf"r\.jsonl line 2: .*{why}"):
-        propose.read_rationales(path, numbers=("n",))
+        propose.read_rationales(path, finite=("n",))
 
 
 @pytest.fixture
@@ -1395,6 +1395,7 @@ def test_matryoshka_training_makes_short_prefixes_useful():
 
 def rl_config(**changes):
     cfg = SimpleNamespace(rl_rollouts=2, max_new_tokens=5, rl_temperature=1.0, rl_one_loss=False)
+    cfg.matryoshka_dims = ""
     cfg.rl_when, cfg.rl_beta, cfg.latency_penalty = 0.7, 0.3, 0.2
     cfg.temperature, cfg.chunk_tokens = 0.5, 10**6
     vars(cfg).update(changes)
@@ -1949,10 +1950,13 @@ def test_run_revision_is_fetched_and_written_down(finished, own_root, tmp_path, 
     own = ["--data", own_root, "--model", "a/b", "--out", out, "--revision", "v1"]
     assert exit_code([*own, "--stage", "base"]) == 0
     assert asked[0] == ("a/b", "v1") and read_json(f"{out}/config.json")["revision"] == "v1"
+    assert read_json(f"{out}/config.json")["data_revisions"] == {}
     run = train.Run(train.parse(arguments(own_root, finished)))
-    run.cfg = dataclasses.replace(run.cfg, out=copy_of(finished, tmp_path / "copy"), revision="v1")
+    run.cfg = dataclasses.replace(run.cfg, out=copy_of(finished, tmp_path / "copy"))
+    run.config |= {"revision": "v1", "data_revisions": {"A/x": ["c1"]}}
     train.write_report(run)
-    assert read_json(run.path("report.json"))["revision"] == "v1"
+    written = read_json(run.path("report.json"))
+    assert written["revision"] == "v1" and written["data_revisions"] == {"A/x": ["c1"]}
 
 
 def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
@@ -2151,6 +2155,39 @@ def test_run_edited_data_is_refused(stage, finished, own_root, tmp_path, capsys)
     propose.write_rows(own / "train.jsonl", [rows[0] | {"qry": "who is new?"}, *rows])
     assert exit_code(arguments(str(own), out, stage=stage)) == 2
     assert "the training table has changed" in one_line(capsys)
+
+
+@pytest.mark.parametrize("stage, table", [("all", "training"), ("all", "test"), ("rl", "test")])
+def test_run_finished_run_knows_its_tables(stage, table, finished, own_root, tmp_path, capsys):
+    """Nothing is left to do, and yet what was reported is of another table. rl begins anew."""
+    own = shutil.copytree(own_root, tmp_path / "own")
+    out = copy_of(finished, tmp_path / "run")
+    config = read_json(f"{out}/config.json")
+    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
+    write_json(f"{out}/config.json", config | moved)
+    assert exit_code(arguments(str(own), out)) == 0  # moved, and the same
+    file = "train.jsonl" if table == "training" else "test.jsonl"
+    propose.write_rows(own / file, json_rows(own, file)[1:])
+    capsys.readouterr()
+    code = exit_code(arguments(str(own), out, stage=stage))
+    if stage == "rl":
+        assert code == 0
+        return
+    assert code == 2 and f"the {table} table has changed" in one_line(capsys)
+
+
+def test_data_revisions_of_what_was_downloaded(tmp_path):
+    """As huggingface_hub notes them: the commit is a note's first line."""
+    for hub, file, commit in (
+        ("A/x", "t.parquet", "c1"),
+        ("A/x", "i/a.zip", "c2"),
+        ("B/y", "t", "c1"),
+    ):
+        note = tmp_path / hub / ".cache/huggingface/download" / f"{file}.metadata"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{commit}\netag\n1.0\n")
+    assert data.revisions(str(tmp_path)) == {"A/x": ["c1", "c2"], "B/y": ["c1"]}
+    assert data.revisions(str(tmp_path / "A")) == {}
 
 
 def test_run_rationales_of_targets_replace_none_of_a_query(finished, own_root, tmp_path, capsys):
@@ -3285,6 +3322,9 @@ def test_model_bad_folders(checkpoint, tmp_path):
         (tmp_path / "a" / name).write_text("{}")
         with pytest.raises(ValueError, match=f"a: {name} belongs to an adapter"):
             M.load_model(folder)
+        if "/" in name:  # save_model clears its own folder, not those in it
+            with pytest.raises(ValueError, match=f"a: {name} belongs to an adapter"):
+                M.save_model(tiny_model(), folder, 1, 2)
         (tmp_path / "a" / name).unlink()
     (tmp_path / "a/config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: not valid JSON"):

@@ -87,6 +87,7 @@ def load_select():
 
 selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
+NOTES = {"propose": "training", "eval": "test"}  # a stage notes these tables as it begins
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")  # a row of selected.jsonl
 RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares their targets
 
@@ -280,8 +281,9 @@ class Run:
         self.pairs_read = {}
         os.makedirs(cfg.out, exist_ok=True)
         self.stages = self.read("stages.json")
-        self.same_options(self.path("config.json"), ("machine", cfg.stage))
         self.data_root = cfg.data or self.path("data")
+        self.config = asdict(cfg) | {"data_revisions": data.revisions(self.data_root)}
+        self.same_options(self.path("config.json"), ("machine", cfg.stage))
 
     def path(self, *parts):
         return os.path.join(self.cfg.out, *parts)
@@ -303,20 +305,28 @@ class Run:
                 change = f"was made with {f.name}={then!r}, this call says {value!r}"
                 raise UsageError(f"{path} {change}: repeat the option, or use another --out")
         if not before and scale.is_main():
-            write_json(path, asdict(self.cfg))
+            write_json(path, self.config)
 
-    def same_tables(self, fingerprint):
-        """Refuse training tables that changed since propose, which may note other ones: rows are
-        known by their numbers, and the last ones of a dataset are rl's."""
-        noted = self.read("tables.json").get("training", fingerprint)
-        scale.barrier()
-        if self.stage != "propose" and noted != fingerprint:
-            raise UsageError(
-                f"{self.data_root}: the training table has changed since propose: do --stage "
-                "propose and what follows again"
-            )
-        if scale.is_main():
-            write_json(self.path("tables.json"), {"training": fingerprint})
+    def same_tables(self, stages):
+        """Refuse tables that changed since a stage noted them, unless it is among these `stages`:
+        rows are known by their numbers, and the last ones of a dataset are rl's."""
+        for stage, kind in NOTES.items():
+            noted = self.read("tables.json").get(f"{kind}_tables")
+            if stage in stages or noted is None:
+                continue
+            if noted != data.fingerprint(self.data_root, kind):
+                raise UsageError(
+                    f"{self.data_root}: the {kind} table has changed since {stage}: do --stage "
+                    f"{stage} and what follows again"
+                )
+
+    def note_tables(self, stage):
+        """What a stage is about to read."""
+        if stage in NOTES and scale.is_main():
+            noted = self.read("tables.json")
+            kind = NOTES[stage]
+            noted[f"{kind}_tables"] = data.fingerprint(self.data_root, kind)
+            write_json(self.path("tables.json"), noted)
 
     def rng(self, *key):
         """A generator that depends on seed and key alone: nothing to save, nothing to restore."""
@@ -363,6 +373,7 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
         self.same_options(os.path.join(part, "config.json"), ("machine",))
+        self.note_tables(stage)
         return part
 
     def finish(self, stage, part, seconds):
@@ -383,7 +394,7 @@ class Run:
             os.replace(part, final)
             for later in STAGES[STAGES.index(stage) + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
-            write_json(self.path("config.json"), asdict(self.cfg))
+            write_json(self.path("config.json"), self.config)
         scale.barrier()
         self.note(self.stages | {stage: {"seconds": round(seconds, 1)}})
 
@@ -506,19 +517,9 @@ class Pairs(Dataset):
         self.tables = data.train_sets(run.data_root)
         if self.tables.missing:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
-        run.same_tables(self.fingerprint())
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
         self.kept = {}
         self.keep = sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP
-
-    def fingerprint(self):
-        """A hash of the datasets' sizes and of up to 32 pairs of each, evenly spread: a row that is
-        inserted, lost or moved shifts most of them."""
-        digest = hashlib.sha256(repr(self.tables.sizes).encode())
-        for source, n in enumerate(self.tables.sizes):
-            for row in np.linspace(0, n - 1, min(n, 32), dtype=int).tolist():
-                digest.update(self.tables.fetch(source, row, read=data.pair_key).encode())
-        return digest.hexdigest()
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?"""
@@ -896,7 +897,8 @@ def write_report(run):
     """report.json, report.md and report.html."""
     summary, audit = run.read("eval", "summary.json"), run.read("select", "audit.json")
     seconds = {stage: done["seconds"] for stage, done in run.stages.items()}
-    result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
+    names = ("preset", "seed", "revision", "data_revisions")
+    result = {name: run.config[name] for name in names}
     result |= {"seconds": seconds, "selection": audit, "adaptivity": {}}
     result |= {k: summary[k] for k in ("modes", "curve", "adaptivity") if k in summary}
     write_json(run.path("report.json"), result)
@@ -957,12 +959,12 @@ def run_stages(cfg):
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    new = not os.path.exists(run.path("report.json"))
-    for stage in STAGES if whole else [cfg.stage]:
-        if whole and stage in run.stages:
-            run.say(f"{stage}: done before")
-            continue
-        new = True
+    if whole and run.stages:
+        run.say(f"done before: {', '.join(run.stages)}")
+    todo = STAGES[len(run.stages) if whole else STAGES.index(cfg.stage) :]
+    run.same_tables(todo)
+    new = todo or not os.path.exists(run.path("report.json"))
+    for stage in todo if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
         embedder = globals()[f"{stage}_stage"](run, part)
