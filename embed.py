@@ -99,8 +99,9 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
 
     # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ... A
     # rationale's tokens are prefix (<think>\n), text, </think>, tail (\n\n<|endoftext|>), and begin
-    # one place after the end of the branch before. column (B, S): each token's branch's in `ends`;
-    # outside rationales it is any, since `chosen` drops those tokens.
+    # one place after the end of the branch before. column (B, S): the column of
+    # `ends` that belongs to each token's branch; outside rationales its value does not matter,
+    # since `chosen` drops those tokens.
     column = (branch - 1).clamp(min=1)
     first = ends.gather(1, column - 1) + 1 + len(processor.prefix)
     last = ends.gather(1, column) - len(processor.tail)

@@ -11,8 +11,8 @@ well the embedding after it finds the query's target t:
     format       0.1 where the rationale closed itself; a direct answer is always well formed
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
-Two losses, never averaged together: a decision is one token among some 30; in a mean over tokens it
-would carry 3 % and would hardly move (option rl_one_loss; results/study has its figures).
+Two losses, never averaged together: a decision is one token among dozens. In a mean over tokens it
+would carry a few percent and would hardly move (option rl_one_loss; results/study has its figures).
 
     when   J(q) = p * mean R_reason + (1 - p) * R_direct + beta * entropy(p), with p = p_reason, has
            its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct (of
@@ -28,8 +28,8 @@ would carry 3 % and would hardly move (option rl_one_loss; results/study has its
 Which GRPO this is, in six points:
     advantage   (R - mean R of the query's rationales) / sigma. Their common part (the mean) is the
                 business of `when`. The three terms of R are added first, then normalised together
-    sigma       root mean square of R - group mean over the batch's groups of 2K. One sigma for each
-                group would let a tiny price decide wherever the quality ties
+    sigma       root mean square, over the batch, of R - mean R of all 2K, direct ones included.
+                One sigma for each group would let a tiny price decide wherever the quality ties
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
@@ -65,7 +65,7 @@ from embed import (
 from model import generate
 from processor import collate
 
-FORMAT_BONUS = 0.1  # as much as T tokens cost at the default penalty
+FORMAT_BONUS = 0.1  # a third of what T tokens cost at the default penalty
 EPSILON = 1e-4  # on sigma, whose usual size is 0.1, for a batch without any variance
 
 # --------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ confidently wrong, any words raise the target by flattening the softmax. So what
 would gain is subtracted first. The bar is at least the margin (option select_margin), which lies
 just above log 2: a rationale must at least double the target's probability.
 
-Luck. An evaluator that names the right one of ten by whim does so for placebos as well. So each
-stratum (what one proposer wrote for one dataset) has a bar of its own. Let g be the gains of its
+Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
+well. So each stratum (what one author wrote for one dataset; an author is a proposer without the
+number of its try) has a bar of its own. Let g be the gains of its
 rationales and g' those of their placebos, each less what a guess gains. The bar is the smallest
 value, among the margin and those g that exceed it, for which
 
@@ -54,6 +55,7 @@ that are judged together.
 
 The name. The standard library has a module `select`, which subprocess and so torch import, and this
 file can stand in its way. Whoever imports it by that name is given the library's: the lines below.
+train.py loads this file by its path, as `selection`.
 """
 
 import sys
@@ -272,8 +274,8 @@ def mined_sets(places, t, size=CANDIDATES):
 def draw_trials(pairs, texts, rng):
     """-> [n] lists of Trial.
 
-    An author's rationales are laid out in a random circle. The next one in it that is about another
-    target is the placebo: words about the same target may well fit.
+    An author's rationales (propose.author) are laid out in a random circle. The next one in it that
+    is about another target is the placebo: words about the same target may well fit.
     """
     written = collections.defaultdict(list)
     for i, p in enumerate(pairs):
@@ -369,7 +371,8 @@ def stratum_bar(gains, placebos, margin, fdr):
     """The smallest bar, of the margin and the gains above it, with 1 + #{placebos > bar} <=
     fdr · #{gains > bar}; inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
-    tried = np.concatenate(([margin], gains[gains > margin]))  # #{gains > bar} changes only here
+    # Between two of these bars only placebos drop out: the count is cautious.
+    tried = np.concatenate(([margin], gains[gains > margin]))
     passed = len(gains) - np.searchsorted(gains, tried, "right")
     lucky = len(placebos) - np.searchsorted(placebos, tried, "right")
     enough = tried[1 + lucky <= fdr * passed]
