@@ -1,11 +1,11 @@
 """
-The pocket world: a small, drawn world in MMEB's own layouts, so that the whole method runs on a
-laptop and can be marked against the truth.
+The pocket world: a small, drawn world in MMEB's own layouts. The whole method runs in it on a
+laptop, and is marked against the truth.
 
-The idea. An image is a 3x3 grid of 32-pixel tiles, one visual token each: coloured shapes, digits
-or nothing. Twelve families of query-target pairs cover MMEB-V2's kinds. Eight need one look. Four
-are mixed: the prompt is the same for all their queries, and only the content says how many steps a
-query needs. Half of them need none; the others 1 to 4, drawn evenly:
+An image is a 3x3 grid of 32-pixel tiles, one visual token each: coloured shapes, digits or nothing.
+Twelve families of query-target pairs cover MMEB-V2's kinds. Eight need one look. Four are mixed:
+the prompt is the same for all their queries, and only the content says how many steps a query
+needs. Half of them need none; the others 1 to 4, drawn evenly:
 
     Walk   "start at nw and follow the colours": until a purple thing                        (image)
     Sum    "add the numbers from ne on , w and so on": until a cell without a number         (image)
@@ -13,15 +13,12 @@ query needs. Half of them need none; the others 1 to 4, drawn evenly:
     Total  an account of one to five lines, whose page is wanted                             (page)
 
 A few layers cannot chain several look-ups in one pass; a rationale writes them down one by one.
+Scripted proposers of known quality write rationales, see write_rationales. The truth that selection
+is marked against: a rationale whose statements are all right helps a query of two or more steps;
+one step is left unmarked; every other text does not help.
 
-Scripted proposers of known quality write rationales: careful (right steps, but each statement is
-wrong with chance 0.1, and what follows from it follows; four independent tries), captioner (true
-words about the image, no steps), sloppy (right form, one wrong fact) and parrot (form only). The
-truth that selection is marked against: a rationale whose statements are all right helps a query of
-two or more steps; one step is left unmarked; every other text does not help.
-
-How to run:
-    python pocket.py --out DIR [--seed 1] [--train 300] [--test 100] [--longest 4]
+How to run (training pairs and test queries of a family; steps of the longest queries):
+    python pocket.py --out DIR [--seed 0] [--train 300] [--test 100] [--longest 4]
 
 Left out: natural images, fonts other than Pillow's, noise in the labels.
 Source: the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py); the world is ours.
@@ -31,7 +28,6 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -68,11 +64,9 @@ MOVES = {  # from each cell, 0 to 8, to the next one; - is out of the image
 RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}  # purple ends a walk
 TIMES = ("first", "second", "third")
 PLACES = [f"{time} {side}" for time in TIMES for side in ("left", "right")]  # of a clip
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen"
-).split()
-DIGITS = NUMBERS[:10]
+DIGITS = "zero one two three four five six seven eight nine".split()
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split()
+NUMBERS = DIGITS + TEENS
 TENS = "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = "sun map tea fox ink oak gem jar bee hat cup key".split()
 ITEMS = "rent food heat tax fare wage".split()  # of an account, in this order
@@ -82,11 +76,11 @@ PARROT = (
     "first look at the picture . then think . then the answer is clear",
     "let me look , then go step by step , then say the answer",
 )
-LONGEST = 4  # steps of a query in training
+LONGEST = 4  # steps of a query in training; clips and accounts have room for one more
 ERRORS = 0.1  # chance that one statement of careful is wrong
 TRIES = 4  # rationales that careful writes about a pair
 CANDIDATES = 20  # of a test query, where they are its own
-MIN_PIXELS, MAX_PIXELS = 1024, 65536  # one visual token covers 32 x 32 pixels
+PIXELS = (1024, 65536)  # of an image: at least, at most; a visual token covers 32 x 32 of them
 LOOK_STEPS = 240  # of pretraining: nothing but description, before anything is asked
 SKILL_WANTED = 0.93  # held-out token accuracy of every skill in STEP_SKILLS
 
@@ -136,12 +130,12 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
         pen.ellipse(box, outline=ink, width=3)
     else:
         pen.ellipse(box, ink)
-        if shape == "moon":  # a disc with a bite
-            pen.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), paper)
+    if shape == "moon":  # a disc with a bite
+        pen.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), paper)
 
 
 def draw_tile(kind, rng):
-    """kind: (colour, shape) | digit | word | (r, g, b) | None -> uint8 (32, 32, 3)."""
+    """kind: (colour, shape) | digit | word | (r, g, b) | None for a blank -> an image."""
     paper = (int(rng.integers(228, 250)),) * 3
     tile = Image.new("RGB", (TILE, TILE), paper)
     pen = ImageDraw.Draw(tile)
@@ -154,15 +148,12 @@ def draw_tile(kind, rng):
     elif kind in KINDS:
         draw_shape(pen, *kind, paper, x, y, rng)
     elif kind is not None:
-        pen.rectangle((0, 0, TILE, TILE), kind)
-    return np.asarray(tile)
+        tile.paste(kind, (0, 0, TILE, TILE))
+    return tile
 
 
 class Bank:
-    """Tiles drawn once and used again: an image costs a copy instead of nine drawings.
-
-    copies: drawings of each kind, which differ in place, size and shade.
-    """
+    """Tiles drawn once and used again: `copies` of each kind, in other places, sizes, shades."""
 
     def __init__(self, rng, copies=40):
         patches = map(tuple, rng.integers(40, 230, (6, 3)).tolist())
@@ -170,19 +161,18 @@ class Bank:
         self.tiles = {kind: [draw_tile(kind, rng) for _ in range(copies)] for kind in kinds}
 
     def tile(self, kind, rng):
-        """uint8 (32, 32, 3). A flat patch may have any colour."""
-        if kind not in self.tiles:
+        if kind not in self.tiles:  # a flat patch may have any colour
             return draw_tile(kind, rng)
         tiles = self.tiles[kind]
         return tiles[rng.integers(len(tiles))]
 
     def grid(self, kinds, rng, columns=3):
-        """Kinds in reading order -> uint8 (32 * rows, 32 * columns, 3)."""
-        rows = []
-        for i in range(0, len(kinds), columns):
-            tiles = [self.tile(kind, rng) for kind in kinds[i : i + columns]]
-            rows.append(np.hstack(tiles))
-        return np.vstack(rows)
+        """Kinds in reading order -> an image."""
+        image = Image.new("RGB", (TILE * columns, TILE * len(kinds) // columns))
+        for i, kind in enumerate(kinds):
+            row, column = divmod(i, columns)
+            image.paste(self.tile(kind, rng), (TILE * column, TILE * row))
+        return image
 
     def clip(self, kinds, rng):
         """Two kinds at a time, shown for two frames: a frame group."""
@@ -196,7 +186,7 @@ class Bank:
         blank = [None] * (9 - len(words))
         page = self.grid([*words, *blank, *marks, None], rng)
         for y in range(TILE + 6, 3 * TILE, 8):
-            page[y : y + 3, 6 : int(rng.integers(50, 90))] = 120
+            page.paste((120, 120, 120), (6, y, int(rng.integers(50, 90)), y + 3))
         return page
 
 
@@ -205,10 +195,12 @@ class Bank:
 
 
 def name(kind):
-    """("red", "star") -> "red star"; 3 -> "three"; a word is itself."""
+    """("red", "star") -> "red star"; 3 -> "three"; a word is itself; None -> "blank"."""
+    if isinstance(kind, int):
+        return DIGITS[kind]
     if isinstance(kind, tuple):
         return " ".join(kind)
-    return kind if isinstance(kind, str) else DIGITS[kind]
+    return kind or "blank"
 
 
 def number(tens, ones):
@@ -250,19 +242,18 @@ class Eyes:
 SHARP = Eyes()
 
 
-def seen(kinds, places=CELLS):
-    """What is not blank -> [(place, kind)]."""
-    return [(place, kind) for place, kind in zip(places, kinds) if kind is not None]
-
-
-def describe(things, between=" ", eyes=SHARP):
-    """[(place, kind)] -> "nw red star n three"."""
-    return between.join(f"{place} {name(eyes.read(kind))}".strip() for place, kind in things)
+def describe(kinds, places=CELLS, eyes=SHARP, between=" "):
+    """What is not blank: "nw red star n three"."""
+    text = []
+    for place, kind in zip(places, kinds):
+        if kind is not None:
+            text.append(f"{place} {name(eyes.read(kind))}".strip())
+    return between.join(text)
 
 
 def next_cell(cell, move):
-    """One cell further, or None: out of the image, or nowhere to go."""
-    there = MOVES[move][cell] if move else "-"
+    """One cell further, or None: out of the image."""
+    there = MOVES[move][cell]
     return None if there == "-" else int(there)
 
 
@@ -270,20 +261,18 @@ def onwards(cell, kind):
     """What a thing at a cell does to a walk -> ("right", next cell), or ("right out", None) where
     that is outside, or ("stay", None) if it is purple."""
     move = RULE.get(kind[0])
+    if move is None:
+        return "stay", None
     there = next_cell(cell, move)
-    if there is None:
-        return f"{move} out" if move else "stay", None
-    return move, there
+    return (f"{move} out" if there is None else move), there
 
 
 def explain_walk(scene, start, eyes):
     """ "nw red star . right n purple bar . stay": each statement acts on what the last one read."""
-    kind = eyes.read(scene[start])
-    text = [f"{CELLS[start]} {name(kind)}"]
-    move, cell = onwards(start, kind)
+    text, move, cell = [], "", start
     while cell is not None and len(text) < 9:  # a misread colour may lead in a circle
         kind = eyes.read(scene[cell])
-        text.append(f"{move} {CELLS[cell]} {name(kind)}")
+        text.append(f"{move} {CELLS[cell]} {name(kind)}".strip())
         move, cell = onwards(cell, kind)
     return " . ".join([*text, move])
 
@@ -297,24 +286,23 @@ def explain_sum(labels, digits, eyes, stop=()):
         added = f" {makes(total + digit)}" if text else ""
         text.append(f"{label} {DIGITS[digit]}{added}")
         total = (total + digit) % 10
-    if stop:
-        text.append(describe(stop, eyes=eyes))
+    for label, kind in stop:
+        text.append(f"{label} {name(eyes.read(kind))}")
     return " . ".join([*text, DIGITS[total]])
 
 
 def explain_total(labels, digits, eyes):
     """A sum whose end is the page's number."""
-    text = explain_sum(labels, digits, eyes)
-    digit = text.split()[-1]
-    return text.removesuffix(digit) + number(0, DIGITS.index(digit))
+    text, digit = explain_sum(labels, digits, eyes).rsplit(" ", 1)
+    return f"{text} {TENS[0]} {digit}"
 
 
 # --------------------------------------------------------------------------------------------------
-# Families. Each maker draws one pair -> a dict of
+# Families. Each maker draws one pair, a mixed one of so many steps -> a dict of
 #   image | video | page    what is shown; a page's words and digits are drawn when it is written
 #   text                    what is asked
 #   answer, wrong           the target, text or image, where it is no page; hard negatives
-#   steps, end              how many steps the query needs; the words to which they lead
+#   end                     the words to which the steps lead
 #   caption, explain        what proposers know; explain(eyes) writes a rationale
 
 
@@ -325,26 +313,17 @@ def glyphs(rng, n):
     return list(zip(colours, shapes))
 
 
-def spread(places, kinds, n):
-    """n places: these hold things, the others are blank."""
-    things = dict(zip(places, kinds))
-    return [things.get(place) for place in range(n)]
-
-
-def few_things(rng, n):
-    """A scene of n things; the other cells are blank."""
-    cells = rng.permutation(9)[:n].tolist()
-    return spread(cells, glyphs(rng, n), 9)
+def few_things(rng):
+    """A scene of three things; the other cells are blank."""
+    scene = [None] * 9
+    for cell, kind in zip(rng.permutation(9)[:3], glyphs(rng, 3)):
+        scene[cell] = kind
+    return scene
 
 
 def put(scene, cell, kind):
     """The scene with another kind at one cell."""
     return [*scene[:cell], kind, *scene[cell + 1 :]]
-
-
-def draw_steps(rng, longest):
-    """Half of a mixed family's queries need no step, the others 1 to `longest`, evenly."""
-    return 0 if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
 
 
 def draw_way(rng, steps):
@@ -361,15 +340,21 @@ def draw_way(rng, steps):
 
 def shown(bank, scene, rng):
     """What every query with an image of nine cells has."""
-    return {"image": bank.grid(scene, rng), "caption": describe(seen(scene))}
+    return {"image": bank.grid(scene, rng), "caption": describe(scene)}
 
 
-def look(label, kind):
+def look(place, kind):
     """A rationale of one look: "nw red star"."""
-    return partial(describe, [(label, kind)], " ")
+    return partial(describe, [kind], [place])
 
 
-def make_colour(bank, rng, longest):
+def summed(digits):
+    """What every query has that asks for a sum modulo ten."""
+    total = DIGITS[sum(digits) % 10]
+    return {"answer": total, "wrong": DIGITS, "end": f". {total}"}
+
+
+def make_colour(bank, rng):
     """Which colour is it? Things of one colour, some blanks, a stranger."""
     colour = pick(COLOURS, rng)
     scene = []
@@ -378,13 +363,10 @@ def make_colour(bank, rng, longest):
     scene[4] = (colour, pick(SHAPES, rng))
     stranger = pick(KINDS, rng)
     scene[pick(range(4), rng)] = stranger
-    return {
-        "answer": colour,
-        "explain": look("mid", scene[4]),
-    } | shown(bank, scene, rng)
+    return {"answer": colour, "explain": look("mid", scene[4])} | shown(bank, scene, rng)
 
 
-def make_at(bank, rng, longest):
+def make_at(bank, rng):
     """What is at a cell of a full image?"""
     scene, cell = glyphs(rng, 9), pick(range(9), rng)
     return {
@@ -395,10 +377,9 @@ def make_at(bank, rng, longest):
     } | shown(bank, scene, rng)
 
 
-def make_walk(bank, rng, longest):
+def make_walk(bank, rng, steps):
     """A purple thing ends a walk. So is half of what is not on the way: the end cannot be
     recognised without walking."""
-    steps = draw_steps(rng, longest)
     start, way, end = draw_way(rng, steps)
     scene = []
     for cell, (colour, shape) in enumerate(glyphs(rng, 9)):
@@ -411,16 +392,14 @@ def make_walk(bank, rng, longest):
         "text": f"start at {CELLS[start]} and follow the colours . what is at the end ?",
         "answer": name(scene[end]),
         "wrong": [name(kind) for kind in scene],
-        "steps": steps,
         "end": name(scene[end]),
         "explain": partial(explain_walk, scene, start),
     } | shown(bank, scene, rng)
 
 
-def make_sum(bank, rng, longest):
+def make_sum(bank, rng, steps):
     """steps + 1 numbers in reading order (after se comes nw), then a cell without one; elsewhere
     numbers that do not count."""
-    steps = draw_steps(rng, longest)
     start = pick(range(9), rng)
     *run, stop = [(start + i) % 9 for i in range(steps + 2)]
     scene = []
@@ -432,47 +411,38 @@ def make_sum(bank, rng, longest):
     ended_by = [(CELLS[stop], scene[stop])]
     return {
         "text": f"add the numbers from {CELLS[start]} on , {CELLS[(start + 1) % 9]} and so on",
-        "answer": DIGITS[sum(digits) % 10],
-        "wrong": DIGITS,
-        "steps": steps,
-        "end": f". {DIGITS[sum(digits) % 10]}",
         "explain": partial(explain_sum, labels, digits, stop=ended_by),
-    } | shown(bank, scene, rng)
+    } | (summed(digits) | shown(bank, scene, rng))
 
 
-def make_tally(bank, rng, longest):
+def make_tally(bank, rng, steps):
     """Numbers in the first steps + 1 of the six places of a clip; the other places are blank."""
-    steps = min(draw_steps(rng, longest), len(PLACES) - 1)
     digits = draw_digits(steps + 1, rng)
-    ended_by = [(place, "blank") for place in PLACES[steps + 1 :][:1]]
+    blank = PLACES[len(digits) :]
+    ended_by = [(place, "blank") for place in blank[:1]]
     return {
-        "video": bank.clip(spread(range(steps + 1), digits, len(PLACES)), rng),
-        "answer": DIGITS[sum(digits) % 10],
-        "wrong": DIGITS,
-        "steps": steps,
-        "end": f". {DIGITS[sum(digits) % 10]}",
-        "caption": describe(zip(PLACES, digits)),
+        "video": bank.clip(digits + [None] * len(blank), rng),
+        "caption": describe(digits, PLACES),
         "explain": partial(explain_sum, PLACES, digits, stop=ended_by),
-    }
+    } | summed(digits)
 
 
-def make_total(bank, rng, longest):
+def make_total(bank, rng, steps):
     """An account. Its page bears the last digit of the sum; whose account it is does not count."""
-    steps = min(draw_steps(rng, longest), len(ITEMS) - 1)
     digits = draw_digits(steps + 1, rng)
+    page_number = (0, sum(digits) % 10)
     owners = " and ".join(rng.permutation(WORDS)[:2])
-    lines = describe(zip(ITEMS, digits), " , ")
+    lines = describe(digits, ITEMS, between=" , ")
     return {
-        "page": (("sun",), (0, sum(digits) % 10)),  # one title for all: the number decides
+        "page": (("sun",), page_number),  # one title for all: the number decides
         "text": f"the account of {owners} with {lines}",
-        "steps": steps,
-        "end": f". {number(0, sum(digits) % 10)}",
+        "end": f". {number(*page_number)}",
         "caption": lines,
         "explain": partial(explain_total, ITEMS, digits),
     }
 
 
-def make_topic(bank, rng, longest):
+def make_topic(bank, rng):
     """The page of two words and a number."""
     words = rng.permutation(WORDS)[:2].tolist()
     marks = draw_digits(2, rng)
@@ -480,46 +450,41 @@ def make_topic(bank, rng, longest):
         "page": (tuple(words), tuple(marks)),
         "text": f"the page {number(*marks)} about {words[0]} and {words[1]}",
         "caption": " ".join(words),
-        "explain": partial(describe, [("", word) for word in words], " "),
+        "explain": partial(describe, words, ["", ""]),
     }
 
 
-def make_caption(bank, rng, longest):
+def make_caption(bank, rng):
     """From an image to its caption."""
-    scene = few_things(rng, 3)
-    things = seen(scene)
-    return {
-        "answer": describe(things, " , "),
-        "explain": partial(describe, things, " , "),
-    } | shown(bank, scene, rng)
+    scene = few_things(rng)
+    explain = partial(describe, scene, CELLS, between=" , ")
+    return {"answer": explain(), "explain": explain} | shown(bank, scene, rng)
 
 
-def make_search(bank, rng, longest):
+def make_search(bank, rng):
     """From a caption to its image."""
-    pair = make_caption(bank, rng, longest)
+    pair = make_caption(bank, rng)
     return {"text": pair.pop("answer"), "answer": pair.pop("image"), **pair}
 
 
-def make_change(bank, rng, longest):
+def make_change(bank, rng):
     """The image after a change. Wrong ones: another cell, another thing, no change."""
-    scene = few_things(rng, 3)
+    scene = few_things(rng)
     blank = [cell for cell, kind in enumerate(scene) if kind is None]
     cell, elsewhere = rng.permutation(blank)[:2].tolist()
     thing, another = glyphs(rng, 2)
-    answer = bank.grid(put(scene, cell, thing), rng)
-    other_cell = bank.grid(put(scene, elsewhere, thing), rng)
-    other_thing = bank.grid(put(scene, cell, another), rng)
-    pair = shown(bank, scene, rng)
-    unchanged = bank.grid(scene, rng)
+    changes = [(cell, thing), (elsewhere, thing), (cell, another)]
+    answer, *wrong = [bank.grid(put(scene, *change), rng) for change in changes]
     return {
         "text": f"put a {name(thing)} at {CELLS[cell]}",
         "answer": answer,
-        "wrong": [other_cell, other_thing, unchanged],
         "explain": look(CELLS[cell], thing),
-    } | pair
+        **shown(bank, scene, rng),
+        "wrong": [*wrong, bank.grid(scene, rng)],
+    }
 
 
-def make_point(bank, rng, longest):
+def make_point(bank, rng):
     """The crop that shows the thing at a cell."""
     scene, cell = glyphs(rng, 9), pick(range(9), rng)
     crops = [bank.tile(kind, rng) for kind in scene]
@@ -531,7 +496,7 @@ def make_point(bank, rng, longest):
     } | shown(bank, scene, rng)
 
 
-def make_twin(bank, rng, longest):
+def make_twin(bank, rng):
     """Nine flat patches of any colour, which no words carry. The twin is a little darker or not."""
     rgb = rng.integers(40, 230, (9, 3))
     darker = rng.integers(-12, 13)
@@ -539,8 +504,7 @@ def make_twin(bank, rng, longest):
     near = [rgb + rng.integers(-45, 46, (9, 3)) for _ in range(2)]
     images = []
     for patches in np.clip([rgb, tinted, *near], 0, 255).tolist():
-        scene = [tuple(patch) for patch in patches]
-        images.append(bank.grid(scene, rng))
+        images.append(bank.grid(list(map(tuple, patches)), rng))
     image, twin, *wrong = images
     return {
         "image": image,
@@ -553,13 +517,20 @@ def make_twin(bank, rng, longest):
 
 @dataclasses.dataclass
 class Family:
-    """A dataset: the maker of its pairs, and what is said around them."""
+    """A dataset: how its pairs are drawn, and what is said around them."""
 
     name: str
-    make: callable
+    draw: callable
     parser: str  # of its test set, see data.py
     asks: str  # the query's instruction
     wants: str = ""  # the target's
+
+    def make(self, bank, rng, longest):
+        """Half of a mixed family's queries need no step, the others 1 to `longest`, evenly."""
+        if self.name not in MIXED:
+            return self.draw(bank, rng)
+        steps = 0 if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
+        return self.draw(bank, rng, steps) | {"steps": steps}
 
 
 QUESTION = "Represent the given image with the following question: "
@@ -598,7 +569,6 @@ MIXED = ("PocketWalk", "PocketSum", "PocketTally", "PocketTotal")
 TRAIN_HUB = "TIGER-Lab/MMEB-train"
 TEST_HUB = "ziyjiang/MMEB_Test_Instruct"
 TEST_IMAGES = "TIGER-Lab/MMEB-V2/image-tasks"
-TEST_FRAMES = "TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls"
 CLIP_HUB = "ShareGPTVideo/train_video_and_instruction"
 TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
 
@@ -610,8 +580,8 @@ class Writer:
         self.root = root
         self.bank = bank
 
-    def path(self, *parts):
-        path = Path(self.root, *parts)
+    def path(self, name):
+        path = Path(self.root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -619,7 +589,7 @@ class Writer:
         """-> the name, relative to the folder that the layout joins to. A text stays itself."""
         if isinstance(image, str):
             return image
-        Image.fromarray(image).save(self.path(folder, name), compress_level=1)
+        image.save(self.path(f"{folder}/{name}"), compress_level=1)
         return name
 
     def images(self, row, folder, name, i, most=None):
@@ -635,24 +605,25 @@ class Writer:
         for i, frame in enumerate(frames):
             self.image(frame, folder, f"frame_{i + 1:04d}.png")
 
-    def page(self, page, rng):
-        """A page inside a table."""
-        buffer = io.BytesIO()
-        pixels = self.bank.page(*page, rng)
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-        return {"bytes": buffer.getvalue(), "path": None}
+    def pages(self, rows, rng):
+        """{page: its drawing inside a table}. Equal pages are one target."""
+        pages = {}
+        for row in rows:
+            if row["page"] not in pages:
+                buffer = io.BytesIO()
+                image = self.bank.page(*row["page"], rng)
+                image.save(buffer, "PNG", compress_level=1)
+                pages[row["page"]] = {"bytes": buffer.getvalue(), "path": None}
+        return pages
 
-    def parquet(self, columns, rows, *parts):
+    def parquet(self, columns, rows, shard):
         columns = columns.split()
         table = pa.Table.from_pylist([dict(zip(columns, row)) for row in rows])
-        pq.write_table(table, self.path(*parts))
+        pq.write_table(table, self.path(f"{shard}-00000-of-00001.parquet"))
 
-    def lines(self, rows, *parts):
+    def lines(self, rows, name):
         lines = [json.dumps(row) + "\n" for row in rows]
-        self.path(*parts).write_text("".join(lines))
-
-    def json(self, value, *parts):
-        self.path(*parts).write_text(json.dumps(value, indent=1))
+        self.path(name).write_text("".join(lines))
 
 
 # Each writes one family's rows -> what datasets.json says about them.
@@ -661,68 +632,47 @@ class Writer:
 def train_images(out, family, rows, rng):
     folder = f"images/{family.name}/Train"
     most = 3 if family.wants else None  # of wrong images; texts cost nothing
+    marked = f"{TOKEN}{family.wants}\n" if family.wants else ""
     table = []
     for i, row in enumerate(rows):
         image, answer, wrong = out.images(row, TRAIN_HUB, folder, i, most)
+        wrong = different(answer, wrong)[1:]
         token = TOKEN if image else ""
         query = f"{token}{family.asks}{row.get('text', '')}\n"
-        if family.wants:
-            text = f"{TOKEN}{family.wants}\n"
-            table.append((query, image, text, answer, wrong, [text] * len(wrong)))
-        else:
-            wrong = different(answer, wrong)[1:]
-            table.append((query, image, answer, "", wrong, [""] * len(wrong)))
+        target = (marked, answer) if family.wants else (answer, "")
+        table.append((query, image, *target, wrong, [marked] * len(wrong)))
     wrong = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
     columns = f"qry qry_image_path pos_text pos_image_path {wrong}"
-    out.parquet(columns, table, TRAIN_HUB, family.name, "original-00000-of-00001.parquet")
-    return {
-        "parser": "mmeb",
-        "hub": TRAIN_HUB,
-        "table": ["{hub}/{name}/{split}-*.parquet"],
-        "media": [TRAIN_HUB],
-    }
+    out.parquet(columns, table, f"{TRAIN_HUB}/{family.name}/original")
+    path = "{hub}/{name}/{split}-*.parquet"
+    return {"parser": "mmeb", "hub": TRAIN_HUB, "table": [path], "media": [TRAIN_HUB]}
 
 
 def train_clips(out, family, rows, rng):
+    media = f"{CLIP_HUB}/train_300k"
     table = []
     for i, row in enumerate(rows):
         video = f"{family.name}_{i}"
-        out.clip(row["video"], f"{CLIP_HUB}/train_300k/{video}")
+        out.clip(row["video"], f"{media}/{video}")
         asks = {"from": "human", "value": f"<video> {family.asks}"}
         says = {"from": "gpt", "value": row["answer"]}
         table.append({"id": video, "video": video, "conversations": [asks, says]})
-    out.lines(table, CLIP_HUB, f"{family.name}.jsonl")
-    return {
-        "parser": "video_caption",
-        "hub": CLIP_HUB,
-        "table": ["{hub}/{name}.jsonl"],
-        "media": [f"{CLIP_HUB}/train_300k"],
-    }
+    out.lines(table, f"{CLIP_HUB}/{family.name}.jsonl")
+    path = "{hub}/{name}.jsonl"
+    return {"parser": "video_caption", "hub": CLIP_HUB, "table": [path], "media": [media]}
 
 
 def train_pages(out, family, rows, rng):
     hub = f"pocket/{family.name}-train"
-    pages = {}  # one drawing of each: equal pages are one target
-    table = []
-    for row in rows:
-        if row["page"] not in pages:
-            pages[row["page"]] = out.page(row["page"], rng)
-        table.append((family.asks + row["text"], pages[row["page"]], "pocket"))
-    out.parquet("query image source", table, hub, "data/train-00000-of-00001.parquet")
+    pages = out.pages(rows, rng)
+    table = [(family.asks + row["text"], pages[row["page"]], "pocket") for row in rows]
+    out.parquet("query image source", table, f"{hub}/data/train")
     return {"parser": "page", "hub": hub, "table": ["{hub}/data/train-*.parquet"]}
 
 
 def different(first, rest):
     """The first and then the rest, each once."""
     return list(dict.fromkeys([first, *rest]))
-
-
-def candidates(right, wrong, pool, rng):
-    """The right one first (MMEB's way), then the wrong ones and more of the pool."""
-    chosen = different(right, wrong)
-    rest = [x for x in dict.fromkeys(pool) if x not in chosen]
-    more = rng.permutation(len(rest))[: CANDIDATES - len(chosen)]
-    return chosen + [rest[i] for i in more]
 
 
 def test_images(out, family, rows, rng):
@@ -732,58 +682,44 @@ def test_images(out, family, rows, rng):
     table = []
     for row, (image, answer, wrong) in zip(rows, stored):
         asks = (TOKEN if image else "") + family.asks.strip()
-        options = candidates(answer, wrong, pool, rng)
+        options = different(answer, wrong)  # the right one first, as MMEB has it
+        more = [x for x in dict.fromkeys(pool) if x not in options]
+        room = CANDIDATES - len(options)
+        options += rng.permutation(more)[:room].tolist()
         blank = [""] * len(options)
         targets = (blank, options) if family.wants else (options, blank)
         table.append((asks, row.get("text", ""), image, wants, *targets))
     columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
-    out.parquet(columns, table, TEST_HUB, family.name, "test-00000-of-00001.parquet")
-    return {
-        "parser": family.parser,
-        "hub": TEST_HUB,
-        "table": ["{hub}/{name}/test-*.parquet"],
-        "modality": "image",
-        "scope": "local",
-        "media": [TEST_IMAGES],
-    }
+    out.parquet(columns, table, f"{TEST_HUB}/{family.name}/test")
+    path = "{hub}/{name}/test-*.parquet"
+    media = {"modality": "image", "scope": "local", "media": [TEST_IMAGES]}
+    return {"parser": family.parser, "hub": TEST_HUB, "table": [path], **media}
 
 
 def test_clips(out, family, rows, rng):
-    hub, media = f"VLM2Vec/{family.name}", f"{TEST_FRAMES}/{family.name}"
-    pool = [row["answer"] for row in rows]
+    hub = f"VLM2Vec/{family.name}"
+    media = f"TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls/{family.name}"
     table = []
     for i, row in enumerate(rows):
         out.clip(row["video"], f"{media}/clip_{i}")
-        options = candidates(row["answer"], row["wrong"], pool, rng)
+        options = different(row["answer"], row["wrong"])
         table.append((f"clip_{i}", row["answer"], options))
-    out.parquet("video_id pos_text neg_text", table, hub, "data/test-00000-of-00001.parquet")
-    return {
-        "parser": family.parser,
-        "hub": hub,
-        "modality": "video",
-        "media": [media],
-        "inst": family.asks,
-        "tgt": family.wants,
-        "scope": "local",
-    }
+    out.parquet("video_id pos_text neg_text", table, f"{hub}/data/test")
+    says = {"inst": family.asks, "tgt": family.wants, "scope": "local"}
+    return {"parser": family.parser, "hub": hub, "modality": "video", "media": [media], **says}
 
 
 def test_pages(out, family, rows, rng):
     hub = f"pocket/{family.name}-test"
-    pages = list(dict.fromkeys(row["page"] for row in rows))
-    corpus = [(i, out.page(page, rng)) for i, page in enumerate(pages)]
+    pages = out.pages(rows, rng)
+    places = list(pages)
     queries = [(i, row["text"]) for i, row in enumerate(rows)]
-    qrels = [(i, pages.index(row["page"]), 1) for i, row in enumerate(rows)]
-    out.parquet("query-id query", queries, hub, "queries/test-00000-of-00001.parquet")
-    out.parquet("corpus-id image", corpus, hub, "corpus/test-00000-of-00001.parquet")
-    out.parquet("query-id corpus-id score", qrels, hub, "qrels/test-00000-of-00001.parquet")
-    return {
-        "parser": family.parser,
-        "hub": hub,
-        "modality": "visdoc",
-        "inst": family.asks.strip(),
-        "tgt": family.wants,
-    }
+    qrels = [(i, places.index(row["page"]), 1) for i, row in enumerate(rows)]
+    out.parquet("query-id query", queries, f"{hub}/queries/test")
+    out.parquet("corpus-id image", enumerate(pages.values()), f"{hub}/corpus/test")
+    out.parquet("query-id corpus-id score", qrels, f"{hub}/qrels/test")
+    says = {"inst": family.asks.strip(), "tgt": family.wants}
+    return {"parser": family.parser, "hub": hub, "modality": "visdoc", **says}
 
 
 WRITERS = {"video_cls": (train_clips, test_clips), "beir": (train_pages, test_pages)}
@@ -800,7 +736,11 @@ def distinct_rows(bank, family, n, rng, longest):
 
 
 def write_rationales(row, rng):
-    """What the scripted proposers say about a pair: [(proposer, text)]."""
+    """What the scripted proposers say about a pair: [(proposer, text)].
+
+    careful: right steps, but each statement may err, and what follows from it follows. captioner:
+    true words about the image, no steps. sloppy: right form, one wrong fact. parrot: form only.
+    """
     explain, sharp = row["explain"], Eyes()
     right = explain(sharp)
     texts = []
@@ -817,11 +757,9 @@ def write_rationales(row, rng):
 
 
 def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
-    """The world under `root`: training and test sets, datasets.json, proposers.jsonl (scripted
-    rationales) and pocket.json, the truth: {"train": {pair id: {"steps", "rationale" without an
-    error}}, "test": {"family/query id": steps} of the mixed families}.
-
-    longest: steps of the longest queries. names: these families only.
+    """The world under `root`, or of some families only: training and test sets, datasets.json,
+    proposers.jsonl (scripted rationales) and pocket.json, the truth: {"train": {pair id: {"steps",
+    "rationale" without an error}}, "test": {"family/query id": steps} of the mixed families}.
     """
     bank = Bank(np.random.default_rng([seed, len(FAMILIES)]))
     out = Writer(root, bank)
@@ -837,10 +775,10 @@ def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
         write_train, write_test = WRITERS.get(family.parser, (train_images, test_images))
         table = {"name": family.name}
         listing["train"].append(table | write_train(out, family, learn, rng))
-        table |= {"queries": test, "family": "one look", "ood": False}
-        if family.name in MIXED:
-            table["family"] = "mixed"
-            for i, row in enumerate(held_out):
+        kind = "mixed" if family.name in MIXED else "one look"
+        table |= {"queries": test, "family": kind, "ood": False}
+        for i, row in enumerate(held_out):
+            if "steps" in row:
                 truth["test"][f"{family.name}/{i}"] = row["steps"]
         listing["eval"].append(table | write_test(out, family, held_out, rng))
         for i, row in enumerate(learn):
@@ -849,19 +787,19 @@ def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
             for proposer, text in write_rationales(row, rng):
                 rationales.append({"id": pair, "side": "query", "proposer": proposer, "text": text})
     out.lines(rationales, "proposers.jsonl")
-    out.json(truth, "pocket.json")
-    out.json(listing, "datasets.json")
+    for name, value in {"pocket.json": truth, "datasets.json": listing}.items():
+        out.path(name).write_text(json.dumps(value, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
 # Pretraining documents: "describe what you see", and the look-ups that steps are made of.
-# A document is (item, parts); parts are [(text, skill)]: the model learns the texts that have a
-# skill (its name), the others only ask. item["answer"] is what <|endoftext|> sums up.
+# A document is (item, parts, summary); parts are [(text, skill)]: the model learns the texts that
+# have a skill (its name), the others only ask. The summary is what <|endoftext|> sums up.
 
 
 def says(item, text, skill):
     """A document that says one thing, and whose summary that is."""
-    return {**item, "answer": text}, [(text, skill)]
+    return item, [(text, skill)], text
 
 
 def thinks(steps, answer, skill):
@@ -878,48 +816,38 @@ def answers(item, facts, rng):
     ("what is right of nw ?", "nw red star . right", "n blue moon", "blue moon", "move")
     """
     question, _, _, answer, _ = facts[-1]
-    item = {**item, "text": question, "answer": answer}
     steps = []
     for _, cue, statement, _, skill in facts:
         steps += [(f" . {cue}", None), (f" {statement}", skill)]
     if rng.random() >= 0.5:
-        return item, [(answer, "answer"), *steps[:-2]]
-    first = (facts[0][1], None)
-    return item, thinks([first, *steps[1:]], answer, "answer")
+        parts = [(answer, "answer"), *steps[:-2]]
+    else:
+        steps[0] = (facts[0][1], None)
+        parts = thinks(steps, answer, "answer")
+    return item | {"text": question}, parts, answer
 
 
 def base_document(bank, rng, look):
     """About something seen. look: the share of images that are described, not asked about."""
     kind = rng.random()
-    if kind < 0.05:
-        return change_document(bank, rng)
+    if kind < 0.05:  # what the image shows after a change
+        scene = few_things(rng)
+        cell = pick(range(9), rng)
+        thing = glyphs(rng, 1)[0]
+        item = {"image": bank.grid(scene, rng), "text": f"put a {name(thing)} at {CELLS[cell]}"}
+        return says(item, describe(put(scene, cell, thing)), "change")
     if kind < 0.60:
         return scene_document(bank, rng, look)
     if kind < 0.86:
         return clip_document(bank, rng)
     if kind < 0.97:
-        return page_document(bank, rng)
+        words = rng.permutation(WORDS).tolist()
+        words = words[:1] if rng.random() >= 0.5 else words[:2]
+        marks = draw_digits(2, rng)
+        text = " ".join([*words, number(*marks)])
+        return says({"image": bank.page(words, marks, rng)}, text, "page")
     thing = pick([*KINDS, *range(10)], rng)
     return says({"image": bank.tile(thing, rng)}, name(thing), "crop")
-
-
-def page_document(bank, rng):
-    """One word or two, and a number."""
-    words = rng.permutation(WORDS).tolist()
-    words = words[:1] if rng.random() >= 0.5 else words[:2]
-    marks = draw_digits(2, rng)
-    text = " ".join([*words, number(*marks)])
-    return says({"image": bank.page(words, marks, rng)}, text, "page")
-
-
-def change_document(bank, rng):
-    """What the image shows after a change."""
-    scene = few_things(rng, 3)
-    cell = pick(range(9), rng)
-    thing = glyphs(rng, 1)[0]
-    item = {"image": bank.grid(scene, rng), "text": f"put a {name(thing)} at {CELLS[cell]}"}
-    changed = put(scene, cell, thing)
-    return says(item, describe(seen(changed)), "change")
 
 
 def scene_document(bank, rng, look):
@@ -935,7 +863,7 @@ def scene_document(bank, rng, look):
     facts = scene_facts(scene, rng) if asked else []
     if facts:
         return answers(item, facts, rng)
-    return says(item, describe(seen(scene)) or "blank", "describe")
+    return says(item, describe(scene) or "blank", "describe")
 
 
 def mixed_thing(rng, things, digits):
@@ -952,19 +880,18 @@ def scene_facts(scene, rng):
     facts = []
     for cell in rng.choice(cells, 8).tolist() if cells else []:
         label, thing = CELLS[cell], name(scene[cell])
-        kind_of_fact = rng.random()
+        draw = rng.random()
         question = f"what is at {label} ?" if rng.random() < 0.6 else f"the thing at {label}"
-        if kind_of_fact < 0.3:
+        if draw < 0.3:
             facts.append((question, label, thing, thing, "at"))
             continue
         move = pick(MOVES, rng)
         there = next_cell(cell, move)
-        if kind_of_fact < 0.65 and isinstance(scene[cell], tuple):
-            told, there = onwards(cell, scene[cell])
+        if draw < 0.65 and isinstance(scene[cell], tuple):
+            leads, there = onwards(cell, scene[cell])
             if there is not None:
-                found = "blank" if scene[there] is None else name(scene[there])
-                told += f" {CELLS[there]} {found}"
-            facts.append((question, f"{label} {thing} .", told, thing, "follow"))
+                leads += f" {CELLS[there]} {name(scene[there])}"
+            facts.append((question, f"{label} {thing} .", leads, thing, "follow"))
         elif there is not None and scene[there] is not None:
             question = f"what is {move} of {label} ?"
             answer = name(scene[there])
@@ -979,12 +906,12 @@ def clip_document(bank, rng):
     if rng.random() < 0.3:
         kinds = kinds[:4]
     item = {"video": bank.clip(kinds, rng)}
-    things = seen(kinds, PLACES)
+    things = describe(kinds, PLACES)
     if not things or rng.random() < 0.5:
-        return says(item, describe(things) or "blank", "clip")
+        return says(item, things or "blank", "clip")
     facts = []
     for i in rng.permutation(len(kinds)).tolist():
-        thing = "blank" if kinds[i] is None else name(kinds[i])
+        thing = name(kinds[i])
         facts.append((f"what is {PLACES[i]} ?", PLACES[i], thing, thing, "clip"))
     return answers(item, facts, rng)
 
@@ -997,18 +924,18 @@ def text_document(rng):
         digits = draw_digits(rng.integers(1, len(ITEMS) + 1), rng)
         for i in rng.integers(0, len(digits), 6).tolist():
             parts += [(f" . {ITEMS[i]}", None), (f" {DIGITS[digits[i]]}", "account")]
-        return {"text": describe(zip(ITEMS, digits), " , ")}, parts
+        return {"text": describe(digits, ITEMS, between=" , ")}, parts, ""
     if kind < 0.45:
         for a, b in draw_digits((12, 2), rng):
             parts += [(f" . {DIGITS[a]} {DIGITS[b]}", None), (f" {makes(a + b)}", "table")]
-        return {"text": "add"}, parts
+        return {"text": "add"}, parts, ""
     return repeat_document(rng)
 
 
 def repeat_document(rng):
     """A phrase is repeated, and summed up: what a target's or a rationale's end says."""
     things, digits = glyphs(rng, 3), draw_digits(8, rng)
-    caption = describe(seen(few_things(rng, 3)), " , ")
+    caption = describe(few_things(rng), between=" , ")
     cell = pick(CELLS, rng)
     words = rng.permutation(WORDS)[: rng.integers(3)]
     page = " ".join([*words, number(*digits[1:3])])
@@ -1017,18 +944,17 @@ def repeat_document(rng):
     if rng.random() < 0.5:
         return says({"text": phrase}, phrase, "repeat")
     names = [DIGITS[digit] for digit in digits[3:]]
-    added = f"{names[0]} . {names[1]} {makes(pick(range(19), rng))}"
-    steps = [name(things[1]), " . ".join(names), added]
+    addition = f"{names[0]} . {names[1]} {makes(pick(range(19), rng))}"
+    steps = [name(things[1]), " . ".join(names), addition]
     before = (f"{pick(steps, rng)} . {phrase}", None)
-    return {"text": "repeat the end", "answer": phrase}, thinks([before], phrase, "repeat")
+    return {"text": "repeat the end"}, thinks([before], phrase, "repeat"), phrase
 
 
-def vocabulary_texts(seed=0):
+def vocabulary_texts():
     """Every sentence form of the world, so that the tokenizer meets every word."""
-    rng = np.random.default_rng([seed, 7])
+    rng = np.random.default_rng([0, 7])
     bank = Bank(rng, copies=1)
-    lists = (CELLS, MOVES, TIMES, NUMBERS, TENS, WORDS, ITEMS, COLOURS, SHAPES)
-    words = [word for words in lists for word in words]
+    words = [*CELLS, *MOVES, *TIMES, *NUMBERS, *TENS, *WORDS, *ITEMS, *COLOURS, *SHAPES]
     texts = [*words, *(f" {word}" for word in words), *PARROT, "describe", "blank"]
     for family in FAMILIES:
         texts += [family.asks, family.wants]
@@ -1037,7 +963,7 @@ def vocabulary_texts(seed=0):
             texts += [value for value in row.values() if isinstance(value, str)]
             texts.append(row["explain"](SHARP))
     for _ in range(50):
-        for item, parts in (base_document(bank, rng, 0.35), text_document(rng)):
+        for item, parts, _ in (base_document(bank, rng, 0.35), text_document(rng)):
             texts.append(item.get("text", ""))
             texts.append("".join(text for text, _ in parts))
     return texts
@@ -1095,8 +1021,7 @@ def new_model(seed, device="cpu"):
     )
     torch.manual_seed(seed)
     model = Qwen3VL(config).init_weights().to(device)
-    limits = MIN_PIXELS, MAX_PIXELS
-    return model, Processor(tokenizer, config, *limits, *limits, max_frames=8)
+    return model, Processor(tokenizer, config, *PIXELS, *PIXELS, max_frames=8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1110,19 +1035,14 @@ SUMMARY_WEIGHT = 0.5  # of "<|endoftext|> sums up the answer"
 STEP_SKILLS = ("at", "move", "follow", "clip", "table", "account")
 
 
-def read_document(processor, item, parts):
-    """A document (item, [(text, skill)]) is a row of tokens: its prompt, the direct <|endoftext|>
-    and a branch, which ends in <|im_end|>.
+def read_document(processor, item, parts, summary):
+    """A document is a row of tokens: its prompt, the direct <|endoftext|> and a branch, which ends
+    in <|im_end|>.
 
     -> {"prompt", "branch" ids, "length" of the row, "skills" [(skill, places in the row)], "learn"
     all these places, "ends" places of <|endoftext|>, "words" that these sum up}.
     """
-    query = {"text": item.get("text", "describe")}
-    if "image" in item:
-        query["image"] = Image.fromarray(item["image"])
-    if "video" in item:
-        query["video"] = [Image.fromarray(frame) for frame in item["video"]]
-    prompt = processor(query)
+    prompt = processor({"text": "describe"} | item)
     encode, special = processor.tokenizer.encode, processor.tokenizer.special
     row = prompt["ids"].tolist()
     skills = []
@@ -1131,19 +1051,15 @@ def read_document(processor, item, parts):
         row += [special[text]] if text in special else encode(text)
         if skill:
             skills.append((skill, range(begin, len(row))))
-    ends, words = [], []
-    if "answer" in item:
-        ends = [place for place, token in enumerate(row) if token == processor.eos_id]
-        first = encode(" " + item["answer"])[:1]  # as it stands inside a text
-        words = sorted({*encode(item["answer"]), *first})
+    ends = [place for place, token in enumerate(row) if token == processor.eos_id]
     return {
         "prompt": prompt,
         "branch": row[len(prompt["ids"]) + 1 :],
         "length": len(row),
         "skills": skills,
         "learn": [place for _, places in skills for place in places],
-        "ends": ends,
-        "words": words,
+        "ends": ends if summary else [],
+        "words": {*encode(summary), *encode(" " + summary)[:1]},  # as it stands inside a text
     }
 
 
@@ -1162,8 +1078,7 @@ def per_kind(x):
 
 
 def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
-    """Gradients of one update -> metrics. look: the share of images that are described rather than
-    asked about.
+    """Gradients of one update -> metrics. look: see base_document.
 
     Documents about something seen and documents of text alone are two kinds: the loss is a mean
     over the tokens of each, and over the summaries of each.
@@ -1171,7 +1086,7 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     model.train()
     drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
     drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]
-    documents = [read_document(processor, item, parts) for item, parts in drawn]
+    documents = [read_document(processor, *document) for document in drawn]
     # 1) how much each document's tokens and summaries weigh
     tokens = [len(document["learn"]) for document in documents]
     summaries = [len(document["ends"]) for document in documents]
@@ -1199,7 +1114,7 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     }
 
 
-def places(documents, key, device):
+def indices(documents, key, device):
     """Rows and columns of these places of all documents."""
     pairs = [(i, place) for i, document in enumerate(documents) for place in document[key]]
     return torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).T
@@ -1209,13 +1124,12 @@ def document_losses(model, processor, documents):
     """Read documents [n] -> (3, n): sums over each document's tokens of the next-token loss, over
     its <|endoftext|>s of the summary loss, and the number of tokens that were right.
 
-    The summary loss asks the state at <|endoftext|> for all words of the answer at once. The last
-    token of a base model would else know only how the answer begins, and contrastive learning,
-    which pools that token, would have to teach it the rest.
+    The summary loss asks the state at <|endoftext|> for all words of the answer at once. That token
+    is pooled later, and would else know only how the answer begins.
     """
     batch, h = read_batch(model, processor, documents)
     zeros = torch.zeros(len(documents), device=h.device)
-    row, column = places(documents, "learn", h.device)
+    row, column = indices(documents, "learn", h.device)
     logits = model.logits(h[row, batch["previous"][row, column]])
     wanted = batch["ids"][row, column]
     losses = F.cross_entropy(logits.float(), wanted, reduction="none")
@@ -1223,19 +1137,20 @@ def document_losses(model, processor, documents):
     right = zeros.index_add(0, row, (logits.argmax(-1) == wanted).float())
     share = torch.zeros(len(documents), model.c.vocab, device=h.device)
     for i, document in enumerate(documents):  # each of an answer's words counts alike
-        share[i, document["words"]] = 1 / max(1, len(document["words"]))
-    row, column = places(documents, "ends", h.device)
+        share[i, list(document["words"])] = 1 / len(document["words"])
+    row, column = indices(documents, "ends", h.device)
     logp = model.logits(h[row, column]).float().log_softmax(-1)
     summary = zeros.index_add(0, row, -(logp * share[row]).sum(-1))
     return torch.stack([loss, summary, right])
 
 
 @torch.no_grad()
-def measure_skills(model, processor, bank, rng, n=48):
+def measure_skills(model, processor, bank, rng):
     """Held-out token accuracy of each skill: {"describe", "at", "move", "answer", "clip", ...}."""
     model.eval()
-    drawn = [base_document(bank, rng, look) for look in (1.0, 0.0) for _ in range(n)]
-    drawn += [text_document(rng) for _ in range(n)]
+    drawn = [base_document(bank, rng, 1.0) for _ in range(48)]
+    drawn += [base_document(bank, rng, 0.0) for _ in range(48)]
+    drawn += [text_document(rng) for _ in range(48)]
     scores = {}
     for at in range(0, len(drawn), 32):
         documents = [read_document(processor, *document) for document in drawn[at : at + 32]]
@@ -1251,20 +1166,17 @@ def measure_skills(model, processor, bank, rng, n=48):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", required=True, help="an empty or new folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=300, help="training pairs of a family")
-    parser.add_argument("--test", type=int, default=100, help="test queries of a family")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="steps of the longest queries")
+    sizes = {"seed": 0, "train": 300, "test": 100, "longest": LONGEST}
+    for option, default in sizes.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args()
     if args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
         parser.error("--train wants at least 1, --test 2, --longest 1 to 5")
-    if os.path.exists(os.path.join(args.out, "datasets.json")):
+    if Path(args.out, "datasets.json").exists():
         parser.error(f"{args.out} holds a world already")
-    os.makedirs(args.out, exist_ok=True)
     write_world(args.out, args.seed, args.train, args.test, args.longest)
     print(f"families: {len(FAMILIES)}\ntraining pairs: {args.train * len(FAMILIES)}")
     print(f"test queries: {args.test * len(FAMILIES)}\nwritten: {args.out}")
