@@ -1,12 +1,11 @@
 r"""An item becomes tokens and patches: everything that happens before the network runs.
 
-The idea. A query or target is any mix of instruction, text, images and video frames. It is written
-as a chat in Qwen3-VL's format; embed.py shows it, and the two ways in which the model goes on.
+The idea. An item is any mix of instruction, text, images and video frames. It is written as a chat
+in Qwen3-VL's format; embed.py shows it, and the two ways in which the model goes on.
 
-The arithmetic. A patch is 16 x 16 pixels of two frames (an image counts as two equal ones), and
-2 x 2 patches make one visual token. So an image of h x w pixels costs h * w / 1024 tokens between
-<|vision_start|> and <|vision_end|>; its sides are multiples of 32 and its area is within limits.
-A photograph of 1000 x 750 pixels is read as 992 x 736 = 31 x 23 = 713 tokens.
+The arithmetic. A patch is 16 x 16 pixels of two frames; an image counts as two equal ones. 2 x 2
+patches make one visual token. So an image of h x w pixels costs h * w / 1024 tokens. Its sides are
+multiples of 32, its area is within limits: 1000 x 750 pixels are read as 992 x 736, 713 tokens.
 
     Tokenizer   text -> ids
     Processor   item -> prompt: ids, patches and their grids; the files of a checkpoint folder
@@ -19,11 +18,11 @@ A photograph of 1000 x 750 pixels is read as 992 x 736 = 31 x 23 = 713 tokens.
 Shapes: B rows, S tokens of a row, K rationales of a row, N patches of a batch. A *segment* is one
 image or one group of two video frames: a grid of (h, w) patches.
 
-How to run: nothing to run here. `python embed.py --help` embeds a file of items.
+How to run: `python embed.py --help` embeds a file of items.
 Left out: audio, video files (a video is a list of frames), images from the web.
-Sources (facts; every line is ours): the template, the limits and the order of parts are those of
-Qwen3-VL-Embedding's wrapper (2601.04720), the frame limits those of qwen-vl-utils 0.0.14, the time
-stamps those of transformers 4.57. Byte-level BPE: Sennrich et al. 2016 (1508.07909), GPT-2.
+Sources (facts; every line is ours): template, limits and order of parts are those of
+Qwen3-VL-Embedding's wrapper (2601.04720), frame limits those of qwen-vl-utils 0.0.14, time stamps
+those of transformers 4.57. Byte-level BPE: Sennrich et al. 2016 (1508.07909), GPT-2.
 """
 
 import base64
@@ -73,26 +72,24 @@ class Tokenizer:
 
     def __init__(self, spec):
         # Another normalizer or splitter would give other ids, and nobody would know.
-        steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+        steps = spec["pre_tokenizer"].get("pretokenizers", [])
         patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
         if spec["normalizer"] != {"type": "NFC"} or len(patterns) != 1:
             raise ValueError("expected the normalizer NFC and one pattern that splits text")
-        vocab, merges, letters = spec["model"]["vocab"], spec["model"]["merges"], byte_letters()
-        merged = ["".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges]
+        # A merge is "a b" or ["a", "b"]; no letter is a blank.
+        merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
+        vocab, letters = spec["model"]["vocab"], byte_letters()
+        # tiktoken merges what has the lowest id first.
+        if any(vocab[a] >= vocab[b] for a, b in itertools.pairwise(merged)):
+            raise ValueError("two merges have the same result, or their ids are in another order")
         tokens = [*letters, *merged]
-        # tiktoken merges by rank, which is the order of the merges; ids may be numbered otherwise.
-        ranks = {bytes(letters[ch] for ch in token): rank for rank, token in enumerate(tokens)}
-        if len(ranks) < len(tokens):
-            raise ValueError("two merges have the same result, which tiktoken cannot tell apart")
+        ranks = {bytes(letters[ch] for ch in token): vocab[token] for token in tokens}
         self.spec = spec
         self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self.to_id = np.array([vocab[token] for token in tokens])
-        self.to_bytes = dict(zip(self.to_id.tolist(), ranks))
-        self.to_bytes.update({i: content.encode() for content, i in self.special.items()})
-        self.size = max(self.to_bytes) + 1
         self.bpe = tiktoken.Encoding(
-            "qwen3-vl", pat_str=patterns[0], mergeable_ranks=ranks, special_tokens={}
+            "qwen3-vl", pat_str=patterns[0], mergeable_ranks=ranks, special_tokens=self.special
         )
+        self.size = self.bpe.n_vocab
         self.nfc = tokenizers.normalizers.NFC()
 
     @classmethod
@@ -108,9 +105,7 @@ class Tokenizer:
     def encode(self, text):
         """Text -> list of ids. NFC first: without it 15 % of hard strings get other ids."""
         try:
-            if not text.isascii():
-                text = self.nfc.normalize_str(text)
-            ranks = self.bpe.encode_ordinary(text)
+            return self.bpe.encode_ordinary(self.nfc.normalize_str(text))
         except UnicodeEncodeError as e:  # "\\ud83d" is legal JSON, but no text
             half = f"U+{ord(text[e.start]):X} after {text[: e.start][-30:]!r}"
             raise ValueError(f"half a character in a text: the lone surrogate {half}") from None
@@ -118,18 +113,16 @@ class Tokenizer:
             if type(e).__name__ != "PanicException":
                 raise
             raise ValueError(f"tiktoken cannot split a text of {len(text):,} characters") from e
-        return self.to_id[ranks].tolist() if ranks else []
 
     def decode(self, ids):
-        spelled = b"".join(self.to_bytes.get(int(i), b"") for i in ids)
-        return spelled.decode("utf-8", errors="replace")
+        return self.bpe.decode([int(i) for i in ids])
 
 
 def append_eos(spec):
     """A copy of a tokenizer.json that appends <|endoftext|> by itself.
 
-    sentence-transformers and vLLM pool the last token that the tokenizer returns, and have no
-    other way to be told of this one. Qwen3-Embedding's file does the same.
+    sentence-transformers and vLLM pool the last token that the tokenizer returns. Qwen3-Embedding's
+    file does the same.
     """
     library = tokenizers.Tokenizer.from_str(json.dumps(spec))
     library.post_processor = tokenizers.processors.TemplateProcessing(
@@ -148,44 +141,40 @@ def smart_resize(height, width, min_pixels, max_pixels):
     """The (height, width) in which Qwen looks at an image: multiples of 32, the area within limits.
 
     Both sides shrink or grow by one factor, then are rounded down or up. Python's round goes to the
-    even number at a tie, as in the original. ValueError for sides beyond 200 to 1.
+    even number at a tie, as in the original.
     """
-    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width}x{height} pixels: expected at most 200 to 1")
-    h = max(FACTOR, round(height / FACTOR) * FACTOR)
-    w = max(FACTOR, round(width / FACTOR) * FACTOR)
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h = max(FACTOR, math.floor(height / shrink / FACTOR) * FACTOR)
-        w = max(FACTOR, math.floor(width / shrink / FACTOR) * FACTOR)
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * grow / FACTOR) * FACTOR
-        w = math.ceil(width * grow / FACTOR) * FACTOR
-    return h, w
-
-
-def resize(image, h, w):
-    """PIL RGB image -> uint8 (h, w, 3), by Pillow's bicubic filter."""
-    if image.size != (w, h):
-        image = image.resize((w, h), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    h = max(1, round(height / FACTOR))  # h and w count visual tokens
+    w = max(1, round(width / FACTOR))
+    if h * w * FACTOR**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels) * FACTOR
+        h = max(1, math.floor(height / shrink))
+        w = max(1, math.floor(width / shrink))
+    elif h * w * FACTOR**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width)) / FACTOR
+        h = math.ceil(height * grow)
+        w = math.ceil(width * grow)
+    return h * FACTOR, w * FACTOR
 
 
 def patchify(frames):
     """frames (F, height, width, 3) uint8 -> patches (N, 1536) uint8 and their grid (h, w).
 
-    F = 1 is an image, an even F a video; N = F / 2 * h * w (an image: h * w). Order of patches:
-    frame group, blocks of 2 x 2 in raster order, the four patches of a block, so that what becomes
-    one visual token stands together. Inside a patch: channel, frame, row, column.
+    F = 1 is an image, an even F a video. Order of patches: frame group, blocks of 2 x 2 in raster
+    order, the four patches of a block: what becomes one visual token stands together. Inside a
+    patch: channel, frame, row, column.
     """
     depth = min(len(frames), TEMPORAL)
     t, h, w = len(frames) // depth, frames.shape[1] // PATCH, frames.shape[2] // PATCH
     x = frames.reshape(t, depth, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, frame, row, column)
-    patches = np.empty((*x.shape[:6], TEMPORAL, PATCH, PATCH), dtype=np.uint8)
-    patches[...] = x  # a single frame is broadcast to two
-    return patches.reshape(t * h * w, PATCH_DIM), (h, w)
+    x = np.broadcast_to(x, (*x.shape[:6], TEMPORAL, PATCH, PATCH))  # a single frame becomes two
+    return x.reshape(t * h * w, PATCH_DIM), (h, w)
+
+
+def read_pixels(images, min_pixels, max_pixels):
+    """PIL images -> patches and their grid. All are shown in the first one's size."""
+    h, w = smart_resize(images[0].height, images[0].width, min_pixels, max_pixels)
+    return patchify(np.stack([image.resize((w, h), Image.Resampling.BICUBIC) for image in images]))
 
 
 def normalize_pixels(patches, device="cpu"):
@@ -218,23 +207,13 @@ class UserText(str):
     """Text of an item, as opposed to the template's: what `max_length` may cut."""
 
 
-@dataclass
-class Segment:
-    """An image, or a group of two video frames, where it stands in a prompt."""
-
-    ids: list  # <|vision_start|>, a pad id for each visual token, <|vision_end|>
-    patches: np.ndarray  # (h * w, 1536) uint8
-    grid: tuple  # (h, w)
-
-
 @dataclass(eq=False)
 class Processor:
     """Turns items into prompts. Whatever cannot be read is a ValueError of one line.
 
     The fields are settings; beside them it knows the ids of the chat format:
         eos_id (<|endoftext|>), im_start_id, im_end_id, think_id, think_end_id
-        prefix, closing, tail, suppress_tokens: what generation has to know of a rationale
-        generation: the same as keyword arguments of model.generate
+        generation: what model.generate has to know of a rationale
     """
 
     tokenizer: Tokenizer
@@ -247,9 +226,9 @@ class Processor:
     fps: float = 2.0  # of frames that come without: what qwen-vl-utils assumes
     max_length: int = 8192  # tokens with <|endoftext|>: text is cut at its end, images never are
     default_instruction: str | None = None  # of items without one; None writes no system turn
+    trained_here: bool = True  # False: opened from a folder that no code of ours wrote
 
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
-    trained_here = True  # False: opened from a folder that no code of ours wrote
 
     def __post_init__(self):
         self.check_settings()
@@ -311,12 +290,11 @@ class Processor:
             {"type": "image", "url" or "path" or "base64": ref}
             {"video": clip}    {"type": "video", "video": clip, "fps": f}
 
-        All that is not None is shown, in the order video, image, text: {"image": x, "text": y} is
-        both, and the None with which Arrow tables fill a part is nothing. `type` may be absent; it
+        All that is not None is shown, in the order video, image, text. `type` may be absent; it
         names what must be there. TEMPLATE does the same.
         """
         if isinstance(part, str):
-            return self.text(part)
+            part = {"text": part}
         if not isinstance(part, dict):
             raise ValueError(f"a part of content is a {type(part).__name__}, expected a dict")
         part = without_none(part)
@@ -327,7 +305,8 @@ class Processor:
         if "video" in part:
             pieces["video"] = self.video(part["video"], part.get("fps"))
         if images:
-            pieces["image"] = self.image(images[0])
+            pixels = read_pixels([load_image(images[0])], self.min_pixels, self.max_pixels)
+            pieces["image"] = self.segment(self.config.image_token, *pixels)
         if "text" in part:
             pieces["text"] = self.text(part["text"])
         if not pieces or len(images) > 1 or kind not in ("", *pieces):
@@ -347,27 +326,18 @@ class Processor:
             warnings.warn(f"read as text: {how}", stacklevel=2)
         return [UserText(text)]
 
-    def image(self, ref):
-        """A path, bytes, {"bytes", "path"} or PIL image -> its segment."""
-        image = load_image(ref)
-        h, w = smart_resize(image.height, image.width, self.min_pixels, self.max_pixels)
-        patches, grid = patchify(resize(image, h, w)[None])
-        return [self.segment(self.config.image_token, patches, grid)]
-
     def segment(self, token, patches, grid):
-        """The ids around and for patches: one for every 2 x 2 of them."""
+        """An id for every 2 x 2 patches, between markers; behind them what they stand for."""
         visual = [token] * (len(patches) // MERGE**2)
-        ids = [self.config.vision_start, *visual, self.config.vision_end]
-        return Segment(ids, patches, grid)
+        return [self.config.vision_start, *visual, self.config.vision_end, (patches, grid)]
 
     def video(self, video, fps=None):
         """One clip -> for each two frames their mean time and a segment (transformers 4.57):
 
             <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.2 seconds>...
 
-        Frames are never resampled where their fps is known. Not copied: qwen-vl-utils first rounds
-        the frames of a list to multiples of 64 pixels, and its time goes on where an odd last frame
-        is repeated.
+        Frames are never resampled where their fps is known. Not copied from qwen-vl-utils: it first
+        rounds frames to multiples of 64 pixels, and its time goes on at a repeated last frame.
         """
         frames = video
         if isinstance(video, dict):
@@ -391,16 +361,12 @@ class Processor:
         if len(images) % TEMPORAL:  # an odd last frame is shown twice
             images.append(images[-1])
             times.append(times[-1])
-        limits = self.frame_limits(len(images))
-        sizes = [smart_resize(image.height, image.width, *limits) for image in images]
-        h, w = sizes[0]  # all are shown in the first one's size
-        patches, grid = patchify(np.stack([resize(image, h, w) for image in images]))
-        groups = patches.reshape(-1, grid[0] * grid[1], PATCH_DIM)
+        patches, grid = read_pixels(images, *self.frame_limits(len(images)))
+        groups = np.split(patches, len(images) // TEMPORAL)
         pieces = []
-        for i, group in enumerate(groups):
-            middle = (times[2 * i] + times[2 * i + 1]) / 2
-            pieces.append(f"<{middle:.1f} seconds>")
-            pieces.append(self.segment(self.config.video_token, group, grid))
+        for first, second, group in zip(times[::2], times[1::2], groups):
+            pieces.append(f"<{(first + second) / 2:.1f} seconds>")
+            pieces += self.segment(self.config.video_token, group, grid)
         return pieces
 
     def frame_limits(self, n):
@@ -413,7 +379,7 @@ class Processor:
         return self.frame_min_pixels, min(self.frame_max_pixels, share)
 
     def finish(self, pieces):
-        """Pieces (texts, ids of markers, segments) -> prompt.
+        """Pieces (texts, ids, and (patches, grid) of segments) -> prompt.
 
         Neighbouring texts are tokenised as one, so that "user\\n" and "\\nWhat" merge as they do in
         transformers, which tokenises the whole chat. What is too long then loses user text.
@@ -422,8 +388,7 @@ class Processor:
         for are_texts, group in itertools.groupby(pieces, lambda piece: isinstance(piece, str)):
             group = list(group)
             if not are_texts:
-                for piece in group:
-                    ids += piece.ids if isinstance(piece, Segment) else [piece]
+                ids += [piece for piece in group if isinstance(piece, int)]
                 continue
             tokens = self.tokenizer.encode("".join(group))
             user = [i for i, text in enumerate(group) if isinstance(text, UserText)]
@@ -435,11 +400,11 @@ class Processor:
         for start, stop in reversed(spans):  # the last text is cut first, the instruction last
             surplus = max(0, len(ids) + 1 - self.max_length)
             ids = ids[: max(start, stop - surplus)] + ids[stop:]
-        segments = [piece for piece in pieces if isinstance(piece, Segment)]
+        segments = [piece for piece in pieces if isinstance(piece, tuple)]
         return {
             "ids": np.array(ids, dtype=np.int64),
-            "pixel_values": [segment.patches for segment in segments],
-            "image_grid": [segment.grid for segment in segments],
+            "pixel_values": [patches for patches, _ in segments],
+            "image_grid": [grid for _, grid in segments],
         }
 
     def rationale(self, text):
@@ -452,10 +417,8 @@ class Processor:
 
     def rationale_text(self, ids):
         """Ids of a branch -> the text between <think> and </think>."""
-        inner = ids[len(self.prefix) :]
-        if self.think_end_id in inner:
-            inner = inner[: inner.index(self.think_end_id)]
-        return self.tokenizer.decode(inner).strip()
+        end = ids.index(self.think_end_id)
+        return self.tokenizer.decode(ids[len(self.prefix) : end]).strip()
 
     def check_settings(self):
         """Whatever is no limit would show as a crash in Pillow or numpy, or not at all."""
@@ -502,21 +465,12 @@ class Processor:
         tokenizer = Tokenizer.from_folder(folder)
         try:
             settings = {**saved_settings(folder), **without_none(settings)}
-            processor = cls(tokenizer, config, **settings)
+            return cls(tokenizer, config, **settings)
         except ValueError as e:
             raise ValueError(f"{folder}: {e}") from None
-        processor.trained_here = is_ours(folder)
-        return processor
 
     def save(self, folder):
-        """Writes what from_folder and transformers' AutoProcessor read:
-
-        tokenizer.json, tokenizer_config.json    the vocabulary; appends <|endoftext|>
-        preprocessor_config.json                 limits of images
-        video_preprocessor_config.json           limits of frames
-        embedder_config.json                     the other settings; marks a checkpoint of ours
-        chat_template.jinja                      __call__ as a template
-        """
+        """Writes what from_folder and transformers' AutoProcessor read."""
         image = {**VISION_CONFIG, "image_processor_type": "Qwen2VLImageProcessorFast"}
         image["size"] = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         video = {**VISION_CONFIG, "video_processor_type": "Qwen3VLVideoProcessor"}
@@ -540,9 +494,7 @@ class Processor:
         for name, value in files.items():
             write_json(os.path.join(folder, name), value)
         template = chat_template(self.default_instruction)
-        path = Path(folder, "chat_template.jinja")
-        path.unlink(missing_ok=True)  # a link, as in a hub cache: what it leads to stays
-        path.write_text(template, encoding="utf-8")
+        Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def as_dict(item):
@@ -555,15 +507,13 @@ def as_dict(item):
         return {"image": item}  # load_image says what it is if it is none
     item = without_none(item)
     if item and not item.keys() & {*ITEM_KEYS}:
-        keys = keys_of(item)
-        raise ValueError(f"a dict with the keys {keys}: expected {', '.join(ITEM_KEYS)}")
+        raise ValueError(f"a dict with the keys {keys_of(item)}: expected {keys_of(ITEM_KEYS)}")
     warn_unread("an item", item, ITEM_KEYS)
     return item
 
 
 def messages_of(item):
-    """The chat messages of an item, checked. They stand as they are, so that text and images may
-    interleave and turns may follow each other. Without "messages": one turn of the user."""
+    """The chat messages of an item, checked. Without "messages": one turn of the user."""
     messages = item.get("messages")
     if messages is None:
         return [{"role": "user", "content": content_of(item)}]
@@ -599,25 +549,19 @@ def content_of(item):
 
 
 def system_turn(instruction):
-    """The system turn of an instruction, as Qwen's wrapper writes it; none of an empty one.
-
-    Stripped, and with a full stop unless it ends in punctuation (Unicode's categories P).
-    """
+    """The system turn of an instruction, as Qwen's wrapper writes it; none of an empty one."""
     if not isinstance(instruction, str):
         raise ValueError(f"an instruction is a string, not {type(instruction).__name__}")
     text = instruction.strip()
     if not text:
         return []
-    if not unicodedata.category(text[-1]).startswith("P"):
+    if not unicodedata.category(text[-1]).startswith("P"):  # punctuation
         text += "."
     return [{"role": "system", "content": text}]
 
 
 def decode_reference(name, ref):
-    """An image under one of IMAGE_KEYS -> bytes if it is spelled in base64, else as it is.
-
-    data:image/png;base64,iVBO... is how chat requests carry images. White space in it is nothing.
-    """
+    """An image under one of IMAGE_KEYS: data:image/png;base64,iVBO... becomes bytes."""
     if isinstance(ref, dict) and "url" in ref:  # {"image_url": {"url": ...}}
         ref = ref["url"]
     if name != "base64" and not (isinstance(ref, str) and ref.startswith("data:")):
@@ -660,7 +604,7 @@ def warn_unread(what, given, known):
     """Names the keys that nobody reads: ids, or typing mistakes."""
     unread = [name for name in without_none(given) if name not in known]
     if unread:
-        known = ", ".join(known)
+        known = keys_of(known)
         warnings.warn(f"{what}: {keys_of(unread)} is not read; what is: {known}", stacklevel=3)
 
 
@@ -679,32 +623,31 @@ TOKENIZER_CONFIG |= {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 VISION_CONFIG = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL, "merge_size": MERGE}
 VISION_CONFIG |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 VISION_CONFIG |= {"processor_class": "Qwen3VLProcessor"}
-# The same settings under other names, which transformers would prefer: a save removes them.
+# A save removes these first: the same settings under names that transformers would prefer, and a
+# template that may be a link into a hub's cache.
 OLDER_FILES = ["processor_config.json", "chat_template.json", "special_tokens_map.json"]
-OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt"]
+OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
 # Processor.__call__ for other programs, which hand over images apart: type "image" or "video" may
 # stand alone. What else Processor.part refuses is refused here, too.
 TEMPLATE = r"""
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
-{%- if message.content is string -%}{{- message.content -}}{%- else -%}
-{%- for content in message.content -%}
+{%- for content in [message.content] if message.content is string else message.content -%}
 {%- set part = {'text': content} if content is string else content -%}
 {%- set kind = (part.get('type') or '') | string | replace('_url', '') -%}
 {%- set video = part.type == 'video' or part.get('video') is not none -%}
 {%- set image = kind == 'image' or part.get('image') is not none
        or part.get('image_url') is not none -%}
-{%- set text = part.get('text') is not none -%}
+{%- set text = part.text is string -%}
 {%- set shown = {'': video or image or text, 'video': video, 'image': image, 'text': text} -%}
 {%- if not shown.get(kind) -%}
 {{- raise_exception('a part of content: expected text, video or image') -}}
 {%- endif -%}
 {%- if video -%}{{- '<|video_pad|>' -}}{%- endif -%}
 {%- if image -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- endif -%}
-{{- part.get('text') or '' -}}
+{{- part.text or '' -}}
 {%- endfor -%}
-{%- endif -%}
 {{- '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
@@ -712,51 +655,44 @@ TEMPLATE = r"""
 
 
 def chat_template(default_instruction):
-    """TEMPLATE, opened by the default instruction unless the messages have a system turn.
-
-    A string of JSON is one of Jinja, too.
-    """
+    """TEMPLATE, opened by the default instruction unless the messages have a system turn."""
     turn = system_turn(default_instruction or "")
     if not turn:
         return TEMPLATE
+    # A string of JSON is one of Jinja, too.
     text = json.dumps(f"<|im_start|>system\n{turn[0]['content']}<|im_end|>\n")
     opening = "{%- if messages[0].role != 'system' -%}{{- " + text + " -}}{%- endif -%}"
     return opening + TEMPLATE
 
 
-def is_ours(folder):
-    """Only `Processor.save` writes this file."""
-    return os.path.exists(os.path.join(folder, "embedder_config.json"))
-
-
 def saved_settings(folder):
     """What a checkpoint folder says of Processor's settings.
 
-    In a folder that is not ours the same files mean other things (an Instruct model's limits are
-    for chatting), so Qwen3-VL-Embedding's defaults hold there.
+    An Instruct model's limits are for chatting. So Qwen3-VL-Embedding's hold where we did not save.
     """
-    if not is_ours(folder):
-        return {"default_instruction": DEFAULT_INSTRUCTION}
-    embedder = read_json(os.path.join(folder, "embedder_config.json"))
-    area = read_json(os.path.join(folder, "preprocessor_config.json"))
+    path = os.path.join(folder, "embedder_config.json")  # which only Processor.save writes
+    if not os.path.exists(path):
+        return {"default_instruction": DEFAULT_INSTRUCTION, "trained_here": False}
+    embedder = read_json(path)
+    image = read_json(os.path.join(folder, "preprocessor_config.json"))
     video = read_json(os.path.join(folder, "video_preprocessor_config.json"))
     try:
-        settings = {name: embedder[name] for name in OUR_SETTINGS if name in embedder}
-        settings["min_pixels"] = area["size"]["shortest_edge"]
-        settings["max_pixels"] = area["size"]["longest_edge"]
-        # Folders of an older version lack these, and have the defaults.
-        frames = ("frame_min_pixels", "frame_max_pixels")
-        settings |= {name: video[name] for name in frames if name in video}
+        return {
+            **{name: embedder[name] for name in OUR_SETTINGS},
+            "min_pixels": image["size"]["shortest_edge"],
+            "max_pixels": image["size"]["longest_edge"],
+            "frame_min_pixels": video["frame_min_pixels"],
+            "frame_max_pixels": video["frame_max_pixels"],
+        }
     except (KeyError, TypeError) as e:
         raise ValueError(f"a setting is not where we write it ({type(e).__name__}: {e})") from None
-    return settings
 
 
 # --------------------------------------------------------------------------------------------------
 # Prompts -> a batch
 
 
-def collate(prompts, processor, rationales=None, device="cpu", pad_to=None):
+def collate(prompts, processor, rationales=None, device="cpu"):
     """Prompts, and for each a list of rationales (ids) -> the batch of model.Qwen3VL, a dict of
 
     ids (B, S), positions (3, B, S), lengths (B,), pixel_values (N, 1536), image_grid [(h, w)]
@@ -766,8 +702,7 @@ def collate(prompts, processor, rationales=None, device="cpu", pad_to=None):
 
     A row: prompt, <|endoftext|> (branch 1, column 0 of ends), rationale 1 (branch 2, column 1) ...
     All branches start at the same position, as if the others were not there. Padding is on the
-    right; S is a multiple of pad_to, by default the processor's. K = 0 needs no branch: a causal
-    model never looks to the right.
+    right. K = 0 needs no branch: a causal model never looks to the right.
     """
     rationales = rationales or [[]] * len(prompts)
     rows = []
@@ -775,9 +710,8 @@ def collate(prompts, processor, rationales=None, device="cpu", pad_to=None):
         rows.append(lay_out(prompt, [[processor.eos_id], *texts], processor.config))
     # The six lines of a row are padded together: ids, three positions, branch, previous.
     lengths = [table.shape[1] for table, _ in rows]
-    pad_to = pad_to or processor.pad_to
-    S = math.ceil(max(lengths) / pad_to) * pad_to
-    K = max(len(last) for _, last in rows) - 1
+    S = max(processor.padded(lengths))
+    K = max(len(texts) for texts in rationales)
     padding = np.array([processor.eos_id, 1, 1, 1, -1, -1])
     batch = np.tile(padding[:, None, None], (1, len(rows), S))  # (6, B, S)
     ends = np.full((len(rows), 1 + K), -1)
@@ -826,12 +760,9 @@ def lay_out(prompt, branches, config):
 
 
 def prompt_key(prompt):
-    """Equal prompts have equal keys: a hash of ids, grids and pixels.
-
-    The grids count: a white image of 2 x 4 patches has the ids and pixels of one of 4 x 2.
-    """
-    digest = hashlib.blake2b(prompt["ids"].tobytes(), digest_size=12)
+    """Equal prompts have equal keys. White images of 2 x 4 and 4 x 2 patches differ in the grid."""
+    digest = hashlib.blake2b(prompt["ids"], digest_size=12)
     digest.update(str(prompt["image_grid"]).encode())
     for patches in prompt["pixel_values"]:
-        digest.update(np.ascontiguousarray(patches))
+        digest.update(patches)
     return digest.hexdigest()

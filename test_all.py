@@ -3451,7 +3451,8 @@ def test_processor_collate_by_hand():
     prompts = []
     for ids in ([7, 8], [7, 8, 9, 10, 11]):
         prompts.append({"ids": np.array(ids), "pixel_values": [], "image_grid": []})
-    batch = P.collate(prompts, processor, [[[1, 2, eos]], []], pad_to=4)
+    processor.pad_to = 4
+    batch = P.collate(prompts, processor, [[[1, 2, eos]], []])
     assert batch["ids"].tolist() == [
         [7, 8, eos, 1, 2, eos, eos, eos],
         [7, 8, 9, 10, 11, eos, eos, eos],
@@ -3462,7 +3463,7 @@ def test_processor_collate_by_hand():
     assert batch["ends"].tolist() == [[2, 5], [5, -1]]
     assert batch["lengths"].tolist() == [6, 6]
     assert batch["pixel_values"] is None
-    direct = P.collate(prompts, processor)
+    direct = P.collate(prompts, tiny_processor())
     assert direct["branch"] is None
     assert direct["ids"].shape == (2, 6)
     assert direct["ends"].tolist() == [[2], [5]]
