@@ -115,7 +115,7 @@ class Tokenizer:
             raise ValueError(f"tiktoken cannot split a text of {len(text):,} characters") from e
 
     def decode(self, ids):
-        return self.bpe.decode([int(i) for i in ids])
+        return self.bpe.decode(list(ids))
 
 
 def append_eos(spec):
@@ -232,13 +232,16 @@ class Processor:
 
     def __post_init__(self):
         self.check_settings()
-        self.check_vocabulary()
         special = self.tokenizer.special
-        self.eos_id = special["<|endoftext|>"]
-        self.im_start_id = special["<|im_start|>"]
-        self.im_end_id = special["<|im_end|>"]
-        self.think_id = special["<think>"]
-        self.think_end_id = special["</think>"]
+        try:
+            self.eos_id = special["<|endoftext|>"]
+            self.im_start_id = special["<|im_start|>"]
+            self.im_end_id = special["<|im_end|>"]
+            self.think_id = special["<think>"]
+            self.think_end_id = special["</think>"]
+        except KeyError as e:
+            raise ValueError(f"the tokenizer lacks {e.args[0]}, which Qwen3's has") from None
+        self.check_vocabulary()
         # A rationale is prefix, sampled tokens, </think>, tail; closing ends one that was cut off.
         self.prefix = [self.think_id, *self.tokenizer.encode("\n")]
         self.tail = [*self.tokenizer.encode("\n\n"), self.eos_id]
@@ -373,7 +376,7 @@ class Processor:
         """(min, max) area of each of n frames.
 
         A long video's frames shrink to their share of CLIP_PIXELS, but not below 1.05 times the
-        least area (qwen-vl-utils). By default 20 frames may have 768 tokens each, 64 have 240.
+        least area. By default 20 frames may have 768 tokens each, 64 have 240.
         """
         share = max(CLIP_PIXELS * TEMPORAL / n, int(1.05 * self.frame_min_pixels))
         return self.frame_min_pixels, min(self.frame_max_pixels, share)
@@ -399,10 +402,10 @@ class Processor:
             ids += tokens
         for start, stop in reversed(spans):  # the last text is cut first, the instruction last
             surplus = max(0, len(ids) + 1 - self.max_length)
-            ids = ids[: max(start, stop - surplus)] + ids[stop:]
+            del ids[max(start, stop - surplus) : stop]
         segments = [piece for piece in pieces if isinstance(piece, tuple)]
         return {
-            "ids": np.array(ids, dtype=np.int64),
+            "ids": np.array(ids),
             "pixel_values": [patches for patches, _ in segments],
             "image_grid": [grid for _, grid in segments],
         }
@@ -439,9 +442,6 @@ class Processor:
     def check_vocabulary(self):
         """Tokenizer and model must be of one checkpoint."""
         special, size, config = self.tokenizer.special, self.tokenizer.size, self.config
-        for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"):
-            if name not in special:
-                raise ValueError(f"the tokenizer lacks {name}, which every Qwen3 tokenizer has")
         expected = {
             "<|image_pad|>": config.image_token,
             "<|video_pad|>": config.video_token,
@@ -506,7 +506,7 @@ def as_dict(item):
     if not isinstance(item, dict):
         return {"image": item}  # load_image says what it is if it is none
     item = without_none(item)
-    if item and not item.keys() & {*ITEM_KEYS}:
+    if item and not item.keys() & ITEM_KEYS:
         raise ValueError(f"a dict with the keys {keys_of(item)}: expected {keys_of(ITEM_KEYS)}")
     warn_unread("an item", item, ITEM_KEYS)
     return item
@@ -538,8 +538,8 @@ def content_of(item):
     """
     video = item.get("video")
     clips = [] if video is None else [video]
-    if isinstance(video, (list, tuple)) and all(map(is_clip, video)):
-        clips = list(video) or clips
+    if isinstance(video, (list, tuple)) and video and all(map(is_clip, video)):
+        clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
     texts = listed(item.get("text"))
@@ -633,7 +633,8 @@ OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.
 TEMPLATE = r"""
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
-{%- for content in [message.content] if message.content is string else message.content -%}
+{%- set contents = [message.content] if message.content is string else message.content -%}
+{%- for content in contents -%}
 {%- set part = {'text': content} if content is string else content -%}
 {%- set kind = (part.get('type') or '') | string | replace('_url', '') -%}
 {%- set video = part.type == 'video' or part.get('video') is not none -%}
