@@ -22,13 +22,13 @@ carry them: a sign test never goes below 0.06).
 
 import argparse
 import collections
-import glob
 import json
 import math
 import os
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -71,51 +71,51 @@ BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of p_reason
 def fork(parent, folder, first, same_judge):
     """A run folder whose data and stages before `first` are links to its parent's. same_judge: its
     select stage finds the parent's judgements, so that another rule needs no new evaluators."""
-    if os.path.exists(os.path.join(folder, "stages.json")):
+    parent, folder = Path(parent), Path(folder)
+    if (folder / "stages.json").exists():
         return
     kept = train.STAGES[: train.STAGES.index(first)]
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("data", *kept):
-        source = os.path.relpath(os.path.join(parent, name), folder)
-        os.symlink(source, os.path.join(folder, name))
+        (folder / name).symlink_to(os.path.relpath(parent / name, folder))
     if first == "select" and same_judge:
-        part = os.path.join(folder, "select.part")
-        os.makedirs(part)
-        for path in glob.glob(os.path.join(parent, "select", "judge*")):
-            copy = shutil.copytree if os.path.isdir(path) else shutil.copy
-            copy(path, os.path.join(part, os.path.basename(path)))
-    done = read_json(os.path.join(parent, "stages.json"))
-    write_json(os.path.join(folder, "stages.json"), {stage: done[stage] for stage in kept})
+        part = folder / "select.part"
+        part.mkdir()
+        for path in (parent / "select").glob("judge*"):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, part / path.name)
+    done = read_json(parent / "stages.json")
+    write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
 
 
 def run_variant(cfg, name, seed, out):
     """One variant under one seed, unless its report is there."""
     parent, first, changes = VARIANTS[name]
-    folder = os.path.join(out, f"seed{seed}", name)
-    if not os.path.exists(os.path.join(folder, "report.json")):
+    folder = Path(out, f"seed{seed}", name)
+    if not (folder / "report.json").exists():
         if parent:
             run_variant(cfg, parent, seed, out)
             # Other folds make other evaluators; positive_only wants the easy pairs judged, too.
             again = "select_folds" in changes or changes.get("select_rule") == "positive_only"
-            fork(os.path.join(out, f"seed{seed}", parent), folder, first, not again)
+            fork(folder.with_name(parent), folder, first, not again)
         print(f"study: seed {seed}, {name}", flush=True)
-        train.run_stages(replace(cfg, seed=seed, out=folder, resume="auto", **changes))
+        train.run_stages(replace(cfg, seed=seed, out=str(folder), resume="auto", **changes))
     if name == "full":
         longer_chains(cfg, seed, folder)
 
 
 def longer_chains(cfg, seed, folder):
     """The full method on chains one longer than in training -> FOLDER/longer/summary.json."""
-    world, out = os.path.join(folder, "longer_data"), os.path.join(folder, "longer")
-    if os.path.exists(os.path.join(out, "summary.json")):
+    world, out = folder / "longer_data", folder / "longer"
+    if (out / "summary.json").exists():
         return
     shutil.rmtree(world, ignore_errors=True)
     queries = max(4, round(4 * cfg.world_test * cfg.scale))  # an eighth of them is that long
-    pocket.write_world(world, 1000 + seed, 4, queries, LONGER, pocket.MIXED)
-    truth = read_json(os.path.join(world, "pocket.json"))["test"]
-    embedder = Embedder.from_pretrained(os.path.join(folder, "rl"))
+    pocket.write_world(str(world), 1000 + seed, 4, queries, LONGER, pocket.MIXED)
+    truth = read_json(world / "pocket.json")["test"]
+    embedder = Embedder.from_pretrained(str(folder / "rl"))
     options = {"max_new_tokens": 64, "batch_size": 64}  # they take more words, too
-    evaluation.evaluate(embedder, world, out, options=options, truth=truth)
+    evaluation.evaluate(embedder, str(world), str(out), options=options, truth=truth)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,8 +143,8 @@ def collect(out):
     """{variant: {seed: report}} of the reports that are there."""
     reports = {}
     for name in VARIANTS:
-        for path in sorted(glob.glob(os.path.join(out, "seed*", name, "report.json"))):
-            seed = int(path.split(os.sep)[-3].removeprefix("seed"))
+        for path in sorted(Path(out).glob(f"seed*/{name}/report.json")):
+            seed = int(path.parts[-3].removeprefix("seed"))
             reports.setdefault(name, {})[seed] = read_json(path)
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
@@ -224,8 +224,8 @@ def calibration(out, seeds):
     mean score of always minus that of never, and the number of queries, of all seeds together."""
     rows = []
     for seed in seeds:
-        paths = glob.glob(f"{out}/seed{seed}/full/eval/*/*_queries.jsonl")
-        rows += [row for path in paths for row in train.read_rows(path)]
+        for path in Path(out).glob(f"seed{seed}/full/eval/*/*_queries.jsonl"):
+            rows += train.read_rows(path)
     p_reason = np.array([row["p_reason"] for row in rows])
     gain = np.array([row["always"] - row["never"] for row in rows])
     table = []
@@ -244,7 +244,7 @@ def summarise(out):
     full = reports["full"]
     study = {"variants": compare(reports)}
     study["adaptivity"] = by_steps([report["adaptivity"] for report in full.values()])
-    paths = sorted(glob.glob(os.path.join(out, "seed*", "full", "longer", "summary.json")))
+    paths = sorted(Path(out).glob("seed*/full/longer/summary.json"))
     longer = [read_json(path)["adaptivity"] for path in paths]
     study["longer"] = by_steps(longer) if longer else {}
     study["decision"] = decision_ratios(full.values())
@@ -261,10 +261,9 @@ def summarise(out):
     for report in full.values():
         curves.append([[p["tokens_per_query"], p["overall"]] for p in report["curve"]])
     study["dial"] = np.mean(curves, axis=0).tolist()
-    write_json(os.path.join(out, "study.json"), study)
-    with open(os.path.join(out, "study.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(page(study)) + "\n")
-    draw(study, os.path.join(out, "study.png"))
+    write_json(Path(out, "study.json"), study)
+    Path(out, "study.md").write_text("\n".join(page(study)) + "\n", encoding="utf-8")
+    draw(study, Path(out, "study.png"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,7 +422,7 @@ def main():
         summarise(args.out)
     except (train.UsageError, ValueError, OSError) as e:
         sys.exit(f"study.py: {e}")
-    print(json.dumps({"written": os.path.join(args.out, "study.md")}))
+    print(json.dumps({"written": f"{args.out}/study.md"}))
 
 
 if __name__ == "__main__":
