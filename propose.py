@@ -55,7 +55,8 @@ from processor import collate
 TEMPERATURE = 0.7
 # The columns that are kept of a file of rationales. Others may hold NaN, which is no JSON.
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
-# Several ways to ask make several proposers of one model.
+# --write-requests asks in so many of these ways, and each way is a proposer of its own, NAME-0,
+# NAME-1 ...; propose() uses the first.
 PROMPTS = (
     "Think step by step about what the query shows or asks for, look up whatever is needed, and "
     "end with what should be found.",

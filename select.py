@@ -43,8 +43,9 @@ last.
 Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
 
-`rule` offers the ablations: positive_only looks at s(q, r; t)/temperature alone and cannot see that
-a wrong candidate rose even more; no_placebo drops the placebo and its bar; none keeps all.
+`rule` offers the ablations: positive_only is the full rule, placebo and bar included, on gains of
+s(q, r; t)/temperature in place of logp, and cannot see that a wrong candidate rose even more;
+no_placebo drops the placebo and its bar; none keeps all.
 
     python train.py --stage select           the experiment, inside a run
     python select.py --run runs/pocket       what other rules would keep of a finished run
@@ -289,7 +290,8 @@ def draw_trials(pairs, texts, rng):
             answer = pairs[i]["answer"]
             strange = (foreign for j, _, foreign in onwards if pairs[j]["answer"] != answer)
             placebo, second = next(strange, None), next(strange, None)
-            if second == placebo or rng.random() >= AUDITED:  # a text is no placebo of itself
+            # In the audit the second is the first one's placebo: the same text cannot serve.
+            if second == placebo or rng.random() >= AUDITED:
                 second = None
             trials[i].append(Trial(proposer, text, placebo, second))
     return trials
@@ -371,7 +373,8 @@ def stratum_bar(gains, placebos, margin, fdr):
     """The smallest bar, of the margin and the gains above it, with 1 + #{placebos > bar} <=
     fdr · #{gains > bar}; inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
-    # Between two of these bars only placebos drop out: the count is cautious.
+    # A bar between two of these passes the same gains as the lower one and no more placebos: to try
+    # only these may count too many placebos, never too few.
     tried = np.concatenate(([margin], gains[gains > margin]))
     passed = len(gains) - np.searchsorted(gains, tried, "right")
     lucky = len(placebos) - np.searchsorted(placebos, tried, "right")
