@@ -12,7 +12,8 @@ well the embedding after it finds the query's target t:
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
 Two losses, never averaged together: a decision is one token among dozens. In a mean over tokens it
-would carry a few percent and would hardly move (option rl_one_loss; results/study has its figures).
+would carry a few percent. In the pocket world one mean does as well (option rl_one_loss,
+results/study): there selection has taught the decision before.
 
     when   J(q) = p * mean R_reason + (1 - p) * R_direct + beta * entropy(p), with p = p_reason, has
            its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct (of
