@@ -258,15 +258,19 @@ def write_rows(path, rows):
 
 
 def requests(options):
-    """The chat requests of every training pair, one per prompt, each for options.k answers.
+    """The chat requests of every training pair, or of the hard ones, one per prompt, each for
+    options.k answers.
 
     All answers come from one request (n = k), so the images travel and are encoded once. The
     custom id says whose answer it is; responses repeat it. Only the query's side is shown.
     """
     train = data.train_sets(options.data)
+    hard = hard_pairs(options.hard) if options.hard else None
     for source, size in enumerate(train.sizes):
         rows = range(min(size, options.limit or size))
         for row in tqdm(rows, desc=train.names[source], disable=None):
+            if hard is not None and train.id(source, row) not in hard:
+                continue
             pair = train.pair(source, row)
             key = data.pair_key(pair)
             images = [image_url(ref, options) for ref in data.refs(pair["query"])]
@@ -287,6 +291,13 @@ def requests(options):
                         else 0.0,  # a single answer is greedy
                     },
                 }
+
+
+def hard_pairs(path):
+    """Ids of the pairs in a run's select/judged.jsonl to which the direct vector gives less than a
+    half: no other pair can keep a rationale (select.py, "Direct first")."""
+    rows = checked_rows([path], checked_rationale, ("direct",))
+    return {row["id"] for row in rows if row["direct"] < -math.log(2)}
 
 
 def image_url(ref, options):
@@ -415,6 +426,7 @@ def parse():
     add("--k", type=at_least_1, default=4, help="answers to a request; a single one is greedy")
     add("--prompts", type=int, choices=(1, 2, 3, 4), default=1, help="ways to ask, a request each")
     add("--limit", type=at_least_1, help="at most so many pairs per dataset")
+    add("--hard", metavar="JUDGED", help="only hard pairs, as a run's select/judged.jsonl has them")
     add("--max-tokens", type=at_least_1, default=256, help="of an answer")
     add("--max-pixels", type=at_least_1, default=1003520, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")

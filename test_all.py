@@ -747,6 +747,7 @@ def proposing(monkeypatch, tmp_path, capsys):
     queries += [{"image": str(tmp_path / "large.png"), "video": clip}]
     pairs = [{"id": f"a|b/{i}", "query": q, "target": "SECRET"} for i, q in enumerate(queries)]
     world = SimpleNamespace(names=["a|b"], sizes=[3], pair=lambda source, row: pairs[row])
+    world.id = lambda source, row: pairs[row]["id"]
     monkeypatch.setattr(propose.data, "train_sets", lambda root: world, raising=False)
     monkeypatch.setattr(
         propose.data, "pair_key", lambda pair: "key" + pair["id"][-1], raising=False
@@ -782,6 +783,16 @@ def test_propose_writes_requests(proposing, tmp_path, urls):
     assert [image.size for image in images][-2:] == [(100, 50), (40, 40)]
     assert proposing(*write, "--k", 1, "--limit", 1)[0] == 0
     assert json.loads(out.read_text())["body"]["temperature"] == 0.0
+    judged = tmp_path / "judged.jsonl"
+    rows = [("a|b/0", -0.6), ("a|b/1", -0.7), ("a|b/2", -0.1)]  # log 2 is 0.693
+    row = {"proposer": "w", "text": "t", "gain": None}
+    propose.write_rows(judged, [row | {"id": i, "direct": direct} for i, direct in rows])
+    assert proposing(*write, "--hard", judged)[0] == 0
+    assert json.loads(out.read_text())["custom_id"] == "a|b/1|key1|0"
+    propose.write_rows(judged, [row | {"id": "a|b/0"}])  # a file of rationales, not judged
+    assert "judged.jsonl line 1: 'direct': expected a finite number" in str(
+        proposing(*write, "--hard", judged)[1]
+    )
 
 
 def response(custom_id, *contents, finish="stop", status=200, **more):
