@@ -1621,6 +1621,10 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
     worst = int(reward[:, 1:].mean(1).argmin())
     assert metrics["sample"]["row"] == worst
     assert metrics["sample"]["reward"] == pytest.approx(float(reward[worst, 1]), abs=1e-5)
+    # Prefixes that embed trained are trained on: InfoNCE is a sum over them.
+    cfg.matryoshka_dims = "8"
+    longer = rl.grpo_step(model, processor, prompts, targets, duplicates, cfg, None)
+    assert longer["loss"] > metrics["loss"] + 0.1
 
 
 def test_stop_token_is_trained_and_forced_tokens_are_not():
