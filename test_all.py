@@ -1988,6 +1988,23 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
 
 
+def test_run_pairs_have_one_crew_of_workers(finished, own_root, monkeypatch):
+    """Two passes, the first one broken off: the same process reads, and nothing is left over."""
+    run = train.Run(train.parse(arguments(own_root, finished, "--workers", "1")))
+    monkeypatch.setattr(train.Pairs, "KEEP", 0)
+    monkeypatch.setattr(
+        train.Pairs, "prompts", lambda self, pair: {"id": pair["id"], "at": os.getpid()}
+    )
+    monkeypatch.setattr(train.Pairs, "bytes", lambda self, source: 1)
+    pairs = train.Pairs(run, None)
+    endless = iter(pairs.load(itertools.repeat([(0, 0)])))
+    first = next(endless)[0]
+    second = [pair for batch in pairs.load([[(0, 3)], [(0, 4)]]) for pair in batch]
+    assert [first["id"], *(pair["id"] for pair in second)] == ["own/0", "own/3", "own/4"]
+    assert {pair["at"] for pair in second} == {first["at"]} != {os.getpid()}
+    assert copy.copy(pairs).loader is None  # what a process gets that is not forked
+
+
 def test_run_finished_stages_are_skipped(finished, own_root, monkeypatch, capsys):
     before = contents(finished, "report.html", "tradeoff")
     for stage in train.STAGES:
@@ -2158,14 +2175,19 @@ def test_run_damaged_file_is_one_line(damage, finished, own_root, tmp_path, caps
     assert "selected.jsonl" in one_line(capsys)
 
 
+def moved_run(finished, own_root, tmp_path, last="eval"):
+    """A run and a root of its own, whose tables may be edited."""
+    own = shutil.copytree(own_root, tmp_path / "own")
+    out = copy_of(finished, tmp_path / "run", last)
+    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
+    write_json(f"{out}/config.json", read_json(f"{out}/config.json") | moved)
+    return own, out
+
+
 @pytest.mark.parametrize("stage", ["select", "embed"])
 def test_run_edited_data_is_refused(stage, finished, own_root, tmp_path, capsys):
     """A row inserted at the top of the table: every id is now another pair's."""
-    own = shutil.copytree(own_root, tmp_path / "own")
-    out = copy_of(finished, tmp_path / "run", "select")
-    config = read_json(f"{out}/config.json")
-    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
-    write_json(f"{out}/config.json", config | moved)
+    own, out = moved_run(finished, own_root, tmp_path, "select")
     rows = json_rows(own, "train.jsonl")
     propose.write_rows(own / "train.jsonl", [rows[0] | {"qry": "who is new?"}, *rows])
     assert exit_code(arguments(str(own), out, stage=stage)) == 2
@@ -2175,11 +2197,7 @@ def test_run_edited_data_is_refused(stage, finished, own_root, tmp_path, capsys)
 @pytest.mark.parametrize("stage, table", [("all", "training"), ("all", "test"), ("rl", "test")])
 def test_run_finished_run_knows_its_tables(stage, table, finished, own_root, tmp_path, capsys):
     """Nothing is left to do, and yet what was reported is of another table. rl begins anew."""
-    own = shutil.copytree(own_root, tmp_path / "own")
-    out = copy_of(finished, tmp_path / "run")
-    config = read_json(f"{out}/config.json")
-    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
-    write_json(f"{out}/config.json", config | moved)
+    own, out = moved_run(finished, own_root, tmp_path)
     assert exit_code(arguments(str(own), out)) == 0  # moved, and the same
     file = "train.jsonl" if table == "training" else "test.jsonl"
     propose.write_rows(own / file, json_rows(own, file)[1:])
@@ -2227,11 +2245,7 @@ def test_run_a_stage_done_again_discards_what_was_begun_after_it(finished, own_r
 
 def test_run_reordered_data_is_refused_by_rl(finished, own_root, tmp_path, capsys):
     """rl's pairs are the last rows: in another order they are those that embed knows by heart."""
-    own = shutil.copytree(own_root, tmp_path / "own")
-    out = copy_of(finished, tmp_path / "run", "embed")
-    config = read_json(f"{out}/config.json")
-    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
-    write_json(f"{out}/config.json", config | moved)
+    own, out = moved_run(finished, own_root, tmp_path, "embed")
     propose.write_rows(own / "train.jsonl", json_rows(own, "train.jsonl")[::-1])
     assert exit_code(arguments(str(own), out, stage="rl")) == 2
     assert "the training table has changed" in one_line(capsys)
@@ -2355,13 +2369,6 @@ def test_train_non_finite_numbers_stop_with_step_and_ids(loss, gradient, tmp_pat
 
     with pytest.raises(FloatingPointError, match="toy, step 1: .*toy/7"):
         train.train_loop(run, "toy", str(tmp_path), model, optimizer, one_step, stream)
-
-
-def test_train_long_stages_speak(monkeypatch, capsys):
-    clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
-    assert list(train.progress([5, 6, 7, 8, 9], "judging")) == [5, 6, 7, 8, 9]
-    assert capsys.readouterr().out.startswith("judging: 1 of 5\n")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -87,7 +88,7 @@ def load_select():
 
 selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
-NOTES = {"propose": "training", "eval": "test"}  # a stage notes these tables as it begins
+NOTES = {"propose": "training", "eval": "test"}  # tables that a stage notes as it begins
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")  # a row of selected.jsonl
 RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares their targets
 
@@ -270,7 +271,8 @@ def check(cfg):
 class Run:
     """A run folder and its options: which stages are done, the log, and all random numbers.
 
-    stages {name: {"seconds"}} of those that are done; stopping: True once SIGTERM has come.
+    stages {name: {"seconds", "tables": a hash}} of those that are done; stopping: True once SIGTERM
+    has come.
     """
 
     def __init__(self, cfg):
@@ -307,26 +309,18 @@ class Run:
         if not before and scale.is_main():
             write_json(path, self.config)
 
-    def same_tables(self, stages):
-        """Refuse tables that changed since a stage noted them, unless it is among these `stages`:
-        rows are known by their numbers, and the last ones of a dataset are rl's."""
+    def same_tables(self, todo):
+        """Refuse tables that changed since a stage noted them, unless it is to be done: rows are
+        known by their numbers, and the last ones of a dataset are rl's."""
         for stage, kind in NOTES.items():
-            noted = self.read("tables.json").get(f"{kind}_tables")
-            if stage in stages or noted is None:
+            noted = self.stages.get(stage, {}).get("tables")
+            if stage in todo or noted is None:
                 continue
             if noted != data.fingerprint(self.data_root, kind):
                 raise UsageError(
                     f"{self.data_root}: the {kind} table has changed since {stage}: do --stage "
                     f"{stage} and what follows again"
                 )
-
-    def note_tables(self, stage):
-        """What a stage is about to read."""
-        if stage in NOTES and scale.is_main():
-            noted = self.read("tables.json")
-            kind = NOTES[stage]
-            noted[f"{kind}_tables"] = data.fingerprint(self.data_root, kind)
-            write_json(self.path("tables.json"), noted)
 
     def rng(self, *key):
         """A generator that depends on seed and key alone: nothing to save, nothing to restore."""
@@ -373,7 +367,9 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
         self.same_options(os.path.join(part, "config.json"), ("machine",))
-        self.note_tables(stage)
+        self.noted = {}
+        if stage in NOTES:
+            self.noted["tables"] = data.fingerprint(self.data_root, NOTES[stage])
         return part
 
     def finish(self, stage, part, seconds):
@@ -396,7 +392,7 @@ class Run:
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), self.config)
         scale.barrier()
-        self.note(self.stages | {stage: {"seconds": round(seconds, 1)}})
+        self.note(self.stages | {stage: {"seconds": round(seconds, 1), **self.noted}})
 
     def note(self, stages):
         """Write down which stages are done."""
@@ -440,7 +436,7 @@ class Run:
         """The training pairs. Stages of a call share what was read: their processors are alike."""
         kind = for_rl, question
         if kind not in self.pairs_read:
-            self.pairs_read[kind] = Pairs(self, processor, for_rl, question or as_is)
+            self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
         return self.pairs_read[kind]
 
     def merged(self, model, into=None):
@@ -470,47 +466,34 @@ class Rows:
                     yield json.loads(line)
 
 
-def join(paths, path):
-    """One file of several, complete or not at all."""
-    with open(f"{path}.part", "wb") as out:
-        for part in paths:
-            with open(part, "rb") as f:
-                shutil.copyfileobj(f, out)
-    os.replace(f"{path}.part", path)
-
-
-def progress(items, title):
-    """The items one by one. Where they take long, a line every half minute."""
-    spoken = time.time()
-    for n, item in enumerate(items):
-        if scale.is_main() and time.time() - spoken > 30:
-            spoken = time.time()
-            print(f"{title}: {n} of {len(items)}", flush=True)
-        yield item
-
-
 # --------------------------------------------------------------------------------------------------
 # Training pairs
 
 
-def as_is(x):
-    """DataLoader's collate_fn: prompts differ in shape, a batch stays a list."""
-    return x
+class Batches:
+    """DataLoader's batch_sampler: lists of (source, row), each pass through others."""
+
+    def __iter__(self):
+        return iter(self.lists)
+
+    def __len__(self):
+        return len(self.lists)
 
 
 class Pairs(Dataset):
     """The training pairs of a stage. (source, row) -> {"id", "dataset", "key", "query", "target",
     "negatives", "answer"}: items are prompts; key is a hash of the pair's content, answer one that
-    equal targets share. question: how a query is put to a proposer, as_is or propose.question.
+    equal targets share. question: None, or how a query is put to a proposer (propose.question).
 
     Where all fits in memory, what was read is kept; else worker processes read it while the model
-    computes. The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by
-    heart the direct embedding is so good that thinking never seems to pay.
+    computes: one crew for all passes. The last rl_holdout of every dataset belongs to rl alone: on
+    pairs that embed knows by heart the direct embedding is so good that thinking never seems to
+    pay.
     """
 
     KEEP = 2**30  # bytes of prompts
 
-    def __init__(self, run, processor, for_rl=False, question=as_is):
+    def __init__(self, run, processor, for_rl=False, question=None):
         self.run = run
         self.processor = processor
         self.question = question
@@ -520,6 +503,11 @@ class Pairs(Dataset):
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
         self.kept = {}
         self.keep = sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP
+        self.loader = None
+
+    def __getstate__(self):
+        """What a worker process gets where it does not start as a copy of this one."""
+        return self.__dict__ | {"loader": None}
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?"""
@@ -545,15 +533,21 @@ class Pairs(Dataset):
     def prompts(self, pair):
         target = self.processor(pair["target"])
         prompts = {"id": pair["id"], "dataset": pair["dataset"], "key": data.pair_key(pair)}
-        prompts["query"] = self.processor(self.question(pair["query"]))
+        query = self.question(pair["query"]) if self.question else pair["query"]
+        prompts["query"] = self.processor(query)
         prompts["target"] = target
         prompts["negatives"] = [self.processor(item) for item in pair["negatives"]]
         return prompts | {"answer": prompt_key(target)}
 
     def load(self, batches):
         """Lists of (source, row) -> lists of pairs."""
-        workers = 0 if self.keep else self.run.cfg.workers
-        return DataLoader(self, batch_sampler=batches, collate_fn=as_is, num_workers=workers)
+        if self.loader is None:
+            workers = 0 if self.keep else self.run.cfg.workers
+            options = {"num_workers": workers, "persistent_workers": workers > 0}
+            # Prompts differ in shape: a batch stays a list.
+            self.loader = DataLoader(self, batch_sampler=Batches(), collate_fn=list, **options)
+        self.loader.batch_sampler.lists = batches
+        return self.loader
 
     def windows(self, ids=None):
         """Places of the pairs (of these ids), dataset by dataset, in lists of at most
@@ -701,11 +695,14 @@ def by_window(path, pairs, ids, rows_of, title):
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
     mine = range(scale.rank(), len(windows), scale.world_size())
     mine = [n for n in mine if not os.path.exists(paths[n])]
-    for n, window in zip(mine, progress(pairs.load([windows[n] for n in mine]), title)):
+    loaded = pairs.load([windows[n] for n in mine])
+    # It speaks where it takes longer than half a minute.
+    how = {"total": len(mine), "delay": 30, "mininterval": 30, "disable": not scale.is_main()}
+    for n, window in tqdm(zip(mine, loaded), title, **how):
         propose.write_rows(paths[n], rows_of(n, window))
     scale.barrier()
     if scale.is_main():
-        join(paths, path)
+        propose.write_rows(path, Rows(paths))
     scale.barrier()
 
 
@@ -759,7 +756,7 @@ def select_stage(run, part):
     if scale.is_main():
         chosen = selection.choose(judged, *rule)
         propose.write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
-        join(paths, os.path.join(part, "judged.jsonl"))
+        propose.write_rows(os.path.join(part, "judged.jsonl"), judged)
     scale.barrier()
     kept = Rows([selected])
     audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
