@@ -21,7 +21,7 @@ import collections
 import copy
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -145,8 +145,6 @@ def tiny_processor(config=None, **limits):
 
 
 def tiny_embedder(seed=0, limits=None, **shape):
-    from embed import Embedder
-
     model = tiny_model(seed, **shape)
     return Embedder(model, tiny_processor(model.c, **(limits or {})))
 
@@ -168,17 +166,6 @@ def make_clip(n, fps=None, seed=5):
     """n frames, as a bare list or, with fps, as {"frames", "fps"}."""
     frames = [make_image(70, 50, seed + i) for i in range(n)]
     return frames if fps is None else {"frames": frames, "fps": fps}
-
-
-def load_select():
-    """select.py as a module of another name: `select` belongs to the standard library."""
-    if "nanommemb_select" not in sys.modules:
-        path = os.path.join(HERE, "select.py")
-        spec = importlib.util.spec_from_file_location("nanommemb_select", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["nanommemb_select"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["nanommemb_select"]
 
 
 # One item of every kind.
@@ -277,7 +264,7 @@ def transformers_inputs(folder, item, config):
 # --------------------------------------------------------------------------------------------------
 # select.py: worked examples
 
-selection = load_select()
+selection = train.selection
 
 
 class PlaneModel:

@@ -278,7 +278,6 @@ class Run:
     def __init__(self, cfg):
         self.cfg = cfg
         self.stopping = False
-        self.stage = ""  # the one that runs
         self.device = scale.join_processes(cfg.device)
         self.pairs_read = {}
         os.makedirs(cfg.out, exist_ok=True)
@@ -360,7 +359,6 @@ class Run:
 
     def begin(self, stage):
         """-> STAGE.part, the folder in which an unfinished stage works."""
-        self.stage = stage
         part = self.path(f"{stage}.part")
         if scale.is_main():
             if self.cfg.resume != "auto":
