@@ -479,6 +479,12 @@ def need_space(folder, size):
         raise OSError(f"{folder}: a checkpoint of {room}; what is there is untouched")
 
 
+def state_size(model):
+    """Bytes of a state: the trained weights and at most two moments of each."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return 3 * sum(p.numel() * p.element_size() for p in trained)
+
+
 def flush(*paths):
     """Bring files to the disk, before a new name says that they are complete."""
     for path in paths:
@@ -492,8 +498,8 @@ def save_state(folder, step, model, optimizer):
     and all random numbers follow from the step. Written aside and renamed, so that a kill at any
     moment leaves the files before as they are. All processes call it."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if is_main():  # a weight and at most two moments of it
-        need_space(folder, 3 * sum(p.numel() * p.element_size() for p in trained.values()))
+    if is_main():
+        need_space(folder, state_size(model))
     state = for_file({"step": step, "model": trained, "optimizer": optimizer.state_dict()})
     if not is_main():
         return

@@ -2148,6 +2148,16 @@ def test_run_broken_stage_leaves_what_was_done(finished, own_root, tmp_path, mon
     assert contents(out, "rl.part", "metrics") == before
 
 
+def test_run_full_disk_is_said_before_the_first_step(
+    finished, own_root, tmp_path, monkeypatch, capsys
+):
+    out = copy_of(finished, tmp_path / "run", "select")
+    monkeypatch.setattr(train, "contrastive_step", None)
+    monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    assert exit_code(arguments(own_root, out, stage="embed")) == 1
+    assert "do not fit" in one_line(capsys)
+
+
 @pytest.mark.parametrize("damage", ["half a line", "no weight", "no text", "gone"])
 def test_run_damaged_file_is_one_line(damage, finished, own_root, tmp_path, capsys):
     out = copy_of(finished, tmp_path / "run", "select")

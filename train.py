@@ -596,6 +596,8 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     states = os.path.join(part, f"{name}.state")
     os.makedirs(states, exist_ok=True)
     step = scale.load_state(states, model, optimizer)
+    if step == 0 and scale.is_main():  # a full disk is noticed now, not hours later
+        scale.need_space(states, (scale.KEEP + 1) * scale.state_size(model))
     run.forget(name, step)
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
