@@ -1046,19 +1046,20 @@ def video_cls(b, row):
 
 
 # parser: (column of the clip's name, what stands before that name, columns of the options (none:
-# yes or no), how the answer names the first, second ... option ("": as it is listed))
+# yes or no), how the answer names the first, second ... option ("": as it is listed), the question)
+LETTERED = "{question}\nOptions:\n{lettered}"
 VIDEO_QA = {
-    "videomme": ("videoID", "", ["options"], "ABCDEFGH"),
-    "egoschema": ("video_idx", "", ["option"], "01234567"),
-    "nextqa": ("video", "", ["a0", "a1", "a2", "a3", "a4"], "01234567"),
-    "mvbench": ("video", "{config}/", ["candidates"], ""),
-    "activitynetqa": ("video_name", "v_", [], ""),
+    "videomme": ("videoID", "", ["options"], "ABCDEFGH", "{question}\n{lines}"),
+    "egoschema": ("video_idx", "", ["option"], "01234567", "{question}{words}"),  # "?A.": theirs
+    "nextqa": ("video", "", ["a0", "a1", "a2", "a3", "a4"], "01234567", LETTERED),
+    "mvbench": ("video", "{config}/", ["candidates"], "", LETTERED),
+    "activitynetqa": ("video_name", "v_", [], "", "{question}? (A) yes; (B) no."),
 }
 
 
 def video_qa(b, row):
     """Multiple choice about a clip; key = the option as listed, text = what is embedded."""
-    column, before, columns, letters = VIDEO_QA[b.parser]
+    column, before, columns, letters, form = VIDEO_QA[b.parser]
     if len(columns) == 1:
         options = text_list(row, columns[0])
     else:
@@ -1069,26 +1070,18 @@ def video_qa(b, row):
     if answer not in names:
         what = f"{short(answer)} is not among its {len(options)} options"
         raise BadData("column answer", what)
-    question, keys, texts = ask(b.parser, cell(row, "question"), options)
-    cands = [b.cand(key, item, text) for key, text in zip(keys, texts)]
+    lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
+    forms = {"lines": "\n".join(options), "words": " ".join(options)}
+    forms["lettered"] = "\n".join(lettered).rstrip()
+    question = form.format(question=cell(row, "question"), **forms)
+    keys = lettered if b.parser == "mvbench" else options
+    text = bare if b.parser in ("videomme", "egoschema") else str
+    cands = [b.cand(key, item, text(key)) for key in keys]
     clip = before.format(config=b.config) + cell(row, column, "id")
     query = b.say(f" {b.inst} {question}", b.inst, question, clip=clip)
     # Where an answer stands twice (MVBench) the last is right, as upstream.
     right = dict(zip(names, cands))[answer]
     b.query(query, cands, [right])
-
-
-def ask(kind, question, options):
-    """-> the question with its options, the candidates' keys, their texts."""
-    lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
-    if kind == "activitynetqa":
-        return question + "? (A) yes; (B) no.", options, options
-    if kind == "videomme":
-        return "\n".join([question, *options]), options, [bare(option) for option in options]
-    if kind == "egoschema":  # nothing stands before 'A.': theirs
-        return question + " ".join(options), options, [bare(option) for option in options]
-    question = "\n".join([question, "Options:", *lettered]).rstrip()
-    return (question, options, options) if kind == "nextqa" else (question, lettered, lettered)
 
 
 def bare(option):
@@ -1281,23 +1274,33 @@ def load_eval(
 # python data.py --check ROOT
 
 
-def check_one(task, root, page_labels, fetch, revision):
-    """A dataset read from end to end, every image and frame of it -> (status, would it stop a run?,
-    lines for the reader). Status: found, short (fewer rows than published), broken or missing (no
-    table, or not a single image of it: those were never fetched)."""
-    spec, kind = task
-    problems, rows, usable = [], 0, 0
+def read_whole(spec, kind, root, page_labels):
+    """A dataset from end to end, every image and frame of it -> (rows, usable ones, [what is
+    wrong])."""
+    problems = []
     try:
         if kind == "eval":
             es = load_eval(root, spec, None, page_labels, frames=sys.maxsize, problems=problems)
-            rows, usable = es.rows, len(es.queries)
-        else:
-            source = Source(spec, root)
-            rows, usable = len(source.rows), check_pairs(source, problems)
+            return es.rows, len(es.queries), problems
+        source = Source(spec, root)
     except Missing:
-        pass
+        return 0, 0, []
     except BadData as error:
-        problems.append(str(error))
+        return 0, 0, [*problems, str(error)]
+    for row in range(len(source.keep)):
+        try:
+            sound(source.pair(row))
+        except BadData as error:
+            problems.append(str(BadData(source.id(row), error)))
+    return len(source.rows), len(source.keep) - len(problems), problems
+
+
+def check_one(task, root, page_labels, fetch, revision):
+    """A dataset -> (status, would it stop a run?, lines for the reader). Status: found, short
+    (fewer rows than published), broken or missing (no table, or not a single image of it: those
+    were never fetched)."""
+    spec, kind = task
+    rows, usable, problems = read_whole(spec, kind, root, page_labels)
     published = spec["rows" if kind == "train" else "queries"]
     status = "broken" if problems else "found"
     if not usable and all("missing, looked in" in line for line in problems):
@@ -1313,18 +1316,6 @@ def check_one(task, root, page_labels, fetch, revision):
         problems[20:] = [f"... and {len(problems) - 20} more: no row is usable"]
     commands = downloads(spec, root, revision) if status != "found" else []
     return status, bool(problems), [line, *problems, *commands]
-
-
-def check_pairs(source, problems):
-    """How many pairs are sound; what is wrong with the others goes into problems."""
-    usable = 0
-    for row in range(len(source.keep)):
-        try:
-            sound(source.pair(row))
-            usable += 1
-        except BadData as error:
-            problems.append(str(BadData(source.id(row), error)))
-    return usable
 
 
 def downloads(spec, root, revision=None, fetch=False):

@@ -4409,8 +4409,6 @@ def test_data_columns_as_other_writers_leave_them(tmp_path):
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     train = data.train_sets(str(tmp_path))
     assert train.sizes == [1] and train.pair(0, 0)["query"] == {"text": "2020-01-01"}
-    root = write_root(tmp_path / "x", "train", [pair("2020-01-01")])
-    assert data.train_sets(root).pair(0, 0)["query"] == {"text": "2020-01-01"}
 
 
 def test_data_a_changed_table_is_read_anew(tmp_path):
@@ -4449,7 +4447,7 @@ def naive_stream(sizes, weights, batch, sub_batch, seed, steps):
         yield [(int(s), next(walks[s])) for s in drawn for _ in range(sub_batch)]
 
 
-SHAPE = ([100, 37, 5], [1, 2, 0.5], 32, 8)
+SHAPE = ([100, 37, 5, 9], [1, 2, 0.5, 0], 32, 8)
 
 
 @pytest.mark.parametrize("world, parts", [(1, 4), (2, 4), (4, 4), (8, 8)])
@@ -4468,19 +4466,19 @@ def test_data_sampler_resumes_and_moves():
     resumed = data.Sampler(*SHAPE, seed=3)
     resumed.skip(11)  # in the middle of an epoch of every source
     assert list(itertools.islice(resumed, 14)) == stream[11:] and resumed.step == 25
-    moved = data.Sampler(*SHAPE, seed=3, first=[7, 0, 100])
+    moved = data.Sampler(*SHAPE, seed=3, first=[7, 0, 100, 0])
     assert next(moved) == [(s, row + [7, 0, 100][s]) for s, row in stream[0]]
 
 
-def test_data_sampler_draws_by_weight():
-    sampler = data.Sampler([10, 10, 10], [3, 1, 0], 400, 1, seed=1)
-    share = np.bincount([s for _ in range(10) for s, _ in next(sampler)], minlength=3) / 4000
-    assert abs(share[0] - 0.75) < 0.03 and share[2] == 0
+BAD_SHAPES = [{"sub_batch": 3}, {"world": 3}, {"weights": [0, 0]}, {"weights": [1, -1]}]
+BAD_SHAPES += [{"sizes": [0, 1]}, {"weights": [1, float("nan")]}]
+
+
+@pytest.mark.parametrize("change", BAD_SHAPES, ids=str)
+def test_data_sampler_refuses_what_it_cannot_draw(change):
     good = {"sizes": [5, 5], "weights": [1, 1], "batch": 8, "sub_batch": 4}
-    bad = [{"sub_batch": 3}, {"world": 3}, {"weights": [0, 0]}, {"weights": [1, -1]}]
-    for change in [*bad, {"sizes": [0, 1]}, {"weights": [1, float("nan")]}]:
-        with pytest.raises(ValueError):
-            data.Sampler(**good | change)
+    with pytest.raises(ValueError, match="nothing to draw|no multiple"):
+        data.Sampler(**good | change)
 
 
 class Fetch(torch.utils.data.Dataset):
@@ -4527,13 +4525,6 @@ def new(mode, color, **info):
     return image
 
 
-def alpha_palette():
-    """As a colour-mapped TGA of 32 bits: transparent black."""
-    image = Image.new("P", (4, 4))
-    image.putpalette([0, 0, 0, 0], "RGBA")
-    return image
-
-
 def white_is_zero():
     out = io.BytesIO()
     Image.fromarray(np.full((4, 4), 65535 - 51400, np.uint16)).save(out, "TIFF", tiffinfo={262: 0})
@@ -4542,19 +4533,14 @@ def white_is_zero():
 
 WHITE, RED, HALF, GREY = (255, 255, 255), (255, 0, 0), (127, 127, 127), (200, 200, 200)
 IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
-    (new("1", 1), WHITE),
-    (new("L", 200), GREY),
     (new("LA", (0, 128)), HALF),
     (new("La", (0, 128)), None),
     (new("RGBA", (0, 0, 0, 0)), WHITE),
     (new("RGBa", (0, 0, 0, 0)), WHITE),
     (new("PA", (0, 0)), WHITE),
     (new("P", 0, transparency=0), WHITE),
-    (alpha_palette(), WHITE),
     (new("RGB", RED, transparency=RED), WHITE),
     (new("CMYK", (0, 255, 255, 0)), RED),
-    (new("YCbCr", (76, 85, 255)), RED),
-    (new("HSV", (0, 255, 255)), RED),
     (new("LAB", (255, 128, 128)), WHITE),
     (array(np.uint16, 32768), HALF),
     (array(np.int32, 200), GREY),
