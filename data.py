@@ -401,7 +401,8 @@ class Row:
     hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
     # Where in ROOT the rows lie: patterns of which the first that matches wins, or the name of a
     # list of them in mmeb.json. {hub} {repo} {name} {lower} {under} {split} {config} are filled in:
-    # repo ends the hub id, lower and under spell the name.
+    # repo ends the hub id, lower and under spell the name, config of pages is corpus, qrels or
+    # queries (older files say {part} for it).
     table: str | list | None = None
     config: str | list = ""  # the hub's config; a test set may have several, read in turn
     cap: int | None = None  # only so many first rows are used
@@ -927,7 +928,7 @@ class EvalSet(Files):
         self.rows = 0  # of the table of queries
         self.where = self.name  # the row being read
         self.config = ""  # and the config it is in
-        self.asked = {}  # of pairs(): query -> its number
+        self.asked = {}  # of pairs(): query -> its positives
         self.seen = set()  # of pages: (column, id)
         self.relevant = collections.defaultdict(dict)  # of pages: query -> {page: grade}
 
@@ -1171,10 +1172,9 @@ def pairs(b, row):
     number = b.cand(side_key(row, *TARGET), item, **target)
     if key not in b.asked:
         b.query(query, [number], [number])
-        b.asked[key] = len(b.queries) - 1
-    positives = b.positives[b.asked[key]]
-    if number not in positives:
-        positives.append(number)
+        b.asked[key] = b.positives[-1]
+    if number not in b.asked[key]:
+        b.asked[key].append(number)
 
 
 def side_key(row, text, image):
