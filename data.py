@@ -570,7 +570,7 @@ class Files:
         self.name = spec["name"]
         self.parser = spec["parser"]
         self.configs = listed(spec["config"]) or [""]
-        if self.parser == "beir":
+        if self.parser == "beir":  # what the hub calls configs of a set of pages
             self.configs = ["corpus", "qrels", "queries"]
         self.root = os.path.realpath(root)
         self.frames = frames or spec["frames"] or FRAMES  # the caller's, the row's, VLM2Vec's
@@ -933,8 +933,7 @@ class EvalSet(Files):
         self.relevant = collections.defaultdict(dict)  # of pages: query -> {page: grade}
 
     def read(self, parse, configs, limit=None, place=""):
-        """The rows of these configs through their parser. What goes wrong there is wrong with that
-        row."""
+        """The rows of these configs through a parser. What goes wrong is wrong with that row."""
         self.rows = 0
         for self.config in configs:
             table = self.table(self.config)
@@ -1275,8 +1274,7 @@ def load_eval(
 
 
 def read_whole(spec, kind, root, page_labels):
-    """A dataset from end to end, every image and frame of it -> (rows, usable ones, [what is
-    wrong])."""
+    """A dataset from end to end, every image and frame -> (rows, usable ones, [what is wrong])."""
     problems = []
     try:
         if kind == "eval":
@@ -1308,8 +1306,8 @@ def check_one(task, root, page_labels, fetch, revision):
     elif not problems and rows < (published or 0):
         status = "short"
     if fetch and status in ("missing", "short"):
-        downloads(spec, root, revision, fetch)
-        return check_one(task, root, page_labels, False, revision)
+        downloads(spec, root, revision, fetch=True)
+        return check_one(task, root, page_labels, fetch=False, revision=revision)  # look again
     line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {published or '?':>8} rows"
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
     if not usable and len(problems) > 20:  # the fault is not in the rows

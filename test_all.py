@@ -4813,38 +4813,30 @@ def test_data_check_opens_every_frame(tmp_path, capsys):
 
 def test_data_command_line(tmp_path):
     root = write_root(tmp_path / "root", "train", [SOUND, pair("q", "gone.png")])
-    script, runs = os.path.join(HERE, "data.py"), {}
-    for folder in (root, f"{root}/nowhere"):
-        command = [sys.executable, script, "--check", folder]
+
+    def check(folder):
+        command = [sys.executable, os.path.join(HERE, "data.py"), "--check", folder]
         env = os.environ | {"HF_HUB_OFFLINE": "1"}
-        runs[folder] = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert [run.returncode for run in runs.values()] == [1, 1]
-    assert "d/1: image 'gone.png': missing" in runs[root].stdout and not runs[root].stderr
-    assert runs[f"{root}/nowhere"].stderr == f"data.py: {root}/nowhere: no such folder\n"
+        return subprocess.run(command, capture_output=True, text=True, env=env)
+
+    broken, absent = check(root), check(f"{root}/nowhere")
+    assert broken.returncode == absent.returncode == 1
+    assert "d/1: image 'gone.png': missing" in broken.stdout and not broken.stderr
+    assert absent.stderr == f"data.py: {root}/nowhere: no such folder\n"
 
 
 def test_data_fetch_downloads_what_is_missing(tmp_path, monkeypatch, capsys):
     """As a mirror of the hub id, of the revision that is asked for."""
-    import huggingface_hub
-
-    root, calls = str(tmp_path), []
-
-    def download(hub, **options):
-        calls.append((hub, options))
-
+    root, download = str(tmp_path), Mock()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     data.check(root, ["train"], ["CIRR"], fetch=True, revision="abc")
-    folder = {"repo_type": "dataset", "local_dir": f"{root}/{TRAIN_HUB}", "revision": "abc"}
-    patterns = ("CIRR/*", "images_zip/CIRR.zip")
-    assert calls == [(TRAIN_HUB, {"allow_patterns": p, **folder}) for p in patterns]
-    assert "--revision abc --include 'CIRR/*'" in capsys.readouterr().out
     data.check(root, ["train"], ["CIRR"])
-    assert len(calls) == 2
-
-    def offline(*_, **__):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    folder = {"repo_type": "dataset", "local_dir": f"{root}/{TRAIN_HUB}", "revision": "abc"}
+    assert [call.args for call in download.call_args_list] == [(TRAIN_HUB,)] * 2
+    wanted = [{"allow_patterns": p, **folder} for p in ("CIRR/*", "images_zip/CIRR.zip")]
+    assert [call.kwargs for call in download.call_args_list] == wanted
+    assert "--revision abc --include 'CIRR/*'" in capsys.readouterr().out
+    download.side_effect = ConnectionError("no route\nto host")
     with pytest.raises(BadData, match=r"^NIGHTS: .* \(ConnectionError: no route to host\)$"):
         data.check(root, names=["NIGHTS"], fetch=True)
 
