@@ -652,8 +652,9 @@ class Files:
             except (LookupError, ValueError, AttributeError) as error:
                 what = f"table {pattern!r} is no pattern ({error})"
                 raise BadData(self.name, what) from error
-            names = [n for n in glob.glob(pattern, root_dir=self.root) if n.endswith(TABLE_FILES)]
-            files = [path for path in map(self.inside, sorted(names)) if os.path.isfile(path)]
+            names = sorted(glob.glob(pattern, root_dir=self.root))
+            files = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
+            files = [path for path in files if os.path.isfile(path)]
             if files:
                 return files
         return []
@@ -870,8 +871,10 @@ class Sampler:
         self.rank = rank
         self.world = world
         self.step = 0
-        starts = first or [0] * len(sizes)
-        self.walks = [self.walk(*source) for source in zip(range(len(sizes)), sizes, starts)]
+        self.walks = []
+        for source, size in enumerate(sizes):
+            start = first[source] if first else 0
+            self.walks.append(self.walk(source, size, start))
 
     def walk(self, source, size, start):
         """The rows of a source without end, in each epoch in another order."""
@@ -1226,9 +1229,10 @@ def qrel(b, row):
 def page_query(b, row):
     """A question; its pages are known by now."""
     qid, text = new_id(b, row, "query-id"), cell(row, "query")
-    grades = {b.index[key]: g for key, g in b.relevant[qid].items() if key in b.index}
+    known = [key for key in b.relevant[qid] if key in b.index]
+    grades = [b.relevant[qid][key] for key in known]
     query = b.say(f"{b.inst} {text}", b.inst, text)
-    b.query(query, [], list(grades), list(grades.values()), qid)
+    b.query(query, [], [b.index[key] for key in known], grades, qid)
 
 
 IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
