@@ -508,6 +508,8 @@ def tables(root, kind):
     files = [file for file in USER_FILES if os.path.exists(os.path.join(root, file))]
     rows = TRAIN if kind == "train" else EVAL
     if os.path.exists(listing):
+        if not Path(listing).resolve().is_relative_to(Path(root).resolve()):
+            raise BadData(listing, "leaves the root")
         rows = read_listing(listing).get(kind, [])
     elif files:
         files = [file for file in files if USER_FILES[file] == kind]

@@ -4695,6 +4695,15 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, good, bad, message):
             data.load_eval(root, "d")
 
 
+def test_data_a_listing_outside_the_root_is_not_read(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "datasets.json").write_text("{}")
+    (root / "datasets.json").symlink_to("../datasets.json")
+    with pytest.raises(BadData, match="datasets.json: leaves the root"):
+        data.tables(str(root), "train")
+
+
 def listing(**row):
     return {"datasets.json": {"train": [{"name": "x", **row}]}}
 
