@@ -4003,6 +4003,7 @@ def pair(qry="q", image="", **more):
 
 FAMILIES = "I-CLS 10 I-QA 10 I-RET 12 I-VG 4 V-CLS 5 V-QA 5 V-RET 5 V-MRET 3 ViDoRe-V1 10"
 FAMILIES += " ViDoRe-V2 4 VisRAG 6 VisDoc-OOD 4"
+PLOT = data.WORDS["visrag"]["PlotQA"]
 
 
 def test_data_tables_are_complete():
@@ -4024,6 +4025,8 @@ def test_data_tables_are_complete():
     prompts = {row["name"]: row["inst"] for row in rows}
     assert prompts["HMDB51"].endswith("objects interactions are the person in the video doing?")
     assert prompts["Breakfast"].endswith("is cooking in the video. ")  # theirs ends in a space
+    assert PLOT[0].startswith("This query relates to retrieving a relevant plot or chart that")
+    assert PLOT[1] == "A numerical data visualization, such as bar charts or line graphs."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4044,6 +4047,8 @@ TRAINING = [
     ("mmeb", pair("q", ["a.png", "b.png"]), ("q", A, B), ("a",)),
     ("page_qa", {"query": "what?", "image": "a.png", "answer": "it"}, (" what?", A), ("it",)),
     ("page", {"query": "x", "image": "a.png", "source": "?"}, ("x ",), (" ", A)),
+    ("page", {"query": "x", "image": "a.png", "source": "PlotQA"}, (f"{PLOT[0]}  x ",),
+     (f"{PLOT[1]}  ", A)),
     ("video_caption", TALK, ("\nDescribe.", V), ("A cat.",)),
     ("video_retrieval", TALK, (SEEN,), (SHOW, V)),
     ("video_qa", TALK, (ABOUT, V), ("A cat.",)),
@@ -4070,26 +4075,18 @@ def test_data_training_strings(tmp_path, parser, row, query, target):
     assert shape(got["query"], root) == query and shape(got["target"], root) == target
 
 
-def test_data_visrag_prompts_depend_on_the_source(tmp_path):
-    row = {"query": "plot?", "image": "a.png", "source": "PlotQA"}
-    got = data.train_sets(write_root(tmp_path, "train", [row], parser="page")).pair(0, 0)
-    assert got["query"]["text"].startswith("This query relates to retrieving a relevant plot or")
-    assert got["query"]["text"].endswith("the query:  plot? ")
-    assert got["target"]["text"].endswith("bar charts or line graphs.  ")
-
-
 def test_data_hard_negatives_are_kept(tmp_path):
     """One or several, text, image or both: VLM2Vec reads and drops them."""
-    rows = [
-        pair(neg_text="x", neg_image_path=""),
-        pair(neg_text=["x", "y"], neg_image_path=["", "b.png"]),  # types differ from row to row
-        pair(neg_text=f"{IMG}\nIt.", neg_image_path="b.png"),
-        pair(neg_text="", neg_image_path=None),
+    negatives = [
+        ("x", "", [("x",)]),
+        (["x", "y"], ["", "b.png"], [("x",), ("y", B)]),  # types differ from row to row
+        (f"{IMG}\nIt.", "b.png", [("\nIt.", B)]),
+        ("", None, []),
     ]
-    root = write_root(tmp_path, "train", rows)
-    pairs = data.train_sets(root)
-    got = [[shape(n, root) for n in pairs.pair(0, i)["negatives"]] for i in range(4)]
-    assert got == [[("x",)], [("x",), ("y", B)], [("\nIt.", B)], []]
+    rows = [pair(neg_text=text, neg_image_path=image) for text, image, _ in negatives]
+    train = data.train_sets(write_root(tmp_path, "train", rows))
+    for i, (_, _, want) in enumerate(negatives):
+        assert [shape(n, tmp_path) for n in train.pair(0, i)["negatives"]] == want
 
 
 # Test sets: (parser, row, query, candidates, keys, candidates of the row, positives, keys of Row)
@@ -4188,9 +4185,9 @@ def test_data_videos_are_8_frames(tmp_path):
     assert len(es.candidates[0]["video"]["frames"]) == 11
     assert es.protocol == "64 frames, vlm2vec prompts"
     root = write_root(tmp_path, "eval", [SEEK], parser="momentseeker")
-    assert len(data.load_eval(root, "d").candidates[0]["video"]["frames"]) == 11
-    write_image(f"{root}/v/\u00b2.png")  # a digit that is no number
-    assert data.frames_of(f"{root}/v", None)[-1].endswith("\u00b2.png")
+    write_image(f"{root}/video_frames/m_a/\u00b2.png")  # a digit that is no number
+    frames = data.load_eval(root, "d").candidates[0]["video"]["frames"]
+    assert len(frames) == 12 and frames[-1].endswith("\u00b2.png")
 
 
 def test_data_qwen_prompts_put_the_instruction_apart(tmp_path):
@@ -4313,7 +4310,7 @@ def test_data_training_layouts_and_splits(tmp_path):
         train = data.train_sets(root)
         assert f"/{folder}images/" in train.pair(0, 0)["query"]["image"]
         assert (train.names, train.sizes, train.weights) == (["CIRR"], [1], [0.5])
-        assert len(train.missing) == 24 and data.train_sets(root, split="train").sizes == [2]
+        assert len(train.missing) == 24
     share = f"{tmp_path}/ShareGPTVideo/train_video_and_instruction"
     write_table(f"{share}/video_caption_300k.jsonl", [TALK])
     write_frames(f"{share}/video_frames/train_300k/v", 3)
@@ -4321,11 +4318,11 @@ def test_data_training_layouts_and_splits(tmp_path):
     assert data.train_sets(str(tmp_path)).names == names
 
 
-def test_data_empty_sides_are_dropped_and_counted(tmp_path):
+def test_data_empty_sides_are_dropped(tmp_path):
     """Of the first `cap` rows, as in the reference; ids stay those of the table."""
     rows = [pair(), pair(""), pair(None, None), pair(pos_text=""), pair("last"), pair("beyond")]
     train = data.train_sets(write_root(tmp_path, "train", rows, file="t.parquet", cap=5))
-    assert train.dropped == {"d": 3} and train.sizes == [2] and train.pair(0, 1)["id"] == "d/4"
+    assert train.sizes == [2] and train.pair(0, 1)["id"] == "d/4"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4348,29 +4345,6 @@ def test_data_your_pairs_need_no_code(tmp_path):
     assert es.positives == [[0], [0, 1]] and es.cand_ids[1] == '["deux", ""]' and es.local is None
 
 
-def test_data_images_inside_a_table(tmp_path):
-    """Structs with bytes or with a path alone, bytes, and lists of either."""
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    hub = [{"bytes": png("red"), "path": "x"}, {"bytes": None, "path": "a.png"}, None]
-    lists = [[{"bytes": png(), "path": None}] * 2, [], None]
-    columns = {"qry": ["q"] * 3, "pos_text": ["a", "b", "c"], "neg_text": ["", "", "n"]}
-    columns |= {"qry_image_path": pa.array(hub, struct), "neg_image_path": [png("lime"), None, b""]}
-    columns |= {"pos_image_path": pa.array(lists, pa.list_(struct))}
-    write_image(tmp_path / "a.png", "green")
-    for name in ("train", "test"):
-        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
-    train = data.train_sets(str(tmp_path))
-    pairs = [train.pair(0, i) for i in range(3)]
-    refs = [data.refs(item) for p in pairs for item in (p["query"], p["target"], *p["negatives"])]
-    colors = [[load_image(ref).getpixel((0, 0)) for ref in item] for item in refs]
-    red, green, blue, lime = (255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 255, 0)
-    assert colors == [[red], [blue, blue], [lime], [green], [], [], [], []]
-    assert str(refs[1][1]).endswith("train.parquet row 0 column pos_image_path image 1")
-    assert len(data.load_eval(str(tmp_path), "own").candidates) == 3
-    keys = [data.pair_key(p) for p in pairs]
-    assert len(set(keys)) == 3 and keys == [data.pair_key(train.pair(0, i)) for i in range(3)]
-
-
 def test_data_pair_keys_are_of_the_content(tmp_path):
     """Inserting a row, moving the root: the keys stay. Another text or image: another key."""
     rows = [pair("one", "a.png"), pair("two")]
@@ -4385,38 +4359,50 @@ def test_data_pair_keys_are_of_the_content(tmp_path):
 
 
 RED_PNG, STRUCT = png("red"), pa.struct({"bytes": pa.binary(), "path": pa.string()})
-HELD = {"bytes": RED_PNG, "path": None}
-CELLS = [  # an image column as writers leave it: type and cell; what is said of it, None: read
-    (pa.struct({"path": pa.string()}), {"path": "a.png"}, None),
-    (pa.struct({"bytes": pa.binary()}), {"bytes": RED_PNG}, None),
-    (pa.list_(STRUCT, 1), [HELD], None),
-    (pa.list_(STRUCT), [HELD], None),
-    (pa.binary(len(RED_PNG)), RED_PNG, None),
-    (pa.binary_view(), RED_PNG, None),
-    (pa.struct({"bytes": pa.string()}), {"bytes": "x"}, "row 0: .*bytes are wanted, got string"),
+HELD = {"bytes": RED_PNG, "path": "x"}
+CELLS = [  # an image column as writers leave it: type and cell; how many images, or what is said
+    (STRUCT, HELD, 1),
+    (STRUCT, {"bytes": None, "path": "a.png"}, 1),
+    (STRUCT, None, 0),
+    (pa.struct({"path": pa.string()}), {"path": "a.png"}, 1),
+    (pa.struct({"bytes": pa.binary()}), {"bytes": RED_PNG}, 1),
+    (pa.list_(STRUCT), [HELD, HELD], 2),
+    (pa.list_(STRUCT), [], 0),
+    (pa.list_(STRUCT, 1), [HELD], 1),
+    (pa.binary(), RED_PNG, 1),
+    (pa.binary(), b"", 0),
+    (pa.binary(len(RED_PNG)), RED_PNG, 1),
+    (pa.binary_view(), RED_PNG, 1),
+    (pa.struct({"bytes": pa.string()}), {"bytes": "x"}, "image 'x': missing"),
     (pa.struct({"file": pa.string()}), {"file": "a.png"}, "a dict: not a path"),
     (pa.int64(), 3, "3: not a path"),
 ]
 
 
-@pytest.mark.parametrize("kind", ["train", "test"])
-@pytest.mark.parametrize("column, value, message", CELLS, ids=range(len(CELLS)))
-def test_data_image_columns_as_other_writers_leave_them(tmp_path, kind, column, value, message):
-    write_image(tmp_path / "a.png")
+@pytest.mark.parametrize("column, value, want", CELLS, ids=range(len(CELLS)))
+def test_data_image_columns_as_other_writers_leave_them(tmp_path, column, value, want):
+    root, path = str(tmp_path), str(tmp_path / "a.png")
+    pathlib.Path(path).write_bytes(RED_PNG)
     table = {"qry": ["q"], "qry_image_path": pa.array([value], column)}
     table |= {"pos_text": ["a"], "pos_image_path": [""]}
-    pq.write_table(pa.table(table), tmp_path / f"{kind}.parquet")
-
-    def query():
-        if kind == "train":
-            return data.train_sets(str(tmp_path)).pair(0, 0)["query"]
-        return data.load_eval(str(tmp_path), "own").queries[0]
-
-    if message is None:
-        assert [load_image(ref).getpixel((0, 0)) for ref in data.refs(query())] == [(255, 0, 0)]
-    else:
-        with pytest.raises(BadData, match=f"own/0: .*{message}"):
-            query()
+    for kind in ("train", "test"):
+        pq.write_table(pa.table(table), tmp_path / f"{kind}.parquet")
+    if isinstance(want, str):
+        with pytest.raises(BadData, match=f"the first: own/0: {want}"):
+            data.train_sets(root)
+        with pytest.raises(BadData, match=f"^own/0: {want}"):
+            data.load_eval(root, "own")
+        return
+    got = data.train_sets(root).pair(0, 0)
+    for query in (got["query"], data.load_eval(root, "own").queries[0]):
+        colors = [load_image(ref).getpixel((0, 0)) for ref in data.refs(query)]
+        assert colors == [(255, 0, 0)] * want
+    if want == 2:
+        name = "train.parquet row 0 column qry_image_path image 1"
+        assert str(got["query"]["image"][1]).endswith(name)
+    # The key of a pair is that of the same image in a file.
+    file = {"query": {"text": "q", "image": [path] * want}, "target": {"text": "a"}}
+    assert data.pair_key(got) == data.pair_key(file | {"negatives": []})
 
 
 def test_data_columns_as_other_writers_leave_them(tmp_path):
@@ -4427,8 +4413,6 @@ def test_data_columns_as_other_writers_leave_them(tmp_path):
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     train = data.train_sets(str(tmp_path))
     assert train.sizes == [1] and train.pair(0, 0)["query"] == {"text": "2020-01-01"}
-    root = write_root(tmp_path / "x", "train", [pair("2020-01-01")])
-    assert data.train_sets(root).pair(0, 0)["query"] == {"text": "2020-01-01"}
 
 
 def test_data_a_changed_table_is_read_anew(tmp_path):
@@ -4467,40 +4451,38 @@ def naive_stream(sizes, weights, batch, sub_batch, seed, steps):
         yield [(int(s), next(walks[s])) for s in drawn for _ in range(sub_batch)]
 
 
-def test_data_sampler_equals_its_definition():
-    shape = ([100, 37, 5], [1, 2, 0.5], 32, 8)
-    stream = list(naive_stream(*shape, seed=3, steps=25))
-    sampler = data.Sampler(*shape, seed=3)
-    assert list(itertools.islice(sampler, 25)) == stream and sampler.step == 25
-    resumed = data.Sampler(*shape, seed=3)
-    resumed.skip(11)  # in the middle of an epoch of every source
-    assert list(itertools.islice(resumed, 14)) == stream[11:]
-    moved = data.Sampler(*shape, seed=3, first=[7, 0, 100])
-    assert next(moved) == [(s, row + [7, 0, 100][s]) for s, row in stream[0]]
+SHAPE = ([100, 37, 5, 9], [1, 2, 0.5, 0], 32, 8)
 
 
-@pytest.mark.parametrize("world, parts", [(2, 4), (4, 4), (8, 8)])
-def test_data_ranks_share_the_stream(world, parts):
-    """Sub-batches (or parts of them) are dealt out in turn; together they are the batch of one."""
-    shape = ([100, 37, 5], [1, 2, 0.5], 32, 8)
-    stream = list(naive_stream(*shape, seed=3, steps=5))
-    ranks = [data.Sampler(*shape, seed=3, rank=rank, world=world) for rank in range(world)]
-    for batch in stream:
+@pytest.mark.parametrize("world, parts", [(1, 4), (2, 4), (4, 4), (8, 8)])
+def test_data_sampler_equals_its_definition(world, parts):
+    """Sub-batches (or parts of them) are dealt to ranks in turn; together they are the batch."""
+    ranks = [data.Sampler(*SHAPE, seed=3, rank=rank, world=world) for rank in range(world)]
+    for batch in naive_stream(*SHAPE, seed=3, steps=25):
         shares = [next(rank) for rank in ranks]
         n = 32 // parts
         dealt = [shares[k % world][k // world * n :][:n] for k in range(parts)]
         assert [pair for part in dealt for pair in part] == batch
 
 
-def test_data_sampler_draws_by_weight():
-    sampler = data.Sampler([10, 10, 10], [3, 1, 0], 400, 1, seed=1)
-    share = np.bincount([s for _ in range(10) for s, _ in next(sampler)], minlength=3) / 4000
-    assert abs(share[0] - 0.75) < 0.03 and share[2] == 0
+def test_data_sampler_resumes_and_moves():
+    stream = list(naive_stream(*SHAPE, seed=3, steps=25))
+    resumed = data.Sampler(*SHAPE, seed=3)
+    resumed.skip(11)  # in the middle of an epoch of every source
+    assert list(itertools.islice(resumed, 14)) == stream[11:] and resumed.step == 25
+    moved = data.Sampler(*SHAPE, seed=3, first=[7, 0, 100, 0])
+    assert next(moved) == [(s, row + [7, 0, 100][s]) for s, row in stream[0]]
+
+
+BAD_SHAPES = [{"sub_batch": 3}, {"world": 3}, {"weights": [0, 0]}, {"weights": [1, -1]}]
+BAD_SHAPES += [{"sizes": [0, 1]}, {"weights": [1, float("nan")]}]
+
+
+@pytest.mark.parametrize("change", BAD_SHAPES, ids=str)
+def test_data_sampler_refuses_what_it_cannot_draw(change):
     good = {"sizes": [5, 5], "weights": [1, 1], "batch": 8, "sub_batch": 4}
-    bad = [{"sub_batch": 3}, {"world": 3}, {"weights": [0, 0]}, {"weights": [1, -1]}]
-    for change in [*bad, {"sizes": [0, 1]}, {"weights": [1]}, {"weights": [1, float("nan")]}]:
-        with pytest.raises(ValueError):
-            data.Sampler(**good | change)
+    with pytest.raises(ValueError, match="nothing to draw|no multiple"):
+        data.Sampler(**good | change)
 
 
 class Fetch(torch.utils.data.Dataset):
@@ -4547,13 +4529,6 @@ def new(mode, color, **info):
     return image
 
 
-def alpha_palette():
-    """As a colour-mapped TGA of 32 bits: transparent black."""
-    image = Image.new("P", (4, 4))
-    image.putpalette([0, 0, 0, 0], "RGBA")
-    return image
-
-
 def white_is_zero():
     out = io.BytesIO()
     Image.fromarray(np.full((4, 4), 65535 - 51400, np.uint16)).save(out, "TIFF", tiffinfo={262: 0})
@@ -4562,19 +4537,14 @@ def white_is_zero():
 
 WHITE, RED, HALF, GREY = (255, 255, 255), (255, 0, 0), (127, 127, 127), (200, 200, 200)
 IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
-    (new("1", 1), WHITE),
-    (new("L", 200), GREY),
     (new("LA", (0, 128)), HALF),
     (new("La", (0, 128)), None),
     (new("RGBA", (0, 0, 0, 0)), WHITE),
     (new("RGBa", (0, 0, 0, 0)), WHITE),
     (new("PA", (0, 0)), WHITE),
     (new("P", 0, transparency=0), WHITE),
-    (alpha_palette(), WHITE),
     (new("RGB", RED, transparency=RED), WHITE),
     (new("CMYK", (0, 255, 255, 0)), RED),
-    (new("YCbCr", (76, 85, 255)), RED),
-    (new("HSV", (0, 255, 255)), RED),
     (new("LAB", (255, 128, 128)), WHITE),
     (array(np.uint16, 32768), HALF),
     (array(np.int32, 200), GREY),
@@ -4649,17 +4619,13 @@ BAD_IMAGES = [  # bytes of x.png, or a reference; what the message has
 
 
 @pytest.mark.parametrize("ref, message", BAD_IMAGES, ids=range(len(BAD_IMAGES)))
-def test_data_bad_images_are_named(tmp_path, monkeypatch, ref, message):
+def test_data_bad_images_are_named(tmp_path, ref, message):
     if isinstance(ref, bytes):
         (tmp_path / "x.png").write_bytes(ref)
         ref = str(tmp_path / "x.png")
     with pytest.raises(BadData, match=message) as error:
         load_image(ref)
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300
-    # Up to twice its limit Pillow only warns.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    with pytest.raises(BadData, match="too many pixels"):
-        load_image(Image.new("RGB", (8, 8)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4693,7 +4659,7 @@ BAD_ROWS = [
     ("image_cls", ASK, ASK | {"tgt_text": None}, "column tgt_text: a list of texts .* got null"),
     ("image_cls", ASK, ASK | {"tgt_text": ["a", None]}, "column tgt_text: .*, got null"),
     ("image_cls", ASK, ASK | {"qry_inst": None}, "column qry_inst: text is wanted, got null"),
-    ("image_t2i", FIND, FIND | {"tgt_img_path": ["a.png", ""]}, "path '': is empty"),
+    ("image_t2i", FIND, FIND | {"tgt_img_path": ["a.png", ""]}, "'': not a path"),
     ("image_t2i", FIND, FIND | {"tgt_text": ["a", "b"]}, "tgt_text: 2 of them for 3 tgt_img_path"),
     ("video_cls", CLS, CLS | {"pos_text": "x"}, "column pos_text: 'x' is not among its 2 options"),
     ("videomme", MME, MME | {"answer": "D"}, "column answer: 'D' is not among its 3 options"),
@@ -4731,6 +4697,15 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, good, bad, message):
     elif "bomb" not in message:  # images are opened when they are embedded
         with pytest.raises(BadData, match=f"^d/1: {message}"):
             data.load_eval(root, "d")
+
+
+def test_data_a_listing_outside_the_root_is_not_read(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "datasets.json").write_text("{}")
+    (root / "datasets.json").symlink_to("../datasets.json")
+    with pytest.raises(BadData, match="datasets.json: leaves the root"):
+        data.tables(str(root), "train")
 
 
 def listing(**row):
@@ -4788,11 +4763,12 @@ def rels(*rows):
     return [{"query-id": 1, "corpus-id": page, "score": score} for page, score in rows]
 
 
+UP = "../../../../../../6"  # out of the root, from visdoc-tasks/images/ViDoRe_tatdqa
 BOMB = {"corpus-id": 6, "image": {"bytes": bomb(), "path": ""}}
 # fmt: off
 PAGE_FAULTS = [  # corpus, queries, qrels; what is said, usable queries
     (pages(5, 5), [1], None, "corpus row 1: column corpus-id: '5' occurs twice", 1),
-    (pages("5") + [{"corpus-id": "../6"}], [1], None, "corpus row 1: path '../6.png': leaves", 1),
+    ([*pages("5"), {"corpus-id": UP}], [1], None, "corpus row 1: path '../6.png': leaves", 1),
     ([*pages(5), BOMB], [1], None, "corpus row 1: .* row 1 column image: too many pixels", 1),
     ([{"corpus-id": 5}], [1], None, "corpus row 0: image '5.png' or '5_e4da3b7f': missing", 0),
     (pages(5), [1, 1], None, "queries row 1: column query-id: '1' occurs twice", 1),
@@ -4850,38 +4826,30 @@ def test_data_check_opens_every_frame(tmp_path, capsys):
 
 def test_data_command_line(tmp_path):
     root = write_root(tmp_path / "root", "train", [SOUND, pair("q", "gone.png")])
-    script, runs = os.path.join(HERE, "data.py"), {}
-    for folder in (root, f"{root}/nowhere"):
-        command = [sys.executable, script, "--check", folder]
+
+    def check(folder):
+        command = [sys.executable, os.path.join(HERE, "data.py"), "--check", folder]
         env = os.environ | {"HF_HUB_OFFLINE": "1"}
-        runs[folder] = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert [run.returncode for run in runs.values()] == [1, 1]
-    assert "d/1: image 'gone.png': missing" in runs[root].stdout and not runs[root].stderr
-    assert runs[f"{root}/nowhere"].stderr == f"data.py: {root}/nowhere: no such folder\n"
+        return subprocess.run(command, capture_output=True, text=True, env=env)
+
+    broken, absent = check(root), check(f"{root}/nowhere")
+    assert broken.returncode == absent.returncode == 1
+    assert "d/1: image 'gone.png': missing" in broken.stdout and not broken.stderr
+    assert absent.stderr == f"data.py: {root}/nowhere: no such folder\n"
 
 
 def test_data_fetch_downloads_what_is_missing(tmp_path, monkeypatch, capsys):
     """As a mirror of the hub id, of the revision that is asked for."""
-    import huggingface_hub
-
-    root, calls = str(tmp_path), []
-
-    def download(hub, **options):
-        calls.append((hub, options))
-
+    root, download = str(tmp_path), Mock()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     data.check(root, ["train"], ["CIRR"], fetch=True, revision="abc")
-    folder = {"repo_type": "dataset", "local_dir": f"{root}/{TRAIN_HUB}", "revision": "abc"}
-    patterns = ("CIRR/*", "images_zip/CIRR.zip")
-    assert calls == [(TRAIN_HUB, {"allow_patterns": [p], **folder}) for p in patterns]
-    assert "--revision abc --include 'CIRR/*'" in capsys.readouterr().out
     data.check(root, ["train"], ["CIRR"])
-    assert len(calls) == 2
-
-    def offline(*_, **__):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    folder = {"repo_type": "dataset", "local_dir": f"{root}/{TRAIN_HUB}", "revision": "abc"}
+    assert [call.args for call in download.call_args_list] == [(TRAIN_HUB,)] * 2
+    wanted = [{"allow_patterns": p, **folder} for p in ("CIRR/*", "images_zip/CIRR.zip")]
+    assert [call.kwargs for call in download.call_args_list] == wanted
+    assert "--revision abc --include 'CIRR/*'" in capsys.readouterr().out
+    download.side_effect = ConnectionError("no route\nto host")
     with pytest.raises(BadData, match=r"^NIGHTS: .* \(ConnectionError: no route to host\)$"):
         data.check(root, names=["NIGHTS"], fetch=True)
 
