@@ -925,28 +925,18 @@ def test_rationale_logprobs_equal_a_forward_of_each_rationale(monkeypatch):
     texts = [["because", "a longer one, 你好"], [], ["x"]]
     branches = [[p.rationale(text) for text in row] for row in texts]
     batch = P.collate(prompts, p, branches)
-    logp, row, branch = embed.rationale_logprobs(model, model(batch), batch, p, temperature)
+    logp = embed.rationale_logprobs(model, model(batch), batch, p, temperature)
     expected = []
-    for i, k in ((0, 0), (0, 1), (2, 0)):
-        expected.append(logprobs_of(model, p, prompts[i], branches[i][k], temperature))
-        assert torch.allclose(logp[(row == i) & (branch == k)], expected[-1], atol=1e-4)
+    for prompt, row in zip(prompts, branches):
+        expected += [logprobs_of(model, p, prompt, branch, temperature) for branch in row]
+    expected = torch.cat(expected)
+    assert torch.allclose(logp, expected, atol=1e-4)
     weight = model.text.layers[0].mlp.down_proj.weight
-    a, b = (torch.autograd.grad(x.sum(), weight)[0] for x in (logp, torch.cat(expected)))
-    assert len(logp) == len(torch.cat(expected)) and torch.allclose(a, b, atol=1e-3)
-    direct = P.collate(prompts, p)
-    assert [len(x) for x in embed.rationale_logprobs(model, model(direct), direct, p)] == [0, 0, 0]
+    a, b = (torch.autograd.grad(x.sum(), weight)[0] for x in (logp, expected))
+    assert torch.allclose(a, b, atol=1e-3)
 
 
 # The losses
-
-
-def test_info_nce_by_hand():
-    """Two orthogonal pairs at temperature 1: −log e / (e + 1), in both directions."""
-    eye = torch.eye(2)
-    loss = embed.info_nce(eye, eye, torch.arange(2), temperature=1.0)
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)))
-    logp = embed.log_target_prob(eye, eye, torch.arange(2), temperature=1.0)
-    assert logp.tolist() == pytest.approx([-loss.item()] * 2)
 
 
 def nce_by_loops(q, t, positive, temperature, duplicates, weights):
@@ -1119,8 +1109,11 @@ def test_contrastive_step_of_two_processes_equals_one(tmp_path):
 
 @pytest.mark.parametrize("reason", ["never", "always", "auto"])
 def test_a_mixed_batch_equals_its_items_alone(reason):
-    """Vectors, decisions and greedy rationales do not depend on what shares the batch."""
+    """Vectors, decisions and greedy rationales do not depend on what shares the batch; items and
+    weights stay as they are."""
     e = tiny_embedder(2)
+    before = repr(ITEMS), ITEMS[5]["image"].tobytes()
+    weights = copy.deepcopy(e.model.state_dict())
     options = {"reason": reason, "max_new_tokens": 6, "return_info": True, "threshold": 0.48}
     alone = [e.encode(item, **options) for item in ITEMS]
     v, infos = e.encode(ITEMS, batch_size=5, **options)
@@ -1131,6 +1124,8 @@ def test_a_mixed_batch_equals_its_items_alone(reason):
         assert {**infos[i], "p_reason": info[0]["p_reason"]} == info[0]
     reasoned = {info["reasoned"] for info in infos}
     assert reasoned == {"never": {False}, "always": {True}, "auto": {True, False}}[reason]
+    assert (repr(ITEMS), ITEMS[5]["image"].tobytes()) == before
+    assert all(torch.equal(x, weights[name]) for name, x in e.model.state_dict().items())
 
 
 def test_the_reasoned_vector_is_that_of_prompt_and_rationale():
@@ -1295,7 +1290,7 @@ BAD_RUNS = {  # lines, options, what is said
     "reason": (b'"a"', "--reason yes", "reason='yes': expected auto"),
     "dim": (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     "device": (b'"a"', "--device no", "device no"),
-    "dtype": (b'"a"', "--dtype int8", "dtype int8: expected bfloat16"),
+    "dtype": (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
     "revision": (b'"a"', "--revision v1", ": a local folder has no revisions"),
     "pixels": (b'"a"', "--max-pixels 3", "expected min <= max"),
 }
@@ -1329,39 +1324,36 @@ def test_bad_options(name):
             tiny_embedder().encode([], **{name: value})
 
 
-@pytest.mark.parametrize("item", [5, ["a"], {"txt": "a"}, b"none", make_image(10, 3000)])
-def test_a_bad_item_is_named(item):
-    with pytest.raises(ValueError, match="^item 40: [^\n]*$") as error:
-        tiny_embedder().encode(["fine"] * 40 + [item])
-    assert error.value.index == 40
-
-
+@pytest.mark.parametrize("item", [5, "z, longest"])
 @pytest.mark.parametrize("reason, batch_size", [("never", 2), ("always", 64)])
-def test_numbers_that_are_not_finite_are_refused(reason, batch_size):
-    """Before anything is sampled from them, in whatever order the items are computed."""
+def test_the_item_at_fault_is_named(item, reason, batch_size):
+    """In whatever order items are computed, and before anything is sampled from a NaN."""
     e = tiny_embedder()
     with torch.no_grad():
         e.model.text.embed_tokens.weight[e.processor.tokenizer.encode("z")] = math.nan
-    with pytest.raises(ValueError, match="^item 40: .*not finite in torch.float32"):
-        items = ["a"] * 40 + ["z, longest"] + ["a"] * 9
+    items = ["a"] * 40 + [item] + ["a"] * 9
+    with pytest.raises(
+        ItemError, match="^item 40: [^\n]*(got 5|not finite in torch.float32)"
+    ) as error:
         e.encode(items, reason=reason, batch_size=batch_size, temperature=1.0)
+    assert error.value.index == 40
 
 
-def test_weights_that_overflow_in_float16_are_refused():
+NO_DIRECTION = [
+    ("text.norm.weight", 0.0, torch.float32),
+    ("text.norm.weight", 1e25, torch.float32),  # the numbers are finite, their squares are not
+    ("text.layers.0.mlp.down_proj.weight", 1e5, torch.float16),  # the products are above 65,504
+]
+
+
+@pytest.mark.parametrize("name, factor, dtype", NO_DIRECTION)
+def test_a_vector_without_a_direction_is_refused(name, factor, dtype):
+    """Normalised it would be zeros, which match nothing."""
     e = tiny_embedder()
-    e.model.text.layers[0].mlp.down_proj.weight.data *= 1e5  # below 65,504, the products are not
-    e.model.half()
-    with pytest.raises(ValueError, match="^item 0: .*not finite in torch.float16"):
-        e.encode(["a"])
-
-
-def test_a_vector_without_a_direction_is_refused():
-    """All zeros, or squares that overflow: normalised it would be zeros, which match nothing."""
-    for factor in (0.0, 1e25):
-        e = tiny_embedder()
-        e.model.text.norm.weight.data *= factor
-        with pytest.raises(ValueError, match="^item 0: .*zero or not finite"):
-            e.encode(["a"], reason="never")
+    e.model.get_parameter(name).data *= factor
+    e.model.to(dtype)
+    with pytest.raises(ItemError, match=f"^item 0: .*zero or not finite in {dtype}"):
+        e.encode(["a"], reason="never")
 
 
 def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
@@ -1369,35 +1361,6 @@ def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Embedder, "embed_prompts", full)
     with pytest.raises(SystemExit, match="^embed.py: out of memory: lower --batch-size .*80 GiB"):
         run_embed(monkeypatch, folder, tmp_path, b'"a"')
-
-
-def test_inputs_stay_as_they_are():
-    e = tiny_embedder()
-    before = repr(ITEMS), ITEMS[5]["image"].tobytes()
-    weights = {name: x.clone() for name, x in e.model.state_dict().items()}
-    e.encode(ITEMS, reason="always", max_new_tokens=2)
-    assert (repr(ITEMS), ITEMS[5]["image"].tobytes()) == before
-    assert all(torch.equal(x, weights[name]) for name, x in e.model.state_dict().items())
-
-
-def test_matryoshka_training_makes_short_prefixes_useful():
-    """Free vectors of 32 numbers for 64 pairs: trained with it, the first 4 find more targets."""
-
-    def recall_of_prefix(dims):
-        torch.manual_seed(0)
-        q = torch.randn(64, 32, requires_grad=True)
-        t = torch.randn(64, 32, requires_grad=True)
-        optimizer = torch.optim.Adam([q, t], lr=0.05)
-        for _ in range(60):
-            optimizer.zero_grad()
-            unit = F.normalize(q, dim=1), F.normalize(t, dim=1)
-            embed.info_nce(*unit, torch.arange(64), 0.1, dims=dims).backward()
-            optimizer.step()
-        short = F.normalize(q[:, :4], dim=1) @ F.normalize(t[:, :4], dim=1).T
-        return float((short.argmax(1) == torch.arange(64)).float().mean())
-
-    assert recall_of_prefix(()) < 0.7
-    assert recall_of_prefix((4,)) == 1.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3362,44 +3325,6 @@ def test_model_bad_folders(checkpoint, tmp_path):
 # processor.py: worked examples
 
 
-def spell(data):
-    letters = {byte: letter for letter, byte in P.byte_letters().items()}
-    return "".join(letters[byte] for byte in data)
-
-
-def hand_made_spec(merges):
-    """A tokenizer.json of 256 bytes, then these merges of byte strings, then the added tokens."""
-    spec = json.loads(json.dumps(tiny_tokenizer().spec))
-    spec["model"]["merges"] = [[spell(left), spell(right)] for left, right in merges]
-    tokens = [spell([byte]) for byte in range(256)] + [spell(a + b) for a, b in merges]
-    spec["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
-    for i, token in enumerate(spec["added_tokens"]):
-        token["id"] = len(tokens) + i
-    return spec
-
-
-def test_processor_ids_by_hand():
-    """Merges have the ids from 256 on; both spellings of é are one letter; markers are spelled."""
-    merges = [(b"h", b"e"), (b"t", b"he"), (b" ", b"the"), (b"\n", b"\n"), (b"i", b"n")]
-    merges += [(b"in", b"g"), (b"'", b"s"), (b"1", b"2"), (b" ", b" "), (b"\xc3", b"\xa9")]
-    tokenizer = P.Tokenizer(hand_made_spec(merges))
-    for text, ids in {
-        "the\n\nthing's  12": [257, 259, 116, 104, 261, 262, 32, 32, 49, 50],
-        "e\u0301 \u00e9": [265, 32, 265],
-        "'S 1\r\n x": [39, 83, 32, 49, 13, 10, 32, 120],
-        " \n the<|im_end|>": [32, 10, 258, *b"<|im_end|>"],
-        "": [],
-    }.items():
-        assert tokenizer.encode(text) == ids
-    assert tokenizer.special["<|endoftext|>"] == 266
-    assert tokenizer.special["</think>"] == 266 + 25
-    assert tokenizer.size == 292
-    with pytest.raises(ValueError, match="same result"):
-        P.Tokenizer(hand_made_spec([*merges, (b"th", b"e")]))
-    published = [151643 + pocket.SPECIALS.index(name) for name in ("<|image_pad|>", "</think>")]
-    assert published == [151655, 151668]
-
-
 def shown(prompt, processor=None):
     """A prompt as text, each run of pads as one."""
     text = (processor or tiny_processor()).tokenizer.decode(prompt["ids"])
@@ -3533,13 +3458,16 @@ def test_processor_max_length_cuts_text_only():
 # --------------------------------------------------------------------------------------------------
 # processor.py: twins
 
-HARD = ["", " ", "\n", "\r\n\r\n x", "don't DON'T 'S", "1234567", "a\u0301 \u1100\u1161\u11a8 ﬁ Å"]
-HARD += ["你好，世界。", "🙂👩‍👩‍👧🏽🇩🇪", "नमस्ते दुनिया", "مرحبا", "\u00a0\u3000x\t\t y", "a" * 300]
-HARD += [
-    "<|im_end|><think>x</think><|image_pad|>",
-    "#!?--..\n\n\n",
-    "x\u0000\u200b\ufeff",
-    "ſK\u2126",
+HARD = [
+    *("", " ", "\n", "\r\n\r\n x", "don't DON'T 'S", "1234567", "a" * 300, "#!?--..\n\n\n"),
+    *("a\u0301 \u1100\u1161\u11a8 ﬁ Å", "x\u0000\u200b\ufeff", "ſK\u2126", "\u00a0\u3000x\t\t y"),
+    *(
+        "你好，世界。",
+        "🙂👩‍👩‍👧🏽🇩🇪",
+        "नमस्ते दुनिया",
+        "مرحبا",
+        "<|im_end|><think>x</think><|image_pad|>",
+    ),
 ]
 
 
@@ -3557,7 +3485,13 @@ def assert_equals_tokenizers(tokenizer, count, letters, seed):
 
 def test_processor_tokenizer_equals_tokenizers():
     """The official file is compared, too, where QWEN_TOKENIZER names one (10,000 strings)."""
+    published = [151643 + pocket.SPECIALS.index(name) for name in ("<|image_pad|>", "</think>")]
+    assert published == [151655, 151668]
     assert_equals_tokenizers(tiny_tokenizer(), 300, 0x2FFF, seed=0)
+    spec = copy.deepcopy(tiny_tokenizer().spec)
+    spec["model"]["merges"].reverse()
+    with pytest.raises(ValueError, match="two merges .* in another order"):
+        P.Tokenizer(spec)
     if "QWEN_TOKENIZER" in os.environ:
         official = P.Tokenizer(M.read_json(os.environ["QWEN_TOKENIZER"]))
         assert official.special["<|endoftext|>"] == 151643
@@ -3605,43 +3539,38 @@ CONTENTS = [
 
 
 @pytest.mark.parametrize("default", [None, 'Represent "it"\n— 你', "Why?"])
-def test_processor_chat_template_equals_ours(default, tmp_path):
+@pytest.mark.parametrize("opening", [[], [{"role": "system", "content": "S."}]])
+def test_processor_chat_template_equals_ours(default, opening, tmp_path):
     """The saved template, run by transformers, writes what the Processor reads: also of parts as
     Arrow tables write them, with None for whatever is absent."""
-    from transformers import AutoTokenizer
-
     processor = tiny_processor(default_instruction=default)
     processor.save(tmp_path)
-    library = AutoTokenizer.from_pretrained(tmp_path)
+    library = transformers_tokenizer(str(tmp_path))
     make_image(70, 45).save(tmp_path / "im.png")
-    path = str(tmp_path / "im.png")
-    for content in CONTENTS:
-        content = json.loads(json.dumps(content).replace("IM", path))
-        parts = [part for part in content if isinstance(part, dict)]
-        variants = [content]
-        if len(parts) > 1 and len(parts) == len(content):
-            variants.append(pa.array(parts).to_pylist())
-        for variant in variants:
-            for opening in ([], [{"role": "system", "content": "S."}]):
-                messages = [*opening, {"role": "user", "content": variant}]
-                text = library.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-                ours = shown(processor({"messages": messages}), processor)
-                assert text == re.sub(
-                    rf"(<[\d.]+ seconds>{re.escape(FRAMES)})+", "<|video_pad|>", ours
-                )
+    contents = json.loads(json.dumps(CONTENTS).replace("IM", str(tmp_path / "im.png")))
+    contents += [pa.array(content).to_pylist() for content in contents[2:7]]
+    for content in contents:
+        messages = [*opening, {"role": "user", "content": content}]
+        text = library.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ours = shown(processor({"messages": messages}), processor)
+        clip = rf"(<[\d.]+ seconds>{re.escape(FRAMES)})+"
+        assert text == re.sub(clip, "<|video_pad|>", ours)
 
 
-PARTS = [{"type": "audio", "audio": "a"}, {"type": "audio", "text": "a"}, {"type": "text"}, {}]
-PARTS += [{"image": None}, {"type": "video_url", "video_url": "a"}, {"type": "text", "image": "a"}]
+PARTS = [
+    {},
+    {"image": None},
+    {"type": "text"},
+    {"type": "audio", "audio": "a"},
+    {"type": "audio", "text": "a"},
+    {"type": "text", "image": "a"},
+    {"type": "video_url", "video_url": "a"},
+]
 
 
 @pytest.mark.parametrize("part", PARTS, ids=str)
 def test_processor_chat_template_refuses_what_we_refuse(folder, part):
-    from transformers import AutoTokenizer
-
-    library, messages = AutoTokenizer.from_pretrained(folder), said(part)["messages"]
+    library, messages = transformers_tokenizer(folder), said(part)["messages"]
     for kind in ("image", "video"):  # for who hands over images apart
         alone = said({"type": kind})["messages"]
         assert f"<|{kind}_pad|>" in library.apply_chat_template(alone, tokenize=False)
@@ -3665,10 +3594,9 @@ def test_processor_save_writes_through_no_link(tmp_path):
 
 def test_processor_saved_folder(folder):
     """transformers' tokenizer appends <|endoftext|> by itself and has the roles of the tokens."""
-    from transformers import AutoTokenizer
-
-    library, processor = AutoTokenizer.from_pretrained(folder), tiny_processor()
+    library, processor = transformers_tokenizer(folder), tiny_processor()
     assert library("hi").input_ids == [*processor.tokenizer.encode("hi"), processor.eos_id]
+    assert len(library) == processor.tokenizer.size
     assert library.pad_token_id == processor.eos_id
     assert library.eos_token_id == processor.im_end_id
     size = M.read_json(f"{folder}/preprocessor_config.json")["size"]
@@ -3763,11 +3691,11 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     user = {"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}]}
     for item, message in (
-        ({"text": "a", "img": 3}, "an item: img is not read"),
-        ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, "0: name is not read"),
-        ({"messages": [{**user, "name": None}]}, "a part of content: cache is not read"),
-        ({"text": "a", b"x" * 999: 3, "y" * 999: 4}, "an item: a bytes, y+ is not read"),
-        ({"video": {**make_clip(2, 1), "FPS": 2}}, "a video: FPS is not read"),
+        ({"text": "a", "img": 3}, "an item: 'img' is not read"),
+        ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, "0: 'name' is not read"),
+        ({"messages": [{**user, "name": None}]}, "a part of content: 'cache' is not read"),
+        ({"text": "a", b"x" * 999: 3}, "an item: b'x+ is not read"),
+        ({"video": {**make_clip(2, 1), "FPS": 2}}, "a video: 'FPS' is not read"),
         ({"text": ["see", "cat.PNG"]}, re.escape("give Path('cat.PNG')")),
     ):
         with pytest.warns(UserWarning, match=message):
@@ -3775,8 +3703,6 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
     shutil.copy("cat.PNG", "film.mp4")
     with pytest.warns(UserWarning, match="of a video, a list of frames"):
         tiny_processor()("film.mp4")
-    images = [suffix for suffix in P.MEDIA_SUFFIXES if suffix in Image.registered_extensions()]
-    assert {Image.EXTENSION[suffix] for suffix in images} <= set(Image.OPEN) and len(images) > 20
     chat = {"messages": [{"role": "system", "content": "S"}]}
     with pytest.warns(UserWarning, match="an instruction is not read"):
         processor(chat, "Find it")
@@ -3826,16 +3752,16 @@ BAD_ITEMS = [
     (5, "got 5"),
     (None, "a NoneType: expected a string"),
     (["a"], "a list: expected a string"),
-    ({"txt": "a", "text": None}, "a dict with the keys txt: expected text"),
-    ({"text": 5}, "text is a int"),
-    ({"text": "a", "instruction": 3}, "an instruction is a string"),
-    ("half \ud83d an emoji", r"half a character .* U\+D83D after .*half '$"),
-    ({"text": "a", "instruction": "\udc00"}, "half a character"),
+    ({"txt": "a", "text": None}, "an item with the keys 'txt': expected text"),
+    ({"text": 5}, "text=5: expected a string"),
+    ({"text": "a", "instruction": 3}, "instruction=3: expected text"),
+    ("half \ud83d an emoji", r"text='half .ud83d an emoji' with half an emoji"),
+    ({"text": "a", "instruction": "\udc00"}, "instruction=.* half an emoji"),
     ("a" + " " * 10**6, "tiktoken cannot split a text of 1,000,\\d+ characters"),
     (b"no image", "not an image"),
     ({"image": "/no/such.png"}, "such.png"),
     ({"image": "https://a.b/c.png"}, "c.png: an address"),
-    ({"image": "data:image/png;base64,@@"}, "base64"),
+    ({"image": "data:image/png;base64,abc"}, "'abc': not an image in base64"),
     (Image.new("RGB", (10, 3000)), "200 to 1"),
     ({"video": [make_image(64, 64), make_image(900, 2)]}, "900x2 pixels.*200 to 1"),
     ({"video": []}, "a video without frames"),
@@ -3843,19 +3769,19 @@ BAD_ITEMS = [
     ({"video": {"fps": 2}}, "a video without frames"),
     ({"video": list(ImageSequence.Iterator(animation()))}, "frames are one image .*all_frames"),
     ({"video": ImageSequence.Iterator(animation())}, "a video without frames .Iterator"),
-    ({"video": make_clip(2, 0)}, "fps is 0"),
-    ({"video": make_clip(2), "fps": "x"}, "fps is 'x'"),
-    ({"video": make_clip(2), "fps": b"x" * 999}, "fps is a bytes"),
-    ({b"x" * 999: 1, "a\n": 2}, r"the keys a bytes, 'a\\n': expected"),
+    ({"video": make_clip(2, 0)}, "fps=0: expected a number"),
+    ({"video": make_clip(2), "fps": "x"}, "fps='x': expected a number"),
+    ({"video": make_clip(2), "fps": b"x" * 999}, "fps=a bytes: expected a number"),
+    ({b"x" * 999: 1, "a\n": 2}, "the keys b'x+: expected"),
     (said({"type": "image", "base64": b"\x89PNG"}), "a bytes: not an image in base64"),
     ({"messages": []}, "messages: expected a list"),
     ({**said("a"), "text": "b"}, "not both"),
     (said("x", role="tool"), "message 0: expected a role"),
-    ({"messages": [{"role": "user", "content": 7}]}, "message 0: content of type int"),
+    ({"messages": [{"role": "user", "content": 7}]}, "message 0: expected a role .* and a content"),
     (said(7), "a part of content is a int"),
-    (said({"audio": 1}), "a part of content with audio"),
-    (said({"type": "audio", "text": "a"}), "a part of content with type, text"),
-    (said({"type": "image", "image": None}), "a part of content with type"),
+    (said({"audio": 1}), "a part of content with the keys 'audio'"),
+    (said({"type": "audio", "text": "a"}), "a part of content, type 'audio'"),
+    (said({"type": "image", "image": None}), "a part of content, type 'image'"),
     (said({"type": "image", "image": make_image(9, 9), "url": "a"}), "expected .* one image"),
 ]
 
@@ -3906,9 +3832,9 @@ def test_processor_bad_settings():
     for limits in ({"min_pixels": 9000}, {"frame_max_pixels": 1000}, {"max_pixels": 1023}):
         with pytest.raises(ValueError, match="expected min <= max"):
             tiny_processor(**limits)
-    with pytest.raises(ValueError, match="image_pad.*tokenizer says .*, model 3"):
+    with pytest.raises(ValueError, match=r"image_pad.*tokenizer says .*, model \[3,"):
         tiny_processor(tiny_config(image_token=3))
-    with pytest.raises(ValueError, match="the model's vocabulary 9"):
+    with pytest.raises(ValueError, match="ids, the model 9"):
         tiny_processor(tiny_config(vocab=9))
 
 
