@@ -151,7 +151,8 @@ def info_nce(q, t, positive, temperature=0.02, duplicates=None, weights=None, di
     """InfoNCE in both directions: a query among all candidates, its target among all queries.
 
     q (n, H), t (m, H) unit vectors; positive (n,) the row of t that is each query's target;
-    duplicates (n, m) as in false_negative_mask; weights (n,) of the queries, scaled to sum 1.
+    duplicates (n, m) as in false_negative_mask, each row's target included; None: no two rows of t
+    are equal; weights (n,) of the queries, scaled to sum 1.
     dims: the loss is a sum over these prefixes of the vectors, scaled to length 1 again, and the
     full vectors: so a vector's first numbers are a vector too (Matryoshka). -> scalar
     """
@@ -159,13 +160,15 @@ def info_nce(q, t, positive, temperature=0.02, duplicates=None, weights=None, di
     if any(not 1 <= d <= H for d in dims):
         raise ValueError(f"matryoshka_dims {tuple(dims)}: this model's vectors have {H} numbers")
     if duplicates is None:
-        duplicates = torch.zeros(len(q), len(t), dtype=torch.bool, device=q.device)
+        duplicates = F.one_hot(positive, len(t)).bool()
     # (n, n), True where two queries have the same target: they are no negatives of it.
     same_target = duplicates[:, positive].T
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
     for d in {*dims, H}:
-        s = F.normalize(q[:, :d], dim=-1) @ F.normalize(t[:, :d], dim=-1).T  # (n, m) cosines
+        q_d = F.normalize(q[:, :d], dim=-1)
+        t_d = F.normalize(t[:, :d], dim=-1)
+        s = q_d @ t_d.T  # (n, m) cosines
         losses = losses + one_direction(s, positive, temperature, duplicates) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
@@ -220,9 +223,6 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     num_labels = sum(scale.gather_objects([label >= 0 for label in labels]))
     answers = scale.gather_objects([pair["answer"] for pair in pairs])
     positive = torch.from_numpy(np.searchsorted(keys, answers)).to(model.device)  # (N,) columns
-    # Each query's own column. Query→target needs no mask, since columns are distinct. Target→query
-    # does: two queries that have one column here share a target, which info_nce reads from it.
-    duplicates = F.one_hot(positive, len(keys)).bool()
     dims = prefix_dims(cfg.matryoshka_dims)
 
     # scale.backward (GradCache) calls forward on chunks of rows: first for the vectors alone; then,
@@ -240,11 +240,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
         if not with_loss:
             return vectors, None, {}
-        right_decisions = torch.tensor([labels[i] for i in rows], device=model.device)
-        loss, metrics = token_losses(
-            model, processor, h, batch, right_decisions, cfg, num_written, num_labels
-        )
-        return vectors, loss, metrics
+        decision = torch.tensor([labels[i] for i in rows], device=model.device)
+        part = token_losses(model, processor, h, batch, decision, cfg, num_written, num_labels)
+        return vectors, *part
 
     log = {}
 
@@ -258,24 +256,19 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
                 after = log_target_prob(reasoned, t, positive, cfg.temperature)
                 before = log_target_prob(direct, t, positive, cfg.temperature)
             weights = (after - before).sigmoid()[has_rationale]
-        nce_direct = info_nce(direct, t, positive, cfg.temperature, duplicates, None, dims)
+        nce_direct = info_nce(direct, t, positive, cfg.temperature, dims=dims)
         nce_reason = t.new_zeros(())
         if has_rationale.any():
-            reasoned, same = reasoned[has_rationale], duplicates[has_rationale]
-            column = positive[has_rationale]
-            nce_reason = info_nce(reasoned, t, column, cfg.temperature, same, weights, dims)
-        log.update(nce_direct=float(nce_direct.detach()), nce_reason=float(nce_reason.detach()))
+            reasoned, column = reasoned[has_rationale], positive[has_rationale]
+            nce_reason = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
+        log.update(nce_direct=nce_direct.item(), nce_reason=nce_reason.item())
         return nce_direct + nce_reason
 
     # 3) Gradients, in as many passes as memory asks for
-    query_tokens = []
+    tokens = {"query": [], "document": [len(document["ids"]) + 1 for document in documents]}
     for pair, rationale in zip(pairs, rationales):
-        query_tokens.append(len(pair["query"]["ids"]) + 1 + len(rationale or ()))
-    document_tokens = [len(document["ids"]) + 1 for document in documents]
-    lengths = {  # as collate pads them
-        "query": processor.padded(query_tokens),
-        "document": processor.padded(document_tokens),
-    }
+        tokens["query"].append(len(pair["query"]["ids"]) + 1 + len(rationale or ()))
+    lengths = {kind: processor.padded(tokens[kind]) for kind in tokens}  # as collate pads them
     value, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
     return {"loss": value, **log, **metrics, "ids": [pair["id"] for pair in pairs]}
 
@@ -295,13 +288,14 @@ def token_losses(model, processor, h, batch, labels, cfg, num_written, num_label
     if cfg.lm_weight and batch["branch"] is not None:  # None: none of these rows has a rationale
         lm = -rationale_logprobs(model, h, batch, processor).sum() / num_written
         loss = loss + cfg.lm_weight * lm
-        metrics["lm"] = float(lm.detach())
+        metrics["lm"] = lm.item()
     if cfg.decision_weight and num_labels:
         logits = decision_logits(model, h, batch, processor)
         decision = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / num_labels
         loss = loss + cfg.decision_weight * decision
-        metrics["decision"] = float(decision.detach())
-        metrics["decision_right"] = float((logits.argmax(1) == labels).sum()) / num_labels
+        metrics["decision"] = decision.item()
+        right = (logits.argmax(1) == labels).sum().item()
+        metrics["decision_right"] = right / num_labels
     return loss, metrics
 
 
@@ -471,7 +465,9 @@ class Embedder:
         """Lengths of n rows -> lists of row numbers: batches of rows about as long as each other,
         within the budget of padded tokens. The longest come first."""
         # On a CPU 2048 tokens are enough: more are no quicker, and pad more.
-        budget = min(self.budget, 2048) if self.model.device.type == "cpu" else self.budget
+        budget = self.budget
+        if self.model.device.type == "cpu":
+            budget = min(budget, 2048)
         for rows in scale.chunks_of(lengths, budget):
             for i in range(0, len(rows), batch_size):
                 yield rows[i : i + batch_size]

@@ -78,7 +78,8 @@ class Tokenizer:
             raise ValueError("expected the normalizer NFC and one pattern that splits text")
         # A merge is "a b" or ["a", "b"]; no letter is a blank.
         merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
-        vocab, letters = spec["model"]["vocab"], byte_letters()
+        vocab = spec["model"]["vocab"]
+        letters = byte_letters()
         # tiktoken merges what has the lowest id first.
         if any(vocab[a] >= vocab[b] for a, b in itertools.pairwise(merged)):
             raise ValueError("two merges have the same result, or their ids are in another order")
@@ -151,7 +152,9 @@ def patchify(frames):
     patch: channel, frame, row, column.
     """
     depth = min(len(frames), TEMPORAL)
-    t, h, w = len(frames) // depth, frames.shape[1] // PATCH, frames.shape[2] // PATCH
+    t = len(frames) // depth
+    h = frames.shape[1] // PATCH
+    w = frames.shape[2] // PATCH
     x = frames.reshape(t, depth, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, frame, row, column)
     x = np.broadcast_to(x, (*x.shape[:6], TEMPORAL, PATCH, PATCH))  # a single frame becomes two
@@ -161,7 +164,8 @@ def patchify(frames):
 def read_pixels(images, min_pixels, max_pixels):
     """PIL images -> patches and their grid. All are shown in the first one's size."""
     h, w = smart_resize(images[0].height, images[0].width, min_pixels, max_pixels)
-    return patchify(np.stack([image.resize((w, h), Image.Resampling.BICUBIC) for image in images]))
+    frames = [image.resize((w, h), Image.Resampling.BICUBIC) for image in images]
+    return patchify(np.stack(frames))
 
 
 def normalize_pixels(patches, device="cpu"):
@@ -512,8 +516,8 @@ def content_of(item):
     """
     video = item.get("video")
     clips = [] if video is None else [video]
-    # A frame may be a dict, too: {"bytes", "path"}.
-    if isinstance(video, (list, tuple)) and video and all(map(is_clip, video)):
+    # Its first element is a clip or a frame. A frame may be a dict, too: {"bytes", "path"}.
+    if isinstance(video, (list, tuple)) and video and is_clip(video[0]):
         clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
@@ -557,7 +561,8 @@ def checked(what, given, known):
     given = {name: value for name, value in given.items() if value is not None}
     unread = [name for name in given if name not in known]
     if unread:
-        names, known = ", ".join(map(repr, unread))[:90], ", ".join(known)
+        names = ", ".join(map(repr, unread))[:90]
+        known = ", ".join(known)
         if len(unread) == len(given):
             raise ValueError(f"{what} with the keys {names}: expected {known}")
         warnings.warn(f"{what}: {names} is not read; what is: {known}", stacklevel=3)
@@ -571,12 +576,14 @@ def require(holds, name, value, wanted):
 
 
 def require_positive(**options):
+    """Each is a finite number above 0. True is none, though Python counts it among them."""
     for name, value in options.items():
         is_number = isinstance(value, numbers.Real) and value is not True
         require(is_number and 0 < value < math.inf, name, value, "a number above 0")
 
 
 def require_count(**options):
+    """Each is a whole number above 0, of Python or numpy."""
     for name, value in options.items():
         is_whole = isinstance(value, numbers.Integral) and value is not True
         require(is_whole and value > 0, name, value, "a whole number above 0")
@@ -708,14 +715,18 @@ def lay_out(prompt, branches, config):
     ids = prompt["ids"]
     positions = rope_positions(ids, prompt["image_grid"], config)  # (3, n)
     first = positions.max() + 1
-    table = [np.stack([ids, *positions, np.zeros_like(ids), np.full_like(ids, -1)])]
-    ends, n = [], len(ids)
+    branch = np.zeros_like(ids)
+    previous = np.full_like(ids, -1)
+    table = [np.stack([ids, *positions, branch, previous])]
+    ends = []
+    n = len(ids)
     for k, tokens in enumerate(branches, 1):
         step = np.arange(len(tokens))
         previous = n + step - 1
         previous[0] = len(ids) - 1  # the prompt's last token predicts how every branch begins
         position = first + step
-        table.append(np.stack([tokens, *[position] * 3, np.full_like(step, k), previous]))
+        branch = np.full_like(step, k)
+        table.append(np.stack([tokens, position, position, position, branch, previous]))
         n += len(tokens)
         ends.append(n - 1)
     return np.concatenate(table, axis=1), ends
