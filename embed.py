@@ -240,9 +240,11 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
         if not with_loss:
             return vectors, None, {}
-        decision = torch.tensor([labels[i] for i in rows], device=model.device)
-        part = token_losses(model, processor, h, batch, decision, cfg, num_written, num_labels)
-        return vectors, *part
+        right = torch.tensor([labels[i] for i in rows], device=model.device)  # decisions
+        loss, metrics = token_losses(
+            model, processor, h, batch, right, cfg, num_written, num_labels
+        )
+        return vectors, loss, metrics
 
     log = {}
 

@@ -579,7 +579,7 @@ def require_positive(**options):
     """Each is a finite number above 0. True is none, though Python counts it among them."""
     for name, value in options.items():
         is_number = isinstance(value, numbers.Real) and value is not True
-        require(is_number and 0 < value < math.inf, name, value, "a number above 0")
+        require(is_number and 0 < value < math.inf, name, value, "a finite number above 0")
 
 
 def require_count(**options):
