@@ -116,6 +116,7 @@ def append_eos(spec):
     library = tokenizers.Tokenizer.from_str(json.dumps(spec))
     library.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A <|endoftext|>",
+        pair="$A $B <|endoftext|>",
         special_tokens=[("<|endoftext|>", library.token_to_id("<|endoftext|>"))],
     )
     return json.loads(library.to_str())
