@@ -1311,9 +1311,8 @@ def test_the_item_at_fault_is_named(item, reason, batch_size):
     with torch.no_grad():
         e.model.text.embed_tokens.weight[e.processor.tokenizer.encode("z")] = math.nan
     items = ["a"] * 40 + [item] + ["a"] * 9
-    with pytest.raises(
-        ItemError, match="^item 40: [^\n]*(got 5|not finite in torch.float32)"
-    ) as error:
+    fault = "^item 40: [^\n]*(got 5|not finite in torch.float32)"
+    with pytest.raises(ItemError, match=fault) as error:
         e.encode(items, reason=reason, batch_size=batch_size, temperature=1.0)
     assert error.value.index == 40
 
