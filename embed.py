@@ -46,7 +46,7 @@ from tqdm import tqdm
 import scale
 from data import is_text
 from model import Cache, generate, load_model, read_json, save_model, write_json
-from processor import Processor, collate, is_count, is_positive, prompt_key, require
+from processor import Processor, collate, prompt_key, require, require_count, require_positive
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -88,14 +88,10 @@ LOGITS_AT_ONCE = 1024  # tokens: with Qwen's vocabulary 0.6 GB in fp32
 def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     r"""log π of the tokens that are the policy's choice: after <think>\n, up to </think> inclusive.
 
-    h (B, S, H) -> logp (n,), row (n,), branch (n,): of each such token, in the order of rows and
-    text, the log-probability, its row and its rationale (0, 1, ...). π is the sampled distribution:
-    of that temperature, and without the ids that are never sampled.
+    h (B, S, H) -> (n,) in the order of rows, then of their text; a row at least has a rationale. π
+    is the sampled distribution: of that temperature, and without the ids that are never sampled.
     """
     branch, ends = batch["branch"], batch["ends"]
-    if branch is None:  # no row has a rationale
-        nothing = ends.new_zeros(0)
-        return nothing.float(), nothing, nothing
 
     # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ... A
     # rationale's tokens are prefix (<think>\n), text, </think>, tail (\n\n<|endoftext|>), and begin
@@ -118,7 +114,7 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     for part in zip(states.split(LOGITS_AT_ONCE), ids.split(LOGITS_AT_ONCE)):
         options = processor.suppress_tokens, temperature
         logp.append(checkpoint(token_logprobs, model, *part, *options, use_reentrant=False))
-    return torch.cat(logp), row, branch[row, place] - 2
+    return torch.cat(logp)
 
 
 def token_logprobs(model, states, ids, suppress_tokens, temperature):
@@ -132,17 +128,16 @@ def token_logprobs(model, states, ids, suppress_tokens, temperature):
 # Contrastive learning
 
 
-def false_negative_mask(scores, positive, duplicates=None, margin=0.1):
+def false_negative_mask(scores, positive, duplicates, margin=0.1):
     """Candidates that are probably right answers too, and must not be pushed away.
 
     scores (n, m) cosines; positive (n,) the column of each row's target; duplicates (n, m) True
     where a column is known to equal the target. -> bool (n, m): the duplicates, and what scores
     more than target + margin (rule and number of Qwen3-VL-Embedding). Never the target's column.
     """
-    mask = scores > scores.gather(1, positive[:, None]) + margin
-    if duplicates is not None:
-        mask = mask | duplicates
-    return mask.scatter(1, positive[:, None], False)
+    target = positive[:, None]
+    mask = duplicates | (scores > scores.gather(1, target) + margin)
+    return mask.scatter(1, target, False)
 
 
 def one_direction(scores, positive, temperature, duplicates):
@@ -156,21 +151,26 @@ def info_nce(q, t, positive, temperature=0.02, duplicates=None, weights=None, di
     """InfoNCE in both directions: a query among all candidates, its target among all queries.
 
     q (n, H), t (m, H) unit vectors; positive (n,) the row of t that is each query's target;
-    duplicates (n, m) as in false_negative_mask; weights (n,) of the queries, scaled to sum 1.
+    duplicates (n, m) as in false_negative_mask, each row's target included; None: no two rows of t
+    are equal; weights (n,) of the queries, scaled to sum 1.
     dims: the loss is a sum over these prefixes of the vectors, scaled to length 1 again, and the
     full vectors: so a vector's first numbers are a vector too (Matryoshka). -> scalar
     """
     H = q.shape[1]
     if any(not 1 <= d <= H for d in dims):
         raise ValueError(f"matryoshka_dims {tuple(dims)}: this model's vectors have {H} numbers")
+    if duplicates is None:
+        duplicates = F.one_hot(positive, len(t)).bool()
     # (n, n), True where two queries have the same target: they are no negatives of it.
-    backwards = None if duplicates is None else duplicates[:, positive].T
+    same_target = duplicates[:, positive].T
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
     for d in {*dims, H}:
-        s = F.normalize(q[:, :d], dim=-1) @ F.normalize(t[:, :d], dim=-1).T  # (n, m) cosines
+        q_d = F.normalize(q[:, :d], dim=-1)
+        t_d = F.normalize(t[:, :d], dim=-1)
+        s = q_d @ t_d.T  # (n, m) cosines
         losses = losses + one_direction(s, positive, temperature, duplicates) / 2
-        losses = losses + one_direction(s[:, positive].T, diagonal, temperature, backwards) / 2
+        losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
         weights = torch.ones_like(losses)
     return (losses * weights).sum() / weights.sum()
@@ -216,17 +216,13 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     keys, row_of_column = np.unique(scale.gather_objects(list(candidates)), return_index=True)
 
     # 2) What the loss needs of all N pairs of the joined batch
-    tokens = [len(rationale or ()) for rationale in rationales]
-    all_tokens = scale.gather_objects(tokens)
-    has_rationale = torch.tensor(all_tokens, device=model.device) > 0  # (N,)
+    has_rationale = scale.gather_objects([bool(rationale) for rationale in rationales])
+    has_rationale = torch.tensor(has_rationale, device=model.device)  # (N,)
     num_forced = len(processor.prefix) + len(processor.tail)
-    num_written = sum(n - num_forced for n in all_tokens if n)
-    num_labels = sum(label >= 0 for label in scale.gather_objects(labels))
+    num_written = sum(scale.gather_objects([len(r) - num_forced for r in rationales if r]))
+    num_labels = sum(scale.gather_objects([label >= 0 for label in labels]))
     answers = scale.gather_objects([pair["answer"] for pair in pairs])
     positive = torch.from_numpy(np.searchsorted(keys, answers)).to(model.device)  # (N,) columns
-    # Each query's own column. Query→target needs no mask, since columns are distinct. Target→query
-    # does: two queries that have one column here share a target, which info_nce reads from it.
-    duplicates = F.one_hot(positive, len(keys)).bool()
     dims = prefix_dims(cfg.matryoshka_dims)
 
     # scale.backward (GradCache) calls forward on chunks of rows: first for the vectors alone; then,
@@ -244,9 +240,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
         if not with_loss:
             return vectors, None, {}
-        right_decisions = torch.tensor([labels[i] for i in rows], device=model.device)
+        right = torch.tensor([labels[i] for i in rows], device=model.device)  # decisions
         loss, metrics = token_losses(
-            model, processor, h, batch, right_decisions, cfg, num_written, num_labels
+            model, processor, h, batch, right, cfg, num_written, num_labels
         )
         return vectors, loss, metrics
 
@@ -262,22 +258,19 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
                 after = log_target_prob(reasoned, t, positive, cfg.temperature)
                 before = log_target_prob(direct, t, positive, cfg.temperature)
             weights = (after - before).sigmoid()[has_rationale]
-        nce_direct = info_nce(direct, t, positive, cfg.temperature, duplicates, None, dims)
+        nce_direct = info_nce(direct, t, positive, cfg.temperature, dims=dims)
         nce_reason = t.new_zeros(())
         if has_rationale.any():
-            reasoned, same = reasoned[has_rationale], duplicates[has_rationale]
-            column = positive[has_rationale]
-            nce_reason = info_nce(reasoned, t, column, cfg.temperature, same, weights, dims)
-        log.update(nce_direct=float(nce_direct.detach()), nce_reason=float(nce_reason.detach()))
+            reasoned, column = reasoned[has_rationale], positive[has_rationale]
+            nce_reason = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
+        log.update(nce_direct=nce_direct.item(), nce_reason=nce_reason.item())
         return nce_direct + nce_reason
 
     # 3) Gradients, in as many passes as memory asks for
-    query_tokens = [len(pair["query"]["ids"]) + 1 + n for pair, n in zip(pairs, tokens)]
-    document_tokens = [len(document["ids"]) + 1 for document in documents]
-    lengths = {  # as collate pads them
-        "query": processor.padded(query_tokens),
-        "document": processor.padded(document_tokens),
-    }
+    tokens = {"query": [], "document": [len(document["ids"]) + 1 for document in documents]}
+    for pair, rationale in zip(pairs, rationales):
+        tokens["query"].append(len(pair["query"]["ids"]) + 1 + len(rationale or ()))
+    lengths = {kind: processor.padded(tokens[kind]) for kind in tokens}  # as collate pads them
     value, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
     return {"loss": value, **log, **metrics, "ids": [pair["id"] for pair in pairs]}
 
@@ -294,24 +287,22 @@ def token_losses(model, processor, h, batch, labels, cfg, num_written, num_label
     """
     loss = torch.zeros((), device=h.device)
     metrics = {"lm": 0.0, "decision": 0.0, "decision_right": 0.0}
-    if cfg.lm_weight and num_written:
-        logp, _, _ = rationale_logprobs(model, h, batch, processor)
-        lm = -logp.sum() / num_written
+    if cfg.lm_weight and batch["branch"] is not None:  # None: none of these rows has a rationale
+        lm = -rationale_logprobs(model, h, batch, processor).sum() / num_written
         loss = loss + cfg.lm_weight * lm
-        metrics["lm"] = float(lm.detach())
+        metrics["lm"] = lm.item()
     if cfg.decision_weight and num_labels:
         logits = decision_logits(model, h, batch, processor)
         decision = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / num_labels
         loss = loss + cfg.decision_weight * decision
-        metrics["decision"] = float(decision.detach())
-        metrics["decision_right"] = float((logits.argmax(1) == labels).sum()) / num_labels
+        metrics["decision"] = decision.item()
+        right = (logits.argmax(1) == labels).sum().item()
+        metrics["decision_right"] = right / num_labels
     return loss, metrics
 
 
 # --------------------------------------------------------------------------------------------------
 # The Embedder: items in, vectors out
-
-REASONS = ("auto", "never", "always")
 
 
 class ItemError(ValueError):
@@ -365,8 +356,8 @@ class Embedder:
         """
         if dtype is not None:
             name = str(dtype).removeprefix("torch.")
-            if name not in ("bfloat16", "float16", "float32"):
-                raise ValueError(f"dtype {name}: expected bfloat16, float16 or float32")
+            names = ("bfloat16", "float16", "float32")
+            require(name in names, "dtype", name, "bfloat16, float16 or float32")
             dtype = getattr(torch, name)
         device = scale.find_device(device)
         folder = find_folder(path_or_id, revision)
@@ -411,9 +402,25 @@ class Embedder:
         if tau is not None:
             warnings.warn("tau= is spelled threshold=", DeprecationWarning, stacklevel=2)
             threshold = tau
-        self.check_options(
-            instruction, reason, threshold, dim, batch_size, max_new_tokens, temperature
-        )
+        # What can be refused before anything is computed
+        H, has_head = self.model.c.hidden, self.model.has_head
+        require(instruction is None or is_text(instruction), "instruction", instruction, "text")
+        require(reason in ("auto", "never", "always"), "reason", reason, "auto, never or always")
+        require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
+        is_number = isinstance(threshold, numbers.Real) and not math.isnan(threshold)
+        require(is_number, "threshold", threshold, "a number")
+        require_count(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        if dim is not None:
+            require_count(dim=dim)
+            require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
+        if temperature != 0:
+            require_positive(temperature=temperature)
+        if reason == "auto" and not has_head:
+            warnings.warn("no lm_head: this checkpoint only embeds directly", stacklevel=2)
+        if dim not in (None, H, *self.matryoshka_dims):
+            known = f"it was trained for prefixes of {list(self.matryoshka_dims)}"
+            warnings.warn(f"dim={dim}: as far as this checkpoint says, {known}", stacklevel=2)
+
         if isinstance(items, (str, bytes, dict)) or not hasattr(items, "__iter__"):
             items = [items]
         hidden = None if show_progress is None else not show_progress
@@ -441,29 +448,6 @@ class Embedder:
             v = v.numpy()
         return (v, infos) if return_info else v
 
-    def check_options(
-        self, instruction, reason, threshold, dim, batch_size, max_new_tokens, temperature
-    ):
-        """What can be refused before anything is computed, and what is worth a warning."""
-        H = self.model.c.hidden
-        headless = not self.model.has_head
-        require(instruction is None or is_text(instruction), "instruction", instruction, "text")
-        require(reason in REASONS, "reason", reason, "auto, never or always")
-        require(reason != "always" or not headless, "reason", reason, "a model with an lm_head")
-        is_number = isinstance(threshold, numbers.Real) and not math.isnan(threshold)
-        require(is_number, "threshold", threshold, "a number")
-        is_prefix = dim is None or (is_count(dim) and dim <= H)
-        require(is_prefix, "dim", dim, f"a whole number from 1 to {H}")
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-            require(is_count(value), name, value, "a whole number above 0")
-        is_temperature = temperature == 0 or is_positive(temperature)
-        require(is_temperature, "temperature", temperature, "a finite number, at least 0")
-        if headless and reason == "auto":
-            warnings.warn("no lm_head: this checkpoint only embeds directly", stacklevel=3)
-        if dim not in (None, H, *self.matryoshka_dims):
-            known = f"it was trained for prefixes of {list(self.matryoshka_dims)}"
-            warnings.warn(f"dim={dim}: as far as this checkpoint says, {known}", stacklevel=3)
-
     def windows(self, items, instruction, batch_size):
         """Lists of prompts, eight batches each: enough to sort by length, few enough to hold."""
 
@@ -483,7 +467,9 @@ class Embedder:
         """Lengths of n rows -> lists of row numbers: batches of rows about as long as each other,
         within the budget of padded tokens. The longest come first."""
         # On a CPU 2048 tokens are enough: more are no quicker, and pad more.
-        budget = min(self.budget, 2048) if self.model.device.type == "cpu" else self.budget
+        budget = self.budget
+        if self.model.device.type == "cpu":
+            budget = min(budget, 2048)
         for rows in scale.chunks_of(lengths, budget):
             for i in range(0, len(rows), batch_size):
                 yield rows[i : i + batch_size]
@@ -500,30 +486,26 @@ class Embedder:
         cache = Cache() if model.has_head and reason != "never" else None
         h = model(batch, cache)
         v = states_at(h, batch["ends"])[:, 0].float()
-        require_finite(v, model.dtype)
         p_reason = [None] * len(prompts)
         if model.has_head:
             p = decision_logits(model, h, batch, processor).softmax(-1)
             require_finite(p, model.dtype)
             p_reason = p[:, 1].tolist()
-        facts = {"reasoned": False, "p_reason": None, "rationale": None, "new_tokens": 0}
-        infos = [{**facts, "p_reason": p} for p in p_reason]
-        if cache is None:
-            return v, infos
-
-        least = -1.0 if reason == "always" else threshold
-        rows = [row for row, p in enumerate(p_reason) if p > least]
+        direct = {"reasoned": False, "p_reason": None, "rationale": None, "new_tokens": 0}
+        infos = [{**direct, "p_reason": p} for p in p_reason]
+        least = {"never": math.inf, "always": -1.0, "auto": threshold}[reason]
+        rows = [row for row, p in enumerate(p_reason) if p is not None and p > least]
         if rows:
             # The keys of the prompt are in the cache: only the rationale's tokens are computed.
-            sampling = {"temperature": temperature, "generator": generator}
-            continued = {"prefill": (h, cache), "rows": rows, **processor.generation}
-            rollouts = generate(model, batch, max_new_tokens, **sampling, **continued)
+            sampling = {"temperature": temperature, "generator": generator, **processor.generation}
+            prompt = {"prefill": (h, cache), "rows": rows}
+            rollouts = generate(model, batch, max_new_tokens, **prompt, **sampling)
             v[rows] = rollouts.last[:, 0].float()
-            require_finite(v, model.dtype)
-        for i, row in enumerate(rows):
-            infos[row]["reasoned"] = True
-            infos[row]["rationale"] = processor.rationale_text(rollouts.tokens[i][0])
-            infos[row]["new_tokens"] = int(rollouts.num_sampled[i, 0])
+            for i, row in enumerate(rows):
+                text = processor.rationale_text(rollouts.tokens[i][0])
+                count = int(rollouts.num_sampled[i, 0])
+                infos[row].update(reasoned=True, rationale=text, new_tokens=count)
+        require_finite(v, model.dtype)
         return v, infos
 
     def encode_query(self, items, instruction=None, **options):
@@ -549,11 +531,8 @@ class Embedder:
         """A folder that opens here and in transformers; for the direct path also in
         sentence-transformers and vLLM's pooling runner."""
         save_model(self.model, folder, self.processor.im_end_id, self.processor.eos_id)
-        self.processor.save(folder)
+        self.processor.save(folder, matryoshka_dims=self.matryoshka_dims)
         files = sentence_transformers_files(self.model.c.hidden)
-        settings = read_json(os.path.join(folder, "embedder_config.json"))
-        settings["matryoshka_dims"] = list(self.matryoshka_dims)
-        files["embedder_config.json"] = settings
         for name, value in files.items():
             path = os.path.join(folder, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)

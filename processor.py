@@ -78,7 +78,8 @@ class Tokenizer:
             raise ValueError("expected the normalizer NFC and one pattern that splits text")
         # A merge is "a b" or ["a", "b"]; no letter is a blank.
         merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
-        vocab, letters = spec["model"]["vocab"], byte_letters()
+        vocab = spec["model"]["vocab"]
+        letters = byte_letters()
         # tiktoken merges what has the lowest id first.
         if any(vocab[a] >= vocab[b] for a, b in itertools.pairwise(merged)):
             raise ValueError("two merges have the same result, or their ids are in another order")
@@ -92,23 +93,11 @@ class Tokenizer:
         self.size = self.bpe.n_vocab
         self.nfc = tokenizers.normalizers.NFC()
 
-    @classmethod
-    def from_folder(cls, folder):
-        path = os.path.join(folder, "tokenizer.json")
-        spec = read_json(path)
-        try:
-            return cls(spec)
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            fault = f"{type(e).__name__}: {str(e)[:80]}"
-            raise ValueError(f"{path}: not a byte-level BPE as Qwen's ({fault})") from None
-
     def encode(self, text):
-        """Text -> list of ids. NFC first: without it 15 % of hard strings get other ids."""
+        """Text -> list of ids. NFC first: without it 15 % of hard strings get other ids. Half an
+        emoji ("\\ud83d" is legal JSON, but no text) is a ValueError of the normalizer."""
         try:
             return self.bpe.encode_ordinary(self.nfc.normalize_str(text))
-        except UnicodeEncodeError as e:  # "\\ud83d" is legal JSON, but no text
-            half = f"U+{ord(text[e.start]):X} after {text[: e.start][-30:]!r}"
-            raise ValueError(f"half a character in a text: the lone surrogate {half}") from None
         except BaseException as e:  # tiktoken's Rust panics at a run of some 10^6 blanks
             if type(e).__name__ != "PanicException":
                 raise
@@ -164,7 +153,9 @@ def patchify(frames):
     patch: channel, frame, row, column.
     """
     depth = min(len(frames), TEMPORAL)
-    t, h, w = len(frames) // depth, frames.shape[1] // PATCH, frames.shape[2] // PATCH
+    t = len(frames) // depth
+    h = frames.shape[1] // PATCH
+    w = frames.shape[2] // PATCH
     x = frames.reshape(t, depth, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, frame, row, column)
     x = np.broadcast_to(x, (*x.shape[:6], TEMPORAL, PATCH, PATCH))  # a single frame becomes two
@@ -174,7 +165,8 @@ def patchify(frames):
 def read_pixels(images, min_pixels, max_pixels):
     """PIL images -> patches and their grid. All are shown in the first one's size."""
     h, w = smart_resize(images[0].height, images[0].width, min_pixels, max_pixels)
-    return patchify(np.stack([image.resize((w, h), Image.Resampling.BICUBIC) for image in images]))
+    frames = [image.resize((w, h), Image.Resampling.BICUBIC) for image in images]
+    return patchify(np.stack(frames))
 
 
 def normalize_pixels(patches, device="cpu"):
@@ -196,11 +188,6 @@ ITEM_KEYS = ("text", "image", "video", "fps", "instruction", "messages")
 ROLES = ("system", "user", "assistant")
 # Where a part of a message may hold an image; the last three are transformers', for type "image".
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
-# Names of images that Pillow opens, and of videos: a text that is one is most likely a mistake.
-MEDIA_SUFFIXES = tuple(
-    ".apng .avif .bmp .dds .gif .icns .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm "
-    ".ppm .psd .qoi .tga .tif .tiff .webp .avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm".split()
-)
 
 
 class UserText(str):
@@ -274,7 +261,9 @@ class Processor:
         given = [item.get("instruction"), instruction, self.default_instruction]
         instruction = next((text for text in given if text is not None), "")
         if messages[0]["role"] != "system":
-            messages = system_turn(instruction) + messages
+            text = as_sentence(instruction)
+            if text:
+                messages.insert(0, {"role": "system", "content": text})
         elif any(given[:2]):  # Python shows a warning once
             warnings.warn("an instruction is not read: messages have a system turn", stacklevel=2)
         pieces = []
@@ -300,9 +289,9 @@ class Processor:
             part = {"text": part}
         if not isinstance(part, dict):
             raise ValueError(f"a part of content is a {type(part).__name__}, expected a dict")
-        part = without_none(part)
-        kind = str(part.get("type", "")).removesuffix("_url")
+        kind = str(part.get("type") or "").removesuffix("_url")
         names = IMAGE_KEYS if kind == "image" else IMAGE_KEYS[:2]
+        part = checked("a part of content", part, ("type", "text", "video", "fps", *names))
         images = [decode_reference(name, part[name]) for name in names if name in part]
         pieces = {}
         if "video" in part:
@@ -313,17 +302,14 @@ class Processor:
         if "text" in part:
             pieces["text"] = self.text(part["text"])
         if not pieces or len(images) > 1 or kind not in ("", *pieces):
-            keys = f"a part of content with {keys_of(part)}"
-            raise ValueError(f"{keys}: expected text, video or one image")
-        warn_unread("a part of content", part, ("type", "video", "fps", *names, "text"))
+            which = f"a part of content, type {short(kind)}"
+            raise ValueError(f"{which}: expected text, video or one image")
         return list(itertools.chain(*pieces.values()))
 
     def text(self, text):
-        """Text is never opened as a file, but a path among texts is most likely a mistake."""
-        if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}, expected a string")
-        is_path = text.lower().endswith(MEDIA_SUFFIXES) and os.path.isfile(text)
-        if is_path and not self.warned_of_path:
+        """Text is never opened as a file, but the name of one is most likely a mistake."""
+        require(is_text(text), "text", text, "a string")
+        if os.path.isfile(text) and not self.warned_of_path:
             self.warned_of_path = True
             how = f"to show the image, give Path({text!r:.200}); of a video, a list of frames"
             warnings.warn(f"read as text: {how}", stacklevel=2)
@@ -342,11 +328,10 @@ class Processor:
         Frames are never resampled where their fps is known. Not copied from qwen-vl-utils: it first
         rounds frames to multiples of 64 pixels, and its time goes on at a repeated last frame.
         """
-        frames = video
+        clip = {"frames": video}
         if isinstance(video, dict):
-            frames = video.get("frames")
-            fps = fps if video.get("fps") is None else video["fps"]
-            warn_unread("a video", video, ("frames", "fps"))
+            clip = checked("a video", video, ("frames", "fps"))
+        frames, fps = clip.get("frames"), clip.get("fps", fps)
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
         for frame, after in itertools.pairwise(frames):
@@ -357,8 +342,7 @@ class Processor:
             at = np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)
             frames = [frames[i] for i in at]
         fps = self.fps if fps is None else fps
-        if not is_positive(fps):
-            raise ValueError(f"a video's fps is {short(fps)}, expected a number above 0")
+        require_positive(fps=fps)
         images = [load_image(decode_reference("image", frame)) for frame in frames]
         times = [i / fps for i in range(len(images))]
         if len(images) % TEMPORAL:  # an odd last frame is shown twice
@@ -387,7 +371,7 @@ class Processor:
         Neighbouring texts are tokenised as one, so that "user\\n" and "\\nWhat" merge as they do in
         transformers, which tokenises the whole chat. What is too long then loses user text.
         """
-        ids, spans = [], []  # spans: where user text stands in ids
+        ids, user_places = [], []
         for are_texts, group in itertools.groupby(pieces, lambda piece: isinstance(piece, str)):
             group = list(group)
             if not are_texts:
@@ -398,14 +382,14 @@ class Processor:
             if user:
                 before = self.tokenizer.encode("".join(group[: user[0]]))
                 after = self.tokenizer.encode("".join(group[user[-1] + 1 :]))
-                spans.append((len(ids) + len(before), len(ids) + len(tokens) - len(after)))
+                stop = len(ids) + len(tokens) - len(after)
+                user_places += range(len(ids) + len(before), stop)
             ids += tokens
-        for start, stop in reversed(spans):  # the last text is cut first, the instruction last
-            surplus = max(0, len(ids) + 1 - self.max_length)
-            del ids[max(start, stop - surplus) : stop]
+        surplus = max(0, len(ids) + 1 - self.max_length)
         segments = [piece for piece in pieces if isinstance(piece, tuple)]
         return {
-            "ids": np.array(ids),
+            # The last text is cut first, the instruction last.
+            "ids": np.delete(ids, user_places[::-1][:surplus]),
             "pixel_values": [patches for patches, _ in segments],
             "image_grid": [grid for _, grid in segments],
         }
@@ -425,34 +409,27 @@ class Processor:
 
     def check_settings(self):
         """Whatever is no limit would show as a crash in Pillow or numpy, or not at all."""
-        for name in ("min_pixels", "max_pixels", "frame_min_pixels", "frame_max_pixels", "fps"):
-            value = getattr(self, name)
-            require(is_positive(value), name, value, "a number above 0")
-        for name in ("max_frames", "max_length"):
-            value = getattr(self, name)
-            require(is_count(value), name, value, "a whole number above 0")
+        images = self.min_pixels, self.max_pixels
+        require_positive(min_pixels=images[0], max_pixels=images[1], fps=self.fps)
+        frames = self.frame_min_pixels, self.frame_max_pixels
+        require_positive(frame_min_pixels=frames[0], frame_max_pixels=frames[1])
+        require_count(max_frames=self.max_frames, max_length=self.max_length)
+        for low, high in (images, frames):
+            if max(low, FACTOR**2) > high:
+                raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         default = self.default_instruction
         require(default is None or is_text(default), "default_instruction", default, "text")
-        images = self.min_pixels, self.max_pixels
-        frames = self.frame_min_pixels, self.frame_max_pixels
-        for low, high in (images, frames):
-            if not max(low, FACTOR**2) <= high:
-                raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
 
     def check_vocabulary(self):
         """Tokenizer and model must be of one checkpoint."""
-        special, size, config = self.tokenizer.special, self.tokenizer.size, self.config
-        expected = {
-            "<|image_pad|>": config.image_token,
-            "<|video_pad|>": config.video_token,
-            "<|vision_start|>": config.vision_start,
-            "<|vision_end|>": config.vision_end,
-        }
-        for name, i in expected.items():
-            if special.get(name) != i:
-                raise ValueError(f"{name}: tokenizer says {special.get(name)}, model {i}")
-        if size > config.vocab:
-            raise ValueError(f"the tokenizer has {size} ids, the model's vocabulary {config.vocab}")
+        tokenizer, config = self.tokenizer, self.config
+        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+        ids = [tokenizer.special.get(name) for name in names]
+        model = [config.image_token, config.video_token, config.vision_start, config.vision_end]
+        if ids != model:
+            raise ValueError(f"{', '.join(names)}: tokenizer says {ids}, model {model}")
+        if tokenizer.size > config.vocab:
+            raise ValueError(f"tokenizer has {tokenizer.size} ids, the model {config.vocab}")
 
     def padded(self, lengths):
         """How long `collate` makes rows of so many tokens."""
@@ -462,15 +439,20 @@ class Processor:
     def from_folder(cls, folder, config, **settings):
         """The processor of a checkpoint. Each setting is the argument unless that is None, else
         what a checkpoint of ours says, else Qwen's, which has a default instruction."""
-        tokenizer = Tokenizer.from_folder(folder)
+        path = os.path.join(folder, "tokenizer.json")
+        spec = read_json(path)
         try:
-            settings = {**saved_settings(folder), **without_none(settings)}
-            return cls(tokenizer, config, **settings)
+            tokenizer = Tokenizer(spec)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}: not a byte-level BPE as Qwen's ({e!r:.100})") from None
+        try:
+            given = {name: value for name, value in settings.items() if value is not None}
+            return cls(tokenizer, config, **{**saved_settings(folder), **given})
         except ValueError as e:
             raise ValueError(f"{folder}: {e}") from None
 
-    def save(self, folder):
-        """Writes what from_folder and transformers' AutoProcessor read."""
+    def save(self, folder, **more):
+        """Writes what from_folder and transformers' AutoProcessor read. more: of the Embedder."""
         image = {**VISION_CONFIG, "image_processor_type": "Qwen2VLImageProcessorFast"}
         image["size"] = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         video = {**VISION_CONFIG, "video_processor_type": "Qwen3VLVideoProcessor"}
@@ -486,14 +468,16 @@ class Processor:
             "tokenizer_config.json": {**TOKENIZER_CONFIG, "model_max_length": self.max_length},
             "preprocessor_config.json": image,
             "video_preprocessor_config.json": video,
-            "embedder_config.json": {name: getattr(self, name) for name in OUR_SETTINGS},
+            "embedder_config.json": {name: getattr(self, name) for name in OUR_SETTINGS} | more,
         }
         os.makedirs(folder, exist_ok=True)
         for name in OLDER_FILES:
             Path(folder, name).unlink(missing_ok=True)
         for name, value in files.items():
             write_json(os.path.join(folder, name), value)
-        template = chat_template(self.default_instruction)
+        instruction = as_sentence(self.default_instruction or "")
+        # A string of JSON is one of Jinja, too.
+        template = TEMPLATE.replace("DEFAULT", json.dumps(instruction))
         Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
@@ -505,11 +489,7 @@ def as_dict(item):
         raise ValueError(f"a {type(item).__name__}: expected a string, an image, a path or a dict")
     if not isinstance(item, dict):
         return {"image": item}  # load_image says what it is if it is none
-    item = without_none(item)
-    if item and not item.keys() & ITEM_KEYS:
-        raise ValueError(f"a dict with the keys {keys_of(item)}: expected {keys_of(ITEM_KEYS)}")
-    warn_unread("an item", item, ITEM_KEYS)
-    return item
+    return checked("an item", item, ITEM_KEYS)
 
 
 def messages_of(item):
@@ -522,12 +502,11 @@ def messages_of(item):
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError('messages: expected a list of {"role": ..., "content": ...}')
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"message {i}: expected a role of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), (str, list, tuple)):
-            kind = type(message.get("content")).__name__
-            raise ValueError(f"message {i}: content of type {kind}, expected text or parts")
-        warn_unread(f"message {i}", message, ("role", "content"))
+        has_role = isinstance(message, dict) and message.get("role") in ROLES
+        if not has_role or not isinstance(message.get("content"), (str, list, tuple)):
+            wanted = f"a role ({', '.join(ROLES)}) and a content of text or parts"
+            raise ValueError(f"message {i}: expected {wanted}")
+        checked(f"message {i}", message, ("role", "content"))
     return list(messages)
 
 
@@ -538,7 +517,8 @@ def content_of(item):
     """
     video = item.get("video")
     clips = [] if video is None else [video]
-    if isinstance(video, (list, tuple)) and video and all(map(is_clip, video)):
+    # Its first element is a clip or a frame. A frame may be a dict, too: {"bytes", "path"}.
+    if isinstance(video, (list, tuple)) and video and is_clip(video[0]):
         clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
@@ -548,40 +528,46 @@ def content_of(item):
     return parts + [{"text": text} for text in texts]
 
 
-def system_turn(instruction):
-    """The system turn of an instruction, as Qwen's wrapper writes it; none of an empty one."""
-    if not isinstance(instruction, str):
-        raise ValueError(f"an instruction is a string, not {type(instruction).__name__}")
+def as_sentence(instruction):
+    """An instruction as Qwen's wrapper writes it; an empty one stays empty."""
+    require(is_text(instruction), "instruction", instruction, "text")
     text = instruction.strip()
-    if not text:
-        return []
-    if not unicodedata.category(text[-1]).startswith("P"):  # punctuation
+    if text and not unicodedata.category(text[-1]).startswith("P"):  # punctuation
         text += "."
-    return [{"role": "system", "content": text}]
+    return text
 
 
 def decode_reference(name, ref):
     """An image under one of IMAGE_KEYS: data:image/png;base64,iVBO... becomes bytes."""
     if isinstance(ref, dict) and "url" in ref:  # {"image_url": {"url": ...}}
         ref = ref["url"]
-    if name != "base64" and not (isinstance(ref, str) and ref.startswith("data:")):
+    if isinstance(ref, str) and ref.startswith("data:"):
+        name, ref = "base64", ref.rpartition(",")[2]
+    if name != "base64":
         return ref
     try:
-        code = ref.decode("ascii") if isinstance(ref, bytes) else ref
-        code = "".join(code.rpartition(",")[2].split())
-        return base64.b64decode(code, validate=True)
-    except (AttributeError, ValueError) as e:
+        return base64.b64decode(ref)  # also in lines of 76 letters
+    except (TypeError, ValueError) as e:
         raise ValueError(f"{short(ref)}: not an image in base64 ({e})") from None
 
 
-def is_positive(value):
-    """A finite number above 0; True is none."""
-    return isinstance(value, numbers.Real) and value is not True and 0 < value < math.inf
+def is_clip(video):
+    """A list of frames or {"frames", "fps"}."""
+    return isinstance(video, (list, tuple)) or (isinstance(video, dict) and "frames" in video)
 
 
-def is_count(value):
-    """A whole number above 0."""
-    return isinstance(value, numbers.Integral) and is_positive(value)
+def checked(what, given, known):
+    """A dict without what is None, as Arrow tables fill every column of a struct. Keys that nobody
+    reads are typing mistakes, or ids: they are named."""
+    given = {name: value for name, value in given.items() if value is not None}
+    unread = [name for name in given if name not in known]
+    if unread:
+        names = ", ".join(map(repr, unread))[:90]
+        known = ", ".join(known)
+        if len(unread) == len(given):
+            raise ValueError(f"{what} with the keys {names}: expected {known}")
+        warnings.warn(f"{what}: {names} is not read; what is: {known}", stacklevel=3)
+    return given
 
 
 def require(holds, name, value, wanted):
@@ -590,28 +576,18 @@ def require(holds, name, value, wanted):
         raise ValueError(f"{name}={short(value)}: expected {wanted}")
 
 
-def is_clip(video):
-    """A list of frames or {"frames", "fps"}. A frame may be a dict, too: {"bytes", "path"}."""
-    return isinstance(video, (list, tuple)) or (isinstance(video, dict) and "frames" in video)
+def require_positive(**options):
+    """Each is a finite number above 0. True is none, though Python counts it among them."""
+    for name, value in options.items():
+        is_number = isinstance(value, numbers.Real) and value is not True
+        require(is_number and 0 < value < math.inf, name, value, "a finite number above 0")
 
 
-def without_none(values):
-    """Arrow tables fill every column of a struct: what is None was not given."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def warn_unread(what, given, known):
-    """Names the keys that nobody reads: ids, or typing mistakes."""
-    unread = [name for name in without_none(given) if name not in known]
-    if unread:
-        known = keys_of(known)
-        warnings.warn(f"{what}: {keys_of(unread)} is not read; what is: {known}", stacklevel=3)
-
-
-def keys_of(given):
-    """The keys of a dict as they may stand in a message."""
-    plain = [key if isinstance(key, str) and key.isprintable() else short(key) for key in given]
-    return ", ".join(plain)[:90]
+def require_count(**options):
+    """Each is a whole number above 0, of Python or numpy."""
+    for name, value in options.items():
+        is_whole = isinstance(value, numbers.Integral) and value is not True
+        require(is_whole and value > 0, name, value, "a whole number above 0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -631,6 +607,10 @@ OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.
 # Processor.__call__ for other programs, which hand over images apart: type "image" or "video" may
 # stand alone. What else Processor.part refuses is refused here, too.
 TEMPLATE = r"""
+{%- set instruction = DEFAULT -%}
+{%- if instruction and messages[0].role != 'system' -%}
+{{- '<|im_start|>system\n' + instruction + '<|im_end|>\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
 {%- set contents = [message.content] if message.content is string else message.content -%}
@@ -655,17 +635,6 @@ TEMPLATE = r"""
 """
 
 
-def chat_template(default_instruction):
-    """TEMPLATE, opened by the default instruction unless the messages have a system turn."""
-    turn = system_turn(default_instruction or "")
-    if not turn:
-        return TEMPLATE
-    # A string of JSON is one of Jinja, too.
-    text = json.dumps(f"<|im_start|>system\n{turn[0]['content']}<|im_end|>\n")
-    opening = "{%- if messages[0].role != 'system' -%}{{- " + text + " -}}{%- endif -%}"
-    return opening + TEMPLATE
-
-
 def saved_settings(folder):
     """What a checkpoint folder says of Processor's settings.
 
@@ -686,7 +655,7 @@ def saved_settings(folder):
             "frame_max_pixels": video["frame_max_pixels"],
         }
     except (KeyError, TypeError) as e:
-        raise ValueError(f"a setting is not where we write it ({type(e).__name__}: {e})") from None
+        raise ValueError(f"a setting is not where we write it ({e!r})") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -747,14 +716,18 @@ def lay_out(prompt, branches, config):
     ids = prompt["ids"]
     positions = rope_positions(ids, prompt["image_grid"], config)  # (3, n)
     first = positions.max() + 1
-    table = [np.stack([ids, *positions, np.zeros_like(ids), np.full_like(ids, -1)])]
-    ends, n = [], len(ids)
+    branch = np.zeros_like(ids)
+    previous = np.full_like(ids, -1)
+    table = [np.stack([ids, *positions, branch, previous])]
+    ends = []
+    n = len(ids)
     for k, tokens in enumerate(branches, 1):
         step = np.arange(len(tokens))
         previous = n + step - 1
         previous[0] = len(ids) - 1  # the prompt's last token predicts how every branch begins
         position = first + step
-        table.append(np.stack([tokens, *[position] * 3, np.full_like(step, k), previous]))
+        branch = np.full_like(step, k)
+        table.append(np.stack([tokens, position, position, position, branch, previous]))
         n += len(tokens)
         ends.append(n - 1)
     return np.concatenate(table, axis=1), ends

@@ -142,7 +142,7 @@ def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
     """Log-probabilities of the rollouts' tokens under the model that learns: states h (b, S, H) ->
     (b, K, T), laid out like Experience.old_logprobs, and of the same distribution, that of
     rl_temperature."""
-    flat, _, _ = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
+    flat = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
     # `flat` has num_sampled tokens per rollout, and for a truncated one, which has sampled T, also
     # the forced closing up to </think> (`room` tokens). Lay out (b, K, T + room), keep the first T.
     room = len(processor.closing)
