@@ -52,7 +52,6 @@ from embed import Embedder, contrastive_step, info_nce
 from model import CONFIGS, Qwen3VL, generate, write_json
 from processor import Processor, collate, normalize_pixels
 
-PEER_NAME = f"transformers {transformers.__version__}"
 # "large" is a cut of 2B that a CPU can bear: 8 of its 28 layers, a quarter of its width.
 LARGE = dataclasses.replace(
     CONFIGS["2b"],
@@ -148,9 +147,7 @@ def make_tasks(processor, options):
     n, B = options.items, options.batch
     items = make_items(max(n, Q, B), processor, seed=0)
     prompts = [processor(item) for item in items]
-    images = []
-    for item in items[:n]:
-        images += item.get("image", [])
+    images = [image for item in items[:n] for image in item.get("image", [])]
     pairs = []
     for i, target in enumerate(make_items(B, processor, seed=1)):
         pair = {
@@ -218,9 +215,8 @@ class Ours:
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path."""
-        rationales = [None] * len(pairs)
-        labels = [-1] * len(pairs)
-        metrics = contrastive_step(self.model, self.processor, pairs, rationales, labels, self.cfg)
+        nothing, unknown = [None] * len(pairs), [-1] * len(pairs)
+        metrics = contrastive_step(self.model, self.processor, pairs, nothing, unknown, self.cfg)
         self.model.zero_grad(set_to_none=True)
         return metrics["loss"]
 
@@ -434,7 +430,7 @@ def compare(size, options):
             "peer": peer_rate,
             "ratio": ratio,
             "unit": task.unit,
-            "peer_name": PEER_NAME,
+            "peer_name": f"transformers {transformers.__version__}",
         }
         rows.append(row)
     return rows
@@ -498,9 +494,8 @@ def parse(argv):
         options.size = "2b" if options.gpu else "pocket,large"
     options.size = options.size.split(",")
     for name in COUNTS:
-        count = getattr(options, name)
-        if count < 1:
-            raise ValueError(f"--{name} {count}: expected at least 1")
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
     for size in options.size:
         if size not in SIZES:
             raise ValueError(f"--size {size}: expected some of {','.join(SIZES)}")
