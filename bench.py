@@ -14,7 +14,8 @@ turns, and a row compares the medians: ratio > 1 means that ours is faster.
 
 The peer is what users of transformers write: batches of 16 as they come, padded, SDPA, `generate`
 with a KV cache and num_return_sequences, logits of the sampled tokens only. It is spared what would
-cost it next to nothing: our collate makes its batches, and its GRPO step has no rewards to compute.
+cost it next to nothing: it gets our token ids and patches, and its GRPO step has no rewards to
+compute.
 
 How to run:
     python bench.py --out FILE.json                     on a CPU: pocket and large size
@@ -22,8 +23,8 @@ How to run:
     python bench.py --device cuda                       on a GPU: our rates at 2B in bf16, the peak
                                                         of its memory, and whether it was compiled
 
-Left out: clips; vLLM (another process, other pins); TRL (it generates with transformers).
-Images are noise and weights are random: the speed is real, the content is not.
+Left out: clips; vLLM (another process, other pins); TRL (it generates with transformers); on a GPU
+the GRPO step. Images are noise and weights are random: the speed is real, the content is not.
 """
 
 import argparse
@@ -33,24 +34,24 @@ import platform
 import sys
 import tempfile
 import time
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 import pocket
-import propose
 import rl
 import scale
 import train
 from embed import Embedder, contrastive_step, info_nce
 from model import CONFIGS, Qwen3VL, generate, write_json
-from processor import Processor, Tokenizer, collate, normalize_pixels
+from processor import Processor, collate, normalize_pixels
 
-PEER_NAME = f"transformers {transformers.__version__}"
 # "large" is a cut of 2B that a CPU can bear: 8 of its 28 layers, a quarter of its width.
 LARGE = dataclasses.replace(
     CONFIGS["2b"],
@@ -72,88 +73,116 @@ SIZES = {**CONFIGS, "large": LARGE}
 # The same model and the same inputs for both
 
 
+class ReadyProcessor(Processor):
+    """It also takes prompts, which have been read before: so encode is timed without reading."""
+
+    def __call__(self, item, instruction=None):
+        is_prompt = isinstance(item, dict) and "ids" in item
+        return item if is_prompt else super().__call__(item, instruction)
+
+
 def make_model(size, device, dtype):
     """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder."""
-    tokenizer = Tokenizer(pocket.train_tokenizer(pocket.vocabulary_texts()))
-    special = tokenizer.special
+    _, reader = pocket.new_model(0)
     # The shapes are Qwen's, the numbers of the special tokens are those of this vocabulary.
-    shapes = SIZES[size]
     config = dataclasses.replace(
-        shapes,
-        vocab=shapes.vocab or tokenizer.size,
-        image_token=special["<|image_pad|>"],
-        video_token=special["<|video_pad|>"],
-        vision_start=special["<|vision_start|>"],
-        vision_end=special["<|vision_end|>"],
+        SIZES[size],
+        vocab=SIZES[size].vocab or reader.config.vocab,
+        image_token=reader.config.image_token,
+        video_token=reader.config.video_token,
+        vision_start=reader.config.vision_start,
+        vision_end=reader.config.vision_end,
     )
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3VL(config).to(dtype).init_weights().eval()
     side = 256 if config.hidden <= 128 else 512
-    processor = Processor(tokenizer, config, max_pixels=side * side)
-    return Embedder(model, processor)
-
-
-def random_text(rng, n):
-    """n words, each of which is a token."""
-    words = rng.choice(list(pocket.COLOURS), n)
-    return " ".join(words)
-
-
-def random_image(rng, processor, height, width):
-    """Noise of height x width times the side of the largest square."""
-    side = processor.max_pixels**0.5
-    shape = (int(height * side), int(width * side), 3)
-    noise = rng.integers(0, 256, shape, dtype=np.uint8)
-    return Image.fromarray(noise)
+    return Embedder(model, ReadyProcessor(reader.tokenizer, config, max_pixels=side * side))
 
 
 def make_items(n, processor, seed):
     """n items: five kinds in turn."""
     rng = np.random.default_rng(seed)
-    image = partial(random_image, rng, processor)
+    side = processor.max_pixels**0.5  # of the largest square
+
+    def text(length):
+        words = rng.choice(list(pocket.COLOURS), length)  # each is one token
+        return " ".join(words)
+
+    def image(height, width):
+        shape = (int(height * side), int(width * side), 3)
+        return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+
     items = []
     while len(items) < n:
         items += [
-            {"text": random_text(rng, 10), "image": [image(0.9, 1.2)]},
-            {"text": random_text(rng, 20)},
-            {"text": random_text(rng, 400)},
+            {"text": text(10), "image": [image(0.9, 1.2)]},
+            {"text": text(20)},
+            {"text": text(400)},
             {"image": [image(0.4, 0.7)]},
-            {"text": random_text(rng, 10), "image": [image(0.5, 0.5), image(0.6, 0.3)]},
+            {"text": text(10), "image": [image(0.5, 0.5), image(0.6, 0.3)]},
         ]
     return items[:n]
 
 
-def make_prompts(n, processor, seed):
-    return [processor(item) for item in make_items(n, processor, seed)]
+@dataclasses.dataclass
+class Task:
+    """What both sides do, each by its method of this name."""
+
+    method: str
+    name: str  # of the row
+    inputs: tuple
+    amount: int  # of work
+    unit: str
+    tolerance: float | None = None  # of the results, in absolute size; None: nothing to compare
+
+    def run(self, side):
+        return getattr(side, self.method)(*self.inputs)
 
 
-def make_pairs(n, processor):
-    """Pairs as the steps take them, without hard negatives."""
-    queries = make_prompts(n, processor, 1)
-    targets = make_prompts(n, processor, 2)
+def make_tasks(processor, options):
+    """The five tasks of one size. Both sides get the same prompts: what the Processor makes of an
+    item, token ids and patches."""
+    Q, K, T = options.queries, options.rollouts, options.tokens
+    n, B = options.items, options.batch
+    items = make_items(max(n, Q, B), processor, seed=0)
+    prompts = [processor(item) for item in items]
+    images = [image for item in items[:n] for image in item.get("image", [])]
     pairs = []
-    for i in range(n):
+    for i, target in enumerate(make_items(B, processor, seed=1)):
         pair = {
             "id": str(i),
-            "dataset": "bench",
-            "query": queries[i],
-            "target": targets[i],
-            "answer": str(i),
+            "query": prompts[i],
+            "target": processor(target),
+            "answer": str(i),  # all targets differ
             "negatives": [],
         }
         pairs.append(pair)
-    return pairs
+    # The peer keeps the activations of every rollout, and its prompt's: they must fit.
+    few = pairs[: max(2, Q // 16)]
+
+    # fp32 sums in another order differ by 1e-6. A loss adds up a batch of them, divided by a
+    # temperature of 0.02.
+    b = len(few)
+    return [
+        Task("embed", "embed mixed", (prompts[:n],), n, "items/s", 1e-4),
+        Task("preprocess", "preprocess", (images,), len(images), "images/s", 1e-5),
+        Task("generate", f"generate {Q}x{K}x{T}", (prompts[:Q], K, T), Q * K * T, "tokens/s"),
+        Task("contrastive", f"contrastive {B} pairs", (pairs,), B, "pairs/s", 1e-3),
+        Task("grpo", f"grpo {b}x{K}x{T}", (few,), b, "queries/s"),
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
 # The tasks, twice: two classes with the same methods
 
-BATCH = 16
-
 
 class Ours:
-    """The project's functions as a user calls them."""
+    """The project's functions as a user calls them.
+
+    Rows are sorted by length and cut into batches of few tokens; a query's rollouts share its
+    prompt; steps go through GradCache.
+    """
 
     def __init__(self, embedder, cfg):
         self.embedder = embedder
@@ -161,26 +190,18 @@ class Ours:
         self.processor = embedder.processor
         self.cfg = cfg
 
-    @torch.no_grad()
     def embed(self, prompts):
-        """Direct vectors (n, H), as Embedder.encode computes them once it has read the items."""
-        never = ("never", 0.5, 1, 0.0, None)  # four numbers that are not used then
-        lengths = [len(prompt["ids"]) + 1 for prompt in prompts]
-        width = self.model.c.hidden
-        vectors = torch.empty(len(prompts), width, device=self.model.device)
-        for rows in self.embedder.batches(lengths, BATCH):
-            batch = [prompts[i] for i in rows]
-            states, _ = self.embedder.embed_prompts(batch, *never)
-            vectors[rows] = F.normalize(states, dim=-1)
-        return vectors
+        """Direct vectors (n, H)."""
+        return self.embedder.encode(prompts, reason="never", convert_to_numpy=False)
 
     def preprocess(self, images):
-        """Patches (N, 1536), read by Embedder.encode's threads."""
-        windows = self.embedder.windows(images, None, batch_size=len(images))
-        pixels = [prompt["pixel_values"][0] for prompt in next(windows)]
-        return normalize_pixels(np.concatenate(pixels))
+        """Patches (N, 1536), read by threads as in Embedder.encode."""
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            prompts = list(threads.map(self.processor, images))
+        patches = [prompt["pixel_values"][0] for prompt in prompts]
+        return normalize_pixels(np.concatenate(patches))
 
-    def write(self, prompts, K, T, temperature=1.0):
+    def generate(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         batch = collate(prompts, self.processor, device=self.model.device)
         settings = {**self.processor.generation, "temperature": temperature}
@@ -194,15 +215,17 @@ class Ours:
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path."""
-        rationales = [None] * len(pairs)
-        labels = [-1] * len(pairs)
-        metrics = contrastive_step(self.model, self.processor, pairs, rationales, labels, self.cfg)
+        nothing, unknown = [None] * len(pairs), [-1] * len(pairs)
+        metrics = contrastive_step(self.model, self.processor, pairs, nothing, unknown, self.cfg)
         self.model.zero_grad(set_to_none=True)
         return metrics["loss"]
 
-    def grpo(self, prompts, targets, duplicates):
-        """One step of rl.py."""
-        rl.grpo_step(self.model, self.processor, prompts, targets, duplicates, self.cfg, None)
+    def grpo(self, pairs):
+        """One step of rl.py. No two targets are equal."""
+        queries = [pair["query"] for pair in pairs]
+        targets = [pair["target"] for pair in pairs]
+        duplicates = torch.eye(len(pairs), dtype=torch.bool)
+        rl.grpo_step(self.model, self.processor, queries, targets, duplicates, self.cfg, None)
         self.model.zero_grad(set_to_none=True)
 
 
@@ -213,70 +236,68 @@ class Peer:
     logits, and the loss that it would compute by itself is not the one that is compared.
     """
 
+    BATCH = 16  # prompts that are embedded together
+
     def __init__(self, folder, processor, cfg):
         transformers.utils.logging.disable_progress_bar()
         loader = transformers.Qwen3VLForConditionalGeneration
-        self.model = loader.from_pretrained(folder, attn_implementation="sdpa").eval()
+        self.model = loader.from_pretrained(folder, attn_implementation="sdpa")
         self.images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.processor = processor
         self.cfg = cfg
 
-    def preprocess(self, images):
-        return self.images(images=images, return_tensors="pt")["pixel_values"]
-
-    def inputs(self, prompts, left=False):
-        """Prompts, each followed by <|endoftext|> -> padded inputs of transformers' model.
-
-        left: padded on the left and without <|endoftext|>. `generate` continues the last column,
-        so that all prompts have to end there.
-        """
-        batch = collate(prompts, self.processor)
-        ids = batch["ids"]  # (B, S)
-        lengths = batch["lengths"][:, None]
-        if left:
-            lengths = lengths - 1
-        place = torch.arange(ids.shape[1])
-        mask = place < lengths
-        if left:  # turn each row, so that its padding comes first
-            turned = (place + lengths) % ids.shape[1]
-            ids = ids.gather(1, turned)
-            mask = mask.gather(1, turned)
-        is_image = ids == self.processor.config.image_token
+    def inputs(self, prompts, branches, side="right"):
+        """Prompts, each with the ids of its branch behind it -> inputs of transformers' model,
+        padded on that side."""
+        rows = []
+        for prompt, branch in zip(prompts, branches):
+            row = np.concatenate([prompt["ids"], branch])
+            rows.append(torch.from_numpy(row))
+        ids = pad_sequence(rows, batch_first=True, padding_side=side)  # (B, S)
+        ones = [torch.ones_like(row) for row in rows]
         inputs = {
             "input_ids": ids,
-            "attention_mask": mask.long(),
-            "mm_token_type_ids": is_image.long(),
+            "attention_mask": pad_sequence(ones, batch_first=True, padding_side=side),
+            "mm_token_type_ids": (ids == self.processor.config.image_token).long(),
         }
-        if batch["image_grid"]:
-            grids = [(1, *grid) for grid in batch["image_grid"]]
+        patches, grids = [], []
+        for prompt in prompts:
+            patches += prompt["pixel_values"]
+            grids += [(1, *grid) for grid in prompt["image_grid"]]
+        if patches:
+            inputs["pixel_values"] = normalize_pixels(np.concatenate(patches))
             inputs["image_grid_thw"] = torch.tensor(grids)
-            inputs["pixel_values"] = batch["pixel_values"]
         return inputs
 
-    def forward(self, prompts):
-        """-> unit vectors (B, H), states (B, S, H)."""
-        inputs = self.inputs(prompts)
+    def forward(self, prompts, branches=None):
+        """-> unit vectors (B, H) at the end of the branches, states (B, S, H)."""
+        if branches is None:  # the direct path
+            branches = [[self.processor.eos_id]] * len(prompts)
+        inputs = self.inputs(prompts, branches)
         h = self.model.model(**inputs).last_hidden_state
         last = inputs["attention_mask"].sum(1) - 1
-        rows = torch.arange(len(h))
-        vectors = F.normalize(h[rows, last], dim=-1)
+        vectors = F.normalize(h[torch.arange(len(h)), last], dim=-1)
         return vectors, h
 
     @torch.no_grad()
     def embed(self, prompts):
         """Direct vectors (n, H), in batches as they come."""
         parts = []
-        for i in range(0, len(prompts), BATCH):
-            vectors, _ = self.forward(prompts[i : i + BATCH])
+        for i in range(0, len(prompts), self.BATCH):
+            vectors, _ = self.forward(prompts[i : i + self.BATCH])
             parts.append(vectors)
         return torch.cat(parts)
 
+    def preprocess(self, images):
+        """Patches (N, 1536)."""
+        return self.images(images=images, return_tensors="pt")["pixel_values"]
+
     @torch.no_grad()
-    def write(self, prompts, K, T, temperature=1.0):
+    def generate(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         processor = self.processor
-        opened = [continued(prompt, processor.prefix) for prompt in prompts]
-        inputs = self.inputs(opened, left=True)
+        # It continues the last column, so all prompts have to end there.
+        inputs = self.inputs(prompts, [processor.prefix] * len(prompts), side="left")
         out = self.model.generate(
             **inputs,
             do_sample=temperature > 0,
@@ -295,217 +316,150 @@ class Peer:
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path, the batch as one pass for each side."""
-        self.model.train()
-        queries = [pair["query"] for pair in pairs]
-        targets = [pair["target"] for pair in pairs]
-        q, _ = self.forward(queries)
-        t, _ = self.forward(targets)
+        q, _ = self.forward([pair["query"] for pair in pairs])
+        t, _ = self.forward([pair["target"] for pair in pairs])
         column = torch.arange(len(pairs))  # of each query's target
         loss = info_nce(q, t, column, self.cfg.temperature)
         loss.backward()
         self.model.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    def grpo(self, prompts, targets, duplicates):
+    def grpo(self, pairs):
         """Rollouts, the policy gradient of their tokens, InfoNCE on both paths.
 
         Every rollout is a row of its own, which computes its prompt again. All advantages are 1,
         and nothing is decided: what is left out of rl.py's step are sums over a few numbers.
         """
-        temperature, K = self.cfg.temperature, self.cfg.rl_rollouts
+        processor, K = self.processor, self.cfg.rl_rollouts
         # 1) Roll out: K rationales per query.
-        self.model.eval()
-        sampled = self.write(prompts, K, self.cfg.max_new_tokens)
-        self.model.train()
+        queries = [pair["query"] for pair in pairs]
+        sampled = self.generate(queries, K, self.cfg.max_new_tokens)
 
-        # 2) Vectors and log-probabilities again, with gradient.
-        repeated = [prompt for prompt in prompts for _ in range(K)]
-        reasoned, logprobs = self.follow(repeated, sampled)
-        q, _ = self.forward(prompts)
-        t, _ = self.forward(targets)
-
-        # 3) InfoNCE on both paths, and the policy gradient.
-        column = torch.arange(len(prompts))
+        # 2) Vectors again, with gradient.
+        q, _ = self.forward(queries)
+        t, _ = self.forward([pair["target"] for pair in pairs])
+        column = torch.arange(len(pairs))
         query = column.repeat_interleave(K)  # of each rollout
-        direct = info_nce(q, t, column, temperature, duplicates)
-        thinking = info_nce(reasoned, t, query, temperature, duplicates[query])
-        loss = direct + thinking - logprobs.mean()
-        loss.backward()
-        self.model.zero_grad(set_to_none=True)
+        prompts = [queries[i] for i in query]
+        branches = [[*processor.prefix, *ids, *processor.tail] for ids in sampled]
+        reasoned, h = self.forward(prompts, branches)
 
-    def follow(self, prompts, sampled):
-        """N prompts, the tokens sampled after each -> unit vectors behind them (N, H), and the
-        log-probabilities of all tokens, from the states that predict them."""
-        processor = self.processor
-        rollouts, places = [], []
-        for prompt, ids in zip(prompts, sampled):
-            branch = [*processor.prefix, *ids, *processor.tail]
-            rollouts.append(continued(prompt, branch[:-1]))  # collate appends <|endoftext|>
+        # 3) Log-probabilities of the sampled tokens, from the states that predict them.
+        states = []
+        for row, prompt, ids in zip(h, prompts, sampled):
             start = len(prompt["ids"]) + len(processor.prefix) - 1
-            places.append(slice(start, start + len(ids)))
-        vectors, h = self.forward(rollouts)
-        states = [row[place] for row, place in zip(h, places)]
+            states.append(row[start : start + len(ids)])
         logits = self.model.lm_head(torch.cat(states))
         logits[:, processor.suppress_tokens] = float("-inf")
         tokens = torch.tensor([token for ids in sampled for token in ids])
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])
-        return vectors, logprobs
 
-
-def continued(prompt, ids):
-    """The prompt with these ids behind it."""
-    longer = np.concatenate([prompt["ids"], ids])
-    return {**prompt, "ids": longer}
+        # 4) InfoNCE on both paths, and the policy gradient.
+        duplicates = torch.eye(len(pairs), dtype=torch.bool)[query]
+        direct = info_nce(q, t, column, self.cfg.temperature)
+        thinking = info_nce(reasoned, t, query, self.cfg.temperature, duplicates)
+        loss = direct + thinking - logprobs.mean()
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def seconds(task):
-    """Wall time of one call. A GPU goes on after the call has returned, so it is waited for."""
+def seconds(task, side):
+    """Wall time of one turn. A GPU goes on after the call has returned, so it is waited for."""
     start = time.perf_counter()
-    task()
+    task.run(side)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def race(name, ours, peer, amount, unit, repeats):
-    """Both sides take turns -> a row of the file: units a second, by the medians.
+def rates(task, sides, repeats):
+    """Units a second of each side, by the medians. The sides take turns.
 
-    A first turn, which is not counted, pays for what happens once: buffers, kernels, caches.
+    A first turn, which is not counted, pays for what happens once: buffers, kernels, compiling.
     """
     turns = []
     for _ in range(1 + repeats):
-        turns.append((seconds(ours), seconds(peer)))
-    medians = np.median(turns[1:], axis=0)
-    our_rate, peer_rate = (amount / medians).tolist()
-    ratio = our_rate / peer_rate
-    print(f"{name:<30}{our_rate:>12.2f}{peer_rate:>12.2f} {unit:<10}{ratio:>6.2f}x", flush=True)
-    return {
-        "name": name,
-        "ours": our_rate,
-        "peer": peer_rate,
-        "ratio": ratio,
-        "unit": unit,
-        "peer_name": PEER_NAME,
-    }
+        turns.append([seconds(task, side) for side in sides])
+    return (task.amount / np.median(turns[1:], axis=0)).tolist()
 
 
 def agree(name, ours, peer, tolerance):
-    """ValueError unless both sides have computed the same, to a tolerance of absolute size."""
+    """ValueError unless both sides have computed the same."""
     difference = torch.as_tensor(ours) - torch.as_tensor(peer)
     gap = float(difference.abs().max())
     if not gap <= tolerance:  # a NaN is not
-        raise ValueError(
-            f"{name}: ours and transformers differ by {gap:.2g}, more than {tolerance:.2g}: "
-            "not the same computation"
-        )
+        far = f"ours and transformers differ by {gap:.2g}, more than {tolerance:.2g}"
+        raise ValueError(f"{name}: {far}: not the same computation")
 
 
 def compare(size, options):
     """All tasks on one size, ours beside transformers', in fp32 on the CPU -> rows."""
     embedder = make_model(size, "cpu", torch.float32)
-    processor = embedder.processor
-    Q, K, T = options.queries, options.rollouts, options.tokens
-    cfg = train.Config(max_new_tokens=T, rl_rollouts=K)
+    cfg = train.Config(max_new_tokens=options.tokens, rl_rollouts=options.rollouts)
     ours = Ours(embedder, cfg)
     with tempfile.TemporaryDirectory() as folder:
         embedder.save(folder)
-        peer = Peer(folder, processor, cfg)
+        peer = Peer(folder, embedder.processor, cfg)
+    tasks = make_tasks(embedder.processor, options)
 
-    # 1) Inputs, the same for both.
-    items = make_items(options.items, processor, 0)
-    prompts = [processor(item) for item in items]
-    images = []
-    for item in items:
-        images += item.get("image", [])
-    queries = make_prompts(Q, processor, 3)
-    pairs = make_pairs(options.batch, processor)
-    few = pairs[: max(2, Q // 16)]  # the peer's activations of all their rollouts must fit
-    few_queries = [pair["query"] for pair in few]
-    few_targets = [pair["target"] for pair in few]
-    duplicates = torch.eye(len(few), dtype=torch.bool)
-
-    # 2) Both must agree. fp32 sums in another order differ by 1e-6; a loss adds up a batch of them,
-    # at a temperature of 0.02. Greedy tokens are equal unless two logits are.
-    agree("embed", ours.embed(prompts), peer.embed(prompts), 1e-4)
-    agree("preprocess", ours.preprocess(images), peer.preprocess(images), 1e-5)
-    agree("contrastive", ours.contrastive(pairs), peer.contrastive(pairs), 1e-3)
+    # 1) Both must agree, or their times say nothing. Losses are not compared for grpo: each side
+    # samples rationales of its own. Greedy tokens are equal unless two logits are.
+    for task in tasks:
+        if task.tolerance:
+            agree(task.method, task.run(ours), task.run(peer), task.tolerance)
+    (prompts,) = tasks[0].inputs
     greedy = (prompts[:6], 1, 12, 0.0)
-    if ours.write(*greedy) != peer.write(*greedy):
+    if ours.generate(*greedy) != peer.generate(*greedy):
         raise ValueError("generate: the greedy tokens differ: not the same computation")
 
-    # 3) Turns: method, name of the row, what the method takes, how many of which unit that is.
-    grpo = (few_queries, few_targets, duplicates)
-    tasks = [
-        ("embed", "embed mixed", (prompts,), len(prompts), "items/s"),
-        ("preprocess", "preprocess", (images,), len(images), "images/s"),
-        ("write", f"generate {Q}x{K}x{T}", (queries, K, T), Q * K * T, "tokens/s"),
-        ("contrastive", f"contrastive {len(pairs)} pairs", (pairs,), len(pairs), "pairs/s"),
-        ("grpo", f"grpo {len(few)}x{K}x{T}", grpo, len(few), "queries/s"),
-    ]
+    # 2) Turns
     rows = []
-    for method, name, inputs, amount, unit in tasks:
-        our_task = partial(getattr(ours, method), *inputs)
-        peer_task = partial(getattr(peer, method), *inputs)
-        row = race(f"{name}, {size}", our_task, peer_task, amount, unit, options.repeats)
+    for task in tasks:
+        our_rate, peer_rate = rates(task, (ours, peer), options.repeats)
+        ratio = our_rate / peer_rate
+        name = f"{task.name}, {size}"
+        figures = f"{our_rate:>12.2f}{peer_rate:>12.2f} {task.unit:<10}{ratio:>6.2f}x"
+        print(f"{name:<30}{figures}", flush=True)
+        row = {
+            "name": name,
+            "ours": our_rate,
+            "peer": peer_rate,
+            "ratio": ratio,
+            "unit": task.unit,
+            "peer_name": f"transformers {transformers.__version__}",
+        }
         rows.append(row)
     return rows
 
 
-def clock(name, task, amount, unit, repeats):
-    """Our rate alone -> {name, rate, unit, peak_gb}; a first turn, not counted, compiles."""
-    gpu = torch.cuda.is_available()
-    seconds(task)
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    times = [seconds(task) for _ in range(repeats)]
-    rate = amount / float(np.median(times))
-    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if gpu else float("nan")
-    print(f"{name:<30}{rate:>12.2f} {unit:<14}peak {peak_gb:.1f} GB", flush=True)
-    return {"name": name, "rate": rate, "unit": unit, "peak_gb": peak_gb}
-
-
 def measure(size, options):
-    """Our rates, with nothing beside them -> rows of clock().
+    """Our rates, with nothing beside them -> [{name, rate, unit, peak_gb}].
 
     On a GPU in bf16 and compiled, as the large presets run. dynamo counts the graphs that it has
     compiled: none means that all of this ran eagerly, whatever the options say.
     """
-    # 1) The model and its inputs.
-    gpu = options.device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
+    dtype = torch.bfloat16 if options.gpu else torch.float32
     embedder = make_model(size, options.device, dtype)
-    model, processor = embedder.model, embedder.processor
-    Q, K, T = options.queries, options.rollouts, options.tokens
-    cfg = train.Config(max_new_tokens=T, num_candidates=K)
-    if gpu:
-        model.compile_layers()
-        processor.pad_to = 128  # few lengths are few shapes to compile
-    ours = Ours(embedder, cfg)
-    prompts = make_prompts(options.items, processor, 0)
-    queries = make_prompts(Q, processor, 3)
-    pairs = make_pairs(options.batch, processor)
-    generator = torch.Generator(options.device).manual_seed(0)
-
-    # 2) Turns. Training comes last: it makes the weights fp32.
-    embed = partial(ours.embed, prompts)
-    write = partial(ours.write, queries, K, T)
-    propose_all = partial(propose.propose, model, processor, pairs, cfg, generator)
-    contrastive = partial(ours.contrastive, pairs)
-    tasks = [
-        ("embed", embed, len(prompts), "items/s"),
-        (f"decode {Q}x{K}x{T}", write, Q * K * T, "tokens/s"),
-        (f"propose {len(pairs)}x{K}x{T}", propose_all, len(pairs) * K, "rationales/s"),
-        ("contrastive step", contrastive, len(pairs), "pairs/s"),
-    ]
+    if options.gpu:
+        embedder.model.compile_layers()
+        embedder.processor.pad_to = 128  # few lengths are few shapes to compile
+    ours = Ours(embedder, train.Config())
+    *tasks, _ = make_tasks(embedder.processor, options)  # all but the GRPO step
     rows = []
-    for name, task, amount, unit in tasks:
-        if task is contrastive:
-            scale.prepare(model, dtype, checkpointing=True)
-        rows.append(clock(f"{name}, {size}", task, amount, unit, options.repeats))
+    for task in tasks:
+        if task.method == "contrastive":
+            scale.prepare(embedder.model, dtype, checkpointing=True)  # this makes the weights fp32
+        if options.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        (rate,) = rates(task, [ours], options.repeats)
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        name = f"{task.name}, {size}"
+        print(f"{name:<30}{rate:>12.2f} {task.unit:<14}peak {peak_gb:.1f} GB", flush=True)
+        rows.append({"name": name, "rate": rate, "unit": task.unit, "peak_gb": peak_gb})
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     used = "used" if graphs else "not used"
     print(f"compiled path: {used}, {graphs} graphs", flush=True)
@@ -528,48 +482,38 @@ COUNTS = {
 def parse(argv):
     """The options; ValueError names one that is wrong."""
     parser = argparse.ArgumentParser(description="Speed, beside transformers on the same weights.")
-    parser.add_argument("--out", help="JSON file; a GPU may do without")
+    parser.add_argument("--out", help="JSON file of what is printed")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     parser.add_argument("--size", help=f"some of {','.join(SIZES)} (pocket,large; on a GPU 2b)")
     for name, (default, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     options = parser.parse_args(argv)
-    options.device = torch.device(scale.find_device(options.device))
-    gpu = options.device.type == "cuda"
-    sizes = options.size or ("2b" if gpu else "pocket,large")
-    options.size = sizes.split(",")
+    options.device = scale.find_device(options.device)
+    options.gpu = options.device.startswith("cuda")
+    if options.size is None:
+        options.size = "2b" if options.gpu else "pocket,large"
+    options.size = options.size.split(",")
     for name in COUNTS:
-        count = getattr(options, name)
-        if count < 1:
-            raise ValueError(f"--{name} {count}: expected at least 1")
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
     for size in options.size:
         if size not in SIZES:
             raise ValueError(f"--size {size}: expected some of {','.join(SIZES)}")
-    if not options.out and not gpu:
-        raise ValueError("--out FILE.json is missing")
-    if options.out:
-        folder = os.path.dirname(os.path.abspath(options.out))
-        if not os.path.isdir(folder):
-            raise ValueError(f"--out {options.out}: no such folder")
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {options.out}: no such folder")
     return options
 
 
 def run(options):
     """All sizes. The file is written after each: a large size may not fit into the memory."""
-    gpu = options.device.type == "cuda"
-    if gpu:
+    device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    if options.gpu:
         device = torch.cuda.get_device_name(options.device)
-    else:
-        device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
+    versions["python"] = platform.python_version()
     out = {"device": device, "versions": versions, "rows": [], "rates": []}
     for size in options.size:
-        if gpu:
+        if options.gpu:
             out["rates"] += measure(size, options)
         else:
             out["rows"] += compare(size, options)

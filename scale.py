@@ -24,12 +24,13 @@ Jordan 2024 (kellerjordan.github.io/posts/muon) and, for the size of its updates
 Left out: tensor and pipeline parallelism, CPU offload, quantised weights.
 """
 
+import collections
 import datetime
-import glob
 import math
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -72,18 +73,12 @@ def barrier():
 def gather(x):
     """x (n, ...), n may differ between processes -> the rows of all processes (N, ...) in process
     order, and a LongTensor (n,) of the places where this process' rows are. Carries no gradient."""
-    counts = gather_objects([len(x)])
-    start = sum(counts[: rank()])
-    rows = torch.arange(start, start + len(x), device=x.device)
     if world_size() == 1:
-        return x.detach(), rows
-    # A collective wants equal shapes: shorter parts are padded, and the padding is cut off again.
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x.detach()
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    joined = torch.cat([part[:n] for part, n in zip(parts, counts)])
-    return joined, rows
+        return x.detach(), torch.arange(len(x), device=x.device)
+    parts = gather_objects([x.detach().cpu()])
+    start = sum(len(part) for part in parts[: rank()])
+    rows = torch.arange(start, start + len(x), device=x.device)
+    return torch.cat(parts).to(x.device), rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -130,18 +125,13 @@ def backward(lengths, forward, loss, budget):
     -> loss (a float: with the further losses of all rows) and metrics, summed over rows and
     processes. Leaves in every parameter's .grad this process' part of the gradient.
     """
-    empty = [name for name, tokens in lengths.items() if not tokens]
-    if empty:
-        raise ValueError(f"backward: no rows of {empty[0]!r} on process {rank()}")
-
     # 1) Passes. Sharded layers meet in each, so all processes make equally many: those with fewer
     # chunks repeat their last with weight zero.
     passes = [(name, rows) for name in lengths for rows in chunks_of(lengths[name], budget)]
-    fits = len(passes) == 1 or sum(sum(tokens) for tokens in lengths.values()) <= budget
-    everywhere = gather_objects([(len(passes), fits)])
-    repeats = max(count for count, _ in everywhere) - len(passes)
-    weights = [1.0] * len(passes) + [0.0] * repeats
-    passes += passes[-1:] * repeats
+    count = len(passes)
+    fits = count == 1 or sum(sum(tokens) for tokens in lengths.values()) <= budget
+    everywhere = gather_objects([(count, fits)])
+    passes += passes[-1:] * (max(count for count, _ in everywhere) - count)
     keep = all(fits for _, fits in everywhere)
 
     # 2) Vectors v_i
@@ -159,27 +149,28 @@ def backward(lengths, forward, loss, budget):
         joined[name], places[name] = gather(vectors[name])
         joined[name].requires_grad_()
     value = loss(joined)
-    g = torch.autograd.grad(value, list(joined.values()), materialize_grads=True)
-    g = {name: g_all[places[name]] for name, g_all in zip(joined, g)}
+    value.backward()
+    g = {name: joined[name].grad[places[name]] for name in lengths}
 
     # 4) The gradient of Σ g_i · v_i and of the further losses, chunk by chunk
-    further, metrics = 0.0, []
+    metrics = []
     for i, (name, rows) in enumerate(passes):
-        v, extra, numbers = results[i] if keep else forward(name, rows, True)
-        results[i] = None
+        v, further, numbers = results[i] if keep else forward(name, rows, True)
+        results[i] = None  # its activations are not needed again
         surrogate = (v * g[name][rows]).sum()
-        if extra is not None:
-            surrogate = surrogate + extra
-            further += weights[i] * float(extra.detach())
-        (weights[i] * surrogate).backward()
-        if weights[i] > 0:
+        if further is not None:
+            surrogate = surrogate + further
+            numbers = {**numbers, "further": float(further.detach())}
+        weight = 1.0 if i < count else 0.0
+        (weight * surrogate).backward()
+        if weight:
             metrics.append(numbers)
 
-    total = {}
+    total = collections.Counter()
     for numbers in gather_objects(metrics):
-        for key, x in numbers.items():
-            total[key] = total.get(key, 0.0) + x
-    return float(value.detach()) + sum(gather_objects([further])), total
+        total.update(numbers)
+    further = total.pop("further", 0.0)
+    return float(value.detach()) + further, dict(total)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,13 +184,13 @@ class LoRALinear(nn.Module):
 
     W keeps its name: the base model's weights are called the same with and without."""
 
-    def __init__(self, linear, rank, alpha=LORA_ALPHA):
+    def __init__(self, linear, rank):
         super().__init__()
         out_features, in_features = linear.weight.shape
         device = linear.weight.device
         self.weight = linear.weight
         self.bias = linear.bias
-        self.scale = alpha / rank
+        self.scale = LORA_ALPHA / rank
         # fp32 whatever W is: steps of 1e-5 are lost in bf16. B = 0: training starts at W.
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
@@ -297,17 +288,15 @@ def merge(model, dtype=torch.float32, into=None):
 def add_gradients(params):
     """Add each gradient up over the processes; shards were added up by their backward pass.
     A gradient that no process has stays None: AdamW's moments then rest, as they do alone."""
-    params = [p for p in params if not is_sharded(p)]
-    if world_size() == 1 or not params:
+    if world_size() == 1:
         return
-    has = torch.tensor([p.grad is not None for p in params], dtype=torch.int32)
-    has = has.to(params[0].device)
-    dist.all_reduce(has)
-    for p, count in zip(params, has.tolist()):
-        if count and p.grad is None:
+    params = [p for p in params if not is_sharded(p)]
+    has_gradient = [i for i, p in enumerate(params) if p.grad is not None]
+    for i in sorted(set(gather_objects(has_gradient))):
+        p = params[i]
+        if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if count:
-            dist.all_reduce(p.grad)
+        dist.all_reduce(p.grad)
 
 
 def clip_gradients(params, limit):
@@ -322,7 +311,7 @@ def clip_gradients(params, limit):
     return norm
 
 
-def orthogonalise(update, steps=5):
+def orthogonalise(update):
     """Newton-Schulz: update (rows, columns) = U S V' -> nearly U V'.
 
     A step maps each singular value s to a s + b s³ + c s⁵, which drives what lies in (0, 1] towards
@@ -335,7 +324,7 @@ def orthogonalise(update, steps=5):
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T  # for the smaller Gram matrix
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
@@ -348,21 +337,22 @@ class Muon(torch.optim.Optimizer):
     learning rate is the same (arXiv 2502.16982). A convolution's kernel is a matrix (out, rest).
     """
 
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    MOMENTUM = 0.95
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            momentum = group["momentum"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
                     state["average"] = torch.zeros_like(p)
-                average = state["average"].lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(average, momentum).flatten(1)
+                average = state["average"].lerp_(p.grad, 1 - self.MOMENTUM)
+                update = p.grad.lerp(average, self.MOMENTUM).flatten(1)
                 size = 0.2 * math.sqrt(max(update.shape))
                 p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * size)
 
@@ -485,12 +475,16 @@ def state_size(model):
     return 3 * sum(p.numel() * p.element_size() for p in trained)
 
 
-def flush(*paths):
-    """Bring files to the disk, before a new name says that they are complete."""
-    for path in paths:
-        if os.path.isfile(path):
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
+def flush(path):
+    """Bring a file to the disk, before a new name says that it is complete."""
+    if os.path.isfile(path):
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+
+def states_in(folder):
+    """The folder's states, the oldest first."""
+    return sorted(Path(folder).glob("*.state.pt"))
 
 
 def save_state(folder, step, model, optimizer):
@@ -503,26 +497,25 @@ def save_state(folder, step, model, optimizer):
     state = for_file({"step": step, "model": trained, "optimizer": optimizer.state_dict()})
     if not is_main():
         return
-    path = os.path.join(folder, f"{step:08d}.state.pt")
-    aside = os.path.join(folder, "state.part")
+    path = Path(folder, f"{step:08d}.state.pt")
+    aside = Path(folder, "state.part")
     try:
         torch.save(state, aside)
     except RuntimeError as e:  # torch's word for a full disk
         raise OSError(f"{path}: not written ({e})") from None
     flush(aside)
-    os.replace(aside, path)
-    for old in sorted(glob.glob(os.path.join(folder, "*.state.pt")))[:-KEEP]:
-        os.unlink(old)
+    aside.replace(path)
+    for old in states_in(folder)[:-KEEP]:
+        old.unlink()
 
 
 @torch.no_grad()
 def load_state(folder, model, optimizer):
     """Put the folder's last state into model and optimizer -> its step; 0 where there is none.
     ValueError names a file that is damaged or belongs to another model."""
-    paths = sorted(glob.glob(os.path.join(folder, "*.state.pt")))
-    if not paths:
+    if not states_in(folder):
         return 0
-    path = paths[-1]
+    path = states_in(folder)[-1]
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
