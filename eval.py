@@ -40,13 +40,14 @@ metadata. Not followed: the reference pairs labels and grades wrongly where grad
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -138,9 +139,11 @@ def blocks(queries, candidates, local):
         for i, corpus in enumerate(local):
             yield [i], np.asarray(corpus)
         return
+    everyone = range(len(queries))
+    numbers = np.arange(len(candidates))
     size = max(1, BUDGET // len(queries))
-    for first in range(0, len(candidates), size):
-        yield range(len(queries)), np.arange(first, min(first + size, len(candidates)))
+    for first in range(0, len(numbers), size):
+        yield everyone, numbers[first : first + size]
 
 
 def rank(queries, candidates, positives, grades=None, local=None):
@@ -225,8 +228,8 @@ class VectorCache:
         infos: per item {"reasoned", "p_reason", "rationale", "new_tokens"}.
         """
         options = {**self.options, **how}
-        path = os.path.join(self.folder, self.name(items, options))
-        if not os.path.exists(path + ".json"):  # written last: with it the vectors are there
+        path = Path(self.folder, self.name(items, options))
+        if not path.with_suffix(".json").exists():  # written last: the vectors are there, too
             start = time.perf_counter()
             try:
                 vectors, infos = self.embedder.encode(items, return_info=True, **options)
@@ -235,13 +238,13 @@ class VectorCache:
             ms = 1000 * (time.perf_counter() - start) / len(items)
             # Written aside and renamed: another process may embed the same candidates.
             aside = f"{path}.{scale.rank()}"
-            os.makedirs(self.folder, exist_ok=True)
-            np.save(aside + ".npy", vectors)
-            write_json(aside + ".json", [infos, ms])
-            for ending in (".npy", ".json"):
-                os.replace(aside + ending, path + ending)
-        infos, ms = read_json(path + ".json")
-        vectors = np.load(path + ".npy", mmap_mode="r")
+            path.parent.mkdir(exist_ok=True, parents=True)
+            np.save(f"{aside}.npy", vectors)
+            write_json(f"{aside}.json", [infos, ms])
+            for ending in ("npy", "json"):
+                os.replace(f"{aside}.{ending}", f"{path}.{ending}")
+        infos, ms = read_json(f"{path}.json")
+        vectors = np.load(f"{path}.npy", mmap_mode="r")
         return vectors, infos, ms
 
     def name(self, items, options):
@@ -249,9 +252,9 @@ class VectorCache:
         changed = []
         for item in items:
             for ref in data.refs(item):
-                file = getattr(ref, "table", ref)
-                if os.path.exists(file):
-                    stat = os.stat(file)
+                file = Path(getattr(ref, "table", ref))
+                if file.exists():
+                    stat = file.stat()
                     changed.append((stat.st_size, stat.st_mtime_ns))
         key = repr([self.model, options, items, changed])
         return hashlib.sha256(key.encode()).hexdigest()
@@ -265,6 +268,7 @@ def measure(es, cache, modes, threshold):
     """
     title = f"{es.name} candidate first met at"
     targets, _, _ = cache.embed(es.candidates, title, es.cand_where, reason="never")
+    auto = {"reason": "auto", "threshold": threshold}
     results = {}
     for mode in modes:
         if mode != "adaptive":
@@ -275,7 +279,7 @@ def measure(es, cache, modes, threshold):
                 reasons = direct["p_reason"] > threshold
                 results[mode].append(reasoned if reasons else direct)
         else:
-            results[mode] = measure_mode(es, cache, targets, reason="auto", threshold=threshold)
+            results[mode] = measure_mode(es, cache, targets, **auto)
     return results
 
 
@@ -346,12 +350,11 @@ def write_dataset(es, results, primary, out):
     }
 
     # 3) The files.
-    folder = os.path.join(out, es.modality)
-    os.makedirs(folder, exist_ok=True)
-    start = os.path.join(folder, es.name)
-    write_lines(start + "_pred.jsonl", predictions)
-    write_lines(start + "_queries.jsonl", records)
-    write_json(start + "_score.json", score)
+    folder = Path(out, es.modality)
+    folder.mkdir(exist_ok=True, parents=True)
+    write_lines(folder / f"{es.name}_pred.jsonl", predictions)
+    write_lines(folder / f"{es.name}_queries.jsonl", records)
+    write_json(folder / f"{es.name}_score.json", score)
     return score, about, records
 
 
@@ -364,7 +367,7 @@ def plain_means(scores, modality):
     means = {}
     for kind in ("overall", *MODALITIES):
         group = [score for name, score in scores.items() if kind in ("overall", modality[name])]
-        means[kind] = float(np.mean(group)) if group else None
+        means[kind] = np.mean(group) if group else None
     return means
 
 
@@ -376,12 +379,12 @@ def summarise(table, modality, share):
     """
     score = (1 - share) * table["never"] + share * table["always"]
     ms = (1 - share) * table["ms_never"] + share * table["ms_always"]
-    datasets = {name: float(score[table["dataset"] == name].mean()) for name in modality}
+    datasets = {name: score[table["dataset"] == name].mean() for name in modality}
     return {
         **plain_means(datasets, modality),
-        "reason_rate": float(np.mean(share)),
-        "tokens_per_query": float(np.mean(share * table["new_tokens"])),
-        "ms_per_query": float(ms.mean()),
+        "reason_rate": np.mean(share),
+        "tokens_per_query": np.mean(share * table["new_tokens"]),
+        "ms_per_query": ms.mean(),
         "datasets": datasets,
     }
 
@@ -403,7 +406,9 @@ def mode_table(records, modality, threshold=0.5):
     per_task = np.zeros(len(rows), bool)
     for name in records:
         here = table["dataset"] == name
-        per_task[here] = table["always"][here].mean() > table["never"][here].mean()
+        thinking = table["always"][here].mean()
+        direct = table["never"][here].mean()
+        per_task[here] = thinking > direct
     adaptive = table["p_reason"] > threshold
     shares = {
         "never": 0.0,
@@ -431,7 +436,7 @@ def chance_of_more(high, low):
     gap = np.subtract.outer(high, low)  # each against each
     if gap.size == 0:
         return None
-    return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
+    return np.mean((gap > 0) + 0.5 * (gap == 0))
 
 
 def adaptivity(records, truth):
@@ -454,7 +459,7 @@ def adaptivity(records, truth):
         out[name] = {"auc": chance_of_more(p_reason[steps >= 2], p_reason[steps == 0])}
         for title, key in (("reason_rate", "reasoned"), ("never", "never"), ("always", "always")):
             values = column(rows, key)
-            out[name][title] = {str(n): float(values[steps == n].mean()) for n in known}
+            out[name][title] = {str(n): values[steps == n].mean() for n in known}
     return out
 
 
@@ -466,7 +471,7 @@ def leaderboard(metrics, rows):
     """The leaderboard's file; a string stands for a dataset that was not run, as in its script."""
     metadata = dict.fromkeys(ABOUT)
     metadata["data_source"] = "Self-Reported"
-    metadata["report_generated_date"] = datetime.datetime.now().isoformat()
+    metadata["report_generated_date"] = datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
     ran = {row["modality"] for row in rows if row["name"] in metrics}
     for row in rows:
@@ -494,8 +499,7 @@ def evaluate(
     rows = data.tables(root, "eval")
     asked = data.wanted(rows, tasks)
     primary = modes[-1]
-    folder = os.path.join(out, "cache")
-    cache = VectorCache(embedder, folder, options or {}, fingerprint(embedder))
+    cache = VectorCache(embedder, Path(out, "cache"), options or {}, fingerprint(embedder))
 
     # 1) Each process measures datasets of its own.
     measured = {}
@@ -532,14 +536,14 @@ def evaluate(
         summary["adaptivity"] = adaptivity(records, truth or {})
 
     # 3) Calls with other tasks, but the same model and options, fill one leaderboard.
-    path = os.path.join(out, "summary.json")
-    earlier = read_json(path) if os.path.exists(path) else {}
+    path = Path(out, "summary.json")
+    earlier = read_json(path) if path.exists() else {}
     summary["setting"] = [cache.model, primary, threshold, options, reading]
     if earlier.get("setting") == summary["setting"]:
         metrics = {**earlier["metrics"], **metrics}
     summary["metrics"] = metrics
     if scale.is_main():
-        write_json(os.path.join(out, "leaderboard.json"), leaderboard(metrics, rows))
+        write_json(Path(out, "leaderboard.json"), leaderboard(metrics, rows))
         write_json(path, summary)
     return summary
 

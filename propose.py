@@ -90,7 +90,9 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     # the key-value caches of the answers.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
     options = processor.generation
-    if ask:  # nothing is forced: an Instruct checkpoint was never taught to close a <think>
+    if ask:
+        # Nothing is forced. Behind a forced <think> an Instruct checkpoint rambles: it was never
+        # taught to close one.
         free = {processor.im_end_id, processor.think_id, processor.think_end_id}
         suppress_tokens = [i for i in processor.suppress_tokens if i not in free]
         options = {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}
@@ -169,7 +171,10 @@ class Rationales:
 
     def texts(self, pairs):
         """{pair id: {proposer: text}} of some pairs."""
-        return {p["id"]: {row["proposer"]: row["text"] for row in self.of(p["id"])} for p in pairs}
+        texts = {}
+        for p in pairs:
+            texts[p["id"]] = {row["proposer"]: row["text"] for row in self.of(p["id"])}
+        return texts
 
 
 def read_rationales(path, finite=()):
@@ -300,7 +305,7 @@ def image_url(ref, options):
 
     Servers shrink what is larger, each by rules of its own; a page spelled out takes 9 MB.
     """
-    if options.image_urls == "file" and isinstance(ref, (str, os.PathLike)):
+    if options.image_urls == "file" and isinstance(ref, str):
         with Image.open(ref) as image:  # reads the header alone
             if image.width * image.height <= options.max_pixels:
                 return Path(ref).absolute().as_uri()
