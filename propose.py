@@ -308,7 +308,7 @@ def image_url(ref, options):
     if options.image_urls == "file" and isinstance(ref, str):
         with Image.open(ref) as image:  # reads the header alone
             if image.width * image.height <= options.max_pixels:
-                return Path(ref).absolute().as_uri()
+                return Path(ref).as_uri()
     image = data.load_image(ref)
     shrink = min(1.0, math.sqrt(options.max_pixels / (image.width * image.height)))
     image = image.resize([max(1, int(shrink * side)) for side in image.size])

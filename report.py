@@ -92,18 +92,6 @@ def read_lines(path, keys):
     return check(path, rows, keys)
 
 
-def read_records(folder, datasets):
-    """The eval folder, datasets of its summary -> {dataset: rows of its queries.jsonl}.
-
-    A row is a query: p_reason, the rationale, and per mode its score and first three candidates.
-    """
-    records = {}
-    for name, about in datasets.items():
-        path = folder / about["modality"] / f"{name}_queries.jsonl"
-        records[name] = read_lines(path, ("id", "label", "top3", "rationale", *COLUMNS))
-    return records
-
-
 def training_curves(log):
     """Rows of metrics.jsonl -> [{"title", "series": [{"name", "points": [[step, value], ...]}]}].
 
@@ -313,7 +301,10 @@ def write_report(run, data_root):
     [report] = check(path, [read_json(path)], NEEDED)
     path = run / "eval" / "summary.json"
     [summary] = check(path, [read_json(path)], ("datasets", "threshold"))
-    records = read_records(run / "eval", summary["datasets"])
+    records = {}  # {dataset: rows}, a row is a query
+    for name, about in summary["datasets"].items():
+        path = run / "eval" / about["modality"] / f"{name}_queries.jsonl"
+        records[name] = read_lines(path, ("id", "label", "top3", "rationale", *COLUMNS))
     path = run / "metrics.jsonl"
     log = read_lines(path, ("stage", "step")) if path.exists() else []
 
@@ -348,7 +339,8 @@ def write_report(run, data_root):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The report of a run, written again.")
+    # Without the usage text a wrong option ends in one line.
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("run", help="a run folder of train.py")
     parser.add_argument("data", nargs="?", help="the root of its test sets (RUN/data)")
     args = parser.parse_args()

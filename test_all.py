@@ -5010,21 +5010,17 @@ def test_adaptivity_by_hand():
     assert evaluation.adaptivity(RECORDS, {"b/0": 1})["b"]["auc"] is None
 
 
-def test_the_overall_is_a_mean_over_datasets():
+def test_the_leaderboards_file_and_its_means():
     modality = {"a": "image", "b": "image", "c": "video"}
-    want = {"overall": 0.5, "image": 0.75, "video": 0.0, "visdoc": None}
-    assert evaluation.plain_means({"a": 1.0, "b": 0.5, "c": 0.0}, modality) == want
-
-
-def test_the_leaderboards_file():
+    means = {"overall": 0.5, "image": 0.75, "video": 0.0, "visdoc": None}
+    assert evaluation.plain_means({"a": 1.0, "b": 0.5, "c": 0.0}, modality) == means
     page = {"ndcg_linear@5": 0.5}
     board = evaluation.leaderboard({"CIRR": {"hit@1": 1.0}, "ViDoSeek-page": page}, data.EVAL)
     got = board["metrics"]
     assert [len(got[kind]) for kind in ("image", "video", "visdoc")] == [36, 18, 24]
-    assert got["visdoc"]["ViDoSeek-page-fixed"] == page
+    assert got["visdoc"]["ViDoSeek-page-fixed"] == page and len(board["metadata"]) == 9
     assert got["visdoc"]["MMLongBench-page-fixed"] == got["image"]["NIGHTS"] == "FILE_N/A"
     assert got["video"]["MSVD"] == "DIR_N/A"
-    assert len(board["metadata"]) == 9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5329,26 +5325,28 @@ def test_queries_of_other_data_are_refused(root, run):
         report.write_report(run, root)
 
 
-def verdict_of(never, always, adaptive, random=0.6, oracle=0.9):
-    scores = dict(zip(report.STYLE, (never, always, adaptive, adaptive, random, oracle)))
+VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and random have 0.6
+    (0.80, 0.9, "adaptive beats never and beats always", "adaptive went 67% of that way"),
+    (0.55, 0.9, "adaptive beats never and loses to always", "adaptive went -17% of that way"),
+    (0.50, 0.6, "adaptive is level with never and loses to always", "nothing to decide"),
+]
+
+
+@pytest.mark.parametrize("adaptive, oracle, title, decision", VERDICTS)
+def test_the_verdict_goes_every_way(adaptive, oracle, title, decision):
+    scores = dict(zip(report.STYLE, (0.5, 0.6, adaptive, adaptive, 0.6, oracle)))
     costs = {"tokens_per_query": 4.0, "reason_rate": 0.4}
     modes = {mode: {"overall": score, **costs} for mode, score in scores.items()}
-    title, sentences = report.verdict(modes, {"a": [scores]})
-    return title.partition("adaptive ")[2], sentences[2]
+    got, sentences = report.verdict(modes, {"a": [scores]})
+    assert got.endswith(title) and decision in sentences[2]
 
 
-def test_the_verdict_goes_every_way():
-    assert verdict_of(0.5, 0.6, 0.8)[0] == "beats never and beats always"
-    assert verdict_of(0.5, 0.6, 0.55)[0] == "beats never and loses to always"
-    assert verdict_of(0.5, 0.6, 0.5)[0] == "is level with never and loses to always"
-    assert "went 67% of" in verdict_of(0.5, 0.6, 0.8)[1]
-    assert "went -67% of" in verdict_of(0.5, 0.6, 0.4)[1]
-    assert "nothing to decide" in verdict_of(0.5, 0.5, 0.5, 0.5, 0.5)[1]
-    noisy = {"a": [{"never": x, "adaptive": 1 - x} for x in (0, 1, 0)]}
+def test_the_error_of_a_difference():
+    records = {"a": [{"never": x, "adaptive": 1 - x} for x in (0, 1, 0)]}
     modes = {"never": {"overall": 1 / 3}, "adaptive": {"overall": 2 / 3}}
     error = 2 * np.std([1, -1, 1], ddof=1) / 3**0.5
     want = ("is level with", f"never 0.333 (+0.333 ± {error:.3f})")
-    assert report.difference(modes, noisy, "never") == want
+    assert report.difference(modes, records, "never") == want
 
 
 # --------------------------------------------------------------------------------------------------
