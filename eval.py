@@ -40,13 +40,14 @@ metadata. Not followed: the reference pairs labels and grades wrongly where grad
 """
 
 import argparse
-import datetime
 import hashlib
 import json
-import math
 import os
 import sys
 import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -60,7 +61,7 @@ PLACES = np.arange(1, KS[-1] + 1)  # of a ranking, as far as the metrics look
 DISCOUNT = 1 / np.log2(PLACES + 1)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # num_pred and num_data make 26
-MODALITIES = {"image": "hit@1", "video": "hit@1", "visdoc": "ndcg_linear@5"}
+MODALITIES = ("image", "video", "visdoc")
 MODES = ("never", "always", "adaptive")  # the measured ones; mode_table() derives the others
 # The leaderboard names two page sets so since their labels were corrected in November 2025.
 FIXED = ("ViDoSeek-page", "MMLongBench-page")
@@ -173,42 +174,29 @@ def rank(queries, candidates, positives, grades=None, local=None):
             met = np.concatenate([best[i], key[wrong]])
             best[i] = np.sort(met)[-TOP:]
 
-    # 3) Put the positives among them. A positive's rank counts the positives before it, too.
+    # 3) Put the positives among them. A positive's rank counts the positives before it, too: those
+    # of higher scores, of equal scores those of lower grades, of equal grades as they come.
     ranks, top = [], []
     for i, right in enumerate(positives):
         grade = grades[i] if grades else np.zeros(len(right))
-        ranks.append(places(scores[i], grade, ahead[i]))
-        wrong = LAST - (best[i][::-1] & LAST)  # numbers, the best first
-        merged = merge(right, ranks[i], wrong.tolist())
+        order = np.lexsort((grade, -scores[i]))
+        places = np.empty_like(ahead[i])
+        places[order] = 1 + ahead[i][order] + np.arange(len(right))
+        merged = (LAST - (best[i][::-1] & LAST)).tolist()  # wrong ones, the best first
+        for place, number in sorted(zip(places, right)):
+            merged.insert(place - 1, number)
+        ranks.append(places)
         top.append(merged[:TOP])
     return ranks, top
 
 
-def places(scores, grades, ahead):
-    """Ranks of a query's positives; `ahead` of each are so many wrong candidates."""
-    number = np.arange(len(scores))
-    # By score, of equal scores the lower grade first, of equal grades as they come.
-    order = np.lexsort((number, grades, -scores))
-    ranks = np.empty_like(ahead)
-    ranks[order] = 1 + ahead[order] + number
-    return ranks
-
-
-def merge(right, ranks, wrong):
-    """The wrong candidates in their order, with the right ones at their ranks among them."""
-    merged = list(wrong)
-    for place, number in sorted(zip(ranks, right)):
-        merged.insert(place - 1, number)
-    return merged
+# --------------------------------------------------------------------------------------------------
+# A dataset is measured
 
 
 def column(rows, key):
     """One field of all rows (n,)."""
     return np.array([row[key] for row in rows])
-
-
-# --------------------------------------------------------------------------------------------------
-# A dataset is measured
 
 
 def fingerprint(embedder):
@@ -224,54 +212,52 @@ def fingerprint(embedder):
     return f"{weights.hexdigest()} {simple}"
 
 
+@dataclass
 class VectorCache:
-    """FOLDER/<hash>.npy (n, d) float32 and FOLDER/<hash>.json, infos and time, of lists of items.
+    """FOLDER/<hash>.npy, vectors (n, d), and <hash>.json, infos and time, of lists of items."""
 
-    options: of Embedder.encode, the same for all lists.
-    """
+    embedder: Embedder
+    folder: str
+    options: dict  # of Embedder.encode, the same for all lists
+    model: str  # its fingerprint
 
-    def __init__(self, embedder, folder, options):
-        self.embedder = embedder
-        self.folder = folder
-        self.options = options
-        self.model = fingerprint(embedder)
-        os.makedirs(folder, exist_ok=True)
-
-    def path(self, items, options):
-        """Its name is a hash of everything that the vectors depend on."""
-        changed = []
-        for item in items:
-            files = [getattr(ref, "table", ref) for ref in data.refs(item)]
-            stats = [os.stat(file) for file in files if os.path.exists(file)]
-            changed += [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        key = repr([self.model, options, items, changed])
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return os.path.join(self.folder, name)
-
-    def embed(self, items, names, **how):
+    def embed(self, items, title, names, **how):
         """n items -> (vectors (n, d), infos, ms per item). BadData names an item that is broken.
 
-        names: what an error calls each item. how: reason and threshold of Embedder.encode.
+        title, names: what an error calls them. how: reason and threshold of Embedder.encode.
         infos: per item {"reasoned", "p_reason", "rationale", "new_tokens"}.
         """
         options = {**self.options, **how}
-        path = self.path(items, options)
-        if not os.path.exists(path + ".json"):  # written last: with it the vectors are there
+        path = Path(self.folder, self.name(items, options))
+        if not path.with_suffix(".json").exists():  # written last: the vectors are there, too
             start = time.perf_counter()
             try:
                 vectors, infos = self.embedder.encode(items, return_info=True, **options)
             except ItemError as error:
-                raise data.BadData(f"{names[error.index]}: {error.why}") from error
+                raise data.BadData(f"{title} {names[error.index]}: {error.why}") from error
             ms = 1000 * (time.perf_counter() - start) / len(items)
             # Written aside and renamed: another process may embed the same candidates.
             aside = f"{path}.{scale.rank()}"
-            np.save(aside + ".npy", vectors)
-            write_json(aside + ".json", [infos, ms])
-            for ending in (".npy", ".json"):
-                os.replace(aside + ending, path + ending)
-        infos, ms = read_json(path + ".json")
-        vectors = np.load(path + ".npy", mmap_mode="r")
+            path.parent.mkdir(exist_ok=True, parents=True)
+            np.save(f"{aside}.npy", vectors)
+            write_json(f"{aside}.json", [infos, ms])
+            for ending in ("npy", "json"):
+                os.replace(f"{aside}.{ending}", f"{path}.{ending}")
+        infos, ms = read_json(f"{path}.json")
+        vectors = np.load(f"{path}.npy", mmap_mode="r")
         return vectors, infos, ms
+
+    def name(self, items, options):
+        """A hash of everything that the vectors depend on; of files it takes size and time."""
+        changed = []
+        for item in items:
+            for ref in data.refs(item):
+                file = Path(getattr(ref, "table", ref))
+                if file.exists():
+                    stat = file.stat()
+                    changed.append((stat.st_size, stat.st_mtime_ns))
+        key = repr([self.model, options, items, changed])
+        return hashlib.sha256(key.encode()).hexdigest()
 
 
 def measure(es, cache, modes, threshold):
@@ -280,10 +266,9 @@ def measure(es, cache, modes, threshold):
     A row per query: {"scores" (24,) as in KEYS, "top": ids of the first candidates, "ms",
     "reasoned", "p_reason", "rationale", "new_tokens"}.
     """
-    names = []
-    for key, row in zip(es.cand_ids, es.cand_where):
-        names.append(f"{es.name} candidate {key} (first met at {row})")
-    targets, _, _ = cache.embed(es.candidates, names, reason="never")
+    title = f"{es.name} candidate first met at"
+    targets, _, _ = cache.embed(es.candidates, title, es.cand_where, reason="never")
+    auto = {"reason": "auto", "threshold": threshold}
     results = {}
     for mode in modes:
         if mode != "adaptive":
@@ -294,19 +279,17 @@ def measure(es, cache, modes, threshold):
                 reasons = direct["p_reason"] > threshold
                 results[mode].append(reasoned if reasons else direct)
         else:
-            how = {"reason": "auto", "threshold": threshold}
-            results[mode] = measure_mode(es, cache, targets, **how)
+            results[mode] = measure_mode(es, cache, targets, **auto)
     return results
 
 
 def measure_mode(es, cache, targets, **how):
     """The rows of one mode; how: as in VectorCache.embed."""
-    names = [f"{es.name} query {key}" for key in es.query_ids]
-    vectors, infos, ms = cache.embed(es.queries, names, **how)
+    vectors, infos, ms = cache.embed(es.queries, f"{es.name} query", es.query_ids, **how)
     ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
-    grades = es.grades or [None] * len(names)
     for i, info in enumerate(infos):
-        info["scores"] = score_ranks(ranks[i], grades[i])
+        grades = es.grades[i] if es.grades else None
+        info["scores"] = score_ranks(ranks[i], grades)
         info["top"] = [es.cand_ids[c] for c in top[i]]
         info["ms"] = ms
     return infos
@@ -320,7 +303,7 @@ def write_lines(path, rows):
 
 
 def write_dataset(es, results, primary, out):
-    """The dataset's three files -> (its 26 numbers, rows of queries.jsonl).
+    """The dataset's three files -> (its 26 numbers, what summary.json says of it, its records).
 
     results: of measure(); primary: the mode that counts. pred.jsonl and score.json are those of
     MMEB-V2. queries.jsonl is ours: per query the decision, the rationale, and per mode the score,
@@ -333,17 +316,16 @@ def write_dataset(es, results, primary, out):
 
     # 1) Query by query.
     predictions, records = [], []
-    for i, query in enumerate(es.query_ids):
+    for i, row in enumerate(counting):
         label = [es.cand_ids[c] for c in es.positives[i]]
         grades = es.grades[i] if es.grades else None
-        top = counting[i]["top"]
-        predictions.append({"prediction": top, "label": label, "rel_scores": grades})
+        predictions.append({"prediction": row["top"], "label": label, "rel_scores": grades})
         record = {
-            "id": query,
+            "id": es.query_ids[i],
             "label": label,
             "top3": {},
-            "p_reason": counting[i]["p_reason"],
-            "reasoned": counting[i]["reasoned"],
+            "p_reason": row["p_reason"],
+            "reasoned": row["reasoned"],
             "rationale": thoughts[i]["rationale"],
             "new_tokens": thoughts[i]["new_tokens"],
         }
@@ -356,30 +338,24 @@ def write_dataset(es, results, primary, out):
     # 2) All together.
     means = column(counting, "scores").mean(0)  # (24,)
     score = dict(zip(KEYS, means.tolist()))
-    score["num_pred"] = len(records)
-    score["num_data"] = len(records)
-
-    # 3) The files.
-    folder = os.path.join(out, es.modality)
-    os.makedirs(folder, exist_ok=True)
-    start = os.path.join(folder, es.name)
-    write_lines(start + "_pred.jsonl", predictions)
-    write_lines(start + "_queries.jsonl", records)
-    write_json(start + "_score.json", score)
-    return score, records
-
-
-def describe(es, rows, score):
-    """What summary.json says of a dataset. rows, score: of the mode that counts."""
-    return {
+    score["num_pred"] = score["num_data"] = len(records)
+    about = {
         "modality": es.modality,
         "protocol": es.protocol,
         "metric": es.metric,
-        "queries": len(es.queries),
+        "queries": len(records),
         "score": score[es.metric],
-        "reason_rate": column(rows, "reasoned").mean(),
-        "tokens_per_query": column(rows, "new_tokens").mean(),
+        "reason_rate": column(counting, "reasoned").mean(),
+        "tokens_per_query": column(counting, "new_tokens").mean(),
     }
+
+    # 3) The files.
+    folder = Path(out, es.modality)
+    folder.mkdir(exist_ok=True, parents=True)
+    write_lines(folder / f"{es.name}_pred.jsonl", predictions)
+    write_lines(folder / f"{es.name}_queries.jsonl", records)
+    write_json(folder / f"{es.name}_score.json", score)
+    return score, about, records
 
 
 # --------------------------------------------------------------------------------------------------
@@ -388,12 +364,10 @@ def describe(es, rows, score):
 
 def plain_means(scores, modality):
     """{dataset: score}, {dataset: modality} -> means; None for a modality without a dataset."""
-    groups = {"overall": list(scores.values())}
-    for kind in MODALITIES:
-        groups[kind] = [score for name, score in scores.items() if modality[name] == kind]
     means = {}
-    for kind, group in groups.items():
-        means[kind] = float(np.mean(group)) if group else None
+    for kind in ("overall", *MODALITIES):
+        group = [score for name, score in scores.items() if kind in ("overall", modality[name])]
+        means[kind] = np.mean(group) if group else None
     return means
 
 
@@ -405,15 +379,12 @@ def summarise(table, modality, share):
     """
     score = (1 - share) * table["never"] + share * table["always"]
     ms = (1 - share) * table["ms_never"] + share * table["ms_always"]
-    datasets = {}
-    for name in modality:
-        here = table["dataset"] == name
-        datasets[name] = float(score[here].mean())
+    datasets = {name: score[table["dataset"] == name].mean() for name in modality}
     return {
         **plain_means(datasets, modality),
-        "reason_rate": float(np.mean(share)),
-        "tokens_per_query": float(np.mean(share * table["new_tokens"])),
-        "ms_per_query": float(ms.mean()),
+        "reason_rate": np.mean(share),
+        "tokens_per_query": np.mean(share * table["new_tokens"]),
+        "ms_per_query": ms.mean(),
         "datasets": datasets,
     }
 
@@ -428,9 +399,8 @@ def mode_table(records, modality, threshold=0.5):
     rows = []
     for name, queries in records.items():
         rows += [{**query, "dataset": name} for query in queries]
-    table = {}  # columns (n,)
-    for key in ("dataset", "never", "always", "p_reason", "new_tokens", "ms_never", "ms_always"):
-        table[key] = column(rows, key)
+    fields = ("dataset", "never", "always", "p_reason", "new_tokens", "ms_never", "ms_always")
+    table = {key: column(rows, key) for key in fields}  # columns (n,)
 
     # 2) A mode is who reasons.
     per_task = np.zeros(len(rows), bool)
@@ -448,9 +418,7 @@ def mode_table(records, modality, threshold=0.5):
         "random": adaptive.mean(),
         "oracle": table["always"] > table["never"],  # not >=: equal scores cost no tokens
     }
-    modes = {}
-    for mode, share in shares.items():
-        modes[mode] = summarise(table, modality, share)
+    modes = {mode: summarise(table, modality, share) for mode, share in shares.items()}
 
     # 3) The dial: adaptive again, at other thresholds.
     curve = []
@@ -468,15 +436,7 @@ def chance_of_more(high, low):
     gap = np.subtract.outer(high, low)  # each against each
     if gap.size == 0:
         return None
-    return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
-
-
-def means_by_steps(steps, values):
-    """Steps (n,), values (n,) -> {steps: mean}, of the known ones."""
-    means = {}
-    for count in np.unique(steps[steps >= 0]):
-        means[str(count)] = float(values[steps == count].mean())
-    return means
+    return np.mean((gap > 0) + 0.5 * (gap == 0))
 
 
 def adaptivity(records, truth):
@@ -492,15 +452,14 @@ def adaptivity(records, truth):
         # Ids that come from the data need not name their dataset.
         ids = [str(row["id"]).removeprefix(f"{name}/") for row in rows]
         steps = np.array([truth.get(f"{name}/{key}", -1) for key in ids])  # (n,)
-        if steps.max() < 0:
+        known = np.unique(steps[steps >= 0])
+        if not len(known):
             continue
         p_reason = column(rows, "p_reason")
-        out[name] = {
-            "auc": chance_of_more(p_reason[steps >= 2], p_reason[steps == 0]),
-            "reason_rate": means_by_steps(steps, column(rows, "reasoned")),
-            "never": means_by_steps(steps, column(rows, "never")),
-            "always": means_by_steps(steps, column(rows, "always")),
-        }
+        out[name] = {"auc": chance_of_more(p_reason[steps >= 2], p_reason[steps == 0])}
+        for title, key in (("reason_rate", "reasoned"), ("never", "never"), ("always", "always")):
+            values = column(rows, key)
+            out[name][title] = {str(n): values[steps == n].mean() for n in known}
     return out
 
 
@@ -508,25 +467,11 @@ def adaptivity(records, truth):
 # All datasets
 
 
-def aggregate(metrics, rows):
-    """{dataset: 26 numbers}, rows of the table -> means, and the names of what is missing."""
-    modality, scores, missing = {}, {}, []
-    for row in rows:
-        name = row["name"]
-        modality[name] = row["modality"]
-        if name in metrics:
-            key = MODALITIES[row["modality"]]
-            scores[name] = metrics[name][key]
-        else:
-            missing.append(name)
-    return {**plain_means(scores, modality), "missing": missing}
-
-
 def leaderboard(metrics, rows):
     """The leaderboard's file; a string stands for a dataset that was not run, as in its script."""
     metadata = dict.fromkeys(ABOUT)
     metadata["data_source"] = "Self-Reported"
-    metadata["report_generated_date"] = datetime.datetime.now().isoformat()
+    metadata["report_generated_date"] = datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
     ran = {row["modality"] for row in rows if row["name"] in metrics}
     for row in rows:
@@ -537,74 +482,68 @@ def leaderboard(metrics, rows):
     return {"metadata": metadata, "metrics": table}
 
 
-def gather(found, rows):
-    """{dataset: value} of each process -> of all of them, in the order of the rows."""
-    joined = dict(scale.gather_objects(found.items()))
-    ordered = {}
-    for row in rows:
-        name = row["name"]
-        if name in joined:
-            ordered[name] = joined[name]
-    return ordered
-
-
 def evaluate(
     embedder, root, out, tasks=None, modes=MODES, threshold=0.5, options=None, truth=None, **reading
 ):
     """Every dataset of a root (or the tasks named) -> the summary, written with the other files.
 
-    The score files hold adaptive where it is among the modes, else the first mode. A dataset that
-    the root does not have is named in "missing"; anything broken in the others stops the run.
-    With never and always the summary has modes, curve and adaptivity (which wants the truth).
+    The score files hold the last of the modes. A dataset that the root does not have is named in
+    "missing"; anything broken in the others stops the run. With never and always the summary has
+    modes, curve and adaptivity (which wants the truth).
     options: more of Embedder.encode (batch_size, dim, max_new_tokens).
     reading: more of data.load_eval (limit, frames, prompts).
     Several processes, each with the same model, share the datasets; all return the same summary.
     """
-    if not math.isfinite(threshold):
+    if not np.isfinite(threshold):
         raise ValueError(f"threshold {threshold}: a finite number is wanted")
     rows = data.tables(root, "eval")
     asked = data.wanted(rows, tasks)
-    primary = "adaptive" if "adaptive" in modes else modes[0]
-    cache = VectorCache(embedder, os.path.join(out, "cache"), options or {})
+    primary = modes[-1]
+    cache = VectorCache(embedder, Path(out, "cache"), options or {}, fingerprint(embedder))
 
     # 1) Each process measures datasets of its own.
-    metrics, datasets, records = {}, {}, {}
+    measured = {}
     for row in asked[scale.rank() :: scale.world_size()]:
         try:
             es = data.load_eval(root, row, **reading)
         except data.Missing:
-            continue  # aggregate() names it
-        name = es.name
+            continue
         results = measure(es, cache, modes, threshold)
-        metrics[name], records[name] = write_dataset(es, results, primary, out)
-        datasets[name] = describe(es, results[primary], metrics[name])
-        print(name, json.dumps(datasets[name]), flush=True)
-    metrics = gather(metrics, asked)
-    datasets = gather(datasets, asked)
-    records = gather(records, asked)
-    if not datasets:
+        measured[es.name] = write_dataset(es, results, primary, out)
+        print(es.name, json.dumps(measured[es.name][1]), flush=True)
+    measured = dict(scale.gather_objects(measured.items()))
+    if not measured:
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
 
-    # 2) What they say together.
-    summary = aggregate(metrics, asked)
+    # 2) What they say together, in the order of the table.
+    metrics, datasets, records, modality, missing = {}, {}, {}, {}, []
+    for row in asked:
+        name = row["name"]
+        if name in measured:
+            metrics[name], datasets[name], records[name] = measured[name]
+            modality[name] = row["modality"]
+        else:
+            missing.append(name)
+    scores = {name: about["score"] for name, about in datasets.items()}
+    summary = plain_means(scores, modality)
+    summary["missing"] = missing
     summary["datasets"] = datasets
     summary["mode"] = primary
     summary["threshold"] = threshold
     summary["reading"] = reading
     if "never" in modes and "always" in modes:
-        modality = {name: about["modality"] for name, about in datasets.items()}
         summary["modes"], summary["curve"] = mode_table(records, modality, threshold)
         summary["adaptivity"] = adaptivity(records, truth or {})
 
     # 3) Calls with other tasks, but the same model and options, fill one leaderboard.
-    path = os.path.join(out, "summary.json")
-    earlier = read_json(path) if os.path.exists(path) else {}
-    summary["setting"] = json.dumps([cache.model, primary, threshold, options, reading])
+    path = Path(out, "summary.json")
+    earlier = read_json(path) if path.exists() else {}
+    summary["setting"] = [cache.model, primary, threshold, options, reading]
     if earlier.get("setting") == summary["setting"]:
         metrics = {**earlier["metrics"], **metrics}
     summary["metrics"] = metrics
     if scale.is_main():
-        write_json(os.path.join(out, "leaderboard.json"), leaderboard(metrics, rows))
+        write_json(Path(out, "leaderboard.json"), leaderboard(metrics, rows))
         write_json(path, summary)
     return summary
 
@@ -622,8 +561,8 @@ def positive(text):
     return int(text)
 
 
-def parse(argv):
-    """The options; what is wrong with them ends here, before a model is opened."""
+def main(argv=None):
+    """Options in, files and the numbers that matter out."""
     # Without the usage text a wrong option ends in one line.
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
@@ -641,29 +580,18 @@ def parse(argv):
     add("--frames", type=positive, help="per video (8; Qwen3-VL-Embedding takes 64)")
     add("--limit", type=positive, help="so many queries a dataset, for a quick look")
     args = parser.parse_args(argv)
-    args.tasks = None if args.tasks is None else args.tasks.split(",")
-    data.wanted(data.tables(args.data, "eval"), args.tasks)
-    return args
+    tasks = None if args.tasks is None else args.tasks.split(",")
+    data.wanted(data.tables(args.data, "eval"), tasks)  # before a model is opened
 
-
-def main(argv=None):
-    """Options in, files and the numbers that matter out."""
-    args = parse(argv)
     device = scale.join_processes()
-    embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
-    options = {
-        "batch_size": args.batch_size,
-        "max_new_tokens": args.max_new_tokens,
-        "dim": args.dim,
-    }
     summary = evaluate(
-        embedder,
+        Embedder.from_pretrained(args.model, device, revision=args.revision),
         args.data,
         args.out,
-        args.tasks,
+        tasks,
         REASON[args.reason],
         args.threshold,
-        options,
+        {key: getattr(args, key) for key in ("batch_size", "max_new_tokens", "dim")},
         limit=args.limit,
         frames=args.frames,
         prompts=args.prompts,

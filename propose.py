@@ -89,7 +89,13 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     # Nothing is kept for a backward pass: 4 times a training chunk's tokens fit. 64 prompts bound
     # the key-value caches of the answers.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
-    options = chat_options(processor) if ask else processor.generation
+    options = processor.generation
+    if ask:
+        # Nothing is forced. Behind a forced <think> an Instruct checkpoint rambles: it was never
+        # taught to close one.
+        free = {processor.im_end_id, processor.think_id, processor.think_end_id}
+        suppress_tokens = [i for i in processor.suppress_tokens if i not in free]
+        options = {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}
     options = options | {"temperature": TEMPERATURE, "generator": generator}
     rows = []
     for start in range(0, len(pairs), together):
@@ -98,30 +104,19 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
         rollouts = generate(model, batch, cfg.max_new_tokens, cfg.num_candidates, **options)
         for p, answers, truncated in zip(part, rollouts.tokens, rollouts.truncated.tolist()):
             for k, ids in enumerate(answers):
-                text = answer_text(processor, ids) if ask else processor.rationale_text(ids)
+                if ask:
+                    answer = processor.tokenizer.decode(ids)
+                    text = without_markers(answer.removesuffix("<|im_end|>"))
+                else:
+                    text = processor.rationale_text(ids)
+                if not text:
+                    continue
                 row = {"id": p["id"], "side": "query", "proposer": nth("base", k), "text": text}
                 row["truncated"] = truncated[k]
                 if "key" in p:
                     row["key"] = p["key"]
-                if text:
-                    rows.append(row)
+                rows.append(row)
     return rows
-
-
-def chat_options(processor):
-    """Options of `generate` for a chat: nothing is forced, and <|im_end|> ends the answer.
-
-    Behind a forced <think> an Instruct checkpoint rambles: it was never taught to close one.
-    """
-    free = {processor.im_end_id, processor.think_id, processor.think_end_id}
-    suppress_tokens = [i for i in processor.suppress_tokens if i not in free]
-    return {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}
-
-
-def answer_text(processor, ids):
-    """What a chat model wrote, up to its end token."""
-    ids = [i for i in ids if i != processor.im_end_id]
-    return without_markers(processor.tokenizer.decode(ids))
 
 
 def without_markers(text):
@@ -176,7 +171,10 @@ class Rationales:
 
     def texts(self, pairs):
         """{pair id: {proposer: text}} of some pairs."""
-        return {p["id"]: {row["proposer"]: row["text"] for row in self.of(p["id"])} for p in pairs}
+        texts = {}
+        for p in pairs:
+            texts[p["id"]] = {row["proposer"]: row["text"] for row in self.of(p["id"])}
+        return texts
 
 
 def read_rationales(path, finite=()):
@@ -198,12 +196,13 @@ def author(proposer):
 
 def named_apart(row, names):
     """The row, renamed "name#2", "name#3" ... if its pair already has a row of that name."""
-    proposer, k = row["proposer"], 0
-    while (row["id"], row["side"], row["proposer"]) in names:
-        k += 1
+    proposer = row["proposer"]
+    for k in itertools.count():
         row["proposer"] = nth(proposer, k)
-    names.add((row["id"], row["side"], row["proposer"]))
-    return row
+        name = row["id"], row["side"], row["proposer"]
+        if name not in names:
+            names.add(name)
+            return row
 
 
 def numbered_lines(paths):
@@ -264,6 +263,8 @@ def requests(options):
     All answers come from one request (n = k), so the images travel and are encoded once. The
     custom id says whose answer it is; responses repeat it. Only the query's side is shown.
     """
+    # A single answer is greedy.
+    temperature = TEMPERATURE if options.k > 1 else 0.0
     train = data.train_sets(options.data)
     hard = hard_pairs(options.hard) if options.hard else None
     for source, size in enumerate(train.sizes):
@@ -286,9 +287,7 @@ def requests(options):
                         "messages": [{"role": "user", "content": [*content, text]}],
                         "n": options.k,
                         "max_tokens": options.max_tokens,
-                        "temperature": TEMPERATURE
-                        if options.k > 1
-                        else 0.0,  # a single answer is greedy
+                        "temperature": temperature,
                     },
                 }
 
@@ -306,10 +305,10 @@ def image_url(ref, options):
 
     Servers shrink what is larger, each by rules of its own; a page spelled out takes 9 MB.
     """
-    if options.image_urls == "file" and isinstance(ref, (str, os.PathLike)):
+    if options.image_urls == "file" and isinstance(ref, str):
         with Image.open(ref) as image:  # reads the header alone
             if image.width * image.height <= options.max_pixels:
-                return Path(ref).absolute().as_uri()
+                return Path(ref).as_uri()
     image = data.load_image(ref)
     shrink = min(1.0, math.sqrt(options.max_pixels / (image.width * image.height)))
     image = image.resize([max(1, int(shrink * side)) for side in image.size])
@@ -387,20 +386,15 @@ def answer_of(choice, accept_cut):
     if finish not in usable:
         return "", f"cut off: finish_reason {data.short(finish)}"
     thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
-    texts = [thoughts, "\n", *map(text_of, data.listed(message.get("content")))]
+    texts = [thoughts, "\n"]
+    for part in data.listed(message.get("content")):
+        is_text_part = isinstance(part, dict) and part.get("type") == "text"
+        texts.append(part.get("text") if is_text_part else part)
     for text in texts:
         if not data.is_text(text):
             return "", f"expected text, got {data.short(text)}"
     text = without_markers("".join(texts))
     return text, "" if text else "no text"
-
-
-def text_of(part):
-    """The text of a part of a message's content. Anything else comes back as it is, and answer_of
-    names it."""
-    if isinstance(part, dict) and part.get("type") == "text":
-        return part.get("text")
-    return part
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,8 +408,8 @@ def at_least_1(text):
     return int(text)
 
 
-def parse():
-    """The options: what to write or to read, then those of each."""
+def main():
+    """Options in; files of requests or of rationales, and what went wrong with them, out."""
     parser = argparse.ArgumentParser(description="Rationales by models that run elsewhere.")
     add = parser.add_argument
     act = parser.add_mutually_exclusive_group(required=True)
@@ -439,31 +433,25 @@ def parse():
         parser.error("--write-requests needs --data")
     if not data.is_text(options.proposer):
         parser.error(f"--proposer: expected text, got {data.short(options.proposer)}")
-    return options
 
-
-def main():
-    options = parse()
-    try:
-        if options.write_requests:
-            total = write_rows(options.write_requests, requests(options))
-            print(f"requests: {total}\nwritten: {options.write_requests}")
-            return 0
-        asked = checked_rows(options.requests, custom_id_of)
-        how = options.proposer, options.accept_cut, asked
-        rows, failed = read_responses(options.read_responses, *how)
-        for custom_id, why in failed:
-            print(f"no rationale for {custom_id}: {why}", file=sys.stderr)
-        print(f"rationales: {len(rows)}\nfailed: {len(failed)}")
-        if not rows:
-            raise ValueError(f"no rationale to write to {options.out}")
-        write_rows(options.out, rows)
-        print(f"written: {options.out}")
-        return 0
-    except (ValueError, OSError) as e:
-        print(f"propose.py: {e}", file=sys.stderr)
-        return 1
+    if options.write_requests:
+        total = write_rows(options.write_requests, requests(options))
+        print(f"requests: {total}\nwritten: {options.write_requests}")
+        return
+    asked = checked_rows(options.requests, custom_id_of)
+    how = options.proposer, options.accept_cut, asked
+    rows, failed = read_responses(options.read_responses, *how)
+    for custom_id, why in failed:
+        print(f"no rationale for {custom_id}: {why}", file=sys.stderr)
+    print(f"rationales: {len(rows)}\nfailed: {len(failed)}")
+    if not rows:
+        raise ValueError(f"no rationale to write to {options.out}")
+    write_rows(options.out, rows)
+    print(f"written: {options.out}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"propose.py: {error}")

@@ -25,12 +25,13 @@ What a run does not have (a stage, steps, images) is left out and said in words.
 queries of a large test set, as BYTES bound the page.
 """
 
+import argparse
 import base64
 import io
 import json
 import math
-import os
 import sys
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no window, no state
@@ -50,22 +51,25 @@ STYLE = {
 }
 # Training curves: the stage, and the fields of metrics.jsonl that share a panel.
 PANELS = [
-    ("base", ["loss"]),
-    ("base", ["accuracy", "text_accuracy"]),
-    ("select0", ["loss"]),
-    ("select1", ["loss"]),
-    ("embed", ["nce_direct", "nce_reason"]),
-    ("embed", ["decision_right"]),
-    ("rl", ["reward_direct", "reward_reason", "reward"]),
-    ("rl", ["tokens"]),
-    ("rl", ["reason_rate", "p_reason"]),
+    "base loss",
+    "base accuracy text_accuracy",
+    "select0 loss",
+    "select1 loss",
+    "embed nce_direct nce_reason",
+    "embed decision_right",
+    "rl reward_direct reward_reason reward",
+    "rl tokens",
+    "rl reason_rate p_reason",
 ]
 NEEDED = ("preset", "seed", "modes", "curve")  # of report.json
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
 BYTES = 2_800_000  # of the JSON in the page; the template takes some 30 kB more
 SIDE = 144  # pixels of a thumbnail
 LONGEST = 600  # characters of a text
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_template.html")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run left
 
 
 def check(path, rows, keys):
@@ -88,41 +92,21 @@ def read_lines(path, keys):
     return check(path, rows, keys)
 
 
-def read_run(run):
-    """A run folder -> (report.json, eval/summary.json, {dataset: rows of its queries.jsonl}).
-
-    A row is a query: p_reason, the rationale, and per mode its score and first three candidates.
-    """
-    path = os.path.join(run, "report.json")
-    [report] = check(path, [read_json(path)], NEEDED)
-    path = os.path.join(run, "eval", "summary.json")
-    [summary] = check(path, [read_json(path)], ("datasets", "threshold"))
-    records = {}
-    for name, row in summary["datasets"].items():
-        path = os.path.join(run, "eval", row["modality"], f"{name}_queries.jsonl")
-        records[name] = read_lines(path, ("id", "label", "top3", "rationale", *COLUMNS))
-        if len(records[name]) != row["queries"]:
-            raise ValueError(f"{path}: has {len(records[name])} of {row['queries']} queries")
-    return report, summary, records
-
-
 def training_curves(log):
     """Rows of metrics.jsonl -> [{"title", "series": [{"name", "points": [[step, value], ...]}]}].
 
     A panel without a point is left out, and so is a value that is not finite.
     """
-    stages = {}
-    for row in log:
-        # A stage that began again replaces its rows.
-        earlier = stages.get(row["stage"], [])
-        stages[row["stage"]] = [r for r in earlier if r["step"] < row["step"]] + [row]
     curves = []
-    for stage, fields in PANELS:
+    for panel in PANELS:
+        stage, *fields = panel.split()
         series = []
         for field in fields:
-            rows = [r for r in stages.get(stage, []) if math.isfinite(r.get(field, math.nan))]
-            if rows:
-                points = [[r["step"], r[field]] for r in rows]
+            points = []
+            for row in log:
+                if row["stage"] == stage and math.isfinite(row.get(field, math.nan)):
+                    points.append([row["step"], row[field]])
+            if points:
                 series.append({"name": field.replace("_", " "), "points": points})
         if series:
             title = ", ".join(line["name"] for line in series)
@@ -130,21 +114,20 @@ def training_curves(log):
     return curves
 
 
-def standard_error(records, mode):
-    """Of adaptive minus `mode`, see the docstring above."""
+# --------------------------------------------------------------------------------------------------
+# What the numbers say
+
+
+def difference(modes, records, mode):
+    """Adaptive against `mode` -> (what it does to it, the numbers); see the docstring above."""
     variance = 0.0
     for rows in records.values():
         gaps = [row["adaptive"] - row[mode] for row in rows]
         if len(gaps) > 1:  # one query has no spread
             variance += np.var(gaps, ddof=1) / len(gaps)
-    return math.sqrt(variance) / len(records)
-
-
-def difference(modes, records, mode):
-    """Adaptive against `mode` -> (what it does to it, the numbers)."""
+    sure = 2 * math.sqrt(variance) / len(records)
     score = modes[mode]["overall"]
     gap = modes["adaptive"]["overall"] - score
-    sure = 2 * standard_error(records, mode)
     word = "beats" if gap > 0 else "loses to"
     if abs(gap) <= max(sure, 1e-9):
         word = "is level with"
@@ -158,8 +141,6 @@ def verdict(modes, records):
     never, against_never = difference(modes, records, "never")
     always, against_always = difference(modes, records, "always")
     title = f"One model, used three ways: adaptive {never} never and {always} always"
-    if never == always:
-        title = f"One model, used three ways: adaptive {never} never and always"
     # From a coin, which knows nothing, to hindsight, which knows the result.
     way = score["oracle"] - score["random"]
     gained = score["adaptive"] - score["random"]
@@ -177,14 +158,14 @@ def verdict(modes, records):
     ]
 
 
-def what_is_missing(report, curves):
+def what_is_missing(report, log):
     """-> sentences about what this run does not have, in place of empty figures and zeros."""
-    notes = {
-        "adaptivity": "How many steps the queries need is not known for this data.",
-        "selection": "This run selected no rationales.",
-    }
-    sentences = [note for key, note in notes.items() if not report.get(key)]
-    logged = {curve["title"].partition(":")[0] for curve in curves}
+    sentences = []
+    if not report.get("adaptivity"):
+        sentences.append("How many steps the queries need is not known for this data.")
+    if not report.get("selection"):
+        sentences.append("This run selected no rationales.")
+    logged = {row["stage"] for row in log}
     for stage in ("base", "embed", "rl"):
         if stage not in logged:
             sentences.append(f"Stage {stage} left no training log.")
@@ -194,19 +175,23 @@ def what_is_missing(report, curves):
 def markdown(report, title, sentences):
     """report.md: the sentences, the figure, and a table of what each mode gets."""
     modes = report["modes"]
-    lines = ["| | " + " | ".join(modes) + " |", "|---" + "|---:" * len(modes) + "|"]
-
-    def add(name, values):
-        cells = ["–" if value is None else f"{value:.3f}" for value in values]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-
+    rows = {}
     for field in ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query"):
-        add(field, [row[field] for row in modes.values()])
+        rows[field] = [row[field] for row in modes.values()]
     for name in modes["never"]["datasets"]:
-        add(name, [row["datasets"][name] for row in modes.values()])
-    parts = [f"# {title}", *sentences, "![quality against generated tokens](tradeoff.png)"]
-    parts += ["\n".join(lines), f"Preset {report['preset']}, seed {report['seed']}"]
-    return "\n\n".join(parts) + "\n"
+        rows[name] = [row["datasets"][name] for row in modes.values()]
+    table = ["| | " + " | ".join(modes) + " |", "|---" + "|---:" * len(modes) + "|"]
+    for name, values in rows.items():
+        cells = ["–" if value is None else f"{value:.3f}" for value in values]
+        table.append(f"| {name} | " + " | ".join(cells) + " |")
+    parts = [
+        f"# {title}",
+        *sentences,
+        "![quality against generated tokens](tradeoff.png)",
+        "\n".join(table),
+        f"Preset {report['preset']}, seed {report['seed']}\n",
+    ]
+    return "\n\n".join(parts)
 
 
 def draw_tradeoff(modes, curve, title, path):
@@ -236,73 +221,74 @@ def draw_tradeoff(modes, curve, title, path):
     figure.savefig(path)
 
 
-def thumbnail(ref):
-    """An image reference -> a data: URI, which is the image itself and needs no file beside it.
+# --------------------------------------------------------------------------------------------------
+# The page
 
-    At most SIDE pixels a side; as WebP, which keeps drawings and photographs small.
+
+def show(item, images):
+    """An item -> {"text", "images": numbers}; of a video four frames.
+
+    images {reference: data: URI} takes the new ones. A number is a place in it, so an image that
+    occurs twice is stored once. A data: URI is the image itself and needs no file beside it.
     """
-    image = data.load_image(ref)
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "webp", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    refs = data.listed(item.get("image"))
+    if "video" in item:
+        frames = item["video"]["frames"]
+        chosen = np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)
+        refs += [frames[i] for i in chosen]
+    for ref in refs:
+        if ref not in images:
+            image = data.load_image(ref)
+            image.thumbnail((SIDE, SIDE))
+            buffer = io.BytesIO()
+            image.save(buffer, "webp", quality=90)  # keeps drawings and photographs small
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+            images[ref] = f"data:image/webp;base64,{encoded}"
+    order = list(images)
+    text = f"{item.get('instruction', '')} {item.get('text', '')}".strip()
+    return {"text": text[:LONGEST], "images": [order.index(ref) for ref in refs]}
 
 
-class Page:
-    """Cards and their images, as long as there is room for them.
+def make_card(es, i, record, images):
+    """Query i of a data.EvalSet; record is its row of queries.jsonl. images: as in show().
 
-    A card: {"dataset", "row", "id", "text", "images", "rationale", "never", "always"}. row is its
-    place in the page's per-query records; never and always are the first three candidates,
-    {"text", "images", "right"}. images are numbers, so one that occurs twice is stored once.
+    -> {"dataset", "row", "id", "text", "images", "rationale", "never", "always"}. row is its place
+    in the page's per-query records; never and always are the first three candidates,
+    {"text", "images", "right"}.
     """
+    card = {"dataset": es.name, "row": i, "id": str(record["id"])}
+    card |= show(es.queries[i], images)
+    card["rationale"] = record["rationale"] or ""
+    for mode in ("never", "always"):
+        card[mode] = []
+        for key in record["top3"][mode]:
+            candidate = show(es.candidates[es.index[key]], images)
+            candidate["right"] = key in record["label"]
+            card[mode].append(candidate)
+    return card
 
-    def __init__(self, room):
-        self.room = room  # bytes left
-        self.cards = []
-        self.images = {}  # image reference -> data: URI; items refer to them by their order
 
-    def show(self, item):
-        """An item -> {"text", "images": numbers}; of a video four frames."""
-        refs = data.listed(item.get("image"))
-        if "video" in item:
-            frames = item["video"]["frames"]
-            chosen = np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)
-            refs += [frames[i] for i in chosen]
-        for ref in refs:
-            if ref not in self.images:
-                self.images[ref] = thumbnail(ref)
-                self.room -= len(self.images[ref]) + 4
-        order = list(self.images)
-        text = f"{item.get('instruction', '')} {item.get('text', '')}".strip()
-        return {"text": text[:LONGEST], "images": [order.index(ref) for ref in refs]}
+def make_cards(records, root, reading, room):
+    """-> (cards, {reference: data: URI} of their images), as long as there is room (bytes).
 
-    def fill(self, records, root, reading):
-        """The first query of each dataset, then the second ...: chosen by a rule, not by hand.
-
-        So what is seen of a dataset is a fair sample of it, failures included. reading: how the
-        evaluation read the data, so that queries and candidates are the same. ValueError if they
-        are not: the run belongs to other data.
-        """
-        sets = {name: data.load_eval(root, name, **reading) for name in records}
+    The first query of each dataset, then the second ...: chosen by a rule, not by hand. So what is
+    seen of a dataset is a fair sample of it, failures included. reading: how the evaluation read
+    the data, so that queries and candidates are the same. ValueError if they are not: the run
+    belongs to other data.
+    """
+    sets = {name: data.load_eval(root, name, **reading) for name in records}
+    for name, rows in records.items():
+        if [row["id"] for row in rows] != sets[name].query_ids:
+            raise ValueError(f"{root}: its {name} has other queries than the run's eval folder")
+    cards, images = [], {}
+    for i in range(max(len(rows) for rows in records.values())):
         for name, rows in records.items():
-            if [row["id"] for row in rows] != sets[name].query_ids:
-                raise ValueError(f"{root}: its {name} has other queries than the run's eval folder")
-        for i in range(max(len(rows) for rows in records.values())):
-            for name, rows in records.items():
-                if i < len(rows) and self.room > 0:
-                    self.add(sets[name], i, rows[i])
-
-    def add(self, es, i, record):
-        """Query i of a data.EvalSet; record is its row of queries.jsonl."""
-        card = {"dataset": es.name, "row": i, "id": str(record["id"]), **self.show(es.queries[i])}
-        card["rationale"] = record["rationale"] or ""
-        for mode in ("never", "always"):
-            card[mode] = []
-            for key in record["top3"][mode]:
-                candidate = self.show(es.candidates[es.index[key]])
-                card[mode].append({**candidate, "right": key in record["label"]})
-        self.cards.append(card)
-        self.room -= len(json.dumps(card)) + 2
+            if i < len(rows) and room > 0:
+                stored = len(images)
+                cards.append(make_card(sets[name], i, rows[i], images))
+                new = [*images.values()][stored:]
+                room -= len(json.dumps([cards[-1], new]))
+    return cards, images
 
 
 def write_report(run, data_root):
@@ -310,41 +296,55 @@ def write_report(run, data_root):
 
     ValueError, one line, for a file that is missing or damaged.
     """
-    report, summary, records = read_run(run)
-    log = os.path.join(run, "metrics.jsonl")
-    curves = training_curves(read_lines(log, ("stage", "step")) if os.path.exists(log) else [])
+    run = Path(run)
+    path = run / "report.json"
+    [report] = check(path, [read_json(path)], NEEDED)
+    path = run / "eval" / "summary.json"
+    [summary] = check(path, [read_json(path)], ("datasets", "threshold"))
+    records = {}  # {dataset: rows}, a row is a query
+    for name, about in summary["datasets"].items():
+        path = run / "eval" / about["modality"] / f"{name}_queries.jsonl"
+        records[name] = read_lines(path, ("id", "label", "top3", "rationale", *COLUMNS))
+    path = run / "metrics.jsonl"
+    log = read_lines(path, ("stage", "step")) if path.exists() else []
+
     title, sentences = verdict(report["modes"], records)
-    sentences += what_is_missing(report, curves)
+    sentences += what_is_missing(report, log)
     payload = {key: report[key] for key in NEEDED}
-    payload |= {key: report.get(key, {}) for key in ("seconds", "adaptivity", "selection")}
-    payload |= {"title": title, "threshold": summary["threshold"], "training": curves}
+    for key in ("seconds", "adaptivity", "selection"):
+        payload[key] = report.get(key, {})
+    payload["title"] = title
+    payload["threshold"] = summary["threshold"]
+    payload["training"] = training_curves(log)
     payload["datasets"] = {}
     for name, rows in records.items():
         payload["datasets"][name] = {key: [row[key] for row in rows] for key in COLUMNS}
-    page = Page(BYTES - len(json.dumps(payload)))
-    if page.room > 0:
-        page.fill(records, data_root, summary.get("reading", {}))
-    else:
+    room = BYTES - len(json.dumps(payload))
+    if room <= 0:
         payload["datasets"] = {}  # the page then has no slider
         sentences.append("There are too many queries for the page: report.md has the numbers.")
-    sentences.append(f"{len(page.cards)} of the test queries are shown as cards in report.html.")
-    payload |= {"sentences": sentences, "cards": page.cards}
-    payload["images"] = list(page.images.values())
-    draw_tradeoff(report["modes"], report["curve"], title, os.path.join(run, "tradeoff.png"))
-    with open(os.path.join(run, "report.md"), "w", encoding="utf-8") as file:
-        file.write(markdown(report, title, sentences))
-    with open(TEMPLATE, encoding="utf-8") as file:
-        template = file.read()
+    cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
+    sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")
+    payload["sentences"] = sentences
+    payload["cards"] = cards
+    payload["images"] = list(images.values())
+
+    draw_tradeoff(report["modes"], report["curve"], title, run / "tradeoff.png")
+    text = markdown(report, title, sentences)
+    (run / "report.md").write_text(text, encoding="utf-8")
+    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     # < is written as an escape: no text of the run can end the script element that it is in.
     text = json.dumps(payload, allow_nan=False).replace("<", "\\u003c")
-    with open(os.path.join(run, "report.html"), "w", encoding="utf-8") as file:
-        file.write(template.replace("__DATA__", text))
+    (run / "report.html").write_text(template.replace("__DATA__", text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("report.py: python report.py RUN [DATA_ROOT]")
+    # Without the usage text a wrong option ends in one line.
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser.add_argument("run", help="a run folder of train.py")
+    parser.add_argument("data", nargs="?", help="the root of its test sets (RUN/data)")
+    args = parser.parse_args()
     try:
-        write_report(sys.argv[1], (sys.argv[2:] or [os.path.join(sys.argv[1], "data")])[0])
+        write_report(args.run, args.data or Path(args.run, "data"))
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")

@@ -27,6 +27,7 @@ import json
 import math
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -592,16 +593,17 @@ def test_propose_samples_and_names_rationales():
     pairs[2]["key"] = "k2"
     cfg = SimpleNamespace(num_candidates=3, max_new_tokens=6, chunk_tokens=64)
 
-    def rows(ask=False):
+    def sampled(ask):
         generator = torch.Generator().manual_seed(0)
         return propose.propose(model, processor, pairs, cfg, generator, ask)
 
-    assert rows() == rows() and {row["id"] for row in rows()} == {p["id"] for p in pairs}
-    assert {row["proposer"] for row in rows()} == {"base", "base#2", "base#3"}
-    assert {row["id"] for row in rows() if "key" in row} == {"A/2"}
-    assert any(row["truncated"] for row in rows())
-    assert all(row["side"] == "query" and row["text"].strip() for row in rows())
-    assert rows(ask=True) != rows()
+    rows = sampled(ask=False)
+    assert rows == sampled(ask=False) != sampled(ask=True)
+    assert {row["id"] for row in rows} == {p["id"] for p in pairs}
+    assert {row["proposer"] for row in rows} == {"base", "base#2", "base#3"}
+    assert {row["id"] for row in rows if "key" in row} == {"A/2"}
+    assert any(row["truncated"] for row in rows)
+    assert all(row["side"] == "query" and row["text"].strip() for row in rows)
 
 
 def test_propose_asks_a_chat_model_in_words(monkeypatch):
@@ -618,31 +620,25 @@ def test_propose_asks_a_chat_model_in_words(monkeypatch):
 
     monkeypatch.setattr(propose, "generate", generate)
     cfg = SimpleNamespace(num_candidates=2, max_new_tokens=5, chunk_tokens=64)
-    (row,) = propose.propose(tiny_model(), processor, pairs, cfg, None, ask=True)
+    [row] = propose.propose(tiny_model(), processor, pairs, cfg, None, ask=True)
     assert row["text"] == "a cat so: cat" and not row["truncated"]
-    asked = {propose.question({"text": "Which?", "image": "i.png"}, k)["text"] for k in range(4)}
-    assert len(asked) == 4 and all(text.startswith("Which?\n\n") for text in asked)
 
 
 def test_propose_keeps_every_rationale_of_a_file(tmp_path):
+    """With the known columns alone: others may be what no file can hold."""
     path = tmp_path / "r.jsonl"
     row = {"id": "a/1", "proposer": "w", "text": "café"}
     old = {"id": "a/1", "worker": "w", "text": "tea", "key": "k"}
-    written = [row, old, row, row | {"proposer": "w#2"}, row | {"id": "a/2"}]
-    assert propose.write_rows(path, written) == 5
+    odd = {"note": "\ud83d", "score": float("nan"), "truncated": True}
+    write_jsonl(path, [row, old, row, row | {"proposer": "w#2"}, row | odd | {"id": "a/2"}])
     rows = propose.read_rationales(path)
     assert [row["proposer"] for row in rows] == ["w", "w#2", "w#3", "w#2#2", "w"]
-    assert rows[0] == row | {"side": "query"}
-    assert rows[1] == row | {"side": "query", "proposer": "w#2", "text": "tea", "key": "k"}
-
-
-def test_propose_reads_the_known_columns_alone(tmp_path):
-    """Others may be what no file can hold. A rationale that was cut off still says so."""
-    path = tmp_path / "r.jsonl"
-    row = {"id": "a/1", "side": "query", "proposer": "w", "text": "tea", "truncated": True}
-    path.write_text(json.dumps(row | {"note": "\ud83d", "score": float("nan"), "\ud83d": [1]}))
-    assert propose.read_rationales(path) == [row]
-    assert propose.write_rows(path, propose.read_rationales(path)) == 1
+    row["side"] = "query"
+    assert rows[0] == row
+    assert rows[1] == row | {"proposer": "w#2", "text": "tea", "key": "k"}
+    assert rows[4] == row | {"id": "a/2", "truncated": True}
+    assert propose.write_rows(path, rows) == 5
+    assert propose.read_rationales(path) == rows
 
 
 GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
@@ -652,11 +648,9 @@ GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
     "line, why",
     [
         ("{broken", ""),
-        ("", ""),
         ("[" * 10**5, "recursion"),
         ('{"id": "\udcff"}', "decode"),  # written as a byte that is not UTF-8
         ('"text"', "object"),
-        (GOOD.replace('"id"', '"no"'), "'id'"),
         (GOOD.replace('"a/1"', "3"), "'id'"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
         (GOOD.replace('"café"', "null"), "'text'"),
@@ -664,7 +658,6 @@ GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
         (GOOD.replace('"n"', '"side": "both", "n"'), "'side'"),
         (GOOD.replace("1}", '"1"}'), "'n'"),
         (GOOD.replace("1}", "NaN}"), "'n'"),
-        (GOOD.replace("1}", '1, "truncated": 1}'), "'truncated'"),
         (GOOD.replace("1}", '1, "truncated": null}'), "'truncated'"),
     ],
 )
@@ -676,61 +669,60 @@ def test_propose_names_damaged_rationales(tmp_path, line, why):
 
 
 @pytest.fixture
-def proposing(monkeypatch, tmp_path, capsys):
-    """Call propose.py on a world of three pairs -> exit code, what it printed."""
-    make_image(64, 32).save(tmp_path / "small image.png")
-    make_image(640, 320).save(tmp_path / "large.png")
-    clip = {"frames": [make_image(40, 40)]}
-    queries = [{"image": str(tmp_path / "small image.png"), "text": "Which?"}, {"text": "Two?"}]
-    queries += [{"image": str(tmp_path / "large.png"), "video": clip}]
-    pairs = [{"id": f"a|b/{i}", "query": q, "target": "SECRET"} for i, q in enumerate(queries)]
-    world = SimpleNamespace(names=["a|b"], sizes=[3], pair=lambda source, row: pairs[row])
-    world.id = lambda source, row: pairs[row]["id"]
-    monkeypatch.setattr(propose.data, "train_sets", lambda root: world, raising=False)
-    monkeypatch.setattr(
-        propose.data, "pair_key", lambda pair: "key" + pair["id"][-1], raising=False
-    )
+def proposing(monkeypatch, capsys):
+    """Call propose.py -> exit code or message, what it printed."""
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["propose.py", *map(str, args)])
-        return propose.main(), capsys.readouterr()
+        code = None
+        try:
+            runpy.run_path(f"{HERE}/propose.py", run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr()
 
     return call
 
 
 @pytest.mark.parametrize("urls", ["data", "file"])
-def test_propose_writes_requests(proposing, tmp_path, urls):
-    out = tmp_path / "q.jsonl"
-    write = "--write-requests", out, "--data", "x", "--image-urls", urls
-    assert proposing(*write, "--prompts", 2, "--k", 3, "--max-pixels", 5000)[0] == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    ids = [f"a|b/{i}|key{i}|{k}" for i in range(3) for k in range(2)]
-    assert [row["custom_id"] for row in rows] == ids and "SECRET" not in str(rows)
-    bodies = [row["body"] for row in rows]
-    assert {(body["n"], body["max_tokens"], body["temperature"]) for body in bodies} == {
-        (3, 256, 0.7)
-    }
-    contents = [body["messages"][0]["content"] for body in bodies]
-    texts = [content[-1]["text"] for content in contents]
-    assert [text.split("\n")[0] for text in texts[:4]] == ["Which?", "Which?", "Two?", "Two?"]
-    assert len(set(texts)) == 6
-    shown = [part["image_url"]["url"] for part in contents[0][:-1] + contents[4][:-1]]
-    if urls == "file":  # the others are too large, and a frame without a file
-        assert shown.pop(0) == f"file://{tmp_path}/small%20image.png"
-    images = [P.load_image(base64.b64decode(url.split("base64,")[1])) for url in shown]
-    assert [image.size for image in images][-2:] == [(100, 50), (40, 40)]
-    assert proposing(*write, "--k", 1, "--limit", 1)[0] == 0
-    assert json.loads(out.read_text())["body"]["temperature"] == 0.0
+@pytest.mark.parametrize("max_pixels, size", [(64, (8, 8)), (16, (4, 4))])
+def test_propose_writes_requests(proposing, first_root, tmp_path, urls, max_pixels, size):
+    """Two ways to ask about five pairs of easy, then about five of hard."""
+    write = ["--write-requests", tmp_path / "q.jsonl", "--data", first_root, "--k", 3]
+    proposing(*write, "--prompts", 2, "--image-urls", urls, "--max-pixels", max_pixels)
+    rows = json_rows(tmp_path, "q.jsonl")
+    pair = data.train_sets(first_root).pair(0, 1)
+    assert rows[3]["custom_id"] == f"easy/1|{data.pair_key(pair)}|1"
+    assert len({row["custom_id"] for row in rows}) == 2 * 5 * 2
+    assert "answer" not in str(rows[3]["body"]).replace(propose.PROMPTS[3], "")
+    body = rows[3]["body"]
+    assert (body["n"], body["max_tokens"], body["temperature"]) == (3, 256, 0.7)
+    image, text = body["messages"][0]["content"]
+    assert text["text"] == f"easy 1 </script>\n\n{propose.PROMPTS[1]}"
+    url = image["image_url"]["url"]
+    if urls == "file" and max_pixels == 64:
+        assert url == Path(first_root, "1.png").as_uri()
+        assert "my%20root" in url
+    else:
+        assert load_image(base64.b64decode(url.split("base64,")[1])).size == size
+
+
+def test_propose_asks_about_few_or_hard_pairs_alone(proposing, first_root, tmp_path):
     judged = tmp_path / "judged.jsonl"
-    rows = [("a|b/0", -0.6), ("a|b/1", -0.7), ("a|b/2", -0.1)]  # log 2 is 0.693
+    write = ["--write-requests", tmp_path / "q.jsonl", "--data", first_root, "--k", 1]
+    proposing(*write, "--limit", 1)
+    requests = json_rows(tmp_path, "q.jsonl")
+    assert [request["custom_id"][:6] for request in requests] == ["easy/0", "hard/0"]
+    assert requests[0]["body"]["temperature"] == 0.0
     row = {"proposer": "w", "text": "t", "gain": None}
-    propose.write_rows(judged, [row | {"id": i, "direct": direct} for i, direct in rows])
-    assert proposing(*write, "--hard", judged)[0] == 0
-    assert json.loads(out.read_text())["custom_id"] == "a|b/1|key1|0"
-    propose.write_rows(judged, [row | {"id": "a|b/0"}])  # a file of rationales, not judged
-    assert "judged.jsonl line 1: 'direct': expected a finite number" in str(
-        proposing(*write, "--hard", judged)[1]
-    )
+    direct = {"easy/0": -0.6, "easy/1": -0.7, "hard/2": -0.1}  # log 2 is 0.693
+    write_jsonl(judged, [row | {"id": key, "direct": value} for key, value in direct.items()])
+    proposing(*write, "--hard", judged)
+    [request] = json_rows(tmp_path, "q.jsonl")
+    assert request["custom_id"].startswith("easy/1|")
+    write_jsonl(judged, [row | {"id": "easy/0"}])  # a file of rationales, not judged
+    code, _ = proposing(*write, "--hard", judged)
+    assert re.fullmatch("propose.py: .*judged.jsonl line 1: 'direct': expected a finite .*", code)
 
 
 def response(custom_id, *contents, finish="stop", status=200, **more):
@@ -740,72 +732,67 @@ def response(custom_id, *contents, finish="stop", status=200, **more):
     return {"custom_id": custom_id, "error": None, "response": reply}
 
 
-def part(text, kind="text"):
-    return {"type": kind, "text": text}
-
-
+ASKED = [f"a|b/{pair}|key|{prompt}" for pair in range(3) for prompt in range(2)]
+P0, P0_AGAIN, P1, P1_AGAIN, P2, P2_AGAIN = ASKED
+PARTS = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+IMAGE = [{"type": "image", "text": "x"}]
 RESPONSES = [  # what the server sends, what is used of it, what is said about it
-    (response("a|b/2|key2|0", "<think>\né</think> b", "", "c"), ["é b", "c"], "no text"),
-    (response("a|b/0|key0|1", "cut", finish="length"), [], "cut off"),
-    (response("a|b/0|key0|0", "b", reasoning_content="a"), ["a\nb"], ""),
-    (response("a|b/0|key0|0", "again"), [], "second response"),
-    ({"custom_id": "a|b/1|key1|0", "error": {"message": "too long"}}, [], "too long"),
-    (response("a|b/1|key1|0", "a retry"), ["a retry"], ""),
-    (response("a|b/1|key1|1", None), [], "no text"),
-    (response("a|b/2|key2|1", "\ud83d"), [], "surrogate"),
+    (response(P2, "<think>\né</think> b", "", "c"), ["é b", "c"], f"{P2}: no text"),
+    (response(P0_AGAIN, "cut", finish="length"), [], f"{P0_AGAIN}: cut off"),
+    (response(P0, "b", reasoning_content="a"), ["a\nb"], ""),
+    (response(P0, "again"), [], f"{P0}: a second response"),
+    ({"custom_id": P1, "error": {"message": "too long"}}, [], "too long"),
+    (response(P1, "a retry"), ["a retry"], ""),
+    (response(P1_AGAIN, None), [], f"{P1_AGAIN}: no text"),
+    (response(P2_AGAIN, "\ud83d"), [], "got '\\ud83d' with half an emoji"),
     (response("no bars", "x"), [], "line 9: not a response"),
-    ({"custom_id": "a|b/1|key1|9", "response": {"body": "x"}}, [], "line 10: not a response"),
+    ({"custom_id": "a|b/1|key|9", "response": {"body": "x"}}, [], "line 10: not a response"),
     (["a list"], [], "line 11: not a response"),
-    (response("a|b/\ud83d|key0|0", "x"), [], "line 12: not a response"),
-    (response("a|b/0|\ud83d|0", "x"), [], "line 13: not a response"),
-    (response("a|b/0|key0|1", "x", finish="content_filter"), [], "content_filter"),
-    (response("a|b/0|key0|1", "x", finish="abort"), [], "abort"),
-    (response("a|b/0|key0|1", "x", finish="error"), [], "'error'"),
-    (response("a|b/0|key0|1", "max", finish="max_tokens"), [], "max_tokens"),
-    (response("a|b/0|key0|1", "x", status=500), [], "status 500"),
-    (response("a|b/2|key2|1", {"text": "x"}, reasoning="x"), [], "got a dict"),
-    (response("a|b/2|key2|1", [part("x", "image")]), [], "got a dict"),
-    (response("a|b/2|key2|1", [part(7)]), [], "got 7"),
-    (response("a|b/1|key1|1", [part("in "), part("parts")], 5, finish=None), ["in parts"], "got 5"),
-    (response("a|b/7|key7|0", "x"), [], "never asked"),
+    (response("a|b/\ud83d|key|0", "x"), [], "line 12: not a response"),
+    (response(P0_AGAIN, "x", finish="content_filter"), [], "content_filter"),
+    (response(P0_AGAIN, "max", finish="max_tokens"), [], "max_tokens"),
+    (response(P0_AGAIN, "x", status=500), [], "status 500"),
+    (response(P2_AGAIN, IMAGE), [], f"{P2_AGAIN}: expected text, got a dict"),
+    (response(P1_AGAIN, PARTS, 5, finish=None), ["in parts"], "expected text, got 5"),
+    (response("a|b/7|key|0", "x"), [], "a|b/7|key|0: it was never asked for"),
 ]
 
 
 def test_propose_reads_responses(proposing, tmp_path):
     """In any order; what cannot be used is counted and named, and the rest is used."""
     asked, answers, out = (tmp_path / name for name in ("q.jsonl", "a.jsonl", "r.jsonl"))
-    proposing("--write-requests", asked, "--data", "x", "--prompts", 2)
-    answers.write_text("\n".join(json.dumps(line) for line, *_ in RESPONSES) + '\n{"half a li')
-    read = "--read-responses", answers, "--proposer", "big", "--out", out
+    write_jsonl(asked, [{"custom_id": custom_id} for custom_id in ASKED])
+    write_jsonl(answers, [line for line, _, _ in RESPONSES])
+    read = ["--read-responses", answers, "--proposer", "big", "--out", out]
     code, shown = proposing(*read, "--requests", asked)
+    said = [why for _, _, why in RESPONSES if why]
+    assert len(shown.err.splitlines()) == len(said)
+    assert all(why in shown.err for why in said), shown.err
+    assert code is None and f"rationales: 5\nfailed: {len(said)}\n" in shown.out
     rows = propose.read_rationales(out)
     assert [row["text"] for row in rows] == [text for _, used, _ in RESPONSES for text in used]
-    assert {(row["id"], row["key"]) for row in rows} == {(f"a|b/{i}", f"key{i}") for i in range(3)}
-    assert [row["proposer"] for row in rows] == ["big-0", "big-0#3", "big-0", "big-0", "big-1"]
-    lines = shown.err.splitlines()
-    assert code == 0 and f"rationales: 5\nfailed: {len(lines)}\n" in shown.out
-    assert len(lines) == sum(bool(why) for *_, why in RESPONSES) + 1
-    for line, _, why in RESPONSES:
-        name = line["custom_id"] if isinstance(line, dict) and "line" not in why else why
-        assert not why or any(name in line and why in line for line in lines), why
-    assert f"line {len(RESPONSES) + 1}: not a response" in shown.err
-    assert shown.err.count("half an emoji") == 3
+    names = ["big-0", "big-0#3", "big-0", "big-0", "big-1"]
+    assert [row["proposer"] for row in rows] == names
+    assert (rows[1]["id"], rows[1]["key"]) == ("a|b/2", "key")
     proposing(*read, "--accept-cut")
     assert "cut" in [row["text"] for row in propose.read_rationales(out)]
-    for line, why in (("{", "Expecting"), ("[]", "'custom_id'"), ('{"custom_id": [1]}', "a list")):
-        (tmp_path / "broken.jsonl").write_text(f'{{"custom_id": "a"}}\n{line}\n')
-        code, shown = proposing(*read, "--requests", asked, tmp_path / "broken.jsonl")
-        assert code == 1 and re.search(rf"broken.jsonl line 2: .*{why}.*\n$", shown.err)
+
+
+def test_propose_refuses_what_it_cannot_read(proposing, tmp_path):
+    answers, asked, out = (tmp_path / name for name in ("a.jsonl", "q.jsonl", "r.jsonl"))
     answers.write_text("[]\n")
-    code, shown = proposing(*read, "--requests", asked)
-    assert code == 1 and "a|b/1|key1|1: no response" in shown.err
-    assert len(propose.read_rationales(out)) == 7  # the older file stays
-
-
-def test_propose_refuses_half_an_emoji_as_a_name(proposing, capsys):
-    with pytest.raises(SystemExit):
-        proposing("--read-responses", "x", "--proposer", "\udcff")
-    assert "error: --proposer: expected text, got '\\udcff'" in capsys.readouterr().err
+    out.write_text("of an earlier run")
+    read = ["--read-responses", answers, "--out", out, "--requests", asked]
+    for line, why in (("{", "Expecting"), ("[]", "'custom_id'"), ('{"custom_id": [1]}', "a list")):
+        asked.write_text(f'{{"custom_id": "a"}}\n{line}\n')
+        code, _ = proposing(*read)
+        assert re.fullmatch(f"propose.py: .*q.jsonl line 2: .*{why}.*", code)
+    asked.write_text('{"custom_id": "a"}\n')
+    code, shown = proposing(*read)
+    assert "no rationale to write" in code and "for a: no response" in shown.err
+    assert out.read_text() == "of an earlier run"
+    code, shown = proposing(*read, "--proposer", "\udcff")
+    assert code == 2 and "--proposer: expected text, got '\\udcff'" in shown.err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4526,7 +4513,7 @@ def test_data_fetch_downloads_what_is_missing(tmp_path, monkeypatch, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# eval.py: metrics and ranks
+# eval.py: metrics, ranks and modes
 
 
 def score(ranks, grades=None):
@@ -4535,36 +4522,29 @@ def score(ranks, grades=None):
 
 def test_metrics_of_a_worked_example():
     """Ranked x a y b z w, right are a, b and c, which is not ranked."""
-    s, log = score([2, 4, np.inf]), np.log2
-    assert len(s) == 24
-    assert (s["hit@1"], s["hit@5"], s["recall@1"], s["mrr@1"], s["mrr@5"]) == (0, 1, 0, 0, 1 / 2)
-    assert (s["precision@5"], s["precision@10"], s["recall@5"]) == (2 / 5, 2 / 10, 2 / 3)
-    assert s["f1@5"] == pytest.approx(0.5)
-    assert s["map@5"] == s["map@10"] == pytest.approx((1 / 2 + 2 / 4) / 3)
+    got, log = score([2, 4, np.inf]), np.log2
+    assert len(got) == 24
+    assert (got["hit@1"], got["hit@5"], got["mrr@1"], got["mrr@5"]) == (0, 1, 0, 1 / 2)
+    assert (got["precision@5"], got["precision@10"]) == (2 / 5, 2 / 10)
+    assert (got["recall@1"], got["recall@5"]) == (0, 2 / 3)
+    assert got["f1@5"] == pytest.approx(0.5)
+    assert got["map@5"] == got["map@10"] == pytest.approx((1 / 2 + 2 / 4) / 3)
     ideal = 1 + 1 / log(3) + 1 / log(4)
-    assert s["ndcg_linear@5"] == pytest.approx((1 / log(3) + 1 / log(5)) / ideal)
+    assert got["ndcg_linear@5"] == pytest.approx((1 / log(3) + 1 / log(5)) / ideal)
     graded = score([2, 1], [3, 1])
     assert graded["ndcg_linear@5"] == pytest.approx((1 + 3 / log(3)) / (3 + 1 / log(3)))
     assert graded["ndcg_exponential@5"] == pytest.approx((1 + 7 / log(3)) / (7 + 1 / log(3)))
     nothing = score([])
-    assert nothing["recall@5"] == 1 and nothing["hit@5"] == nothing["ndcg_linear@5"] == 0
-
-
-def test_a_perfect_order_of_mixed_grades_scores_one():
-    """The reference gives 0.855 to these 23 pages, one of grade 3 and the others 2."""
-    s = score([8, *range(2, 8), 1, *range(9, 24)], [2] * 7 + [3] + [2] * 15)
-    assert [s[key] for key in s if "ndcg" in key] == pytest.approx([1] * 6)
-
-
-def naive_order(q, c, positives, grades, members):
-    """The definition: by score, of equal ones the wrong first, then the lower grade."""
-    grade = dict(zip(positives, grades))
-    place = {p: i for i, p in enumerate(positives)}
-    return sorted(members, key=lambda i: (-(c @ q)[i], grade.get(i, 0), place.get(i, i)))
+    assert (nothing["recall@5"], nothing["hit@5"], nothing["ndcg_linear@5"]) == (1, 0, 0)
+    # The reference gives 0.855 to these 23 pages in perfect order, one of grade 3, the others 2.
+    pages = score([8, *range(2, 8), 1, *range(9, 24)], [2] * 7 + [3] + [2] * 15)
+    assert [pages[key] for key in pages if "ndcg" in key] == pytest.approx([1] * 6)
 
 
 @pytest.mark.parametrize("budget", [12, 12 * 7, 1 << 20])
-def test_rank_equals_sorting_however_the_corpus_is_cut(budget, monkeypatch):
+@pytest.mark.parametrize("each_its_own_corpus", [False, True])
+def test_rank_equals_sorting_however_the_corpus_is_cut(budget, each_its_own_corpus, monkeypatch):
+    """The definition: by score, of equal ones the wrong first, then the lower grade."""
     monkeypatch.setattr(evaluation, "BUDGET", budget)
     monkeypatch.setattr(evaluation, "TOP", 20)
     rng = np.random.default_rng(0)
@@ -4572,36 +4552,40 @@ def test_rank_equals_sorting_however_the_corpus_is_cut(budget, monkeypatch):
     c = rng.integers(-2, 3, (57, 3)).astype(np.float32)  # small integers: many ties
     positives = [rng.choice(57, rng.integers(1, 5), replace=False).tolist() for _ in q]
     grades = [rng.integers(1, 4, len(p)).tolist() for p in positives]
-    local = [rng.permutation(57)[:30].tolist() + p for p in positives]
-    for members in (None, local):
-        ranks, top = evaluation.rank(q, c, positives, grades, members)
-        for i, right in enumerate(positives):
-            here = [m for m in local[i] if m not in right] + right if members else range(57)
-            order = naive_order(q[i], c, right, grades[i], here)
-            assert [order.index(p) + 1 for p in right] == ranks[i].tolist()
-            s = c @ q[i]
-            assert s[top[i]].tolist() == s[order[:20]].tolist() and len(top[i]) == 20
-            assert [t in right for t in top[i]] == [t in right for t in order[:20]]
+    local = None
+    if each_its_own_corpus:
+        local = [rng.permutation(57)[:30].tolist() + p for p in positives]
+    ranks, top = evaluation.rank(q, c, positives, grades, local)
+    for i, right in enumerate(positives):
+        members = range(57)
+        if local:
+            members = [m for m in local[i] if m not in right] + right
+        scores, grade = c @ q[i], dict(zip(right, grades[i]))
+        place = [right.index(m) if m in right else m for m in range(57)]
+        order = sorted(members, key=lambda m: (-scores[m], grade.get(m, 0), place[m]))
+        assert [order.index(p) + 1 for p in right] == ranks[i].tolist()
+        assert scores[top[i]].tolist() == scores[order[:20]].tolist()
+        assert [t in right for t in top[i]] == [t in right for t in order[:20]]
 
 
 def test_ties_count_against_the_model_and_nan_is_refused(monkeypatch):
+    """A collapsed model has one vector for all, here one of odd numbers."""
     monkeypatch.setattr(evaluation, "BUDGET", 97)
-    q, c = np.full((3, 4), 0.5, np.float32), np.full((1000, 4), 0.5, np.float32)
+    q, c = np.random.default_rng(0).standard_normal((2, 3, 256)).astype(np.float32)
+    c = np.repeat(c[:1], 1000, 0)
     ranks, top = evaluation.rank(q, c, [[0], [5], [999]])
-    assert [r.tolist() for r in ranks] == [[1000]] * 3 and top[0][0] == 1
-    assert evaluation.rank(q, c, [[0]] * 3, local=[np.arange(10)] * 3)[0][0] == 10
-    unit = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32)
-    for m in (2, 17, 1000):  # a collapsed model: one vector of odd numbers
-        collapsed = np.repeat(unit[1:], m, 0)
-        assert evaluation.rank(unit[:1], collapsed, [[0]])[0][0] == m
+    assert np.concatenate(ranks).tolist() == [1000] * 3 and top[0][0] == 1
+    for m in (2, 17):
+        assert evaluation.rank(q[:1], c[:m], [[0]])[0][0] == m
     c[2, 1] = np.nan
-    for members in (None, [np.arange(5)] * 3):
+    for local in (None, [np.arange(5)] * 3):
         with pytest.raises(ValueError, match="NaN"):
-            evaluation.rank(q, c, [[0], [1], [3]], local=members)
+            evaluation.rank(q, c, [[0], [1], [3]], local=local)
 
 
 def test_memory_does_not_grow_with_the_corpus(monkeypatch):
     monkeypatch.setattr(evaluation, "BUDGET", 20000)
+    sizes = []
 
     class Spy(np.ndarray):
         def __getitem__(self, key):
@@ -4609,90 +4593,77 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch):
             sizes.append(out.size)
             return out
 
-    sizes, corpus = [], np.random.default_rng(0).standard_normal((40000, 16))
+    corpus = np.random.default_rng(0).standard_normal((40000, 16))
     corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
     ranks, _ = evaluation.rank(corpus[:20], corpus.view(Spy), [[i] for i in range(20)])
-    assert max(sizes) == 1000 * 16 and [int(r[0]) for r in ranks] == [1] * 20
+    assert max(sizes) == 1000 * 16 and np.concatenate(ranks).tolist() == [1] * 20
 
 
-# --------------------------------------------------------------------------------------------------
-# eval.py: modes
-
-
-def rows_of(never, always, p_reason, tokens, ms=(1.0, 5.0)):
-    keys = ("never", "always", "p_reason", "new_tokens", "ms_never", "ms_always", "reasoned", "id")
-    numbers = enumerate(zip(never, always, p_reason, tokens))
-    return [dict(zip(keys, (*row, *ms, row[2] > 0.5, str(i)))) for i, row in numbers]
+def make_records(never, always, p_reason, tokens, ms_never, ms_always):
+    records = []
+    for i, p in enumerate(p_reason):
+        record = {"id": str(i), "never": never[i], "always": always[i], "new_tokens": tokens[i]}
+        record |= {"p_reason": p, "reasoned": p > 0.5, "ms_never": ms_never, "ms_always": ms_always}
+        records.append(record)
+    return records
 
 
 RECORDS = {
-    "a": rows_of([1, 0, 1, 0], [1, 1, 0, 0], [0.1, 0.9, 0.2, 0.6], [10, 20, 30, 40]),
-    "b": rows_of([0, 0], [1, 1], [0.7, 0.3], [6, 2], (2.0, 4.0)),
+    "a": make_records([1, 0, 1, 0], [1, 1, 0, 0], [0.1, 0.9, 0.2, 0.6], [10, 20, 30, 40], 1, 5),
+    "b": make_records([0, 0], [1, 1], [0.7, 0.3], [6, 2], 2, 4),
 }
 
 
 def test_modes_by_hand():
-    m, curve = evaluation.mode_table(RECORDS, {"a": "image", "b": "video"}, 0.5)
-    assert list(m) == ["never", "always", "adaptive", "per_task", "random", "oracle"]
-    assert m["never"]["overall"] == (0.5 + 0) / 2 and m["always"]["overall"] == (0.5 + 1) / 2
-    assert m["never"]["visdoc"] is None and m["always"]["video"] == 1
-    assert m["adaptive"]["datasets"] == {"a": 0.75, "b": 0.5}
-    assert m["adaptive"]["reason_rate"] == 3 / 6
-    assert m["adaptive"]["tokens_per_query"] == pytest.approx((20 + 40 + 6) / 6)
-    assert m["adaptive"]["ms_per_query"] == pytest.approx((2 * 1 + 2 * 5 + 2 + 4) / 6)
-    assert m["always"]["tokens_per_query"] == 108 / 6
-    # direct on ties: a is level, so only b reasons; the oracle thinks about a's second alone
-    assert m["per_task"]["datasets"] == {"a": 0.5, "b": 1} and m["per_task"]["reason_rate"] == 2 / 6
-    assert m["per_task"]["tokens_per_query"] == 8 / 6
-    assert m["oracle"]["datasets"] == {"a": 0.75, "b": 1}
-    assert m["oracle"]["tokens_per_query"] == pytest.approx((20 + 6 + 2) / 6)
-    # the coin's expectation: half of never and half of always
-    assert m["random"]["datasets"] == {"a": 0.5, "b": 0.5} and m["random"]["overall"] == 0.5
-    assert m["random"]["tokens_per_query"] == 0.5 * 108 / 6
-    assert len(curve) == 41 and [c["threshold"] for c in curve[::20]] == [0, 0.5, 1]
-    ends = [m["always"], m["adaptive"], m["never"]]
-    for point, mode in zip(curve[::20], ends):
-        assert all(point[key] == mode[key] for key in point if key != "threshold")
+    """Of six queries adaptive reasons on a's second and fourth and on b's first."""
+    modes, curve = evaluation.mode_table(RECORDS, {"a": "image", "b": "video"}, 0.5)
+    want = {  # a, b, share of the queries that reason, tokens of all queries
+        "never": (0.5, 0, 0, 0),
+        "always": (0.5, 1, 1, 108),
+        "adaptive": (0.75, 0.5, 3 / 6, 20 + 40 + 6),
+        "per_task": (0.5, 1, 2 / 6, 6 + 2),  # direct on ties: a is level, so only b reasons
+        "random": (0.5, 0.5, 0.5, 108 / 2),  # the expectation: half of never, half of always
+        "oracle": (0.75, 1, 3 / 6, 20 + 6 + 2),  # direct on ties: of a it thinks about the second
+    }
+    assert list(modes) == list(want)
+    for mode, (a, b, rate, tokens) in want.items():
+        got = modes[mode]
+        assert got["datasets"] == {"a": a, "b": b} and got["overall"] == (a + b) / 2
+        assert (got["image"], got["video"], got["visdoc"]) == (a, b, None)
+        assert got["reason_rate"] == rate and got["tokens_per_query"] == pytest.approx(tokens / 6)
+    assert modes["adaptive"]["ms_per_query"] == pytest.approx((2 * 1 + 2 * 5 + 2 + 4) / 6)
+    assert [point["threshold"] for point in curve[::20]] == [0, 0.5, 1] and len(curve) == 41
+    for point, mode in zip(curve[::20], ("always", "adaptive", "never")):
+        assert all(point[key] == modes[mode][key] for key in point if key != "threshold")
 
 
 def test_adaptivity_by_hand():
     """Query 1 of a needs two steps, 0 and 2 none, 3 one; ids may name their dataset or not."""
     truth = {"a/0": 0, "a/1": 2, "a/2": 0, "a/3": 1, "c/0": 3}
-    got = evaluation.adaptivity(RECORDS, truth)
-    rates = {"reason_rate": {"0": 0, "1": 1, "2": 1}}
-    scores = {"never": {"0": 1, "1": 0, "2": 0}, "always": {"0": 0.5, "1": 0, "2": 1}}
-    assert got == {"a": {"auc": 1, **rates, **scores}}
-    named = {"a": [row | {"id": "a/" + row["id"]} for row in RECORDS["a"]]}
-    assert evaluation.adaptivity(named, truth) == got
+    want = {
+        "auc": 1,
+        "reason_rate": {"0": 0, "1": 1, "2": 1},
+        "never": {"0": 1, "1": 0, "2": 0},
+        "always": {"0": 0.5, "1": 0, "2": 1},
+    }
+    named = [row | {"id": "a/" + row["id"]} for row in RECORDS["a"]]
+    assert evaluation.adaptivity(RECORDS, truth) == {"a": want}
+    assert evaluation.adaptivity({"a": named}, truth) == {"a": want}
     assert evaluation.adaptivity(RECORDS, {"a/0": 2, "a/1": 0})["a"]["auc"] == 0
     assert evaluation.adaptivity(RECORDS, {"b/0": 1})["b"]["auc"] is None
 
 
-def test_the_overall_is_a_mean_over_datasets():
-    """Any numbers with VLM2Vec-V2.0's published means give its published overall."""
-    published = {"image": 0.6485, "video": 0.3458, "visdoc": 0.6536}
-    metrics = {}
-    for modality, key in evaluation.MODALITIES.items():
-        names = [row["name"] for row in data.EVAL if row["modality"] == modality]
-        spread = np.linspace(-0.1, 0.1, len(names))
-        metrics |= {name: {key: published[modality] + s} for name, s in zip(names, spread)}
-    metrics["MomentSeeker_1k8"] = {"hit@1": 1.0}  # published files hold more: not averaged
-    got = evaluation.aggregate(metrics, data.EVAL)
-    shown = [round(100 * got[key], 2) for key in (*published, "overall")]
-    assert shown == [64.85, 34.58, 65.36, 58.02] and not got["missing"]
-    del metrics["CIRR"]
-    assert evaluation.aggregate(metrics, data.EVAL)["missing"] == ["CIRR"]
-
-
-def test_the_leaderboards_file():
+def test_the_leaderboards_file_and_its_means():
+    modality = {"a": "image", "b": "image", "c": "video"}
+    means = {"overall": 0.5, "image": 0.75, "video": 0.0, "visdoc": None}
+    assert evaluation.plain_means({"a": 1.0, "b": 0.5, "c": 0.0}, modality) == means
     page = {"ndcg_linear@5": 0.5}
     board = evaluation.leaderboard({"CIRR": {"hit@1": 1.0}, "ViDoSeek-page": page}, data.EVAL)
     got = board["metrics"]
-    assert [len(got[m]) for m in ("image", "video", "visdoc")] == [36, 18, 24]
-    assert got["visdoc"]["ViDoSeek-page-fixed"] == page
+    assert [len(got[kind]) for kind in ("image", "video", "visdoc")] == [36, 18, 24]
+    assert got["visdoc"]["ViDoSeek-page-fixed"] == page and len(board["metadata"]) == 9
     assert got["visdoc"]["MMLongBench-page-fixed"] == got["image"]["NIGHTS"] == "FILE_N/A"
     assert got["video"]["MSVD"] == "DIR_N/A"
-    assert "ViDoSeek-page" not in got["visdoc"] and len(board["metadata"]) == 9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4705,7 +4676,7 @@ class Fake:
     def __init__(self, weight=1.0):
         self.model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(self.model.weight, weight)
-        self.processor = types.SimpleNamespace(max_pixels=4096)
+        self.processor = SimpleNamespace(max_pixels=4096)
         self.calls = []
 
     def encode(self, items, reason="auto", threshold=0.5, return_info=False, **options):
@@ -4713,31 +4684,32 @@ class Fake:
         vectors, infos = [], []
         for i, item in enumerate(items):
             try:
-                [data.load_image(ref) for ref in data.refs(item)]
+                data.look(item)
             except BadData as error:
                 raise ItemError(i, error) from None
             hard = "hard" in item["text"]
             p = 0.9 if hard else 0.1
             yes = reason == "always" or (reason == "auto" and p > threshold)
-            vectors.append(np.eye(6)[(int(item["text"].split()[1]) + (hard and not yes)) % 5])
+            number = int(item["text"].split()[1])
+            vectors.append(np.eye(6)[(number + (hard and not yes)) % 5])
             info = {"reasoned": yes, "p_reason": p, "new_tokens": 7 * yes}
             infos.append({**info, "rationale": "see <b>" if yes else None})
         return np.array(vectors, np.float32), infos
 
 
 KEY = '["answer 0", ""]'  # of a candidate: its text and its image
+TRUTH = {"hard/0": 2, "hard/1": 0}
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
 def first_root(tmp_path_factory):
-    """Datasets easy, hard (which need reasoning) and absent."""
-    root = tmp_path_factory.mktemp("eval") / "root"
-    root.mkdir()
-    listing = [{"name": "absent", "table": "absent.jsonl", "modality": "video"}]
+    """Datasets easy, hard (which need reasoning) and, of the test sets, absent."""
+    root = tmp_path_factory.mktemp("my root")
+    sets = []
     for name in ("easy", "hard"):
         rows = []
         for i in range(5):
@@ -4745,8 +4717,9 @@ def first_root(tmp_path_factory):
             query = {"qry": f"{name} {i} </script>", "qry_image_path": f"{i}.png"}
             rows.append({**query, "pos_text": f"answer {i}", "pos_image_path": ""})
         write_jsonl(root / f"{name}.jsonl", rows)
-        listing.append({"name": name, "table": f"{name}.jsonl"})
-    (root / "datasets.json").write_text(json.dumps({"eval": listing}))
+        sets.append({"name": name, "table": f"{name}.jsonl"})
+    absent = {"name": "absent", "table": "absent.jsonl", "modality": "video"}
+    write_json(root / "datasets.json", {"eval": [absent, *sets], "train": sets})
     return str(root)
 
 
@@ -4756,33 +4729,37 @@ def root(first_root, tmp_path):
     return shutil.copytree(first_root, f"{tmp_path}/root")
 
 
-def test_a_run_and_its_files(root, tmp_path):
-    out, fake = str(tmp_path / "out"), Fake()
-    got = evaluation.evaluate(fake, root, out, truth={"hard/0": 2, "hard/1": 0})
-    m = got["modes"]
-    assert got["missing"] == ["absent"] and got["overall"] == m["adaptive"]["overall"] == 1
-    assert m["never"]["datasets"] == {"easy": 1, "hard": 0} and m["oracle"]["overall"] == 1
-    assert m["adaptive"]["tokens_per_query"] == 3.5 and got["adaptivity"]["hard"]["auc"] == 0.5
-    scores = M.read_json(f"{out}/image/hard_score.json")
+def test_a_run_and_its_files(first_root, tmp_path):
+    got = evaluation.evaluate(Fake(), first_root, str(tmp_path), truth=TRUTH)
+    modes = got["modes"]
+    assert got["missing"] == ["absent"]
+    assert got["overall"] == modes["adaptive"]["overall"] == modes["oracle"]["overall"] == 1
+    assert modes["never"]["datasets"] == {"easy": 1, "hard": 0}
+    assert modes["adaptive"]["tokens_per_query"] == 3.5 and got["adaptivity"]["hard"]["auc"] == 0.5
+    scores = read_json(tmp_path / "image/hard_score.json")
     assert len(scores) == 26 and scores["num_pred"] == scores["num_data"] == 5
-    [first, *_] = report.read_lines(f"{out}/image/hard_pred.jsonl", ())
+    first = json_rows(tmp_path, "image/hard_pred.jsonl")[0]
     assert first["label"] == [KEY] == first["prediction"][:1]
     assert len(first["prediction"]) == 5 and first["rel_scores"] is None
-    [first, *_] = report.read_lines(f"{out}/image/hard_queries.jsonl", ())
+    first = json_rows(tmp_path, "image/hard_queries.jsonl")[0]
     assert (first["never"], first["always"], first["rationale"]) == (0, 1, "see <b>")
     assert first["top3"]["always"][0] == KEY != first["top3"]["never"][0]
-    board = M.read_json(f"{out}/leaderboard.json")["metrics"]
+    board = read_json(tmp_path / "leaderboard.json")["metrics"]
     assert board["image"]["easy"]["hit@1"] == 1 and board["video"] == {"absent": "DIR_N/A"}
-    # both sets have the same candidates, so they were embedded once; a second run embeds nothing
-    count = len(fake.calls)
-    assert evaluation.evaluate(fake, root, out)["modes"] == m and len(fake.calls) == count == 5
-    # what depends on the threshold, on a changed image or on another model is embedded again
+
+
+def test_what_was_embedded_is_not_embedded_again(root, tmp_path):
+    """Both sets have the same candidates. The threshold, an image or the model may change."""
+    out, fake, changed = str(tmp_path / "out"), Fake(), Fake(weight=2.0)
+    first = evaluation.evaluate(fake, root, out)
+    assert len(fake.calls) == 5
+    assert evaluation.evaluate(fake, root, out)["modes"] == first["modes"]
+    assert len(fake.calls) == 5
     evaluation.evaluate(fake, root, out, ["easy"], ["adaptive"], threshold=0.05)
-    assert fake.calls[count:] == [("auto", 5)]
+    assert fake.calls[5:] == [("auto", 5)]
     os.utime(f"{root}/3.png", (1, 1))
     evaluation.evaluate(fake, root, out, ["easy"], ["never"])
-    assert fake.calls[count + 1 :] == [("never", 5)]
-    changed = Fake(weight=2.0)
+    assert fake.calls[6:] == [("never", 5)]
     evaluation.evaluate(changed, root, out, ["easy"], ["never"])
     assert changed.calls == [("never", 5), ("never", 5)]
 
@@ -4792,85 +4769,78 @@ def evaluation_of_a_process(rank, root, folder):
     group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
     fake = Fake()
-    summary = evaluation.evaluate(fake, root, f"{folder}/two", truth={"hard/0": 2, "hard/1": 0})
-    M.write_json(f"{folder}/{rank}.json", [summary, fake.calls])
+    summary = evaluation.evaluate(fake, root, f"{folder}/two", truth=TRUTH)
+    write_json(f"{folder}/{rank}.json", [summary, fake.calls])
     scale.barrier()
     os._exit(0)  # without pytest's own ending
 
 
-def test_an_evaluation_by_two_processes_equals_one(root, tmp_path, monkeypatch):
+def test_an_evaluation_by_two_processes_equals_one(first_root, tmp_path, monkeypatch):
     """All files, byte by byte, and what is returned: the order of datasets is that of the table."""
-    monkeypatch.setattr(evaluation, "time", types.SimpleNamespace(perf_counter=lambda: 0))
-    one = tmp_path / "one"
-    evaluation.evaluate(Fake(), root, str(one), truth={"hard/0": 2, "hard/1": 0})
-    start_processes(evaluation_of_a_process, (root, str(tmp_path)), nprocs=2, start_method="fork")
-    first, second = (M.read_json(tmp_path / f"{rank}.json") for rank in range(2))
-    expected = M.read_json(one / "summary.json")
-    assert json.dumps(first[0]) == json.dumps(second[0]) == json.dumps(expected)
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: 0))
+    one, two = tmp_path / "one", tmp_path / "two"
+    evaluation.evaluate(Fake(), first_root, str(one), truth=TRUTH)
+    where = (first_root, str(tmp_path))
+    start_processes(evaluation_of_a_process, where, nprocs=2, start_method="fork")
+    expected = read_json(one / "summary.json")
     assert list(expected["datasets"]) == ["easy", "hard"]
-    assert len(first[1]) <= 3 and len(second[1]) <= 3  # targets, never, always: of one dataset
-    for path in one.rglob("*"):
-        if path.is_file() and path.name != "leaderboard.json":  # which has the time
-            assert (tmp_path / "two" / path.relative_to(one)).read_bytes() == path.read_bytes()
-    boards = [M.read_json(tmp_path / name / "leaderboard.json") for name in ("one", "two")]
-    assert json.dumps(boards[0]["metrics"]) == json.dumps(boards[1]["metrics"])
-    assert not list(tmp_path.glob("two/cache/*.?.*"))  # nothing that was written aside
+    for process in range(2):
+        summary, calls = read_json(tmp_path / f"{process}.json")
+        assert json.dumps(summary) == json.dumps(expected)  # in this order, too
+        assert len(calls) <= 3  # targets, never, always: of one dataset
+    files = [path.relative_to(one) for path in one.rglob("*.*")]
+    assert sorted(files) == sorted(path.relative_to(two) for path in two.rglob("*.*"))
+    for file in files:
+        same = (two / file).read_bytes() == (one / file).read_bytes()
+        assert same or file.name == "leaderboard.json"  # the time, and the summary's metrics
 
 
-def test_calls_with_other_tasks_fill_one_leaderboard(root, tmp_path):
-    out = str(tmp_path / "out")
+def test_calls_with_other_tasks_fill_one_leaderboard(first_root, tmp_path):
     steps = [("easy", 0.5, {"easy"}), ("hard", 0.5, {"easy", "hard"}), ("hard", 0.6, {"hard"})]
     for task, threshold, want in steps:
-        got = evaluation.evaluate(Fake(), root, out, [task], threshold=threshold)
-        board = M.read_json(f"{out}/leaderboard.json")["metrics"]["image"]
-        there = {name for name, scores in board.items() if scores != "FILE_N/A"}
-        assert there == want and list(got["datasets"]) == [task]
+        got = evaluation.evaluate(Fake(), first_root, str(tmp_path), [task], threshold=threshold)
+        board = read_json(tmp_path / "leaderboard.json")["metrics"]["image"]
+        assert {name for name, scores in board.items() if scores != "FILE_N/A"} == want
+        assert list(got["datasets"]) == [task]
 
 
 def test_grades_of_pages_are_written(tmp_path):
     """Two pages of different grades, the better one second: ndcg says so."""
-    es = types.SimpleNamespace(name="pages", modality="visdoc", metric="ndcg_linear@5")
-    es.queries, es.query_ids, es.local = [{"text": "page 0"}], ["q"], None
-    es.candidates, es.cand_ids = [{"text": f"page {i}"} for i in range(3)], ["x", "y", "z"]
-    es.cand_where, es.positives, es.grades = ["r"] * 3, [[0, 2]], [[1, 2]]
-    cache = evaluation.VectorCache(Fake(), str(tmp_path / "cache"), {})
-    rows = evaluation.measure(es, cache, ["never"], 0.5)
-    scores, records = evaluation.write_dataset(es, rows, "never", str(tmp_path))
+    es = Mock(modality="visdoc", metric="ndcg_linear@5", query_ids=["q"], local=None)
+    es.name = "pages"
+    es.queries = [{"text": "page 0"}]
+    es.candidates = [{"text": f"page {i}"} for i in range(3)]
+    es.cand_ids = ["x", "y", "z"]
+    es.positives, es.grades = [[0, 2]], [[1, 2]]
+    cache = evaluation.VectorCache(Fake(), str(tmp_path / "cache"), {}, "a model")
+    results = evaluation.measure(es, cache, ["never"], 0.5)
+    scores, _, records = evaluation.write_dataset(es, results, "never", str(tmp_path))
     assert scores["ndcg_linear@5"] == records[0]["never"] == score([1, 3], [1, 2])["ndcg_linear@5"]
     want = {"prediction": ["x", "y", "z"], "label": ["x", "z"], "rel_scores": [1, 2]}
-    assert report.read_lines(tmp_path / "visdoc/pages_pred.jsonl", ()) == [want]
-
-
-def test_the_embedder_itself_can_be_evaluated(root, tmp_path):
-    """The tiny model: nothing of Fake's kindness is needed."""
-    where = (tiny_embedder(), root, str(tmp_path / "out"), ["easy"])
-    got = evaluation.evaluate(*where, options={"max_new_tokens": 3})
-    assert 0 <= got["overall"] <= 1 and got["modes"]["always"]["tokens_per_query"] > 0
+    assert json_rows(tmp_path, "visdoc/pages_pred.jsonl") == [want]
 
 
 def test_a_broken_row_stops_the_run_with_one_line(root, tmp_path):
-    with open(f"{root}/3.png", "r+b") as file:
-        file.truncate(45)
-    with pytest.raises(BadData, match=r"^easy query easy/3: .*3\.png") as stop:
+    os.truncate(f"{root}/3.png", 45)
+    with pytest.raises(BadData, match=r"^easy query easy/3: .*3\.png"):
         evaluation.evaluate(Fake(), root, str(tmp_path / "out"))
-    assert "\n" not in str(stop.value)
     row = {"qry": "hard 1", "qry_image_path": "", "pos_text": "a", "pos_image_path": "3.png"}
-    write_jsonl(tmp_path / "root/hard.jsonl", [row])
-    with pytest.raises(BadData, match=r"^hard candidate .*first met at hard/0"):
+    write_jsonl(f"{root}/hard.jsonl", [row])
+    with pytest.raises(BadData, match=r"^hard candidate first met at hard/0: .*3\.png"):
         evaluation.evaluate(Fake(), root, str(tmp_path / "out"), ["hard"])
 
 
-def test_the_command_line_hands_its_options_over(monkeypatch, root):
-    seen = []
+def test_the_command_line_hands_its_options_over(monkeypatch, first_root):
     summary = dict.fromkeys(("image", "video", "visdoc", "overall", "missing"))
+    evaluate = Mock(return_value=summary)
     monkeypatch.setattr(Embedder, "from_pretrained", lambda path, _, revision: (path, revision))
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append((a, k)) or summary)
-    line = f"--model a/m --revision r --data {root} --out o --reason never --threshold 0.2 --dim 8"
-    evaluation.main((line + " --tasks easy,hard --limit 3").split())
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    line = "--model a/m --revision r --out o --tasks easy,hard --reason never --threshold 0.2"
+    evaluation.main(["--data", first_root, *line.split(), "--dim", "8", "--limit", "3"])
     options = {"batch_size": 16, "max_new_tokens": 128, "dim": 8}
-    want = (("a/m", "r"), root, "o", ["easy", "hard"], ["never"], 0.2, options)
+    where = (("a/m", "r"), first_root, "o", ["easy", "hard"])
     reading = {"limit": 3, "frames": None, "prompts": "vlm2vec"}
-    assert seen == [(want, reading)]
+    evaluate.assert_called_once_with(*where, ["never"], 0.2, options, **reading)
 
 
 @pytest.mark.parametrize(
@@ -4887,9 +4857,9 @@ def test_the_command_line_hands_its_options_over(monkeypatch, root):
         ("--threshold nan", "threshold nan"),
     ],
 )
-def test_bad_options_end_in_one_line(options, says, root, tmp_path, monkeypatch, capsys):
+def test_bad_options_end_in_one_line(options, says, first_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Embedder, "from_pretrained", lambda path, _, revision: Fake())
-    line = ["--model", "m", "--data", root, "--out", str(tmp_path / "out")]
+    line = ["--model", "m", "--data", first_root, "--out", str(tmp_path / "out")]
     with pytest.raises((SystemExit, ValueError)) as stop:
         evaluation.main(line + options.split(" "))
     message = capsys.readouterr().err or str(stop.value)
@@ -4903,122 +4873,123 @@ def test_bad_options_end_in_one_line(options, says, root, tmp_path, monkeypatch,
 
 @pytest.fixture(scope="module")
 def first_run(first_root, tmp_path_factory):
-    """A finished run folder, with a selection and a log of one stage that began again."""
-    folder, truth = tmp_path_factory.mktemp("run") / "run", {"hard/0": 2, "hard/1": 0}
-    got = evaluation.evaluate(Fake(), first_root, f"{folder}/eval", truth=truth)
-    kept = {"kept": 2, "precision": None, "by_proposer": {"a": 0.5}}
-    result = {"preset": "pocket", "seed": 0, "seconds": {"embed": 1.5}, "selection": kept}
-    result |= {key: got[key] for key in ("modes", "curve", "adaptivity")}
-    M.write_json(folder / "report.json", result)
-    log = [{"stage": "embed", "step": s, "nce_direct": 1 / s} for s in (10, 20, 30, 10, 20)]
-    write_jsonl(folder / "metrics.jsonl", log)
-    return str(folder)
+    """A finished run folder, with a selection and a log of one stage."""
+    run = tmp_path_factory.mktemp("run")
+    got = evaluation.evaluate(Fake(), first_root, f"{run}/eval", truth=TRUTH)
+    result = {key: got[key] for key in ("modes", "curve", "adaptivity")}
+    result["selection"] = {"kept": 2, "precision": None, "by_proposer": {"a": 0.5}}
+    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0})
+    write_jsonl(run / "metrics.jsonl", [{"stage": "embed", "step": 10, "nce_direct": 0.1}])
+    return run
 
 
 @pytest.fixture()
 def run(first_run, tmp_path):
-    return shutil.copytree(first_run, f"{tmp_path}/run")
+    return shutil.copytree(first_run, tmp_path / "run")
 
 
 def payload_of(run, root):
-    """The page of the run, and the JSON in it."""
+    """Write the page of the run -> its text, and the JSON in it."""
     report.write_report(run, root)
-    page = pathlib.Path(run, "report.html").read_text(encoding="utf-8")
+    page = Path(run, "report.html").read_text(encoding="utf-8")
     [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     return page, json.loads(text)
 
 
-def test_the_page_computes_the_curve_from_its_own_numbers(root, run):
-    _, page = payload_of(run, root)
-    curve = M.read_json(f"{run}/report.json")["curve"]
-    assert page["curve"] == curve and page["threshold"] == 0.5
-    for point in curve:
+def test_the_page_computes_the_curve_from_its_own_numbers(first_root, run):
+    _, page = payload_of(run, first_root)
+    assert page["curve"] == read_json(run / "report.json")["curve"] and page["threshold"] == 0.5
+    for point in page["curve"]:
         scores, tokens, thinks = [], 0, 0
         for d in page["datasets"].values():
-            yes = [p > point["threshold"] for p in d["p_reason"]]
-            picked = [a if y else n for y, n, a in zip(yes, d["never"], d["always"])]
-            scores.append(np.mean(picked))
-            tokens += sum(t for y, t in zip(yes, d["new_tokens"]) if y)
-            thinks += sum(yes)
+            yes = np.array(d["p_reason"]) > point["threshold"]
+            scores.append(np.where(yes, d["always"], d["never"]).mean())
+            tokens += yes @ d["new_tokens"]
+            thinks += yes.sum()
         assert point["overall"] == pytest.approx(np.mean(scores))
         assert (point["tokens_per_query"], point["reason_rate"]) == (tokens / 10, thinks / 10)
 
 
-def test_the_page_asks_nothing_of_anybody_and_escapes(root, run):
-    page, payload = payload_of(run, root)
+def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
+    page, payload = payload_of(run, first_root)
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//|url\(|@import|fetch\(", page)
-    assert "default-src 'none'" in page and page.count("<script") == page.count("</script>") == 2
+    assert "default-src 'none'" in page
+    assert page.count("<script") == page.count("</script>") == 2
     assert len(payload["cards"]) == 10 and "</script>" in payload["cards"][0]["text"]
     hard = payload["cards"][1]
-    assert hard["rationale"] == "see <b>" and hard["always"][0]["right"]
-    assert hard["always"][0]["text"] == "answer 0" and not hard["never"][0]["right"]
+    assert hard["rationale"] == "see <b>" and not hard["never"][0]["right"]
+    assert hard["always"][0] == {"text": "answer 0", "images": [], "right": True}
     assert len(payload["images"]) == 5 and payload["images"][0].startswith("data:image/")
-    steps = [step for step, _ in payload["training"][0]["series"][0]["points"]]
-    assert steps == [10, 20] and len(payload["training"]) == 1
+    series = [{"name": "nce direct", "points": [[10, 0.1]]}]
+    assert payload["training"] == [{"title": "embed: nce direct", "series": series}]
     assert "Stage rl left no training log." in payload["sentences"]
-    text = pathlib.Path(run, "report.md").read_text(encoding="utf-8")
+    text = (run / "report.md").read_text(encoding="utf-8")
     for part in ("](tradeoff.png)", "| hard | 0.000 | 1.000 |", "| video | – |"):
         assert part in text
-    assert Image.open(f"{run}/tradeoff.png").width > 1000
+    assert Image.open(run / "tradeoff.png").width > 1000
 
 
-def test_without_steps_selection_or_images(root, run, tmp_path):
-    rows = report.read_lines(f"{root}/easy.jsonl", ())
-    write_jsonl(tmp_path / "root/easy.jsonl", [row | {"qry_image_path": ""} for row in rows])
-    result = M.read_json(f"{run}/report.json")
-    M.write_json(f"{run}/report.json", {k: result[k] for k in report.NEEDED})
-    os.remove(f"{run}/metrics.jsonl")
+def test_without_steps_selection_or_images(root, run):
+    rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
+    write_jsonl(f"{root}/easy.jsonl", rows)
+    result = read_json(run / "report.json")
+    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
+    os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
-    assert payload["cards"][0]["images"] == [] and payload["training"] == []
+    assert payload["cards"][0]["images"] == payload["training"] == []
     assert "This run selected no rationales." in payload["sentences"]
     assert any("steps" in sentence for sentence in payload["sentences"])
 
 
-def test_a_large_test_set_does_not_make_a_large_page(root, run, monkeypatch):
-    for limit, cards in ((6_000, range(1, 9)), (10, [0])):
-        monkeypatch.setattr(report, "BYTES", limit + 4_000 * (limit > 10))
-        _, payload = payload_of(run, root)
-        assert len(payload["cards"]) in cards and bool(payload["datasets"]) == (limit > 10)
+@pytest.mark.parametrize("limit, cards", [(10_000, range(1, 9)), (10, [0])])
+def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch, limit, cards):
+    monkeypatch.setattr(report, "BYTES", limit)
+    _, payload = payload_of(run, first_root)
+    assert len(payload["cards"]) in cards
+    assert bool(payload["datasets"]) == (limit > 10)
 
 
-@pytest.mark.parametrize("name", ["report.json", "metrics.jsonl", "eval/summary.json", "queries"])
 @pytest.mark.parametrize("harm", ["cut", "{}\n", "[3]\n"])
-def test_a_damaged_file_is_named(root, run, name, harm):
-    path = f"{run}/{'eval/image/easy_queries.jsonl' if name == 'queries' else name}"
-    lines = pathlib.Path(path).read_text().count("\n")
-    pathlib.Path(path).write_text('{"a\n' if harm == "cut" else harm * lines)
-    with pytest.raises(ValueError, match=os.path.basename(path)) as stop:
-        report.write_report(run, root)
+@pytest.mark.parametrize(
+    "name", ["report.json", "metrics.jsonl", "summary.json", "easy_queries.jsonl"]
+)
+def test_a_damaged_file_is_named(first_root, run, name, harm):
+    [path] = run.rglob(name)
+    lines = path.read_text().count("\n")
+    path.write_text('{"a\n' if harm == "cut" else harm * lines)
+    with pytest.raises(ValueError, match=path.name) as stop:
+        report.write_report(run, first_root)
     assert "\n" not in str(stop.value)
 
 
-def test_queries_of_other_data_are_refused(root, run, tmp_path):
-    write_jsonl(tmp_path / "root/easy.jsonl", report.read_lines(f"{root}/easy.jsonl", ())[:1])
+def test_queries_of_other_data_are_refused(root, run):
+    write_jsonl(f"{root}/easy.jsonl", json_rows(root, "easy.jsonl")[:1])
     with pytest.raises(ValueError, match="its easy has other queries"):
         report.write_report(run, root)
 
 
-def verdict_of(never, always, adaptive, random=0.6, oracle=0.9):
-    scores = dict(zip(report.STYLE, (never, always, adaptive, adaptive, random, oracle)))
+VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and random have 0.6
+    (0.80, 0.9, "adaptive beats never and beats always", "adaptive went 67% of that way"),
+    (0.55, 0.9, "adaptive beats never and loses to always", "adaptive went -17% of that way"),
+    (0.50, 0.6, "adaptive is level with never and loses to always", "nothing to decide"),
+]
+
+
+@pytest.mark.parametrize("adaptive, oracle, title, decision", VERDICTS)
+def test_the_verdict_goes_every_way(adaptive, oracle, title, decision):
+    scores = dict(zip(report.STYLE, (0.5, 0.6, adaptive, adaptive, 0.6, oracle)))
     costs = {"tokens_per_query": 4.0, "reason_rate": 0.4}
     modes = {mode: {"overall": score, **costs} for mode, score in scores.items()}
-    return report.verdict(modes, {"a": [scores]})
+    got, sentences = report.verdict(modes, {"a": [scores]})
+    assert got.endswith(title) and decision in sentences[2]
 
 
-def test_the_verdict_goes_every_way():
-    titles = {
-        0.8: "beats never and always",
-        0.55: "beats never and loses to always",
-        0.4: "loses to never and always",
-        0.5: "is level with never and loses to always",
-    }
-    for adaptive, title in titles.items():
-        assert verdict_of(0.5, 0.6, adaptive)[0] == f"One model, used three ways: adaptive {title}"
-    assert "67%" in verdict_of(0.5, 0.6, 0.8)[1][2] and "-67%" in verdict_of(0.5, 0.6, 0.4)[1][2]
-    assert "nothing to decide" in verdict_of(0.5, 0.5, 0.5, 0.5, 0.5)[1][2]
-    noisy = {"a": [{"never": x, "always": 0, "adaptive": 1 - x} for x in (0, 1, 0)]}
-    error = np.std([1, -1, 1], ddof=1) / 3**0.5
-    assert report.standard_error(noisy, "never") == pytest.approx(error)
+def test_the_error_of_a_difference():
+    records = {"a": [{"never": x, "adaptive": 1 - x} for x in (0, 1, 0)]}
+    modes = {"never": {"overall": 1 / 3}, "adaptive": {"overall": 2 / 3}}
+    error = 2 * np.std([1, -1, 1], ddof=1) / 3**0.5
+    want = ("is level with", f"never 0.333 (+0.333 ± {error:.3f})")
+    assert report.difference(modes, records, "never") == want
 
 
 # --------------------------------------------------------------------------------------------------
