@@ -65,10 +65,8 @@ RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}  # purp
 TIMES = ("first", "second", "third")
 PLACES = [f"{time} {side}" for time in TIMES for side in ("left", "right")]  # of a clip
 DIGITS = "zero one two three four five six seven eight nine".split()
-NUMBERS = [
-    *DIGITS,
-    *"ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split(),
-]
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split()
+NUMBERS = DIGITS + TEENS
 TENS = "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = "sun map tea fox ink oak gem jar bee hat cup key".split()
 ITEMS = "rent food heat tax fare wage".split()  # of an account, in this order
@@ -94,6 +92,7 @@ def pick(values, rng, but=None):
 
 
 def draw_digits(n, rng):
+    """n digits, evenly."""
     return rng.integers(0, 10, n).tolist()
 
 
@@ -338,7 +337,8 @@ def look(place, kind):
 
 def shown(bank, scene, rng, explain, text="", **more):
     """A pair whose query has an image of nine cells."""
-    return Pair(explain, describe(scene), text, image=bank.grid(scene, rng), **more)
+    image = bank.grid(scene, rng)
+    return Pair(explain, describe(scene), text, image=image, **more)
 
 
 def make_colour(bank, rng):
@@ -362,7 +362,10 @@ def make_at(bank, rng):
 
 
 def draw_way(rng, steps):
-    """A walk that never crosses itself -> its start, {cell: colour} on the way, its end."""
+    """A walk that never crosses itself -> its start, {cell: colour} on the way, its end.
+
+    steps = 2, and red and green are drawn: 0, {0: "red", 1: "green"}, 4
+    """
     start = cell = pick(range(9), rng)
     way = {}
     for colour in rng.choice(list(RULE), steps).tolist():
@@ -387,8 +390,8 @@ def make_walk(bank, rng, steps):
     names = [name(kind) for kind in scene]
     text = f"start at {CELLS[start]} and follow the colours . what is at the end ?"
     explain = partial(explain_walk, scene, start)
-    there = {"answer": names[end], "end": names[end]}
-    return shown(bank, scene, rng, explain, text, wrong=names, **there)
+    target = {"answer": names[end], "wrong": names, "end": names[end]}
+    return shown(bank, scene, rng, explain, text, **target)
 
 
 def summed(digits):
@@ -423,7 +426,9 @@ def make_tally(bank, rng, steps):
 
 
 def make_total(bank, rng, steps):
-    """An account. Its page bears the last digit of the sum; whose account it is does not count."""
+    """An account of one to five lines. Its page bears the last digit of the sum; whose account it
+    is does not count. "the account of tea and ink with rent three , food five" -> page "no eight"
+    """
     digits = draw_digits(steps + 1, rng)
     total = (0, sum(digits) % 10)
     owners = " and ".join(rng.permutation(WORDS)[:2])
@@ -435,7 +440,7 @@ def make_total(bank, rng, steps):
 
 
 def make_topic(bank, rng):
-    """The page of two words and a number."""
+    """ "the page ten four about tea and ink" -> the page that says so."""
     words = tuple(rng.permutation(WORDS)[:2].tolist())
     digits = tuple(draw_digits(2, rng))
     text = f"the page {number(*digits)} about {words[0]} and {words[1]}"
@@ -557,16 +562,15 @@ def new_file(*parts):
     return path
 
 
-def write_lines(rows, *path):
-    lines = [json.dumps(row) + "\n" for row in rows]
-    new_file(*path).write_text("".join(lines))
-
-
 def write_table(columns, rows, *shard):
     """rows: tuples in the order of the columns."""
     names = columns.split()
     table = pa.Table.from_pylist([dict(zip(names, row)) for row in rows])
     pq.write_table(table, f"{new_file(*shard)}-00000-of-00001.parquet")
+
+
+def write_lines(rows, *path):
+    new_file(*path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save(value, folder, name):
@@ -601,17 +605,20 @@ def draw_pages(pairs, bank, rng):
     return pages
 
 
-# Each writes a family's training and test set -> what datasets.json says about them.
+# Each layout writes a family's training and test set -> what datasets.json says about them.
 
 
 def write_images(root, family, learn, held_out, bank, rng):
-    marked, most = "", None  # texts cost nothing
-    if family.wants:  # an image
-        marked, most = f"{TOKEN}{family.wants}\n", 3
+    """MMEB-V2's image tasks: tables that name image files beside them. The target is an image where
+    the family says what it `wants`, else a text. A test query has candidates of its own: the right
+    one first, then the hard ones, then answers of other queries.
+    """
+    marked = f"{TOKEN}{family.wants}\n" if family.wants else ""
+    most = 3 if family.wants else None  # of wrong images; texts cost nothing
     rows = []
+    folder = f"images/{family.name}/Train"
     for i, pair in enumerate(learn):
-        name = f"images/{family.name}/Train"
-        image, options = save_images(pair, Path(root, TRAIN_HUB), name, i, most)
+        image, options = save_images(pair, Path(root, TRAIN_HUB), folder, i, most)
         answer, *wrong = options
         query = (TOKEN if image else "") + f"{family.asks}{pair.text}\n"
         target = (marked, answer) if family.wants else (answer, "")
@@ -619,6 +626,8 @@ def write_images(root, family, learn, held_out, bank, rng):
     wrong = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
     columns = f"qry qry_image_path pos_text pos_image_path {wrong}"
     write_table(columns, rows, root, TRAIN_HUB, family.name, "original")
+    path = "{hub}/{name}/{split}-*.parquet"
+    train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": [path], "media": [TRAIN_HUB]}
 
     stored = []
     for i, pair in enumerate(held_out):
@@ -627,7 +636,6 @@ def write_images(root, family, learn, held_out, bank, rng):
     rows = []
     for pair, (image, options) in zip(held_out, stored):
         asks = (TOKEN if image else "") + family.asks.strip()
-        # The right one first, as MMEB has it; then the hard ones, then other queries' answers.
         more = [answer for answer in pool if answer not in options]
         options += rng.permutation(more)[: CANDIDATES - len(options)].tolist()
         blank = [""] * len(options)
@@ -635,12 +643,14 @@ def write_images(root, family, learn, held_out, bank, rng):
         rows.append((asks, pair.text, image, marked.strip(), *targets))
     columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
     write_table(columns, rows, root, TEST_HUB, family.name, "test")
-    train = {"hub": TRAIN_HUB, "table": ["{hub}/{name}/{split}-*.parquet"], "media": [TRAIN_HUB]}
     test = {"hub": TEST_HUB, "table": ["{hub}/{name}/test-*.parquet"], "modality": "image"}
-    return {"parser": "mmeb"} | train, test | {"scope": "local", "media": [TEST_IMAGES]}
+    test |= {"scope": "local", "media": [TEST_IMAGES]}
+    return train, test
 
 
 def write_clips(root, family, learn, held_out, bank, rng):
+    """Video classification. A clip is a folder of frames. Training has the layout of LLaVA-Hound:
+    conversations, one a line; the test set names all classes as candidates."""
     rows = []
     for i, pair in enumerate(learn):
         video = f"{family.name}_{i}"
@@ -649,6 +659,8 @@ def write_clips(root, family, learn, held_out, bank, rng):
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
     write_lines(rows, root, CLIP_HUB, f"{family.name}.jsonl")
+    train = {"parser": "video_caption", "hub": CLIP_HUB, "table": ["{hub}/{name}.jsonl"]}
+    train |= {"media": [TRAIN_CLIPS]}
 
     hub, media = f"VLM2Vec/{family.name}", f"{TEST_CLIPS}/{family.name}"
     rows = []
@@ -657,12 +669,14 @@ def write_clips(root, family, learn, held_out, bank, rng):
         options = list(dict.fromkeys([pair.answer, *pair.wrong]))
         rows.append((f"clip_{i}", pair.answer, options))
     write_table("video_id pos_text neg_text", rows, root, hub, "data/test")
-    train = {"hub": CLIP_HUB, "table": ["{hub}/{name}.jsonl"], "media": [TRAIN_CLIPS]}
-    test = {"hub": hub, "modality": "video", "media": [media], "inst": family.asks}
-    return {"parser": "video_caption"} | train, test | {"tgt": family.wants, "scope": "local"}
+    test = {"hub": hub, "modality": "video", "media": [media]}
+    test |= {"inst": family.asks, "tgt": family.wants, "scope": "local"}
+    return train, test
 
 
 def write_pages(root, family, learn, held_out, bank, rng):
+    """Visual documents. Tables hold the pages themselves. Training has the layout of ViDoRe's and
+    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them."""
     hub = f"pocket/{family.name}-train"
     pages = draw_pages(learn, bank, rng)
     rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
@@ -697,8 +711,10 @@ def distinct_pairs(family, n, bank, rng, longest):
 def write_rationales(pair, rng):
     """What the scripted proposers say about a pair: [(proposer, text)].
 
-    careful: right steps, but each statement may err, and what follows from it follows. captioner:
-    true words about the image, no steps. sloppy: right form, one wrong fact. parrot: form only.
+    careful    right steps, but each statement may err, and what follows from it follows
+    captioner  true words about what is shown, no steps
+    sloppy     right form, one wrong fact
+    parrot     form only
     """
     sharp = Eyes()
     right = pair.explain(sharp)
@@ -715,10 +731,14 @@ def write_rationales(pair, rng):
     return texts
 
 
-def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
-    """The world under `root`, or of some families only: training and test sets, datasets.json,
-    proposers.jsonl (scripted rationales) and pocket.json, the truth: {"train": {pair id: {"steps",
-    "rationale" without an error}}, "test": {"family/query id": steps} of the mixed families}.
+def write_world(root, seed, train, test, longest=LONGEST, names=None):
+    """The world under `root`, or that of some families only:
+
+    TIGER-Lab/... and more  training and test sets
+    datasets.json           what data.py has to know of them
+    proposers.jsonl         rationales by the scripted proposers
+    pocket.json             the truth: {"train": {pair id: {"steps", "rationale" without an error}},
+                            "test": {"family/query id": steps} of the mixed families}
     """
     bank = Bank(np.random.default_rng([seed, len(FAMILIES)]))
     listing = {"train": [], "eval": []}
@@ -736,8 +756,8 @@ def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
         kind = "mixed" if family.name in MIXED else "one look"
         row = {"name": family.name, "queries": test, "family": kind, "ood": False}
         listing["eval"].append(row | {"parser": family.parser} | about_test)
-        for i, pair in enumerate(held_out):
-            if family.name in MIXED:
+        if family.name in MIXED:
+            for i, pair in enumerate(held_out):
                 truth["test"][f"{family.name}/{i}"] = pair.steps
         for i, pair in enumerate(learn):
             id = f"{family.name}/{i}"
@@ -753,6 +773,9 @@ def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
 # Pretraining documents: "describe what you see", and the look-ups that steps are made of.
 # A document is (item, parts, summary); parts are [(text, skill)]: the model learns the texts that
 # have a skill (its name), the others only ask. The summary is what <|endoftext|> sums up.
+# Skills: describe, clip, page, crop and change say what is seen or would be; at, follow and move
+# look one thing up in an image; account does so in a text; table adds two digits; answer and repeat
+# say again what was read last; form closes a <think> block.
 
 
 def says(item, text, skill):
@@ -800,7 +823,8 @@ def base_document(bank, rng, look):
         return clip_document(bank, rng)
     if kind < 0.97:
         words = rng.permutation(WORDS).tolist()
-        words = words[: 1 if rng.random() >= 0.5 else 2]
+        count = 1 if rng.random() >= 0.5 else 2
+        words = words[:count]
         marks = draw_digits(2, rng)
         text = " ".join([*words, number(*marks)])
         return says({"image": bank.page(words, marks, rng)}, text, "page")
@@ -833,7 +857,12 @@ def mixed_thing(rng, things, digits):
 
 
 def scene_facts(scene, rng):
-    """Up to eight look-ups: what is at a cell, what is right of it, where a thing sends one."""
+    """Up to eight look-ups, as answers() wants them:
+
+    at      what is at a cell                 nw -> "red star"
+    follow  where the thing there sends one   nw red star . -> "right n blue moon"
+    move    what is next to it                nw red star . down -> "w green bar"
+    """
     cells = [cell for cell, kind in enumerate(scene) if kind is not None]
     facts = []
     for cell in rng.choice(cells, 8).tolist() if cells else []:
@@ -875,7 +904,11 @@ def clip_document(bank, rng):
 
 
 def text_document(rng):
-    """Without an image: look things up in an account, add, or repeat."""
+    """Without an image: look things up in an account, add, or repeat. No summary but the last's.
+
+    "rent three , food five"  ->  " . food" " five" " . rent" " three" ...
+    "add"                     ->  " . three five" " makes eight" ...
+    """
     kind = rng.random()
     parts = []
     if kind < 0.3:
@@ -894,10 +927,9 @@ def repeat_document(rng):
     """A phrase is repeated, and summed up: what a target's or a rationale's end says."""
     things, digits = glyphs(rng, 3), draw_digits(8, rng)
     caption = describe(few_things(rng), between=" , ")
-    cell = pick(CELLS, rng)
+    phrases = [name(things[0]), DIGITS[digits[0]], caption, things[0][0], pick(CELLS, rng)]
     words = rng.permutation(WORDS)[: rng.integers(3)]
-    page = " ".join([*words, number(*digits[1:3])])
-    phrases = [name(things[0]), DIGITS[digits[0]], caption, things[0][0], cell, page]
+    phrases.append(" ".join([*words, number(*digits[1:3])]))
     phrase = pick(phrases, rng)
     if rng.random() < 0.5:
         return says({"text": phrase}, phrase, "repeat")
@@ -992,8 +1024,9 @@ STEP_SKILLS = ("at", "move", "follow", "clip", "table", "account")
 
 
 def read_document(processor, item, parts, summary):
-    """A document is a row of tokens: its prompt, the direct <|endoftext|> and a branch, which ends
-    in <|im_end|>.
+    """A document is a row of tokens: its prompt, the direct <|endoftext|> and a branch.
+
+        prompt <|endoftext|> <think> nw red star </think> <|endoftext|> red star <|im_end|>
 
     -> {"prompt", "branch" ids, "length" of the row, "skills" [(skill, places in the row)], "learn"
     all these places, "ends" places of <|endoftext|>, "words" that these sum up}.
@@ -1032,13 +1065,17 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
 
     Documents about something seen and documents of text alone are two kinds: the loss is a mean
     over the tokens of each, and over the summaries of each.
+
+        L = token + TEXT_WEIGHT * text_token + SUMMARY_WEIGHT * (summary + text_summary)
+
+    Rows of the tables are tokens, summaries, right tokens; columns are documents or the two kinds.
     """
     model.train()
     drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
     drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]
     documents = [read_document(processor, *document) for document in drawn]
     # 1) how much each document's tokens and summaries weigh
-    kind = torch.arange(len(documents)) // DOCUMENTS
+    kind = torch.arange(len(documents)) // DOCUMENTS  # 0 seen, 1 text
     tokens = [len(document["learn"]) for document in documents]
     summaries = [len(document["ends"]) for document in documents]
     counts = torch.tensor([tokens, summaries, tokens], dtype=torch.float)
@@ -1119,12 +1156,12 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", required=True, help="an empty or new folder")
-    sizes = {"seed": 0, "train": 300, "test": 100, "longest": LONGEST}
-    for option, default in sizes.items():
+    options = {"seed": 0, "train": 300, "test": 100, "longest": LONGEST}
+    for option, default in options.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args()
-    if args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
-        parser.error("--train wants at least 1, --test 2, --longest 1 to 5")
+    if args.seed < 0 or args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
+        parser.error("--seed wants at least 0, --train 1, --test 2, --longest 1 to 5")
     if Path(args.out, "datasets.json").exists():
         parser.error(f"{args.out} holds a world already")
     write_world(args.out, args.seed, args.train, args.test, args.longest)
