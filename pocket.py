@@ -344,8 +344,9 @@ def shown(bank, scene, rng, explain, text="", **more):
 def make_colour(bank, rng):
     """Which colour is it? Things of one colour, some blanks, a stranger."""
     colour = pick(COLOURS, rng)
-    shapes = rng.choice(SHAPES, 9).tolist()
-    scene = [(colour, shape) if rng.random() < 0.8 else None for shape in shapes]
+    scene = []
+    for shape in rng.choice(SHAPES, 9).tolist():
+        scene.append((colour, shape) if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
     stranger = pick(KINDS, rng)
     scene[pick(range(4), rng)] = stranger
@@ -490,8 +491,10 @@ def make_twin(bank, rng):
     darker = rng.integers(-12, 13)
     tinted = rgb + darker + rng.integers(-6, 7, (9, 3))
     near = [rgb + rng.integers(-45, 46, (9, 3)) for _ in range(2)]
-    patches = np.clip([rgb, tinted, *near], 0, 255).tolist()
-    image, answer, *wrong = [bank.grid(list(map(tuple, nine)), rng) for nine in patches]
+    images = []
+    for patches in np.clip([rgb, tinted, *near], 0, 255).tolist():
+        images.append(bank.grid(list(map(tuple, patches)), rng))
+    image, answer, *wrong = images
     caption = "a picture of nine patches"
     return Pair(look("nine", "patches"), caption, image=image, answer=answer, wrong=wrong)
 
@@ -570,7 +573,8 @@ def write_table(columns, rows, *shard):
 
 
 def write_lines(rows, *path):
-    new_file(*path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) + "\n" for row in rows]
+    new_file(*path).write_text("".join(lines))
 
 
 def save(value, folder, name):
@@ -927,9 +931,10 @@ def repeat_document(rng):
     """A phrase is repeated, and summed up: what a target's or a rationale's end says."""
     things, digits = glyphs(rng, 3), draw_digits(8, rng)
     caption = describe(few_things(rng), between=" , ")
-    phrases = [name(things[0]), DIGITS[digits[0]], caption, things[0][0], pick(CELLS, rng)]
+    cell = pick(CELLS, rng)
     words = rng.permutation(WORDS)[: rng.integers(3)]
-    phrases.append(" ".join([*words, number(*digits[1:3])]))
+    page = " ".join([*words, number(*digits[1:3])])
+    phrases = [name(things[0]), DIGITS[digits[0]], caption, things[0][0], cell, page]
     phrase = pick(phrases, rng)
     if rng.random() < 0.5:
         return says({"text": phrase}, phrase, "repeat")
@@ -1136,7 +1141,8 @@ def document_losses(model, processor, documents):
 def measure_skills(model, processor, bank, rng):
     """Held-out token accuracy of each skill: {"describe", "at", "move", "answer", "clip", ...}."""
     model.eval()
-    drawn = [base_document(bank, rng, look) for look in (1.0, 0.0) for _ in range(48)]
+    drawn = [base_document(bank, rng, 1.0) for _ in range(48)]
+    drawn += [base_document(bank, rng, 0.0) for _ in range(48)]
     drawn += [text_document(rng) for _ in range(48)]
     scores = {}
     for at in range(0, len(drawn), 32):
