@@ -25,9 +25,9 @@ Source: the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py);
 """
 
 import argparse
-import dataclasses
 import io
 import json
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def pick(values, rng, but=None):
 
 
 def draw_digits(n, rng):
+    """n digits, evenly."""
     return rng.integers(0, 10, n).tolist()
 
 
@@ -99,18 +100,14 @@ def draw_digits(n, rng):
 # Drawing
 
 INK = (25, 25, 25)  # of text
+ANGLES = [i * np.pi / 5 for i in range(10)]
+REACHES = [1.15, 0.45] * 5
 CORNERS = {  # in radii from the middle
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
     "triangle": [(0, -1), (-1, 1), (1, 1)],
     "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
-    "star": [],
-}
-for i in range(10):
-    angle, reach = i * np.pi / 5, 0.45 if i % 2 else 1.15
-    CORNERS["star"].append((reach * np.sin(angle), -reach * np.cos(angle)))
-BOXES = {  # half their sides, in radii
-    "square": [(1, 1)],
-    "bar": [(1, 0.4)],
-    "cross": [(1, 1 / 3), (1 / 3, 1)],
+    "star": [(r * np.sin(a), -r * np.cos(a)) for a, r in zip(ANGLES, REACHES)],
 }
 
 
@@ -121,9 +118,9 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
     box = (x - r, y - r, x + r, y + r)
     if shape in CORNERS:
         pen.polygon([(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]], ink)
-    elif shape in BOXES:
-        for dx, dy in BOXES[shape]:
-            pen.rectangle((x - r * dx, y - r * dy, x + r * dx, y + r * dy), ink)
+    elif shape == "cross":
+        pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), ink)
+        pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), ink)
     elif shape == "frame":
         pen.rectangle(box, outline=ink, width=3)
     elif shape == "ring":
@@ -211,7 +208,8 @@ def number(tens, ones):
 def makes(total):
     """ "makes eight", "makes seventeen keep seven". The full sum comes first: the last digit alone
     cannot be learnt from either summand, and training would wait on a plateau."""
-    return f"makes {NUMBERS[total]}" + (f" keep {DIGITS[total - 10]}" if total >= 10 else "")
+    keep = f" keep {DIGITS[total - 10]}" if total >= 10 else ""
+    return f"makes {NUMBERS[total]}{keep}"
 
 
 def confuse(kind, rng):
@@ -224,7 +222,7 @@ def confuse(kind, rng):
     return pick(COLOURS, rng, but=colour), pick(SHAPES, rng, but=shape)
 
 
-@dataclasses.dataclass
+@dataclass
 class Eyes:
     """Reads one thing after the other. A reading errs with chance `errors`; the wrong-th does."""
 
@@ -277,33 +275,39 @@ def explain_walk(scene, start, eyes):
     return " . ".join([*text, move])
 
 
-def explain_sum(labels, digits, eyes, stop=()):
-    """ "n five . ne nine makes fourteen keep four . e red star . four": a sum modulo ten, what
-    ended it (stop: [(label, kind)] or nothing), and the result."""
+def explain_sum(places, kinds, eyes, tens=""):
+    """ "n five . ne nine makes fourteen keep four . e red star . four": digits, then perhaps what
+    ends them, and the sum modulo ten. tens: a word that stands before it."""
     total, text = 0, []
-    for label, digit in zip(labels, digits):
-        digit = eyes.read(digit)
-        added = f" {makes(total + digit)}" if text else ""
-        text.append(f"{label} {DIGITS[digit]}{added}")
-        total = (total + digit) % 10
-    for label, kind in stop:
-        text.append(f"{label} {name(eyes.read(kind))}")
-    return " . ".join([*text, DIGITS[total]])
-
-
-def explain_total(labels, digits, eyes):
-    """A sum whose end is the page's number."""
-    text, digit = explain_sum(labels, digits, eyes).rsplit(" ", 1)
-    return f"{text} {TENS[0]} {digit}"
+    for place, kind in zip(places, kinds):
+        kind = eyes.read(kind)
+        statement = f"{place} {name(kind)}"
+        if isinstance(kind, int):
+            if text:
+                statement += f" {makes(total + kind)}"
+            total = (total + kind) % 10
+        text.append(statement)
+    return " . ".join([*text, tens + DIGITS[total]])
 
 
 # --------------------------------------------------------------------------------------------------
-# Families. Each maker draws one pair, a mixed one of so many steps -> a dict of
-#   image | video | page    what is shown; a page's words and digits are drawn when it is written
-#   text                    what is asked
-#   answer, wrong           the target, text or image, where it is no page; hard negatives
-#   end                     the words to which the steps lead
-#   caption, explain        what proposers know; explain(eyes) writes a rationale
+# Families. Each maker draws one pair, a mixed one of so many steps.
+
+
+@dataclass
+class Pair:
+    """A query and its target. What is shown is an image, a video, a page or nothing."""
+
+    explain: callable  # explain(eyes) writes a rationale
+    caption: str  # true words about what is shown
+    text: str = ""  # what is asked
+    image: Image.Image | str = ""
+    video: list = ()  # of frames
+    page: tuple = ()  # (words, digits): it is drawn when it is written, and it is the target
+    answer: Image.Image | str = ""  # the target, where that is no page
+    wrong: list = ()  # hard negatives
+    end: str = ""  # the words to which the steps lead
+    steps: int = 0
 
 
 def glyphs(rng, n):
@@ -326,32 +330,15 @@ def put(scene, cell, kind):
     return [*scene[:cell], kind, *scene[cell + 1 :]]
 
 
-def draw_way(rng, steps):
-    """A walk that never crosses itself -> its start, {cell: colour} on the way, its end."""
-    start = cell = pick(range(9), rng)
-    way = {}
-    for colour in rng.choice(list(RULE), steps).tolist():
-        way[cell] = colour
-        cell = next_cell(cell, RULE[colour])
-        if cell is None or cell in way:
-            return draw_way(rng, steps)  # another one
-    return start, way, cell
-
-
-def shown(bank, scene, rng):
-    """What every query with an image of nine cells has."""
-    return {"image": bank.grid(scene, rng), "caption": describe(scene)}
-
-
 def look(place, kind):
     """A rationale of one look: "nw red star"."""
     return partial(describe, [kind], [place])
 
 
-def summed(digits):
-    """What every query has that asks for a sum modulo ten."""
-    total = DIGITS[sum(digits) % 10]
-    return {"answer": total, "wrong": DIGITS, "end": f". {total}"}
+def shown(bank, scene, rng, explain, text="", **more):
+    """A pair whose query has an image of nine cells."""
+    image = bank.grid(scene, rng)
+    return Pair(explain, describe(scene), text, image=image, **more)
 
 
 def make_colour(bank, rng):
@@ -363,18 +350,31 @@ def make_colour(bank, rng):
     scene[4] = (colour, pick(SHAPES, rng))
     stranger = pick(KINDS, rng)
     scene[pick(range(4), rng)] = stranger
-    return {"answer": colour, "explain": look("mid", scene[4])} | shown(bank, scene, rng)
+    return shown(bank, scene, rng, look("mid", scene[4]), answer=colour)
 
 
 def make_at(bank, rng):
     """What is at a cell of a full image?"""
     scene, cell = glyphs(rng, 9), pick(range(9), rng)
-    return {
-        "text": f"what is at {CELLS[cell]} ?",
-        "answer": name(scene[cell]),
-        "wrong": [name(kind) for kind in scene],
-        "explain": look(CELLS[cell], scene[cell]),
-    } | shown(bank, scene, rng)
+    names = [name(kind) for kind in scene]
+    text = f"what is at {CELLS[cell]} ?"
+    explain = look(CELLS[cell], scene[cell])
+    return shown(bank, scene, rng, explain, text, answer=names[cell], wrong=names)
+
+
+def draw_way(rng, steps):
+    """A walk that never crosses itself -> its start, {cell: colour} on the way, its end.
+
+    steps = 2, and red and green are drawn: 0, {0: "red", 1: "green"}, 4
+    """
+    start = cell = pick(range(9), rng)
+    way = {}
+    for colour in rng.choice(list(RULE), steps).tolist():
+        way[cell] = colour
+        cell = next_cell(cell, RULE[colour])
+        if cell is None or cell in way:
+            return draw_way(rng, steps)  # another one
+    return start, way, cell
 
 
 def make_walk(bank, rng, steps):
@@ -388,83 +388,78 @@ def make_walk(bank, rng, steps):
         elif cell == end or rng.random() < 0.5:
             colour = "purple"
         scene.append((colour, shape))
-    return {
-        "text": f"start at {CELLS[start]} and follow the colours . what is at the end ?",
-        "answer": name(scene[end]),
-        "wrong": [name(kind) for kind in scene],
-        "end": name(scene[end]),
-        "explain": partial(explain_walk, scene, start),
-    } | shown(bank, scene, rng)
+    names = [name(kind) for kind in scene]
+    text = f"start at {CELLS[start]} and follow the colours . what is at the end ?"
+    explain = partial(explain_walk, scene, start)
+    target = {"answer": names[end], "wrong": names, "end": names[end]}
+    return shown(bank, scene, rng, explain, text, **target)
+
+
+def summed(digits):
+    """What the pairs share that ask for a sum modulo ten."""
+    total = DIGITS[sum(digits) % 10]
+    return {"answer": total, "wrong": DIGITS, "end": f". {total}"}
 
 
 def make_sum(bank, rng, steps):
     """steps + 1 numbers in reading order (after se comes nw), then a cell without one; elsewhere
     numbers that do not count."""
     start = pick(range(9), rng)
-    *run, stop = [(start + i) % 9 for i in range(steps + 2)]
+    way = [(start + i) % 9 for i in range(steps + 2)]
     scene = []
     for cell, thing in enumerate(glyphs(rng, 9)):
-        is_number = cell in run or (cell != stop and rng.random() < 0.5)
+        is_number = cell in way[:-1] or (cell != way[-1] and rng.random() < 0.5)
         scene.append(pick(range(10), rng) if is_number else thing)
-    digits = [scene[cell] for cell in run]
-    labels = [CELLS[cell] for cell in run]
-    ended_by = [(CELLS[stop], scene[stop])]
-    return {
-        "text": f"add the numbers from {CELLS[start]} on , {CELLS[(start + 1) % 9]} and so on",
-        "explain": partial(explain_sum, labels, digits, stop=ended_by),
-    } | (summed(digits) | shown(bank, scene, rng))
+    kinds = [scene[cell] for cell in way]
+    labels = [CELLS[cell] for cell in way]
+    text = f"add the numbers from {labels[0]} on , {labels[1]} and so on"
+    explain = partial(explain_sum, labels, kinds)
+    return shown(bank, scene, rng, explain, text, **summed(kinds[:-1]))
 
 
 def make_tally(bank, rng, steps):
     """Numbers in the first steps + 1 of the six places of a clip; the other places are blank."""
     digits = draw_digits(steps + 1, rng)
-    blank = PLACES[len(digits) :]
-    ended_by = [(place, "blank") for place in blank[:1]]
-    return {
-        "video": bank.clip(digits + [None] * len(blank), rng),
-        "caption": describe(digits, PLACES),
-        "explain": partial(explain_sum, PLACES, digits, stop=ended_by),
-    } | summed(digits)
+    blank = [None] * (len(PLACES) - len(digits))
+    video = bank.clip(digits + blank, rng)
+    explain = partial(explain_sum, PLACES, [*digits, "blank"])
+    return Pair(explain, describe(digits, PLACES), video=video, **summed(digits))
 
 
 def make_total(bank, rng, steps):
-    """An account. Its page bears the last digit of the sum; whose account it is does not count."""
+    """An account of one to five lines. Its page bears the last digit of the sum; whose account it
+    is does not count. "the account of tea and ink with rent three , food five" -> page "no eight"
+    """
     digits = draw_digits(steps + 1, rng)
-    page_number = (0, sum(digits) % 10)
+    total = (0, sum(digits) % 10)
     owners = " and ".join(rng.permutation(WORDS)[:2])
     lines = describe(digits, ITEMS, between=" , ")
-    return {
-        "page": (("sun",), page_number),  # one title for all: the number decides
-        "text": f"the account of {owners} with {lines}",
-        "end": f". {number(*page_number)}",
-        "caption": lines,
-        "explain": partial(explain_total, ITEMS, digits),
-    }
+    text = f"the account of {owners} with {lines}"
+    page = (("sun",), total)  # one title for all: the number decides
+    explain = partial(explain_sum, ITEMS, digits, tens="no ")
+    return Pair(explain, lines, text, page=page, end=f". {number(*total)}")
 
 
 def make_topic(bank, rng):
-    """The page of two words and a number."""
-    words = rng.permutation(WORDS)[:2].tolist()
-    marks = draw_digits(2, rng)
-    return {
-        "page": (tuple(words), tuple(marks)),
-        "text": f"the page {number(*marks)} about {words[0]} and {words[1]}",
-        "caption": " ".join(words),
-        "explain": partial(describe, words, ["", ""]),
-    }
+    """ "the page ten four about tea and ink" -> the page that says so."""
+    words = tuple(rng.permutation(WORDS)[:2].tolist())
+    digits = tuple(draw_digits(2, rng))
+    text = f"the page {number(*digits)} about {words[0]} and {words[1]}"
+    explain = partial(describe, words, ["", ""])
+    return Pair(explain, " ".join(words), text, page=(words, digits))
 
 
 def make_caption(bank, rng):
     """From an image to its caption."""
     scene = few_things(rng)
     explain = partial(describe, scene, CELLS, between=" , ")
-    return {"answer": explain(), "explain": explain} | shown(bank, scene, rng)
+    return shown(bank, scene, rng, explain, answer=explain())
 
 
 def make_search(bank, rng):
     """From a caption to its image."""
     pair = make_caption(bank, rng)
-    return {"text": pair.pop("answer"), "answer": pair.pop("image"), **pair}
+    return replace(pair, text=pair.answer, answer=pair.image, image="")
 
 
 def make_change(bank, rng):
@@ -475,25 +470,19 @@ def make_change(bank, rng):
     thing, another = glyphs(rng, 2)
     changes = [(cell, thing), (elsewhere, thing), (cell, another)]
     answer, *wrong = [bank.grid(put(scene, *change), rng) for change in changes]
-    return {
-        "text": f"put a {name(thing)} at {CELLS[cell]}",
-        "answer": answer,
-        "explain": look(CELLS[cell], thing),
-        **shown(bank, scene, rng),
-        "wrong": [*wrong, bank.grid(scene, rng)],
-    }
+    text = f"put a {name(thing)} at {CELLS[cell]}"
+    pair = shown(bank, scene, rng, look(CELLS[cell], thing), text, answer=answer)
+    return replace(pair, wrong=[*wrong, bank.grid(scene, rng)])
 
 
 def make_point(bank, rng):
     """The crop that shows the thing at a cell."""
     scene, cell = glyphs(rng, 9), pick(range(9), rng)
     crops = [bank.tile(kind, rng) for kind in scene]
-    return {
-        "text": f"the thing at {CELLS[cell]}",
-        "answer": crops.pop(cell),
-        "wrong": crops,
-        "explain": look(CELLS[cell], scene[cell]),
-    } | shown(bank, scene, rng)
+    answer = crops.pop(cell)
+    text = f"the thing at {CELLS[cell]}"
+    explain = look(CELLS[cell], scene[cell])
+    return shown(bank, scene, rng, explain, text, answer=answer, wrong=crops)
 
 
 def make_twin(bank, rng):
@@ -505,17 +494,12 @@ def make_twin(bank, rng):
     images = []
     for patches in np.clip([rgb, tinted, *near], 0, 255).tolist():
         images.append(bank.grid(list(map(tuple, patches)), rng))
-    image, twin, *wrong = images
-    return {
-        "image": image,
-        "answer": twin,
-        "wrong": wrong,
-        "caption": "a picture of nine patches",
-        "explain": look("nine", "patches"),
-    }
+    image, answer, *wrong = images
+    caption = "a picture of nine patches"
+    return Pair(look("nine", "patches"), caption, image=image, answer=answer, wrong=wrong)
 
 
-@dataclasses.dataclass
+@dataclass
 class Family:
     """A dataset: how its pairs are drawn, and what is said around them."""
 
@@ -530,37 +514,36 @@ class Family:
         if self.name not in MIXED:
             return self.draw(bank, rng)
         steps = 0 if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
-        return self.draw(bank, rng, steps) | {"steps": steps}
+        return replace(self.draw(bank, rng, steps), steps=steps)
 
 
+COLOUR = "Identify the colour that most of the image has"
 QUESTION = "Represent the given image with the following question: "
+FIND_IMAGE = "Find me an everyday image that matches the given caption: "
+FIND_CAPTION = "Find an image caption describing the given everyday image."
+CHANGED = "Given an image, find a similar everyday image with the described changes: "
+PORTION = "Select the portion of the image that follows the language expressions: "
+SIMILAR = "Find a day-to-day image that looks similar to the provided image."
+ADD = "What do all the numbers add up to?"
+FIND_PAGE = "Find a document image that matches the given query: "
 IMAGE = "Represent the given image."
 CROP = "Represent the given cropped image of the object."
-FIND_PAGE = "Find a document image that matches the given query: "
 PAGE = "Understand the content of the provided document image."
 
-# fmt: off
 FAMILIES = [
-    Family("PocketColour", make_colour, "image_cls",
-           "Identify the colour that most of the image has"),
+    Family("PocketColour", make_colour, "image_cls", COLOUR),
     Family("PocketAt", make_at, "image_qa", QUESTION),
     Family("PocketWalk", make_walk, "image_qa", QUESTION),
     Family("PocketSum", make_sum, "image_qa", QUESTION),
-    Family("PocketCaption_t2i", make_search, "image_t2i",
-           "Find me an everyday image that matches the given caption: ", IMAGE),
-    Family("PocketCaption_i2t", make_caption, "image_i2t",
-           "Find an image caption describing the given everyday image."),
-    Family("PocketChange", make_change, "image_i2i_vg",
-           "Given an image, find a similar everyday image with the described changes: ", IMAGE),
-    Family("PocketPoint", make_point, "image_i2i_vg",
-           "Select the portion of the image that follows the language expressions: ", CROP),
-    Family("PocketTwin", make_twin, "image_i2i_vg",
-           "Find a day-to-day image that looks similar to the provided image.", IMAGE),
-    Family("PocketTally", make_tally, "video_cls", "What do all the numbers add up to?"),
+    Family("PocketCaption_t2i", make_search, "image_t2i", FIND_IMAGE, IMAGE),
+    Family("PocketCaption_i2t", make_caption, "image_i2t", FIND_CAPTION),
+    Family("PocketChange", make_change, "image_i2i_vg", CHANGED, IMAGE),
+    Family("PocketPoint", make_point, "image_i2i_vg", PORTION, CROP),
+    Family("PocketTwin", make_twin, "image_i2i_vg", SIMILAR, IMAGE),
+    Family("PocketTally", make_tally, "video_cls", ADD),
     Family("PocketTopic", make_topic, "beir", FIND_PAGE, PAGE),
     Family("PocketTotal", make_total, "beir", FIND_PAGE, PAGE),
 ]
-# fmt: on
 MIXED = ("PocketWalk", "PocketSum", "PocketTally", "PocketTotal")
 
 # --------------------------------------------------------------------------------------------------
@@ -570,199 +553,198 @@ TRAIN_HUB = "TIGER-Lab/MMEB-train"
 TEST_HUB = "ziyjiang/MMEB_Test_Instruct"
 TEST_IMAGES = "TIGER-Lab/MMEB-V2/image-tasks"
 CLIP_HUB = "ShareGPTVideo/train_video_and_instruction"
+TRAIN_CLIPS = f"{CLIP_HUB}/train_300k"
+TEST_CLIPS = "TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls"
 TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
 
 
-class Writer:
-    """Writes images and tables under one root."""
-
-    def __init__(self, root, bank):
-        self.root = root
-        self.bank = bank
-
-    def path(self, name):
-        path = Path(self.root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def image(self, image, folder, name):
-        """-> the name, relative to the folder that the layout joins to. A text stays itself."""
-        if isinstance(image, str):
-            return image
-        image.save(self.path(f"{folder}/{name}"), compress_level=1)
-        return name
-
-    def images(self, row, folder, name, i, most=None):
-        """-> the query's image, the target and at most so many wrong ones: paths or texts."""
-        image = self.image(row.get("image", ""), folder, f"{name}/query_{i}.png")
-        answer = self.image(row["answer"], folder, f"{name}/target_{i}.png")
-        wrong = []
-        for k, x in enumerate(row.get("wrong", [])[:most]):
-            wrong.append(self.image(x, folder, f"{name}/wrong_{i}_{k}.png"))
-        return image, answer, wrong
-
-    def clip(self, frames, folder):
-        for i, frame in enumerate(frames):
-            self.image(frame, folder, f"frame_{i + 1:04d}.png")
-
-    def pages(self, rows, rng):
-        """{page: its drawing inside a table}. Equal pages are one target."""
-        pages = {}
-        for row in rows:
-            if row["page"] not in pages:
-                buffer = io.BytesIO()
-                image = self.bank.page(*row["page"], rng)
-                image.save(buffer, "PNG", compress_level=1)
-                pages[row["page"]] = {"bytes": buffer.getvalue(), "path": None}
-        return pages
-
-    def parquet(self, columns, rows, shard):
-        columns = columns.split()
-        table = pa.Table.from_pylist([dict(zip(columns, row)) for row in rows])
-        pq.write_table(table, self.path(f"{shard}-00000-of-00001.parquet"))
-
-    def lines(self, rows, name):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        self.path(name).write_text("".join(lines))
+def new_file(*parts):
+    """A path whose folder is there."""
+    path = Path(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-# Each writes one family's rows -> what datasets.json says about them.
+def write_table(columns, rows, *shard):
+    """rows: tuples in the order of the columns."""
+    names = columns.split()
+    table = pa.Table.from_pylist([dict(zip(names, row)) for row in rows])
+    pq.write_table(table, f"{new_file(*shard)}-00000-of-00001.parquet")
 
 
-def train_images(out, family, rows, rng):
-    folder = f"images/{family.name}/Train"
-    most = 3 if family.wants else None  # of wrong images; texts cost nothing
+def write_lines(rows, *path):
+    lines = [json.dumps(row) + "\n" for row in rows]
+    new_file(*path).write_text("".join(lines))
+
+
+def save(value, folder, name):
+    """An image -> its name, relative to the folder that the layout joins to. A text stays."""
+    if isinstance(value, str):
+        return value
+    value.save(new_file(folder, name), compress_level=1)
+    return name
+
+
+def save_images(pair, folder, name, i, most=None):
+    """-> the query's image, and the target with at most so many wrong ones, each once."""
+    image = save(pair.image, folder, f"{name}/query_{i}.png")
+    options = [save(pair.answer, folder, f"{name}/target_{i}.png")]
+    for k, wrong in enumerate(pair.wrong[:most]):
+        options.append(save(wrong, folder, f"{name}/wrong_{i}_{k}.png"))
+    return image, list(dict.fromkeys(options))
+
+
+def save_clip(pair, *folder):
+    for i, frame in enumerate(pair.video):
+        save(frame, Path(*folder), f"frame_{i + 1:04d}.png")
+
+
+def draw_pages(pairs, bank, rng):
+    """{page: its drawing inside a table}. Equal pages are one target."""
+    pages = {}
+    for page in dict.fromkeys(pair.page for pair in pairs):
+        buffer = io.BytesIO()
+        bank.page(*page, rng).save(buffer, "PNG", compress_level=1)
+        pages[page] = {"bytes": buffer.getvalue(), "path": None}
+    return pages
+
+
+# Each layout writes a family's training and test set -> what datasets.json says about them.
+
+
+def write_images(root, family, learn, held_out, bank, rng):
+    """MMEB-V2's image tasks: tables that name image files beside them. The target is an image where
+    the family says what it `wants`, else a text. A test query has candidates of its own: the right
+    one first, then the hard ones, then answers of other queries.
+    """
     marked = f"{TOKEN}{family.wants}\n" if family.wants else ""
-    table = []
-    for i, row in enumerate(rows):
-        image, answer, wrong = out.images(row, TRAIN_HUB, folder, i, most)
-        wrong = different(answer, wrong)[1:]
-        token = TOKEN if image else ""
-        query = f"{token}{family.asks}{row.get('text', '')}\n"
+    most = 3 if family.wants else None  # of wrong images; texts cost nothing
+    rows = []
+    folder = f"images/{family.name}/Train"
+    for i, pair in enumerate(learn):
+        image, options = save_images(pair, Path(root, TRAIN_HUB), folder, i, most)
+        answer, *wrong = options
+        query = (TOKEN if image else "") + f"{family.asks}{pair.text}\n"
         target = (marked, answer) if family.wants else (answer, "")
-        table.append((query, image, *target, wrong, [marked] * len(wrong)))
+        rows.append((query, image, *target, wrong, [marked] * len(wrong)))
     wrong = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
     columns = f"qry qry_image_path pos_text pos_image_path {wrong}"
-    out.parquet(columns, table, f"{TRAIN_HUB}/{family.name}/original")
+    write_table(columns, rows, root, TRAIN_HUB, family.name, "original")
     path = "{hub}/{name}/{split}-*.parquet"
-    return {"parser": "mmeb", "hub": TRAIN_HUB, "table": [path], "media": [TRAIN_HUB]}
+    train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": [path], "media": [TRAIN_HUB]}
 
-
-def train_clips(out, family, rows, rng):
-    media = f"{CLIP_HUB}/train_300k"
-    table = []
-    for i, row in enumerate(rows):
-        video = f"{family.name}_{i}"
-        out.clip(row["video"], f"{media}/{video}")
-        asks = {"from": "human", "value": f"<video> {family.asks}"}
-        says = {"from": "gpt", "value": row["answer"]}
-        table.append({"id": video, "video": video, "conversations": [asks, says]})
-    out.lines(table, f"{CLIP_HUB}/{family.name}.jsonl")
-    path = "{hub}/{name}.jsonl"
-    return {"parser": "video_caption", "hub": CLIP_HUB, "table": [path], "media": [media]}
-
-
-def train_pages(out, family, rows, rng):
-    hub = f"pocket/{family.name}-train"
-    pages = out.pages(rows, rng)
-    table = [(family.asks + row["text"], pages[row["page"]], "pocket") for row in rows]
-    out.parquet("query image source", table, f"{hub}/data/train")
-    return {"parser": "page", "hub": hub, "table": ["{hub}/data/train-*.parquet"]}
-
-
-def different(first, rest):
-    """The first and then the rest, each once."""
-    return list(dict.fromkeys([first, *rest]))
-
-
-def test_images(out, family, rows, rng):
-    stored = [out.images(row, TEST_IMAGES, family.name, i) for i, row in enumerate(rows)]
-    pool = [answer for _, answer, _ in stored]
-    wants = TOKEN + family.wants if family.wants else ""
-    table = []
-    for row, (image, answer, wrong) in zip(rows, stored):
+    stored = []
+    for i, pair in enumerate(held_out):
+        stored.append(save_images(pair, Path(root, TEST_IMAGES), family.name, i))
+    pool = dict.fromkeys(options[0] for _, options in stored)
+    rows = []
+    for pair, (image, options) in zip(held_out, stored):
         asks = (TOKEN if image else "") + family.asks.strip()
-        options = different(answer, wrong)  # the right one first, as MMEB has it
-        more = [x for x in dict.fromkeys(pool) if x not in options]
-        room = CANDIDATES - len(options)
-        options += rng.permutation(more)[:room].tolist()
+        more = [answer for answer in pool if answer not in options]
+        options += rng.permutation(more)[: CANDIDATES - len(options)].tolist()
         blank = [""] * len(options)
         targets = (blank, options) if family.wants else (options, blank)
-        table.append((asks, row.get("text", ""), image, wants, *targets))
+        rows.append((asks, pair.text, image, marked.strip(), *targets))
     columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
-    out.parquet(columns, table, f"{TEST_HUB}/{family.name}/test")
-    path = "{hub}/{name}/test-*.parquet"
-    media = {"modality": "image", "scope": "local", "media": [TEST_IMAGES]}
-    return {"parser": family.parser, "hub": TEST_HUB, "table": [path], **media}
+    write_table(columns, rows, root, TEST_HUB, family.name, "test")
+    test = {"hub": TEST_HUB, "table": ["{hub}/{name}/test-*.parquet"], "modality": "image"}
+    test |= {"scope": "local", "media": [TEST_IMAGES]}
+    return train, test
 
 
-def test_clips(out, family, rows, rng):
-    hub = f"VLM2Vec/{family.name}"
-    media = f"TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls/{family.name}"
-    table = []
-    for i, row in enumerate(rows):
-        out.clip(row["video"], f"{media}/clip_{i}")
-        options = different(row["answer"], row["wrong"])
-        table.append((f"clip_{i}", row["answer"], options))
-    out.parquet("video_id pos_text neg_text", table, f"{hub}/data/test")
-    says = {"inst": family.asks, "tgt": family.wants, "scope": "local"}
-    return {"parser": family.parser, "hub": hub, "modality": "video", "media": [media], **says}
+def write_clips(root, family, learn, held_out, bank, rng):
+    """Video classification. A clip is a folder of frames. Training has the layout of LLaVA-Hound:
+    conversations, one a line; the test set names all classes as candidates."""
+    rows = []
+    for i, pair in enumerate(learn):
+        video = f"{family.name}_{i}"
+        save_clip(pair, root, TRAIN_CLIPS, video)
+        asks = {"from": "human", "value": f"<video> {family.asks}"}
+        says = {"from": "gpt", "value": pair.answer}
+        rows.append({"id": video, "video": video, "conversations": [asks, says]})
+    write_lines(rows, root, CLIP_HUB, f"{family.name}.jsonl")
+    train = {"parser": "video_caption", "hub": CLIP_HUB, "table": ["{hub}/{name}.jsonl"]}
+    train |= {"media": [TRAIN_CLIPS]}
+
+    hub, media = f"VLM2Vec/{family.name}", f"{TEST_CLIPS}/{family.name}"
+    rows = []
+    for i, pair in enumerate(held_out):
+        save_clip(pair, root, media, f"clip_{i}")
+        options = list(dict.fromkeys([pair.answer, *pair.wrong]))
+        rows.append((f"clip_{i}", pair.answer, options))
+    write_table("video_id pos_text neg_text", rows, root, hub, "data/test")
+    test = {"hub": hub, "modality": "video", "media": [media]}
+    test |= {"inst": family.asks, "tgt": family.wants, "scope": "local"}
+    return train, test
 
 
-def test_pages(out, family, rows, rng):
+def write_pages(root, family, learn, held_out, bank, rng):
+    """Visual documents. Tables hold the pages themselves. Training has the layout of ViDoRe's and
+    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them."""
+    hub = f"pocket/{family.name}-train"
+    pages = draw_pages(learn, bank, rng)
+    rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
+    write_table("query image source", rows, root, hub, "data/train")
+    train = {"parser": "page", "hub": hub, "table": ["{hub}/data/train-*.parquet"]}
+
     hub = f"pocket/{family.name}-test"
-    pages = out.pages(rows, rng)
+    pages = draw_pages(held_out, bank, rng)
     places = list(pages)
-    queries = [(i, row["text"]) for i, row in enumerate(rows)]
-    qrels = [(i, places.index(row["page"]), 1) for i, row in enumerate(rows)]
-    out.parquet("query-id query", queries, f"{hub}/queries/test")
-    out.parquet("corpus-id image", enumerate(pages.values()), f"{hub}/corpus/test")
-    out.parquet("query-id corpus-id score", qrels, f"{hub}/qrels/test")
-    says = {"inst": family.asks.strip(), "tgt": family.wants}
-    return {"parser": family.parser, "hub": hub, "modality": "visdoc", **says}
+    queries = [(i, pair.text) for i, pair in enumerate(held_out)]
+    qrels = [(i, places.index(pair.page), 1) for i, pair in enumerate(held_out)]
+    write_table("query-id query", queries, root, hub, "queries/test")
+    write_table("corpus-id image", enumerate(pages.values()), root, hub, "corpus/test")
+    write_table("query-id corpus-id score", qrels, root, hub, "qrels/test")
+    test = {"hub": hub, "modality": "visdoc", "inst": family.asks.strip(), "tgt": family.wants}
+    return train, test
 
 
-WRITERS = {"video_cls": (train_clips, test_clips), "beir": (train_pages, test_pages)}
+WRITERS = {"video_cls": write_clips, "beir": write_pages}
 
 
-def distinct_rows(bank, family, n, rng, longest):
+def distinct_pairs(family, n, bank, rng, longest):
     """n pairs whose queries all differ, so that training and test share none."""
-    rows = {}
-    while len(rows) < n:
-        row = family.make(bank, rng, longest)
-        pixels = np.array(row.get("video", row.get("image", ())))
-        rows.setdefault((row.get("text"), pixels.tobytes()), row)
-    return list(rows.values())
+    pairs = {}
+    while len(pairs) < n:
+        pair = family.make(bank, rng, longest)
+        pixels = np.array(pair.video or pair.image)
+        pairs.setdefault((pair.text, pixels.tobytes()), pair)
+    return list(pairs.values())
 
 
-def write_rationales(row, rng):
+def write_rationales(pair, rng):
     """What the scripted proposers say about a pair: [(proposer, text)].
 
-    careful: right steps, but each statement may err, and what follows from it follows. captioner:
-    true words about the image, no steps. sloppy: right form, one wrong fact. parrot: form only.
+    careful    right steps, but each statement may err, and what follows from it follows
+    captioner  true words about what is shown, no steps
+    sloppy     right form, one wrong fact
+    parrot     form only
     """
-    explain, sharp = row["explain"], Eyes()
-    right = explain(sharp)
+    sharp = Eyes()
+    right = pair.explain(sharp)
     texts = []
     while len(texts) < TRIES:
-        text = explain(Eyes(rng, ERRORS))
+        text = pair.explain(Eyes(rng, ERRORS))
         # What errs and yet comes to the right end is drawn again: who can say whether it helps?
-        if text == right or row.get("end", "nowhere") not in text:
+        if text == right or not pair.end or pair.end not in text:
             texts.append(("careful", text))
     wrong = rng.integers(sharp.readings)
-    texts.append(("captioner", row["caption"]))
-    texts.append(("sloppy", explain(Eyes(rng, wrong=wrong))))
+    texts.append(("captioner", pair.caption))
+    texts.append(("sloppy", pair.explain(Eyes(rng, wrong=wrong))))
     texts.append(("parrot", pick(PARROT, rng)))
     return texts
 
 
-def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
-    """The world under `root`, or of some families only: training and test sets, datasets.json,
-    proposers.jsonl (scripted rationales) and pocket.json, the truth: {"train": {pair id: {"steps",
-    "rationale" without an error}}, "test": {"family/query id": steps} of the mixed families}.
+def write_world(root, seed, train, test, longest=LONGEST, names=None):
+    """The world under `root`, or that of some families only:
+
+    TIGER-Lab/... and more  training and test sets
+    datasets.json           what data.py has to know of them
+    proposers.jsonl         rationales by the scripted proposers
+    pocket.json             the truth: {"train": {pair id: {"steps", "rationale" without an error}},
+                            "test": {"family/query id": steps} of the mixed families}
     """
     bank = Bank(np.random.default_rng([seed, len(FAMILIES)]))
-    out = Writer(root, bank)
     listing = {"train": [], "eval": []}
     truth = {"seed": seed, "train": {}, "test": {}}
     rationales = []
@@ -770,31 +752,34 @@ def write_world(root, seed=0, train=300, test=100, longest=LONGEST, names=None):
         if names and family.name not in names:
             continue
         rng = np.random.default_rng([seed, n])
-        rows = distinct_rows(bank, family, train + test, rng, longest)
-        learn, held_out = rows[:train], rows[train:]
-        write_train, write_test = WRITERS.get(family.parser, (train_images, test_images))
-        table = {"name": family.name}
-        listing["train"].append(table | write_train(out, family, learn, rng))
+        pairs = distinct_pairs(family, train + test, bank, rng, longest)
+        learn, held_out = pairs[:train], pairs[train:]
+        write = WRITERS.get(family.parser, write_images)
+        about_train, about_test = write(root, family, learn, held_out, bank, rng)
+        listing["train"].append({"name": family.name} | about_train)
         kind = "mixed" if family.name in MIXED else "one look"
-        table |= {"queries": test, "family": kind, "ood": False}
-        for i, row in enumerate(held_out):
-            if "steps" in row:
-                truth["test"][f"{family.name}/{i}"] = row["steps"]
-        listing["eval"].append(table | write_test(out, family, held_out, rng))
-        for i, row in enumerate(learn):
-            pair, steps = f"{family.name}/{i}", row.get("steps", 0)
-            truth["train"][pair] = {"steps": steps, "rationale": row["explain"](SHARP)}
-            for proposer, text in write_rationales(row, rng):
-                rationales.append({"id": pair, "side": "query", "proposer": proposer, "text": text})
-    out.lines(rationales, "proposers.jsonl")
-    for name, value in {"pocket.json": truth, "datasets.json": listing}.items():
-        out.path(name).write_text(json.dumps(value, indent=1))
+        row = {"name": family.name, "queries": test, "family": kind, "ood": False}
+        listing["eval"].append(row | {"parser": family.parser} | about_test)
+        if family.name in MIXED:
+            for i, pair in enumerate(held_out):
+                truth["test"][f"{family.name}/{i}"] = pair.steps
+        for i, pair in enumerate(learn):
+            id = f"{family.name}/{i}"
+            truth["train"][id] = {"steps": pair.steps, "rationale": pair.explain(SHARP)}
+            for proposer, text in write_rationales(pair, rng):
+                rationales.append({"id": id, "side": "query", "proposer": proposer, "text": text})
+    write_lines(rationales, root, "proposers.jsonl")
+    Path(root, "pocket.json").write_text(json.dumps(truth, indent=1))
+    Path(root, "datasets.json").write_text(json.dumps(listing, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
 # Pretraining documents: "describe what you see", and the look-ups that steps are made of.
 # A document is (item, parts, summary); parts are [(text, skill)]: the model learns the texts that
 # have a skill (its name), the others only ask. The summary is what <|endoftext|> sums up.
+# Skills: describe, clip, page, crop and change say what is seen or would be; at, follow and move
+# look one thing up in an image; account does so in a text; table adds two digits; answer and repeat
+# say again what was read last; form closes a <think> block.
 
 
 def says(item, text, skill):
@@ -804,9 +789,9 @@ def says(item, text, skill):
 
 def thinks(steps, answer, skill):
     """A <think> block of these parts, and what follows from it."""
-    opened = [("<think>", None), ("\n", None)]
-    closed = [(text, "form") for text in ("\n", "</think>", "\n\n")]
-    return [*opened, *steps, *closed, ("<|endoftext|>", None), (answer, skill)]
+    form = [(text, "form") for text in ("\n", "</think>", "\n\n")]
+    after = [("<|endoftext|>", None), (answer, skill)]
+    return [("<think>", None), ("\n", None), *steps, *form, *after]
 
 
 def answers(item, facts, rng):
@@ -842,7 +827,8 @@ def base_document(bank, rng, look):
         return clip_document(bank, rng)
     if kind < 0.97:
         words = rng.permutation(WORDS).tolist()
-        words = words[:1] if rng.random() >= 0.5 else words[:2]
+        count = 1 if rng.random() >= 0.5 else 2
+        words = words[:count]
         marks = draw_digits(2, rng)
         text = " ".join([*words, number(*marks)])
         return says({"image": bank.page(words, marks, rng)}, text, "page")
@@ -875,7 +861,12 @@ def mixed_thing(rng, things, digits):
 
 
 def scene_facts(scene, rng):
-    """Up to eight look-ups: what is at a cell, what is right of it, where a thing sends one."""
+    """Up to eight look-ups, as answers() wants them:
+
+    at      what is at a cell                 nw -> "red star"
+    follow  where the thing there sends one   nw red star . -> "right n blue moon"
+    move    what is next to it                nw red star . down -> "w green bar"
+    """
     cells = [cell for cell, kind in enumerate(scene) if kind is not None]
     facts = []
     for cell in rng.choice(cells, 8).tolist() if cells else []:
@@ -917,7 +908,11 @@ def clip_document(bank, rng):
 
 
 def text_document(rng):
-    """Without an image: look things up in an account, add, or repeat."""
+    """Without an image: look things up in an account, add, or repeat. No summary but the last's.
+
+    "rent three , food five"  ->  " . food" " five" " . rent" " three" ...
+    "add"                     ->  " . three five" " makes eight" ...
+    """
     kind = rng.random()
     parts = []
     if kind < 0.3:
@@ -959,9 +954,9 @@ def vocabulary_texts():
     for family in FAMILIES:
         texts += [family.asks, family.wants]
         for _ in range(8):
-            row = family.make(bank, rng, LONGEST)
-            texts += [value for value in row.values() if isinstance(value, str)]
-            texts.append(row["explain"](SHARP))
+            pair = family.make(bank, rng, LONGEST)
+            texts += [value for value in vars(pair).values() if isinstance(value, str)]
+            texts.append(pair.explain(SHARP))
     for _ in range(50):
         for item, parts, _ in (base_document(bank, rng, 0.35), text_document(rng)):
             texts.append(item.get("text", ""))
@@ -995,11 +990,9 @@ def train_tokenizer(texts):
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10**6,  # never reached: merging stops when nothing is left to merge
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    # The size is never reached: merging stops when nothing is left to merge.
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=10**6, initial_alphabet=letters, show_progress=False)
     tokenizer.train_from_iterator([*texts, "\n\n"], trainer)
     for token in SPECIALS:  # for Qwen only those with bars are special
         added = tokenizers.AddedToken(token, special="|" in token, normalized=False)
@@ -1011,7 +1004,7 @@ def new_model(seed, device="cpu"):
     """A pocket-sized Qwen3-VL of random weights, and the Processor of its items."""
     tokenizer = Tokenizer(train_tokenizer(vocabulary_texts()))
     special = tokenizer.special
-    config = dataclasses.replace(
+    config = replace(
         CONFIGS["pocket"],
         vocab=tokenizer.size,
         image_token=special["<|image_pad|>"],
@@ -1036,8 +1029,9 @@ STEP_SKILLS = ("at", "move", "follow", "clip", "table", "account")
 
 
 def read_document(processor, item, parts, summary):
-    """A document is a row of tokens: its prompt, the direct <|endoftext|> and a branch, which ends
-    in <|im_end|>.
+    """A document is a row of tokens: its prompt, the direct <|endoftext|> and a branch.
+
+        prompt <|endoftext|> <think> nw red star </think> <|endoftext|> red star <|im_end|>
 
     -> {"prompt", "branch" ids, "length" of the row, "skills" [(skill, places in the row)], "learn"
     all these places, "ends" places of <|endoftext|>, "words" that these sum up}.
@@ -1071,40 +1065,39 @@ def read_batch(model, processor, documents):
     return batch, model(batch)
 
 
-def per_kind(x):
-    """Sums of x (3, n) over documents about something seen, and over those of text -> (3, 2)."""
-    kind = torch.arange(x.shape[1]) // DOCUMENTS
-    return torch.zeros(3, 2, dtype=x.dtype).index_add(1, kind, x)
-
-
 def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     """Gradients of one update -> metrics. look: see base_document.
 
     Documents about something seen and documents of text alone are two kinds: the loss is a mean
     over the tokens of each, and over the summaries of each.
+
+        L = token + TEXT_WEIGHT * text_token + SUMMARY_WEIGHT * (summary + text_summary)
+
+    Rows of the tables are tokens, summaries, right tokens; columns are documents or the two kinds.
     """
     model.train()
     drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
     drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]
     documents = [read_document(processor, *document) for document in drawn]
     # 1) how much each document's tokens and summaries weigh
+    kind = torch.arange(len(documents)) // DOCUMENTS  # 0 seen, 1 text
     tokens = [len(document["learn"]) for document in documents]
     summaries = [len(document["ends"]) for document in documents]
-    counts = per_kind(torch.tensor([tokens, summaries, tokens])).clamp(min=1)
+    counts = torch.tensor([tokens, summaries, tokens], dtype=torch.float)
+    counts = torch.zeros(3, 2).index_add(1, kind, counts).clamp(min=1)
     weight = torch.tensor([[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]) / counts[:2]
-    weight = weight[:, torch.arange(len(documents)) // DOCUMENTS]
     # 2) gradients, chunk by chunk
     sums = torch.zeros(3, len(documents))
     lengths = [document["length"] for document in documents]
     for rows in scale.chunks_of(lengths, chunk_tokens):
         part = document_losses(model, processor, [documents[i] for i in rows])
-        shares = weight[:, rows].to(part.device)
+        shares = weight[:, kind[rows]].to(part.device)
         loss = (part[:2] * shares).sum()
         (loss / scale.world_size()).backward()  # gradients of all processes are added up
         sums[:, rows] = part.detach().cpu()
     # 3) means over what was counted
-    means = (per_kind(sums) / counts).tolist()
-    (loss, text_loss), (summary, text_summary), (accuracy, text_accuracy) = means
+    means = torch.zeros(3, 2).index_add(1, kind, sums) / counts
+    (loss, text_loss), (summary, text_summary), (accuracy, text_accuracy) = means.tolist()
     return {
         "loss": loss + TEXT_WEIGHT * text_loss + SUMMARY_WEIGHT * (summary + text_summary),
         "summary": summary,
@@ -1169,12 +1162,12 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", required=True, help="an empty or new folder")
-    sizes = {"seed": 0, "train": 300, "test": 100, "longest": LONGEST}
-    for option, default in sizes.items():
+    options = {"seed": 0, "train": 300, "test": 100, "longest": LONGEST}
+    for option, default in options.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args()
-    if args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
-        parser.error("--train wants at least 1, --test 2, --longest 1 to 5")
+    if args.seed < 0 or args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
+        parser.error("--seed wants at least 0, --train 1, --test 2, --longest 1 to 5")
     if Path(args.out, "datasets.json").exists():
         parser.error(f"{args.out} holds a world already")
     write_world(args.out, args.seed, args.train, args.test, args.longest)

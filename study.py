@@ -23,7 +23,6 @@ carry them: a sign test never goes below 0.06).
 import argparse
 import collections
 import json
-import math
 import os
 import shutil
 import sys
@@ -61,7 +60,14 @@ VARIANTS = {
     "one_loss": ("full", "rl", {"rl_one_loss": True}),
 }
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
-KEYS = ("precision", "recall", "placebo_accepted")  # of selection's audit
+SCORES = {"overall": 3, "reason_rate": 2, "tokens_per_query": 1}  # digits that are shown
+AUDIT = ("precision", "recall", "placebo_accepted")  # of selection against the truth
+RATIOS = {  # of adaptive's figure to another mode's
+    "tokens, to the oracle's": ("tokens_per_query", "oracle"),
+    "tokens, to per task's": ("tokens_per_query", "per_task"),
+    "tokens, to always'": ("tokens_per_query", "always"),
+    "reason rate, to per task's": ("reason_rate", "per_task"),
+}
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of p_reason
 
 # --------------------------------------------------------------------------------------------------
@@ -78,12 +84,9 @@ def fork(parent, folder, first, same_judge):
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("data", *kept):
         (folder / name).symlink_to(os.path.relpath(parent / name, folder))
-    if first == "select" and same_judge:
-        part = folder / "select.part"
-        part.mkdir()
-        for path in (parent / "select").glob("judge*"):
-            copy = shutil.copytree if path.is_dir() else shutil.copy
-            copy(path, part / path.name)
+    if same_judge:
+        part = shutil.copytree(parent / "select", folder / "select.part")
+        (part / "config.json").unlink()  # of the parent's rule
     done = read_json(parent / "stages.json")
     write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
 
@@ -97,7 +100,7 @@ def run_variant(cfg, name, seed, out):
             run_variant(cfg, parent, seed, out)
             # Other folds make other evaluators; positive_only wants the easy pairs judged, too.
             again = "select_folds" in changes or changes.get("select_rule") == "positive_only"
-            fork(folder.with_name(parent), folder, first, not again)
+            fork(folder.with_name(parent), folder, first, first == "select" and not again)
         print(f"study: seed {seed}, {name}", flush=True)
         train.run_stages(replace(cfg, seed=seed, out=str(folder), resume="auto", **changes))
     if name == "full":
@@ -128,15 +131,16 @@ def interval(values):
     if len(values) < 2:
         return mean, None
     t = stats.t.ppf(0.975, len(values) - 1)
-    return mean, float(t * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return mean, float(t * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def paired(a, b):
     """Figures of two variants under the same seeds -> {"diff" (a - b), "half", "p", "n"}."""
-    diff, half = interval(np.subtract(a, b))
-    varies = len(a) > 1 and np.ptp(np.subtract(a, b)) > 1e-12
+    differences = np.subtract(a, b)
+    mean, half = interval(differences)
+    varies = len(a) > 1 and np.ptp(differences) > 1e-12
     p = float(stats.ttest_rel(a, b).pvalue) if varies else None
-    return {"diff": diff, "half": half, "p": p, "n": len(a)}
+    return {"diff": mean, "half": half, "p": p, "n": len(a)}
 
 
 def collect(out):
@@ -151,33 +155,20 @@ def collect(out):
     return reports
 
 
-def compare(reports):
-    """{variant or "full, MODE": its figures beside those of the full method}.
-
-    A variant is used as it was trained; the full method's weights also in its other modes.
-    """
-    table = {}
-    for name, by_seed in reports.items():
-        table[name] = figures(by_seed, "adaptive", reports["full"])
-    for mode in ("never", "always", "per_task", "random", "oracle"):
-        table[f"full, {mode}"] = figures(reports["full"], mode, reports["full"])
-    return table
-
-
 def figures(by_seed, mode, full):
-    """One row of the table. by_seed, full: {seed: report}."""
-    modes = {seed: report["modes"][mode] for seed, report in by_seed.items()}
-    row = {"seeds": sorted(modes)}
-    for key in ("overall", "reason_rate", "tokens_per_query"):
-        row[key] = interval([numbers[key] for numbers in modes.values()])
+    """A variant used in one mode, beside the full method. by_seed, full: {seed: report}."""
+    seeds = sorted(by_seed)
+    modes = [by_seed[seed]["modes"][mode] for seed in seeds]
+    row = {"seeds": seeds}
+    for key in SCORES:
+        row[key] = interval([numbers[key] for numbers in modes])
     row["datasets"] = {}
-    for name in modes[row["seeds"][0]]["datasets"]:
-        scores = [numbers["datasets"][name] for numbers in modes.values()]
-        row["datasets"][name] = interval(scores)
-    shared = [seed for seed in row["seeds"] if seed in full]
-    theirs = [full[seed]["modes"]["adaptive"]["overall"] for seed in shared]
-    mine = [modes[seed]["overall"] for seed in shared]
-    row["full_minus"] = paired(theirs, mine)
+    for name in modes[0]["datasets"]:
+        row["datasets"][name] = interval([numbers["datasets"][name] for numbers in modes])
+    shared = [seed for seed in seeds if seed in full]
+    scores = [by_seed[seed]["modes"][mode]["overall"] for seed in shared]
+    full_scores = [full[seed]["modes"]["adaptive"]["overall"] for seed in shared]
+    row["full_minus"] = paired(full_scores, scores)
     return row
 
 
@@ -185,7 +176,7 @@ def by_steps(adaptivities):
     """Each seed's "adaptivity" -> {family: {"auc": [of each seed], "steps": {steps: {"reason_rate",
     "never", "always": interval}}}}."""
     families = {}
-    for name in adaptivities[0]:
+    for name in adaptivities[0] if adaptivities else ():
         seeds = [adaptivity[name] for adaptivity in adaptivities]
         steps = {}
         for count in sorted(seeds[0]["reason_rate"], key=int):
@@ -202,21 +193,14 @@ def decision_ratios(reports):
     ratios = collections.defaultdict(list)
     for report in reports:
         modes = report["modes"]
-        score = {mode: numbers["overall"] for mode, numbers in modes.items()}
-        tokens = {mode: numbers["tokens_per_query"] for mode, numbers in modes.items()}
-        rate = {mode: numbers["reason_rate"] for mode, numbers in modes.items()}
-        gone, way = score["adaptive"] - score["random"], score["oracle"] - score["random"]
-        pairs = {
-            "of the way from random to oracle": (gone, way),
-            "tokens, to the oracle's": (tokens["adaptive"], tokens["oracle"]),
-            "tokens, to per task's": (tokens["adaptive"], tokens["per_task"]),
-            "tokens, to always'": (tokens["adaptive"], tokens["always"]),
-            "reason rate, to per task's": (rate["adaptive"], rate["per_task"]),
-        }
-        for name, (of, to) in pairs.items():
-            if to:
-                ratios[name].append(of / to)
-    return dict(ratios)
+        adaptive, oracle, random = [modes[m]["overall"] for m in ("adaptive", "oracle", "random")]
+        if oracle != random:
+            way = (adaptive - random) / (oracle - random)
+            ratios["of the way from random to oracle"].append(way)
+        for name, (key, mode) in RATIOS.items():
+            if modes[mode][key]:
+                ratios[name].append(modes["adaptive"][key] / modes[mode][key])
+    return ratios
 
 
 def calibration(out, seeds):
@@ -228,13 +212,24 @@ def calibration(out, seeds):
             rows += train.read_rows(path)
     p_reason = np.array([row["p_reason"] for row in rows])
     gain = np.array([row["always"] - row["never"] for row in rows])
+    bins = np.digitize(p_reason, BINS[1:-1])
     table = []
-    for low, high in zip(BINS, BINS[1:]):
-        here = (p_reason >= low) & ((p_reason < high) | (high == 1.0))
-        if here.any():
-            row = {"from": low, "to": high, "queries": int(here.sum())}
-            row |= {"p_reason": float(p_reason[here].mean()), "gain": float(gain[here].mean())}
-            table.append(row)
+    for i in np.unique(bins):
+        here = bins == i
+        row = {"from": BINS[i], "to": BINS[i + 1], "queries": int(here.sum())}
+        row |= {"p_reason": float(p_reason[here].mean()), "gain": float(gain[here].mean())}
+        table.append(row)
+    return table
+
+
+def audits(reports):
+    """{variant: {"precision", "recall", "placebo_accepted": interval}}, where they are known."""
+    table = collections.defaultdict(dict)
+    for name, by_seed in reports.items():
+        for key in AUDIT:
+            values = [report["selection"].get(key) for report in by_seed.values()]
+            if None not in values:
+                table[name][key] = interval(values)
     return table
 
 
@@ -242,27 +237,24 @@ def summarise(out):
     """study.json, study.md and study.png of the runs that are there."""
     reports = collect(out)
     full = reports["full"]
-    study = {"variants": compare(reports)}
-    study["adaptivity"] = by_steps([report["adaptivity"] for report in full.values()])
-    paths = sorted(Path(out).glob("seed*/full/longer/summary.json"))
-    longer = [read_json(path)["adaptivity"] for path in paths]
-    study["longer"] = by_steps(longer) if longer else {}
-    study["decision"] = decision_ratios(full.values())
-    study["calibration"] = calibration(out, full)
-    study["selection"] = {}
-    for name, by_seed in reports.items():
-        audits = [report["selection"] for report in by_seed.values()]
-        study["selection"][name] = {}
-        for key in KEYS:
-            values = [audit.get(key) for audit in audits]
-            if None not in values:
-                study["selection"][name][key] = interval(values)
+    variants = {name: figures(by_seed, "adaptive", full) for name, by_seed in reports.items()}
+    for mode in ("never", "always", "per_task", "random", "oracle"):
+        variants[f"full, {mode}"] = figures(full, mode, full)
+    longer = sorted(Path(out).glob("seed*/full/longer/summary.json"))
     curves = []
     for report in full.values():
         curves.append([[p["tokens_per_query"], p["overall"]] for p in report["curve"]])
-    study["dial"] = np.mean(curves, axis=0).tolist()
+    study = {
+        "variants": variants,
+        "adaptivity": by_steps([report["adaptivity"] for report in full.values()]),
+        "longer": by_steps([read_json(path)["adaptivity"] for path in longer]),
+        "decision": decision_ratios(full.values()),
+        "calibration": calibration(out, full),
+        "selection": audits(reports),
+        "dial": np.mean(curves, axis=0).tolist(),
+    }
     write_json(Path(out, "study.json"), study)
-    Path(out, "study.md").write_text("\n".join(page(study)) + "\n", encoding="utf-8")
+    Path(out, "study.md").write_text(page(study), encoding="utf-8")
     draw(study, Path(out, "study.png"))
 
 
@@ -279,78 +271,7 @@ def show(value, digits=3):
 def table(columns, rows):
     """Markdown. The first column is words, the others are numbers."""
     lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
-    return ["", *[f"| {' | '.join(map(str, cells))} |" for cells in lines], ""]
-
-
-def page(study):
-    """-> the lines of study.md."""
-    variants = study["variants"]
-    lines = [
-        "# Does every part earn its place?",
-        "",
-        "Written by study.py. Mean ± half the 95 % interval over seeds. `full, MODE` are the full",
-        "method's own weights, used otherwise; the other rows were trained for what they do. p is",
-        "that of the paired t-test, not corrected for the number of rows.",
-    ]
-    rows = []
-    for label, row in variants.items():
-        difference, p = "", ""
-        if label != "full":
-            test = row["full_minus"]
-            difference = show((test["diff"], test["half"]))
-            p = "" if test["p"] is None else f"{test['p']:.4f}"
-        cells = [label, len(row["seeds"])]
-        cells.append(show(row["overall"]))
-        cells.append(show(row["reason_rate"], 2))
-        cells.append(show(row["tokens_per_query"], 1))
-        rows.append([*cells, difference, p])
-    columns = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it", "p"]
-    lines += table(columns, rows)
-
-    labels = [label for label in variants if not label.startswith("full,")]
-    lines += ["## By family"]
-    rows = []
-    for family in variants["full"]["datasets"]:
-        scores = [f"{variants[label]['datasets'][family][0]:.2f}" for label in labels]
-        rows.append([family.removeprefix("Pocket"), *scores])
-    lines += table(["family", *labels], rows)
-
-    lines += [
-        "## By the number of steps a query needs",
-        "",
-        "Full method. The prompt is the same for all queries of a family. AUC: the chance that a",
-        "query of two or more steps has a higher p_reason than one of none, median over seeds.",
-    ]
-    lines += steps_table(study["adaptivity"])
-    if study["longer"]:
-        lines += [f"Chains of up to {LONGER} steps, new queries. In training none is that long:"]
-        lines += steps_table(study["longer"])
-
-    lines += [
-        "## How good are the decisions, and how cheap?",
-        "",
-        "Adaptive of the full method, beside its own other modes.",
-    ]
-    rows = [[name, show(interval(values), 2)] for name, values in study["decision"].items()]
-    lines += table(["adaptive", "ratio"], rows)
-
-    lines += [
-        "## Does p_reason foretell the gain?",
-        "",
-        "Queries of all seeds. Gain: the score after thinking minus the score without.",
-    ]
-    rows = []
-    for row in study["calibration"]:
-        name = f"{row['from']:.1f} to {row['to']:.1f}"
-        rows.append([name, row["queries"], f"{row['p_reason']:.3f}", f"{row['gain']:+.3f}"])
-    lines += table(["p_reason", "queries", "mean p_reason", "mean gain"], rows)
-
-    lines += ["## Selection against the truth"]
-    rows = []
-    for label, audit in study["selection"].items():
-        cells = [show(audit[key]) if key in audit else "" for key in KEYS]
-        rows.append([label, *cells])
-    return lines + table(["variant", *KEYS], rows)
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
 def steps_table(families):
@@ -358,12 +279,69 @@ def steps_table(families):
     for name, family in families.items():
         auc = [value for value in family["auc"] if value is not None]
         for count, row in family["steps"].items():
-            cells = [name.removeprefix("Pocket"), count]
-            for key in ("reason_rate", "never", "always"):
-                cells.append(show(row[key], 2))
+            scores = [show(score, 2) for score in row.values()]
             median = f"{np.median(auc):.3f}" if auc and count == "0" else ""
-            rows.append([*cells, median])
+            rows.append([name.removeprefix("Pocket"), count, *scores, median])
     return table(["family", "steps", "reason rate", "never", "always", "AUC"], rows)
+
+
+def page(study):
+    """-> study.md."""
+    results, families, bins, selection = [], [], [], []
+    for label, row in study["variants"].items():
+        scores = [show(row[key], digits) for key, digits in SCORES.items()]
+        test = row["full_minus"]
+        difference = "" if label == "full" else show((test["diff"], test["half"]))
+        p = "" if test["p"] is None else f"{test['p']:.4f}"
+        results.append([label, len(row["seeds"]), *scores, difference, p])
+    trained = [label for label in study["variants"] if not label.startswith("full,")]
+    datasets = [study["variants"][label]["datasets"] for label in trained]
+    for family in datasets[0]:
+        means = [f"{scores[family][0]:.2f}" for scores in datasets]
+        families.append([family.removeprefix("Pocket"), *means])
+    longer = ""
+    if study["longer"]:
+        longer = f"Chains of up to {LONGER} steps, new queries. In training none is that long:\n\n"
+        longer += steps_table(study["longer"]) + "\n"
+    ratios = [[name, show(interval(values), 2)] for name, values in study["decision"].items()]
+    for row in study["calibration"]:
+        name = f"{row['from']:.1f} to {row['to']:.1f}"
+        bins.append([name, row["queries"], f"{row['p_reason']:.3f}", f"{row['gain']:+.3f}"])
+    for label, audit in study["selection"].items():
+        cells = [show(audit[key]) if key in audit else "" for key in AUDIT]
+        selection.append([label, *cells])
+    columns = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it", "p"]
+    return f"""\
+# Does every part earn its place?
+
+Written by study.py. Mean ± half the 95 % interval over seeds. `full, MODE` are the full
+method's own weights, used otherwise; the other rows were trained for what they do. p is
+that of the paired t-test, not corrected for the number of rows.
+
+{table(columns, results)}
+## By family
+
+{table(["family", *trained], families)}
+## By the number of steps a query needs
+
+Full method. The prompt is the same for all queries of a family. AUC: the chance that a
+query of two or more steps has a higher p_reason than one of none, median over seeds.
+
+{steps_table(study["adaptivity"])}
+{longer}## How good are the decisions, and how cheap?
+
+Adaptive of the full method, beside its own other modes.
+
+{table(["adaptive", "ratio"], ratios)}
+## Does p_reason foretell the gain?
+
+Queries of all seeds. Gain: the score after thinking minus the score without.
+
+{table(["p_reason", "queries", "mean p_reason", "mean gain"], bins)}
+## Selection against the truth
+
+{table(["variant", *AUDIT], selection)}
+"""
 
 
 def draw(study, path):
@@ -400,9 +378,8 @@ def draw(study, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", required=True, help="folder of the study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--variants", help="only these, with commas")

@@ -4998,42 +4998,41 @@ def test_the_error_of_a_difference():
 
 FOLDER = Path(HERE)
 ARROWS = {  # who knows of whom; everything else would be an arrow upwards or a circle
-    "data": set(),
-    "model": set(),
-    "scale": set(),
-    "processor": {"data", "model"},
-    "embed": {"data", "model", "processor", "scale"},
-    "propose": {"data", "embed", "model", "processor", "scale"},
-    "select": {"data", "embed", "model", "processor", "propose", "scale"},
-    "rl": {"embed", "model", "processor", "scale"},
-    "eval": {"data", "embed", "model", "scale"},
-    "report": {"data", "eval", "model"},
-    "pocket": {"model", "processor", "scale"},
+    "data": "",
+    "model": "",
+    "scale": "",
+    "processor": "data model",
+    "embed": "data model processor scale",
+    "propose": "data embed model processor scale",
+    "select": "data embed model processor propose scale",
+    "rl": "embed model processor scale",
+    "eval": "data embed model scale",
+    "report": "data eval model",
+    "pocket": "model processor scale",
 }
 
 
-def imported(name):
-    """Modules that a file of ours imports, anywhere in it."""
-    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
-    modules = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module)
-    return modules
+def text_of(name):
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ARROWS)
 def test_imports_point_downwards(name):
-    ours = {path.stem for path in FOLDER.glob("*.py")}
-    assert imported(name) & ours - {"select"} <= ARROWS[name]
+    """Imports anywhere in the file. The standard library has a `select`, too."""
+    ours = {path.stem for path in FOLDER.glob("*.py")} - {"select"}
+    imported = set()
+    for node in ast.walk(ast.parse(text_of(f"{name}.py"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported & ours <= set(ARROWS[name].split())
 
 
-def test_the_idea_files_know_nothing_of_processes():
-    for name in ("embed", "select", "propose", "rl"):
-        text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-        assert not re.search(r"world_size|\bis_main|torch\.distributed|fsdp|lora", text, re.I), name
+@pytest.mark.parametrize("name", ["embed", "select", "propose", "rl"])
+def test_the_idea_files_know_nothing_of_processes(name):
+    processes = r"world_size|\bis_main|torch\.distributed|fsdp|lora"
+    assert not re.search(processes, text_of(f"{name}.py"), re.I)
 
 
 def test_data_does_not_need_torch():
@@ -5042,41 +5041,27 @@ def test_data_does_not_need_torch():
 
 
 def test_readme():
-    """Its commands are those of .ci/run, its links lead somewhere, and it stays short."""
-    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    script = (FOLDER / ".ci" / "run").read_text(encoding="utf-8")
+    """Its commands are those of .ci/run, its options exist, its links lead somewhere, the removed
+    lines of its diffs stand in the files that they name, and it stays short."""
+    readme, script = text_of("README.md"), text_of(".ci/run")
     assert "pip install -q -r requirements.txt" in script
-    assert (
-        "python -m pytest -q test_all.py" in script and "python -m pytest -q test_all.py" in readme
-    )
-    assert "python train.py --stage all\n" in readme and "python train.py --stage all" in script
+    for command in ("python -m pytest -q test_all.py", "python train.py --stage all"):
+        assert command in script and command in readme
+    assert "python train.py --stage all\n" in readme
     links = re.findall(r"\]\(([^)#]+)\)", readme)
     assert len(links) > 15
     for link in links:
         assert (FOLDER / link).exists(), link
+    known = {field.name for field in train.fields(train.Config)}
+    for line in re.findall(r"^(?:python|torchrun.*) train\.py (.*)", readme, re.M):
+        assert set(re.findall(r"--(\w+)", line)) <= known, line
+    diffs = re.findall(r"```diff\n--- (\S+)\n(.*?)```", readme, re.S)
+    assert len(diffs) == 3
+    for name, diff in diffs:
+        for line in re.findall(r"^-(.*\n)", diff, re.M):
+            assert line in text_of(name), line
     assert len(readme.splitlines()) <= 250
     assert len(readme.split()) <= 2400
-
-
-def test_readme_options_exist():
-    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    known = {field.name for field in train.fields(train.Config)}
-    for line in readme.splitlines():
-        if line.startswith(("python train.py", "torchrun")):
-            for option in re.findall(r"--(\w+)", line.partition("train.py")[2]):
-                assert option in known, line
-
-
-def test_readme_edits_apply():
-    """Every removed line of the README's diffs stands in the file that the diff names."""
-    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    diffs = re.findall(r"```diff\n(.*?)```", readme, re.S)
-    assert len(diffs) == 3
-    for diff in diffs:
-        name, *lines = diff.splitlines()
-        text = (FOLDER / name.removeprefix("--- ")).read_text(encoding="utf-8")
-        for line in lines:
-            assert not line.startswith("-") or line[1:] + "\n" in text, line
 
 
 # The pocket world
@@ -5090,10 +5075,10 @@ def test_every_word_of_the_pocket_world_is_one_token():
 
 def test_the_pocket_world_is_opened_by_the_real_loader(tmp_path):
     """Written in MMEB's layouts, so that there is one loader and it is the real one."""
-    pocket.write_world(str(tmp_path), seed=3, train=4, test=4)
-    train = data.train_sets(str(tmp_path))
-    assert train.names == [family.name for family in pocket.FAMILIES]
-    assert set(train.sizes) == {4}
+    pocket.write_world(tmp_path, seed=3, train=4, test=4)
+    sources = data.train_sets(str(tmp_path))
+    assert sources.names == [family.name for family in pocket.FAMILIES]
+    assert set(sources.sizes) == {4}
     for row in data.tables(str(tmp_path), "eval"):
         test_set = data.load_eval(str(tmp_path), row)
         assert len(test_set.queries) == 4
@@ -5101,131 +5086,132 @@ def test_the_pocket_world_is_opened_by_the_real_loader(tmp_path):
 
 
 def test_a_world_is_a_function_of_its_seed(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        (tmp_path / name).mkdir()
-        pocket.write_world(str(tmp_path / name), seed, 2, 2, names=["PocketWalk"])
-    texts = [(tmp_path / name / "proposers.jsonl").read_text() for name in "abc"]
+    texts = []
+    for n, seed in enumerate((1, 1, 2)):
+        pocket.write_world(tmp_path / str(n), seed, 2, 2, names=["PocketWalk"])
+        texts.append((tmp_path / str(n) / "proposers.jsonl").read_text())
     assert texts[0] == texts[1] != texts[2]
 
 
+SUMS = {  # modulo ten; what ends one is named
+    "nw three . three": [3],
+    "nw three . n red star . three": [3, ("red", "star")],
+    "nw three . n five makes eight . ne nine makes seventeen keep seven . seven": [3, 5, 9],
+}
+
+
 def test_rationales_of_the_pocket_world():
-    """Worked examples. nw is red (right), n is green (down), mid is purple, which ends it. The sum
-    is modulo ten; a misread digit changes all that follows."""
-    scene = [("red", "star"), ("green", "bar"), *[None] * 2, ("purple", "ring"), *[None] * 4]
+    """Worked examples. Red leads right, green down, blue left; purple ends a walk. A misread digit
+    changes all that follows."""
+    for rationale, kinds in SUMS.items():
+        assert pocket.explain_sum(pocket.CELLS, kinds, pocket.Eyes()) == rationale
+    scene = [("red", "star"), ("green", "bar"), None, None, ("purple", "ring")]
     walk = "nw red star . right n green bar . down mid purple ring . stay"
     assert pocket.explain_walk(scene, 0, pocket.Eyes()) == walk
     assert pocket.explain_walk([("blue", "ring")], 0, pocket.Eyes()) == "nw blue ring . left out"
-    cells = ["nw", "n", "ne"]
-    added = "nw three . n five makes eight . ne nine makes seventeen keep seven . seven"
-    assert pocket.explain_sum(cells, [3, 5, 9], pocket.Eyes()) == added
-    wrong = pocket.explain_sum(cells, [3, 5, 9], pocket.Eyes(np.random.default_rng(0), wrong=1))
+    eyes = pocket.Eyes(np.random.default_rng(0), wrong=1)
+    wrong = pocket.explain_sum(pocket.CELLS, [3, 5, 9], eyes)
     assert wrong.startswith("nw three . n ") and " n five " not in wrong
     assert not wrong.endswith(". seven")
-    assert pocket.explain_sum(cells[:1], [3], pocket.Eyes()) == "nw three . three"
-    added = pocket.explain_sum(cells[:1], [3], pocket.Eyes(), stop=[("n", ("red", "star"))])
-    assert added == "nw three . n red star . three"
-    total = pocket.explain_total(["rent", "food"], [3, 5], pocket.Eyes())
-    assert total == "rent three . food five makes eight . no eight"
 
 
-def test_mixed_families_need_from_none_to_four_steps(tmp_path):
+@pytest.mark.parametrize("name", pocket.MIXED)
+def test_mixed_families_need_from_none_to_four_steps(name):
     """Half of the queries none, the others one to four; the explanation has a statement for each
     thing that has to be looked at, and its end is the answer."""
     bank = pocket.Bank(np.random.default_rng(0), copies=1)
-    for family in pocket.FAMILIES:
-        if family.name not in pocket.MIXED:
-            continue
-        rng = np.random.default_rng(5)
-        rows = [family.make(bank, rng, 4) for _ in range(400)]
-        count = collections.Counter(row["steps"] for row in rows)
-        assert sorted(count) == [0, 1, 2, 3, 4] and 160 < count[0] < 240, family.name
-        assert all(25 < count[n] < 80 for n in (1, 2, 3, 4)), family.name
-        for row in rows:
-            statements = row["explain"](pocket.Eyes()).split(" . ")
-            ends = {"PocketTotal": 1, "PocketWalk": 1}.get(family.name, 2)  # what ended it; the sum
-            assert len(statements) == row["steps"] + 1 + ends
-            if "answer" in row:
-                place = -2 if family.name == "PocketWalk" else -1
-                assert statements[place].endswith(row["answer"])
+    family = next(family for family in pocket.FAMILIES if family.name == name)
+    rng = np.random.default_rng(5)
+    pairs = [family.make(bank, rng, 4) for _ in range(400)]
+    count = collections.Counter(pair.steps for pair in pairs)
+    assert sorted(count) == [0, 1, 2, 3, 4] and 160 < count[0] < 240
+    assert all(25 < count[n] < 80 for n in (1, 2, 3, 4))
+    after = {"PocketWalk": ["stay"], "PocketTotal": ["sum"]}.get(name, ["what ended it", "sum"])
+    for pair in pairs:
+        statements = pair.explain(pocket.Eyes()).split(" . ")
+        assert len(statements) == pair.steps + 1 + len(after)
+        answer = pair.answer or "no " + pocket.DIGITS[pair.page[1][1]]
+        assert statements[-2 if name == "PocketWalk" else -1].endswith(answer)
 
 
 def test_four_tries_err_independently():
     """Each statement is wrong with chance 0.1, so four steps are right in 0.9^5 = 0.59 of tries."""
     rng = np.random.default_rng(0)
-    cells, digits = list("abcde"), [1, 2, 3, 4, 5]
-    right = pocket.explain_sum(cells, digits, pocket.Eyes())
-    tries = [pocket.explain_sum(cells, digits, pocket.Eyes(rng, 0.1)) for _ in range(1000)]
+    explain = functools.partial(pocket.explain_sum, "abcde", [1, 2, 3, 4, 5])
+    right = explain(pocket.Eyes())
+    tries = [explain(pocket.Eyes(rng, 0.1)) for _ in range(1000)]
     assert abs(np.mean([text == right for text in tries]) - 0.9**5) < 0.05
-    row = {"explain": lambda eyes: pocket.explain_sum(cells, digits, eyes), "caption": "c"}
-    authors = collections.Counter(name for name, _ in pocket.write_rationales(row, rng))
+    texts = pocket.write_rationales(pocket.Pair(explain, "caption"), rng)
+    authors = collections.Counter(author for author, _ in texts)
     assert authors == {"careful": 4, "captioner": 1, "sloppy": 1, "parrot": 1}
 
 
 def test_truth_of_the_pocket_world(tmp_path):
     """Two steps or more and every statement right: it helps. One step: nobody can say."""
-    pair = {f"F/{n}": {"steps": n, "rationale": "right"} for n in range(4)}
-    M.write_json(str(tmp_path / "pocket.json"), {"train": pair, "test": {}})
+    pairs = {f"F/{n}": {"steps": n, "rationale": "right"} for n in range(4)}
+    write_json(str(tmp_path / "pocket.json"), {"train": pairs, "test": {}})
     helps = selection.pocket_truth(str(tmp_path))
-    marks = [helps({"id": f"F/{n}", "text": "right"}) for n in range(4)]
+    marks = [helps({"id": id, "text": "right"}) for id in pairs]
     assert marks == [False, None, True, True]
-    assert not any(helps({"id": f"F/{n}", "text": "wrong"}) for n in range(4))
+    assert not any(helps({"id": id, "text": "wrong"}) for id in pairs)
     assert selection.pocket_truth(str(tmp_path / "elsewhere")) is None
 
 
 def test_study_statistics():
     """Three pairs that differ by 1, 2 and 3: t = 2 / (1 / sqrt 3), half = t(0.975, 2) / sqrt 3."""
     test = study.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
-    assert test["diff"] == 2.0 and test["n"] == 3
-    assert np.isclose(test["half"], 4.302653 / 3**0.5)
-    assert np.isclose(test["p"], 0.074180)
+    expected = {"diff": 2.0, "half": 4.302653 / 3**0.5, "p": 0.074180, "n": 3}
+    assert test == pytest.approx(expected, rel=1e-5)
     assert study.interval([0.5]) == (0.5, None)
 
 
-def study_folder(root):
-    """Two seeds of full and never: report.json and queries.jsonl, as runs leave them."""
-    for seed, variant in itertools.product((1, 2), ("full", "never")):
-        folder = root / f"seed{seed}" / variant
-        (folder / "eval" / "image").mkdir(parents=True)
-        score = 0.9 + 0.01 * seed if variant == "full" else 0.5
-        mode = {"overall": score, "reason_rate": 0.5, "tokens_per_query": 3.0 + seed}
-        mode["datasets"] = {"PocketWalk": score}
-        modes = dict.fromkeys(("never", "always", "adaptive", "per_task"), mode)
-        modes["random"] = mode | {"overall": score - 0.2}
-        modes["oracle"] = mode | {"overall": score + 0.05, "tokens_per_query": 2.0}
-        numbers = {"0": 0.1 * seed, "2": 1.0}
-        walk = {
-            "auc": 0.9 + 0.02 * seed,
-            "reason_rate": numbers,
-            "never": numbers,
-            "always": numbers,
-        }
-        audit = {"precision": 0.5, "recall": 0.25 * seed, "placebo_accepted": 0.0}
-        report = {"modes": modes, "adaptivity": {"PocketWalk": walk}, "selection": audit}
-        report["curve"] = [{"tokens_per_query": 3.0 * seed, "overall": score}]
-        M.write_json(str(folder / "report.json"), report)
-        rows = [
-            {"p_reason": p, "never": 0.0, "always": float(p > 0.5)} for p in (0.0, 0.2, 0.95, 1.0)
-        ]
-        propose.write_rows(folder / "eval" / "image" / "PocketWalk_queries.jsonl", rows)
+def write_report(folder, score, seed):
+    """One run of a study: report.json and the queries' records, as runs leave them."""
+    mode = {"overall": score, "reason_rate": 0.5, "tokens_per_query": 3.0 + seed}
+    mode["datasets"] = {"PocketWalk": score}
+    modes = dict.fromkeys(("never", "always", "adaptive", "per_task"), mode)
+    modes["random"] = mode | {"overall": score - 0.2}
+    modes["oracle"] = mode | {"overall": score + 0.05, "tokens_per_query": 2.0}
+    walk = dict.fromkeys(("reason_rate", "never", "always"), {"0": 0.1 * seed, "2": 1.0})
+    report = {
+        "modes": modes,
+        "adaptivity": {"PocketWalk": walk | {"auc": 0.9 + 0.02 * seed}},
+        "selection": {"precision": 0.5, "recall": 0.25 * seed, "placebo_accepted": 0.0},
+        "curve": [{"tokens_per_query": 3.0 * seed, "overall": score}],
+    }
+    queries = folder / "eval" / "image" / "PocketWalk_queries.jsonl"
+    queries.parent.mkdir(parents=True)
+    write_json(str(folder / "report.json"), report)
+    records = []
+    for p_reason in (0.0, 0.2, 0.95, 1.0):
+        records.append({"p_reason": p_reason, "never": 0.0, "always": float(p_reason > 0.5)})
+    propose.write_rows(queries, records)
+
+
+# Full is 0.91 and 0.92, never 0.5: 0.415 ± t(0.975, 1) * 0.005 apart, and t(0.975, 1) is 12.7.
+STUDY = """
+| full | 2 | 0.915 ± 0.064 | 0.50 ± 0.00 | 4.5 ± 6.4 |  |  |
+| never | 2 | 0.500 ± 0.000 | 0.50 ± 0.00 | 4.5 ± 6.4 | 0.415 ± 0.064 | 0.0077 |
+| full, oracle | 2 | 0.965 ± 0.064 | 0.50 ± 0.00 | 2.0 ± 0.0 | -0.050 ± 0.000 |  |
+| Walk | 0.92 | 0.50 |
+| Walk | 0 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.930 |
+| of the way from random to oracle | 0.80 ± 0.00 |
+| tokens, to the oracle's | 2.25 ± 3.18 |
+| 0.1 to 0.3 | 2 | 0.200 | +0.000 |
+| 0.9 to 1.0 | 4 | 0.975 | +1.000 |
+| full | 0.500 ± 0.000 | 0.375 ± 1.588 | 0.000 ± 0.000 |
+"""
 
 
 def test_study_page(tmp_path):
-    """Worked example: full is 0.91 and 0.92, never 0.5: 0.415 ± t(0.975, 1) * 0.005 apart."""
-    study_folder(tmp_path)
-    study.summarise(str(tmp_path))
-    result = read_json(f"{tmp_path}/study.json")
-    test = result["variants"]["never"]["full_minus"]
-    assert np.isclose(test["diff"], 0.415) and np.isclose(test["half"], 12.706205 * 0.005)
-    assert np.allclose(result["adaptivity"]["PocketWalk"]["auc"], [0.92, 0.94])
-    assert np.allclose(result["adaptivity"]["PocketWalk"]["steps"]["0"]["never"][0], 0.15)
-    bins = [(row["from"], row["queries"], row["gain"]) for row in result["calibration"]]
-    assert bins == [(0.0, 2, 0.0), (0.1, 2, 0.0), (0.9, 4, 1.0)]
-    assert np.allclose(result["decision"]["of the way from random to oracle"], [0.8, 0.8])
-    assert np.allclose(result["decision"]["tokens, to the oracle's"], [2.0, 2.5])
-    assert np.allclose(result["dial"], [[4.5, 0.915]])
-    page = (tmp_path / "study.md").read_text()
-    assert "| never | 2 | 0.500 ± 0.000 |" in page and "| Walk | 0 | 0.15 ± 0.64 |" in page
-    assert "| full | 0.500 ± 0.000 | 0.375 ± 1.588 | 0.000 ± 0.000 |" in page
-    assert (tmp_path / "study.png").exists()
+    """Two seeds of two variants: a worked row of every table."""
     with pytest.raises(ValueError, match="no finished run"):
-        study.summarise(str(tmp_path / "nothing"))
+        study.summarise(str(tmp_path))
+    for seed in (1, 2):
+        write_report(tmp_path / f"seed{seed}" / "full", 0.9 + 0.01 * seed, seed)
+        write_report(tmp_path / f"seed{seed}" / "never", 0.5, seed)
+    study.summarise(str(tmp_path))
+    page = (tmp_path / "study.md").read_text(encoding="utf-8").splitlines()
+    assert set(STUDY.split("\n")) <= {*page, ""}
+    assert np.allclose(read_json(f"{tmp_path}/study.json")["dial"], [[4.5, 0.915]])
+    assert (tmp_path / "study.png").exists()
