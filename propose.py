@@ -231,8 +231,9 @@ def checked_rationale(row, finite):
         if not data.is_text(row.get(key)):
             raise ValueError(f"{key!r}: expected text, got {data.short(row.get(key))}")
     for key in finite:
-        if not isinstance(row.get(key), (int, float)) or not math.isfinite(row[key]):
-            raise ValueError(f"{key!r}: expected a finite number, got {data.short(row.get(key))}")
+        value = row.get(key)
+        if not isinstance(value, (int, float)) or not abs(value) < 1e300:
+            raise ValueError(f"{key!r}: expected a finite number, got {data.short(value)}")
     if row["side"] not in ("query", "target"):
         raise ValueError(f"'side': expected query or target, got {data.short(row['side'])}")
     cut = row.get("truncated", False)

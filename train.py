@@ -512,7 +512,7 @@ class Pairs(Dataset):
         share = self.run.cfg.rl_holdout
         if not share or n == 1:
             return range(n)
-        first_held = n - max(1, round(n * share))
+        first_held = max(1, n - max(1, round(n * share)))
         return range(first_held, n) if for_rl else range(first_held)
 
     def bytes(self, source):
