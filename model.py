@@ -31,7 +31,6 @@ tensor parallelism, beam search.
 import json
 import math
 import os
-from collections import OrderedDict
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from glob import glob
@@ -160,10 +159,9 @@ class VisionBlock(nn.Module):
         qkv = nn.Linear(c.v_hidden, 3 * c.v_hidden)
         proj = nn.Linear(c.v_hidden, c.v_hidden)
         self.attn = nn.ModuleDict({"qkv": qkv, "proj": proj})
-        mlp = OrderedDict(linear_fc1=nn.Linear(c.v_hidden, c.v_mlp))
-        mlp["act"] = nn.GELU(approximate="tanh")
-        mlp["linear_fc2"] = nn.Linear(c.v_mlp, c.v_hidden)
-        self.mlp = nn.Sequential(mlp)
+        fc1 = nn.Linear(c.v_hidden, c.v_mlp)
+        fc2 = nn.Linear(c.v_mlp, c.v_hidden)
+        self.mlp = nn.ModuleDict({"linear_fc1": fc1, "linear_fc2": fc2})
 
     def before(self, x, cos, sin):
         """x (N, D) -> queries, keys and values (N, A, d). The rotation is in fp32, as published."""
@@ -176,7 +174,8 @@ class VisionBlock(nn.Module):
     def after(self, x, y):
         """x (N, D) and what attention makes of it, y (N, A, d) -> (N, D)."""
         x = x + self.attn["proj"](y.flatten(1))
-        return x + self.mlp(self.norm2(x))
+        wide = F.gelu(self.mlp["linear_fc1"](self.norm2(x)), approximate="tanh")
+        return x + self.mlp["linear_fc2"](wide)
 
     def forward(self, x, cos, sin, lengths):
         """x (N, D); cos, sin (N, 1, d); lengths: patches of each segment -> (N, D)."""
@@ -236,8 +235,9 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values, image_grid):
         """pixel_values (N, 1536), image_grid [(h, w)] -> tokens (M, H), DeepStack's [(M, H)]."""
         # What depends on the grid alone is computed once for each distinct grid.
-        positions = {grid: self.position_embedding(*grid) for grid in set(image_grid)}
-        angles = {grid: self.angles(*grid) for grid in set(image_grid)}
+        distinct = set(image_grid)
+        positions = {grid: self.position_embedding(*grid) for grid in distinct}
+        angles = {grid: self.angles(*grid) for grid in distinct}
         angle = torch.cat([angles[grid] for grid in image_grid])  # (N, d/2)
         angle = angle.repeat(1, 2)[:, None]  # (N, 1, d): the same for both numbers of a pair
         cos, sin = angle.cos(), angle.sin()
@@ -286,16 +286,11 @@ def tree_mask(branch, columns=None):
     return (related & earlier)[:, None]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis. In fp32 whatever the type of x."""
 
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
     def forward(self, x):
-        y = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
         return self.weight * y.to(x.dtype)  # first the cast, then the weight: as published
 
 
@@ -518,10 +513,7 @@ class Qwen3VL(nn.Module):
     def logits(self, h):
         """h (..., H) -> fp32 logits (..., V). ValueError for a model without a head."""
         if not self.has_head:
-            raise ValueError(
-                "this checkpoint has no lm_head (some embedding checkpoints have none): it embeds "
-                "directly (reason='never') but can neither decide nor write rationales"
-            )
+            raise ValueError("this checkpoint has no lm_head: it only embeds (reason='never')")
         return self.lm_head(h).float()
 
 
@@ -685,7 +677,9 @@ def generate(
         cache = Cache()
         prefill = model(batch, cache), cache
     hidden, cache = prefill  # (B, S, H)
-    device, T, K = model.device, max_new_tokens, num_return
+    T, K, device = max_new_tokens, num_return, model.device
+    arange = partial(torch.arange, device=device)
+    as_ids = partial(torch.tensor, dtype=torch.long, device=device)
     if rows is None:
         rows = range(len(hidden))
     rows = torch.as_tensor(rows, device=device)
@@ -693,21 +687,21 @@ def generate(
     B, _, H = hidden.shape
 
     # 1) Make room, and read the prefix once per row.
-    lengths = batch["lengths"].to(device)[rows] - 1  # without the extra token
-    owner = torch.arange(1, K + 1, device=device).repeat(T + len(closing) + len(tail))
+    lengths = batch["lengths"][rows] - 1  # without the extra token
+    owner = arange(1, K + 1).repeat(T + len(closing) + len(tail))
     cache = cache.extended(rows, lengths, F.pad(owner, (len(prefix), 0)))
-    position = batch["positions"].to(device)[0, rows, lengths][:, None]  # (B, 1), of the next token
-    h = hidden[torch.arange(B, device=device), lengths - 1][:, None]
+    position = batch["positions"][0, rows, lengths][:, None]  # (B, 1), of the next token
+    h = hidden[arange(B), lengths - 1][:, None]
     if prefix:  # without an owner: seen by all K
-        ids = torch.tensor(prefix, device=device).expand(B, -1)
-        h = read(model, cache, ids, position + torch.arange(len(prefix), device=device))[:, -1:]
+        ids = as_ids(prefix).expand(B, -1)
+        h = read(model, cache, ids, position + arange(len(prefix)))[:, -1:]
         position = position + len(prefix)
     h = h.expand(B, K, H)
     first = cache.used
 
     # 2) Sample a token of each continuation, read it, and so on. Those that have ended go on idly.
-    stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
-    suppress = torch.tensor(suppress_tokens, dtype=torch.long, device=device)
+    stop = as_ids(stop_ids)
+    suppress = as_ids(suppress_tokens)
     live = torch.ones(B, K, dtype=torch.bool, device=device)  # no stop token so far
     num_sampled = torch.zeros(B, K, dtype=torch.long, device=device)  # counts the stop token
     tokens, logprobs = [], []  # (B, K) each
@@ -726,17 +720,17 @@ def generate(
 
     # 3) Read all endings in one forward: the last sampled token, `closing` where it is due, `tail`.
     # What was read idly is hidden, and so is a last token that was read already.
-    idle = torch.arange(t, device=device)[:, None] >= num_sampled[:, None] - 1  # (B, t, K)
+    idle = arange(t)[:, None] >= num_sampled[:, None] - 1  # (B, t, K)
     cache.branch[:, first : cache.used].masked_fill_(idle.flatten(1), -1)
-    endings = [[*tail, *[0] * len(closing)], [*closing, *tail]]
-    endings = torch.tensor(endings, dtype=torch.long, device=device)[live.long()]  # (B, K, -1)
+    endings = as_ids([[*tail, *[0] * len(closing)], [*closing, *tail]])
+    endings = endings[live.long()]  # (B, K, closing + tail)
     last_id = tokens.gather(1, num_sampled[:, None] - 1)  # (B, 1, K)
     ids = torch.cat((last_id, endings.transpose(1, 2)), dim=1)  # (B, 1 + closing + tail, K)
-    place = torch.arange(ids.shape[1], device=device)[:, None]
+    place = arange(ids.shape[1])[:, None]
     positions = (position + num_sampled - 1)[:, None] + place  # as ids
     states = read(model, cache, ids.flatten(1), positions.flatten(1)).view(*ids.shape, H)
     final = len(tail) + len(closing) * live  # (B, K): where in its ending a continuation ends
-    last = states.gather(1, final[:, None, :, None].expand(B, 1, K, H)).squeeze(1)
+    last = states[arange(B)[:, None], final, arange(K)]  # (B, K, H)
 
     # 4) Lists without padding.
     num_sampled, truncated = num_sampled.cpu(), live.cpu()
@@ -897,10 +891,8 @@ def write_json(path, value):
 def refuse_adapters(folder, pattern):
     adapters = glob(pattern, root_dir=folder)
     if adapters:
-        raise ValueError(
-            f"{folder}: {adapters[0]} belongs to an adapter (LoRA), which is not applied here: "
-            "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
-        )
+        how = "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
+        raise ValueError(f"{folder}: {adapters[0]} belongs to an adapter (LoRA): {how}")
 
 
 def weight_files(folder):
@@ -913,13 +905,11 @@ def weight_files(folder):
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
         try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            strange = [name for name in names if os.path.basename(name) != name]
+            shards = read_json(index)["weight_map"].values()
+            names = {os.path.basename(name) for name in shards}  # nothing outside the folder
         except (TypeError, KeyError, AttributeError):
             raise ValueError(f"{index}: no weight_map of tensor names to file names") from None
-        if strange:  # nothing outside the folder is read
-            raise ValueError(f"{index}: {strange[0]!r} is not a plain file name")
-    files = [os.path.join(folder, name) for name in names]
+    files = [os.path.join(folder, name) for name in sorted(names)]
     for path in files:
         if not os.path.exists(path):
             # The likeliest reason for a folder without safetensors: older, pickled weights.
@@ -929,17 +919,13 @@ def weight_files(folder):
     return files
 
 
-def check_tensor(tensor, shape, where):
-    if tensor.shape != shape:
-        raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"{where} is {tensor.dtype}, expected float32, bfloat16 or float16")
-
-
 def check_finite(tensor, where):
     lowest, highest = tensor.aminmax()  # one NaN makes both NaN; takes no memory
     if not (lowest.isfinite() and highest.isfinite()):
         raise ValueError(f"{where} has numbers that are not finite in {tensor.dtype}")
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_model(folder, dtype=None, device="cpu"):
@@ -963,16 +949,16 @@ def load_model(folder, dtype=None, device="cpu"):
         for name, tensor in tensors.items():
             # Embedding checkpoints come without the first part of the names.
             target = name if name in shapes else f"model.{name}"
-            if target not in shapes:
-                raise ValueError(f"{path}: unexpected tensor {name}")
-            if target in state:
-                raise ValueError(f"{path}: a second tensor {name}")
-            check_tensor(tensor, shapes[target], f"{path}: {name}")
+            if target not in shapes or target in state:
+                raise ValueError(f"{path}: {name} is no tensor of this model, or there twice")
+            shape = list(shapes[target])
+            if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{path}: {name} is {found}, expected floats {shape}")
             state[target] = tensor
     missing = [name for name in shapes if name not in state and name != "lm_head.weight"]
     if missing:
-        count = f"{len(missing)} of {len(shapes)}"
-        raise ValueError(f"{folder}: the tensor {missing[0]} is missing ({count} are)")
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
     if dtype is None:
         dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
     for name, tensor in state.items():

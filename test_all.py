@@ -3170,10 +3170,10 @@ def test_model_json_is_json_or_not_written(tmp_path):
 NORM, BIAS = "model.language_model.norm.weight", "model.visual.merger.norm.bias"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BAD_TENSORS = [
-    ({BIAS: None}, rf"the tensor {BIAS} is missing \(1 of \d+ are\)"),
-    ({"more": torch.zeros(1)}, "unexpected tensor more"),
-    ({NORM[6:]: torch.ones(64)}, "a second tensor .*norm.weight"),
-    ({NORM: torch.zeros(3)}, r"norm.weight has shape \(3,\), expected \(64,\)"),
+    ({BIAS: None}, f"1 tensors are missing, first {BIAS}"),
+    ({"more": torch.zeros(1)}, "more is no tensor of this model"),
+    ({NORM[6:]: torch.ones(64)}, "norm.weight is .* there twice"),
+    ({NORM: torch.zeros(3)}, r"norm.weight is torch.float32 \[3\], expected floats \[64\]"),
     ({NORM: torch.zeros(64).int()}, "norm.weight is torch.int32"),
     ({NORM: torch.zeros(64).to(torch.float8_e4m3fn)}, "norm.weight is torch.float8"),
     ({NORM: torch.full((64,), torch.nan)}, f"{NORM} has numbers that are not finite"),
@@ -3191,8 +3191,7 @@ BAD_FILES = [
     ({"config.json": None}, "config.json: No such file"),
     ({INDEX: "[]"}, "index.json: no weight_map"),
     ({INDEX: '{"weight_map": {"a": 3}}'}, "index.json: no weight_map"),
-    ({INDEX: '{"weight_map": {"a": "../b"}}'}, "'../b' is not a plain file name"),
-    ({INDEX: '{"weight_map": {"a": "b"}}'}, "copy/b: not there"),
+    ({INDEX: '{"weight_map": {"a": "../b"}}', "../b": ""}, "copy/b: not there"),
 ]
 BAD_CONFIGS = [
     ("model_type", "qwen3_vl_moe", "model_type is 'qwen3_vl_moe'"),
