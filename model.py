@@ -290,7 +290,8 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis. In fp32 whatever the type of x."""
 
     def forward(self, x):
-        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)  # first the cast, then the weight: as published
 
 
