@@ -31,49 +31,59 @@ tensor parallelism, beam search.
 import json
 import math
 import os
-import re
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, fields
+from functools import partial, reduce
 from glob import glob
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: one flat dataclass, one entry per size
 
 
+def hf(key, default):
+    """A field of Config, with its place in a config.json of Hugging Face."""
+    return field(default=default, metadata={"key": key})
+
+
 @dataclass
 class Config:
     """All numbers that decide a shape. The defaults are the published 2B model."""
 
-    vocab: int = 151936  # V: rows of the embedding; the tokenizer uses 151,669 of them
-    hidden: int = 2048  # H
-    mlp: int = 6144  # width inside an MLP
-    layers: int = 28  # blocks of the text tower
-    heads: int = 16  # A, query heads
-    kv_heads: int = 8  # C, heads of keys and values; each serves A / C query heads
-    head_dim: int = 128  # d; heads * head_dim need not equal hidden (4B: 4096 and 2560)
-    tie: bool = True  # the output head is the input embedding
-    rope_theta: float = 5e6  # the slowest rotary angle takes 2 pi times this many tokens to turn
-    mrope_section: tuple = (24, 20, 20)  # frequencies of time, row, column; their sum is d / 2
-    eps: float = 1e-6  # of the RMS norms
-    v_hidden: int = 1024  # D
-    v_mlp: int = 4096
-    v_layers: int = 24  # blocks of the vision tower
-    v_heads: int = 16
-    v_positions: int = 2304  # a learned 48 x 48 table, stretched over any grid
-    v_deepstack: tuple = (5, 11, 17)  # vision layers whose features go to text layers 0, 1, 2
-    image_token: int = 151655  # <|image_pad|>, the place of a visual token of an image
-    video_token: int = 151656  # <|video_pad|>, of a video frame
-    vision_start: int = 151652  # <|vision_start|>
-    vision_end: int = 151653  # <|vision_end|>
+    vocab: int = hf("text_config.vocab_size", 151936)  # V; the tokenizer uses 151,669 of them
+    hidden: int = hf("text_config.hidden_size", 2048)  # H
+    mlp: int = hf("text_config.intermediate_size", 6144)  # width inside an MLP
+    layers: int = hf("text_config.num_hidden_layers", 28)  # blocks of the text tower
+    heads: int = hf("text_config.num_attention_heads", 16)  # A, query heads
+    # C, heads of keys and values; each serves A / C query heads.
+    kv_heads: int = hf("text_config.num_key_value_heads", 8)
+    # d; heads * head_dim need not equal hidden (4B: 4096 and 2560).
+    head_dim: int = hf("text_config.head_dim", 128)
+    tie: bool = hf("tie_word_embeddings", True)  # the output head is the input embedding
+    # The slowest rotary angle takes 2 pi times this many tokens to turn.
+    rope_theta: float = hf("text_config.rope_parameters.rope_theta", 5e6)
+    # Rotary frequencies of time, row, column; their sum is d / 2.
+    mrope_section: tuple = hf("text_config.rope_parameters.mrope_section", (24, 20, 20))
+    eps: float = hf("text_config.rms_norm_eps", 1e-6)
+    v_hidden: int = hf("vision_config.hidden_size", 1024)  # D
+    v_mlp: int = hf("vision_config.intermediate_size", 4096)
+    v_layers: int = hf("vision_config.depth", 24)  # blocks of the vision tower
+    v_heads: int = hf("vision_config.num_heads", 16)
+    # A learned table of 48 x 48 positions, stretched over any grid.
+    v_positions: int = hf("vision_config.num_position_embeddings", 2304)
+    # Vision layers whose features go to text layers 0, 1, 2.
+    v_deepstack: tuple = hf("vision_config.deepstack_visual_indexes", (5, 11, 17))
+    image_token: int = hf("image_token_id", 151655)  # <|image_pad|>, a visual token of an image
+    video_token: int = hf("video_token_id", 151656)  # <|video_pad|>, one of a video frame
+    vision_start: int = hf("vision_start_token_id", 151652)  # <|vision_start|>
+    vision_end: int = hf("vision_end_token_id", 151653)  # <|vision_end|>
 
 
 PATCH = 16  # pixels of a patch's side
@@ -83,18 +93,12 @@ FACTOR = PATCH * MERGE  # image sides are multiples of this
 PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH  # 1536 numbers in a patch
 
 # The pocket model reads images of 3 x 3 tiles. Its vocabulary and four ids come with its tokenizer.
-POCKET_TEXT = {"hidden": 128, "mlp": 384, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32}
+POCKET_TEXT = {"vocab": 0, "hidden": 128, "mlp": 384, "layers": 4, "heads": 4, "kv_heads": 2}
+POCKET_ROPE = {"head_dim": 32, "rope_theta": 1e4, "mrope_section": (8, 4, 4)}
 POCKET_VISION = {"v_hidden": 128, "v_mlp": 256, "v_layers": 2, "v_heads": 4, "v_positions": 144}
 LARGE_VISION = {"v_hidden": 1152, "v_mlp": 4304, "v_layers": 27, "v_deepstack": (8, 16, 24)}
 CONFIGS = {
-    "pocket": Config(
-        vocab=0,
-        **POCKET_TEXT,
-        rope_theta=1e4,
-        mrope_section=(8, 4, 4),
-        **POCKET_VISION,
-        v_deepstack=(0,),
-    ),
+    "pocket": Config(**POCKET_TEXT, **POCKET_ROPE, **POCKET_VISION, v_deepstack=(0,)),
     "2b": Config(),
     "4b": Config(hidden=2560, mlp=9728, layers=36, heads=32),
     "8b": Config(hidden=4096, mlp=12288, layers=36, heads=32, tie=False, **LARGE_VISION),
@@ -144,18 +148,6 @@ def attend_segments(q, k, v, lengths):
     return torch.cat(out)
 
 
-class VisionMLP(nn.Module):
-    """Linear, GELU (its tanh approximation), linear."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.linear_fc1 = nn.Linear(c.v_hidden, c.v_mlp)
-        self.linear_fc2 = nn.Linear(c.v_mlp, c.v_hidden)
-
-    def forward(self, x):
-        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
-
-
 class VisionBlock(nn.Module):
     """Pre-norm attention and MLP, with biases. In two halves because of `compile_layers`."""
 
@@ -167,7 +159,9 @@ class VisionBlock(nn.Module):
         qkv = nn.Linear(c.v_hidden, 3 * c.v_hidden)
         proj = nn.Linear(c.v_hidden, c.v_hidden)
         self.attn = nn.ModuleDict({"qkv": qkv, "proj": proj})
-        self.mlp = VisionMLP(c)
+        fc1 = nn.Linear(c.v_hidden, c.v_mlp)
+        fc2 = nn.Linear(c.v_mlp, c.v_hidden)
+        self.mlp = nn.ModuleDict({"linear_fc1": fc1, "linear_fc2": fc2})
 
     def before(self, x, cos, sin):
         """x (N, D) -> queries, keys and values (N, A, d). The rotation is in fp32, as published."""
@@ -180,7 +174,8 @@ class VisionBlock(nn.Module):
     def after(self, x, y):
         """x (N, D) and what attention makes of it, y (N, A, d) -> (N, D)."""
         x = x + self.attn["proj"](y.flatten(1))
-        return x + self.mlp(self.norm2(x))
+        wide = F.gelu(self.mlp["linear_fc1"](self.norm2(x)), approximate="tanh")
+        return x + self.mlp["linear_fc2"](wide)
 
     def forward(self, x, cos, sin, lengths):
         """x (N, D); cos, sin (N, 1, d); lengths: patches of each segment -> (N, D)."""
@@ -240,7 +235,6 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values, image_grid):
         """pixel_values (N, 1536), image_grid [(h, w)] -> tokens (M, H), DeepStack's [(M, H)]."""
         # What depends on the grid alone is computed once for each distinct grid.
-        image_grid = [tuple(grid) for grid in image_grid]
         distinct = set(image_grid)
         positions = {grid: self.position_embedding(*grid) for grid in distinct}
         angles = {grid: self.angles(*grid) for grid in distinct}
@@ -258,7 +252,7 @@ class VisionTower(nn.Module):
                 block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, cos, sin, lengths)
             if i in self.c.v_deepstack:
-                merger = self.deepstack_merger_list[self.c.v_deepstack.index(i)]
+                merger = self.deepstack_merger_list[len(deep)]
                 deep.append(merger(x))
         return self.merger(x), deep
 
@@ -292,13 +286,8 @@ def tree_mask(branch, columns=None):
     return (related & earlier)[:, None]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis. In fp32 whatever the type of x."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x):
         y = x.float()
@@ -474,11 +463,11 @@ class Qwen3VL(nn.Module):
     def dtype(self):
         return self.text.norm.weight.dtype
 
-    def init_weights(self, std=0.02):
+    def init_weights(self):
         """Normal weights and zero biases; norms stay at one."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv3d)):
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         return self
@@ -508,7 +497,7 @@ class Qwen3VL(nn.Module):
     def forward(self, batch, cache=None):
         """-> (B, S, H) states after the final norm; those before it look plausible, but differ.
 
-        cache: an empty Cache to be filled. ValueError if images and image tokens do not match.
+        cache: an empty Cache to be filled.
         """
         ids, branch = batch["ids"], batch.get("branch")
         x = self.text.embed_tokens(ids)
@@ -517,10 +506,6 @@ class Qwen3VL(nn.Module):
             is_visual = (ids == self.c.image_token) | (ids == self.c.video_token)
             where = is_visual.flatten().nonzero().squeeze(1)  # (M,)
             visual, deep = self.visual(batch["pixel_values"], batch["image_grid"])
-            if len(where) != len(visual):
-                raise ValueError(
-                    f"{len(where)} image or video tokens in the rows, {len(visual)} in the images"
-                )
             # The visual tokens take the places of the pads in the flattened batch (B * S, H).
             x = x.flatten(0, 1).index_copy(0, where, visual.to(x.dtype)).view_as(x)
         mask = None if branch is None else tree_mask(branch)
@@ -529,10 +514,7 @@ class Qwen3VL(nn.Module):
     def logits(self, h):
         """h (..., H) -> fp32 logits (..., V). ValueError for a model without a head."""
         if not self.has_head:
-            raise ValueError(
-                "this checkpoint has no lm_head (some embedding checkpoints have none): it embeds "
-                "directly (reason='never') but can neither decide nor write rationales"
-            )
+            raise ValueError("this checkpoint has no lm_head: it only embeds (reason='never')")
         return self.lm_head(h).float()
 
 
@@ -591,29 +573,25 @@ def sdpa_kernel(model, dtype, branches):
 # than any token that looks: no further mask is needed.
 
 
+@dataclass
 class Cache:
-    """Keys and values (B, C, N, d) of each layer, the branch (B, N) of each column.
+    """What has been read. `model(batch, cache)` fills an empty one with the prompts."""
 
-    `model(batch, cache)` fills an empty one with the prompts. `extended` makes room behind them.
-    """
-
-    def __init__(self):
-        self.keys = []
-        self.values = []
-        self.branch = None
-        self.used = 0  # columns that are written
+    keys: list = field(default_factory=list)  # of each layer (B, C, N, d)
+    values: list = field(default_factory=list)
+    branch: torch.Tensor | None = None  # (B, N) of each column
+    used: int = 0  # columns that are written
 
     def extended(self, rows, lengths, branch):
         """A copy of the rows (B,), cut after `lengths` (B,) tokens, and new columns of `branch`."""
-        longer = Cache()
+        S = self.keys[0].shape[2]
         room = (0, 0, 0, len(branch))  # behind the last column
-        longer.keys = [F.pad(keys[rows], room) for keys in self.keys]
-        longer.values = [F.pad(values[rows], room) for values in self.values]
-        longer.used = self.keys[0].shape[2]  # S
-        place = torch.arange(longer.used, device=lengths.device)
+        keys = [F.pad(keys[rows], room) for keys in self.keys]
+        values = [F.pad(values[rows], room) for values in self.values]
+        place = torch.arange(S, device=lengths.device)
         prompt = torch.where(place < lengths[:, None], 0, -1)  # (B, S)
-        longer.branch = torch.cat((prompt, branch.expand(len(rows), -1)), dim=1)
-        return longer
+        branch = torch.cat((prompt, branch.expand(len(rows), -1)), dim=1)
+        return Cache(keys, values, branch, S)
 
 
 def step(model, cache, ids, positions, columns, width):
@@ -694,15 +672,15 @@ def generate(
     see. A continuation is `prefix`, up to T = max_new_tokens sampled tokens that end with one of
     stop_ids, `closing` where none of these came, and `tail`. All four are sequences of ids.
     prefill: (hidden, cache) of an earlier `model(batch, cache)` to go on from; it stays as it is.
-    rows: indices (B,) of the rows to continue, all by default. ValueError for T < 1.
+    rows: indices (B,) of the rows to continue, all by default.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if prefill is None:
         cache = Cache()
         prefill = model(batch, cache), cache
     hidden, cache = prefill  # (B, S, H)
-    device, T, K = model.device, max_new_tokens, num_return
+    T, K, device = max_new_tokens, num_return, model.device
+    arange = partial(torch.arange, device=device)
+    as_ids = partial(torch.tensor, dtype=torch.long, device=device)
     if rows is None:
         rows = range(len(hidden))
     rows = torch.as_tensor(rows, device=device)
@@ -710,21 +688,21 @@ def generate(
     B, _, H = hidden.shape
 
     # 1) Make room, and read the prefix once per row.
-    lengths = batch["lengths"].to(device)[rows] - 1  # without the extra token
-    owner = torch.arange(1, K + 1, device=device).repeat(T + len(closing) + len(tail))
+    lengths = batch["lengths"][rows] - 1  # without the extra token
+    owner = arange(1, K + 1).repeat(T + len(closing) + len(tail))
     cache = cache.extended(rows, lengths, F.pad(owner, (len(prefix), 0)))
-    position = batch["positions"].to(device)[0, rows, lengths][:, None]  # (B, 1), of the next token
-    h = hidden[torch.arange(B, device=device), lengths - 1][:, None]
+    position = batch["positions"][0, rows, lengths][:, None]  # (B, 1), of the next token
+    h = hidden[arange(B), lengths - 1][:, None]
     if prefix:  # without an owner: seen by all K
-        ids = torch.tensor(prefix, device=device).expand(B, -1)
-        h = read(model, cache, ids, position + torch.arange(len(prefix), device=device))[:, -1:]
+        ids = as_ids(prefix).expand(B, -1)
+        h = read(model, cache, ids, position + arange(len(prefix)))[:, -1:]
         position = position + len(prefix)
     h = h.expand(B, K, H)
     first = cache.used
 
     # 2) Sample a token of each continuation, read it, and so on. Those that have ended go on idly.
-    stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
-    suppress = torch.tensor(suppress_tokens, dtype=torch.long, device=device)
+    stop = as_ids(stop_ids)
+    suppress = as_ids(suppress_tokens)
     live = torch.ones(B, K, dtype=torch.bool, device=device)  # no stop token so far
     num_sampled = torch.zeros(B, K, dtype=torch.long, device=device)  # counts the stop token
     tokens, logprobs = [], []  # (B, K) each
@@ -743,163 +721,146 @@ def generate(
 
     # 3) Read all endings in one forward: the last sampled token, `closing` where it is due, `tail`.
     # What was read idly is hidden, and so is a last token that was read already.
-    idle = torch.arange(t, device=device)[:, None] >= num_sampled[:, None] - 1  # (B, t, K)
+    idle = arange(t)[:, None] >= num_sampled[:, None] - 1  # (B, t, K)
     cache.branch[:, first : cache.used].masked_fill_(idle.flatten(1), -1)
-    endings = [[*tail, *[0] * len(closing)], [*closing, *tail]]
-    endings = torch.tensor(endings, dtype=torch.long, device=device)[live.long()]  # (B, K, -1)
+    endings = as_ids([[*tail, *[0] * len(closing)], [*closing, *tail]])
+    endings = endings[live.long()]  # (B, K, closing + tail)
     last_id = tokens.gather(1, num_sampled[:, None] - 1)  # (B, 1, K)
     ids = torch.cat((last_id, endings.transpose(1, 2)), dim=1)  # (B, 1 + closing + tail, K)
-    place = torch.arange(ids.shape[1], device=device)[:, None]
+    place = arange(ids.shape[1])[:, None]
     positions = (position + num_sampled - 1)[:, None] + place  # as ids
     states = read(model, cache, ids.flatten(1), positions.flatten(1)).view(*ids.shape, H)
     final = len(tail) + len(closing) * live  # (B, K): where in its ending a continuation ends
-    last = states.gather(1, final[:, None, :, None].expand(B, 1, K, H)).squeeze(1)
+    last = states[arange(B)[:, None], final, arange(K)]  # (B, K, H)
 
     # 4) Lists without padding.
     num_sampled, truncated = num_sampled.cpu(), live.cpu()
     tokens, logprobs = tokens.transpose(1, 2).tolist(), logprobs.tolist()
-    for b in range(B):
-        for k in range(K):
-            n = int(num_sampled[b, k])
-            forced = closing if truncated[b, k] else ()
-            tokens[b][k] = [*prefix, *tokens[b][k][:n], *forced, *tail]
-            logprobs[b][k] = logprobs[b][k][:n]
+    for b, k in product(range(B), range(K)):
+        n = int(num_sampled[b, k])
+        forced = closing if truncated[b, k] else ()
+        tokens[b][k] = [*prefix, *tokens[b][k][:n], *forced, *tail]
+        logprobs[b][k] = logprobs[b][k][:n]
     return Rollouts(hidden, tokens, num_sampled, logprobs, truncated, last)
 
 
 # --------------------------------------------------------------------------------------------------
-# config.json: Config's names and Hugging Face's, and what has one value only
+# config.json, with flat names: {"a": {"b": 1}} is {"a.b": 1}
 
-TEXT_KEYS = {
-    "vocab": "vocab_size",
-    "hidden": "hidden_size",
-    "mlp": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-}
-VISION_KEYS = {
-    "v_hidden": "hidden_size",
-    "v_mlp": "intermediate_size",
-    "v_layers": "depth",
-    "v_heads": "num_heads",
-    "v_positions": "num_position_embeddings",
-}
-TOKEN_KEYS = {
-    "image_token": "image_token_id",
-    "video_token": "video_token_id",
-    "vision_start": "vision_start_token_id",
-    "vision_end": "vision_end_token_id",
-}
-TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False}
-VISION_FIXED = {
-    "hidden_act": "gelu_pytorch_tanh",
-    "in_channels": 3,
-    "patch_size": PATCH,
-    "temporal_patch_size": TEMPORAL,
-    "spatial_merge_size": MERGE,
+# Settings that have one value here.
+FIXED = {
+    "text_config.hidden_act": "silu",
+    "text_config.attention_bias": False,
+    "text_config.rope_parameters.rope_type": "default",
+    "text_config.rope_parameters.mrope_interleaved": True,
+    "vision_config.hidden_act": "gelu_pytorch_tanh",
+    "vision_config.in_channels": 3,
+    "vision_config.patch_size": PATCH,
+    "vision_config.temporal_patch_size": TEMPORAL,
+    "vision_config.spatial_merge_size": MERGE,
 }
 
 
-def config_from_hf(settings, where="config.json"):
-    """The dict of a config.json, as transformers 4 or 5 writes it -> Config.
+def flatten(settings, name=""):
+    if not isinstance(settings, dict):
+        return {name: settings}
+    flat = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{name}.{key}".removeprefix("."))
+    return flat
+
+
+def nest(flat):
+    settings = {}
+    for name, value in flat.items():
+        *path, key = name.split(".")
+        place = settings
+        for part in path:
+            place = place.setdefault(part, {})
+        place[key] = value
+    return settings
+
+
+def is_valid(value, kind):
+    """Whether a value of a JSON file can be a field of Config of this type."""
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, list) and all(isinstance(n, int) for n in value)
+    number = int if kind is int else (int, float)
+    return isinstance(value, number) and value > 0
+
+
+def config_from_hf(path):
+    """A config.json, as transformers 4 or 5 writes it -> Config.
 
     ValueError names what is missing, of the wrong type, or not implemented here.
     """
-    kind = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
+    flat = flatten(read_json(path))
+    kind = flat.get("model_type")
     if kind != "qwen3_vl":
-        raise ValueError(f"{where}: model_type is {kind!r}, only dense 'qwen3_vl' is implemented")
-    try:
-        text, vision = settings["text_config"], settings["vision_config"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # version 5, version 4
-        tied = text.get("tie_word_embeddings", False)
-        config = Config(
-            **{ours: text[key] for ours, key in TEXT_KEYS.items()},
-            **{ours: vision[key] for ours, key in VISION_KEYS.items()},
-            **{ours: settings[key] for ours, key in TOKEN_KEYS.items()},
-            tie=bool(settings.get("tie_word_embeddings", tied)),
-            eps=float(text.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"]),
-            mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)),
-            v_deepstack=tuple(vision["deepstack_visual_indexes"]),
-        )
-    except KeyError as error:
-        raise ValueError(f"{where}: the key {error} is missing") from None
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{where}: a value is of the wrong type ({error})") from None
-    check_config(config, text, vision, rope, where)
-    return config
-
-
-def check_config(c, text, vision, rope, where):
-    """ValueError for a Config that cannot be, or for settings that are not implemented here."""
-    for name in [*TEXT_KEYS, *VISION_KEYS]:
-        size = getattr(c, name)
-        if type(size) is not int or size < 1:  # True is an int, too, but of another type
-            tower = "vision_config" if name.startswith("v_") else "text_config"
-            raise ValueError(f"{where}: {name} ({tower}) is {size!r}, expected an integer above 0")
-    vision_rope = vision.get("rope_parameters")
-    vision_theta = vision_rope.get("rope_theta") if isinstance(vision_rope, dict) else None
-    layers = [i for i in c.v_deepstack if type(i) is int and 0 <= i < c.v_layers]
-    sections = [n for n in c.mrope_section if type(n) is int and n >= 0]
-    table = [(f"text {key}", text.get(key), value) for key, value in TEXT_FIXED.items()]
-    table += [(f"vision {key}", vision.get(key), value) for key, value in VISION_FIXED.items()]
-    table += [  # what, its value, the only value that is implemented; None: not given
-        ("mrope_interleaved", rope.get("mrope_interleaved"), True),
-        ("rope_type", rope.get("rope_type", rope.get("type")), "default"),
-        ("length of mrope_section", len(c.mrope_section), 3),
-        ("mrope_section", c.mrope_section, tuple(sections)),
-        ("rope_theta above 0", c.rope_theta > 0, True),
-        ("rms_norm_eps above 0", c.eps > 0, True),
-        ("at most 1000 layers", max(c.layers, c.v_layers) <= 1000, True),
-        ("num_attention_heads modulo num_key_value_heads", c.heads % c.kv_heads, 0),
-        ("head_dim modulo 2", c.head_dim % 2, 0),
-        ("vision rope_theta", vision_theta, 1e4),
-        ("vision hidden_size modulo 4 * num_heads", c.v_hidden % (4 * c.v_heads), 0),
-        ("vision out_hidden_size", vision.get("out_hidden_size"), c.hidden),
-        ("deepstack_visual_indexes", c.v_deepstack, tuple(dict.fromkeys(layers))),
-        ("num_position_embeddings (a square)", c.v_positions, math.isqrt(c.v_positions) ** 2),
-    ]
-    for what, value, implemented in table:
-        if value is not None and value != implemented and (what, value) != ("rope_type", "mrope"):
-            raise ValueError(f"{where}: {what} is {value!r}, this code implements {implemented!r}")
+        raise ValueError(f"{path}: model_type is {kind!r}, only dense 'qwen3_vl' is implemented")
+    # What version 4 calls otherwise, and what may be missing.
+    renamed = {key.replace("rope_scaling", "rope_parameters"): value for key, value in flat.items()}
+    defaults = {
+        "tie_word_embeddings": flat.get("text_config.tie_word_embeddings", False),
+        "text_config.rope_parameters.rope_theta": flat.get("text_config.rope_theta"),
+        "text_config.rope_parameters.mrope_section": [24, 20, 20],
+    }
+    flat = defaults | renamed | flat
+    fixed = {
+        **FIXED,
+        "text_config.rope_parameters.type": "default",  # before it was called rope_type
+        "vision_config.rope_parameters.rope_theta": 1e4,
+    }
+    for key, value in fixed.items():
+        if flat.get(key) not in (None, value):
+            raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
+    values = {}
+    for place in fields(Config):
+        key = place.metadata["key"]
+        value = flat.get(key)
+        if not is_valid(value, place.type):
+            raise ValueError(f"{path}: {key} cannot be {value!r}")
+        values[place.name] = place.type(value)
+    c = Config(**values)
+    layers = {i for i in c.v_deepstack if 0 <= i < c.v_layers}
+    rules = {
+        "head_dim is even": c.head_dim % 2 == 0,
+        "num_attention_heads is a multiple of num_key_value_heads": c.heads % c.kv_heads == 0,
+        "the vision hidden_size is a multiple of 4 * num_heads": c.v_hidden % (4 * c.v_heads) == 0,
+        "num_position_embeddings is a square": math.isqrt(c.v_positions) ** 2 == c.v_positions,
+        "no tower has over 1000 layers": max(c.layers, c.v_layers) <= 1000,
+        "mrope_section has three numbers": len(c.mrope_section) == 3,
+        "deepstack_visual_indexes are layers in order": list(c.v_deepstack) == sorted(layers),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(f"{path}: it is needed that {rule}")
+    return c
 
 
 def config_to_hf(c, dtype, eos_id, pad_id):
     """Config -> a config.json for transformers 4.57 and 5; it has both spellings of the rope."""
-    rope = {"rope_type": "default", "mrope_interleaved": True}
-    rope["mrope_section"] = list(c.mrope_section)
-    text = {
-        "model_type": "qwen3_vl_text",
-        "dtype": dtype,
-        **{key: getattr(c, ours) for ours, key in TEXT_KEYS.items()},
-        **TEXT_FIXED,
-        "rms_norm_eps": c.eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": rope,
-        "rope_parameters": {**rope, "rope_theta": c.rope_theta},
-        "max_position_embeddings": 262144,
-        "tie_word_embeddings": c.tie,
-        "bos_token_id": pad_id,
-        "eos_token_id": eos_id,
-    }
-    vision = {
-        "model_type": "qwen3_vl_vision",
-        **{key: getattr(c, ours) for ours, key in VISION_KEYS.items()},
-        **VISION_FIXED,
-        "out_hidden_size": c.hidden,
-        "deepstack_visual_indexes": list(c.v_deepstack),
-    }
-    return {
+    flat = {place.metadata["key"]: getattr(c, place.name) for place in fields(c)}
+    flat |= FIXED
+    for key in ("rope_type", "mrope_interleaved", "mrope_section"):
+        flat[f"text_config.rope_scaling.{key}"] = flat[f"text_config.rope_parameters.{key}"]
+    flat |= {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
         "dtype": dtype,
-        "tie_word_embeddings": c.tie,
-        **{key: getattr(c, ours) for ours, key in TOKEN_KEYS.items()},
-        "text_config": text,
-        "vision_config": vision,
+        "text_config.model_type": "qwen3_vl_text",
+        "text_config.dtype": dtype,
+        "text_config.rope_theta": c.rope_theta,
+        "text_config.max_position_embeddings": 262144,
+        "text_config.tie_word_embeddings": c.tie,
+        "text_config.bos_token_id": pad_id,
+        "text_config.eos_token_id": eos_id,
+        "vision_config.model_type": "qwen3_vl_vision",
+        "vision_config.out_hidden_size": c.hidden,
     }
+    return nest(flat)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -931,61 +892,32 @@ def write_json(path, value):
 def refuse_adapters(folder, pattern):
     adapters = glob(pattern, root_dir=folder)
     if adapters:
-        raise ValueError(
-            f"{folder}: {adapters[0]} belongs to an adapter (LoRA), which is not applied here: "
-            "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
-        )
+        how = "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
+        raise ValueError(f"{folder}: {adapters[0]} belongs to an adapter (LoRA): {how}")
 
 
 def weight_files(folder):
     """The safetensors files of a checkpoint: one, or those in its index. ValueError if not so."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: not a folder")
-    names = sorted(os.listdir(folder))
     refuse_adapters(folder, "adapter_*")
     refuse_adapters(folder, "*/adapter_*")  # peft may give an adapter a folder of its own
+    names = ["model.safetensors"]
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
-        table = read_json(index)
-        table = table.get("weight_map") if isinstance(table, dict) else None
-        files = list(table.values()) if isinstance(table, dict) else []
-        if not files or not all(isinstance(file, str) for file in files):
-            raise ValueError(f"{index}: no weight_map in it, of tensor names to file names")
-        for file in files:  # nothing outside the folder is read
-            if os.path.basename(file) != file:
-                raise ValueError(f"{index}: {file!r} is not a plain file name")
-        return [os.path.join(folder, file) for file in sorted(set(files))]
-    if "model.safetensors" not in names:
-        # The likeliest reason for a folder without safetensors: older, pickled weights.
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-        hint = f"; {pickled[0]} is pickled and is never opened" if pickled else ""
-        raise ValueError(f"{folder}: neither model.safetensors nor its index is there{hint}")
-    return [os.path.join(folder, "model.safetensors")]
-
-
-def open_tensors(path):
-    """A safetensors file, memory-mapped."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: named by the index, but not there") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-
-
-def read_tensor(shard, name, shape, dtype, device, where):
-    """One tensor, checked, as `dtype` (None: as it is) on the device."""
-    try:
-        tensor = shard.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{where} cannot be read ({error})") from None
-    if tensor.shape != shape:
-        raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"{where} is {tensor.dtype}, expected float32, bfloat16 or float16")
-    tensor = tensor.to(device=device, dtype=dtype)
-    check_finite(tensor, where)
-    return tensor
+        try:
+            shards = read_json(index)["weight_map"].values()
+            names = {os.path.basename(name) for name in shards}  # nothing outside the folder
+        except (TypeError, KeyError, AttributeError):
+            raise ValueError(f"{index}: no weight_map of tensor names to file names") from None
+    files = [os.path.join(folder, name) for name in sorted(names)]
+    for path in files:
+        if not os.path.exists(path):
+            # The likeliest reason for a folder without safetensors: older, pickled weights.
+            pickled = glob("*.bin", root_dir=folder) + glob("*.pt*", root_dir=folder)
+            hint = f" ({pickled[0]} is pickled and is never opened)" if pickled else ""
+            raise ValueError(f"{path}: not there{hint}")
+    return files
 
 
 def check_finite(tensor, where):
@@ -994,67 +926,62 @@ def check_finite(tensor, where):
         raise ValueError(f"{where} has numbers that are not finite in {tensor.dtype}")
 
 
-def widest_type(files):
-    """The widest dtype among the tensors of a checkpoint's files: nothing is rounded unasked."""
-    order = ["F16", "BF16", "F32", "F64"]
-    types = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-    widest = 0
-    for path in files:
-        with open_tensors(path) as shard:
-            for name in shard.keys():  # noqa: SIM118 (a file is no dict)
-                kind = shard.get_slice(name).get_dtype()
-                if kind in order:  # read_tensor names the others
-                    widest = max(widest, order.index(kind))
-    return types[widest]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_model(folder, dtype=None, device="cpu"):
-    """A Qwen3VL from a folder in the Hugging Face layout. dtype None keeps the files' type.
+    """A Qwen3VL from a folder in the Hugging Face layout. dtype None: the widest of the tensors.
 
-    ValueError names the first tensor that is missing, unexpected, of another shape or not finite,
-    the setting that is not implemented, or the adapter. Tensors move one by one: there are never
-    two copies of the weights.
+    ValueError names a tensor that is missing, unexpected, of another shape or not finite, the
+    setting that is not implemented, or the adapter. Tensors are memory-mapped and move one by one:
+    there are never two copies of the weights.
     """
     files = weight_files(folder)
-    path = os.path.join(folder, "config.json")
-    c = config_from_hf(read_json(path), path)
+    c = config_from_hf(os.path.join(folder, "config.json"))
     with torch.device("meta"):  # shapes without memory
         model = Qwen3VL(c)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    dtype = dtype or widest_type(files)
     state = {}
     for path in files:
-        with open_tensors(path) as shard:
-            for name in sorted(shard.keys()):
-                # Embedding checkpoints come without the first part of the names.
-                target = name if name in shapes else f"model.{name}"
-                if target not in shapes:
-                    raise ValueError(f"{path}: unexpected tensor {name}")
-                if target in state:
-                    raise ValueError(f"{path}: a second tensor {name}")
-                where = f"{path}: {name}"
-                state[target] = read_tensor(shard, name, shapes[target], dtype, device, where)
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+        for name, tensor in tensors.items():
+            # Embedding checkpoints come without the first part of the names.
+            target = name if name in shapes else f"model.{name}"
+            if target not in shapes or target in state:
+                raise ValueError(f"{path}: {name} is no tensor of this model, or there twice")
+            shape = list(shapes[target])
+            if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{path}: {name} is {found}, expected floats {shape}")
+            state[target] = tensor
     missing = [name for name in shapes if name not in state and name != "lm_head.weight"]
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(f"{folder}: the tensor {missing[0]} is missing{more}")
-    model.has_head = c.tie or "lm_head.weight" in state  # before an alias stands in for it
-    embedding = state["model.language_model.embed_tokens.weight"]
-    head = state.setdefault("lm_head.weight", embedding)
-    if c.tie and not torch.equal(head, embedding):  # some files hold the alias, too
-        raise ValueError(
-            f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding"
-        )
-    model.load_state_dict(state, strict=True, assign=True)
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    if dtype is None:
+        dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
+    for name, tensor in state.items():
+        state[name] = tensor.to(device=device, dtype=dtype)
+        check_finite(state[name], f"{folder}: {name}")
+    model.load_state_dict(state, strict=False, assign=True)
+    embedding = model.text.embed_tokens.weight
+    if c.tie and not torch.equal(state.get("lm_head.weight", embedding), embedding):
+        raise ValueError(f"{folder}: lm_head.weight is not the embedding, but they should be tied")
+    model.has_head = c.tie or "lm_head.weight" in state
     if c.tie or not model.has_head:  # a missing head costs no memory and is never used
-        model.lm_head.weight = model.text.embed_tokens.weight
+        model.lm_head.weight = embedding
     return model.eval()
 
 
 # Weights that an earlier save of any program may have left: shards, their index, adapters.
-STALE_WEIGHTS = re.compile(
-    r"(model|pytorch_model)(\.\w+)?(-\d+-of-\d+)?(\.safetensors|\.bin)(\.index(\.\w+)?\.json)?"
-    r"|adapter_.*"
+STALE_WEIGHTS = (
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_*",
 )
 
 
@@ -1066,21 +993,20 @@ def save_model(model, folder, eos_id, pad_id):
     """
     os.makedirs(folder, exist_ok=True)
     refuse_adapters(folder, "*/adapter_*")  # the folder could not be opened again
-    state = model.state_dict()
-    if model.c.tie or not model.has_head:
-        del state["lm_head.weight"]
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     path = os.path.join(folder, "model.safetensors")
-    for name, tensor in state.items():
-        check_finite(tensor, f"{path}: {name}")
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or (model.has_head and not model.c.tie):
+            check_finite(tensor, f"{path}: {name}")
+            state[name] = tensor.detach().contiguous().cpu()
     try:
         save_file(state, f"{path}.tmp", metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path}: not written ({error})") from None
     os.replace(f"{path}.tmp", path)
     # An index that stayed would win over the new file, and bring the old weights back.
-    for name in os.listdir(folder):
-        if name != "model.safetensors" and STALE_WEIGHTS.fullmatch(name):
+    for pattern in STALE_WEIGHTS:
+        for name in glob(pattern, root_dir=folder):
             os.remove(os.path.join(folder, name))
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_to_hf(model.c, dtype, eos_id, pad_id)

@@ -2547,68 +2547,16 @@ MODEL_SHAPES = {
     "untied": {"tie": False, "kv_heads": 4, "v_heads": 2, "v_positions": 49, "rope_theta": 1e4},
     "short": {"kv_heads": 1, "layers": 1, "v_heads": 1, "v_layers": 2, "v_deepstack": (1,)},
 }
-# A row is a list of parts: a number of text tokens, or a segment of (h, w) patches.
-MODEL_ROWS = [
-    [7],
-    [3, ("image", 4, 6), 2],
-    [2, ("video", 4, 4), 3, ("video", 4, 4), 2],
-    [1, ("image", 2, 8), 1, ("video", 6, 4), 4, ("image", 4, 4), 3],
-]
-BRANCHES = [[[1], [11, 12, 13]], [[1]], [[1], [14], [15, 16, 17, 18]], [[1], [19, 20]]]
+MODEL_ITEMS = [ITEMS[0], ITEMS[9], ITEMS[6], ITEMS[11]]  # text, video, image, both
+RATIONALES = [[[11, 12, 13]], [], [[14], [15, 16, 17, 18]], [[19, 20]]]
 AROUND = {"prefix": [5, 6], "tail": [7, 8], "closing": [9], "suppress_tokens": [3, 4]}
 
 
-def model_prompts(config, rows=MODEL_ROWS):
-    """Random prompts [(ids, image_grid, pixel_values of each segment, kind of each segment)]."""
-    rng = np.random.default_rng(0)
-    prompts = []
-    for row in rows:
-        ids = []
-        segments = [part for part in row if isinstance(part, tuple)]
-        for part in row:
-            if part in segments:
-                kind, h, w = part
-                pad = config.image_token if kind == "image" else config.video_token
-                ids += [config.vision_start, *[pad] * (h * w // 4), config.vision_end]
-            else:
-                ids += rng.integers(10, 250, part).tolist()
-        pixels = [torch.from_numpy(rng.normal(size=(h * w, 1536))).float() for _, h, w in segments]
-        grids = [(h, w) for _, h, w in segments]
-        prompts.append((ids, grids, pixels, [kind for kind, _, _ in segments]))
-    return prompts
-
-
-def model_batch(config, prompts, branches=None):
-    """Rows padded on the right; `branches`: per row the id lists that continue the prompt."""
-    columns = {"ids": [], "positions": [], "branch": []}
-    for (ids, grids, _, _), tails in zip(prompts, branches or [[[0]]] * len(prompts)):
-        position = torch.from_numpy(M.rope_positions(np.array(ids), grids, config)).T
-        after = [position[-1].max() + 1 + torch.arange(len(tail)) for tail in tails]
-        owner = [torch.full((len(tail),), k) for k, tail in enumerate(tails, start=1)]
-        columns["ids"].append(torch.tensor([*ids, *sum(tails, [])]))
-        columns["positions"].append(torch.cat([position, torch.cat(after)[:, None].expand(-1, 3)]))
-        columns["branch"].append(torch.cat([torch.zeros(len(ids)).long(), *owner]))
-    batch = {
-        name: torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=-(name[0] == "b")
-        )
-        for name, rows in columns.items()
-    }
-    pixels = sum((prompt[2] for prompt in prompts), [])
-    return {
-        "ids": batch["ids"],
-        "positions": batch["positions"].permute(2, 0, 1),
-        "lengths": torch.tensor([len(row) for row in columns["ids"]]),
-        "branch": batch["branch"] if branches else None,
-        "pixel_values": torch.cat(pixels) if pixels else None,
-        "image_grid": sum((prompt[1] for prompt in prompts), []),
-    }
-
-
-def model_states(model, prompt, tokens):
-    """States (S, H) of a prompt and tokens behind it, by one forward without cache or branches."""
-    longer = ([*prompt[0], *tokens], *prompt[1:])
-    return model(model_batch(model.c, [longer]))[0, : len(longer[0])]
+def model_case(model, items=MODEL_ITEMS, rationales=None):
+    """-> processor, prompts, their batch"""
+    processor = tiny_processor(model.c)
+    prompts = [processor(item) for item in items]
+    return processor, prompts, P.collate(prompts, processor, rationales)
 
 
 def transformers_model(folder, dtype=torch.float32):
@@ -2617,16 +2565,19 @@ def transformers_model(folder, dtype=torch.float32):
     return Judge.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def transformers_batch(config, prompt, tokens=(), dtype=torch.float32):
-    ids, grids, pixels, kinds = prompt
-    ids = torch.tensor([[*ids, *tokens]])
+def transformers_batch(config, prompt, tokens=()):
+    ids = torch.tensor([[*prompt["ids"], *tokens]])
     types = (ids == config.image_token) + 2 * (ids == config.video_token)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
-    for kind, suffix in (("image", ""), ("video", "_videos")):
-        of_kind = [i for i, k in enumerate(kinds) if k == kind]
-        if of_kind:
-            batch[f"pixel_values{suffix}"] = torch.cat([pixels[i] for i in of_kind]).to(dtype)
-            batch[f"{kind}_grid_thw"] = torch.tensor([[1, *grids[i]] for i in of_kind])
+    # The token behind <|vision_start|> says what a segment is.
+    kinds = types[0, (ids[0] == config.vision_start).nonzero()[:, 0] + 1].tolist()
+    segments = list(zip(kinds, prompt["image_grid"], prompt["pixel_values"]))
+    for kind, name, suffix in ((1, "image", ""), (2, "video", "_videos")):
+        grids = [(1, *grid) for k, grid, _ in segments if k == kind]
+        if grids:
+            patches = np.concatenate([patches for k, _, patches in segments if k == kind])
+            batch[f"pixel_values{suffix}"] = P.normalize_pixels(patches)
+            batch[f"{name}_grid_thw"] = torch.tensor(grids)
     return batch
 
 
@@ -2695,18 +2646,16 @@ def test_model_parameter_counts_are_the_published():
         assert total - count.get("lm_head.weight", 0) == headless
 
 
-@pytest.mark.parametrize("name", MODEL_SHAPES)
+@pytest.mark.parametrize("shape", MODEL_SHAPES)
 @torch.no_grad()
-def test_model_parity(name, tmp_path):
+def test_model_parity(shape, tmp_path):
     """A padded batch of all kinds of rows against transformers, row by row; fp32 and bf16."""
-    M.save_model(tiny_model(3, **MODEL_SHAPES[name]), str(tmp_path), eos_id=1, pad_id=2)
+    M.save_model(tiny_model(3, **MODEL_SHAPES[shape]), str(tmp_path), eos_id=1, pad_id=2)
     for dtype in (torch.float32, torch.bfloat16):
         model, judge = M.load_model(str(tmp_path), dtype), transformers_model(tmp_path, dtype)
-        prompts = model_prompts(model.c)
-        states = model(model_batch(model.c, prompts))
-        for h, prompt in zip(states, prompts):
-            inputs = transformers_batch(model.c, prompt, dtype=dtype)
-            want = judge.model(**inputs).last_hidden_state[0]
+        _, prompts, batch = model_case(model)
+        for h, prompt in zip(model(batch), prompts):
+            want = judge.model(**transformers_batch(model.c, prompt)).last_hidden_state[0]
             h = h[: len(want)]
             if dtype == torch.bfloat16:
                 assert F.cosine_similarity(h.float(), want.float()).min() > 0.999
@@ -2720,12 +2669,12 @@ def test_model_parity(name, tmp_path):
 def test_model_greedy_tokens_equal_transformers(checkpoint):
     """12 tokens of each row of a batch equal transformers' generate; so do the last states."""
     model, judge = M.load_model(checkpoint), transformers_model(checkpoint)
-    prompts = model_prompts(model.c)
-    rollouts = M.generate(model, model_batch(model.c, prompts), 12, stop_ids=[20], **AROUND)
+    _, prompts, batch = model_case(model)
+    rollouts = M.generate(model, batch, 12, stop_ids=[20], **AROUND)
     how = {"suppress_tokens": [3, 4], "eos_token_id": 20, "pad_token_id": 2, "do_sample": False}
     for i, prompt in enumerate(prompts):
         start = transformers_batch(model.c, prompt, [5, 6])
-        ids = judge.generate(**start, **how, max_new_tokens=12)[0, len(prompt[0]) :].tolist()
+        ids = judge.generate(**start, **how, max_new_tokens=12)[0, len(prompt["ids"]) :].tolist()
         tokens = rollouts.tokens[i][0]
         assert tokens[: len(ids)] == ids and len(ids) == 2 + rollouts.num_sampled[i]
         want = judge.model(**transformers_batch(model.c, prompt, tokens)).last_hidden_state[0, -1]
@@ -2735,12 +2684,11 @@ def test_model_greedy_tokens_equal_transformers(checkpoint):
 @torch.no_grad()
 def test_model_branches_equal_separate_rows():
     model = tiny_model(4)
-    prompts = model_prompts(model.c)
-    batch = model_batch(model.c, prompts, BRANCHES)
+    processor, prompts, batch = model_case(model, rationales=RATIONALES)
     h = model(batch)
     for i, prompt in enumerate(prompts):
-        for k, tokens in enumerate(BRANCHES[i], start=1):
-            want = model_states(model, prompt, tokens)[len(prompt[0]) :]
+        for k, tokens in enumerate([[processor.eos_id], *RATIONALES[i]], start=1):
+            want = states_of(model, processor, prompt, tokens)[len(prompt["ids"]) :]
             assert (h[i, batch["branch"][i] == k] - want).abs().max() < 1e-5
 
 
@@ -2748,35 +2696,33 @@ def test_model_branches_equal_separate_rows():
 def test_model_generation_equals_full_forward():
     """Log-probabilities and last states of sampled continuations; some end early, some never."""
     model = tiny_model(2)
-    prompts = model_prompts(model.c)
-    batch = model_batch(model.c, prompts)
-    before = {name: x.clone() for name, x in batch.items() if torch.is_tensor(x)}
+    processor, prompts, batch = model_case(model)
+    before = copy.deepcopy(batch)
     stop, rng = list(range(20, 100)), torch.Generator().manual_seed(1)
     how = {"stop_ids": stop, "temperature": 0.7, "generator": rng}
     rollouts = M.generate(model, batch, 6, 3, **how, **AROUND)
     assert 0 < rollouts.truncated.sum() < 12 and len(rollouts.num_sampled.unique()) > 2
-    for b, prompt in enumerate(prompts):
-        for k, tokens in enumerate(rollouts.tokens[b]):
-            n = int(rollouts.num_sampled[b, k])
-            sampled = tokens[2 : 2 + n]
-            ended = sampled[-1] in stop
-            assert tokens == [5, 6, *sampled, *([] if ended else [9]), 7, 8]
-            assert ended or n == 6
-            assert rollouts.truncated[b, k] == (not ended)
-            h = model_states(model, prompt, tokens)
-            assert (h[-1] - rollouts.last[b, k]).abs().max() < 1e-5
-            logits = model.logits(h[len(prompt[0]) + 1 :][:n])
-            logits[:, [3, 4]] = -torch.inf
-            logp = (logits / 0.7).log_softmax(-1)[range(n), sampled]
-            assert (logp - torch.tensor(rollouts.logprobs[b][k])).abs().max() < 1e-5
-    assert all(torch.equal(batch[name], x) for name, x in before.items())
+    for b, k in itertools.product(range(4), range(3)):
+        tokens, n = rollouts.tokens[b][k], int(rollouts.num_sampled[b, k])
+        sampled = tokens[2 : 2 + n]
+        ended = sampled[-1] in stop
+        assert tokens == [5, 6, *sampled, *([] if ended else [9]), 7, 8]
+        assert ended or n == 6
+        assert rollouts.truncated[b, k] == (not ended)
+        h = states_of(model, processor, prompts[b], tokens)
+        assert (h[-1] - rollouts.last[b, k]).abs().max() < 1e-5
+        logits = model.logits(h[len(prompts[b]["ids"]) + 1 :][:n])
+        logits[:, [3, 4]] = -torch.inf
+        logp = (logits / 0.7).log_softmax(-1)[range(n), sampled]
+        assert (logp - torch.tensor(rollouts.logprobs[b][k])).abs().max() < 1e-5
+    assert all(torch.equal(x, before[n]) for n, x in batch.items() if torch.is_tensor(x))
 
 
 @torch.no_grad()
 def test_model_prefill_is_continued_and_shared(monkeypatch):
     """An earlier forward goes on for some rows, twice. Each prompt's keys are stored once for K."""
     model, caches = tiny_model(2), []
-    batch = model_batch(model.c, model_prompts(model.c))
+    _, _, batch = model_case(model)
     cache = M.Cache()
     prefill = model(batch, cache), cache
     greedy = M.generate(model, batch, 5, stop_ids=[20], **AROUND)
@@ -2841,7 +2787,7 @@ def states_and_gradients(model, batch):
 
 def test_model_checkpointing_changes_nothing():
     model = tiny_model(6).train()
-    batch = model_batch(model.c, model_prompts(model.c), BRANCHES)
+    _, _, batch = model_case(model, rationales=RATIONALES)
     want = states_and_gradients(model, batch)
     model.set_checkpointing(True)
     got = states_and_gradients(model, batch)
@@ -2855,11 +2801,9 @@ def test_model_compiled_equals_eager():
     torch._dynamo.utils.counters.clear()
     eager = tiny_model(5, **shape)
     compiled = tiny_model(5, **shape).compile_layers(backend="eager")
-    assert compiled.compiled and not eager.compiled
     graphs = []
-    for rows in ([2, 1], [1, 2, 3], [3, 1, 2, 1]):
-        prompts = model_prompts(eager.c, [MODEL_ROWS[row] for row in rows])
-        batch = model_batch(eager.c, prompts)
+    for numbers in ([6, 9], [9, 6, 11], [11, 9, 6, 9]):
+        _, _, batch = model_case(eager, [ITEMS[i] for i in numbers])
         pairs = zip(*(states_and_gradients(model, batch) for model in (compiled, eager)))
         assert all((x - y).abs().max() < 1e-4 * (1 + y.abs().max()) for x, y in pairs)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -2868,121 +2812,106 @@ def test_model_compiled_equals_eager():
     assert a.tokens == b.tokens and (a.last - b.last).abs().max() < 1e-5
 
 
-# Checkpoints: every layout that is found, both ways
+# Checkpoints: every layout that is found, and bad ones
 
 
-def copy_checkpoint(folder, out, change=None, rename=str, shards=1, dtype=None):
-    """A copy with another config, other tensor names, in shards, or of another type."""
-    os.makedirs(out, exist_ok=True)
-    settings = M.read_json(f"{folder}/config.json")
-    if change:
-        change(settings)
-    M.write_json(f"{out}/config.json", settings)
-    state = load_file(f"{folder}/model.safetensors")
-    state = {rename(name): x.to(dtype or x.dtype) for name, x in state.items()}
-    if shards == 1:
-        save_file(state, f"{out}/model.safetensors")
-        return str(out)
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: state[name] for name in sorted(state)[i::shards]}
-        save_file(part, f"{out}/{file}")
-        weight_map.update(dict.fromkeys(part, file))
-    M.write_json(f"{out}/model.safetensors.index.json", {"weight_map": weight_map})
-    return str(out)
+def change_checkpoint(folder, config=None, without="$^", tensors=None, files=None):
+    """config: flat names, less those that `without` matches; None takes a tensor or a file away."""
+    flat = M.flatten(M.read_json(f"{folder}/config.json")) | (config or {})
+    flat = {key: value for key, value in flat.items() if not re.search(without, key)}
+    M.write_json(f"{folder}/config.json", M.nest(flat))
+    state = load_file(f"{folder}/model.safetensors") | (tensors or {})
+    state = {name: x for name, x in state.items() if x is not None}
+    save_file(state, f"{folder}/model.safetensors")
+    for name, content in (files or {}).items():
+        path = Path(folder, name)
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content)
 
 
-def spell_as_version_4(settings):
-    del settings["text_config"]["rope_parameters"], settings["text_config"]["dtype"]
-    settings["torch_dtype"] = settings.pop("dtype")
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may change."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
-def spell_as_version_5(settings):
-    del settings["text_config"]["rope_scaling"], settings["text_config"]["rope_theta"]
-
-
-def untie(settings):
-    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = False
-
-
-CHECKPOINT_LAYOUTS = {
-    "version 4": {"change": spell_as_version_4},
-    "version 5": {"change": spell_as_version_5},
-    "shards": {"shards": 3},
-    "short names": {"rename": lambda name: name.removeprefix("model.")},
-    "no head": {"change": untie},
-}
-
-
-@pytest.mark.parametrize("name", CHECKPOINT_LAYOUTS)
-def test_model_layouts(name, checkpoint, tmp_path):
+def test_model_opens_both_spellings_and_embedding_checkpoints(checkpoint, copied):
     want = M.load_model(checkpoint)
-    got = M.load_model(copy_checkpoint(checkpoint, tmp_path, **CHECKPOINT_LAYOUTS[name]))
-    assert got.c == replace(want.c, tie=name != "no head")
-    weights = dict(got.named_parameters())
-    assert all(torch.equal(p, weights[n]) for n, p in want.named_parameters())
-    assert got.has_head == (name != "no head")
-    if name == "no head":
-        M.save_model(got, str(tmp_path / "again"), 1, 2)
-        assert not M.load_model(str(tmp_path / "again")).has_head
+    for without in ("rope_parameters", "rope_scaling|text_config.rope_theta"):  # versions 4 and 5
+        folder = shutil.copytree(checkpoint, copied.parent / without[:9])
+        change_checkpoint(folder, without=without)
+        assert M.load_model(folder).c == want.c
+    # Names without their first part, and no head.
+    state = load_file(copied / "model.safetensors")
+    save_file({n.removeprefix("model."): x for n, x in state.items()}, copied / "model.safetensors")
+    untied = dict.fromkeys(["tie_word_embeddings", "text_config.tie_word_embeddings"], False)
+    change_checkpoint(copied, untied)
+    model = M.load_model(copied)
+    assert model.c == replace(want.c, tie=False)
+    M.save_model(model, copied, 1, 2)
+    for again in (model, M.load_model(copied)):
+        weights = dict(again.named_parameters())
+        assert all(torch.equal(p, weights[n]) for n, p in want.named_parameters())
         with pytest.raises(ValueError, match="no lm_head"):
-            got.logits(torch.zeros(1, got.c.hidden))
+            again.logits(torch.zeros(1, again.c.hidden))
 
 
-def test_model_opens_what_transformers_saves(checkpoint, tmp_path):
+def test_model_opens_what_transformers_saves(checkpoint, copied, tmp_path):
     """In shards; and a file with a copy of the tied head in it."""
     transformers_model(checkpoint).save_pretrained(tmp_path / "shards", max_shard_size="200KB")
-    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
-    state = load_file(copy_checkpoint(checkpoint, tmp_path / "alias") + "/model.safetensors")
-    state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"].clone()
-    save_file(state, tmp_path / "alias/model.safetensors")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(shards) > 2
     want = M.load_model(checkpoint).state_dict()
-    for name in ("shards", "alias"):
-        model = M.load_model(str(tmp_path / name))
+    change_checkpoint(copied, tensors={"lm_head.weight": want["lm_head.weight"].clone()})
+    for name in ("shards", "copy"):
+        model = M.load_model(tmp_path / name)
         assert model.lm_head.weight is model.text.embed_tokens.weight
         assert all(torch.equal(x, want[n]) for n, x in model.state_dict().items())
+    change_checkpoint(copied, tensors={"lm_head.weight": want["lm_head.weight"] + 1})
+    with pytest.raises(ValueError, match="copy: lm_head.weight is not the embedding, but"):
+        M.load_model(copied)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"{shards[1].name}: not there"):
+        M.load_model(tmp_path / "shards")
 
 
-def test_model_dtypes(checkpoint, tmp_path):
-    """The file's is kept, unless another is given."""
-    half = copy_checkpoint(checkpoint, tmp_path, dtype=torch.bfloat16)
-    assert M.load_model(checkpoint).dtype == torch.float32
-    assert M.load_model(half).dtype == torch.bfloat16
-    for folder in (checkpoint, half):
-        parameters = M.load_model(folder, torch.float32).parameters()
-        assert {p.dtype for p in parameters} == {torch.float32}
+def test_model_keeps_the_widest_type_unless_another_is_given(checkpoint, copied):
+    state = load_file(copied / "model.safetensors")
+    half = {name: x.bfloat16() for name, x in state.items()}
+    first = min(half)
+    cases = [({}, torch.float32), ({first: half[first]}, torch.float32), (half, torch.bfloat16)]
+    for tensors, dtype in cases:
+        change_checkpoint(copied, tensors=tensors)
+        assert M.load_model(copied).dtype == dtype
+        assert {p.dtype for p in M.load_model(copied, torch.float32).parameters()} == {
+            torch.float32
+        }
 
 
-def test_model_of_mixed_types_is_opened_in_the_widest(checkpoint, tmp_path):
-    """Otherwise the type of whichever tensor comes first would round all others."""
-    folder = shutil.copytree(checkpoint, tmp_path / "mixed")
-    path = str(folder / "model.safetensors")
-    tensors = load_file(path)
-    first = min(tensors)
-    tensors[first] = tensors[first].bfloat16()
-    save_file(tensors, path, metadata={"format": "pt"})
-    assert M.load_model(str(folder)).dtype == torch.float32
+def test_model_save_leaves_exactly_what_was_saved(copied):
+    stale = "model.safetensors.index.json model-00001-of-00002.safetensors pytorch_model.bin"
+    for name in f"{stale} adapter_config.json adapter_model.safetensors notes".split():
+        (copied / name).write_text("{}")
+    model = tiny_model(8)
+    M.save_model(model, copied, 1, 2)
+    files = {"config.json", "generation_config.json", "model.safetensors", "notes"}
+    assert set(os.listdir(copied)) == files
+    again = M.load_model(copied).state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
 
 
-def test_model_with_nan_is_not_saved(tmp_path):
+def test_model_save_refuses(tmp_path):
     model = tiny_model()
     model.text.norm.weight.data[0] = math.nan
     with pytest.raises(ValueError, match="norm.weight has numbers that are not finite"):
-        M.save_model(model, str(tmp_path), 0, 0)
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_model_save_leaves_exactly_what_was_saved(checkpoint, tmp_path):
-    folder = copy_checkpoint(checkpoint, tmp_path, shards=3)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "notes"):
-        (tmp_path / name).write_text("{}")
-    model = tiny_model(8)
-    M.save_model(model, folder, 1, 2)
-    files = {"config.json", "generation_config.json", "model.safetensors", "notes"}
-    assert set(os.listdir(folder)) == files
-    again = M.load_model(folder).state_dict()
-    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
+        M.save_model(model, tmp_path, 0, 0)
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default/adapter_config.json").write_text("{}")  # which save_model does not clear
+    with pytest.raises(ValueError, match="default/adapter_config.json belongs to an adapter"):
+        M.save_model(tiny_model(), tmp_path, 0, 0)
+    assert os.listdir(tmp_path) == ["default"]
 
 
 def test_model_json_is_json_or_not_written(tmp_path):
@@ -2994,124 +2923,72 @@ def test_model_json_is_json_or_not_written(tmp_path):
     assert M.read_json(path) == {"é": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
-# Bad input: a change to a checkpoint, and the line that names it
-
-
-def spoil_tensors(name, value):
-    """value: a tensor, None to take it away, or a function of the embedding."""
-
-    def spoil(folder):
-        state = load_file(f"{folder}/model.safetensors")
-        embedding = state["model.language_model.embed_tokens.weight"]
-        state[name] = value(embedding) if callable(value) else value
-        state = {name: x for name, x in state.items() if x is not None}
-        save_file(state, f"{folder}/model.safetensors")
-
-    return spoil
-
-
-def spoil_config(part=None, **change):
-    def spoil(folder):
-        settings = M.read_json(f"{folder}/config.json")
-        (settings[part] if part else settings).update(change)
-        M.write_json(f"{folder}/config.json", settings)
-
-    return spoil
-
-
-def spoil_file(name, content=""):
-    """Another file instead of the weights."""
-
-    def spoil(folder):
-        os.remove(f"{folder}/model.safetensors")
-        with open(f"{folder}/{name}", "w") as file:
-            file.write(content)
-
-    return spoil
-
-
-def spoil_index(content):
-    return spoil_file("model.safetensors.index.json", content)
-
-
-TEXT, VISION = "text_config", "vision_config"
 NORM, BIAS = "model.language_model.norm.weight", "model.visual.merger.norm.bias"
-NANS, INFINITIES = torch.full((64,), torch.nan), torch.full((64,), -torch.inf)
-FLOAT8 = torch.zeros(64).to(torch.float8_e4m3fn)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BAD_TENSORS = [
+    ({BIAS: None}, f"1 tensors are missing, first {BIAS}"),
+    ({"more": torch.zeros(1)}, "more is no tensor of this model"),
+    ({NORM[6:]: torch.ones(64)}, "norm.weight is .* there twice"),
+    ({NORM: torch.zeros(3)}, r"norm.weight is torch.float32 \[3\], expected floats \[64\]"),
+    ({NORM: torch.zeros(64).int()}, "norm.weight is torch.int32"),
+    ({NORM: torch.zeros(64).to(torch.float8_e4m3fn)}, "norm.weight is torch.float8"),
+    ({NORM: torch.full((64,), torch.nan)}, f"{NORM} has numbers that are not finite"),
+    ({NORM: torch.full((64,), -torch.inf)}, f"{NORM} has numbers that are not finite"),
+    ({NORM: torch.full((64,), 1e300, dtype=torch.float64)}, "not finite in torch.float32"),
+]
+BAD_FILES = [
+    ({WEIGHTS: ""}, "model.safetensors: not a complete safetensors file"),
+    ({WEIGHTS: "\x80\x04N."}, "not a complete safetensors file"),
+    ({WEIGHTS: None, "pytorch_model.bin": ""}, "pytorch_model.bin is pickled and is never opened"),
+    ({"adapter_config.json": "{}"}, "copy: adapter_config.json belongs .* merge it"),
+    ({"default/adapter_config.json": "{}"}, "copy: default/adapter_config.json belongs"),
+    ({"config.json": "{"}, "config.json: not valid JSON"),
+    ({"config.json": "[]"}, "config.json: model_type is None"),
+    ({"config.json": None}, "config.json: No such file"),
+    ({INDEX: "[]"}, "index.json: no weight_map"),
+    ({INDEX: '{"weight_map": {"a": 3}}'}, "index.json: no weight_map"),
+    ({INDEX: '{"weight_map": {"a": "../b"}}', "../b": ""}, "copy/b: not there"),
+]
+BAD_CONFIGS = [
+    ("model_type", "qwen3_vl_moe", "model_type is 'qwen3_vl_moe'"),
+    ("text_config", None, "text_config.vocab_size cannot be None"),
+    ("text_config.num_key_value_heads", 0, "text_config.num_key_value_heads cannot be 0"),
+    ("text_config.num_key_value_heads", 3, "is a multiple of num_key_value_heads"),
+    ("text_config.num_hidden_layers", 10**12, "no tower has over 1000 layers"),
+    ("text_config.rms_norm_eps", "x", "text_config.rms_norm_eps cannot be 'x'"),
+    ("text_config.rms_norm_eps", -1.0, "text_config.rms_norm_eps cannot be -1.0"),
+    ("text_config.hidden_act", "gelu", "hidden_act is 'gelu', this code implements 'silu'"),
+    ("text_config.rope_parameters.mrope_section", [4], "mrope_section has three numbers"),
+    ("text_config.rope_parameters.mrope_interleaved", False, "interleaved is False"),
+    ("text_config.rope_parameters.rope_type", "yarn", "rope_type is 'yarn'"),
+    ("text_config.rope_parameters.type", "yarn", "type is 'yarn'"),
+    ("vision_config.num_heads", 4.0, "vision_config.num_heads cannot be 4.0"),
+    ("vision_config.rope_parameters.rope_theta", 5.0, "rope_theta is 5.0"),
+    ("vision_config.deepstack_visual_indexes", [9], "deepstack_visual_indexes are layers in order"),
+    ("vision_config.num_position_embeddings", 17, "num_position_embeddings is a square"),
+    ("vision_config.patch_size", 14, "patch_size is 14, this code implements 16"),
+]
 BAD_CHECKPOINTS = [
-    (spoil_tensors(BIAS, None), f"the tensor {BIAS} is missing"),
-    (spoil_tensors("more", torch.zeros(1)), "unexpected tensor more"),
-    (spoil_tensors(NORM[6:], torch.ones(64)), "a second tensor .*norm.weight"),
-    (spoil_tensors(NORM, torch.zeros(3)), r"norm.weight has shape \(3,\), expected \(64,\)"),
-    (spoil_tensors(NORM, torch.zeros(64).int()), "norm.weight is torch.int32"),
-    (spoil_tensors(NORM, FLOAT8), "norm.weight is torch.float8"),
-    (spoil_tensors(NORM, NANS), f"{NORM} has numbers that are not finite"),
-    (spoil_tensors(NORM, INFINITIES), f"{NORM} has numbers that are not finite"),
-    (spoil_tensors("lm_head.weight", lambda x: x + 1), "is true, but lm_head.weight differs"),
-    (spoil_file("model.safetensors"), "model.safetensors: not a complete safetensors file"),
-    (spoil_file("model.safetensors", "\x80\x04N."), "not a complete safetensors file"),
-    (spoil_file("pytorch_model.bin"), "pytorch_model.bin is pickled and is never opened"),
-    (spoil_file("adapter_config.json", "{}"), "adapter_config.json belongs .* merge it"),
-    (spoil_index("[]"), "index.json: no weight_map in it"),
-    (spoil_index('{"weight_map": {"a": 3}}'), "index.json: no weight_map in it"),
-    (spoil_index('{"weight_map": {"a": "../b"}}'), "'../b' is not a plain file name"),
-    (spoil_index('{"weight_map": {"a": "b"}}'), "b: named by the index, but not there"),
-    (spoil_config(model_type="qwen3_vl_moe"), "model_type is 'qwen3_vl_moe'"),
-    (spoil_config(text_config={}), "config.json: the key 'vocab_size' is missing"),
-    (spoil_config(text_config=None), "config.json: a value is of the wrong type"),
-    (spoil_config(TEXT, num_key_value_heads=0), r"config.json: kv_heads \(text_config\) is 0"),
-    (spoil_config(TEXT, num_key_value_heads=3), "modulo num_key_value_heads is 1"),
-    (spoil_config(TEXT, num_hidden_layers=10**12), "at most 1000 layers is False"),
-    (spoil_config(TEXT, rms_norm_eps="x"), "config.json: a value is of the wrong type"),
-    (spoil_config(TEXT, rms_norm_eps=-1.0), "rms_norm_eps above 0 is False"),
-    (spoil_config(TEXT, hidden_act="gelu"), "text hidden_act is 'gelu', .* implements 'silu'"),
-    (spoil_config(TEXT, rope_parameters={"mrope_section": [4]}), "length of mrope_section is 1"),
-    (spoil_config(TEXT, rope_parameters={"mrope_interleaved": False}), "interleaved is False"),
-    (spoil_config(TEXT, rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
-    (spoil_config(VISION, num_heads=4.0), r"config.json: v_heads \(vision_config\) is 4.0"),
-    (spoil_config(VISION, rope_parameters={"rope_theta": 5.0}), "vision rope_theta is 5.0"),
-    (spoil_config(VISION, deepstack_visual_indexes=[9]), r"deepstack_visual_indexes is \(9,\)"),
-    (spoil_config(VISION, num_position_embeddings=17), r"embeddings \(a square\) is 17"),
-    (spoil_config(VISION, patch_size=14), "vision patch_size is 14, this code implements 16"),
+    *[({"tensors": tensors}, message) for tensors, message in BAD_TENSORS],
+    *[({"files": files}, message) for files, message in BAD_FILES],
+    *[
+        ({"config": {key: value}}, f"config.json: .*{message}")
+        for key, value, message in BAD_CONFIGS
+    ],
 ]
 
 
-@pytest.mark.parametrize("spoil, message", BAD_CHECKPOINTS, ids=lambda x: str(x)[:40])
-def test_model_bad_checkpoints(spoil, message, checkpoint, tmp_path):
-    folder = copy_checkpoint(checkpoint, tmp_path)
-    spoil(folder)
+@pytest.mark.parametrize("change, message", BAD_CHECKPOINTS, ids=lambda x: str(x)[:60])
+def test_model_bad_checkpoints(change, message, copied):
+    change_checkpoint(copied, **change)
     with pytest.raises(ValueError, match=message) as error:
-        M.load_model(folder)
+        M.load_model(copied, torch.float32)
     assert "\n" not in str(error.value)
 
 
-def test_model_bad_folders(checkpoint, tmp_path):
-    folder = str(tmp_path / "a")
-    shutil.copytree(checkpoint, folder)
-    (tmp_path / "a/default").mkdir()
-    for name in ("adapter_config.json", "default/adapter_config.json"):  # beside complete weights
-        (tmp_path / "a" / name).write_text("{}")
-        with pytest.raises(ValueError, match=f"a: {name} belongs to an adapter"):
-            M.load_model(folder)
-        if "/" in name:  # save_model clears its own folder, not those in it
-            with pytest.raises(ValueError, match=f"a: {name} belongs to an adapter"):
-                M.save_model(tiny_model(), folder, 1, 2)
-        (tmp_path / "a" / name).unlink()
-    (tmp_path / "a/config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not valid JSON"):
-        M.load_model(folder)
-    os.remove(f"{folder}/config.json")
-    with pytest.raises(ValueError, match="config.json: No such file"):
-        M.load_model(folder)
+def test_model_bad_folder():
     with pytest.raises(ValueError, match="nothing: not a folder"):
-        M.load_model(str(tmp_path / "nothing"))
-    large = M.load_model(checkpoint)
-    large.text.norm.weight.data.fill_(1e5)
-    M.save_model(large, folder, 1, 2)
-    with pytest.raises(ValueError, match="norm.weight has numbers .* not finite in torch.float16"):
-        M.load_model(folder, torch.float16)
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        M.generate(large, {}, 0)
+        M.load_model("nothing")
 
 
 # --------------------------------------------------------------------------------------------------
