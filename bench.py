@@ -45,6 +45,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import pocket
+import propose
 import rl
 import scale
 import train
@@ -212,6 +213,11 @@ class Ours:
             for ids, count in zip(branches, counts):
                 sampled.append(ids[start : start + count])
         return sampled
+
+    def propose(self, pairs):
+        """Candidate rationales, as the stage writes them."""
+        generator = torch.Generator(self.model.device).manual_seed(0)
+        return propose.propose(self.model, self.processor, pairs, self.cfg, generator)
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path."""
@@ -447,8 +453,11 @@ def measure(size, options):
     if options.gpu:
         embedder.model.compile_layers()
         embedder.processor.pad_to = 128  # few lengths are few shapes to compile
-    ours = Ours(embedder, train.Config())
-    *tasks, _ = make_tasks(embedder.processor, options)  # all but the GRPO step
+    K, T, B = options.rollouts, options.tokens, options.batch
+    ours = Ours(embedder, train.Config(max_new_tokens=T, num_candidates=K))
+    *tasks, contrastive, _ = make_tasks(embedder.processor, options)  # all but the GRPO step
+    write = Task("propose", f"propose {B}x{K}x{T}", contrastive.inputs, B * K, "rationales/s")
+    tasks += [write, contrastive]
     rows = []
     for task in tasks:
         if task.method == "contrastive":

@@ -814,7 +814,8 @@ def config_from_hf(path):
         "vision_config.rope_parameters.rope_theta": 1e4,
     }
     for key, value in fixed.items():
-        if flat.get(key) not in (None, value):
+        same = "mrope" if key.endswith("rope_type") else value  # another word for "default"
+        if flat.get(key) not in (None, value, same):
             raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
     values = {}
     for place in fields(Config):
@@ -906,10 +907,12 @@ def weight_files(folder):
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
         try:
-            shards = read_json(index)["weight_map"].values()
-            names = {os.path.basename(name) for name in shards}  # nothing outside the folder
+            names = set(read_json(index)["weight_map"].values())
+            outside = [name for name in names if os.path.basename(name) != name]
         except (TypeError, KeyError, AttributeError):
             raise ValueError(f"{index}: no weight_map of tensor names to file names") from None
+        if outside:
+            raise ValueError(f"{index}: {outside[0]!r} is outside the folder")
     files = [os.path.join(folder, name) for name in sorted(names)]
     for path in files:
         if not os.path.exists(path):
@@ -965,13 +968,14 @@ def load_model(folder, dtype=None, device="cpu"):
     for name, tensor in state.items():
         state[name] = tensor.to(device=device, dtype=dtype)
         check_finite(state[name], f"{folder}: {name}")
-    model.load_state_dict(state, strict=False, assign=True)
-    embedding = model.text.embed_tokens.weight
-    if c.tie and not torch.equal(state.get("lm_head.weight", embedding), embedding):
-        raise ValueError(f"{folder}: lm_head.weight is not the embedding, but they should be tied")
     model.has_head = c.tie or "lm_head.weight" in state
+    embedding = state["model.language_model.embed_tokens.weight"]
+    head = state.setdefault("lm_head.weight", embedding)
+    if c.tie and not torch.equal(head, embedding):  # some files hold the alias, too
+        raise ValueError(f"{folder}: lm_head.weight is not the embedding, but they should be tied")
+    model.load_state_dict(state, strict=True, assign=True)
     if c.tie or not model.has_head:  # a missing head costs no memory and is never used
-        model.lm_head.weight = embedding
+        model.lm_head.weight = model.text.embed_tokens.weight
     return model.eval()
 
 
