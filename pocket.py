@@ -128,7 +128,8 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
     else:
         pen.ellipse(box, ink)
     if shape == "moon":  # a disc with a bite
-        pen.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), paper)
+        bite = (x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4)
+        pen.ellipse(bite, paper)
 
 
 def draw_tile(kind, rng):
@@ -183,7 +184,8 @@ class Bank:
         blank = [None] * (9 - len(words))
         page = self.grid([*words, *blank, *marks, None], rng)
         for y in range(TILE + 6, 3 * TILE, 8):
-            page.paste((120, 120, 120), (6, y, int(rng.integers(50, 90)), y + 3))
+            end = int(rng.integers(50, 90))
+            page.paste((120, 120, 120), (6, y, end, y + 3))
         return page
 
 
@@ -232,7 +234,10 @@ class Eyes:
     readings: int = 0
 
     def read(self, kind):
-        errs = self.readings == self.wrong or (self.errors and self.rng.random() < self.errors)
+        """-> the thing, or what it is taken for."""
+        errs = self.readings == self.wrong
+        if not errs and self.errors:
+            errs = self.rng.random() < self.errors
         self.readings += 1
         return confuse(kind, self.rng) if errs else kind
 
@@ -354,7 +359,10 @@ def make_colour(bank, rng):
 
 
 def make_at(bank, rng):
-    """What is at a cell of a full image?"""
+    """What is at a cell of a full image?
+
+    "what is at nw ?" -> "red star"; rationale: "nw red star"
+    """
     scene, cell = glyphs(rng, 9), pick(range(9), rng)
     names = [name(kind) for kind in scene]
     text = f"what is at {CELLS[cell]} ?"
@@ -379,7 +387,11 @@ def draw_way(rng, steps):
 
 def make_walk(bank, rng, steps):
     """A purple thing ends a walk. So is half of what is not on the way: the end cannot be
-    recognised without walking."""
+    recognised without walking.
+
+    "start at nw and follow the colours . what is at the end ?" -> "purple ring"
+    rationale of one step: "nw red star . right n purple ring . stay"
+    """
     start, way, end = draw_way(rng, steps)
     scene = []
     for cell, (colour, shape) in enumerate(glyphs(rng, 9)):
@@ -403,7 +415,11 @@ def summed(digits):
 
 def make_sum(bank, rng, steps):
     """steps + 1 numbers in reading order (after se comes nw), then a cell without one; elsewhere
-    numbers that do not count."""
+    numbers that do not count.
+
+    "add the numbers from n on , ne and so on" -> "four"
+    rationale of one step: "n five . ne nine makes fourteen keep four . w red star . four"
+    """
     start = pick(range(9), rng)
     way = [(start + i) % 9 for i in range(steps + 2)]
     scene = []
@@ -418,7 +434,11 @@ def make_sum(bank, rng, steps):
 
 
 def make_tally(bank, rng, steps):
-    """Numbers in the first steps + 1 of the six places of a clip; the other places are blank."""
+    """Numbers in the first steps + 1 of the six places of a clip; the other places are blank.
+
+    rationale of one step:
+    "first left two . first right three makes five . second left blank . five"
+    """
     digits = draw_digits(steps + 1, rng)
     blank = [None] * (len(PLACES) - len(digits))
     video = bank.clip(digits + blank, rng)
@@ -450,7 +470,7 @@ def make_topic(bank, rng):
 
 
 def make_caption(bank, rng):
-    """From an image to its caption."""
+    """From an image to its caption: "nw red star , e blue moon , s green bar"."""
     scene = few_things(rng)
     explain = partial(describe, scene, CELLS, between=" , ")
     return shown(bank, scene, rng, explain, answer=explain())
@@ -463,7 +483,10 @@ def make_search(bank, rng):
 
 
 def make_change(bank, rng):
-    """The image after a change. Wrong ones: another cell, another thing, no change."""
+    """The image after a change. Wrong ones: another cell, another thing, no change.
+
+    "put a red star at nw"; rationale: "nw red star"
+    """
     scene = few_things(rng)
     blank = [cell for cell, kind in enumerate(scene) if kind is None]
     cell, elsewhere = rng.permutation(blank)[:2].tolist()
@@ -476,7 +499,10 @@ def make_change(bank, rng):
 
 
 def make_point(bank, rng):
-    """The crop that shows the thing at a cell."""
+    """The crop that shows the thing at a cell. The others are the wrong ones.
+
+    "the thing at nw"; rationale: "nw red star"
+    """
     scene, cell = glyphs(rng, 9), pick(range(9), rng)
     crops = [bank.tile(kind, rng) for kind in scene]
     answer = crops.pop(cell)
@@ -573,6 +599,7 @@ def write_table(columns, rows, *shard):
 
 
 def write_lines(rows, *path):
+    """A file of JSON lines."""
     lines = [json.dumps(row) + "\n" for row in rows]
     new_file(*path).write_text("".join(lines))
 
@@ -595,6 +622,7 @@ def save_images(pair, folder, name, i, most=None):
 
 
 def save_clip(pair, *folder):
+    """A clip's frames, as frame_0001.png and so on."""
     for i, frame in enumerate(pair.video):
         save(frame, Path(*folder), f"frame_{i + 1:04d}.png")
 
@@ -813,7 +841,14 @@ def answers(item, facts, rng):
 
 
 def base_document(bank, rng, look):
-    """About something seen. look: the share of images that are described, not asked about."""
+    """About something seen. look: the share of images that are described, not asked about.
+
+    of a hundred  5  an image and "put a red star at nw"  ->  what it then shows
+                 55  an image: described, or asked about
+                 26  a clip: the same
+                 11  a page                               ->  "tea ink ten four"
+                  3  a single thing                       ->  "red star"
+    """
     kind = rng.random()
     if kind < 0.05:  # what the image shows after a change
         scene = few_things(rng)
@@ -928,7 +963,11 @@ def text_document(rng):
 
 
 def repeat_document(rng):
-    """A phrase is repeated, and summed up: what a target's or a rationale's end says."""
+    """A phrase is repeated, and summed up: what a target's or a rationale's end says.
+
+    "red star"        ->  "red star"
+    "repeat the end"  ->  <think> three . five makes eight . red star </think> red star
+    """
     things, digits = glyphs(rng, 3), draw_digits(8, rng)
     caption = describe(few_things(rng), between=" , ")
     cell = pick(CELLS, rng)
@@ -1110,7 +1149,8 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
 def indices(documents, key, device):
     """Rows and columns of these places of all documents."""
     pairs = [(i, place) for i, document in enumerate(documents) for place in document[key]]
-    return torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).T
+    table = torch.tensor(pairs, dtype=torch.long, device=device)
+    return table.reshape(-1, 2).T
 
 
 def document_losses(model, processor, documents):
