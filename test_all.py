@@ -1800,7 +1800,7 @@ def test_run_pairs_have_one_crew_of_workers(finished, own_root, monkeypatch):
     second = [pair for batch in pairs.load([[(0, 3)], [(0, 4)]]) for pair in batch]
     assert [first["id"], *(pair["id"] for pair in second)] == ["own/0", "own/3", "own/4"]
     assert {pair["at"] for pair in second} == {first["at"]} != {os.getpid()}
-    assert copy.copy(pairs).loader is None  # what a process gets that is not forked
+    assert copy.copy(pairs).loader is None  # else no process could get one that is not forked
 
 
 def test_run_finished_stages_are_skipped(finished, own_root, monkeypatch, capsys):

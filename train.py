@@ -46,6 +46,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -504,7 +505,7 @@ class Pairs(Dataset):
         self.loader = None
 
     def __getstate__(self):
-        """What a worker process gets where it does not start as a copy of this one."""
+        """What a copy holds, and a worker process gets."""
         return self.__dict__ | {"loader": None}
 
     def share_of(self, n, for_rl):
@@ -543,7 +544,8 @@ class Pairs(Dataset):
             workers = 0 if self.keep else self.run.cfg.workers
             options = {"num_workers": workers, "persistent_workers": workers > 0}
             # Prompts differ in shape: a batch stays a list.
-            self.loader = DataLoader(self, batch_sampler=Batches(), collate_fn=list, **options)
+            pairs = copy.copy(self)  # which does not hold the crew: so it ends when we do
+            self.loader = DataLoader(pairs, batch_sampler=Batches(), collate_fn=list, **options)
         self.loader.batch_sampler.lists = batches
         return self.loader
 
