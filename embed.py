@@ -88,16 +88,16 @@ LOGITS_AT_ONCE = 1024  # tokens: with Qwen's vocabulary 0.6 GB in fp32
 def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     r"""log π of the tokens that are the policy's choice: after <think>\n, up to </think> inclusive.
 
-    h (B, S, H) -> (n,) in the order of rows, then of their text; a row at least has a rationale. π
-    is the sampled distribution: of that temperature, and without the ids that are never sampled.
+    h (B, S, H) -> (n,) in the order of rows, then of their text. At least one row has a rationale.
+    π is the sampled distribution: of that temperature, and without the ids that are never sampled.
     """
     branch, ends = batch["branch"], batch["ends"]
 
-    # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ... A
-    # rationale's tokens are prefix (<think>\n), text, </think>, tail (\n\n<|endoftext|>), and begin
-    # one place after the end of the branch before. column (B, S): the column of
-    # `ends` that belongs to each token's branch; outside rationales its value does not matter,
-    # since `chosen` drops those tokens.
+    # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ..., -1 in
+    # padding. ends (B, 1+K): the last place of each branch. The places of rationale k are
+    #     ends[k-1] + 1: prefix <think>\n | text </think> | tail \n\n<|endoftext|> :ends[k]
+    # column (B, S): the column of `ends` that belongs to each token's branch; outside rationales
+    # its value does not matter, since `chosen` drops those tokens.
     column = (branch - 1).clamp(min=1)
     first = ends.gather(1, column - 1) + 1 + len(processor.prefix)
     last = ends.gather(1, column) - len(processor.tail)
@@ -153,8 +153,8 @@ def info_nce(q, t, positive, temperature=0.02, duplicates=None, weights=None, di
     q (n, H), t (m, H) unit vectors; positive (n,) the row of t that is each query's target;
     duplicates (n, m) as in false_negative_mask, each row's target included; None: no two rows of t
     are equal; weights (n,) of the queries, scaled to sum 1.
-    dims: the loss is a sum over these prefixes of the vectors, scaled to length 1 again, and the
-    full vectors: so a vector's first numbers are a vector too (Matryoshka). -> scalar
+    dims: the loss is summed over the full vectors and over these prefixes of them, each scaled to
+    length 1 again. So a vector's first numbers are a vector too (Matryoshka). -> scalar
     """
     H = q.shape[1]
     if any(not 1 <= d <= H for d in dims):
@@ -194,12 +194,13 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     pairs       "query", "target", "negatives": prompts; "answer": the target's prompt_key; "id"
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
                 train.py draws one kept rationale per pair by its weight
-    labels      of each pair the right decision: 1 (reason) if one was kept, 0 (direct) if it was
-                judged and none was kept, -1 if it was not judged
+    labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
+                none was, -1 if selection has not seen the pair
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (warm-up of select): each counts
                 in NCE(reasoned) by its posterior against ∅, p(t|q,r) / (p(t|q,r) + p(t|q,∅))
-    -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels), ids
+    -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels), and
+    the pairs' ids
     """
     model.train()
 
@@ -225,9 +226,12 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     positive = torch.from_numpy(np.searchsorted(keys, answers)).to(model.device)  # (N,) columns
     dims = prefix_dims(cfg.matryoshka_dims)
 
-    # scale.backward (GradCache) calls forward on chunks of rows: first for the vectors alone; then,
-    # when it knows the joint loss' gradient in each vector, with the token losses. Metrics are
-    # summed over chunks.
+    # scale.backward (GradCache) calls
+    #     forward(kind, rows, with_loss) -> vectors, loss of these rows or None, metrics
+    #     contrast({kind: vectors of the joined batch, in the order of gather_objects}) -> loss
+    # forward on chunks of rows: first for the vectors alone; then, when it knows the gradient of
+    # contrast in each vector, with the token losses. Losses and metrics are sums over chunks and
+    # processes.
     def forward(kind, rows, with_loss):
         """Some rows' vectors: queries (rows, 2, H), direct and reasoned; documents (rows, 1, H)."""
         if kind == "document":
@@ -240,9 +244,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
         if not with_loss:
             return vectors, None, {}
-        right = torch.tensor([labels[i] for i in rows], device=model.device)  # decisions
+        decisions = torch.tensor([labels[i] for i in rows], device=model.device)
         loss, metrics = token_losses(
-            model, processor, h, batch, right, cfg, num_written, num_labels
+            model, processor, h, batch, decisions, cfg, num_written, num_labels
         )
         return vectors, loss, metrics
 

@@ -53,7 +53,7 @@ from processor import collate
 
 # Of sampling: above 0, because several answers of one proposer have to differ. The number is ours.
 TEMPERATURE = 0.7
-# The columns that are kept of a file of rationales. Others may hold NaN, which is no JSON.
+# The columns that are kept of a file of rationales. Others may hold NaN, which write_rows refuses.
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 # --write-requests asks in so many of these ways, and each way is a proposer of its own, NAME-0,
 # NAME-1 ...; propose() uses the first.
@@ -80,16 +80,16 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     """Sample cfg.num_candidates rationales for every pair's query -> rows of a rationales file.
 
     pairs: {"id", "query", "key" if known}; a query is what the Processor makes of an item ("ids"
-    and patches). ask: it was made of `question(item)`, and <|im_end|> ends an answer. The proposer
-    "base" is the model itself. A "truncated" row ran out of cfg.max_new_tokens. An empty rationale
-    is left out: it says no more than the direct embedding.
+    and patches). ask: the queries were made of `question(item)`, and <|im_end|> ends an answer.
+    The proposer "base" is the model itself. A "truncated" row ran out of cfg.max_new_tokens. An
+    empty rationale is left out: it says no more than the direct embedding.
     """
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
     longest = max((len(p["query"]["ids"]) for p in pairs), default=1)
-    # Nothing is kept for a backward pass: 4 times a training chunk's tokens fit. 64 prompts bound
-    # the key-value caches of the answers.
+    # cfg.chunk_tokens fit in a pass with gradients. Without them 4 times as many do. 64 prompts
+    # bound the key-value caches of the answers.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
-    options = processor.generation
+    options = processor.generation  # <think>\n is forced, </think> ends; special ids are banned
     if ask:
         # Nothing is forced. Behind a forced <think> an Instruct checkpoint rambles: it was never
         # taught to close one.

@@ -217,8 +217,9 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
 
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
-    The decision's gain is not divided by sigma (the study's one_loss was measured so). There is no
-    entropy and no importance weight; rl_when and rl_beta are not read.
+    policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. The decision's gain
+    is not divided by sigma (the study's one_loss was measured so). There is no entropy and no
+    importance weight; rl_when and rl_beta are not read.
     """
     when = -(advantage.shape[1] * gain / 2 * decision).sum()
     return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
@@ -237,8 +238,8 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     model itself.
     cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_beta, rl_when (weight
     of the decision's loss), rl_one_loss, temperature, chunk_tokens, matryoshka_dims.
-    -> metrics of the joined batch; "sample": a rationale of that query of this process whose
-    rationales earned least.
+    -> metrics of the joined batch; "sample": a rationale of this process' query with the lowest
+    mean reward.
     """
     started = time.time()
     actor = actor or model
@@ -264,7 +265,7 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     weight = p_reason[:, None] * advantage  # (B, K): the rationales were forced
     rolled_out = time.time()
 
-    # 4) Both losses of some queries. Vectors too, for InfoNCE: of queries or of targets.
+    # 4) Both losses of some queries, beside the vectors of queries or targets for InfoNCE.
     # scale.backward asks for the vectors first, without the losses (see contrastive_step).
     train_logprobs = torch.zeros_like(roll.old_logprobs)  # for the log
 

@@ -20,9 +20,9 @@ just above log 2: a rationale must at least double the target's probability.
 
 Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
 well. So each stratum (what one author wrote for one dataset; an author is a proposer without the
-number of its try) has a bar of its own. Let g be the gains of its
-rationales and g' those of their placebos, each less what a guess gains. The bar is the smallest
-value, among the margin and those g that exceed it, for which
+number of its try) has a bar of its own. Let g be the gains of its rationales and g' those of their
+placebos, each less what a guess gains. The bar is the smallest value, among the margin and those g
+that exceed it, for which
 
     1 + #{g' above the bar}  <=  fdr · #{g above the bar}
 
@@ -31,12 +31,12 @@ as the knockoff filter counts (Barber & Candès, arXiv 1404.5609). fdr is the fa
 nothing. A stratum that has no placebos counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
-target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so it is not
-judged further, and the decision it teaches is "direct". The ablations below that could keep
-something of an easy pair judge every pair.
+target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
+rationales is tried, and the decision it teaches is "direct". The ablations below that could keep
+something of an easy pair try those of every pair.
 
-Candidate targets. Where the dataset's targets are few, as in the pocket world, C is filled with
-random ones. Where they are many, random ones are easy: the right target wins with any words or
+Candidate targets. Where a window has few targets, as in the pocket world, C is filled with random
+ones. Where they are many, random ones are easy: the right target wins with any words or
 none. So C takes those nearest to the target; near-copies of it, which may be right as well, come
 last.
 
@@ -70,7 +70,7 @@ if __name__ == "select":
     spec = BuiltinImporter.find_spec("select") or PathFinder.find_spec("select", elsewhere)
     real = module_from_spec(spec)
     spec.loader.exec_module(real)  # filled before it enters sys.modules
-    globals().update(vars(real))  # another thread may hold this file as its `select`
+    globals().update(vars(real))  # another thread may have got this module already
     sys.modules["select"] = real
 else:
     import argparse
@@ -111,7 +111,8 @@ WINDOW = 1024  # pairs of one dataset that are judged against each other, and in
 CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
 MANY = 512  # different targets in a window: from here on C is mined
 COPY = 0.95  # cosine of two targets that may be the same one in other words (arXiv 2407.15831)
-AUDITED = 0.25  # share of the placebos that are tried against a second one: how many would pass?
+# Share of the placebos that are put through the rule themselves, with a second placebo as theirs.
+AUDITED = 0.25
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,7 +130,8 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     It learns the direct path and the reasoned one on any candidate rationale of a pair, good or
     bad, each counted by its posterior p(t|q,r) / (p(t|q,r) + p(t|q,∅)). Otherwise those that only
     look like reasoning would teach it to ignore them all.
-    texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale.
+    texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale:
+    one of its own, so that the draw does not depend on how pairs are dealt out to processes.
     """
     folds = cfg.select_folds
     pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
@@ -143,7 +145,7 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
         if written:
             text = written[rng_of(p["id"]).integers(len(written))]
         drawn.append(processor.rationale(text) if written else None)  # <think> ... <|endoftext|>
-    # NCE(direct) + NCE(reasoned) alone: no loss on tokens, and no decision is taught (-1).
+    # NCE(direct) + NCE(reasoned) alone. No decision is taught, so all labels are unknown.
     cfg = dataclasses.replace(cfg, lm_weight=0.0, decision_weight=0.0)
     labels = [-1] * len(pairs)
     return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
@@ -373,8 +375,8 @@ def stratum_bar(gains, placebos, margin, fdr):
     """The smallest bar, of the margin and the gains above it, with 1 + #{placebos > bar} <=
     fdr · #{gains > bar}; inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
-    # A bar between two of these passes the same gains as the lower one and no more placebos: to try
-    # only these may count too many placebos, never too few.
+    # A bar between two of these keeps what the lower one keeps, and could count fewer placebos. So
+    # to try only these errs on the safe side.
     tried = np.concatenate(([margin], gains[gains > margin]))
     passed = len(gains) - np.searchsorted(gains, tried, "right")
     lucky = len(placebos) - np.searchsorted(placebos, tried, "right")
@@ -448,13 +450,13 @@ def share(marks):
 
 
 def few_kept(rows, kept):
-    """A line for the user if under 1 % of the judged pairs kept a rationale, else None."""
-    judged = {row["id"] for row in rows if row["gain"] is not None}
+    """A line for the user if under 1 % of the hard pairs kept a rationale, else None."""
+    hard = {row["id"] for row in rows if row["gain"] is not None}
     keep = {row["id"] for row in kept}
-    if len(keep) >= max(1, 0.01 * len(judged)):
+    if len(keep) >= max(1, 0.01 * len(hard)):
         return None
     return (
-        f"WARNING: selection kept rationales of {len(keep)} of {len(judged)} judged pairs: trained "
+        f"WARNING: selection kept rationales of {len(keep)} of {len(hard)} hard pairs: trained "
         "on this, the model will hardly ever reason. Try a stronger proposer (propose.py "
         "--write-requests), and see by_proposer in select/audit.json"
     )

@@ -358,7 +358,7 @@ def test_select_audit_by_hand():
 def test_select_says_when_few_are_kept():
     rows = [judged(f"A/{i}", 1.0 if i < 300 else None) for i in range(900)]
     assert selection.few_kept(rows, rows[:3]) is None
-    assert "2 of 300 judged" in selection.few_kept(rows, rows[:2])
+    assert "2 of 300 hard" in selection.few_kept(rows, rows[:2])
     assert "stronger proposer" in selection.few_kept(rows[300:], [])
 
 
