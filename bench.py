@@ -490,7 +490,10 @@ COUNTS = {
 
 def parse(argv):
     """The options; ValueError names one that is wrong."""
-    parser = argparse.ArgumentParser(description="Speed, beside transformers on the same weights.")
+    # Without the usage text a wrong option ends in one line.
+    parser = argparse.ArgumentParser(
+        description="Speed, beside transformers on the same weights.", usage=argparse.SUPPRESS
+    )
     parser.add_argument("--out", help="JSON file of what is printed")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     parser.add_argument("--size", help=f"some of {','.join(SIZES)} (pocket,large; on a GPU 2b)")
@@ -508,8 +511,10 @@ def parse(argv):
     for size in options.size:
         if size not in SIZES:
             raise ValueError(f"--size {size}: expected some of {','.join(SIZES)}")
-    if options.out and not Path(options.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {options.out}: no such folder")
+    if options.out:
+        file = Path(options.out).absolute()
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(f"--out {options.out}: a file in a folder that exists is wanted")
     return options
 
 

@@ -275,13 +275,15 @@ def _open_table(path, size, changed):
     takes text for dates, and does not name the line at fault.
     """
     import datasets  # takes seconds, which load_image alone need not wait for
+    from datasets.data_files import DataFilesDict, DataFilesList
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     try:
         if path.endswith(".parquet"):
-            pattern = glob.escape(path)  # a folder may be called run[1]
-            return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
+            # A bare path would be taken for a pattern, and a folder may be called run[1].
+            files = DataFilesDict(train=DataFilesList([path], [(size, changed)]))
+            return datasets.Dataset.from_parquet(files, split="train", batch_size=1000)
         return datasets.Dataset.from_generator(
             json_lines,
             features=datasets.Features({"line": datasets.Value("binary")}),
@@ -358,7 +360,11 @@ def arrow_value(cell, image):
         return [arrow_value(part, replace(image, index=k)) for k, part in enumerate(cell.values)]
     if isinstance(cell, pa.StructScalar) and {"bytes", "path"} & set(cell):
         parts = {name: arrow_value(part, image) for name, part in cell.items()}
-        return parts.get("bytes") or parts.get("path")
+        encoded = parts.get("bytes")
+        if encoded and encoded is not image:
+            wrong = f"an image's bytes are wanted, got {cell['bytes'].type}"
+            raise BadData(f"column {image.column}", wrong)
+        return encoded or parts.get("path")
     if re.match("(large_|fixed_size_)?binary", str(cell.type)):
         # as_buffer() looks at the mapped file without copying it.
         return image if cell.as_buffer().size else None
@@ -400,9 +406,9 @@ class Row:
     split: str  # "original" (default in training), "test" (default) ...
     hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
     # Where in ROOT the rows lie: patterns of which the first that matches wins, or the name of a
-    # list of them in mmeb.json. {hub} {repo} {name} {lower} {under} {split} {config} are filled in:
-    # repo ends the hub id, lower and under spell the name, config of pages is corpus, qrels or
-    # queries (older files say {part} for it).
+    # list of them in mmeb.json. {hub} {repo} {name} {lower} {under} {split} {config} {part} are
+    # filled in: repo ends the hub id, lower and under spell the name, part is corpus, qrels or
+    # queries.
     table: str | list | None = None
     config: str | list = ""  # the hub's config; a test set may have several, read in turn
     cap: int | None = None  # only so many first rows are used
@@ -448,7 +454,8 @@ def complete(row, kind):
         if not is_value(value, types[key]):
             kinds = getattr(types[key], "__name__", types[key])
             raise BadData(name, f"{key}: {kinds} is wanted, got {short(value)}")
-    row = asdict(Row(**DEFAULTS[kind] | row))
+    given = {key: value for key, value in row.items() if value is not None}
+    row = asdict(Row(**DEFAULTS[kind] | given))
     beir = row["parser"] == "beir"
     retrieval = beir or row["parser"] in ("pairs", "video_ret")
     row["scope"] = row["scope"] or ("global" if retrieval else "local")
@@ -505,10 +512,10 @@ def tables(root, kind):
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
-    files = [file for file in USER_FILES if os.path.exists(os.path.join(root, file))]
+    files = [file for file in USER_FILES if os.path.lexists(os.path.join(root, file))]
     rows = TRAIN if kind == "train" else EVAL
-    if os.path.exists(listing):
-        if not Path(listing).resolve().is_relative_to(Path(root).resolve()):
+    if os.path.lexists(listing):
+        if not Path(os.path.realpath(listing)).is_relative_to(os.path.realpath(root)):
             raise BadData(listing, "leaves the root")
         rows = read_listing(listing).get(kind, [])
     elif files:
@@ -572,7 +579,7 @@ class Files:
         self.name = spec["name"]
         self.parser = spec["parser"]
         self.configs = listed(spec["config"]) or [""]
-        if self.parser == "beir":  # what the hub calls configs of a set of pages
+        if self.parser == "beir":  # a set of pages is read part by part
             self.configs = ["corpus", "qrels", "queries"]
         self.root = os.path.realpath(root)
         self.frames = frames or spec["frames"] or FRAMES  # the caller's, the row's, VLM2Vec's
@@ -647,6 +654,8 @@ class Files:
         lower = self.name.lower()
         fill = self.spec | {"repo": os.path.basename(self.spec["hub"])}
         fill |= {"lower": lower, "under": lower.replace("-", "_"), "config": config, "part": config}
+        if self.parser == "beir":
+            fill["config"] = self.spec["config"]
         fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
         for pattern in self.spec["table"]:
             try:
@@ -1379,7 +1388,10 @@ def check(
 def main():
     """The command line; the exit code is check()'s."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    # Without the usage text a wrong option ends in one line.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
+    )
     add = parser.add_argument
     add("--check", metavar="ROOT", required=True, help="look at every dataset of a root")
     add("--train", action="store_true", help="only the training sets")

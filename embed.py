@@ -636,7 +636,7 @@ def read_items(path):
 def run(model, source, output, opening, encoding):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
     facts = output.removesuffix(".npy") + ".jsonl"
-    in_place = os.path.realpath(facts) == os.path.realpath(source)
+    in_place = os.path.realpath(source) in (os.path.realpath(facts), os.path.realpath(output))
     if in_place or not output.endswith(".npy") or not os.path.isdir(os.path.dirname(output) or "."):
         expected = "a .npy file, in a folder that exists, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
@@ -660,6 +660,7 @@ def main():
         "vectors (.npy, float32) and, beside them, a .jsonl with reasoned, p_reason, rationale "
         "and new_tokens. The docstrings of Embedder explain the options.",
         argument_default=argparse.SUPPRESS,
+        usage=argparse.SUPPRESS,  # without it a wrong option ends in one line
     )
     for name in ("model", "input", "output"):
         parser.add_argument(f"--{name}", required=True)

@@ -487,9 +487,9 @@ def evaluate(
 ):
     """Every dataset of a root (or the tasks named) -> the summary, written with the other files.
 
-    The score files hold the last of the modes. A dataset that the root does not have is named in
-    "missing"; anything broken in the others stops the run. With never and always the summary has
-    modes, curve and adaptivity (which wants the truth).
+    The score files hold adaptive, or the last of the modes. A dataset that the root does not have
+    is named in "missing"; anything broken in the others stops the run. With never and always the
+    summary has modes, curve and adaptivity (which wants the truth).
     options: more of Embedder.encode (batch_size, dim, max_new_tokens).
     reading: more of data.load_eval (limit, frames, prompts).
     Several processes, each with the same model, share the datasets; all return the same summary.
@@ -498,7 +498,10 @@ def evaluate(
         raise ValueError(f"threshold {threshold}: a finite number is wanted")
     rows = data.tables(root, "eval")
     asked = data.wanted(rows, tasks)
-    primary = modes[-1]
+    primary = "adaptive" if "adaptive" in modes else modes[-1]
+    path = Path(out, "summary.json")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    earlier = read_json(path) if path.exists() else {}
     cache = VectorCache(embedder, Path(out, "cache"), options or {}, fingerprint(embedder))
 
     # 1) Each process measures datasets of its own.
@@ -536,8 +539,6 @@ def evaluate(
         summary["adaptivity"] = adaptivity(records, truth or {})
 
     # 3) Calls with other tasks, but the same model and options, fill one leaderboard.
-    path = Path(out, "summary.json")
-    earlier = read_json(path) if path.exists() else {}
     summary["setting"] = [cache.model, primary, threshold, options, reading]
     if earlier.get("setting") == summary["setting"]:
         metrics = {**earlier["metrics"], **metrics}

@@ -806,23 +806,27 @@ def config_from_hf(path):
         "tie_word_embeddings": flat.get("text_config.tie_word_embeddings", False),
         "text_config.rope_parameters.rope_theta": flat.get("text_config.rope_theta"),
         "text_config.rope_parameters.mrope_section": [24, 20, 20],
+        "text_config.rms_norm_eps": 1e-6,
     }
-    flat = defaults | renamed | flat
+    given = {key: value for key, value in (renamed | flat).items() if value is not None}
+    flat = defaults | given
     fixed = {
         **FIXED,
         "text_config.rope_parameters.type": "default",  # before it was called rope_type
         "vision_config.rope_parameters.rope_theta": 1e4,
     }
     for key, value in fixed.items():
-        same = "mrope" if key.endswith("rope_type") else value  # another word for "default"
-        if flat.get(key) not in (None, value, same):
+        # Another word for "default".
+        same = "mrope" if key.endswith((".type", ".rope_type")) else value
+        if flat.get(key, value) not in (value, same):
             raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
     values = {}
     for place in fields(Config):
         key = place.metadata["key"]
         value = flat.get(key)
         if not is_valid(value, place.type):
-            raise ValueError(f"{path}: {key} cannot be {value!r}")
+            why = "is missing" if value is None else f"cannot be {value!r}"
+            raise ValueError(f"{path}: {key} {why}")
         values[place.name] = place.type(value)
     c = Config(**values)
     layers = {i for i in c.v_deepstack if 0 <= i < c.v_layers}
@@ -875,7 +879,7 @@ def read_json(path):
             return json.load(file)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -919,7 +923,7 @@ def weight_files(folder):
             # The likeliest reason for a folder without safetensors: older, pickled weights.
             pickled = glob("*.bin", root_dir=folder) + glob("*.pt*", root_dir=folder)
             hint = f" ({pickled[0]} is pickled and is never opened)" if pickled else ""
-            raise ValueError(f"{path}: not there{hint}")
+            raise ValueError(f"{path}: not there, nor an index of other files{hint}")
     return files
 
 

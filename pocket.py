@@ -27,6 +27,7 @@ Source: the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py);
 import argparse
 import io
 import json
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -733,11 +734,13 @@ WRITERS = {"video_cls": write_clips, "beir": write_pages}
 def distinct_pairs(family, n, bank, rng, longest):
     """n pairs whose queries all differ, so that training and test share none."""
     pairs = {}
-    while len(pairs) < n:
+    for _ in range(20 * n + 100):
         pair = family.make(bank, rng, longest)
         pixels = np.array(pair.video or pair.image)
         pairs.setdefault((pair.text, pixels.tobytes()), pair)
-    return list(pairs.values())
+        if len(pairs) == n:
+            return list(pairs.values())
+    raise ValueError(f"{family.name} has no {n} different pairs: a smaller world is wanted")
 
 
 def write_rationales(pair, rng):
@@ -1200,7 +1203,9 @@ def measure_skills(model, processor, bank, rng):
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
+    )
     parser.add_argument("--out", required=True, help="an empty or new folder")
     options = {"seed": 0, "train": 300, "test": 100, "longest": LONGEST}
     for option, default in options.items():
@@ -1208,9 +1213,12 @@ def main():
     args = parser.parse_args()
     if args.seed < 0 or args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
         parser.error("--seed wants at least 0, --train 1, --test 2, --longest 1 to 5")
-    if Path(args.out, "datasets.json").exists():
-        parser.error(f"{args.out} holds a world already")
-    write_world(args.out, args.seed, args.train, args.test, args.longest)
+    if not args.out or list(Path(args.out).glob("*")):
+        parser.error(f"--out {args.out!r}: an empty or new folder is wanted")
+    try:
+        write_world(args.out, args.seed, args.train, args.test, args.longest)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pocket.py: {error}")
     print(f"families: {len(FAMILIES)}\ntraining pairs: {args.train * len(FAMILIES)}")
     print(f"test queries: {args.test * len(FAMILIES)}\nwritten: {args.out}")
 

@@ -309,7 +309,8 @@ class Processor:
     def text(self, text):
         """Text is never opened as a file, but the name of one is most likely a mistake."""
         require(is_text(text), "text", text, "a string")
-        if os.path.isfile(text) and not self.warned_of_path:
+        is_path = os.path.splitext(text)[1] and os.path.isfile(text)  # a name with an ending
+        if is_path and not self.warned_of_path:
             self.warned_of_path = True
             how = f"to show the image, give Path({text!r:.200}); of a video, a list of frames"
             warnings.warn(f"read as text: {how}", stacklevel=2)
@@ -546,8 +547,10 @@ def decode_reference(name, ref):
     if name != "base64":
         return ref
     try:
-        return base64.b64decode(ref)  # also in lines of 76 letters
-    except (TypeError, ValueError) as e:
+        code = ref.decode() if isinstance(ref, bytes) else ref
+        code = "".join(code.split())  # it may come in lines of 76 letters
+        return base64.b64decode(code, validate=True)
+    except (AttributeError, TypeError, ValueError) as e:
         raise ValueError(f"{short(ref)}: not an image in base64 ({e})") from None
 
 

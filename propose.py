@@ -307,9 +307,12 @@ def image_url(ref, options):
     Servers shrink what is larger, each by rules of its own; a page spelled out takes 9 MB.
     """
     if options.image_urls == "file" and isinstance(ref, str):
-        with Image.open(ref) as image:  # reads the header alone
-            if image.width * image.height <= options.max_pixels:
-                return Path(ref).as_uri()
+        try:
+            with Image.open(ref) as image:  # reads the header alone
+                if image.width * image.height <= options.max_pixels:
+                    return Path(ref).as_uri()
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{ref}: {error}") from None
     image = data.load_image(ref)
     shrink = min(1.0, math.sqrt(options.max_pixels / (image.width * image.height)))
     image = image.resize([max(1, int(shrink * side)) for side in image.size])
@@ -382,7 +385,9 @@ def answers_of(response, accept_cut):
 def answer_of(choice, accept_cut):
     """(text, why it cannot be used, or "") of one choice. Thoughts that the server keeps in a field
     of their own belong to the text."""
-    message, finish = choice["message"], choice.get("finish_reason")
+    message, finish = choice.get("message"), choice.get("finish_reason")
+    if not isinstance(message, dict):
+        return "", f"expected a message, got {data.short(message)}"
     usable = (None, "stop", "length", "max_tokens") if accept_cut else (None, "stop")
     if finish not in usable:
         return "", f"cut off: finish_reason {data.short(finish)}"
@@ -411,7 +416,10 @@ def at_least_1(text):
 
 def main():
     """Options in; files of requests or of rationales, and what went wrong with them, out."""
-    parser = argparse.ArgumentParser(description="Rationales by models that run elsewhere.")
+    # Without the usage text a wrong option ends in one line.
+    parser = argparse.ArgumentParser(
+        description="Rationales by models that run elsewhere.", usage=argparse.SUPPRESS
+    )
     add = parser.add_argument
     act = parser.add_mutually_exclusive_group(required=True)
     act.add_argument("--write-requests", metavar="FILE", help="ask about all pairs of --data")
@@ -437,13 +445,16 @@ def main():
 
     if options.write_requests:
         total = write_rows(options.write_requests, requests(options))
+        if not total:
+            raise ValueError(f"{options.write_requests}: no pair of {options.data} to ask about")
         print(f"requests: {total}\nwritten: {options.write_requests}")
         return
     asked = checked_rows(options.requests, custom_id_of)
     how = options.proposer, options.accept_cut, asked
     rows, failed = read_responses(options.read_responses, *how)
     for custom_id, why in failed:
-        print(f"no rationale for {custom_id}: {why}", file=sys.stderr)
+        line = " ".join(f"no rationale for {custom_id}: {why}".split())  # a server's words
+        print(line, file=sys.stderr)
     print(f"rationales: {len(rows)}\nfailed: {len(failed)}")
     if not rows:
         raise ValueError(f"no rationale to write to {options.out}")

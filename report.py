@@ -278,7 +278,11 @@ def make_cards(records, root, reading, room):
     """
     sets = {name: data.load_eval(root, name, **reading) for name in records}
     for name, rows in records.items():
-        if [row["id"] for row in rows] != sets[name].query_ids:
+        es = sets[name]
+        labels = [[es.cand_ids[c] for c in right] for right in es.positives]
+        shown = {key for row in rows for keys in row["top3"].values() for key in keys}
+        same = labels == [row["label"] for row in rows] and shown <= es.index.keys()
+        if not same or es.query_ids != [row["id"] for row in rows]:
             raise ValueError(f"{root}: its {name} has other queries than the run's eval folder")
     cards, images = [], {}
     for i in range(max(len(rows) for rows in records.values())):
@@ -305,6 +309,8 @@ def write_report(run, data_root):
     for name, about in summary["datasets"].items():
         path = run / "eval" / about["modality"] / f"{name}_queries.jsonl"
         records[name] = read_lines(path, ("id", "label", "top3", "rationale", *COLUMNS))
+        if len(records[name]) != about["queries"]:
+            raise ValueError(f"{path}: has {len(records[name])} of {about['queries']} queries")
     path = run / "metrics.jsonl"
     log = read_lines(path, ("stage", "step")) if path.exists() else []
 

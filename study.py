@@ -148,8 +148,9 @@ def collect(out):
     reports = {}
     for name in VARIANTS:
         for path in sorted(Path(out).glob(f"seed*/{name}/report.json")):
-            seed = int(path.parts[-3].removeprefix("seed"))
-            reports.setdefault(name, {})[seed] = read_json(path)
+            seed = path.parts[-3].removeprefix("seed")
+            if seed.isdecimal():  # another folder is none of the study's
+                reports.setdefault(name, {})[int(seed)] = read_json(path)
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
     return reports
@@ -379,13 +380,18 @@ def draw(study, path):
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    # Without the usage text a wrong option ends in one line.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
+    )
     parser.add_argument("--out", required=True, help="folder of the study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--variants", help="only these, with commas")
     parser.add_argument("--scale", type=float, default=1.0, help="see train.py")
     parser.add_argument("--only_summarise", action="store_true", help="tables of what is there")
     args = parser.parse_args()
+    if not args.out or min(args.seeds) < 0:
+        parser.error("--out wants a folder, --seeds numbers of 0 and more")
     names = args.variants.split(",") if args.variants else list(VARIANTS)
     for name in names:
         if name not in VARIANTS:
@@ -399,6 +405,9 @@ def main():
         summarise(args.out)
     except (train.UsageError, ValueError, OSError) as e:
         sys.exit(f"study.py: {e}")
+    except train.Interrupted as e:
+        print(f"study.py: {e}", file=sys.stderr)
+        sys.exit(143)
     print(json.dumps({"written": f"{args.out}/study.md"}))
 
 

@@ -764,6 +764,8 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (response(P2_AGAIN, IMAGE), [], f"{P2_AGAIN}: expected text, got a dict"),
     (response(P1_AGAIN, PARTS, 5, finish=None), ["in parts"], "expected text, got 5"),
     (response("a|b/7|key|0", "x"), [], "a|b/7|key|0: it was never asked for"),
+    ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
+    ({"custom_id": P0_AGAIN, "response": {"body": {"choices": [{"message": None}]}}}, [], "null"),
 ]
 
 
@@ -1936,11 +1938,15 @@ def test_run_each_process_reads_its_own_windows_alone(finished, own_root, tmp_pa
     monkeypatch.setattr(train.scale, "world_size", lambda: 2)
     monkeypatch.setattr(train.scale, "barrier", lambda: None)
     path, read = str(tmp_path / "rows"), []
+
+    def ids_of(n, window):
+        return [{"id": pair["id"]} for pair in window]
+
     for rank in (1, 0):  # process 0 joins what both have written
         monkeypatch.setattr(train.scale, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(train.scale, "is_main", lambda rank=rank: rank == 0)
         pairs = train.Pairs(run, processor)
-        train.by_window(path, pairs, None, lambda n, window: [{"id": p["id"]} for p in window], "")
+        train.by_window(run, path, pairs, None, ids_of, "")
         read.append(len(pairs.kept))
     assert read == [4 + 4 + 1, 4 + 4 + 4]
     assert [row["id"] for row in json_rows(path)] == [f"own/{i}" for i in range(21)]
@@ -1957,6 +1963,13 @@ def test_run_broken_stage_leaves_what_was_done(finished, own_root, tmp_path, mon
     assert exit_code(arguments(own_root, out, "--latency_penalty", "2", stage="rl")) == 1
     assert "out of memory. Tried; lower --chunk_tokens" in one_line(capsys)
     assert contents(out, "rl.part", "metrics") == before
+
+
+def test_run_stage_without_its_folder_is_refused(finished, own_root, tmp_path, capsys):
+    out = copy_of(finished, tmp_path / "run")
+    shutil.rmtree(f"{out}/embed")
+    assert exit_code(arguments(own_root, out, stage="rl")) == 2
+    assert "embed: no such folder" in one_line(capsys)
 
 
 def test_run_full_disk_is_said_before_the_first_step(
@@ -2841,7 +2854,8 @@ def copied(checkpoint, tmp_path):
 
 def test_model_opens_both_spellings_and_embedding_checkpoints(checkpoint, copied):
     want = M.load_model(checkpoint)
-    for without in ("rope_parameters", "rope_scaling|text_config.rope_theta"):  # versions 4 and 5
+    # As versions 4 and 5 write it; what has a value of its own may be missing.
+    for without in ("rope_parameters|rms_norm_eps", "rope_scaling|text_config.rope_theta"):
         folder = shutil.copytree(checkpoint, copied.parent / without[:9])
         change_checkpoint(folder, {"text_config.rope_scaling.rope_type": "mrope"}, without)
         assert M.load_model(folder).c == want.c
@@ -2953,7 +2967,7 @@ BAD_FILES = [
 ]
 BAD_CONFIGS = [
     ("model_type", "qwen3_vl_moe", "model_type is 'qwen3_vl_moe'"),
-    ("text_config", None, "text_config.vocab_size cannot be None"),
+    ("text_config", None, "text_config.vocab_size is missing"),
     ("text_config.num_key_value_heads", 0, "text_config.num_key_value_heads cannot be 0"),
     ("text_config.num_key_value_heads", 3, "is a multiple of num_key_value_heads"),
     ("text_config.num_hidden_layers", 10**12, "no tower has over 1000 layers"),
@@ -3385,6 +3399,7 @@ BAD_ITEMS = [
     ({"image": "/no/such.png"}, "such.png"),
     ({"image": "https://a.b/c.png"}, "c.png: an address"),
     ({"image": "data:image/png;base64,abc"}, "'abc': not an image in base64"),
+    ({"image": "data:image/png;base64,ab##cd=="}, "'ab##cd==': not an image in base64"),
     (Image.new("RGB", (10, 3000)), "200 to 1"),
     ({"video": [make_image(64, 64), make_image(900, 2)]}, "900x2 pixels.*200 to 1"),
     ({"video": []}, "a video without frames"),
@@ -3919,7 +3934,7 @@ CELLS = [  # an image column as writers leave it: type and cell; how many images
     (pa.binary(), b"", 0),
     (pa.binary(len(RED_PNG)), RED_PNG, 1),
     (pa.binary_view(), RED_PNG, 1),
-    (pa.struct({"bytes": pa.string()}), {"bytes": "x"}, "image 'x': missing"),
+    (pa.struct({"bytes": pa.string()}), {"bytes": "x"}, ".*bytes are wanted, got string"),
     (pa.struct({"file": pa.string()}), {"file": "a.png"}, "a dict: not a path"),
     (pa.int64(), 3, "3: not a path"),
 ]
@@ -3965,6 +3980,10 @@ def test_data_a_changed_table_is_read_anew(tmp_path):
     """Same path, same size; roots may have names that are patterns."""
     for file, text in itertools.product(("t.jsonl", "t.parquet"), ("one", "two")):
         root = write_root(tmp_path / "run[1]*", "train", [pair(text)], file=file)
+        assert data.train_sets(root).pair(0, 0)["query"] == {"text": text}
+    for text in ("one", "longer"):  # a copy may keep the time of its original
+        root = write_root(tmp_path / "kept", "train", [pair(text)], file="t.parquet")
+        os.utime(f"{root}/t.parquet", (10**9, 10**9))
         assert data.train_sets(root).pair(0, 0)["query"] == {"text": text}
 
 
@@ -4243,6 +4262,14 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, good, bad, message):
     elif "bomb" not in message:  # images are opened when they are embedded
         with pytest.raises(BadData, match=f"^d/1: {message}"):
             data.load_eval(root, "d")
+
+
+def test_data_a_link_to_nothing_is_no_empty_root(tmp_path):
+    (tmp_path / "test.jsonl").symlink_to("nowhere")
+    assert [row["name"] for row in data.tables(str(tmp_path), "eval")] == ["own"]
+    (tmp_path / "datasets.json").symlink_to("datasets.json")
+    with pytest.raises(BadData, match="datasets.json"):
+        data.tables(str(tmp_path), "eval")
 
 
 def test_data_a_listing_outside_the_root_is_not_read(tmp_path):
@@ -4863,8 +4890,16 @@ def test_a_damaged_file_is_named(first_root, run, name, harm):
 
 
 def test_queries_of_other_data_are_refused(root, run):
-    write_jsonl(f"{root}/easy.jsonl", json_rows(root, "easy.jsonl")[:1])
-    with pytest.raises(ValueError, match="its easy has other queries"):
+    """Fewer, or with other answers. A file that was cut off is named itself."""
+    rows = json_rows(root, "easy.jsonl")
+    other = [row | {"pos_text": "another " + row["pos_text"]} for row in rows]
+    for edited in (rows[:1], other):
+        write_jsonl(f"{root}/easy.jsonl", edited)
+        with pytest.raises(ValueError, match="its easy has other queries"):
+            report.write_report(run, root)
+    path = Path(run, "eval/image/easy_queries.jsonl")
+    write_jsonl(path, json_rows(path)[:2])
+    with pytest.raises(ValueError, match="easy_queries.jsonl: has 2 of 5 queries"):
         report.write_report(run, root)
 
 
@@ -5014,6 +5049,12 @@ def test_rationales_of_the_pocket_world():
     wrong = pocket.explain_sum(pocket.CELLS, [3, 5, 9], eyes)
     assert wrong.startswith("nw three . n ") and " n five " not in wrong
     assert not wrong.endswith(". seven")
+
+
+def test_a_world_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket, "draw_digits", lambda n, rng: [1] * n)
+    with pytest.raises(ValueError, match="PocketTopic has no 600 different pairs"):
+        pocket.write_world(str(tmp_path), 0, 400, 200, names=["PocketTopic"])
 
 
 @pytest.mark.parametrize("name", pocket.MIXED)

@@ -64,7 +64,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -232,7 +231,8 @@ def parse(argv):
         groups[title].add_argument(*names, type=kind, choices=choices, default=unset, help=about)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "pocket")
-    cfg = Config(**PRESETS[preset] | {"out": os.path.join("runs", preset)} | given)
+    cfg = Config(**PRESETS[preset] | given)
+    cfg.out = cfg.out or os.path.join("runs", preset)
     check(cfg)
     return cfg
 
@@ -407,9 +407,11 @@ class Run:
         """The checkpoint that a stage left."""
         if stage not in self.stages:
             raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
-        c = self.cfg
+        c, path = self.cfg, self.path(stage, *parts)
+        if not os.path.isdir(path):  # and nobody asks the hub for a model of this name
+            raise UsageError(f"{path}: no such folder; --stage {stage} makes it again")
         limits = {"max_pixels": c.max_pixels, "max_frames": c.max_frames}
-        return Embedder.from_pretrained(self.path(stage, *parts), self.device, c.dtype, **limits)
+        return Embedder.from_pretrained(path, self.device, c.dtype, **limits)
 
     def trainee(self, stage, parts=()):
         """The same, ready to be trained. parts: folders of several, whose mean it is."""
@@ -435,6 +437,8 @@ class Run:
         """The training pairs. Stages of a call share what was read: their processors are alike."""
         kind = for_rl, question
         if kind not in self.pairs_read:
+            for pairs in self.pairs_read.values():
+                pairs.loader = None  # its crew ends
             self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
         return self.pairs_read[kind]
 
@@ -687,7 +691,7 @@ def pretrain(run, part):
     return Embedder(model, processor)
 
 
-def by_window(path, pairs, ids, rows_of, title):
+def by_window(run, path, pairs, ids, rows_of, title):
     """Write rows_of(n, window) of all windows, in order, into one file. The windows are dealt out
     to the processes, which read theirs alone. Each leaves a file, and is not done again when the
     stage is resumed."""
@@ -697,11 +701,12 @@ def by_window(path, pairs, ids, rows_of, title):
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
     mine = range(scale.rank(), len(windows), scale.world_size())
     mine = [n for n in mine if not os.path.exists(paths[n])]
-    loaded = pairs.load([windows[n] for n in mine])
-    # It speaks where it takes longer than half a minute.
-    how = {"total": len(mine), "delay": 30, "mininterval": 30, "disable": not scale.is_main()}
-    for n, window in tqdm(zip(mine, loaded), title, **how):
+    spoken = time.time()
+    for n, window in zip(mine, pairs.load([windows[n] for n in mine])):
         propose.write_rows(paths[n], rows_of(n, window))
+        if time.time() - spoken > 30:
+            spoken = time.time()
+            run.say(f"{title}: window {n} of {len(windows)}")
     scale.barrier()
     if scale.is_main():
         propose.write_rows(path, Rows(paths))
@@ -734,7 +739,7 @@ def propose_stage(run, part):
         return rows
 
     path = os.path.join(part, "rationales.jsonl")
-    by_window(path, pairs, None, write, "propose")
+    by_window(run, path, pairs, None, write, "propose")
     written = propose.Rationales(path)
     if given:
         unused = len(given.places.keys() - written.places.keys())
@@ -796,7 +801,7 @@ def judge_fold(run, part, fold, written, path):
     if scale.is_main():
         embedder.save(os.path.join(part, f"judge{fold}"))
     ids = {i for i in written.places if selection.fold_of(i, c.select_folds) == fold}
-    by_window(path, pairs, ids, judge, f"judging fold {fold}")
+    by_window(run, path, pairs, ids, judge, f"judging fold {fold}")
 
 
 def embed_stage(run, part):
