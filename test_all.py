@@ -1869,17 +1869,13 @@ def test_run_sigterm_and_resume(finished, own_root, tmp_path, monkeypatch, capsy
 SCRIPT = "import sys; sys.modules['resource'] = None; import train; train.main(sys.argv[1:])"
 
 
-def start(argv, **env):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "-c", SCRIPT, *argv]
-    return subprocess.Popen(command, env=env, cwd=HERE, stdout=subprocess.DEVNULL)
-
-
 def test_run_kill_9_and_resume(finished, own_root, tmp_path):
     """Killed at a random moment: weights, judgements and log are those of the undisturbed run."""
     out = copy_of(finished, tmp_path / "run", "propose")
     os.unlink(f"{out}/metrics.jsonl")
-    process = start(arguments(own_root, out, "--resume", "auto"))
+    command = [sys.executable, "-c", SCRIPT, *arguments(own_root, out, "--resume", "auto")]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, cwd=HERE, stdout=subprocess.DEVNULL)
     while not os.path.exists(f"{out}/metrics.jsonl") and process.poll() is None:
         time.sleep(0.02)
     time.sleep(2 * np.random.default_rng().random())
@@ -1892,23 +1888,25 @@ def test_run_kill_9_and_resume(finished, own_root, tmp_path):
     assert [a[name] for name in files] == [b[name] for name in files]
 
 
-def test_run_two_processes_equal_one(finished, own_root, tmp_path):
-    out = copy_of(finished, tmp_path / "run", "select")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    argv = arguments(own_root, out, stage="embed")
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [start(argv, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
-    assert [process.wait() for process in both] == [0, 0]
-    assert equal_files(weights(out, "embed"), weights(finished, "embed"), atol=2e-3)
-    assert not equal_files(weights(out, "embed"), weights(finished, "base"), atol=1e-2)
-
-
 def train_of_a_process(rank, argv, port):
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     train.main(argv)  # ends the process
+
+
+def train_in_two(argv):
+    """What torchrun does; raises if a process fails."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    start_processes(train_of_a_process, (argv, port), nprocs=2, start_method="fork")
+
+
+def test_run_two_processes_equal_one(finished, own_root, tmp_path):
+    out = copy_of(finished, tmp_path / "run", "select")
+    train_in_two(arguments(own_root, out, stage="embed"))
+    assert equal_files(weights(out, "embed"), weights(finished, "embed"), atol=2e-3)
+    assert not equal_files(weights(out, "embed"), weights(finished, "base"), atol=1e-2)
 
 
 def test_run_two_processes_select_as_one(finished, own_root, tmp_path, monkeypatch):
@@ -1916,11 +1914,7 @@ def test_run_two_processes_select_as_one(finished, own_root, tmp_path, monkeypat
     monkeypatch.setattr(train.selection, "WINDOW", 4)  # several of each fold
     one, two = (copy_of(finished, tmp_path / name, "propose") for name in ("one", "two"))
     assert exit_code(arguments(own_root, one, stage="select")) == 0
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    argv = arguments(own_root, two, stage="select")
-    start_processes(train_of_a_process, (argv, port), nprocs=2, start_method="fork")
+    train_in_two(arguments(own_root, two, stage="select"))
     a, b = (json_rows(out, "select", "judged.jsonl") for out in (one, two))
     assert len(a) == len(b) == len(json_rows(finished, "select", "judged.jsonl"))
     for x, y in zip(a, b):
