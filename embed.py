@@ -195,7 +195,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
                 train.py draws one kept rationale per pair by its weight
     labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
-                none was, -1 if selection has not seen the pair
+                none was, -1 if nobody wrote one, so that selection did not see the pair
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (warm-up of select): each counts
                 in NCE(reasoned) by its posterior against ∅, p(t|q,r) / (p(t|q,r) + p(t|q,∅))

@@ -35,10 +35,10 @@ target more than exp(−margin), about a half, the pair is easy: nothing can be 
 rationales is tried, and the decision it teaches is "direct". The ablations below that could keep
 something of an easy pair try those of every pair.
 
-Candidate targets. Where a window has few targets, as in the pocket world, C is filled with random
-ones. Where they are many, random ones are easy: the right target wins with any words or
-none. So C takes those nearest to the target; near-copies of it, which may be right as well, come
-last.
+Candidate targets. Up to 1024 pairs of one dataset are judged together: a window. Where it has few
+targets, as in the pocket world, C is filled with random ones. Where it has many, random ones are
+easy: the right target wins with any words or none. So C takes those nearest to the target;
+near-copies of it, which may be right as well, come last.
 
 Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
