@@ -745,6 +745,8 @@ ASKED = [f"a|b/{pair}|key|{prompt}" for pair in range(3) for prompt in range(2)]
 P0, P0_AGAIN, P1, P1_AGAIN, P2, P2_AGAIN = ASKED
 PARTS = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
 IMAGE = [{"type": "image", "text": "x"}]
+HALF = response(P0_AGAIN, "kept")  # one of two choices is broken
+HALF["response"]["body"]["choices"].insert(0, {"message": None})
 RESPONSES = [  # what the server sends, what is used of it, what is said about it
     (response(P2, "<think>\né</think> b", "", "c"), ["é b", "c"], f"{P2}: no text"),
     (response(P0_AGAIN, "cut", finish="length"), [], f"{P0_AGAIN}: cut off"),
@@ -765,7 +767,7 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (response(P1_AGAIN, PARTS, 5, finish=None), ["in parts"], "expected text, got 5"),
     (response("a|b/7|key|0", "x"), [], "a|b/7|key|0: it was never asked for"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
-    ({"custom_id": P0_AGAIN, "response": {"body": {"choices": [{"message": None}]}}}, [], "null"),
+    (HALF, ["kept"], "expected a message, got null"),
 ]
 
 
@@ -779,10 +781,10 @@ def test_propose_reads_responses(proposing, tmp_path):
     said = [why for _, _, why in RESPONSES if why]
     assert len(shown.err.splitlines()) == len(said)
     assert all(why in shown.err for why in said), shown.err
-    assert code is None and f"rationales: 5\nfailed: {len(said)}\n" in shown.out
+    assert code is None and f"rationales: 6\nfailed: {len(said)}\n" in shown.out
     rows = propose.read_rationales(out)
     assert [row["text"] for row in rows] == [text for _, used, _ in RESPONSES for text in used]
-    names = ["big-0", "big-0#3", "big-0", "big-0", "big-1"]
+    names = ["big-0", "big-0#3", "big-0", "big-0", "big-1", "big-1#2"]
     assert [row["proposer"] for row in rows] == names
     assert (rows[1]["id"], rows[1]["key"]) == ("a|b/2", "key")
     proposing(*read, "--accept-cut")
@@ -4653,6 +4655,10 @@ def root(first_root, tmp_path):
 def test_a_run_and_its_files(first_root, tmp_path):
     got = evaluation.evaluate(Fake(), first_root, str(tmp_path), truth=TRUTH)
     modes = got["modes"]
+    few = evaluation.evaluate(
+        Fake(), first_root, str(tmp_path / "few"), modes=["adaptive", "never"]
+    )
+    assert few["mode"] == "adaptive" and few["overall"] == 1
     assert got["missing"] == ["absent"]
     assert got["overall"] == modes["adaptive"]["overall"] == modes["oracle"]["overall"] == 1
     assert modes["never"]["datasets"] == {"easy": 1, "hard": 0}
@@ -4891,8 +4897,14 @@ def test_queries_of_other_data_are_refused(root, run):
         write_jsonl(f"{root}/easy.jsonl", edited)
         with pytest.raises(ValueError, match="its easy has other queries"):
             report.write_report(run, root)
+    shutil.copy(f"{root}/hard.jsonl", f"{root}/easy.jsonl")  # the right answers
     path = Path(run, "eval/image/easy_queries.jsonl")
-    write_jsonl(path, json_rows(path)[:2])
+    rows = json_rows(path)
+    rows[4]["top3"]["never"] = ["a candidate that is not there"]
+    write_jsonl(path, rows)
+    with pytest.raises(ValueError, match="its easy has other queries"):
+        report.write_report(run, root)
+    write_jsonl(path, rows[:2])
     with pytest.raises(ValueError, match="easy_queries.jsonl: has 2 of 5 queries"):
         report.write_report(run, root)
 
