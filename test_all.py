@@ -1755,6 +1755,12 @@ def test_run_every_stage_has_its_pairs(finished, own_root):
     assert held == [f"own/{i}" for i in range(21, 26)]
 
 
+def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages():
+    run = SimpleNamespace(cfg=SimpleNamespace(rl_holdout=0.9))
+    rows = [train.Pairs.share_of(SimpleNamespace(run=run), 2, for_rl) for for_rl in (False, True)]
+    assert rows == [range(1), range(1, 2)]
+
+
 def test_run_revision_is_fetched_and_written_down(finished, own_root, tmp_path, monkeypatch):
     asked = []
 
