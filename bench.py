@@ -227,11 +227,8 @@ class Ours:
         return metrics["loss"]
 
     def grpo(self, pairs):
-        """One step of rl.py. No two targets are equal."""
-        queries = [pair["query"] for pair in pairs]
-        targets = [pair["target"] for pair in pairs]
-        duplicates = torch.eye(len(pairs), dtype=torch.bool)
-        rl.grpo_step(self.model, self.processor, queries, targets, duplicates, self.cfg, None)
+        """One step of rl.py."""
+        rl.grpo_step(self.model, self.processor, pairs, self.cfg, None)
         self.model.zero_grad(set_to_none=True)
 
 

@@ -188,6 +188,23 @@ def log_target_prob(q, t, target, temperature=0.02):
 NEGATIVES = 1  # hard negatives of each pair that join the candidates of the batch
 
 
+def candidates_of(pairs):
+    """The targets and hard negatives of the joined batch, which is the batches of all processes
+    together (gather_objects joins their lists). Each distinct one is a column of the scores, in
+    the order of the keys: no query is pushed away from its target because another has the same.
+
+    -> documents: prompts, this process' distinct ones; row_of_column: for each column its place
+    among the documents of all processes; positive (N,): the column of each pair's target.
+    """
+    candidates = {pair["answer"]: pair["target"] for pair in pairs}
+    for pair in pairs:
+        for negative in pair["negatives"][:NEGATIVES]:
+            candidates.setdefault(prompt_key(negative), negative)
+    keys, row_of_column = np.unique(scale.gather_objects(list(candidates)), return_index=True)
+    answers = scale.gather_objects([pair["answer"] for pair in pairs])
+    return list(candidates.values()), row_of_column, np.searchsorted(keys, answers)
+
+
 def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior_weights=False):
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale) + μ·CE(decision). Leaves gradients.
 
@@ -204,17 +221,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     """
     model.train()
 
-    # 1) Candidates. The joined batch is the batches of all processes together; gather_objects joins
-    # their lists. A process embeds each of its distinct candidates once, and each distinct one of
-    # the joined batch is a column of the scores: no query is pushed away from its target because
-    # another query has the same. Columns are in the order of keys; row_of_column says where their
-    # vectors are.
-    candidates = {pair["answer"]: pair["target"] for pair in pairs}
-    for pair in pairs:
-        for negative in pair["negatives"][:NEGATIVES]:
-            candidates.setdefault(prompt_key(negative), negative)
-    documents = list(candidates.values())
-    keys, row_of_column = np.unique(scale.gather_objects(list(candidates)), return_index=True)
+    # 1) Candidates. A process embeds its own; row_of_column puts those of all processes together.
+    documents, row_of_column, positive = candidates_of(pairs)
+    positive = torch.from_numpy(positive).to(model.device)  # (N,) columns
 
     # 2) What the loss needs of all N pairs of the joined batch
     has_rationale = scale.gather_objects([bool(rationale) for rationale in rationales])
@@ -222,8 +231,6 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     num_forced = len(processor.prefix) + len(processor.tail)
     num_written = sum(scale.gather_objects([len(r) - num_forced for r in rationales if r]))
     num_labels = sum(scale.gather_objects([label >= 0 for label in labels]))
-    answers = scale.gather_objects([pair["answer"] for pair in pairs])
-    positive = torch.from_numpy(np.searchsorted(keys, answers)).to(model.device)  # (N,) columns
     dims = prefix_dims(cfg.matryoshka_dims)
 
     # scale.backward (GradCache) calls

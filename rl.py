@@ -7,22 +7,25 @@ well the embedding after it finds the query's target t:
 
     R = p(t | q, r) + format - latency_penalty * tokens / T
 
-    p(t | q, r)  in [0, 1]: softmax of the similarities to the batch's targets / temperature
+    p(t | q, r)  in [0, 1]: softmax of similarities / temperature over the batch's candidates, the
+                 targets and a hard negative of each pair
     format       0.1 where the rationale closed itself; a direct answer is always well formed
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
 Two losses, never averaged together: a decision is one token among dozens. In a mean over tokens it
-would carry a few percent. In the pocket world one mean does as well (option rl_one_loss,
-results/study): there selection has taught the decision before.
+would carry a few percent (option rl_one_loss does average).
 
-    when   J(q) = p * mean R_reason + (1 - p) * R_direct + beta * entropy(p), with p = p_reason, has
-           its maximum at p* = sigmoid(gain / beta), with gain = mean R_reason - R_direct (of
-           rewards; select.py's is of log-probabilities). This is a closed form: the action need not
-           be sampled. The loss is the cross-entropy of p* and p;
-           its gradient in the logit is p - p*. That of J itself has the factor p * (1 - p), which
-           vanishes where the model is sure: one that was taught to think would not learn that the
-           price has gone up. So p_reason foretells the gain, and to reason when p_reason exceeds
-           the threshold means to reason when gain > beta * logit(threshold).
+    when   With p = p_reason and gain = mean R_reason - R_direct (of rewards; select.py's is of
+           log-probabilities) a query's expected reward is R_direct + p * gain. It is known without
+           sampling the action. A wrong decision costs |gain|, so the loss is
+               |gain| * cross-entropy of p and [gain > 0],
+           whose gradient in the logit is |gain| * (p - [gain > 0]). Over queries that look alike
+           it has its minimum at p = G+ / (G+ + G-), G+ the sum of their gains, G- of their losses:
+           p exceeds 1/2 where the mean gain is positive, a threshold x where G+ > G- * x / (1 - x).
+           Without the weight p would be a majority's vote: where thinking wins 1 for three queries
+           of ten and costs 0.06 for seven, it would not think. The policy gradient itself has the
+           factor p * (1 - p), which vanishes where the model is sure: one that was taught to think
+           would not learn that the price has gone up.
     what   the policy gradient on the sampled tokens. Each rationale counts by its importance weight
            p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
@@ -44,7 +47,8 @@ its entropy, share of groups without variance, how far sampling and training dif
 
 Left out: off-policy updates, asynchronous rollouts, a group size that depends on difficulty.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
-2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. The decision's closed form: ours.
+2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. A decision weighted by what it
+wins: outcome weighted learning, Zhao et al., JASA 107 (2012); to use it here is ours.
 """
 
 import time
@@ -56,9 +60,11 @@ import torch.nn.functional as F
 
 import scale
 from embed import (
+    candidates_of,
     decision_logits,
     embed_direct,
     info_nce,
+    log_target_prob,
     pool,
     prefix_dims,
     rationale_logprobs,
@@ -119,11 +125,11 @@ def rollouts(actor, processor, prompts, cfg, generator):
 
 
 @torch.no_grad()
-def target_vectors(actor, processor, targets, budget):
-    """Direct vectors (b, H) of the targets, by the actor like those of the rollouts."""
-    vectors = torch.zeros(len(targets), actor.c.hidden, device=actor.device)
-    for rows in scale.chunks_of([len(target["ids"]) + 1 for target in targets], budget):
-        vectors[rows] = embed_direct(actor, processor, [targets[i] for i in rows])
+def document_vectors(actor, processor, documents, budget):
+    """Direct vectors (n, H) of the candidates, by the actor like those of the rollouts."""
+    vectors = torch.zeros(len(documents), actor.c.hidden, device=actor.device)
+    for rows in scale.chunks_of([len(document["ids"]) + 1 for document in documents], budget):
+        vectors[rows] = embed_direct(actor, processor, [documents[i] for i in rows])
     return vectors
 
 
@@ -154,20 +160,6 @@ def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
 # Rewards and credit
 
 
-def target_probs(vectors, targets, positive, duplicates, temperature):
-    """p(t | q, r) of every rollout among the batch's B targets -> (b, 1 + K).
-
-    vectors (b, 1 + K, H), targets (B, H), positive (b,) column of each query's target, duplicates
-    (b, B) True where a column equals that target: it is left out of the softmax.
-    """
-    query = torch.arange(len(vectors), device=vectors.device)
-    left_out = duplicates.clone()
-    left_out[query, positive] = False
-    logits = vectors @ targets.T / temperature  # (b, 1 + K, B)
-    logits = logits.masked_fill(left_out[:, None], float("-inf"))
-    return logits.softmax(-1)[query, :, positive]  # (b, 1 + K)
-
-
 def rewards(p_target, num_sampled, truncated, cfg):
     """p_target (b, 1 + K), num_sampled and truncated (b, K) -> R (b, 1 + K), direct first."""
     price = cfg.latency_penalty * num_sampled / cfg.max_new_tokens
@@ -194,10 +186,11 @@ def credit(reward):
 # Losses: sums over some queries, divided by constants of the joined batch
 
 
-def decision_loss(decision, gain, beta):
-    """Cross-entropy to p* = sigmoid(gain / beta). decision (b,): the logit of p_reason."""
-    p_star = (gain / beta).sigmoid()
-    return F.binary_cross_entropy_with_logits(decision, p_star, reduction="sum")
+def decision_loss(decision, gain):
+    """Right or wrong (gain > 0), each query weighted by |gain|. decision (b,): p_reason's logit."""
+    right = (gain > 0).float()
+    losses = F.binary_cross_entropy_with_logits(decision, right, reduction="none")
+    return (gain.abs() * losses).sum()
 
 
 def rationale_loss(logprobs, old_logprobs, num_sampled, weight):
@@ -218,8 +211,7 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
     policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. The decision's gain
-    is not divided by sigma (the study's one_loss was measured so). There is no entropy and no
-    importance weight; rl_when and rl_beta are not read.
+    is not divided by sigma. There is no importance weight, and rl_when is not read.
     """
     when = -(advantage.shape[1] * gain / 2 * decision).sum()
     return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
@@ -229,34 +221,36 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
 # The step
 
 
-def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, actor=None):
+def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     """One on-policy update; leaves gradients in the model's parameters.
 
-    prompts and targets [b]: this process' share of the batch's B queries, and what they look for.
-    duplicates (B, B) bool over the joined batch: True where two targets are equal, the diagonal
-    included. actor: writes the rollouts, for instance a merged copy of the model; by default the
-    model itself.
-    cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_beta, rl_when (weight
-    of the decision's loss), rl_one_loss, temperature, chunk_tokens, matryoshka_dims.
+    pairs [b]: this process' share of the batch's B pairs, as in embed.contrastive_step.
+    actor: writes the rollouts, for instance a merged copy of the model; by default the model
+    itself.
+    cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_when (weight of the
+    decision's loss), rl_one_loss, temperature, chunk_tokens, matryoshka_dims.
     -> metrics of the joined batch; "sample": a rationale of this process' query with the lowest
     mean reward.
     """
     started = time.time()
     actor = actor or model
-    B, K, T = len(duplicates), cfg.rl_rollouts, cfg.max_new_tokens
+    prompts = [pair["query"] for pair in pairs]
+    documents, row_of_column, positive = candidates_of(pairs)
+    positive = torch.from_numpy(positive).to(model.device)  # (B,) columns
+    B, K, T = len(positive), cfg.rl_rollouts, cfg.max_new_tokens
     dims = prefix_dims(cfg.matryoshka_dims)
 
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
-    t = target_vectors(actor, processor, targets, cfg.chunk_tokens)
-    # The joined batch is that of all processes. t (B, H); ours (b,): the places of our b queries in
-    # it (target i belongs to query i, so `ours` is also the target's column).
-    t, ours = scale.gather(t)
+    t, _ = scale.gather(document_vectors(actor, processor, documents, cfg.chunk_tokens))
+    t = t[row_of_column]  # (columns, H)
+    # The joined batch is that of all processes. ours (b,): the places of our b pairs in it.
+    p_reason, ours = scale.gather(roll.p_reason)  # (B,)
 
     # 2) Reward: probability of the target, a bonus for good form, minus the price of latency.
-    p_target = target_probs(roll.vectors, t, ours, duplicates[ours], cfg.temperature)
+    column = positive[ours][:, None].expand(-1, 1 + K)
+    p_target = log_target_prob(roll.vectors, t, column, cfg.temperature).exp()
     reward, _ = scale.gather(rewards(p_target, roll.num_sampled, roll.truncated, cfg))  # (B, 1 + K)
-    p_reason, _ = scale.gather(roll.p_reason)  # (B,)
     num_sampled, _ = scale.gather(roll.num_sampled)  # (B, K)
     truncated, _ = scale.gather(roll.truncated)  # (B, K)
 
@@ -265,13 +259,13 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     weight = p_reason[:, None] * advantage  # (B, K): the rationales were forced
     rolled_out = time.time()
 
-    # 4) Both losses of some queries, beside the vectors of queries or targets for InfoNCE.
+    # 4) Both losses of some queries, beside the vectors of queries or candidates for InfoNCE.
     # scale.backward asks for the vectors first, without the losses (see contrastive_step).
     train_logprobs = torch.zeros_like(roll.old_logprobs)  # for the log
 
     def forward(kind, rows, with_loss):
-        if kind == "target":
-            return embed_direct(model, processor, [targets[i] for i in rows])[:, None], None, {}
+        if kind == "document":
+            return embed_direct(model, processor, [documents[i] for i in rows])[:, None], None, {}
         branches = [roll.tokens[i] for i in rows]
         batch = collate([prompts[i] for i in rows], processor, branches, model.device)
         h = model(batch)
@@ -288,21 +282,19 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
         if cfg.rl_one_loss:
             loss = one_mean_loss(decision, gain[at], policy, advantage[at], sigma)
             return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # a decision per rollout
-        when = decision_loss(decision, gain[at], cfg.rl_beta) / B
+        when = decision_loss(decision, gain[at]) / B
         what = rationale_loss(*policy, weight[at]) / (B * K * T)
         return vectors, cfg.rl_when * when + what, {"loss_when": float(when.detach())}
 
     # 5) InfoNCE on the direct and on the reasoned path keeps the space in place.
     def contrast(vectors):
-        q, t = vectors["query"], vectors["target"][:, 0]  # (B, 1 + K, H), (B, H)
-        column = torch.arange(B, device=t.device)
-        direct = info_nce(q[:, 0], t, column, cfg.temperature, duplicates, None, dims)
-        column_of_rationale = column.repeat_interleave(K)  # (B * K,)
-        # (B * K, B), for target→query: a query's other rationales are no negatives of its target.
-        alike = duplicates[column_of_rationale]
+        q = vectors["query"]  # (B, 1 + K, H)
+        t = vectors["document"][row_of_column, 0]  # (columns, H)
+        direct = info_nce(q[:, 0], t, positive, cfg.temperature, dims=dims)
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
-        weights = p_reason.clamp(min=1e-6)[column_of_rationale]  # their sum must not be 0
-        reasoned = info_nce(reasoned, t, column_of_rationale, cfg.temperature, alike, weights, dims)
+        weights = p_reason.clamp(min=1e-6).repeat_interleave(K)  # their sum must not be 0
+        column = positive.repeat_interleave(K)
+        reasoned = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
         # info_nce divides by the sum of the weights. Times their mean this is the mean over B * K
         # of p_reason * loss: where the policy does not reason, the reasoned path weighs little.
         return direct + p_reason.mean() * reasoned
@@ -311,7 +303,7 @@ def grpo_step(model, processor, prompts, targets, duplicates, cfg, generator, ac
     tokens = [len(p["ids"]) + 1 + sum(map(len, ids)) for p, ids in zip(prompts, roll.tokens)]
     lengths = {
         "query": processor.padded(tokens),
-        "target": processor.padded([len(target["ids"]) + 1 for target in targets]),
+        "document": processor.padded([len(document["ids"]) + 1 for document in documents]),
     }
     loss, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
 

@@ -1286,7 +1286,7 @@ def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
 def rl_config(**changes):
     cfg = SimpleNamespace(rl_rollouts=2, max_new_tokens=5, rl_temperature=1.0, rl_one_loss=False)
     cfg.matryoshka_dims = ""
-    cfg.rl_when, cfg.rl_beta, cfg.latency_penalty = 0.7, 0.3, 0.2
+    cfg.rl_when, cfg.latency_penalty = 0.7, 0.2
     cfg.temperature, cfg.chunk_tokens = 0.5, 10**6
     vars(cfg).update(changes)
     return cfg
@@ -1303,21 +1303,20 @@ def test_group_without_variance_teaches_no_token_but_its_decision():
     assert not gain.any() and not advantage.any()  # and no 0 / 0
 
 
-def test_decision_gradient_is_p_minus_p_star():
-    """p* maximises p * gain + beta * entropy(p), here found by trying every p."""
-    gain = torch.tensor([0.5, -0.4, 0.0]).double()
-    decision = torch.tensor([-0.6, 0.5, 2.5], dtype=torch.float64, requires_grad=True)
-    rl.decision_loss(decision, gain, beta=0.2).backward()
-    p = torch.linspace(1e-5, 1 - 1e-5, 200001, dtype=torch.float64)
-    J = p * gain[:, None] + 0.2 * torch.distributions.Bernoulli(p).entropy()
-    p_star = p[J.argmax(1)]
-    np.testing.assert_allclose(decision.grad, decision.detach().sigmoid() - p_star, atol=1e-5)
-    optimum = torch.logit(p_star).requires_grad_()
-    rl.decision_loss(optimum, gain, beta=0.2).backward()
-    np.testing.assert_allclose(optimum.grad, 0, atol=1e-5)
-    sure = torch.tensor([9.0], requires_grad=True)  # it was taught to think, which pays no more
-    rl.decision_loss(sure, torch.tensor([-1.0]), beta=0.2).backward()
-    assert float(sure.grad) > 0.99
+def test_decision_is_learnt_by_what_is_at_stake():
+    """Of ten queries that look alike, thinking wins 1 for three and costs 0.06 for seven. The
+    minimum, here found by trying every p, is the share of the winnings: it pays to think."""
+    gain = torch.tensor([1.0] * 3 + [-0.06] * 7, dtype=torch.float64)
+    p = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    losses = [float(rl.decision_loss(x.logit().expand(10), gain)) for x in p]
+    assert float(p[np.argmin(losses)]) == pytest.approx(3 / (3 + 0.42), abs=1e-3)
+    # The gradient is |gain| (p - [gain > 0]), also where the model is sure and wrong.
+    decision = torch.tensor([-0.6, 0.5, 9.0, 2.0], dtype=torch.float64, requires_grad=True)
+    gain = torch.tensor([0.5, -0.4, -1.0, 0.0], dtype=torch.float64)
+    rl.decision_loss(decision, gain).backward()
+    expected = gain.abs() * (decision.detach().sigmoid() - (gain > 0).double())
+    torch.testing.assert_close(decision.grad, expected)
+    assert decision.grad[2] > 0.99 and decision.grad[3] == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1349,13 +1348,22 @@ def ordinary_logprobs(model, processor, prompt, branch, temperature):
     return logprobs[len(processor.prefix) :]
 
 
+def rl_pairs(prompts, targets):
+    pairs = []
+    for query, target in zip(prompts, targets):
+        pairs.append({"query": query, "target": target, "negatives": []})
+        pairs[-1]["answer"] = P.prompt_key(target)
+    return pairs
+
+
 def rl_case(T):
-    """Four queries, two with one target; rationales by hand that closed themselves or were cut."""
+    """Four pairs, two with one target and one with a hard negative; rationales by hand that closed
+    themselves or were cut."""
     processor, rng = tiny_processor(), np.random.default_rng(0)
     prompts = [processor(ITEMS[i]) for i in (0, 5, 8, 4)]
     targets = [processor(ITEMS[i]) for i in (1, 6, 2, 1)]
-    duplicates = torch.eye(4, dtype=torch.bool)
-    duplicates[0, 3] = duplicates[3, 0] = True
+    pairs = rl_pairs(prompts, targets)
+    pairs[1]["negatives"] = [processor(ITEMS[3]), processor(ITEMS[7])]  # the first one counts
     num_sampled = torch.tensor([[3, T], [T, T], [1, 4], [T, 2]])
     truncated = torch.tensor([[False, True], [False, True], [False, False], [True, False]])
     tokens = []
@@ -1365,25 +1373,28 @@ def rl_case(T):
         sampled = [*(sampled if cut else sampled[:-1]), *end]
         tokens.append([*processor.prefix, *sampled, *processor.tail])
     tokens = [tokens[i : i + 2] for i in range(0, 8, 2)]
-    return processor, prompts, targets, duplicates, tokens, num_sampled, truncated
+    return processor, pairs, tokens, num_sampled, truncated
 
 
 def naive_step(model, case, cfg, old):
     """grpo_step by loops over ordinary rows -> loss and rewards."""
-    processor, prompts, targets, duplicates, tokens, num_sampled, truncated = case
+    processor, pairs, tokens, num_sampled, truncated = case
+    prompts = [pair["query"] for pair in pairs]
     B, K, T = len(prompts), cfg.rl_rollouts, cfg.max_new_tokens
     direct = [processor.eos_id]
-    t = [ordinary_vector(model, processor, target, direct) for target in targets]
+    # Candidates: the targets of the four, of which the last is the first one's, and the negative.
+    documents = [pair["target"] for pair in pairs[:3]] + pairs[1]["negatives"][:1]
+    column = torch.tensor([0, 1, 2, 0])
+    t = [ordinary_vector(model, processor, document, direct) for document in documents]
     rows = [(b, branch) for b in range(B) for branch in (direct, *tokens[b])]
     q = [ordinary_vector(model, processor, prompts[b], branch) for b, branch in rows]
     q, t = torch.stack(q).view(B, 1 + K, -1), torch.stack(t)
     p = torch.stack([ordinary_p_reason(model, processor, prompt) for prompt in prompts])
-    s = ((q @ t.T) / cfg.temperature).exp().detach()  # (B, 1 + K, B)
+    s = ((q @ t.T) / cfg.temperature).exp().detach()  # (B, 1 + K, candidates)
     reward = torch.zeros(B, 1 + K)
     for b in range(B):
-        rivals = [c for c in range(B) if c == b or not duplicates[b, c]]
         for k in range(1 + K):
-            reward[b, k] = s[b, k, b] / s[b, k, rivals].sum() + 0.1
+            reward[b, k] = s[b, k, column[b]] / s[b, k].sum() + 0.1
             if k > 0:
                 price = cfg.latency_penalty * num_sampled[b, k - 1] / T
                 reward[b, k] -= 0.1 * truncated[b, k - 1] + price
@@ -1393,11 +1404,10 @@ def naive_step(model, case, cfg, old):
     when = what = 0.0
     for b in range(B):
         gain = float(reward[b, 1:].mean() - reward[b, 0])
-        best = 1 / (1 + math.exp(-gain / cfg.rl_beta))
         if cfg.rl_one_loss:  # K rollouts chose to reason, K did not; each half's mean advantage
             when -= K * gain / 2 * (p[b].log() - (1 - p[b]).log())
         else:
-            when -= best * p[b].log() + (1 - best) * (1 - p[b]).log()
+            when -= abs(gain) * (p[b] if gain > 0 else 1 - p[b]).log()
         for k in range(K):
             n = int(num_sampled[b, k])
             args = prompts[b], tokens[b][k], cfg.rl_temperature
@@ -1409,10 +1419,10 @@ def naive_step(model, case, cfg, old):
         loss = (when + what) / (num_sampled.sum() + 2 * B * K)
     else:
         loss = cfg.rl_when * when / B + what / (B * K * T)
-    column = torch.arange(B)
-    query, weights = column.repeat_interleave(K), p.detach().repeat_interleave(K)
-    nce = embed.info_nce(q[:, 0], t, column, cfg.temperature, duplicates)
-    reasoned = q[:, 1:].flatten(0, 1), t, query, cfg.temperature, duplicates[query], weights
+    weights = p.detach().repeat_interleave(K)
+    nce = embed.info_nce(q[:, 0], t, column, cfg.temperature)
+    target = column.repeat_interleave(K)
+    reasoned = q[:, 1:].flatten(0, 1), t, target, cfg.temperature, None, weights
     return loss + nce + p.detach().mean() * embed.info_nce(*reasoned), reward
 
 
@@ -1432,7 +1442,8 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
     temperature, in training too.
     """
     cfg, model = rl_config(**changes), tiny_model()
-    case = processor, prompts, targets, duplicates, tokens, num_sampled, truncated = rl_case(5)
+    case = processor, pairs, tokens, num_sampled, truncated = rl_case(5)
+    prompts = [pair["query"] for pair in pairs]
     batch = P.collate(prompts, processor, tokens)
     with torch.no_grad():
         h = model(batch)
@@ -1442,9 +1453,9 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
         vectors = embed.pool(h, batch["ends"])
     roll = rl.Experience(tokens, num_sampled, truncated, old, vectors, p_reason)
     monkeypatch.setattr(rl, "rollouts", lambda *args: roll)
-    before = copy.deepcopy((prompts, targets, duplicates, vars(roll)))
-    metrics = rl.grpo_step(model, processor, prompts, targets, duplicates, cfg, None)
-    assert str(before) == str((prompts, targets, duplicates, vars(roll)))  # inputs are unchanged
+    before = copy.deepcopy((pairs, vars(roll)))
+    metrics = rl.grpo_step(model, processor, pairs, cfg, None)
+    assert str(before) == str((pairs, vars(roll)))  # inputs are unchanged
     fast = gradients_of(model)
 
     model.zero_grad()
@@ -1461,7 +1472,7 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
     assert metrics["sample"]["reward"] == pytest.approx(float(reward[worst, 1]), abs=1e-5)
     # Prefixes that embed trained are trained on: InfoNCE is a sum over them.
     cfg.matryoshka_dims = "8"
-    longer = rl.grpo_step(model, processor, prompts, targets, duplicates, cfg, None)
+    longer = rl.grpo_step(model, processor, pairs, cfg, None)
     assert longer["loss"] > metrics["loss"] + 0.1
 
 
@@ -1498,7 +1509,7 @@ def test_step_on_policy_in_two_budgets():
     results = []
     for chunk_tokens in (10**6, longest + 40):  # rollouts in one part, and the update in several
         cfg = rl_config(rl_rollouts=3, chunk_tokens=chunk_tokens)
-        step = prompts, targets, torch.eye(4, dtype=torch.bool), cfg
+        step = rl_pairs(prompts, targets), cfg
         model.zero_grad()
         metrics = rl.grpo_step(model, processor, *step, torch.Generator().manual_seed(0))
         results.append((metrics, gradients_of(model)))

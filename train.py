@@ -185,10 +185,9 @@ class Config:
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_temperature: float = opt("rl", 1.0, 0.01)  # of sampling
-    rl_lr: float = opt("rl", 0.01)  # times lr
+    rl_lr: float = opt("rl", 0.05)  # times lr
     latency_penalty: float = opt("rl", 0.3)  # reward charged for max_new_tokens tokens
-    rl_beta: float = opt("rl", 0.05, 1e-6)  # p_reason learns sigmoid(gain / beta)
-    rl_when: float = opt("rl", 5.0)  # weight of the decision's loss
+    rl_when: float = opt("rl", 1.0)  # weight of the decision's loss
     rl_one_loss: bool = opt("rl", False)  # ablation: decision and rationale in one mean
 
     threshold: float = opt("eval", 0.5, -math.inf)  # reason when p_reason exceeds it
@@ -876,12 +875,9 @@ def rl_stage(run, part):
         return contrastive_step(model, processor, batch, nothing, unknown, c)
 
     def grpo(i, batch):
-        queries, targets = [p["query"] for p in batch], [p["target"] for p in batch]
-        answers = np.array(scale.gather_objects([p["answer"] for p in batch]))
-        duplicates = torch.from_numpy(answers[:, None] == answers).to(run.device)  # (B, B)
         rng = run.generator("rl", i, scale.rank())
         writer = run.merged(model, actor)
-        return rl.grpo_step(model, processor, queries, targets, duplicates, c, rng, writer)
+        return rl.grpo_step(model, processor, batch, c, rng, writer)
 
     step = grpo if c.rl_rollouts else contrast
     fit(run, "rl", part, embedder, pairs, step, c.rl_batch, RL_SUB_BATCH, c.rl_steps, c.rl_lr)
