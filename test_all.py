@@ -44,7 +44,7 @@ from dataclasses import make_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import huggingface_hub
 import numpy as np
@@ -1376,6 +1376,19 @@ def rl_case(T):
     return processor, pairs, tokens, num_sampled, truncated
 
 
+@torch.no_grad()
+def rl_experience(model, case, cfg):
+    """What rollouts() would return of these rationales, with log-probabilities that are 0.3 off."""
+    processor, pairs, tokens, num_sampled, truncated = case
+    batch = P.collate([pair["query"] for pair in pairs], processor, tokens)
+    h = model(batch)
+    old = rl.sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg)
+    old -= 0.3 * (old != 0)
+    p_reason = embed.decision_logits(model, h, batch, processor).softmax(-1)[:, 1]
+    vectors = embed.pool(h, batch["ends"])
+    return rl.Experience(tokens, num_sampled, truncated, old, vectors, p_reason)
+
+
 def naive_step(model, case, cfg, old):
     """grpo_step by loops over ordinary rows -> loss and rewards."""
     processor, pairs, tokens, num_sampled, truncated = case
@@ -1442,16 +1455,8 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
     temperature, in training too.
     """
     cfg, model = rl_config(**changes), tiny_model()
-    case = processor, pairs, tokens, num_sampled, truncated = rl_case(5)
-    prompts = [pair["query"] for pair in pairs]
-    batch = P.collate(prompts, processor, tokens)
-    with torch.no_grad():
-        h = model(batch)
-        old = rl.sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg)
-        old -= 0.3 * (old != 0)
-        p_reason = embed.decision_logits(model, h, batch, processor).softmax(-1)[:, 1]
-        vectors = embed.pool(h, batch["ends"])
-    roll = rl.Experience(tokens, num_sampled, truncated, old, vectors, p_reason)
+    case = processor, pairs, *_ = rl_case(5)
+    roll = rl_experience(model, case, cfg)
     monkeypatch.setattr(rl, "rollouts", lambda *args: roll)
     before = copy.deepcopy((pairs, vars(roll)))
     metrics = rl.grpo_step(model, processor, pairs, cfg, None)
@@ -1459,7 +1464,7 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
     fast = gradients_of(model)
 
     model.zero_grad()
-    loss, reward = naive_step(model, case, cfg, old)
+    loss, reward = naive_step(model, case, cfg, roll.old_logprobs)
     loss.backward()
     assert_same_gradients(fast, gradients_of(model))
     assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
@@ -1474,6 +1479,37 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
     cfg.matryoshka_dims = "8"
     longer = rl.grpo_step(model, processor, pairs, cfg, None)
     assert longer["loss"] > metrics["loss"] + 0.1
+
+
+def rl_step_of(rows):
+    """grpo_step on these of the four pairs -> metrics but for times and the sample, gradients."""
+    cfg, model = rl_config(), tiny_model()
+    case = processor, pairs, *_ = rl_case(5)
+    roll = rl_experience(model, case, cfg)
+    mine = rl.Experience(**{name: value[rows] for name, value in vars(roll).items()})
+    with patch.object(rl, "rollouts", lambda *args: mine):
+        metrics = rl.grpo_step(model, processor, pairs[rows], cfg, None)
+    left_out = ("sample", "s_rollouts", "s_update")
+    return {k: v for k, v in metrics.items() if k not in left_out}, gradients_of(model)
+
+
+def rl_step_of_a_process(rank, folder):
+    """The first of the four pairs in one process, the others in the other."""
+    group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
+    torch.save(rl_step_of(slice(rank, 1 + 3 * rank)), f"{folder}/{rank}.pt")
+    scale.barrier()
+    os._exit(0)  # without pytest's own ending
+
+
+def test_step_of_two_processes_equals_one(tmp_path):
+    """The last pair finds its target's column, though another process has the same target."""
+    start_processes(rl_step_of_a_process, (str(tmp_path),), nprocs=2, start_method="fork")
+    expected, gradient = rl_step_of(slice(4))
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert a[0] == b[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    both = {name: a[1].get(name, 0) + b[1].get(name, 0) for name in gradient}
+    assert_same_gradients(both, gradient)
 
 
 @pytest.mark.parametrize("temperature, chunk_tokens", [(1.0, 10**6), (0.7, 1)])
