@@ -20,7 +20,7 @@ would carry a few percent (option rl_one_loss does average).
            sampling the action. A wrong decision costs |gain|, so the loss is
                |gain| * cross-entropy of p and [gain > 0],
            whose gradient in the logit is |gain| * (p - [gain > 0]). Over queries that look alike
-           it has its minimum at p = G+ / (G+ + G-), G+ the sum of their gains, G- of their losses:
+           its minimum is at p = G+ / (G+ + G-), the sums of what thinking wins and what it costs:
            p exceeds 1/2 where the mean gain is positive, a threshold x where G+ > G- * x / (1 - x).
            Without the weight p would be a majority's vote: where thinking wins 1 for three queries
            of ten and costs 0.06 for seven, it would not think. The policy gradient itself has the
