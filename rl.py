@@ -1,19 +1,24 @@
 """
 GRPO by hand: learn what to write, and whether to write at all, at a price on latency.
 
-The idea. A query's group has 2K rollouts. K are sampled rationales; the other half is the direct
-answer, which is deterministic: it is computed once and counts K times. A rollout's reward says how
-well the embedding after it finds the query's target t:
+The idea. For each query K rationales are sampled. The direct answer, which writes nothing, is
+deterministic and needs no sampling. The reward R says how well the embedding after a rationale (or
+after none) finds the query's target t:
 
     R = p(t | q, r) + format - latency_penalty * tokens / T
 
     p(t | q, r)  in [0, 1]: softmax of similarities / temperature over the batch's candidates, the
                  targets and a hard negative of each pair
-    format       0.1 where the rationale closed itself; a direct answer is always well formed
+    format       0.1 where the rationale closed itself. A direct answer always has it, so this is
+                 a fine of 0.1 on rationales that ran out of tokens
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
-Two losses, never averaged together: a decision is one token among dozens. In a mean over tokens it
-would carry a few percent (option rl_one_loss does average).
+The step minimises
+
+    rl_when * when + what + NCE(direct) + mean p_reason * NCE(reasoned)
+
+`when` and `what` have a denominator each: in one mean over tokens a decision, one token among
+dozens, would carry a few percent (option rl_one_loss takes that mean).
 
     when   With p = p_reason and gain = mean R_reason - R_direct (of rewards; select.py's is of
            log-probabilities) a query's expected reward is R_direct + p * gain. It is known without
@@ -32,7 +37,8 @@ would carry a few percent (option rl_one_loss does average).
 Which GRPO this is, in six points:
     advantage   (R - mean R of the query's rationales) / sigma. Their common part (the mean) is the
                 business of `when`. The three terms of R are added first, then normalised together
-    sigma       root mean square, over the batch, of R - mean R of all 2K, direct ones included.
+    sigma       root mean square of R - the query's mean R, over the batch. It is a scale only.
+                Its group has 2K members, K of them the direct answer, as under rl_one_loss.
                 One sigma for each group would let a tiny price decide wherever the quality ties
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
@@ -290,14 +296,14 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     def contrast(vectors):
         q = vectors["query"]  # (B, 1 + K, H)
         t = vectors["document"][row_of_column, 0]  # (columns, H)
-        direct = info_nce(q[:, 0], t, positive, cfg.temperature, dims=dims)
+        nce_direct = info_nce(q[:, 0], t, positive, cfg.temperature, dims=dims)
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
         weights = p_reason.clamp(min=1e-6).repeat_interleave(K)  # their sum must not be 0
         column = positive.repeat_interleave(K)
-        reasoned = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
+        nce_reasoned = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
         # info_nce divides by the sum of the weights. Times their mean this is the mean over B * K
         # of p_reason * loss: where the policy does not reason, the reasoned path weighs little.
-        return direct + p_reason.mean() * reasoned
+        return nce_direct + p_reason.mean() * nce_reasoned
 
     model.train()
     tokens = [len(p["ids"]) + 1 + sum(map(len, ids)) for p, ids in zip(prompts, roll.tokens)]
