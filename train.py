@@ -194,11 +194,15 @@ class Config:
 
 
 class UsageError(Exception):
-    """A mistake of the caller's: one line, exit code 2."""
+    """A mistake of the caller's: one line."""
+
+    exit_code = 2
 
 
 class Interrupted(Exception):
-    """SIGTERM ended the training loop: one line, and the exit code that a shell would give, 143."""
+    """SIGTERM ended the training loop: one line, and the exit code that a shell would give."""
+
+    exit_code = 143
 
 
 class Parser(argparse.ArgumentParser):
@@ -282,7 +286,7 @@ class Run:
         os.makedirs(cfg.out, exist_ok=True)
         self.stages = self.read("stages.json")
         self.data_root = cfg.data or self.path("data")
-        self.same_options(self.path("config.json"), ("machine", cfg.stage))
+        self.same_options(("machine", cfg.stage), "config.json")
 
     def path(self, *parts):
         return os.path.join(self.cfg.out, *parts)
@@ -292,31 +296,31 @@ class Run:
         path = self.path(*parts)
         return read_json(path) if os.path.exists(path) else {}
 
-    def same_options(self, path, free):
+    def same_options(self, free, *parts):
         """Refuse what was made with other options, those of the free groups aside. Where no options
         are noted yet, note ours."""
-        before = read_json(path) if os.path.exists(path) else {}
+        before = self.read(*parts)
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
             value = getattr(self.cfg, f.name)
             then = before.get(f.name, value)
             if f.metadata["group"] not in free and then != value:
                 change = f"was made with {f.name}={then!r}, this call says {value!r}"
-                raise UsageError(f"{path} {change}: repeat the option, or use another --out")
+                where = self.path(*parts)
+                raise UsageError(f"{where} {change}: repeat the option, or use another --out")
         if not before and scale.is_main():
-            write_json(path, asdict(self.cfg))
+            write_json(self.path(*parts), asdict(self.cfg))
 
     def same_tables(self, todo):
         """Refuse tables that changed since a stage noted them, unless it is to be done: rows are
         known by their numbers, and the last ones of a dataset are rl's."""
         for stage, kind in NOTES.items():
-            noted = self.stages.get(stage, {}).get("tables")
-            if stage in todo or noted is None:
+            if stage in todo or stage not in self.stages:
                 continue
-            if noted != data.fingerprint(self.data_root, kind):
+            if self.stages[stage]["tables"] != data.fingerprint(self.data_root, kind):
+                change = f"the {kind} table has changed since {stage}"
                 raise UsageError(
-                    f"{self.data_root}: the {kind} table has changed since {stage}: do --stage "
-                    f"{stage} and what follows again"
+                    f"{self.data_root}: {change}: do --stage {stage} and what follows again"
                 )
 
     def rng(self, *key):
@@ -351,7 +355,7 @@ class Run:
         """Take a stage's rows after this step out of metrics.jsonl: they will be written again."""
         path = self.path("metrics.jsonl")
         if scale.is_main() and os.path.exists(path):
-            rows = list(Rows([path]))
+            rows = Rows(path)
             kept = [r for r in rows if r["step"] <= step or not r["stage"].startswith(stage)]
             propose.write_rows(path, kept)
 
@@ -362,7 +366,7 @@ class Run:
             if self.cfg.resume != "auto":
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
-        self.same_options(os.path.join(part, "config.json"), ("machine",))
+        self.same_options(("machine",), f"{stage}.part", "config.json")
         return part
 
     def finish(self, stage, part, seconds):
@@ -373,8 +377,11 @@ class Run:
         if scale.is_main():
             for state in Path(part).glob("*.state"):  # only a resumed stage needs it
                 state.unlink()
-            shutil.rmtree(self.path(stage), ignore_errors=True)
-            os.replace(part, self.path(stage))
+            final = Path(self.path(stage))
+            if final.is_symlink():  # of a study's fork: its parent's stays
+                final.unlink()
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
             for later in STAGES[STAGES.index(stage) + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
@@ -442,7 +449,7 @@ class Rows:
     """Files of JSON lines, read anew each time one goes through them: memory holds one row. A kill
     may leave half a line at the end of a log."""
 
-    def __init__(self, paths):
+    def __init__(self, *paths):
         self.paths = paths
 
     def __iter__(self):
@@ -461,9 +468,8 @@ class Pairs(Dataset):
     equal targets share. question: None, or how a query is put to a proposer (propose.question).
 
     Where all fits in memory, what was read is kept; else worker processes read it while the model
-    computes. The last rl_holdout of every dataset belongs to rl alone: on
-    pairs that embed knows by heart the direct embedding is so good that thinking never seems to
-    pay.
+    computes. The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by
+    heart the direct embedding is so good that thinking never seems to pay.
     """
 
     KEEP = 2**30  # bytes of prompts
@@ -555,8 +561,9 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     A loss that is not finite stops the run: the weights would be NaN from then on.
     """
     state = os.path.join(part, f"{name}.state")
-    scale.need_space(part, model)  # a full disk is noticed now, not hours later
     step = scale.load_state(state, model, optimizer)
+    if step == 0:  # a full disk is noticed now, not hours later
+        scale.need_space(part, model)
     run.forget(name, step)
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
@@ -570,7 +577,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             figures = f"loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
             ids = ", ".join(pair["id"] for pair in batch[:8])
-            raise FloatingPointError(f"{name}, step {step}: {figures}; batch: {ids}")
+            raise ValueError(f"{name}, step {step}: {figures}; batch: {ids}")
         step += 1
         if step % 10 == 0 or step == optimizer.steps:
             metrics["seconds"] = round(time.time() - started, 1)
@@ -659,7 +666,7 @@ def by_window(run, path, pairs, ids, rows_of, title):
         run.say(f"{title}: window {n + 1} of {len(windows)}")
     scale.barrier()
     if scale.is_main():
-        propose.write_rows(path, Rows(paths))
+        propose.write_rows(path, Rows(*paths))
         shutil.rmtree(folder)
     scale.barrier()
 
@@ -705,7 +712,7 @@ def select_stage(run, part):
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork with another rule
             judge_fold(run, part, fold, written, path)
-    judged = Rows(paths)
+    judged = Rows(*paths)
 
     rule = c.select_rule, c.select_margin, c.select_fdr
     selected = os.path.join(part, "selected.jsonl")
@@ -714,7 +721,7 @@ def select_stage(run, part):
         propose.write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
         propose.write_rows(os.path.join(part, "judged.jsonl"), judged)
     scale.barrier()
-    kept = Rows([selected])
+    kept = Rows(selected)
     audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
     run.forget("select audit")
     run.log("select audit", 1, 1, {k: v for k, v in audit.items() if not isinstance(v, dict)})
@@ -835,18 +842,19 @@ def eval_stage(run, part):
     """Every mode and what it costs (eval.py). The processes share the datasets."""
     c = run.cfg
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}
-    truth = {} if c.data else run.read("data", "pocket.json")["test"]
-    how = {"threshold": c.threshold, "options": options, "truth": truth}
-    evaluation.evaluate(run.embedder("rl"), run.data_root, part, **how)
+    how = {"threshold": c.threshold, "options": options}
+    truth = run.read("data", "pocket.json").get("test")
+    evaluation.evaluate(run.embedder("rl"), run.data_root, part, truth=truth, **how)
 
 
 def write_report(run):
     """report.json, report.md and report.html -> what is in report.json."""
-    summary, audit = run.read("eval", "summary.json"), run.read("select", "audit.json")
-    seconds = {stage: done["seconds"] for stage, done in run.stages.items()}
-    result = {"preset": run.cfg.preset, "seed": run.cfg.seed, "seconds": seconds}
-    result |= {"selection": audit, "adaptivity": {}}
-    result |= {k: summary[k] for k in ("modes", "curve", "adaptivity") if k in summary}
+    summary = run.read("eval", "summary.json")
+    result = {"preset": run.cfg.preset, "seed": run.cfg.seed}
+    result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
+    result["selection"] = run.read("select", "audit.json")
+    for key in ("modes", "curve", "adaptivity"):
+        result[key] = summary[key]
     write_json(run.path("report.json"), result)
     report.write_report(run.cfg.out, run.data_root)
     return result
@@ -854,17 +862,14 @@ def write_report(run):
 
 def print_numbers(result, page):
     """The numbers that matter, one a line, for people and for grep."""
-    audit = result["selection"]
     print(f"seconds: {sum(result['seconds'].values()):.1f}")
     for mode, numbers in result["modes"].items():
-        print(f"{mode}: {numbers['overall']:.4f}")
-        print(f"{mode}_tokens: {numbers['tokens_per_query']:.2f}")
+        tokens = numbers["tokens_per_query"]
+        print(f"{mode}: {numbers['overall']:.4f} at {tokens:.2f} tokens a query")
     for name, numbers in result["adaptivity"].items():
-        if numbers["auc"] is not None:
-            print(f"{name}_auc: {numbers['auc']:.4f}")
+        print(f"{name}_auc: {numbers['auc']}")
     for key in ("precision", "recall", "placebo_accepted"):
-        if audit.get(key) is not None:
-            print(f"selection_{key}: {audit[key]}")
+        print(f"selection_{key}: {result['selection'][key]}")
     print(f"report: {page}")
 
 
@@ -894,8 +899,6 @@ def run_stages(cfg):
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    if whole and run.stages:
-        run.say(f"done before: {', '.join(run.stages)}")
     todo = STAGES[len(run.stages) if whole else STAGES.index(cfg.stage) :]
     run.same_tables(todo)
     for stage in todo if whole else [cfg.stage]:
@@ -912,21 +915,18 @@ def run_stages(cfg):
 
 def main(argv):
     """Run, and exit: 0, or one line and 2 (a mistake), 143 (SIGTERM) or 1 (all else)."""
-    code, line = 0, ""
+    code = 0
     try:
         run_stages(parse(argv))
-    except UsageError as e:
-        code, line = 2, e
-    except Interrupted as e:
-        code, line = 143, e
-    except torch.OutOfMemoryError as e:
-        code, line = 1, f"{e}; lower --chunk_tokens, or --checkpointing true"
-    except (ValueError, OSError, FloatingPointError) as e:
-        code, line = 1, e
-    rank = int(os.environ.get("RANK", 0))
-    if code == 1 or (code and rank == 0):  # what all processes notice alike, the first one says
-        process = f"process {rank}: " if rank else ""
-        print(f"train.py: {process}{' '.join(str(line).split())}", file=sys.stderr)
+    except (UsageError, Interrupted, torch.OutOfMemoryError, ValueError, OSError) as e:
+        code = getattr(e, "exit_code", 1)
+        line = " ".join(str(e).split())
+        if isinstance(e, torch.OutOfMemoryError):
+            line += "; lower --chunk_tokens, or --checkpointing true"
+        rank = int(os.environ.get("RANK", 0))
+        if code == 1 or rank == 0:  # what all processes notice alike, the first one says
+            process = f"process {rank}: " if rank else ""
+            print(f"train.py: {process}{line}", file=sys.stderr)
     if "RANK" in os.environ:
         # A process of torchrun does not wait for the interpreter's end, in which torch's threads
         # abort now and then; torchrun would take that for a failure.
