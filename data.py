@@ -558,15 +558,6 @@ def fingerprint(root, kind):
     return digest.hexdigest()
 
 
-def revisions(root):
-    """{hub id: commits} of what `hf download` or --fetch brought, which note them."""
-    commits = collections.defaultdict(set)
-    for note in Path(root).glob("*/*/.cache/huggingface/download/**/*.metadata"):
-        hub = "/".join(note.relative_to(root).parts[:2])
-        commits[hub].add(note.read_text("utf-8").split("\n")[0])
-    return {hub: sorted(found) for hub, found in sorted(commits.items())}
-
-
 # --------------------------------------------------------------------------------------------------
 # Files of a root
 

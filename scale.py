@@ -10,7 +10,7 @@ and checkpoints, and nothing of prompts, rationales or rewards.
     LoRALinear  trains a small update of W instead of W: a fraction of the optimizer's memory
     shard       FSDP2: a process holds its part of a layer, and all of it only while it runs
     Optimizer   Muon for the layers' matrices, AdamW for the rest; warm-up, flat, linear cool-down
-    save_state  what is trained, inside a stage; a kill at any moment leaves the last good file
+    save_state  what is trained, inside a stage; a kill at any moment leaves a good file
 
 How to run. Alone, every function here is the identity or the textbook formula. On a node:
     torchrun --nproc_per_node=8 train.py --preset qwen3vl-2b ...
@@ -30,7 +30,6 @@ import math
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -438,8 +437,6 @@ def is_matrix(name, p, patches):
 # ---------------------------------------------------------------------------------------------
 # Checkpoints inside a stage
 
-KEEP = 2  # the last so many stay: where one is damaged there is one before
-
 
 def like(x, p):
     """A tensor of a file, in shards where the parameter p is in shards and x has its shape."""
@@ -461,65 +458,39 @@ def for_file(value):
     return complete.cpu() if is_main() else None
 
 
-def need_space(folder, size):
-    """OSError, in one line, unless the disk has room for `size` bytes; asked before writing."""
-    free = shutil.disk_usage(folder).free
-    if free < 1.02 * size + 2**20:
-        room = f"{size / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free"
-        raise OSError(f"{folder}: a checkpoint of {room}; what is there is untouched")
-
-
-def state_size(model):
-    """Bytes of a state: the trained weights and at most two moments of each."""
+def need_space(folder, model):
+    """OSError, in one line, unless the disk has room for two states, the last one and the one that
+    is being written: of each trained weight, itself and at most two moments."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return 3 * sum(p.numel() * p.element_size() for p in trained)
+    size = 2 * 3 * sum(p.numel() * p.element_size() for p in trained)
+    free = shutil.disk_usage(folder).free
+    if free < size + 2**20:
+        room = f"{size / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free"
+        raise OSError(f"{folder}: checkpoints of {room}")
 
 
-def flush(path):
-    """Bring a file to the disk, before a new name says that it is complete."""
-    if os.path.isfile(path):
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
-
-
-def states_in(folder):
-    """The folder's states, the oldest first."""
-    return sorted(Path(folder).glob("*.state.pt"))
-
-
-def save_state(folder, step, model, optimizer):
-    """Write {step}.state.pt: what is trained, the optimizer and its schedule. The order of the data
-    and all random numbers follow from the step. Written aside and renamed, so that a kill at any
-    moment leaves the files before as they are. All processes call it."""
+def save_state(path, step, model, optimizer):
+    """Write what is trained, the optimizer and its schedule. The order of the data and all random
+    numbers follow from the step. Written aside and renamed, so that a kill at any moment leaves
+    the state before as it is. All processes call it."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if is_main():
-        need_space(folder, state_size(model))
     state = for_file({"step": step, "model": trained, "optimizer": optimizer.state_dict()})
-    if not is_main():
-        return
-    path = Path(folder, f"{step:08d}.state.pt")
-    aside = Path(folder, "state.part")
-    try:
-        torch.save(state, aside)
-    except RuntimeError as e:  # torch's word for a full disk
-        raise OSError(f"{path}: not written ({e})") from None
-    flush(aside)
-    aside.replace(path)
-    for old in states_in(folder)[:-KEEP]:
-        old.unlink()
+    if is_main():
+        with open(f"{path}.part", "wb") as f:
+            torch.save(state, f)
+        os.replace(f"{path}.part", path)
 
 
 @torch.no_grad()
-def load_state(folder, model, optimizer):
-    """Put the folder's last state into model and optimizer -> its step; 0 where there is none.
-    ValueError names a file that is damaged or belongs to another model."""
-    if not states_in(folder):
+def load_state(path, model, optimizer):
+    """Put a state into model and optimizer -> its step; 0 where there is none. ValueError names a
+    file that is damaged or belongs to another model."""
+    if not os.path.exists(path):
         return 0
-    path = states_in(folder)[-1]
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        remedy = "without it the one before is used, without --resume the stage starts again"
+        remedy = "without --resume the stage starts again"
         raise ValueError(f"{path}: damaged ({type(e).__name__}); {remedy}") from None
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trained.keys() != saved["model"].keys():
@@ -555,7 +526,6 @@ def join_processes(name=""):
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if not dist.is_initialized():
-        # They wait for each other as long as a stage may take on one of them.
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
+    # They wait for each other as long as a stage may take on one of them.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
     return device

@@ -210,7 +210,7 @@ def calibration(out, seeds):
     rows = []
     for seed in seeds:
         for path in Path(out).glob(f"seed{seed}/full/eval/*/*_queries.jsonl"):
-            rows += train.read_rows(path)
+            rows += train.Rows(path)
     p_reason = np.array([row["p_reason"] for row in rows])
     gain = np.array([row["always"] - row["never"] for row in rows])
     bins = np.digitize(p_reason, BINS[1:-1])

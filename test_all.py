@@ -1622,17 +1622,12 @@ BAD_TRAIN_OPTIONS = [
     (["--seed=three"], "three"),
     (["--seed"], "expected one argument"),
     (["--rl_one_loss=maybe"], "maybe"),
-    (["--preset=pockets"], "pockets"),
     (["--stage", "embedd"], "embedd"),
-    (["--select_rule=most"], "most"),
-    (["--resume=yes"], "yes"),
-    (["--dtype=int8"], "int8"),
     (["--preset", "qwen3vl-2b"], "--model"),
     (["--scale=nan"], "--scale nan"),
     (["--scale=0"], "--scale 0"),
     (["--select_folds=0"], "--select_folds 0"),
     (["--rl_rollouts=1"], "--rl_rollouts 1"),
-    (["--rl_holdout=1"], "--rl_holdout"),
     (["--batch=60"], "--sub_batch"),
     (["--rl_batch=12"], "--rl_batch"),
     (["--matryoshka_dims=64,x"], "--matryoshka_dims"),
@@ -1771,7 +1766,7 @@ def test_run_folder(finished, own_root):
     assert list(read_json(f"{finished}/stages.json")) == list(train.STAGES)
     report = read_json(f"{finished}/report.json")
     assert list(report["seconds"]) == list(train.STAGES)
-    assert (report["preset"], report["seed"], report["revision"]) == ("pocket", 2, "")
+    assert (report["preset"], report["seed"]) == ("pocket", 2)
     assert set(report["modes"]) == {"never", "always", "adaptive", "per_task", "random", "oracle"}
     assert {"candidates", "kept", "precision", "placebo_accepted"} <= set(report["selection"])
     assert report["curve"] and not [name for name in os.listdir(finished) if "part" in name]
@@ -1808,10 +1803,10 @@ def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages():
     assert rows == [range(1), range(1, 2)]
 
 
-def test_run_revision_is_fetched_and_written_down(finished, own_root, tmp_path, monkeypatch):
+def test_run_revision_is_fetched_and_written_down(own_root, tmp_path, monkeypatch):
     asked = []
 
-    def from_pretrained(path, device, dtype, revision=None, **limits):
+    def from_pretrained(path, device, dtype, revision=None):
         asked.append((path, revision))
         return tiny_embedder()
 
@@ -1819,14 +1814,7 @@ def test_run_revision_is_fetched_and_written_down(finished, own_root, tmp_path, 
     out = str(tmp_path / "run")
     own = ["--data", own_root, "--model", "a/b", "--out", out, "--revision", "v1"]
     assert exit_code([*own, "--stage", "base"]) == 0
-    assert asked[0] == ("a/b", "v1") and read_json(f"{out}/config.json")["revision"] == "v1"
-    assert read_json(f"{out}/config.json")["data_revisions"] == {}
-    run = train.Run(train.parse(arguments(own_root, finished)))
-    run.cfg = dataclasses.replace(run.cfg, out=copy_of(finished, tmp_path / "copy"))
-    run.config |= {"revision": "v1", "data_revisions": {"A/x": ["c1"]}}
-    train.write_report(run)
-    written = read_json(run.path("report.json"))
-    assert written["revision"] == "v1" and written["data_revisions"] == {"A/x": ["c1"]}
+    assert asked == [("a/b", "v1")] and read_json(f"{out}/config.json")["revision"] == "v1"
 
 
 def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
@@ -1841,23 +1829,6 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
     for a, b in zip(third, next(read.stream("x", 8, 4, first=2))):
         assert (a["id"], a["key"], a["answer"]) == (b["id"], b["key"], b["answer"])
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
-
-
-def test_run_pairs_have_one_crew_of_workers(finished, own_root, monkeypatch):
-    """Two passes, the first one broken off: the same process reads, and nothing is left over."""
-    run = train.Run(train.parse(arguments(own_root, finished, "--workers", "1")))
-    monkeypatch.setattr(train.Pairs, "KEEP", 0)
-    monkeypatch.setattr(
-        train.Pairs, "prompts", lambda self, pair: {"id": pair["id"], "at": os.getpid()}
-    )
-    monkeypatch.setattr(train.Pairs, "bytes", lambda self, source: 1)
-    pairs = train.Pairs(run, None)
-    endless = iter(pairs.load(itertools.repeat([(0, 0)])))
-    first = next(endless)[0]
-    second = [pair for batch in pairs.load([[(0, 3)], [(0, 4)]]) for pair in batch]
-    assert [first["id"], *(pair["id"] for pair in second)] == ["own/0", "own/3", "own/4"]
-    assert {pair["at"] for pair in second} == {first["at"]} != {os.getpid()}
-    assert copy.copy(pairs).loader is None  # else no process could get one that is not forked
 
 
 def test_run_finished_stages_are_skipped(finished, own_root, monkeypatch, capsys):
@@ -1920,15 +1891,11 @@ def test_run_sigterm_and_resume(finished, own_root, tmp_path, monkeypatch, capsy
     assert equal_files(weights(out, "embed"), weights(finished, "embed"))
 
 
-# What a system without the module `resource`, and a hub that is out of reach, look like.
-SCRIPT = "import sys; sys.modules['resource'] = None; import train; train.main(sys.argv[1:])"
-
-
 def test_run_kill_9_and_resume(finished, own_root, tmp_path):
     """Killed at a random moment: weights, judgements and log are those of the undisturbed run."""
     out = copy_of(finished, tmp_path / "run", "propose")
     os.unlink(f"{out}/metrics.jsonl")
-    command = [sys.executable, "-c", SCRIPT, *arguments(own_root, out, "--resume", "auto")]
+    command = [sys.executable, "train.py", *arguments(own_root, out, "--resume", "auto")]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, cwd=HERE, stdout=subprocess.DEVNULL)
     while not os.path.exists(f"{out}/metrics.jsonl") and process.poll() is None:
@@ -2014,13 +1981,6 @@ def test_run_broken_stage_leaves_what_was_done(finished, own_root, tmp_path, mon
     assert contents(out, "rl.part", "metrics") == before
 
 
-def test_run_stage_without_its_folder_is_refused(finished, own_root, tmp_path, capsys):
-    out = copy_of(finished, tmp_path / "run")
-    shutil.rmtree(f"{out}/embed")
-    assert exit_code(arguments(own_root, out, stage="rl")) == 2
-    assert "embed: no such folder" in one_line(capsys)
-
-
 def test_run_full_disk_is_said_before_the_first_step(
     finished, own_root, tmp_path, monkeypatch, capsys
 ):
@@ -2031,43 +1991,24 @@ def test_run_full_disk_is_said_before_the_first_step(
     assert "do not fit" in one_line(capsys)
 
 
-@pytest.mark.parametrize("damage", ["half a line", "no weight", "no text", "gone"])
-def test_run_damaged_file_is_one_line(damage, finished, own_root, tmp_path, capsys):
+def test_run_damaged_file_is_one_line(finished, own_root, tmp_path, capsys):
     out = copy_of(finished, tmp_path / "run", "select")
     path = f"{out}/select/selected.jsonl"
     row = json_rows(path)[0]
-    line = json.dumps({k: v for k, v in row.items() if f"no {k}" != damage}).encode()
-    os.unlink(path)
-    if damage != "gone":
-        with open(path, "wb") as f:
-            f.write(line[:25] if damage == "half a line" else line)
+    row.pop("weight")
+    propose.write_rows(path, [row])
     assert exit_code(arguments(own_root, out, stage="embed")) == 1
-    assert "selected.jsonl" in one_line(capsys)
-
-
-def moved_run(finished, own_root, tmp_path, last="eval"):
-    """A run and a root of its own, whose tables may be edited."""
-    own = shutil.copytree(own_root, tmp_path / "own")
-    out = copy_of(finished, tmp_path / "run", last)
-    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
-    write_json(f"{out}/config.json", read_json(f"{out}/config.json") | moved)
-    return own, out
-
-
-@pytest.mark.parametrize("stage", ["select", "embed"])
-def test_run_edited_data_is_refused(stage, finished, own_root, tmp_path, capsys):
-    """A row inserted at the top of the table: every id is now another pair's."""
-    own, out = moved_run(finished, own_root, tmp_path, "select")
-    rows = json_rows(own, "train.jsonl")
-    propose.write_rows(own / "train.jsonl", [rows[0] | {"qry": "who is new?"}, *rows])
-    assert exit_code(arguments(str(own), out, stage=stage)) == 2
-    assert "the training table has changed" in one_line(capsys)
+    assert "selected.jsonl line 1: 'weight'" in one_line(capsys)
 
 
 @pytest.mark.parametrize("stage, table", [("all", "training"), ("all", "test"), ("rl", "test")])
 def test_run_finished_run_knows_its_tables(stage, table, finished, own_root, tmp_path, capsys):
-    """Nothing is left to do, and yet what was reported is of another table. rl begins anew."""
-    own, out = moved_run(finished, own_root, tmp_path)
+    """Nothing is left to do, and yet what was reported is of another table. rl begins anew.
+    Rows are known by their numbers: each id is now another pair's, and rl's pairs are others."""
+    own = shutil.copytree(own_root, tmp_path / "own")
+    out = copy_of(finished, tmp_path / "run")
+    moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
+    write_json(f"{out}/config.json", read_json(f"{out}/config.json") | moved)
     assert exit_code(arguments(str(own), out)) == 0  # moved, and the same
     file = "train.jsonl" if table == "training" else "test.jsonl"
     propose.write_rows(own / file, json_rows(own, file)[1:])
@@ -2079,20 +2020,6 @@ def test_run_finished_run_knows_its_tables(stage, table, finished, own_root, tmp
     assert code == 2 and f"the {table} table has changed" in one_line(capsys)
 
 
-def test_data_revisions_of_what_was_downloaded(tmp_path):
-    """As huggingface_hub notes them: the commit is a note's first line."""
-    for hub, file, commit in (
-        ("A/x", "t.parquet", "c1"),
-        ("A/x", "i/a.zip", "c2"),
-        ("B/y", "t", "c1"),
-    ):
-        note = tmp_path / hub / ".cache/huggingface/download" / f"{file}.metadata"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"{commit}\netag\n1.0\n")
-    assert data.revisions(str(tmp_path)) == {"A/x": ["c1", "c2"], "B/y": ["c1"]}
-    assert data.revisions(str(tmp_path / "A")) == {}
-
-
 def test_run_rationales_of_targets_replace_none_of_a_query(finished, own_root, tmp_path, capsys):
     out = copy_of(finished, tmp_path / "run", "base")
     rows = propose.read_rationales(f"{own_root}/rationales.jsonl")
@@ -2102,7 +2029,7 @@ def test_run_rationales_of_targets_replace_none_of_a_query(finished, own_root, t
     assert exit_code(arguments(own_root, out, "--rationales", both_sides, stage="propose")) == 0
     texts = [row["text"] for row in json_rows(out, "propose/rationales.jsonl")]
     assert "of a target" not in texts and rows[0]["text"] in texts
-    assert f"{len(rows)} rationales" in capsys.readouterr().out
+    assert f"{len(rows)} of targets" in capsys.readouterr().out
 
 
 def test_run_a_stage_done_again_discards_what_was_begun_after_it(finished, own_root, tmp_path):
@@ -2113,21 +2040,13 @@ def test_run_a_stage_done_again_discards_what_was_begun_after_it(finished, own_r
     assert not os.path.exists(f"{out}/select.part")
 
 
-def test_run_reordered_data_is_refused_by_rl(finished, own_root, tmp_path, capsys):
-    """rl's pairs are the last rows: in another order they are those that embed knows by heart."""
-    own, out = moved_run(finished, own_root, tmp_path, "embed")
-    propose.write_rows(own / "train.jsonl", json_rows(own, "train.jsonl")[::-1])
-    assert exit_code(arguments(str(own), out, stage="rl")) == 2
-    assert "the training table has changed" in one_line(capsys)
-
-
 def test_run_rationales_of_another_table_are_refused(finished, own_root, tmp_path, capsys):
     out = copy_of(finished, tmp_path / "run", "base")
     rows = propose.read_rationales(f"{finished}/propose/rationales.jsonl")
     older = str(tmp_path / "older.jsonl")
     propose.write_rows(older, [row | {"key": "0" * 16} for row in rows])
-    assert exit_code(arguments(own_root, out, "--rationales", older, stage="propose")) == 2
-    assert "the training table has changed" in one_line(capsys)
+    assert exit_code(arguments(own_root, out, "--rationales", older, stage="propose")) == 1
+    assert "older.jsonl' is about another pair" in one_line(capsys)
 
 
 def test_run_without_a_test_set_is_refused_first(own_root, tmp_path, capsys):
@@ -2148,7 +2067,7 @@ def test_train_lessons(tmp_path):
     rows, kept = [], []
     for i in range(4):
         for author, text in (("good", f"right {i}"), ("good#1", f"again {i}"), ("bad", "so")):
-            rows.append({"id": f"a/{i}", "proposer": author, "text": text, "key": "k"})
+            rows.append({"id": f"a/{i}", "proposer": author, "text": text})
     for i, author, weight in ((0, "good", 0.6), (0, "bad", 0.2), (1, "good#1", 1.0)):
         text = next(r["text"] for r in rows if r["id"] == f"a/{i}" and r["proposer"] == author)
         row = {"id": f"a/{i}", "proposer": author, "text": text, "weight": weight}
@@ -2159,15 +2078,13 @@ def test_train_lessons(tmp_path):
     propose.write_rows(tmp_path / "select" / "selected.jsonl", kept)
     lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
     rng = np.random.default_rng(0)
-    pairs = [{"id": f"a/{i}", "key": "k"} for i in range(4)]
+    pairs = [{"id": f"a/{i}"} for i in range(4)]
     drawn = [lessons.draw(pairs[0], rng) for _ in range(400)]
     assert {label for _, label in drawn} == {1}
     assert np.mean([text == "right 0" for text, _ in drawn]) == pytest.approx(0.75, abs=0.06)
     drawn = {lessons.draw(pairs[3], rng) for _ in range(40)}
     assert drawn == {("right 3", 0), ("again 3", 0)}
-    assert lessons.draw({"id": "a/9", "key": "k"}, rng) == (None, -1)
-    with pytest.raises(train.UsageError, match="a/0"):
-        lessons.draw({"id": "a/0", "key": "other"}, rng)
+    assert lessons.draw({"id": "a/9"}, rng) == (None, -1)
     propose.write_rows(tmp_path / "select" / "selected.jsonl", [])  # nobody is to be trusted
     lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
     assert lessons.draw(pairs[0], rng) == (None, 0)
@@ -2237,7 +2154,7 @@ def test_train_non_finite_numbers_stop_with_step_and_ids(loss, gradient, tmp_pat
         while True:
             yield [{"id": "toy/7"}]
 
-    with pytest.raises(FloatingPointError, match="toy, step 1: .*toy/7"):
+    with pytest.raises(ValueError, match="toy, step 1: .*toy/7"):
         train.train_loop(run, "toy", str(tmp_path), model, optimizer, one_step, stream)
 
 
@@ -2313,13 +2230,6 @@ def test_chunks_are_cut_by_padded_tokens_and_by_ragged_lengths():
     assert scale.chunks_of([10] * 5, budget=20) == [[0, 1], [2, 3], [4]]
     assert scale.chunks_of([50, 40, 39], budget=1000) == [[0, 1], [2]]  # a quarter of padding
     assert scale.chunks_of([50, 50], budget=20) == [[0], [1]]  # what fits nowhere is alone
-    lengths = np.random.default_rng(0).integers(3, 60, 200).tolist()
-    chunks = scale.chunks_of(lengths, 512)
-    assert sorted(row for rows in chunks for row in rows) == list(range(200))
-    for rows in chunks:
-        longest = max(lengths[row] for row in rows)
-        assert len(rows) == 1 or len(rows) * longest <= 512
-        assert longest <= 1.25 * min(lengths[row] for row in rows)
 
 
 @pytest.mark.parametrize("budget", [1000, 57, 56, 10, 1])
@@ -2365,11 +2275,11 @@ def work(rank, folder):
             norm = optimizer.step(2)
             out[name, budget] = loss, metrics, norm, scale.for_file(weights_of(model))
     # The last model, of shards: its state goes on in the shards of another.
-    scale.save_state(folder, 3, model, optimizer)
+    scale.save_state(f"{folder}/toy.state", 3, model, optimizer)
     scale.barrier()
     resumed = scale.shard(Toy(seed=1), torch.float32)
     resumed_optimizer = optimizer_of(resumed)
-    assert scale.load_state(folder, resumed, resumed_optimizer) == 3
+    assert scale.load_state(f"{folder}/toy.state", resumed, resumed_optimizer) == 3
     after = []
     for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
         toy_step(m, 9, share)
@@ -2424,7 +2334,7 @@ def test_a_state_of_shards_fits_where_there_are_none(two_processes):
     folder, out = two_processes
     assert out["resumed"]
     model = Toy(seed=1)
-    assert scale.load_state(folder, model, optimizer_of(model)) == 3
+    assert scale.load_state(folder / "toy.state", model, optimizer_of(model)) == 3
     assert same(out["shards", 9][3], weights_of(model))
 
 
@@ -2548,31 +2458,32 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
 
 
 def train_toy(folder, steps, save_at=(), seed=0, name="adamw"):
-    """Go on from the folder's last state, or from the start -> weights after so many steps."""
+    """Go on from the folder's state, or from the start -> weights after so many steps."""
     model = Toy(seed)
     optimizer = optimizer_of(model, name)
-    for i in range(scale.load_state(folder, model, optimizer), steps):
+    path = folder / "toy.state"
+    for i in range(scale.load_state(path, model, optimizer), steps):
         toy_step(model)
         optimizer.step(i)
         if i == 1:
             optimizer.steps = 9  # as base prolongs its schedule
         if i + 1 in save_at:
-            scale.save_state(folder, i + 1, model, optimizer)
+            scale.save_state(path, i + 1, model, optimizer)
     return weights_of(model)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_a_resumed_run_is_the_same_in_every_bit(tmp_path, name):
     expected = train_toy(tmp_path, 6, save_at=(1, 2, 4), name=name)
-    assert sorted(os.listdir(tmp_path)) == ["00000002.state.pt", "00000004.state.pt"]
+    assert os.listdir(tmp_path) == ["toy.state"]
     assert same(train_toy(tmp_path, 6, seed=1, name=name), expected)
 
 
 def test_a_kill_while_writing_leaves_the_state_before(tmp_path, monkeypatch):
     expected = train_toy(tmp_path, 4, save_at=(2,))
 
-    def kill(_, path):
-        path.write_bytes(b"half")
+    def kill(_, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -2581,13 +2492,11 @@ def test_a_kill_while_writing_leaves_the_state_before(tmp_path, monkeypatch):
     assert same(train_toy(tmp_path, 4, seed=1), expected)
 
 
-def test_a_state_that_does_not_fit_is_one_line(tmp_path):
+def test_a_damaged_state_is_one_line(tmp_path):
     train_toy(tmp_path, 2, save_at=(2,))
-    path = tmp_path / "00000002.state.pt"
-    with pytest.raises(OSError, match=r"\A.*: a checkpoint of 1000000000.00 GB do not fit.*\Z"):
-        scale.need_space(tmp_path, 1e18)
+    path = tmp_path / "toy.state"
     with pytest.raises(ValueError, match=rf"\A{path}: belongs to a model with other .*\Z"):
-        scale.load_state(tmp_path, nn.Linear(2, 2), None)
+        scale.load_state(path, nn.Linear(2, 2), None)
     os.truncate(path, 99)
     with pytest.raises(ValueError, match=rf"\A{path}: damaged.*\Z"):
         train_toy(tmp_path, 3)

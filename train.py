@@ -46,7 +46,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
-import copy
 import hashlib
 import importlib.util
 import inspect
@@ -60,6 +59,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def load_select():
 
 selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
-NOTES = {"propose": "training", "eval": "test"}  # tables that a stage notes as it begins
+NOTES = {"propose": "training", "eval": "test"}  # tables that a stage has read
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")  # a row of selected.jsonl
 RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares their targets
 
@@ -194,11 +194,15 @@ class Config:
 
 
 class UsageError(Exception):
-    """A mistake of the caller's: one line, exit code 2."""
+    """A mistake of the caller's: one line."""
+
+    exit_code = 2
 
 
 class Interrupted(Exception):
-    """SIGTERM ended the training loop: one line, and the exit code that a shell would give, 143."""
+    """SIGTERM ended the training loop: one line, and the exit code that a shell would give."""
+
+    exit_code = 143
 
 
 class Parser(argparse.ArgumentParser):
@@ -254,7 +258,6 @@ def check(cfg):
         f"--rl_batch is not a multiple of the {processes} processes": cfg.rl_batch % processes,
         f"--rl_batch is not a multiple of {RL_SUB_BATCH}": cfg.rl_batch % RL_SUB_BATCH,
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
-        "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
         "--matryoshka_dims: expected 64,128": re.search("[^0-9,]", cfg.matryoshka_dims),
@@ -283,8 +286,7 @@ class Run:
         os.makedirs(cfg.out, exist_ok=True)
         self.stages = self.read("stages.json")
         self.data_root = cfg.data or self.path("data")
-        self.config = asdict(cfg) | {"data_revisions": data.revisions(self.data_root)}
-        self.same_options(self.path("config.json"), ("machine", cfg.stage))
+        self.same_options(("machine", cfg.stage), "config.json")
 
     def path(self, *parts):
         return os.path.join(self.cfg.out, *parts)
@@ -294,31 +296,31 @@ class Run:
         path = self.path(*parts)
         return read_json(path) if os.path.exists(path) else {}
 
-    def same_options(self, path, free):
+    def same_options(self, free, *parts):
         """Refuse what was made with other options, those of the free groups aside. Where no options
         are noted yet, note ours."""
-        before = read_json(path) if os.path.exists(path) else {}
+        before = self.read(*parts)
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
             value = getattr(self.cfg, f.name)
             then = before.get(f.name, value)
             if f.metadata["group"] not in free and then != value:
                 change = f"was made with {f.name}={then!r}, this call says {value!r}"
-                raise UsageError(f"{path} {change}: repeat the option, or use another --out")
+                where = self.path(*parts)
+                raise UsageError(f"{where} {change}: repeat the option, or use another --out")
         if not before and scale.is_main():
-            write_json(path, self.config)
+            write_json(self.path(*parts), asdict(self.cfg))
 
     def same_tables(self, todo):
         """Refuse tables that changed since a stage noted them, unless it is to be done: rows are
         known by their numbers, and the last ones of a dataset are rl's."""
         for stage, kind in NOTES.items():
-            noted = self.stages.get(stage, {}).get("tables")
-            if stage in todo or noted is None:
+            if stage in todo or stage not in self.stages:
                 continue
-            if noted != data.fingerprint(self.data_root, kind):
+            if self.stages[stage]["tables"] != data.fingerprint(self.data_root, kind):
+                change = f"the {kind} table has changed since {stage}"
                 raise UsageError(
-                    f"{self.data_root}: the {kind} table has changed since {stage}: do --stage "
-                    f"{stage} and what follows again"
+                    f"{self.data_root}: {change}: do --stage {stage} and what follows again"
                 )
 
     def rng(self, *key):
@@ -353,7 +355,7 @@ class Run:
         """Take a stage's rows after this step out of metrics.jsonl: they will be written again."""
         path = self.path("metrics.jsonl")
         if scale.is_main() and os.path.exists(path):
-            rows = read_rows(path)
+            rows = Rows(path)
             kept = [r for r in rows if r["step"] <= step or not r["stage"].startswith(stage)]
             propose.write_rows(path, kept)
 
@@ -364,10 +366,7 @@ class Run:
             if self.cfg.resume != "auto":
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
-        self.same_options(os.path.join(part, "config.json"), ("machine",))
-        self.noted = {}
-        if stage in NOTES:
-            self.noted["tables"] = data.fingerprint(self.data_root, NOTES[stage])
+        self.same_options(("machine",), f"{stage}.part", "config.json")
         return part
 
     def finish(self, stage, part, seconds):
@@ -376,21 +375,21 @@ class Run:
         earlier = STAGES[: STAGES.index(stage)]
         self.note({name: self.stages[name] for name in earlier if name in self.stages})
         if scale.is_main():
-            for name in os.listdir(part):
-                path = os.path.join(part, name)
-                if name.endswith((".state", "windows")):  # what only a resumed stage needs
-                    shutil.rmtree(path)
-                scale.flush(path)
-            final = self.path(stage)
-            if os.path.islink(final):  # of a fork: its parent's stays
-                os.unlink(final)
+            for state in Path(part).glob("*.state"):  # only a resumed stage needs it
+                state.unlink()
+            final = Path(self.path(stage))
+            if final.is_symlink():  # of a study's fork: its parent's stays
+                final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for later in STAGES[STAGES.index(stage) + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
-            write_json(self.path("config.json"), self.config)
+            write_json(self.path("config.json"), asdict(self.cfg))
         scale.barrier()
-        self.note(self.stages | {stage: {"seconds": round(seconds, 1), **self.noted}})
+        done = {"seconds": round(seconds, 1)}
+        if stage in NOTES:
+            done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
+        self.note(self.stages | {stage: done})
 
     def note(self, stages):
         """Write down which stages are done."""
@@ -406,9 +405,8 @@ class Run:
         """The checkpoint that a stage left."""
         if stage not in self.stages:
             raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
-        c, path = self.cfg, self.path(stage, *parts)
-        if not os.path.isdir(path):  # and nobody asks the hub for a model of this name
-            raise UsageError(f"{path}: no such folder; --stage {stage} makes it again")
+        c = self.cfg
+        path = os.path.abspath(self.path(stage, *parts))  # owner/name would be one of the hub
         limits = {"max_pixels": c.max_pixels, "max_frames": c.max_frames}
         return Embedder.from_pretrained(path, self.device, c.dtype, **limits)
 
@@ -436,8 +434,6 @@ class Run:
         """The training pairs. Stages of a call share what was read: their processors are alike."""
         kind = for_rl, question
         if kind not in self.pairs_read:
-            for pairs in self.pairs_read.values():
-                pairs.loader = None  # its crew ends
             self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
         return self.pairs_read[kind]
 
@@ -449,37 +445,21 @@ class Run:
         return model.eval()
 
 
-def read_rows(path):
-    """The complete lines of a file of JSON lines. A kill may leave half a line at its end."""
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
-
-
 class Rows:
-    """Files of JSON lines, read anew each time one goes through them: memory holds one row."""
+    """Files of JSON lines, read anew each time one goes through them: memory holds one row. A kill
+    may leave half a line at the end of a log."""
 
-    def __init__(self, paths):
+    def __init__(self, *paths):
         self.paths = paths
 
     def __iter__(self):
         for path in self.paths:
             with open(path, encoding="utf-8") as f:
-                for line in f:
-                    yield json.loads(line)
+                yield from (json.loads(line) for line in f if line.endswith("\n"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Training pairs
-
-
-class Batches:
-    """DataLoader's batch_sampler: lists of (source, row), each pass through others."""
-
-    def __iter__(self):
-        return iter(self.lists)
-
-    def __len__(self):
-        return len(self.lists)
 
 
 class Pairs(Dataset):
@@ -488,9 +468,8 @@ class Pairs(Dataset):
     equal targets share. question: None, or how a query is put to a proposer (propose.question).
 
     Where all fits in memory, what was read is kept; else worker processes read it while the model
-    computes: one crew for all passes. The last rl_holdout of every dataset belongs to rl alone: on
-    pairs that embed knows by heart the direct embedding is so good that thinking never seems to
-    pay.
+    computes. The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by
+    heart the direct embedding is so good that thinking never seems to pay.
     """
 
     KEEP = 2**30  # bytes of prompts
@@ -505,11 +484,6 @@ class Pairs(Dataset):
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
         self.kept = {}
         self.keep = sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP
-        self.loader = None
-
-    def __getstate__(self):
-        """What a copy holds, and a worker process gets."""
-        return self.__dict__ | {"loader": None}
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?"""
@@ -543,14 +517,9 @@ class Pairs(Dataset):
 
     def load(self, batches):
         """Lists of (source, row) -> lists of pairs."""
-        if self.loader is None:
-            workers = 0 if self.keep else self.run.cfg.workers
-            options = {"num_workers": workers, "persistent_workers": workers > 0}
-            # Prompts differ in shape: a batch stays a list.
-            pairs = copy.copy(self)  # which does not hold the crew: so it ends when we do
-            self.loader = DataLoader(pairs, batch_sampler=Batches(), collate_fn=list, **options)
-        self.loader.batch_sampler.lists = batches
-        return self.loader
+        workers = 0 if self.keep else self.run.cfg.workers
+        # Prompts differ in shape: a batch stays a list.
+        return DataLoader(self, batch_sampler=batches, collate_fn=list, num_workers=workers)
 
     def windows(self, ids=None):
         """Places of the pairs (of these ids), dataset by dataset, in lists of at most
@@ -579,13 +548,6 @@ def shuffle_negatives(pair, rng):
     return pair | {"negatives": [negatives[i] for i in rng.permutation(len(negatives))]}
 
 
-def check_content(pair, key):
-    """A rationale belongs to the texts and images it was written about, not to a row number."""
-    if key not in (None, pair["key"]):
-        change = "its rationale is about another pair, so the training table has changed since"
-        raise UsageError(f"{pair['id']}: {change}: do --stage propose and what follows again")
-
-
 # --------------------------------------------------------------------------------------------------
 # The training loop
 
@@ -598,11 +560,10 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     until(step, steps) -> steps may prolong the stage
     A loss that is not finite stops the run: the weights would be NaN from then on.
     """
-    states = os.path.join(part, f"{name}.state")
-    os.makedirs(states, exist_ok=True)
-    step = scale.load_state(states, model, optimizer)
-    if step == 0 and scale.is_main():  # a full disk is noticed now, not hours later
-        scale.need_space(states, (scale.KEEP + 1) * scale.state_size(model))
+    state = os.path.join(part, f"{name}.state")
+    step = scale.load_state(state, model, optimizer)
+    if step == 0:  # a full disk is noticed now, not hours later
+        scale.need_space(part, model)
     run.forget(name, step)
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
@@ -616,7 +577,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             figures = f"loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
             ids = ", ".join(pair["id"] for pair in batch[:8])
-            raise FloatingPointError(f"{name}, step {step}: {figures}; batch: {ids}")
+            raise ValueError(f"{name}, step {step}: {figures}; batch: {ids}")
         step += 1
         if step % 10 == 0 or step == optimizer.steps:
             metrics["seconds"] = round(time.time() - started, 1)
@@ -625,7 +586,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
             optimizer.steps = until(step, optimizer.steps)
         stop = any(scale.gather_objects([run.stopping]))
         if stop or step % run.cfg.save_every == 0:
-            scale.save_state(states, step, model, optimizer)
+            scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
         raise Interrupted(f"stopped by SIGTERM after step {step} of {name}; --resume auto goes on")
@@ -700,15 +661,13 @@ def by_window(run, path, pairs, ids, rows_of, title):
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
     mine = range(scale.rank(), len(windows), scale.world_size())
     mine = [n for n in mine if not os.path.exists(paths[n])]
-    spoken = time.time()
     for n, window in zip(mine, pairs.load([windows[n] for n in mine])):
         propose.write_rows(paths[n], rows_of(n, window))
-        if time.time() - spoken > 30:
-            spoken = time.time()
-            run.say(f"{title}: window {n} of {len(windows)}")
+        run.say(f"{title}: window {n + 1} of {len(windows)}")
     scale.barrier()
     if scale.is_main():
-        propose.write_rows(path, Rows(paths))
+        propose.write_rows(path, Rows(*paths))
+        shutil.rmtree(folder)
     scale.barrier()
 
 
@@ -719,9 +678,6 @@ def propose_stage(run, part):
     model, processor = embedder.model, embedder.processor
     source = c.rationales or ("" if c.data else run.path("data", "proposers.jsonl"))
     given = propose.Rationales(source) if source else None
-    if given and given.of_targets:
-        lines = f"{given.of_targets} rationales of {source!r}"
-        run.say(f"propose: {lines} are about targets, and not used")
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
@@ -730,7 +686,9 @@ def propose_stage(run, part):
         rows = []
         for pair in window:
             for row in given.of(pair["id"]) if given else []:
-                check_content(pair, row.get("key"))
+                if row.get("key", pair["key"]) != pair["key"]:  # texts and images, by their hash
+                    about = f"{pair['id']}: a rationale of {source!r} is about another pair"
+                    raise ValueError(f"{about}: has the training table changed since?")
                 rows.append(row | {"key": pair["key"]})
         if c.num_candidates:
             rng = run.generator("propose", n)
@@ -740,11 +698,10 @@ def propose_stage(run, part):
     path = os.path.join(part, "rationales.jsonl")
     by_window(run, path, pairs, None, write, "propose")
     written = propose.Rationales(path)
+    run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if given:
         unused = len(given.places.keys() - written.places.keys())
-        run.say(f"propose: {unused} pairs of {source!r} are rl's, or no pairs")
-    run.say(f"propose: {written.authors.total()} rationales")
-    run.say(f"propose: {written.cut} were cut off at {c.max_new_tokens} tokens")
+        run.say(f"propose: not used: those of {unused} pairs, and {given.of_targets} of targets")
 
 
 def select_stage(run, part):
@@ -755,7 +712,7 @@ def select_stage(run, part):
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork with another rule
             judge_fold(run, part, fold, written, path)
-    judged = Rows(paths)
+    judged = Rows(*paths)
 
     rule = c.select_rule, c.select_margin, c.select_fdr
     selected = os.path.join(part, "selected.jsonl")
@@ -764,7 +721,7 @@ def select_stage(run, part):
         propose.write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
         propose.write_rows(os.path.join(part, "judged.jsonl"), judged)
     scale.barrier()
-    kept = Rows([selected])
+    kept = Rows(selected)
     audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
     run.forget("select audit")
     run.log("select audit", 1, 1, {k: v for k, v in audit.items() if not isinstance(v, dict)})
@@ -788,8 +745,6 @@ def judge_fold(run, part, fold, written, path):
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
 
     def judge(n, window):
-        for pair in window:
-            check_content(pair, written.of(pair["id"])[0].get("key"))
         texts, rng = written.texts(window), run.rng("judge", fold, n)
         return selection.judge(embedder.model, processor, window, texts, c, rng)
 
@@ -853,7 +808,6 @@ class Lessons:
         written = self.written.of(pair["id"])
         if not written:
             return None, -1
-        check_content(pair, written[0].get("key"))
         kept = self.kept.of(pair["id"])
         if kept:  # drawn from their posterior
             weights = np.array([row["weight"] for row in kept])
@@ -888,49 +842,35 @@ def eval_stage(run, part):
     """Every mode and what it costs (eval.py). The processes share the datasets."""
     c = run.cfg
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}
-    truth = {} if c.data else run.read("data", "pocket.json")["test"]
-    how = {"threshold": c.threshold, "options": options, "truth": truth}
-    evaluation.evaluate(run.embedder("rl"), run.data_root, part, **how)
+    how = {"threshold": c.threshold, "options": options}
+    truth = run.read("data", "pocket.json").get("test")
+    evaluation.evaluate(run.embedder("rl"), run.data_root, part, truth=truth, **how)
 
 
 def write_report(run):
-    """report.json, report.md and report.html."""
-    summary, audit = run.read("eval", "summary.json"), run.read("select", "audit.json")
-    seconds = {stage: done["seconds"] for stage, done in run.stages.items()}
-    names = ("preset", "seed", "revision", "data_revisions")
-    result = {name: run.config[name] for name in names}
-    result |= {"seconds": seconds, "selection": audit, "adaptivity": {}}
-    result |= {k: summary[k] for k in ("modes", "curve", "adaptivity") if k in summary}
+    """report.json, report.md and report.html -> what is in report.json."""
+    summary = run.read("eval", "summary.json")
+    result = {"preset": run.cfg.preset, "seed": run.cfg.seed}
+    result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
+    result["selection"] = run.read("select", "audit.json")
+    for key in ("modes", "curve", "adaptivity"):
+        result[key] = summary[key]
     write_json(run.path("report.json"), result)
     report.write_report(run.cfg.out, run.data_root)
+    return result
 
 
-def print_numbers(run):
+def print_numbers(result, page):
     """The numbers that matter, one a line, for people and for grep."""
-    result = run.read("report.json")
-    audit = result["selection"]
     print(f"seconds: {sum(result['seconds'].values()):.1f}")
     for mode, numbers in result["modes"].items():
-        print(f"{mode}: {numbers['overall']:.4f}")
-        print(f"{mode}_tokens: {numbers['tokens_per_query']:.2f}")
+        tokens = numbers["tokens_per_query"]
+        print(f"{mode}: {numbers['overall']:.4f} at {tokens:.2f} tokens a query")
     for name, numbers in result["adaptivity"].items():
-        if numbers["auc"] is not None:
-            print(f"{name}_auc: {numbers['auc']:.4f}")
+        print(f"{name}_auc: {numbers['auc']}")
     for key in ("precision", "recall", "placebo_accepted"):
-        if audit.get(key) is not None:
-            print(f"selection_{key}: {audit[key]}")
-    print(f"peak_memory_gb: {peak_memory()}")
-    print(f"report: {run.path('report.html')}")
-
-
-def peak_memory():
-    """Of this process. macOS counts bytes, Linux kilobytes; Windows has no such module."""
-    try:
-        import resource
-    except ImportError:
-        return "unknown"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2 ** (30 if sys.platform == "darwin" else 20), 2)
+        print(f"selection_{key}: {result['selection'][key]}")
+    print(f"report: {page}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -959,11 +899,8 @@ def run_stages(cfg):
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    if whole and run.stages:
-        run.say(f"done before: {', '.join(run.stages)}")
     todo = STAGES[len(run.stages) if whole else STAGES.index(cfg.stage) :]
     run.same_tables(todo)
-    new = todo or not os.path.exists(run.path("report.json"))
     for stage in todo if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
@@ -973,28 +910,23 @@ def run_stages(cfg):
         run.finish(stage, part, time.time() - started)
         run.say(f"{stage}: {time.time() - started:.0f} s")
     if "eval" in run.stages and scale.is_main():
-        if new:
-            write_report(run)
-        print_numbers(run)
+        print_numbers(write_report(run), run.path("report.html"))
 
 
 def main(argv):
     """Run, and exit: 0, or one line and 2 (a mistake), 143 (SIGTERM) or 1 (all else)."""
-    code, line = 0, ""
+    code = 0
     try:
         run_stages(parse(argv))
-    except UsageError as e:
-        code, line = 2, e
-    except Interrupted as e:
-        code, line = 143, e
-    except torch.OutOfMemoryError as e:
-        code, line = 1, f"{e}; lower --chunk_tokens, or --checkpointing true"
-    except (ValueError, OSError, FloatingPointError) as e:
-        code, line = 1, e
-    rank = int(os.environ.get("RANK", 0))
-    if code == 1 or (code and rank == 0):  # what all processes notice alike, the first one says
-        process = f"process {rank}: " if rank else ""
-        print(f"train.py: {process}{' '.join(str(line).split())}", file=sys.stderr)
+    except (UsageError, Interrupted, torch.OutOfMemoryError, ValueError, OSError) as e:
+        code = getattr(e, "exit_code", 1)
+        line = " ".join(str(e).split())
+        if isinstance(e, torch.OutOfMemoryError):
+            line += "; lower --chunk_tokens, or --checkpointing true"
+        rank = int(os.environ.get("RANK", 0))
+        if code == 1 or rank == 0:  # what all processes notice alike, the first one says
+            process = f"process {rank}: " if rank else ""
+            print(f"train.py: {process}{line}", file=sys.stderr)
     if "RANK" in os.environ:
         # A process of torchrun does not wait for the interpreter's end, in which torch's threads
         # abort now and then; torchrun would take that for a failure.
