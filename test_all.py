@@ -1861,11 +1861,11 @@ def test_run_pairs_have_one_crew_of_workers(finished, own_root, monkeypatch):
 
 
 def test_run_finished_stages_are_skipped(finished, own_root, monkeypatch, capsys):
-    before = contents(finished, "report.html", "tradeoff")
+    before = contents(finished, "report.html")
     for stage in train.STAGES:
         monkeypatch.setattr(train, f"{stage}_stage", None)
     assert exit_code(arguments(own_root, finished)) == 0
-    assert contents(finished, "report.html", "tradeoff") == before
+    assert contents(finished, "report.html") == before
     assert "never: " in capsys.readouterr().out
 
 
@@ -4904,9 +4904,7 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
     assert payload["training"] == [{"title": "embed: nce direct", "series": series}]
     assert "Stage rl left no training log." in payload["sentences"]
     text = (run / "report.md").read_text(encoding="utf-8")
-    for part in ("](tradeoff.png)", "| hard | 0.000 | 1.000 |", "| video | – |"):
-        assert part in text
-    assert Image.open(run / "tradeoff.png").width > 1000
+    assert "| hard | 0.000 | 1.000 |" in text and "| video | – |" in text
 
 
 def test_without_steps_selection_or_images(root, run):
@@ -4929,37 +4927,25 @@ def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatc
     assert bool(payload["datasets"]) == (limit > 10)
 
 
-@pytest.mark.parametrize("harm", ["cut", "{}\n", "[3]\n"])
 @pytest.mark.parametrize(
     "name", ["report.json", "metrics.jsonl", "summary.json", "easy_queries.jsonl"]
 )
-def test_a_damaged_file_is_named(first_root, run, name, harm):
+def test_a_damaged_file_is_named(first_root, run, name):
     [path] = run.rglob(name)
-    lines = path.read_text().count("\n")
-    path.write_text('{"a\n' if harm == "cut" else harm * lines)
+    path.write_text('{"a\n')
     with pytest.raises(ValueError, match=path.name) as stop:
         report.write_report(run, first_root)
     assert "\n" not in str(stop.value)
 
 
 def test_queries_of_other_data_are_refused(root, run):
-    """Fewer, or with other answers. A file that was cut off is named itself."""
+    """Fewer, or with other answers."""
     rows = json_rows(root, "easy.jsonl")
     other = [row | {"pos_text": "another " + row["pos_text"]} for row in rows]
     for edited in (rows[:1], other):
         write_jsonl(f"{root}/easy.jsonl", edited)
         with pytest.raises(ValueError, match="its easy has other queries"):
             report.write_report(run, root)
-    shutil.copy(f"{root}/hard.jsonl", f"{root}/easy.jsonl")  # the right answers
-    path = Path(run, "eval/image/easy_queries.jsonl")
-    rows = json_rows(path)
-    rows[4]["top3"]["never"] = ["a candidate that is not there"]
-    write_jsonl(path, rows)
-    with pytest.raises(ValueError, match="its easy has other queries"):
-        report.write_report(run, root)
-    write_jsonl(path, rows[:2])
-    with pytest.raises(ValueError, match="easy_queries.jsonl: has 2 of 5 queries"):
-        report.write_report(run, root)
 
 
 VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and random have 0.6
@@ -4972,7 +4958,8 @@ VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and 
 
 @pytest.mark.parametrize("adaptive, oracle, title, decision", VERDICTS)
 def test_the_verdict_goes_every_way(adaptive, oracle, title, decision):
-    scores = dict(zip(report.STYLE, (0.5, 0.6, adaptive, adaptive, 0.6, oracle)))
+    scores = {"never": 0.5, "always": 0.6, "random": 0.6}
+    scores |= {"adaptive": adaptive, "per_task": adaptive, "oracle": oracle}
     costs = {"tokens_per_query": 4.0, "reason_rate": 0.4}
     modes = {mode: {"overall": score, **costs} for mode, score in scores.items()}
     got, sentences = report.verdict(modes, {"a": [scores]})
