@@ -162,8 +162,7 @@ class Bank:
     def tile(self, kind, rng):
         if kind not in self.tiles:  # a flat patch may have any colour
             return draw_tile(kind, rng)
-        tiles = self.tiles[kind]
-        return tiles[rng.integers(len(tiles))]
+        return pick(self.tiles[kind], rng)
 
     def grid(self, kinds, rng, columns=3):
         """Kinds in reading order -> an image."""

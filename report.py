@@ -142,8 +142,6 @@ def what_is_missing(report, log):
     sentences = []
     if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
-    if not report.get("selection"):
-        sentences.append("This run selected no rationales.")
     logged = {row["stage"] for row in log}
     for stage in ("base", "embed", "rl"):
         if stage not in logged:
@@ -257,7 +255,7 @@ def write_report(run, data_root):
     title, sentences = verdict(report["modes"], records)
     sentences += what_is_missing(report, log)
     payload = {key: report[key] for key in NEEDED}
-    for key in ("seconds", "adaptivity", "selection"):
+    for key in ("seconds", "adaptivity"):
         payload[key] = report.get(key, {})
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
