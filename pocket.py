@@ -56,11 +56,11 @@ COLOURS = {
 SHAPES = "circle square triangle star cross ring diamond bar moon frame".split()
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 CELLS = "nw n ne w mid e sw s se".split()  # in reading order; one token each
-MOVES = {  # from each cell, 0 to 8, to the next one; - is out of the image
-    "right": "12-45-78-",
-    "left": "-01-34-67",
-    "down": "345678---",
-    "up": "---012345",
+MOVES = {  # from each cell, 0 to 8, to the next one; None is out of the image
+    "right": (1, 2, None, 4, 5, None, 7, 8, None),
+    "left": (None, 0, 1, None, 3, 4, None, 6, 7),
+    "down": (3, 4, 5, 6, 7, 8, None, None, None),
+    "up": (None, None, None, 0, 1, 2, 3, 4, 5),
 }
 RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}  # purple ends a walk
 TIMES = ("first", "second", "third")
@@ -254,19 +254,13 @@ def describe(kinds, places=CELLS, eyes=SHARP, between=" "):
     return between.join(text)
 
 
-def next_cell(cell, move):
-    """One cell further, or None: out of the image."""
-    there = MOVES[move][cell]
-    return None if there == "-" else int(there)
-
-
 def onwards(cell, kind):
     """What a thing at a cell does to a walk -> ("right", next cell), or ("right out", None) where
     that is outside, or ("stay", None) if it is purple."""
     move = RULE.get(kind[0])
     if move is None:
         return "stay", None
-    there = next_cell(cell, move)
+    there = MOVES[move][cell]
     return (f"{move} out" if there is None else move), there
 
 
@@ -379,7 +373,7 @@ def draw_way(rng, steps):
     way = {}
     for colour in rng.choice(list(RULE), steps).tolist():
         way[cell] = colour
-        cell = next_cell(cell, RULE[colour])
+        cell = MOVES[RULE[colour]][cell]
         if cell is None or cell in way:
             return draw_way(rng, steps)  # another one
     return start, way, cell
@@ -908,7 +902,7 @@ def scene_facts(scene, rng):
             facts.append((question, label, thing, thing, "at"))
             continue
         move = pick(MOVES, rng)
-        there = next_cell(cell, move)
+        there = MOVES[move][cell]
         if draw < 0.65 and isinstance(scene[cell], tuple):
             leads, there = onwards(cell, scene[cell])
             if there is not None:
