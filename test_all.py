@@ -4917,7 +4917,7 @@ def test_without_steps_or_images(root, run):
     assert any("steps" in sentence for sentence in payload["sentences"])
 
 
-@pytest.mark.parametrize("limit, cards", [(10_000, range(1, 9)), (10, [0])])
+@pytest.mark.parametrize("limit, cards", [(9_500, range(1, 9)), (10, [0])])
 def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch, limit, cards):
     monkeypatch.setattr(report, "BYTES", limit)
     _, payload = payload_of(run, first_root)
