@@ -17,8 +17,8 @@ Scripted proposers of known quality write rationales, see write_rationales. The 
 is marked against: a rationale whose statements are all right helps a query of two or more steps;
 one step is left unmarked; every other text does not help.
 
-How to run (training pairs and test queries of a family; steps of the longest queries):
-    python pocket.py --out DIR [--seed 0] [--train 300] [--test 100] [--longest 4]
+How to run (training pairs and test queries of a family):
+    python pocket.py --out DIR [--seed 0] [--train 300] [--test 100]
 
 Left out: natural images, fonts other than Pillow's, noise in the labels.
 Source: the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py); the world is ours.
@@ -56,11 +56,11 @@ COLOURS = {
 SHAPES = "circle square triangle star cross ring diamond bar moon frame".split()
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 CELLS = "nw n ne w mid e sw s se".split()  # in reading order; one token each
-MOVES = {  # from each cell, 0 to 8, to the next one; - is out of the image
-    "right": "12-45-78-",
-    "left": "-01-34-67",
-    "down": "345678---",
-    "up": "---012345",
+MOVES = {  # from each cell, 0 to 8, to the next one; None is out of the image
+    "right": (1, 2, None, 4, 5, None, 7, 8, None),
+    "left": (None, 0, 1, None, 3, 4, None, 6, 7),
+    "down": (3, 4, 5, 6, 7, 8, None, None, None),
+    "up": (None, None, None, 0, 1, 2, 3, 4, 5),
 }
 RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}  # purple ends a walk
 TIMES = ("first", "second", "third")
@@ -162,8 +162,7 @@ class Bank:
     def tile(self, kind, rng):
         if kind not in self.tiles:  # a flat patch may have any colour
             return draw_tile(kind, rng)
-        tiles = self.tiles[kind]
-        return tiles[rng.integers(len(tiles))]
+        return pick(self.tiles[kind], rng)
 
     def grid(self, kinds, rng, columns=3):
         """Kinds in reading order -> an image."""
@@ -237,7 +236,7 @@ class Eyes:
     def read(self, kind):
         """-> the thing, or what it is taken for."""
         errs = self.readings == self.wrong
-        if not errs and self.errors:
+        if self.errors:
             errs = self.rng.random() < self.errors
         self.readings += 1
         return confuse(kind, self.rng) if errs else kind
@@ -255,19 +254,13 @@ def describe(kinds, places=CELLS, eyes=SHARP, between=" "):
     return between.join(text)
 
 
-def next_cell(cell, move):
-    """One cell further, or None: out of the image."""
-    there = MOVES[move][cell]
-    return None if there == "-" else int(there)
-
-
 def onwards(cell, kind):
     """What a thing at a cell does to a walk -> ("right", next cell), or ("right out", None) where
     that is outside, or ("stay", None) if it is purple."""
     move = RULE.get(kind[0])
     if move is None:
         return "stay", None
-    there = next_cell(cell, move)
+    there = MOVES[move][cell]
     return (f"{move} out" if there is None else move), there
 
 
@@ -380,7 +373,7 @@ def draw_way(rng, steps):
     way = {}
     for colour in rng.choice(list(RULE), steps).tolist():
         way[cell] = colour
-        cell = next_cell(cell, RULE[colour])
+        cell = MOVES[RULE[colour]][cell]
         if cell is None or cell in way:
             return draw_way(rng, steps)  # another one
     return start, way, cell
@@ -659,8 +652,7 @@ def write_images(root, family, learn, held_out, bank, rng):
     wrong = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
     columns = f"qry qry_image_path pos_text pos_image_path {wrong}"
     write_table(columns, rows, root, TRAIN_HUB, family.name, "original")
-    path = "{hub}/{name}/{split}-*.parquet"
-    train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": [path], "media": [TRAIN_HUB]}
+    train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": "{hub}/{name}/{split}-*.parquet"}
 
     stored = []
     for i, pair in enumerate(held_out):
@@ -676,9 +668,7 @@ def write_images(root, family, learn, held_out, bank, rng):
         rows.append((asks, pair.text, image, marked.strip(), *targets))
     columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
     write_table(columns, rows, root, TEST_HUB, family.name, "test")
-    test = {"hub": TEST_HUB, "table": ["{hub}/{name}/test-*.parquet"], "modality": "image"}
-    test |= {"scope": "local", "media": [TEST_IMAGES]}
-    return train, test
+    return train, train | {"parser": family.parser, "hub": TEST_HUB, "media": TEST_IMAGES}
 
 
 def write_clips(root, family, learn, held_out, bank, rng):
@@ -692,8 +682,8 @@ def write_clips(root, family, learn, held_out, bank, rng):
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
     write_lines(rows, root, CLIP_HUB, f"{family.name}.jsonl")
-    train = {"parser": "video_caption", "hub": CLIP_HUB, "table": ["{hub}/{name}.jsonl"]}
-    train |= {"media": [TRAIN_CLIPS]}
+    train = {"parser": "video_caption", "hub": CLIP_HUB, "table": "{hub}/{name}.jsonl"}
+    train["media"] = TRAIN_CLIPS
 
     hub, media = f"VLM2Vec/{family.name}", f"{TEST_CLIPS}/{family.name}"
     rows = []
@@ -702,9 +692,8 @@ def write_clips(root, family, learn, held_out, bank, rng):
         options = list(dict.fromkeys([pair.answer, *pair.wrong]))
         rows.append((f"clip_{i}", pair.answer, options))
     write_table("video_id pos_text neg_text", rows, root, hub, "data/test")
-    test = {"hub": hub, "modality": "video", "media": [media]}
-    test |= {"inst": family.asks, "tgt": family.wants, "scope": "local"}
-    return train, test
+    test = {"parser": family.parser, "hub": hub, "modality": "video", "media": media}
+    return train, test | {"inst": family.asks}
 
 
 def write_pages(root, family, learn, held_out, bank, rng):
@@ -714,7 +703,7 @@ def write_pages(root, family, learn, held_out, bank, rng):
     pages = draw_pages(learn, bank, rng)
     rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
     write_table("query image source", rows, root, hub, "data/train")
-    train = {"parser": "page", "hub": hub, "table": ["{hub}/data/train-*.parquet"]}
+    train = {"parser": "page", "hub": hub, "split": "train"}
 
     hub = f"pocket/{family.name}-test"
     pages = draw_pages(held_out, bank, rng)
@@ -724,8 +713,8 @@ def write_pages(root, family, learn, held_out, bank, rng):
     write_table("query-id query", queries, root, hub, "queries/test")
     write_table("corpus-id image", enumerate(pages.values()), root, hub, "corpus/test")
     write_table("query-id corpus-id score", qrels, root, hub, "qrels/test")
-    test = {"hub": hub, "modality": "visdoc", "inst": family.asks.strip(), "tgt": family.wants}
-    return train, test
+    test = {"parser": family.parser, "hub": hub, "modality": "visdoc"}
+    return train, test | {"inst": family.asks.strip(), "tgt": family.wants}
 
 
 WRITERS = {"video_cls": write_clips, "beir": write_pages}
@@ -777,7 +766,7 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
     """
     bank = Bank(np.random.default_rng([seed, len(FAMILIES)]))
     listing = {"train": [], "eval": []}
-    truth = {"seed": seed, "train": {}, "test": {}}
+    truth = {"train": {}, "test": {}}
     rationales = []
     for n, family in enumerate(FAMILIES):
         if names and family.name not in names:
@@ -788,9 +777,7 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
         write = WRITERS.get(family.parser, write_images)
         about_train, about_test = write(root, family, learn, held_out, bank, rng)
         listing["train"].append({"name": family.name} | about_train)
-        kind = "mixed" if family.name in MIXED else "one look"
-        row = {"name": family.name, "queries": test, "family": kind, "ood": False}
-        listing["eval"].append(row | {"parser": family.parser} | about_test)
+        listing["eval"].append({"name": family.name} | about_test)
         if family.name in MIXED:
             for i, pair in enumerate(held_out):
                 truth["test"][f"{family.name}/{i}"] = pair.steps
@@ -915,7 +902,7 @@ def scene_facts(scene, rng):
             facts.append((question, label, thing, thing, "at"))
             continue
         move = pick(MOVES, rng)
-        there = next_cell(cell, move)
+        there = MOVES[move][cell]
         if draw < 0.65 and isinstance(scene[cell], tuple):
             leads, there = onwards(cell, scene[cell])
             if there is not None:
@@ -1206,21 +1193,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
     )
-    parser.add_argument("--out", required=True, help="an empty or new folder")
-    options = {"seed": 0, "train": 300, "test": 100, "longest": LONGEST}
-    for option, default in options.items():
+    parser.add_argument("--out", required=True, help="a new folder")
+    for option, default in {"seed": 0, "train": 300, "test": 100}.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     args = parser.parse_args()
-    if args.seed < 0 or args.train < 1 or args.test < 2 or not 1 <= args.longest <= 5:
-        parser.error("--seed wants at least 0, --train 1, --test 2, --longest 1 to 5")
-    if not args.out or list(Path(args.out).glob("*")):
-        parser.error(f"--out {args.out!r}: an empty or new folder is wanted")
+    if args.seed < 0 or min(args.train, args.test) < 1:
+        parser.error("--seed wants at least 0, --train and --test want at least 1")
     try:
-        write_world(args.out, args.seed, args.train, args.test, args.longest)
+        Path(args.out).mkdir(parents=True)
+        write_world(args.out, args.seed, args.train, args.test)
     except (ValueError, OSError) as error:
         sys.exit(f"pocket.py: {error}")
-    print(f"families: {len(FAMILIES)}\ntraining pairs: {args.train * len(FAMILIES)}")
-    print(f"test queries: {args.test * len(FAMILIES)}\nwritten: {args.out}")
+    print(f"families: {len(FAMILIES)}\nwritten: {args.out}")
 
 
 if __name__ == "__main__":

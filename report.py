@@ -3,7 +3,6 @@ The report of a run: what a person looks at.
 
 write_report(run, data_root) reads what the stages left in a run folder and writes into it
     report.md      what the numbers say, in sentences and one table
-    tradeoff.png   quality against generated tokens: six modes and the curve over the threshold
     report.html    the same as a page to play with: a slider for the threshold, the queries as cards
                    on which the reader may guess first whether thinking pays, the training curves
 
@@ -34,21 +33,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot: no window, no state
 
 import data
 from eval import MODALITIES
 from model import read_json
 
-# Colours that all eyes tell apart (after Okabe and Ito), and a marker for each mode.
-STYLE = {
-    "never": ("#0072B2", "s"),
-    "always": ("#D55E00", "D"),
-    "adaptive": ("#009E73", "o"),
-    "per_task": ("#B65A92", "^"),
-    "random": ("#707070", "X"),
-    "oracle": ("#333333", "*"),
-}
 # Training curves: the stage, and the fields of metrics.jsonl that share a panel.
 PANELS = [
     "base loss",
@@ -72,24 +61,14 @@ LONGEST = 600  # characters of a text
 # What a run left
 
 
-def check(path, rows, keys):
-    """The rows, if each is an object with these keys; else ValueError names file and row."""
-    for number, row in enumerate(rows):
-        for key in keys:
-            if not isinstance(row, dict) or key not in row:
-                raise ValueError(f"{path}: object {number} has no {key!r}")
-    return rows
-
-
-def read_lines(path, keys):
-    """The objects of a JSON-lines file; a kill may have left half a line at its end."""
+def read_lines(path):
+    """The complete lines of a JSON-lines file: a kill may have left half a line at its end."""
     with open(path, encoding="utf-8") as file:
         lines = [line for line in file if line.endswith("\n")]
     try:
-        rows = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON lines ({error})") from None
-    return check(path, rows, keys)
 
 
 def training_curves(log):
@@ -163,8 +142,6 @@ def what_is_missing(report, log):
     sentences = []
     if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
-    if not report.get("selection"):
-        sentences.append("This run selected no rationales.")
     logged = {row["stage"] for row in log}
     for stage in ("base", "embed", "rl"):
         if stage not in logged:
@@ -173,7 +150,7 @@ def what_is_missing(report, log):
 
 
 def markdown(report, title, sentences):
-    """report.md: the sentences, the figure, and a table of what each mode gets."""
+    """report.md: the sentences, and a table of what each mode gets."""
     modes = report["modes"]
     rows = {}
     for field in ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query"):
@@ -184,41 +161,8 @@ def markdown(report, title, sentences):
     for name, values in rows.items():
         cells = ["–" if value is None else f"{value:.3f}" for value in values]
         table.append(f"| {name} | " + " | ".join(cells) + " |")
-    parts = [
-        f"# {title}",
-        *sentences,
-        "![quality against generated tokens](tradeoff.png)",
-        "\n".join(table),
-        f"Preset {report['preset']}, seed {report['seed']}\n",
-    ]
-    return "\n\n".join(parts)
-
-
-def draw_tradeoff(modes, curve, title, path):
-    """The figure: x is generated tokens per query, y the mean quality over the datasets.
-
-    A straight line from never to always is what a coin gets at its rates; the curve is what the
-    decision gets at its thresholds. The legend holds the numbers, so that no label hides another.
-    """
-    figure = Figure((9, 4.6), layout="constrained", dpi=150)
-    axes = figure.subplots()
-
-    def draw(rows, form, colour, label):
-        x = [row["tokens_per_query"] for row in rows]
-        y = [row["overall"] for row in rows]
-        axes.plot(x, y, form, color=colour, ms=10, mec="white", label=label)
-
-    coin = [modes["never"], modes["always"]]
-    draw(coin, "--", STYLE["random"][0], "a coin at other rates")
-    draw(curve, "-", STYLE["adaptive"][0], "adaptive at other thresholds")
-    for mode, row in modes.items():
-        label = f"{mode}: {row['overall']:.3f} at {row['tokens_per_query']:.1f} tokens"
-        colour, marker = STYLE[mode]
-        draw([row], marker, colour, label)
-    axes.set(xlabel="generated tokens per query", ylabel="mean quality over the datasets")
-    axes.set_title(title, loc="left", fontsize=12)
-    figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path)
+    made_by = f"Preset {report['preset']}, seed {report['seed']}\n"
+    return "\n\n".join([f"# {title}", *sentences, "\n".join(table), made_by])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,9 +224,8 @@ def make_cards(records, root, reading, room):
     for name, rows in records.items():
         es = sets[name]
         labels = [[es.cand_ids[c] for c in right] for right in es.positives]
-        shown = {key for row in rows for keys in row["top3"].values() for key in keys}
-        same = labels == [row["label"] for row in rows] and shown <= es.index.keys()
-        if not same or es.query_ids != [row["id"] for row in rows]:
+        expected = [(row["id"], row["label"]) for row in rows]
+        if list(zip(es.query_ids, labels)) != expected:
             raise ValueError(f"{root}: its {name} has other queries than the run's eval folder")
     cards, images = [], {}
     for i in range(max(len(rows) for rows in records.values())):
@@ -296,28 +239,23 @@ def make_cards(records, root, reading, room):
 
 
 def write_report(run, data_root):
-    """report.md, tradeoff.png and report.html of a run folder whose test sets lie in data_root.
-
-    ValueError, one line, for a file that is missing or damaged.
-    """
+    """report.md and report.html of a run folder whose test sets lie in data_root."""
     run = Path(run)
-    path = run / "report.json"
-    [report] = check(path, [read_json(path)], NEEDED)
-    path = run / "eval" / "summary.json"
-    [summary] = check(path, [read_json(path)], ("datasets", "threshold"))
+    report = read_json(run / "report.json")
+    for key in NEEDED:
+        if key not in report:
+            raise ValueError(f"{run}/report.json: has no {key!r}")
+    summary = read_json(run / "eval" / "summary.json")
     records = {}  # {dataset: rows}, a row is a query
     for name, about in summary["datasets"].items():
-        path = run / "eval" / about["modality"] / f"{name}_queries.jsonl"
-        records[name] = read_lines(path, ("id", "label", "top3", "rationale", *COLUMNS))
-        if len(records[name]) != about["queries"]:
-            raise ValueError(f"{path}: has {len(records[name])} of {about['queries']} queries")
+        records[name] = read_lines(run / "eval" / about["modality"] / f"{name}_queries.jsonl")
     path = run / "metrics.jsonl"
-    log = read_lines(path, ("stage", "step")) if path.exists() else []
+    log = read_lines(path) if path.exists() else []
 
     title, sentences = verdict(report["modes"], records)
     sentences += what_is_missing(report, log)
     payload = {key: report[key] for key in NEEDED}
-    for key in ("seconds", "adaptivity", "selection"):
+    for key in ("seconds", "adaptivity"):
         payload[key] = report.get(key, {})
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
@@ -335,7 +273,6 @@ def write_report(run, data_root):
     payload["cards"] = cards
     payload["images"] = list(images.values())
 
-    draw_tradeoff(report["modes"], report["curve"], title, run / "tradeoff.png")
     text = markdown(report, title, sentences)
     (run / "report.md").write_text(text, encoding="utf-8")
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")

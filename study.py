@@ -6,23 +6,20 @@ that variants of one seed share the world, the base model and the proposals. Sco
 seed by seed with those of the full method: what a seed does to both drops out.
 
 The maths. Over n seeds a figure is its mean +- t(0.975, n - 1) * s / sqrt(n), s the sample standard
-deviation; a comparison is the same of the n differences. Nothing is corrected for the number of
-variants.
+deviation; a comparison is the same of the n differences, which is the paired t-test.
 
 How to run:
     python study.py --out runs/study                               every variant, hours on two cores
-    python study.py --out runs/study --seeds 1 --variants full,never --scale 0.05
+    python study.py --out runs/study --seeds 1 --variants full never --scale 0.05
     python study.py --out runs/study --only_summarise              the page, from what is there
-What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.json, OUT/study.md
-and OUT/study.png.
+What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.md, OUT/study.png.
 
-Left out: corrections for multiple comparisons, and tests without assumptions (five seeds cannot
+Left out: corrections for the number of variants, and tests without assumptions (five seeds cannot
 carry them: a sign test never goes below 0.06).
 """
 
 import argparse
 import collections
-import json
 import os
 import shutil
 import sys
@@ -61,6 +58,7 @@ VARIANTS = {
 }
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
 SCORES = {"overall": 3, "reason_rate": 2, "tokens_per_query": 1}  # digits that are shown
+OTHER_MODES = ("never", "always", "per_task", "random", "oracle")  # of the full method
 AUDIT = ("precision", "recall", "placebo_accepted")  # of selection against the truth
 RATIOS = {  # of adaptive's figure to another mode's
     "tokens, to the oracle's": ("tokens_per_query", "oracle"),
@@ -77,7 +75,6 @@ BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of p_reason
 def fork(parent, folder, first, same_judge):
     """A run folder whose data and stages before `first` are links to its parent's. same_judge: its
     select stage finds the parent's judgements, so that another rule needs no new evaluators."""
-    parent, folder = Path(parent), Path(folder)
     if (folder / "stages.json").exists():
         return
     kept = train.STAGES[: train.STAGES.index(first)]
@@ -94,7 +91,7 @@ def fork(parent, folder, first, same_judge):
 def run_variant(cfg, name, seed, out):
     """One variant under one seed, unless its report is there."""
     parent, first, changes = VARIANTS[name]
-    folder = Path(out, f"seed{seed}", name)
+    folder = out / f"seed{seed}" / name
     if not (folder / "report.json").exists():
         if parent:
             run_variant(cfg, parent, seed, out)
@@ -134,63 +131,89 @@ def interval(values):
     return mean, float(t * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def paired(a, b):
-    """Figures of two variants under the same seeds -> {"diff" (a - b), "half", "p", "n"}."""
-    differences = np.subtract(a, b)
-    mean, half = interval(differences)
-    varies = len(a) > 1 and np.ptp(differences) > 1e-12
-    p = float(stats.ttest_rel(a, b).pvalue) if varies else None
-    return {"diff": mean, "half": half, "p": p, "n": len(a)}
-
-
 def collect(out):
     """{variant: {seed: report}} of the reports that are there."""
     reports = {}
     for name in VARIANTS:
-        for path in sorted(Path(out).glob(f"seed*/{name}/report.json")):
-            seed = path.parts[-3].removeprefix("seed")
-            if seed.isdecimal():  # another folder is none of the study's
-                reports.setdefault(name, {})[int(seed)] = read_json(path)
+        for path in sorted(out.glob(f"seed[0-9]*/{name}/report.json")):
+            seed = int(path.parts[-3].removeprefix("seed"))
+            reports.setdefault(name, {})[seed] = read_json(path)
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
     return reports
 
 
-def figures(by_seed, mode, full):
-    """A variant used in one mode, beside the full method. by_seed, full: {seed: report}."""
-    seeds = sorted(by_seed)
-    modes = [by_seed[seed]["modes"][mode] for seed in seeds]
-    row = {"seeds": seeds}
-    for key in SCORES:
-        row[key] = interval([numbers[key] for numbers in modes])
-    row["datasets"] = {}
-    for name in modes[0]["datasets"]:
-        row["datasets"][name] = interval([numbers["datasets"][name] for numbers in modes])
-    shared = [seed for seed in seeds if seed in full]
-    scores = [by_seed[seed]["modes"][mode]["overall"] for seed in shared]
-    full_scores = [full[seed]["modes"]["adaptive"]["overall"] for seed in shared]
-    row["full_minus"] = paired(full_scores, scores)
-    return row
+def measured(reports):
+    """{label: {seed: what one mode of its report says}}: each variant, which is used as it was
+    trained, and the full method's own weights in other modes."""
+    uses = [(name, name, "adaptive") for name in reports]
+    uses += [(f"full, {mode}", "full", mode) for mode in OTHER_MODES]
+    rows = {}
+    for label, name, mode in uses:
+        rows[label] = {seed: report["modes"][mode] for seed, report in reports[name].items()}
+    return rows
 
 
-def by_steps(adaptivities):
-    """Each seed's "adaptivity" -> {family: {"auc": [of each seed], "steps": {steps: {"reason_rate",
-    "never", "always": interval}}}}."""
-    families = {}
-    for name in adaptivities[0] if adaptivities else ():
+# --------------------------------------------------------------------------------------------------
+# The page and the figure
+
+
+def show(values, digits=3):
+    """Of several seeds: "0.966 ± 0.009"."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def table(columns, rows):
+    """Markdown. The first column is words, the others are numbers."""
+    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
+
+
+def results_table(rows):
+    """Each variant beside the full method. rows: of measured()."""
+    lines = []
+    for label, by_seed in rows.items():
+        cells = [label, len(by_seed)]
+        for key, digits in SCORES.items():
+            cells.append(show([numbers[key] for numbers in by_seed.values()], digits))
+        differences = []
+        for seed in by_seed:
+            if seed in rows["full"]:
+                differences.append(rows["full"][seed]["overall"] - by_seed[seed]["overall"])
+        lines.append([*cells, "" if label == "full" else show(differences)])
+    names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]
+    return table(names, lines)
+
+
+def families_table(rows):
+    """The mean score of each family. rows: of measured(), of variants alone."""
+    lines = []
+    for family in next(iter(rows["full"].values()))["datasets"]:
+        cells = [family.removeprefix("Pocket")]
+        for by_seed in rows.values():
+            scores = [numbers["datasets"][family] for numbers in by_seed.values()]
+            cells.append(f"{np.mean(scores):.2f}")
+        lines.append(cells)
+    return table(["family", *rows], lines)
+
+
+def steps_table(adaptivities):
+    """adaptivities: each seed's "adaptivity", see eval.py."""
+    lines = []
+    for name in adaptivities[0]:
         seeds = [adaptivity[name] for adaptivity in adaptivities]
-        steps = {}
+        auc = [seed["auc"] for seed in seeds if seed["auc"] is not None]
         for count in sorted(seeds[0]["reason_rate"], key=int):
-            there = [seed for seed in seeds if count in seed["reason_rate"]]
-            steps[count] = {}
+            cells = [name.removeprefix("Pocket"), count]
             for key in ("reason_rate", "never", "always"):
-                steps[count][key] = interval([seed[key][count] for seed in there])
-        families[name] = {"auc": [seed["auc"] for seed in seeds], "steps": steps}
-    return families
+                cells.append(show([seed[key][count] for seed in seeds if count in seed[key]], 2))
+            lines.append([*cells, f"{np.median(auc):.3f}" if auc and count == "0" else ""])
+    return table(["family", "steps", "reason rate", "never", "always", "AUC"], lines)
 
 
-def decision_ratios(reports):
-    """How good are the decisions, and how cheap? {figure: [of each seed that has one]}."""
+def decision_table(reports):
+    """How good are the decisions, and how cheap? A ratio is a mean over the seeds that have one."""
     ratios = collections.defaultdict(list)
     for report in reports:
         modes = report["modes"]
@@ -201,151 +224,85 @@ def decision_ratios(reports):
         for name, (key, mode) in RATIOS.items():
             if modes[mode][key]:
                 ratios[name].append(modes["adaptive"][key] / modes[mode][key])
-    return ratios
+    return table(["adaptive", "ratio"], [[name, show(ratios[name], 2)] for name in ratios])
 
 
-def calibration(out, seeds):
-    """Does p_reason foretell what thinking brings? -> a row for each bin of p_reason: its mean, the
-    mean score of always minus that of never, and the number of queries, of all seeds together."""
+def calibration_table(out, seeds):
+    """Does p_reason foretell what thinking brings? A line for each bin of p_reason: the number of
+    queries of all seeds, the mean p_reason, the mean score of always minus that of never."""
     rows = []
     for seed in seeds:
-        for path in Path(out).glob(f"seed{seed}/full/eval/*/*_queries.jsonl"):
+        for path in out.glob(f"seed{seed}/full/eval/*/*_queries.jsonl"):
             rows += train.Rows(path)
     p_reason = np.array([row["p_reason"] for row in rows])
     gain = np.array([row["always"] - row["never"] for row in rows])
     bins = np.digitize(p_reason, BINS[1:-1])
-    table = []
+    lines = []
     for i in np.unique(bins):
         here = bins == i
-        row = {"from": BINS[i], "to": BINS[i + 1], "queries": int(here.sum())}
-        row |= {"p_reason": float(p_reason[here].mean()), "gain": float(gain[here].mean())}
-        table.append(row)
-    return table
+        means = [f"{p_reason[here].mean():.3f}", f"{gain[here].mean():+.3f}"]
+        lines.append([f"{BINS[i]:.1f} to {BINS[i + 1]:.1f}", here.sum(), *means])
+    return table(["p_reason", "queries", "mean p_reason", "mean gain"], lines)
 
 
-def audits(reports):
-    """{variant: {"precision", "recall", "placebo_accepted": interval}}, where they are known."""
-    table = collections.defaultdict(dict)
+def selection_table(reports):
+    """Selection's audit; empty where nothing is known."""
+    lines = []
     for name, by_seed in reports.items():
+        cells = [name]
         for key in AUDIT:
             values = [report["selection"].get(key) for report in by_seed.values()]
-            if None not in values:
-                table[name][key] = interval(values)
-    return table
+            cells.append("" if None in values else show(values))
+        lines.append(cells)
+    return table(["variant", *AUDIT], lines)
 
 
 def summarise(out):
-    """study.json, study.md and study.png of the runs that are there."""
+    """study.md and study.png of the runs that are there."""
     reports = collect(out)
+    rows = measured(reports)
     full = reports["full"]
-    variants = {name: figures(by_seed, "adaptive", full) for name, by_seed in reports.items()}
-    for mode in ("never", "always", "per_task", "random", "oracle"):
-        variants[f"full, {mode}"] = figures(full, mode, full)
-    longer = sorted(Path(out).glob("seed*/full/longer/summary.json"))
-    curves = []
-    for report in full.values():
-        curves.append([[p["tokens_per_query"], p["overall"]] for p in report["curve"]])
-    study = {
-        "variants": variants,
-        "adaptivity": by_steps([report["adaptivity"] for report in full.values()]),
-        "longer": by_steps([read_json(path)["adaptivity"] for path in longer]),
-        "decision": decision_ratios(full.values()),
-        "calibration": calibration(out, full),
-        "selection": audits(reports),
-        "dial": np.mean(curves, axis=0).tolist(),
-    }
-    write_json(Path(out, "study.json"), study)
-    Path(out, "study.md").write_text(page(study), encoding="utf-8")
-    draw(study, Path(out, "study.png"))
-
-
-# --------------------------------------------------------------------------------------------------
-# The page and the figure
-
-
-def show(value, digits=3):
-    """(mean, half) -> "0.966 ± 0.009"."""
-    mean, half = value
-    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def table(columns, rows):
-    """Markdown. The first column is words, the others are numbers."""
-    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
-
-
-def steps_table(families):
-    rows = []
-    for name, family in families.items():
-        auc = [value for value in family["auc"] if value is not None]
-        for count, row in family["steps"].items():
-            scores = [show(score, 2) for score in row.values()]
-            median = f"{np.median(auc):.3f}" if auc and count == "0" else ""
-            rows.append([name.removeprefix("Pocket"), count, *scores, median])
-    return table(["family", "steps", "reason rate", "never", "always", "AUC"], rows)
-
-
-def page(study):
-    """-> study.md."""
-    results, families, bins, selection = [], [], [], []
-    for label, row in study["variants"].items():
-        scores = [show(row[key], digits) for key, digits in SCORES.items()]
-        test = row["full_minus"]
-        difference = "" if label == "full" else show((test["diff"], test["half"]))
-        p = "" if test["p"] is None else f"{test['p']:.4f}"
-        results.append([label, len(row["seeds"]), *scores, difference, p])
-    trained = [label for label in study["variants"] if not label.startswith("full,")]
-    datasets = [study["variants"][label]["datasets"] for label in trained]
-    for family in datasets[0]:
-        means = [f"{scores[family][0]:.2f}" for scores in datasets]
-        families.append([family.removeprefix("Pocket"), *means])
     longer = ""
-    if study["longer"]:
+    paths = sorted(out.glob("seed[0-9]*/full/longer/summary.json"))
+    if paths:
         longer = f"Chains of up to {LONGER} steps, new queries. In training none is that long:\n\n"
-        longer += steps_table(study["longer"]) + "\n"
-    ratios = [[name, show(interval(values), 2)] for name, values in study["decision"].items()]
-    for row in study["calibration"]:
-        name = f"{row['from']:.1f} to {row['to']:.1f}"
-        bins.append([name, row["queries"], f"{row['p_reason']:.3f}", f"{row['gain']:+.3f}"])
-    for label, audit in study["selection"].items():
-        cells = [show(audit[key]) if key in audit else "" for key in AUDIT]
-        selection.append([label, *cells])
-    columns = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it", "p"]
-    return f"""\
+        longer += steps_table([read_json(path)["adaptivity"] for path in paths]) + "\n"
+    page = f"""\
 # Does every part earn its place?
 
 Written by study.py. Mean ± half the 95 % interval over seeds. `full, MODE` are the full
-method's own weights, used otherwise; the other rows were trained for what they do. p is
-that of the paired t-test, not corrected for the number of rows.
+method's own weights, used otherwise; the other rows were trained for what they do.
+Intervals are not corrected for the number of rows.
 
-{table(columns, results)}
+{results_table(rows)}
 ## By family
 
-{table(["family", *trained], families)}
+{families_table({name: rows[name] for name in reports})}
 ## By the number of steps a query needs
 
 Full method. The prompt is the same for all queries of a family. AUC: the chance that a
 query of two or more steps has a higher p_reason than one of none, median over seeds.
 
-{steps_table(study["adaptivity"])}
+{steps_table([report["adaptivity"] for report in full.values()])}
 {longer}## How good are the decisions, and how cheap?
 
 Adaptive of the full method, beside its own other modes.
 
-{table(["adaptive", "ratio"], ratios)}
+{decision_table(full.values())}
 ## Does p_reason foretell the gain?
 
 Queries of all seeds. Gain: the score after thinking minus the score without.
 
-{table(["p_reason", "queries", "mean p_reason", "mean gain"], bins)}
+{calibration_table(out, full)}
 ## Selection against the truth
 
-{table(["variant", *AUDIT], selection)}
+{selection_table(reports)}
 """
+    (out / "study.md").write_text(page, encoding="utf-8")
+    draw(rows, full.values(), out / "study.png")
 
 
-def draw(study, path):
+def draw(rows, full, path):
     """Quality against tokens. Coloured: trained for what it does, with its interval. Grey: the full
     method's own weights, used otherwise; the line is its dial, the threshold."""
     shown = {  # marker, colour, label
@@ -360,13 +317,15 @@ def draw(study, path):
     }
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*np.transpose(study["dial"]), color="#009E73", alpha=0.5, lw=1.5, zorder=1)
+    dials = []
+    for report in full:
+        dials.append([[p["tokens_per_query"], p["overall"]] for p in report["curve"]])
+    axes.plot(*np.mean(dials, axis=0).T, color="#009E73", alpha=0.5, lw=1.5, zorder=1)
     for name, (marker, colour, label) in shown.items():
-        if name not in study["variants"]:
+        if name not in rows:
             continue
-        row = study["variants"][name]
-        x, _ = row["tokens_per_query"]
-        y, half = row["overall"]
+        x = np.mean([numbers["tokens_per_query"] for numbers in rows[name].values()])
+        y, half = interval([numbers["overall"] for numbers in rows[name].values()])
         if name.startswith("full,"):
             half = None
         axes.errorbar(x, y, half, fmt=marker, color=colour, ms=9, capsize=3, label=label)
@@ -384,31 +343,22 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
     )
-    parser.add_argument("--out", required=True, help="folder of the study")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--variants", help="only these, with commas")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--scale", type=float, default=1.0, help="see train.py")
     parser.add_argument("--only_summarise", action="store_true", help="tables of what is there")
     args = parser.parse_args()
-    if not args.out or min(args.seeds) < 0:
-        parser.error("--out wants a folder, --seeds numbers of 0 and more")
-    names = args.variants.split(",") if args.variants else list(VARIANTS)
-    for name in names:
-        if name not in VARIANTS:
-            parser.error(f"--variants {name}: there are {', '.join(VARIANTS)}")
     try:
         cfg = train.parse([f"--scale={args.scale}"])
-        if not args.only_summarise:
-            for name in names:  # a variant on all seeds before the next one
-                for seed in args.seeds:
-                    run_variant(cfg, name, seed, args.out)
+        names = [] if args.only_summarise else args.variants
+        for name in names:  # a variant on all seeds before the next one
+            for seed in args.seeds:
+                run_variant(cfg, name, seed, args.out)
         summarise(args.out)
-    except (train.UsageError, ValueError, OSError) as e:
-        sys.exit(f"study.py: {e}")
-    except train.Interrupted as e:
-        print(f"study.py: {e}", file=sys.stderr)
-        sys.exit(143)
-    print(json.dumps({"written": f"{args.out}/study.md"}))
+    except (train.UsageError, train.Interrupted, ValueError, OSError) as error:
+        sys.exit(f"study.py: {error}")
+    print(f"written: {args.out}/study.md")
 
 
 if __name__ == "__main__":

@@ -1832,11 +1832,11 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
 
 
 def test_run_finished_stages_are_skipped(finished, own_root, monkeypatch, capsys):
-    before = contents(finished, "report.html", "tradeoff")
+    before = contents(finished, "report.html")
     for stage in train.STAGES:
         monkeypatch.setattr(train, f"{stage}_stage", None)
     assert exit_code(arguments(own_root, finished)) == 0
-    assert contents(finished, "report.html", "tradeoff") == before
+    assert contents(finished, "report.html") == before
     assert "never: " in capsys.readouterr().out
 
 
@@ -4762,11 +4762,10 @@ def test_bad_options_end_in_one_line(options, says, first_root, tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def first_run(first_root, tmp_path_factory):
-    """A finished run folder, with a selection and a log of one stage."""
+    """A finished run folder, with a log of one stage."""
     run = tmp_path_factory.mktemp("run")
     got = evaluation.evaluate(Fake(), first_root, f"{run}/eval", truth=TRUTH)
     result = {key: got[key] for key in ("modes", "curve", "adaptivity")}
-    result["selection"] = {"kept": 2, "precision": None, "by_proposer": {"a": 0.5}}
     write_json(run / "report.json", result | {"preset": "pocket", "seed": 0})
     write_jsonl(run / "metrics.jsonl", [{"stage": "embed", "step": 10, "nce_direct": 0.1}])
     return run
@@ -4813,12 +4812,10 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
     assert payload["training"] == [{"title": "embed: nce direct", "series": series}]
     assert "Stage rl left no training log." in payload["sentences"]
     text = (run / "report.md").read_text(encoding="utf-8")
-    for part in ("](tradeoff.png)", "| hard | 0.000 | 1.000 |", "| video | – |"):
-        assert part in text
-    assert Image.open(run / "tradeoff.png").width > 1000
+    assert "| hard | 0.000 | 1.000 |" in text and "| video | – |" in text
 
 
-def test_without_steps_selection_or_images(root, run):
+def test_without_steps_or_images(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     write_jsonl(f"{root}/easy.jsonl", rows)
     result = read_json(run / "report.json")
@@ -4826,11 +4823,10 @@ def test_without_steps_selection_or_images(root, run):
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
-    assert "This run selected no rationales." in payload["sentences"]
     assert any("steps" in sentence for sentence in payload["sentences"])
 
 
-@pytest.mark.parametrize("limit, cards", [(10_000, range(1, 9)), (10, [0])])
+@pytest.mark.parametrize("limit, cards", [(9_500, range(1, 9)), (10, [0])])
 def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch, limit, cards):
     monkeypatch.setattr(report, "BYTES", limit)
     _, payload = payload_of(run, first_root)
@@ -4838,37 +4834,25 @@ def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatc
     assert bool(payload["datasets"]) == (limit > 10)
 
 
-@pytest.mark.parametrize("harm", ["cut", "{}\n", "[3]\n"])
 @pytest.mark.parametrize(
     "name", ["report.json", "metrics.jsonl", "summary.json", "easy_queries.jsonl"]
 )
-def test_a_damaged_file_is_named(first_root, run, name, harm):
+def test_a_damaged_file_is_named(first_root, run, name):
     [path] = run.rglob(name)
-    lines = path.read_text().count("\n")
-    path.write_text('{"a\n' if harm == "cut" else harm * lines)
+    path.write_text('{"a\n')
     with pytest.raises(ValueError, match=path.name) as stop:
         report.write_report(run, first_root)
     assert "\n" not in str(stop.value)
 
 
 def test_queries_of_other_data_are_refused(root, run):
-    """Fewer, or with other answers. A file that was cut off is named itself."""
+    """Fewer, or with other answers."""
     rows = json_rows(root, "easy.jsonl")
     other = [row | {"pos_text": "another " + row["pos_text"]} for row in rows]
     for edited in (rows[:1], other):
         write_jsonl(f"{root}/easy.jsonl", edited)
         with pytest.raises(ValueError, match="its easy has other queries"):
             report.write_report(run, root)
-    shutil.copy(f"{root}/hard.jsonl", f"{root}/easy.jsonl")  # the right answers
-    path = Path(run, "eval/image/easy_queries.jsonl")
-    rows = json_rows(path)
-    rows[4]["top3"]["never"] = ["a candidate that is not there"]
-    write_jsonl(path, rows)
-    with pytest.raises(ValueError, match="its easy has other queries"):
-        report.write_report(run, root)
-    write_jsonl(path, rows[:2])
-    with pytest.raises(ValueError, match="easy_queries.jsonl: has 2 of 5 queries"):
-        report.write_report(run, root)
 
 
 VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and random have 0.6
@@ -4881,7 +4865,8 @@ VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and 
 
 @pytest.mark.parametrize("adaptive, oracle, title, decision", VERDICTS)
 def test_the_verdict_goes_every_way(adaptive, oracle, title, decision):
-    scores = dict(zip(report.STYLE, (0.5, 0.6, adaptive, adaptive, 0.6, oracle)))
+    scores = {"never": 0.5, "always": 0.6, "random": 0.6}
+    scores |= {"adaptive": adaptive, "per_task": adaptive, "oracle": oracle}
     costs = {"tokens_per_query": 4.0, "reason_rate": 0.4}
     modes = {mode: {"overall": score, **costs} for mode, score in scores.items()}
     got, sentences = report.verdict(modes, {"a": [scores]})
@@ -5067,11 +5052,9 @@ def test_truth_of_the_pocket_world(tmp_path):
     assert selection.pocket_truth(str(tmp_path / "elsewhere")) is None
 
 
-def test_study_statistics():
-    """Three pairs that differ by 1, 2 and 3: t = 2 / (1 / sqrt 3), half = t(0.975, 2) / sqrt 3."""
-    test = study.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
-    expected = {"diff": 2.0, "half": 4.302653 / 3**0.5, "p": 0.074180, "n": 3}
-    assert test == pytest.approx(expected, rel=1e-5)
+def test_study_interval():
+    """One to three: half = t(0.975, 2) / sqrt 3."""
+    assert study.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / 3**0.5))
     assert study.interval([0.5]) == (0.5, None)
 
 
@@ -5100,9 +5083,9 @@ def write_report(folder, score, seed):
 
 # Full is 0.91 and 0.92, never 0.5: 0.415 ± t(0.975, 1) * 0.005 apart, and t(0.975, 1) is 12.7.
 STUDY = """
-| full | 2 | 0.915 ± 0.064 | 0.50 ± 0.00 | 4.5 ± 6.4 |  |  |
-| never | 2 | 0.500 ± 0.000 | 0.50 ± 0.00 | 4.5 ± 6.4 | 0.415 ± 0.064 | 0.0077 |
-| full, oracle | 2 | 0.965 ± 0.064 | 0.50 ± 0.00 | 2.0 ± 0.0 | -0.050 ± 0.000 |  |
+| full | 2 | 0.915 ± 0.064 | 0.50 ± 0.00 | 4.5 ± 6.4 |  |
+| never | 2 | 0.500 ± 0.000 | 0.50 ± 0.00 | 4.5 ± 6.4 | 0.415 ± 0.064 |
+| full, oracle | 2 | 0.965 ± 0.064 | 0.50 ± 0.00 | 2.0 ± 0.0 | -0.050 ± 0.000 |
 | Walk | 0.92 | 0.50 |
 | Walk | 0 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.930 |
 | of the way from random to oracle | 0.80 ± 0.00 |
@@ -5116,12 +5099,11 @@ STUDY = """
 def test_study_page(tmp_path):
     """Two seeds of two variants: a worked row of every table."""
     with pytest.raises(ValueError, match="no finished run"):
-        study.summarise(str(tmp_path))
+        study.summarise(tmp_path)
     for seed in (1, 2):
         write_report(tmp_path / f"seed{seed}" / "full", 0.9 + 0.01 * seed, seed)
         write_report(tmp_path / f"seed{seed}" / "never", 0.5, seed)
-    study.summarise(str(tmp_path))
+    study.summarise(tmp_path)
     page = (tmp_path / "study.md").read_text(encoding="utf-8").splitlines()
     assert set(STUDY.split("\n")) <= {*page, ""}
-    assert np.allclose(read_json(f"{tmp_path}/study.json")["dial"], [[4.5, 0.915]])
     assert (tmp_path / "study.png").exists()
