@@ -153,6 +153,7 @@ def make_tasks(processor, options):
     for i, target in enumerate(make_items(B, processor, seed=1)):
         pair = {
             "id": str(i),
+            "key": "",
             "query": prompts[i],
             "target": processor(target),
             "answer": str(i),  # all targets differ
