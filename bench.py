@@ -370,23 +370,19 @@ class Peer:
 # Measuring
 
 
-def seconds(task, side):
-    """Wall time of one turn. A GPU goes on after the call has returned, so it is waited for."""
-    start = time.perf_counter()
-    task.run(side)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def rates(task, sides, repeats):
     """Units a second of each side, by the medians. The sides take turns.
 
     A first turn, which is not counted, pays for what happens once: buffers, kernels, compiling.
     """
-    turns = []
-    for _ in range(1 + repeats):
-        turns.append([seconds(task, side) for side in sides])
+    turns = np.zeros((1 + repeats, len(sides)))  # seconds
+    for turn in turns:
+        for i, side in enumerate(sides):
+            start = time.perf_counter()
+            task.run(side)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a GPU goes on after the call has returned
+            turn[i] = time.perf_counter() - start
     return (task.amount / np.median(turns[1:], axis=0)).tolist()
 
 

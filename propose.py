@@ -227,14 +227,11 @@ def read_rationale(place, line, numbers=()):
 
 
 def write_rows(path, rows):
-    """JSON lines, complete or not at all -> their number."""
-    total = 0
+    """JSON lines, complete or not at all."""
     with open(f"{path}.part", "w", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            total += 1
     os.replace(f"{path}.part", path)
-    return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,8 +392,8 @@ def main():
         parser.error("--write-requests needs --data")
 
     if options.write_requests:
-        total = write_rows(options.write_requests, requests(options))
-        print(f"requests: {total}\nwritten: {options.write_requests}")
+        write_rows(options.write_requests, requests(options))
+        print(f"written: {options.write_requests}")
         return
     asked = []
     for place, line in numbered_lines(options.requests):

@@ -472,26 +472,21 @@ def pocket_truth(root):
     return helps
 
 
-def compare_rules(run):
-    """What the rules would keep of a finished run's judged rationales -> {rule: audit}."""
+def main():
+    """What the rules would keep of a finished run's judged rationales."""
+    parser = argparse.ArgumentParser(description="What the rules would keep of a finished run.")
+    parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
+    run = parser.parse_args().run
     with open(os.path.join(run, "select", "judged.jsonl"), encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     config = read_json(os.path.join(run, "config.json"))
     helps = pocket_truth(os.path.join(run, "data"))
-    table = {}
     for rule in RULES:
         # positive_only could keep rationales of easy pairs, too: `full` has not judged those.
         if rule == "positive_only" and any(row["gain"] is None for row in rows):
             continue
         how = rule, config["select_margin"], config["select_fdr"]
-        table[rule] = audit(rows, list(choose(rows, *how)), *how, helps)
-    return table
-
-
-def main():
-    parser = argparse.ArgumentParser(description="What the rules would keep of a finished run.")
-    parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
-    for rule, report in compare_rules(parser.parse_args().run).items():
+        report = audit(rows, list(choose(rows, *how)), *how, helps)
         columns = ("kept", "precision", "recall", "placebo_accepted")
         print(f"{rule:13s}", *(f"{column} {report[column]}" for column in columns), sep="  ")
 
