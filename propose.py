@@ -277,8 +277,12 @@ def requests(options):
 def hard_pairs(path):
     """Ids of the pairs in a run's select/judged.jsonl to which the direct vector gives less than a
     half: no other pair can keep a rationale (select.py, "Direct first")."""
-    rows = [read_rationale(*numbered, ("direct",)) for numbered in numbered_lines([path])]
-    return {row["id"] for row in rows if row["direct"] < -math.log(2)}
+    hard = set()
+    for place, line in numbered_lines([path]):
+        row = read_rationale(place, line, ("direct",))
+        if row["direct"] < -math.log(2):
+            hard.add(row["id"])
+    return hard
 
 
 def image_url(ref, options):
@@ -290,7 +294,7 @@ def image_url(ref, options):
     if options.image_urls == "file" and isinstance(ref, str):
         with Image.open(ref) as image:  # reads the header alone
             if image.width * image.height <= options.max_pixels:
-                return Path(ref).absolute().as_uri()
+                return Path(ref).as_uri()
     image = data.load_image(ref)
     shrink = min(1.0, math.sqrt(options.max_pixels / (image.width * image.height)))
     image = image.resize([max(1, int(shrink * side)) for side in image.size])
