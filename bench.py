@@ -35,7 +35,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -153,6 +152,7 @@ def make_tasks(processor, options):
     for i, target in enumerate(make_items(B, processor, seed=1)):
         pair = {
             "id": str(i),
+            "key": "",
             "query": prompts[i],
             "target": processor(target),
             "answer": str(i),  # all targets differ
@@ -370,33 +370,27 @@ class Peer:
 # Measuring
 
 
-def seconds(task, side):
-    """Wall time of one turn. A GPU goes on after the call has returned, so it is waited for."""
-    start = time.perf_counter()
-    task.run(side)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def rates(task, sides, repeats):
     """Units a second of each side, by the medians. The sides take turns.
 
     A first turn, which is not counted, pays for what happens once: buffers, kernels, compiling.
     """
-    turns = []
-    for _ in range(1 + repeats):
-        turns.append([seconds(task, side) for side in sides])
+    turns = np.zeros((1 + repeats, len(sides)))  # seconds
+    for turn in turns:
+        for i, side in enumerate(sides):
+            start = time.perf_counter()
+            task.run(side)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a GPU goes on after the call has returned
+            turn[i] = time.perf_counter() - start
     return (task.amount / np.median(turns[1:], axis=0)).tolist()
 
 
 def agree(name, ours, peer, tolerance):
     """ValueError unless both sides have computed the same."""
-    difference = torch.as_tensor(ours) - torch.as_tensor(peer)
-    gap = float(difference.abs().max())
+    gap = (torch.as_tensor(ours) - torch.as_tensor(peer)).abs().max()
     if not gap <= tolerance:  # a NaN is not
-        far = f"ours and transformers differ by {gap:.2g}, more than {tolerance:.2g}"
-        raise ValueError(f"{name}: {far}: not the same computation")
+        raise ValueError(f"{name}: not the same computation: ours and transformers differ by {gap}")
 
 
 def compare(size, options):
@@ -423,18 +417,16 @@ def compare(size, options):
     rows = []
     for task in tasks:
         our_rate, peer_rate = rates(task, (ours, peer), options.repeats)
-        ratio = our_rate / peer_rate
-        name = f"{task.name}, {size}"
-        figures = f"{our_rate:>12.2f}{peer_rate:>12.2f} {task.unit:<10}{ratio:>6.2f}x"
-        print(f"{name:<30}{figures}", flush=True)
         row = {
-            "name": name,
+            "name": f"{task.name}, {size}",
             "ours": our_rate,
             "peer": peer_rate,
-            "ratio": ratio,
+            "ratio": our_rate / peer_rate,
             "unit": task.unit,
             "peer_name": f"transformers {transformers.__version__}",
         }
+        figures = f"{our_rate:.2f} beside {peer_rate:.2f} {task.unit}, {row['ratio']:.2f}x"
+        print(f"{row['name']}: {figures}", flush=True)
         rows.append(row)
     return rows
 
@@ -462,13 +454,16 @@ def measure(size, options):
         if options.gpu:
             torch.cuda.reset_peak_memory_stats()
         (rate,) = rates(task, [ours], options.repeats)
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9
-        name = f"{task.name}, {size}"
-        print(f"{name:<30}{rate:>12.2f} {task.unit:<14}peak {peak_gb:.1f} GB", flush=True)
-        rows.append({"name": name, "rate": rate, "unit": task.unit, "peak_gb": peak_gb})
+        row = {
+            "name": f"{task.name}, {size}",
+            "rate": rate,
+            "unit": task.unit,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        }
+        print(f"{row['name']}: {rate:.2f} {task.unit}, {row['peak_gb']:.1f} GB", flush=True)
+        rows.append(row)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    used = "used" if graphs else "not used"
-    print(f"compiled path: {used}, {graphs} graphs", flush=True)
+    print(f"compiled path: {'used' if graphs else 'not used'}, {graphs} graphs")
     return rows
 
 
@@ -486,43 +481,31 @@ COUNTS = {
 
 
 def parse(argv):
-    """The options; ValueError names one that is wrong."""
     # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(
-        description="Speed, beside transformers on the same weights.", usage=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSON file of what is printed")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
-    parser.add_argument("--size", help=f"some of {','.join(SIZES)} (pocket,large; on a GPU 2b)")
+    parser.add_argument("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
     for name, (default, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")
-    if options.size is None:
-        options.size = "2b" if options.gpu else "pocket,large"
-    options.size = options.size.split(",")
-    for name in COUNTS:
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
-    for size in options.size:
-        if size not in SIZES:
-            raise ValueError(f"--size {size}: expected some of {','.join(SIZES)}")
-    if options.out:
-        file = Path(options.out).absolute()
-        if file.is_dir() or not file.parent.is_dir():
-            raise ValueError(f"--out {options.out}: a file in a folder that exists is wanted")
+    options.size = options.size or (["2b"] if options.gpu else ["pocket", "large"])
     return options
 
 
-def run(options):
+def main(argv=None):
     """All sizes. The file is written after each: a large size may not fit into the memory."""
+    options = parse(argv)
     device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if options.gpu:
         device = torch.cuda.get_device_name(options.device)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
     versions["python"] = platform.python_version()
     out = {"device": device, "versions": versions, "rows": [], "rates": []}
+    if options.out:
+        write_json(options.out, out)  # here a wrong path costs seconds, not minutes
     for size in options.size:
         if options.gpu:
             out["rates"] += measure(size, options)
@@ -532,13 +515,8 @@ def run(options):
             write_json(options.out, out)
 
 
-def main(argv=None):
-    """Run; what goes wrong is said in one line."""
+if __name__ == "__main__":
     try:
-        run(parse(argv))
+        main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"bench.py: {str(error).splitlines()[0]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -31,8 +31,9 @@ How to run:
     python eval.py --model Qwen/Qwen3-VL-Embedding-2B --data MMEB_V2_ROOT --out DIR \\
         --reason never --prompts qwen --frames 64 --tasks CIRR,MSVD
     torchrun --nproc_per_node=8 eval.py ...     deals the datasets out to 8 processes
-Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/leaderboard.json and
-DIR/summary.json. Vectors lie in DIR/cache by content: a broken run goes on where it stopped.
+Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/summary.json of this
+call, and DIR/leaderboard.json of all score files in DIR: what broke off is finished with --tasks,
+and each model and setting has a DIR of its own.
 
 The numbers and the leaderboard's file are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590).
 Left out: ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's
@@ -40,12 +41,9 @@ metadata. Not followed: the reference pairs labels and grades wrongly where grad
 """
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -199,100 +197,49 @@ def column(rows, key):
     return np.array([row[key] for row in rows])
 
 
-def fingerprint(embedder):
-    """Other weights or settings, other text. A name would not do: training writes over weights."""
-    weights = hashlib.sha256()
-    for name, value in embedder.model.state_dict().items():
-        weights.update(f"{name} {value.dtype}".encode())
-        weights.update(value.float().cpu().numpy().tobytes())
-    simple = []
-    for setting in vars(embedder.processor).items():
-        if isinstance(setting[1], (int, float, str)):
-            simple.append(setting)
-    return f"{weights.hexdigest()} {simple}"
+def embed(embedder, items, title, names, **how):
+    """n items -> (vectors (n, d), infos). BadData names an item that is broken.
+
+    title, names: what an error calls them. how: of Embedder.encode.
+    infos: per item {"reasoned", "p_reason", "rationale", "new_tokens", "ms"}.
+    """
+    start = time.perf_counter()
+    try:
+        vectors, infos = embedder.encode(items, return_info=True, **how)
+    except ItemError as error:
+        raise data.BadData(f"{title} {names[error.index]}: {error.why}") from error
+    ms = 1000 * (time.perf_counter() - start) / len(items)
+    for info in infos:
+        info["ms"] = ms
+    return vectors, infos
 
 
-@dataclass
-class VectorCache:
-    """FOLDER/<hash>.npy, vectors (n, d), and <hash>.json, infos and time, of lists of items."""
-
-    embedder: Embedder
-    folder: str
-    options: dict  # of Embedder.encode, the same for all lists
-    model: str  # its fingerprint
-
-    def embed(self, items, title, names, **how):
-        """n items -> (vectors (n, d), infos, ms per item). BadData names an item that is broken.
-
-        title, names: what an error calls them. how: reason and threshold of Embedder.encode.
-        infos: per item {"reasoned", "p_reason", "rationale", "new_tokens"}.
-        """
-        options = {**self.options, **how}
-        path = Path(self.folder, self.name(items, options))
-        if not path.with_suffix(".json").exists():  # written last: the vectors are there, too
-            start = time.perf_counter()
-            try:
-                vectors, infos = self.embedder.encode(items, return_info=True, **options)
-            except ItemError as error:
-                raise data.BadData(f"{title} {names[error.index]}: {error.why}") from error
-            ms = 1000 * (time.perf_counter() - start) / len(items)
-            # Written aside and renamed: another process may embed the same candidates.
-            aside = f"{path}.{scale.rank()}"
-            path.parent.mkdir(exist_ok=True, parents=True)
-            np.save(f"{aside}.npy", vectors)
-            write_json(f"{aside}.json", [infos, ms])
-            for ending in ("npy", "json"):
-                os.replace(f"{aside}.{ending}", f"{path}.{ending}")
-        infos, ms = read_json(f"{path}.json")
-        vectors = np.load(f"{path}.npy", mmap_mode="r")
-        return vectors, infos, ms
-
-    def name(self, items, options):
-        """A hash of everything that the vectors depend on; of files it takes size and time."""
-        changed = []
-        for item in items:
-            for ref in data.refs(item):
-                file = Path(getattr(ref, "table", ref))
-                if file.exists():
-                    stat = file.stat()
-                    changed.append((stat.st_size, stat.st_mtime_ns))
-        key = repr([self.model, options, items, changed])
-        return hashlib.sha256(key.encode()).hexdigest()
-
-
-def measure(es, cache, modes, threshold):
+def measure(embedder, es, modes, threshold, options):
     """A data.EvalSet under the modes asked for -> {mode: rows}. Targets are embedded directly.
 
     A row per query: {"scores" (24,) as in KEYS, "top": ids of the first candidates, "ms",
-    "reasoned", "p_reason", "rationale", "new_tokens"}.
+    "reasoned", "p_reason", "rationale", "new_tokens"}. options: more of Embedder.encode.
     """
     title = f"{es.name} candidate first met at"
-    targets, _, _ = cache.embed(es.candidates, title, es.cand_where, reason="never")
-    auto = {"reason": "auto", "threshold": threshold}
+    targets, _ = embed(embedder, es.candidates, title, es.cand_where, reason="never", **options)
+    how = {**options, "threshold": threshold}
     results = {}
     for mode in modes:
-        if mode != "adaptive":
-            results[mode] = measure_mode(es, cache, targets, reason=mode)
-        elif "never" in results and "always" in results:  # nothing is left to compute
-            results[mode] = []
+        if mode == "adaptive" and "never" in results and "always" in results:
+            rows = []  # nothing is left to compute
             for direct, reasoned in zip(results["never"], results["always"]):
-                reasons = direct["p_reason"] > threshold
-                results[mode].append(reasoned if reasons else direct)
-        else:
-            results[mode] = measure_mode(es, cache, targets, **auto)
+                rows.append(reasoned if direct["p_reason"] > threshold else direct)
+            results[mode] = rows
+            continue
+        how["reason"] = "auto" if mode == "adaptive" else mode
+        vectors, rows = embed(embedder, es.queries, f"{es.name} query", es.query_ids, **how)
+        ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
+        for i, row in enumerate(rows):
+            grades = es.grades[i] if es.grades else None
+            row["scores"] = score_ranks(ranks[i], grades)
+            row["top"] = [es.cand_ids[c] for c in top[i]]
+        results[mode] = rows
     return results
-
-
-def measure_mode(es, cache, targets, **how):
-    """The rows of one mode; how: as in VectorCache.embed."""
-    vectors, infos, ms = cache.embed(es.queries, f"{es.name} query", es.query_ids, **how)
-    ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
-    for i, info in enumerate(infos):
-        grades = es.grades[i] if es.grades else None
-        info["scores"] = score_ranks(ranks[i], grades)
-        info["top"] = [es.cand_ids[c] for c in top[i]]
-        info["ms"] = ms
-    return infos
 
 
 def write_lines(path, rows):
@@ -303,7 +250,7 @@ def write_lines(path, rows):
 
 
 def write_dataset(es, results, primary, out):
-    """The dataset's three files -> (its 26 numbers, what summary.json says of it, its records).
+    """The dataset's three files -> (what summary.json says of it, its records).
 
     results: of measure(); primary: the mode that counts. pred.jsonl and score.json are those of
     MMEB-V2. queries.jsonl is ours: per query the decision, the rationale, and per mode the score,
@@ -355,7 +302,7 @@ def write_dataset(es, results, primary, out):
     write_lines(folder / f"{es.name}_pred.jsonl", predictions)
     write_lines(folder / f"{es.name}_queries.jsonl", records)
     write_json(folder / f"{es.name}_score.json", score)
-    return score, about, records
+    return about, records
 
 
 # --------------------------------------------------------------------------------------------------
@@ -467,18 +414,19 @@ def adaptivity(records, truth):
 # All datasets
 
 
-def leaderboard(metrics, rows):
-    """The leaderboard's file; a string stands for a dataset that was not run, as in its script."""
+def leaderboard(out, rows):
+    """The leaderboard's file, of the score files that are there; a string stands for a dataset that
+    was not run, as in the reference's script."""
     metadata = dict.fromkeys(ABOUT)
     metadata["data_source"] = "Self-Reported"
     metadata["report_generated_date"] = datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
-    ran = {row["modality"] for row in rows if row["name"] in metrics}
     for row in rows:
         name, modality = row["name"], row["modality"]
-        absent = "FILE_N/A" if modality in ran else "DIR_N/A"
+        path = Path(out, modality, f"{name}_score.json")
         title = f"{name}-fixed" if name in FIXED else name
-        table[modality][title] = metrics.get(name, absent)
+        absent = "FILE_N/A" if path.parent.exists() else "DIR_N/A"
+        table[modality][title] = read_json(path) if path.exists() else absent
     return {"metadata": metadata, "metrics": table}
 
 
@@ -494,15 +442,9 @@ def evaluate(
     reading: more of data.load_eval (limit, frames, prompts).
     Several processes, each with the same model, share the datasets; all return the same summary.
     """
-    if not np.isfinite(threshold):
-        raise ValueError(f"threshold {threshold}: a finite number is wanted")
     rows = data.tables(root, "eval")
     asked = data.wanted(rows, tasks)
     primary = "adaptive" if "adaptive" in modes else modes[-1]
-    path = Path(out, "summary.json")
-    path.parent.mkdir(exist_ok=True, parents=True)
-    earlier = read_json(path) if path.exists() else {}
-    cache = VectorCache(embedder, Path(out, "cache"), options or {}, fingerprint(embedder))
 
     # 1) Each process measures datasets of its own.
     measured = {}
@@ -511,41 +453,33 @@ def evaluate(
             es = data.load_eval(root, row, **reading)
         except data.Missing:
             continue
-        results = measure(es, cache, modes, threshold)
+        results = measure(embedder, es, modes, threshold, options or {})
         measured[es.name] = write_dataset(es, results, primary, out)
-        print(es.name, json.dumps(measured[es.name][1]), flush=True)
+        print(es.name, json.dumps(measured[es.name][0]), flush=True)
     measured = dict(scale.gather_objects(measured.items()))
     if not measured:
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
 
     # 2) What they say together, in the order of the table.
-    metrics, datasets, records, modality, missing = {}, {}, {}, {}, []
-    for row in asked:
-        name = row["name"]
-        if name in measured:
-            metrics[name], datasets[name], records[name] = measured[name]
-            modality[name] = row["modality"]
-        else:
-            missing.append(name)
+    names = [row["name"] for row in asked if row["name"] in measured]
+    datasets = {name: measured[name][0] for name in names}
+    records = {name: measured[name][1] for name in names}
+    modality = {name: about["modality"] for name, about in datasets.items()}
     scores = {name: about["score"] for name, about in datasets.items()}
-    summary = plain_means(scores, modality)
-    summary["missing"] = missing
-    summary["datasets"] = datasets
-    summary["mode"] = primary
-    summary["threshold"] = threshold
-    summary["reading"] = reading
+    summary = {
+        **plain_means(scores, modality),
+        "missing": [row["name"] for row in asked if row["name"] not in measured],
+        "datasets": datasets,
+        "mode": primary,
+        "threshold": threshold,
+        "reading": reading,
+    }
     if "never" in modes and "always" in modes:
         summary["modes"], summary["curve"] = mode_table(records, modality, threshold)
         summary["adaptivity"] = adaptivity(records, truth or {})
-
-    # 3) Calls with other tasks, but the same model and options, fill one leaderboard.
-    summary["setting"] = [cache.model, primary, threshold, options, reading]
-    if earlier.get("setting") == summary["setting"]:
-        metrics = {**earlier["metrics"], **metrics}
-    summary["metrics"] = metrics
     if scale.is_main():
-        write_json(Path(out, "leaderboard.json"), leaderboard(metrics, rows))
-        write_json(path, summary)
+        write_json(Path(out, "leaderboard.json"), leaderboard(out, rows))
+        write_json(Path(out, "summary.json"), summary)
     return summary
 
 
@@ -553,13 +487,6 @@ def evaluate(
 # Command line
 
 REASON = {"auto": ["adaptive"], "never": ["never"], "always": ["always"], "all": MODES}
-
-
-def positive(text):
-    """A type for argparse, which puts the option's name before the message."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 def main(argv=None):
@@ -574,12 +501,12 @@ def main(argv=None):
     add("--tasks", help="only these datasets, with commas")
     add("--reason", choices=[*REASON], default="auto", help="all: compare")
     add("--threshold", type=float, default=0.5, help="reason when p_reason is above it (0.5)")
-    add("--max_new_tokens", type=positive, default=128, help="of a rationale (128)")
-    add("--batch_size", type=positive, default=16, help="items embedded together (16)")
-    add("--dim", type=positive, help="only the first numbers of each vector (Matryoshka)")
+    add("--max_new_tokens", type=int, default=128, help="of a rationale (128)")
+    add("--batch_size", type=int, default=16, help="items embedded together (16)")
+    add("--dim", type=int, help="only the first numbers of each vector (Matryoshka)")
     add("--prompts", choices=["vlm2vec", "qwen"], default="vlm2vec", help="whose wording")
-    add("--frames", type=positive, help="per video (8; Qwen3-VL-Embedding takes 64)")
-    add("--limit", type=positive, help="so many queries a dataset, for a quick look")
+    add("--frames", type=int, help="per video (8; Qwen3-VL-Embedding takes 64)")
+    add("--limit", type=int, help="so many queries a dataset, for a quick look")
     args = parser.parse_args(argv)
     tasks = None if args.tasks is None else args.tasks.split(",")
     data.wanted(data.tables(args.data, "eval"), tasks)  # before a model is opened

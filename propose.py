@@ -26,7 +26,7 @@ by the name of "base#2", and so on.
 
 --image-urls file writes paths in place of images: kilobytes a request, not megabytes. The server
 must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
-missing, doubled, wrong or cut off is counted and named, and the rest is used.
+missing, doubled, broken or cut off is counted and named, and the rest is used.
 
 Left out: rationales about targets, tools, retries (send the requests of the failures again).
 Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts are ours.
@@ -35,6 +35,7 @@ Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts a
 import argparse
 import base64
 import collections
+import contextlib
 import io
 import itertools
 import json
@@ -55,6 +56,8 @@ from processor import collate
 TEMPERATURE = 0.7
 # The columns that are kept of a file of rationales. Others may hold NaN, which write_rows refuses.
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
+# What reading a line of JSON raises where it holds something else than was expected.
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # --write-requests asks in so many of these ways, and each way is a proposer of its own, NAME-0,
 # NAME-1 ...; propose() uses the first.
 PROMPTS = (
@@ -79,7 +82,7 @@ def question(item, prompt_number=0):
 def propose(model, processor, pairs, cfg, generator, ask=False):
     """Sample cfg.num_candidates rationales for every pair's query -> rows of a rationales file.
 
-    pairs: {"id", "query", "key" if known}; a query is what the Processor makes of an item ("ids"
+    pairs: {"id", "query", "key"}; a query is what the Processor makes of an item ("ids"
     and patches). ask: the queries were made of `question(item)`, and <|im_end|> ends an answer.
     The proposer "base" is the model itself. A "truncated" row ran out of cfg.max_new_tokens. An
     empty rationale is left out: it says no more than the direct embedding.
@@ -105,23 +108,27 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
         for p, answers, truncated in zip(part, rollouts.tokens, rollouts.truncated.tolist()):
             for k, ids in enumerate(answers):
                 if ask:
-                    answer = processor.tokenizer.decode(ids)
-                    text = without_markers(answer.removesuffix("<|im_end|>"))
+                    text = without_markers(processor.tokenizer.decode(ids))
                 else:
                     text = processor.rationale_text(ids)
-                if not text:
-                    continue
-                row = {"id": p["id"], "side": "query", "proposer": nth("base", k), "text": text}
-                row["truncated"] = truncated[k]
-                if "key" in p:
-                    row["key"] = p["key"]
-                rows.append(row)
+                row = {
+                    "id": p["id"],
+                    "side": "query",
+                    "proposer": nth("base", k),
+                    "text": text,
+                    "truncated": truncated[k],
+                    "key": p["key"],
+                }
+                if text:
+                    rows.append(row)
     return rows
 
 
 def without_markers(text):
     """Thoughts and answer as one text: a thinking model puts <think> around the former."""
-    return text.replace("<think>", "").replace("</think>", "").strip()
+    for marker in ("<think>", "</think>", "<|im_end|>"):
+        text = text.replace(marker, "")
+    return text.strip()
 
 
 def nth(proposer, k):
@@ -136,38 +143,40 @@ def nth(proposer, k):
 class Rationales:
     """A file of rationales by pair. The texts stay on the disk; in memory is where they stand.
 
-    path, finite: as of read_rationales. only: authors whose rows count ("base#2" is a row of the
+    path, numbers: as of read_rationale. only: authors whose rows count ("base#2" is a row of the
     author "base"); empty: all.
     authors {author: rows}; cut: rows that were cut off ("truncated"); of_targets: rows that are
     about a target, and left out.
     """
 
-    def __init__(self, path, finite=(), only=()):
-        self.path, self.finite = path, finite
+    def __init__(self, path, numbers=(), only=()):
+        self.path, self.numbers = path, numbers
         self.places = {}  # pair id: bytes at which its rows begin, as an array of integers
         self.authors = collections.Counter()
         self.cut = self.of_targets = 0
-        rows = checked_rows([path], checked_rationale, finite)
-        with open(path, "rb") as file:
-            # The file is read twice in step: here for the byte at which each line begins.
-            starts = itertools.accumulate(map(len, file), initial=0)
-            for start, row in zip(starts, rows):
-                if row["side"] == "target":
-                    self.of_targets += 1
-                elif not only or author(row["proposer"]) in only:
-                    self.places.setdefault(row["id"], array("q")).append(start)
-                    self.authors[author(row["proposer"])] += 1
-                    self.cut += row.get("truncated", False)
+        start = 0
+        for place, line in numbered_lines([path]):
+            row = read_rationale(place, line, numbers)
+            if row["side"] == "target":
+                self.of_targets += 1
+            elif not only or author(row["proposer"]) in only:
+                self.places.setdefault(row["id"], array("q")).append(start)
+                self.authors[author(row["proposer"])] += 1
+                self.cut += bool(row.get("truncated"))
+            start += len(line)
 
     def of(self, pair_id):
-        """The rows about a pair, in the file's order."""
-        rows, names = [], set()
+        """The rows about a pair, in the file's order. None is dropped: the second of one name
+        becomes "name#2"."""
+        rows = {}
         with open(self.path, "rb") as file:
             for start in self.places.get(pair_id, ()):
                 file.seek(start)
-                row = checked_rationale(json.loads(file.readline()), self.finite)
-                rows.append(named_apart(row, names))
-        return rows
+                row = read_rationale(self.path, file.readline(), self.numbers)
+                names = (nth(row["proposer"], k) for k in itertools.count())
+                row["proposer"] = next(name for name in names if name not in rows)
+                rows[row["proposer"]] = row
+        return list(rows.values())
 
     def texts(self, pairs):
         """{pair id: {proposer: text}} of some pairs."""
@@ -177,32 +186,9 @@ class Rationales:
         return texts
 
 
-def read_rationales(path, finite=()):
-    """A file of rationales -> rows. ValueError names file and line.
-
-    finite: fields that have to be finite numbers. Only select's files are read with any, and all
-    their columns are kept. Older files say "worker" for "proposer".
-    No rationale is dropped: where a pair has two of one name, the second becomes "name#2".
-    """
-    names = set()
-    rows = checked_rows([path], checked_rationale, finite)
-    return [named_apart(row, names) for row in rows]
-
-
 def author(proposer):
     """Whose words: "careful#2" is the second try of "careful" for the same pair."""
     return proposer.split("#")[0]
-
-
-def named_apart(row, names):
-    """The row, renamed "name#2", "name#3" ... if its pair already has a row of that name."""
-    proposer = row["proposer"]
-    for k in itertools.count():
-        row["proposer"] = nth(proposer, k)
-        name = row["id"], row["side"], row["proposer"]
-        if name not in names:
-            names.add(name)
-            return row
 
 
 def numbered_lines(paths):
@@ -213,44 +199,39 @@ def numbered_lines(paths):
                 yield f"{path} line {n}", line
 
 
-def checked_rows(paths, check, *options):
-    """What `check` returns for each line of files of JSON. ValueError names file and line."""
-    for place, line in numbered_lines(paths):
-        try:
-            yield check(json.loads(line), *options)
-        except (ValueError, RecursionError) as e:  # JSON nested too deeply
-            raise ValueError(f"{place}: {e}") from None
+@contextlib.contextmanager
+def naming(place):
+    """Whatever is wrong with a line of JSON becomes a ValueError that names its place."""
+    try:
+        yield
+    except BROKEN as e:
+        raise ValueError(f"{place}: {type(e).__name__}: {e}") from None
 
 
-def checked_rationale(row, finite):
-    """One object of a rationales file, with its defaults; ValueError says what is wrong with it."""
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {data.short(row)}")
-    row = {"side": "query", "proposer": row.pop("worker", None)} | row
-    for key in ("id", "side", "proposer", "text"):
-        if not data.is_text(row.get(key)):
-            raise ValueError(f"{key!r}: expected text, got {data.short(row.get(key))}")
-    for key in finite:
-        value = row.get(key)
-        if not isinstance(value, (int, float)) or not abs(value) < 1e300:
-            raise ValueError(f"{key!r}: expected a finite number, got {data.short(value)}")
-    if row["side"] not in ("query", "target"):
-        raise ValueError(f"'side': expected query or target, got {data.short(row['side'])}")
-    cut = row.get("truncated", False)
-    if not isinstance(cut, bool):
-        raise ValueError(f"'truncated': expected true or false, got {data.short(cut)}")
-    return row if finite else {key: row[key] for key in COLUMNS if key in row}
+def read_rationale(place, line, numbers=()):
+    """One line of a rationales file -> its row; ValueError names the place.
+
+    numbers: more columns, of select's files, which have to be finite numbers. Older files say
+    "worker" for "proposer".
+    """
+    with naming(place):
+        row = json.loads(line)
+        row = {"side": "query", "proposer": row.get("worker")} | row
+        for key in ("id", "proposer", "text"):
+            if not data.is_text(row.get(key)):
+                raise ValueError(f"{key!r}: expected text, got {data.short(row.get(key))}")
+        for key in numbers:
+            if not math.isfinite(row[key]):
+                raise ValueError(f"{key!r}: expected a finite number, got {row[key]}")
+    return {key: row[key] for key in (*COLUMNS, *numbers) if key in row}
 
 
 def write_rows(path, rows):
-    """JSON lines, complete or not at all -> their number."""
-    total = 0
+    """JSON lines, complete or not at all."""
     with open(f"{path}.part", "w", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            total += 1
     os.replace(f"{path}.part", path)
-    return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,8 +277,12 @@ def requests(options):
 def hard_pairs(path):
     """Ids of the pairs in a run's select/judged.jsonl to which the direct vector gives less than a
     half: no other pair can keep a rationale (select.py, "Direct first")."""
-    rows = checked_rows([path], checked_rationale, ("direct",))
-    return {row["id"] for row in rows if row["direct"] < -math.log(2)}
+    hard = set()
+    for place, line in numbered_lines([path]):
+        row = read_rationale(place, line, ("direct",))
+        if row["direct"] < -math.log(2):
+            hard.add(row["id"])
+    return hard
 
 
 def image_url(ref, options):
@@ -307,12 +292,9 @@ def image_url(ref, options):
     Servers shrink what is larger, each by rules of its own; a page spelled out takes 9 MB.
     """
     if options.image_urls == "file" and isinstance(ref, str):
-        try:
-            with Image.open(ref) as image:  # reads the header alone
-                if image.width * image.height <= options.max_pixels:
-                    return Path(ref).as_uri()
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{ref}: {error}") from None
+        with Image.open(ref) as image:  # reads the header alone
+            if image.width * image.height <= options.max_pixels:
+                return Path(ref).as_uri()
     image = data.load_image(ref)
     shrink = min(1.0, math.sqrt(options.max_pixels / (image.width * image.height)))
     image = image.resize([max(1, int(shrink * side)) for side in image.size])
@@ -325,29 +307,25 @@ def image_url(ref, options):
 # Any server: responses
 
 
-def read_responses(paths, name, accept_cut=False, asked=()):
+def read_responses(paths, name, accept_cut, asked):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
-    asked: the custom ids of all requests, if known. Failures are a request without a response, a
-    response that nobody asked for, a second one, an error, an answer without text and one that did
-    not come to its end: a rationale without its conclusion. accept_cut takes those that were cut
-    off at max_tokens. One failure costs nothing else.
+    asked: the custom ids of all requests, as far as they are known. Failures are a request without
+    a response, a second response, an error, an answer without text and one that did not come to its
+    end: a rationale without its conclusion. accept_cut takes those that were cut off at max_tokens.
+    One failure costs nothing else.
     """
-    asked = dict.fromkeys(asked)
     rows, failed, answered = [], [], set()
     for place, line in numbered_lines(paths):
         try:
             response = json.loads(line)
-            custom_id = custom_id_of(response)
+            custom_id = response["custom_id"]
             pair, key, prompt_number = custom_id.rsplit("|", 2)
             answers = answers_of(response, accept_cut)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except BROKEN as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
             continue
-        if asked and custom_id not in asked:
-            answers = [("", "it was never asked for")]
-        elif custom_id in answered:
-            # (a response after a mere error is a retry and is accepted)
+        if custom_id in answered:  # a response after a mere error is a retry, and accepted
             answers = [("", "a second response")]
         for k, (text, why) in enumerate(answers):
             if why:
@@ -362,56 +340,32 @@ def read_responses(paths, name, accept_cut=False, asked=()):
     return rows, failed
 
 
-def custom_id_of(row):
-    """The custom id of a request or a response."""
-    custom_id = row.get("custom_id") if isinstance(row, dict) else None
-    if not data.is_text(custom_id):
-        raise ValueError(f"'custom_id': expected text, got {data.short(custom_id)}")
-    return custom_id
-
-
 def answers_of(response, accept_cut):
     """[(text, why it cannot be used, or "")] of the choices of one response."""
     reply = response.get("response") or {}
     body = reply.get("body") or {}
     error = response.get("error") or body.get("error")
-    if reply.get("status_code") not in (None, 200):
-        error = error or f"status {data.short(reply['status_code'])}"
     if error or not body.get("choices"):
-        return [("", str(error or "no choices")[:200])]
+        return [("", str(error or f"no choices, status {reply.get('status_code')}")[:200])]
     return [answer_of(choice, accept_cut) for choice in body["choices"]]
 
 
 def answer_of(choice, accept_cut):
     """(text, why it cannot be used, or "") of one choice. Thoughts that the server keeps in a field
     of their own belong to the text."""
-    message, finish = choice.get("message"), choice.get("finish_reason")
-    if not isinstance(message, dict):
-        return "", f"expected a message, got {data.short(message)}"
+    message, finish = choice["message"], choice.get("finish_reason")
     usable = (None, "stop", "length", "max_tokens") if accept_cut else (None, "stop")
     if finish not in usable:
-        return "", f"cut off: finish_reason {data.short(finish)}"
+        return "", f"cut off: finish_reason {finish}"
     thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
-    texts = [thoughts, "\n"]
-    for part in data.listed(message.get("content")):
-        is_text_part = isinstance(part, dict) and part.get("type") == "text"
-        texts.append(part.get("text") if is_text_part else part)
-    for text in texts:
-        if not data.is_text(text):
-            return "", f"expected text, got {data.short(text)}"
-    text = without_markers("".join(texts))
+    text = without_markers(f"{thoughts}\n{message.get('content') or ''}")
+    if not data.is_text(text):
+        return "", f"expected text, got {data.short(text)}"
     return text, "" if text else "no text"
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
-
-
-def at_least_1(text):
-    """argparse's type of a count."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 def main():
@@ -426,12 +380,12 @@ def main():
     act.add_argument("--read-responses", metavar="FILE", nargs="+", help="responses -> rationales")
     add("--data", metavar="ROOT", help="training data, see data.py")
     add("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", help="whom the requests ask")
-    add("--k", type=at_least_1, default=4, help="answers to a request; a single one is greedy")
+    add("--k", type=int, default=4, help="answers to a request; a single one is greedy")
     add("--prompts", type=int, choices=(1, 2, 3, 4), default=1, help="ways to ask, a request each")
-    add("--limit", type=at_least_1, help="at most so many pairs per dataset")
+    add("--limit", type=int, help="at most so many pairs per dataset")
     add("--hard", metavar="JUDGED", help="only hard pairs, as a run's select/judged.jsonl has them")
-    add("--max-tokens", type=at_least_1, default=256, help="of an answer")
-    add("--max-pixels", type=at_least_1, default=1003520, help="of an image; larger ones shrink")
+    add("--max-tokens", type=int, default=256, help="of an answer")
+    add("--max-pixels", type=int, default=1003520, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
     add("--requests", metavar="FILE", nargs="+", default=[], help="to name what has no response")
     add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
@@ -440,16 +394,15 @@ def main():
     options = parser.parse_args()
     if options.write_requests and not options.data:
         parser.error("--write-requests needs --data")
-    if not data.is_text(options.proposer):
-        parser.error(f"--proposer: expected text, got {data.short(options.proposer)}")
 
     if options.write_requests:
-        total = write_rows(options.write_requests, requests(options))
-        if not total:
-            raise ValueError(f"{options.write_requests}: no pair of {options.data} to ask about")
-        print(f"requests: {total}\nwritten: {options.write_requests}")
+        write_rows(options.write_requests, requests(options))
+        print(f"written: {options.write_requests}")
         return
-    asked = checked_rows(options.requests, custom_id_of)
+    asked = []
+    for place, line in numbered_lines(options.requests):
+        with naming(place):
+            asked.append(json.loads(line)["custom_id"])
     how = options.proposer, options.accept_cut, asked
     rows, failed = read_responses(options.read_responses, *how)
     for custom_id, why in failed:

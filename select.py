@@ -78,6 +78,7 @@ else:
     import dataclasses
     import hashlib
     import itertools
+    import json
     import math
     import operator
     import os
@@ -88,7 +89,7 @@ else:
     from embed import contrastive_step, pool
     from model import read_json
     from processor import collate, prompt_key
-    from propose import author, read_rationales
+    from propose import author
     from scale import chunks_of
 
     @dataclasses.dataclass
@@ -167,8 +168,6 @@ def judge(model, processor, pairs, texts, cfg, rng):
     an audited quarter, of a second placebo. They are None where there is no such text, and where
     the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
     """
-    if len({p["dataset"] for p in pairs}) > 1:
-        raise ValueError("select: a window holds pairs of one dataset")
     documents, places = distinct_documents(pairs)
     candidates = candidate_sets(places, rng)
     trials = draw_trials(pairs, texts, rng)
@@ -176,7 +175,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
     # 1) e(c, ∅) of every target and negative: t (N, H)
     t = torch.cat(encode(model, processor, documents, [[] for _ in documents], cfg.chunk_tokens))
     if len({target for target, *_ in places}) >= MANY:
-        candidates = mined_sets(places, t)
+        candidates = candidate_sets(places, rng, t)
 
     # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of those that can keep any. There
     # logp(q, ∅) is measured again beside the texts: both sides of a gain then have the same batch
@@ -242,8 +241,9 @@ def distinct_documents(pairs):
     return documents, places
 
 
-def candidate_sets(places, rng, size=CANDIDATES):
-    """C of every pair: its target, then hard negatives (half of C at most), then random targets.
+def candidate_sets(places, rng, t=None, size=CANDIDATES):
+    """C of every pair: its target, then hard negatives (half of C at most), then other targets:
+    random ones or, where t (N, H), the documents' vectors, is given, those nearest to its own.
 
     places: [n] lists, the target first, all different -> [n] lists likewise, of at most `size`.
     """
@@ -251,27 +251,17 @@ def candidate_sets(places, rng, size=CANDIDATES):
     sets = []
     for of_pair in places:
         chosen = of_pair[: 1 + size // 2]
-        rest = rng.permutation(np.setdiff1d(targets, chosen))
+        rest = np.setdiff1d(targets, chosen)
+        rest = rng.permutation(rest) if t is None else nearest_first(rest, t[of_pair[0]], t)
         sets.append(chosen + rest[: size - len(chosen)].tolist())
     return sets
 
 
-def mined_sets(places, t, size=CANDIDATES):
-    """The same, filled with the targets nearest to the pair's own in place of random ones.
-
-    t (N, H): vectors of the documents.
-    """
-    targets = np.unique([target for target, *_ in places])
-    vectors = t[targets].float()
-    near = (vectors @ vectors.T).cpu().numpy()  # (T, T)
+def nearest_first(targets, own, t):
+    """Targets by their similarity to one of their number, whose vector is `own`."""
+    near = (t[targets].float() @ own.float()).cpu().numpy()
     near[near > COPY] -= 2.0  # behind all others
-    nearest = dict(zip(targets.tolist(), targets[np.argsort(-near, axis=1)]))
-    sets = []
-    for of_pair in places:
-        chosen = of_pair[: 1 + size // 2]
-        rest = [target for target in nearest[of_pair[0]].tolist() if target not in chosen]
-        sets.append(chosen + rest[: size - len(chosen)])
-    return sets
+    return targets[np.argsort(-near)]
 
 
 def draw_trials(pairs, texts, rng):
@@ -482,36 +472,27 @@ def pocket_truth(root):
     return helps
 
 
-def compare_rules(run):
-    """What the rules would keep of a finished run's judged rationales -> [(name, audit)]."""
-    rows = read_rationales(os.path.join(run, "select", "judged.jsonl"), finite=("direct",))
-    config = read_json(os.path.join(run, "config.json"))
-    helps = pocket_truth(os.path.join(run, "data"))
-    fdr, no_limit = config["select_fdr"], 1e9
-    tried = [("full", fdr), ("full", no_limit), ("no_placebo", fdr), ("none", fdr)]
-    # positive_only could keep rationales of easy pairs, too, which a run by `full` has not judged.
-    if all(row["gain"] is not None for row in rows):
-        tried.append(("positive_only", fdr))
-    table = []
-    for rule, fdr in tried:
-        name = f"{rule}, the margin for all" if fdr == no_limit else rule
-        kept = list(choose(rows, rule, config["select_margin"], fdr))
-        table.append((name, audit(rows, kept, rule, config["select_margin"], fdr, helps)))
-    return table
-
-
 def main():
+    """What the rules would keep of a finished run's judged rationales."""
     parser = argparse.ArgumentParser(description="What the rules would keep of a finished run.")
     parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
-    try:
-        for name, report in compare_rules(parser.parse_args().run):
-            columns = ("kept", "precision", "recall", "placebo_accepted")
-            print(f"{name:24s}", *(f"{column} {report[column]}" for column in columns), sep="  ")
-    except (ValueError, OSError, KeyError) as e:
-        print(f"select.py: {e}", file=sys.stderr)
-        return 1
-    return 0
+    run = parser.parse_args().run
+    with open(os.path.join(run, "select", "judged.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    config = read_json(os.path.join(run, "config.json"))
+    helps = pocket_truth(os.path.join(run, "data"))
+    for rule in RULES:
+        # positive_only could keep rationales of easy pairs, too: `full` has not judged those.
+        if rule == "positive_only" and any(row["gain"] is None for row in rows):
+            continue
+        how = rule, config["select_margin"], config["select_fdr"]
+        report = audit(rows, list(choose(rows, *how)), *how, helps)
+        columns = ("kept", "precision", "recall", "placebo_accepted")
+        print(f"{rule:13s}", *(f"{column} {report[column]}" for column in columns), sep="  ")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"select.py: {error}")
