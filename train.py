@@ -53,6 +53,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -315,9 +316,10 @@ class Run:
         """Refuse tables that changed since a stage noted them, unless it is to be done: rows are
         known by their numbers, and the last ones of a dataset are rl's."""
         for stage, kind in NOTES.items():
-            if stage in todo or stage not in self.stages:
+            noted = self.stages.get(stage, {}).get("tables")
+            if stage in todo or noted is None:
                 continue
-            if self.stages[stage]["tables"] != data.fingerprint(self.data_root, kind):
+            if noted != data.fingerprint(self.data_root, kind):
                 change = f"the {kind} table has changed since {stage}"
                 raise UsageError(
                     f"{self.data_root}: {change}: do --stage {stage} and what follows again"
@@ -864,12 +866,14 @@ def print_numbers(result, page):
     """The numbers that matter, one a line, for people and for grep."""
     print(f"seconds: {sum(result['seconds'].values()):.1f}")
     for mode, numbers in result["modes"].items():
-        tokens = numbers["tokens_per_query"]
-        print(f"{mode}: {numbers['overall']:.4f} at {tokens:.2f} tokens a query")
+        print(f"{mode}: {numbers['overall']:.4f}")
+        print(f"{mode}_tokens: {numbers['tokens_per_query']:.2f}")
     for name, numbers in result["adaptivity"].items():
         print(f"{name}_auc: {numbers['auc']}")
     for key in ("precision", "recall", "placebo_accepted"):
         print(f"selection_{key}: {result['selection'][key]}")
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    print(f"peak_memory_gb: {kilobytes / 2 ** (30 if sys.platform == 'darwin' else 20):.2f}")
     print(f"report: {page}")
 
 
