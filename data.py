@@ -19,8 +19,7 @@ sub-batch so share a dataset, which makes them hard. A draw is a function of (se
 of (seed, dataset, epoch): neither workers nor ranks change the stream, and its state is the step.
 
 How to run:
-    python data.py --check ROOT [--train | --eval] [--names A,B]     found, missing, short, broken
-    python data.py --check ROOT --fetch [--revision REV]             the same after a download
+    python data.py --check ROOT [--names A,B]     what is found, missing (how to fetch it) or broken
 ROOT mirrors hub ids: ROOT/<hub id>/... as `hf download ID --repo-type dataset --local-dir ROOT/ID`
 leaves it (then unpack the archives). Your pairs need no code: put them, in MMEB's columns (qry,
 qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path), into ROOT/train.jsonl
@@ -397,8 +396,6 @@ class Row:
     tail: str = "\n"
     columns: list = field(default_factory=lambda: ["video_id", "caption"])  # video_ret
     labels: str | list | None = None  # all classes, or their key in mmeb.json
-    # What page_labels="original" replaces: the page sets had wrong labels until November 2025.
-    original: dict | None = None
 
 
 DEFAULTS = {
@@ -409,19 +406,16 @@ DEFAULTS = {
 
 def complete(row, kind):
     """A short row -> all keys. A typing mistake must not become a default: BadData names it."""
-    name = row.get("name") if isinstance(row, dict) else None
-    if not is_text(name) or not re.fullmatch(r"[^/\\\0]{1,200}", name) or name in (".", ".."):
-        what = f"a row of {kind!r} needs a name that can name a file, {short(name)}"
-        raise BadData("datasets.json", what)
-    types = {f.name: f.type for f in fields(Row)}
-    for key, value in row.items():
-        if key not in types:
-            raise BadData(name, f"unknown key {short(key)} in its row; known: {', '.join(types)}")
-        if not is_value(value, types[key]):
-            kinds = getattr(types[key], "__name__", types[key])
-            raise BadData(name, f"{key}: {kinds} is wanted, got {short(value)}")
     given = {key: value for key, value in row.items() if value is not None}
-    row = asdict(Row(**DEFAULTS[kind] | given))
+    try:
+        row = asdict(Row(**DEFAULTS[kind] | given))
+    except TypeError as error:  # a key that no Row has, or no name
+        raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
+    name = row["name"]
+    for key in fields(Row):
+        value = row[key.name]
+        if not isinstance(value, key.type):
+            raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
     beir = row["parser"] == "beir"
     retrieval = beir or row["parser"] in ("pairs", "video_ret")
     row["scope"] = row["scope"] or ("global" if retrieval else "local")
@@ -437,14 +431,6 @@ def complete(row, kind):
     return row
 
 
-def is_value(value, kind):
-    """Is it of this type, a number from 0 up, text that a file can hold?"""
-    if isinstance(value, (int, float)) and not 0 <= value < 1e18:
-        return False
-    texts = listed(value) if isinstance(value, (str, list)) else []
-    return isinstance(value, kind) and all(is_text(x) or isinstance(x, list) for x in texts)
-
-
 def expand(groups):
     """mmeb.json's groups -> rows: what those of a group have in common, then each one's keys."""
     rows = []
@@ -456,20 +442,27 @@ def expand(groups):
 
 
 TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])
-USER_FILES = {"train.jsonl": "train", "train.parquet": "train"}
-USER_FILES |= {"test.jsonl": "eval", "test.parquet": "eval"}
+USER_FILES = {
+    "train": ["train.jsonl", "train.parquet"],
+    "eval": ["test.jsonl", "test.parquet"],
+}
 
 
-def read_listing(path):
-    """datasets.json -> {"train": [rows], "eval": [rows]}, either may be absent."""
+def read_listing(path, kind):
+    """The rows of a kind in datasets.json: {"train": [rows], "eval": [rows]}; either may be
+    absent."""
     try:
-        rows = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadData(path, f"not readable as JSON ({error})") from error
-    lists = isinstance(rows, dict) and all(isinstance(value, list) for value in rows.values())
-    if not lists or not rows.keys() <= {"train", "eval"}:
-        raise BadData(path, '{"train": [rows], "eval": [rows]} is wanted')
+        listing = json.loads(Path(path).read_bytes())
+        rows = [dict(row) for row in listing.get(kind, [])]
+    except (AttributeError, TypeError, ValueError) as error:
+        form = '{"train": [rows], "eval": [rows]}'
+        raise BadData(path, f"expected JSON of the form {form} ({error})") from error
     return rows
+
+
+def own_files(root, kind):
+    """A user's tables that are there."""
+    return [name for name in USER_FILES[kind] if os.path.exists(os.path.join(root, name))]
 
 
 def tables(root, kind):
@@ -478,21 +471,15 @@ def tables(root, kind):
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
-    files = [file for file in USER_FILES if os.path.lexists(os.path.join(root, file))]
     rows = TRAIN if kind == "train" else EVAL
-    if os.path.lexists(listing):
-        if not Path(os.path.realpath(listing)).is_relative_to(os.path.realpath(root)):
-            raise BadData(listing, "leaves the root")
-        rows = read_listing(listing).get(kind, [])
-    elif files:
-        files = [file for file in files if USER_FILES[file] == kind]
-        rows = [{"name": "own", "table": file} for file in files]
-        if len(rows) > 1:
-            raise BadData(root, f"{' and '.join(files)}: which is meant?")
+    if os.path.exists(listing):
+        rows = read_listing(listing, kind)
+    elif own_files(root, "train") or own_files(root, "eval"):
+        rows = [{"name": "own", "table": file} for file in own_files(root, kind)]
     rows = [complete(row, kind) for row in rows]
     for name, count in collections.Counter(row["name"] for row in rows).items():
         if count > 1:
-            raise BadData(listing, f"{kind} dataset {name!r} is listed twice")
+            raise BadData(root, f"{kind} dataset {name!r} is there twice")
     return rows
 
 
@@ -551,17 +538,14 @@ class Files:
         self.frames = frames or spec["frames"] or FRAMES  # the caller's, the row's, VLM2Vec's
 
     def inside(self, name, folder=""):
-        """A name in a folder of ROOT -> its path. None leads out of ROOT, also through a symbolic
-        link. So a hub cache, whose snapshots are links, is no root; `hf download --local-dir`
-        writes real files."""
-        # \udc80 ... \udcff stand for bytes that are no UTF-8: a file may be called so.
-        if not isinstance(name, str) or not re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]+", name):
+        """A name in a folder of ROOT -> its path. No name leads out of ROOT; a symbolic link that
+        its owner made may (images lie on another disk)."""
+        if not isinstance(name, str):
             raise BadData(short(name), "not a path")
         relative = os.path.normpath(os.path.join(folder, name))
-        path = os.path.join(self.root, relative)
-        if not Path(os.path.realpath(path)).is_relative_to(self.root):
+        if relative.startswith(("../", "/")):
             raise BadData(f"path {relative!r}", "leaves the root")
-        return path
+        return os.path.join(self.root, relative)
 
     def find(self, *names, clip=False):
         """Path of an image (or a clip's folder) in the first media folder that has one of these
@@ -598,18 +582,15 @@ class Files:
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
-        """The Table of a config. Missing where the root has none of the dataset, BadData where it
-        has another config of it."""
+        """The Table of a config, else Missing."""
+        paths = self.paths(config)
+        if not paths:
+            raise Missing(self.name, f"no {config or 'table'} in {self.root}")
         try:
-            paths = self.paths(config)
-            if paths:
-                check_shards(paths)
-                return Table(paths, self.spec["cap"])
-            kind = BadData if self.all_paths() else Missing
+            check_shards(paths)
+            return Table(paths, self.spec["cap"])
         except BadData as error:
             raise BadData(self.name, error) from error
-        looked = f"looked for {self.spec['table'][0]} ..."
-        raise kind(self.name, f"no {config or 'table'} in {self.root} ({looked})")
 
     def all_paths(self):
         """The files of every config."""
@@ -626,9 +607,8 @@ class Files:
         for pattern in self.spec["table"]:
             try:
                 pattern = os.path.normpath("./" + pattern.format(**fill))
-            except (LookupError, ValueError, AttributeError) as error:
-                what = f"table {pattern!r} is no pattern ({error})"
-                raise BadData(self.name, what) from error
+            except (LookupError, ValueError) as error:
+                raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
             files = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
             files = [path for path in files if os.path.isfile(path)]
@@ -1218,21 +1198,14 @@ EVAL_PARSERS |= {"video_cls": video_cls, "video_ret": video_ret, "moment": momen
 EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": page_query}
 
 
-def load_eval(
-    root, row, limit=None, page_labels="fixed", frames=None, prompts="vlm2vec", problems=None
-):
+def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=None):
     """A complete row of a test set (or its name) -> EvalSet. Missing where the root has none of it.
 
     limit: so many queries (a global set of pages or labels stays complete). frames: 8 as VLM2Vec
-    (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". page_labels: "fixed" or
-    "original". problems: a list that takes all that is broken, images included; without it the
-    first stops the evaluation.
+    (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". problems: a list that takes
+    all that is broken, images included; without it the first stops the evaluation.
     """
-    if prompts not in ("vlm2vec", "qwen") or page_labels not in ("fixed", "original"):
-        raise ValueError(f"prompts {prompts!r} or page_labels {page_labels!r} is not known")
     spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
-    if page_labels == "original" and spec["original"]:
-        spec = complete(spec | spec["original"], "eval")
     b = EvalSet(spec, root, frames, prompts, problems)
     if b.parser == "beir":
         b.read(page, ["corpus"], place="corpus row ")
@@ -1243,10 +1216,9 @@ def load_eval(
         b.grades = None  # only pages are graded
     b.cand_ids = list(b.index)
     b.local = b.local if spec["scope"] == "local" else None
-    protocol = [f"{b.frames} frames"] if b.modality == "video" else []
-    protocol.append(f"{prompts} prompts")
-    protocol += [f"page labels: {page_labels}"] if spec["original"] else []
-    b.protocol = ", ".join(protocol)
+    b.protocol = f"{prompts} prompts"
+    if b.modality == "video":
+        b.protocol = f"{b.frames} frames, {b.protocol}"
     return b
 
 
@@ -1254,54 +1226,42 @@ def load_eval(
 # python data.py --check ROOT
 
 
-def read_whole(spec, kind, root, page_labels):
-    """A dataset from end to end, every image and frame -> (rows, usable ones, [what is wrong])."""
+def check_one(task, root):
+    """A dataset from end to end, every image and frame -> (status, lines for the reader)."""
+    spec, kind = task
     problems = []
+    rows = usable = 0
+    status = "found"
     try:
         if kind == "eval":
-            es = load_eval(root, spec, None, page_labels, frames=sys.maxsize, problems=problems)
-            return es.rows, len(es.queries), problems
-        source = Source(spec, root)
+            es = load_eval(root, spec, frames=sys.maxsize, problems=problems)
+            rows, usable = es.rows, len(es.queries)
+        else:
+            source = Source(spec, root)
+            rows = len(source.rows)
+            for row in range(len(source.keep)):
+                try:
+                    sound(source.pair(row))
+                    usable += 1
+                except BadData as error:
+                    problems.append(str(BadData(source.id(row), error)))
     except Missing:
-        return 0, 0, []
-    except BadData as error:
-        return 0, 0, [*problems, str(error)]
-    for row in range(len(source.keep)):
-        try:
-            sound(source.pair(row))
-        except BadData as error:
-            problems.append(str(BadData(source.id(row), error)))
-    return len(source.rows), len(source.keep) - len(problems), problems
-
-
-def check_one(task, root, page_labels, fetch, revision):
-    """A dataset -> (status, would it stop a run?, lines for the reader). Status: found, short
-    (fewer rows than published), broken or missing (no table, or not a single image of it: those
-    were never fetched)."""
-    spec, kind = task
-    rows, usable, problems = read_whole(spec, kind, root, page_labels)
-    published = spec["rows" if kind == "train" else "queries"]
-    status = "broken" if problems else "found"
-    if not usable and all("missing, looked in" in line for line in problems):
         status = "missing"
-    elif not problems and rows < (published or 0):
-        status = "short"
-    if fetch and status in ("missing", "short"):
-        downloads(spec, root, revision, fetch=True)
-        return check_one(task, root, page_labels, fetch=False, revision=revision)  # look again
-    line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {published or '?':>8} rows"
+    except BadData as error:
+        problems.append(str(error))
+    if problems:
+        status = "broken"
+    published = spec["rows" if kind == "train" else "queries"] or "?"
+    line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {published:>8} rows"
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
-    if not usable and len(problems) > 20:  # the fault is not in the rows
+    if not usable and len(problems) > 20:  # images that were never fetched
         problems[20:] = [f"... and {len(problems) - 20} more: no row is usable"]
-    commands = downloads(spec, root, revision) if status != "found" else []
-    return status, bool(problems), [line, *problems, *commands]
+    commands = downloads(spec, root) if status != "found" else []
+    return status, [line, *problems, *commands]
 
 
-def downloads(spec, root, revision=None, fetch=False):
-    """The commands that bring a dataset. With fetch it is downloaded; unpacking stays the user's.
-    revision: a commit, branch or tag, of every hub id it takes."""
-    from huggingface_hub import snapshot_download
-
+def downloads(spec, root):
+    """The commands that bring a dataset."""
     parts = list(spec["fetch"])
     if spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
         parts.insert(0, [spec["hub"], None, ""])  # all of it
@@ -1309,44 +1269,28 @@ def downloads(spec, root, revision=None, fetch=False):
     for hub, pattern, unpack in parts:
         folder = os.path.join(root, hub)
         command = f"hf download {hub} --repo-type dataset --local-dir {folder}"
-        command += f" --revision {revision}" if revision else ""
         command += f" --include '{pattern}'" if pattern else ""
         command += f" && (cd {folder} && {unpack})" if unpack else ""
         commands.append(command)
-        options = {"repo_type": "dataset", "local_dir": folder, "revision": revision}
-        try:
-            if fetch:
-                snapshot_download(hub, allow_patterns=pattern, **options)
-        except Exception as error:  # no network, no such id, no access, no room
-            why = f"{hub} could not be fetched ({type(error).__name__}: {error})"
-            raise BadData(spec["name"], why) from error
     return commands
 
 
-KINDS = ("train", "eval")
-
-
-def check(
-    root, kinds=KINDS, names=None, workers=2, page_labels="fixed", fetch=False, revision=None
-):
-    """Print a line per dataset, and every broken row. Exit code: 1 = something would stop a run or
-    be skipped, 2 = no dataset at all is there, 0 = else, also if some are missing or short."""
-    todo = [(spec, kind) for kind in kinds for spec in tables(root, kind)]
+def check(root, names=None):
+    """Print a line per dataset, and every broken row. Exit code: 1 = something is broken, 2 = no
+    dataset at all is there, 0 = else, also if some are missing."""
+    todo = [(spec, kind) for kind in USER_FILES for spec in tables(root, kind)]
     unknown = set(names or []) - {spec["name"] for spec, _ in todo}
     if unknown:
         raise BadData(root, f"no dataset {min(unknown)!r} in the table")
     todo = [(spec, kind) for spec, kind in todo if not names or spec["name"] in names]
-    how = {"page_labels": page_labels, "fetch": fetch, "revision": revision}
-    verdict = functools.partial(check_one, root=root, **how)
-    count = dict.fromkeys(["found", "short", "missing", "broken"], 0)
-    stops = False
-    with ThreadPoolExecutor(workers) as pool:
-        for status, wrong, lines in tqdm(pool.map(verdict, todo), total=len(todo), disable=None):
+    verdict = functools.partial(check_one, root=root)
+    count = {"found": 0, "missing": 0, "broken": 0}
+    with ThreadPoolExecutor() as pool:
+        for status, lines in tqdm(pool.map(verdict, todo), total=len(todo), disable=None):
             count[status] += 1
-            stops = stops or wrong
             tqdm.write("\n         ".join(lines))
     print(", ".join(f"{status}: {n}" for status, n in count.items()))
-    if stops:
+    if count["broken"]:
         return 1
     return 2 if count["missing"] == len(todo) else 0
 
@@ -1360,20 +1304,9 @@ def main():
     )
     add = parser.add_argument
     add("--check", metavar="ROOT", required=True, help="look at every dataset of a root")
-    add("--train", action="store_true", help="only the training sets")
-    add("--eval", action="store_true", help="only the test sets")
     add("--names", help="only these datasets, with commas")
-    add("--page_labels", choices=["fixed", "original"], default="fixed", help="of the page sets")
-    add("--fetch", action="store_true", help="download what is missing (needs a network)")
-    add("--revision", help="commit, branch or tag of what is fetched; names fix its hub id")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that look at images")
     args = parser.parse_args()
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: at least 1")
-    kinds = [kind for kind in KINDS if getattr(args, kind)] or KINDS
-    names = args.names.split(",") if args.names else None
-    options = [args.workers, args.page_labels, args.fetch, args.revision]
-    return check(args.check, kinds, names, *options)
+    return check(args.check, args.names.split(",") if args.names else None)
 
 
 if __name__ == "__main__":
@@ -1381,6 +1314,3 @@ if __name__ == "__main__":
         sys.exit(main())
     except BadData as error:
         sys.exit(f"data.py: {error}")
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stdout = None
-        sys.exit(1)
