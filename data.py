@@ -76,7 +76,7 @@ class BadData(ValueError):
     it says so already), one line of at most 300 characters."""
 
     def __init__(self, where, why=""):
-        text = str(why or where)
+        text = repr(why) if isinstance(why, (KeyError, IndexError)) else str(why or where)
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
         # A library's message may span lines; a row may hold text that cannot be printed.
@@ -86,6 +86,10 @@ class BadData(ValueError):
 
 class Missing(BadData):
     """The root has no table of this dataset: not broken, just not there."""
+
+
+# What a parser may raise at a row that is not as it should be.
+ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError)
 
 
 def is_text(value):
@@ -231,40 +235,35 @@ def open_table(path):
     of `datasets`, which is mapped. A row is in memory while it is used."""
     with open(path, "rb") as file:
         refuse_pointer(path, file.read(64))
-    stat = os.stat(path)
     with OPENING:
-        return _open_table(path, stat.st_size, stat.st_mtime_ns)
+        return _open_table(path, os.stat(path).st_mtime_ns)
 
 
 @functools.cache
-def _open_table(path, size, changed):
-    """size and changed are part of the name in the cache: a file that has changed is read anew.
+def _open_table(path, changed):
+    """The time of its change is part of its name in the cache: a changed file is read anew.
 
     JSON is parsed when a row is read: Arrow wants columns of one type (neg_text is text or a list),
     takes text for dates, and does not name the line at fault.
     """
     import datasets  # takes seconds, which load_image alone need not wait for
-    from datasets.data_files import DataFilesDict, DataFilesList
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     try:
         if path.endswith(".parquet"):
-            # A bare path would be taken for a pattern, and a folder may be called run[1].
-            files = DataFilesDict(train=DataFilesList([path], [(size, changed)]))
-            return datasets.Dataset.from_parquet(files, split="train", batch_size=1000)
+            pattern = glob.escape(path)  # a folder may be called run[1]
+            return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
         return datasets.Dataset.from_generator(
             json_lines,
             features=datasets.Features({"line": datasets.Value("binary")}),
-            gen_kwargs={"path": path, "size": size, "changed": changed},
+            gen_kwargs={"path": path, "changed": changed},
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
-        why = str(error.__cause__ or error)
-        why = "no rows" if "to no data" in why else why
-        raise BadData(path, f"cannot be read: {why}") from error
+        raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
 
 
-def json_lines(path, size, changed):
+def json_lines(path, changed):
     """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes."""
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
@@ -306,16 +305,10 @@ def read_row(path, file, i):
     """Row i of a file that open_table() gave."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     cells = {name: row.column(name)[0] for name in row.column_names}
-    try:
-        if path.endswith(".parquet"):
-            values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
-            return Cells(zip(cells, values))
-        row = json.loads(cells["line"].as_py().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
-        raise BadData(f"{path} row {i}", f"cannot be read ({error})") from error
-    if not isinstance(row, dict):
-        raise BadData(f"{path} row {i}", f"a JSON object is wanted, got {short(row)}")
-    return Cells(row)
+    if path.endswith(".parquet"):
+        values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
+        return Cells(zip(cells, values))
+    return Cells(json.loads(cells["line"].as_py().decode("utf-8-sig")))
 
 
 def arrow_value(cell, image):
@@ -578,7 +571,7 @@ class Files:
         if self.parser != "momentseeker" and self.frames <= len(frames):
             places = np.linspace(0, len(frames) - 1, self.frames, dtype=int)
             frames = [frames[i] for i in places]
-        frames = [self.inside(file, folder) for file in frames]
+        frames = [os.path.join(folder, file) for file in frames]
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
@@ -618,12 +611,10 @@ class Files:
 
 
 def check_shards(paths):
-    """Refuse NAME-00000-of-00003 without its siblings, or next to those of another division."""
-    matches = [re.search(r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?\.\w+$", path) for path in paths]
-    counts = {int(match[1]) for match in matches if match}
-    if counts and counts != {len(paths)}:
-        numbers = " and of ".join(map(str, sorted(counts)))
-        raise BadData(paths[0], f"{len(paths)} shards are there, of {numbers} that are wanted")
+    """Refuse NAME-00000-of-00003.parquet without its siblings."""
+    match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
+    if match and int(match[1]) != len(paths):
+        raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -636,10 +627,10 @@ def mmeb_pair(files, row):
     """MMEB's columns. Hard negatives (text, image or both; a value or lists) are kept: VLM2Vec
     reads and drops them."""
     texts, images = listed(row.get("neg_text")), listed(row.get("neg_image_path"))
-    if texts and images and len(texts) != len(images):
-        raise BadData("negatives", f"{len(texts)} neg_text for {len(images)} neg_image_path")
+    texts = texts or [""] * len(images)
+    images = images or [""] * len(texts)
     negatives = []
-    for text, image in itertools.zip_longest(texts, images):
+    for text, image in zip(texts, images, strict=True):
         cells = {"neg_text": text, "neg_image_path": image}
         if text or image:
             negatives.append(mmeb_side(files, cells, *cells))
@@ -654,11 +645,7 @@ def mmeb_side(files, row, text, image):
 def video_pair(files, row):
     """LLaVA-Hound's conversation about a clip, used in three ways: clip -> caption, caption ->
     clip, clip and question -> answer."""
-    try:
-        question, answer = [cell(turn, "value") for turn in row["conversations"][:2]]
-    except (LookupError, TypeError, ValueError) as error:
-        what = "two turns with a value are wanted, of text"
-        raise BadData("column conversations", what) from error
+    question, answer = [cell(turn, "value") for turn in row["conversations"][:2]]
     question = question.replace("<video>", "")
     clip = files.clip(cell(row, "video"))
     if files.parser == "video_retrieval":
@@ -711,7 +698,7 @@ class Source(Files):
         try:
             row = self.rows[i]
             return all(any(row[column] for column in side) for side in self.sides)
-        except BadData:
+        except ROW_FAULTS:
             return True
 
     def id(self, row):
@@ -722,9 +709,7 @@ class Source(Files):
         """-> {"id", "dataset", "query": item, "target": item, "negatives": [items]}, with refs."""
         try:
             query, target, negatives = self.parse(self, self.rows[int(self.keep[row])])
-            if {"text": ""} in (query, target, *negatives):  # is_full() saw IMG, or an empty list
-                raise BadData("a side", f"empty but for {IMG}, and no image is given")
-        except BadData as error:
+        except ROW_FAULTS as error:
             raise BadData(self.id(row), error) from error
         pair = {"id": self.id(row), "dataset": self.name, "query": query, "target": target}
         return pair | {"negatives": negatives}
@@ -889,10 +874,9 @@ class EvalSet(Files):
         self.where = self.name  # the row being read
         self.config = ""  # and the config it is in
         self.asked = {}  # of pairs(): query -> its positives
-        self.seen = set()  # of pages: (column, id)
         self.relevant = collections.defaultdict(dict)  # of pages: query -> {page: grade}
 
-    def read(self, parse, configs, limit=None, place=""):
+    def read(self, parse, configs, limit=None):
         """The rows of these configs through a parser. What goes wrong is wrong with that row."""
         self.rows = 0
         for self.config in configs:
@@ -900,12 +884,12 @@ class EvalSet(Files):
             for i in range(len(table)):
                 if limit and len(self.queries) == limit:
                     break
-                self.where = f"{self.name}/{place}{self.rows + i}"
+                place = f"{self.config} row {i}" if len(self.configs) > 1 else i
+                self.where = f"{self.name}/{place}"
                 try:
                     parse(self, table[i])
-                except BadData as error:
-                    detail = f" (row {i} of {self.config})" if len(configs) > 1 else ""
-                    error = BadData(self.where + detail, error)
+                except ROW_FAULTS as error:
+                    error = BadData(self.where, error)
                     if self.problems is None:
                         raise error from None
                     self.problems.append(str(error))
@@ -976,12 +960,10 @@ def image_targets(b, row):
     captions = [""] * len(paths)
     if row.get("tgt_text") not in (None, [], [""]):
         captions = text_list(row, "tgt_text")
-    if len(captions) != len(paths):
-        raise BadData("tgt_text", f"{len(captions)} of them for {len(paths)} tgt_img_path")
     cands = []
     blank = not captions[0].strip()
     grounding = b.parser == "image_i2i_vg"
-    for path, caption in zip(paths, captions):
+    for path, caption in zip(paths, captions, strict=True):
         full = f" {inst}" if blank else f" {inst} {caption}"
         full = full.replace(" \n", "\n") + ("" if blank and grounding else "\n")
         content = "" if blank else caption.strip()
@@ -997,12 +979,9 @@ def video_cls(b, row):
         options = text_list(row, "neg_text")
     else:
         options = LABELS[labels] if isinstance(labels, str) else listed(labels) or [label]
-    if label not in options:
-        what = f"{short(label)} is not among its {len(options)} options"
-        raise BadData("column pos_text", what)
     cands = [b.cand(text, item, text) for text in options]
     query = b.say(" " + b.inst, b.inst, clip=cell(row, "video_id", "id"))
-    b.query(query, cands, [b.index[label]])
+    b.query(query, cands, [cands[options.index(label)]])
 
 
 # parser: (column of the clip's name, what stands before that name, columns of the options (none:
@@ -1028,8 +1007,7 @@ def video_qa(b, row):
     answer = cell(row, "answer", "id")
     answer = answer.strip() if letters else answer
     if answer not in names:
-        what = f"{short(answer)} is not among its {len(options)} options"
-        raise BadData("column answer", what)
+        raise BadData("column answer", f"{answer!r} is not among {', '.join(names)}")
     lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
     forms = {"lines": "\n".join(options), "words": " ".join(options)}
     forms["lettered"] = "\n".join(lettered).rstrip()
@@ -1096,10 +1074,6 @@ def momentseeker(b, row):
     """Several positives; the query is text, text and image, or text and clip."""
     text, given = cell(row, "query", "text?"), cell(row, "input_frames", "text?")
     kind = os.path.splitext(given)[1]
-    if kind not in SEEK or (given and not kind):
-        raise BadData("column input_frames", f"{short(given)} is no .mp4 and no .jpg")
-    if not given and not text:
-        raise BadData("query", "neither query nor input_frames")
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
     right = seek_targets(b, row, "positive_frames")
@@ -1110,10 +1084,7 @@ def momentseeker(b, row):
 
 def seek_targets(b, row, column):
     """The numbers of the clips in a column."""
-    clips = listed(row[column])
-    if not all(isinstance(clip, dict) and "output_path" in clip for clip in clips):
-        raise BadData(f"column {column}", "a list of clips with an output_path is wanted")
-    paths = [flat(cell(clip, "output_path")) for clip in clips]
+    paths = [flat(clip["output_path"]) for clip in listed(row[column])]
     return [b.cand(path, b.say, " " + b.tgt, clip=path) for path in paths]
 
 
@@ -1146,19 +1117,12 @@ def side_key(row, text, image):
     return json.dumps([row[text] or "", names], ensure_ascii=False)
 
 
-def new_id(b, row, column):
-    """An id of pages or queries, which occurs once in its column. Ids are compared as text."""
-    value = cell(row, column, "id")
-    if (column, value) in b.seen:
-        raise BadData(f"column {column}", f"{value!r} occurs twice")
-    b.seen.add((column, value))
-    return value
-
-
 def page(b, row):
     """A row of the corpus. An image is in the table, or lies in the media folders as the table
     says, as NAME.png (ViDoRe) or as short_name(NAME) (VisRAG)."""
-    key = new_id(b, row, "corpus-id")
+    key = cell(row, "corpus-id", "id")
+    if key in b.index:
+        raise BadData("column corpus-id", f"{key!r} occurs twice")
     image = row.get("image")
     if not isinstance(image, TableImage):
         image = b.find(*listed(image or None), f"{key}.png", short_name(key))
@@ -1174,10 +1138,8 @@ def short_name(page):
 def qrel(b, row):
     """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher."""
     key, grade = cell(row, "corpus-id", "id"), row["score"]
-    if ("corpus-id", key) not in b.seen:  # a page that is broken was seen, too
+    if key not in b.index:
         raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
-    if type(grade) not in (int, float) or not abs(grade) <= 100:  # 2^grade is a number
-        raise BadData("column score", f"a number up to 100 is wanted, got {short(grade)}")
     if grade > 0:
         grades = b.relevant[cell(row, "query-id", "id")]
         grades[key] = max(grades.get(key, 0), grade)
@@ -1185,11 +1147,12 @@ def qrel(b, row):
 
 def page_query(b, row):
     """A question; its pages are known by now."""
-    qid, text = new_id(b, row, "query-id"), cell(row, "query")
-    known = [key for key in b.relevant[qid] if key in b.index]
-    grades = [b.relevant[qid][key] for key in known]
+    qid, text = cell(row, "query-id", "id"), cell(row, "query")
+    if qid in b.query_ids:
+        raise BadData("column query-id", f"{qid!r} occurs twice")
+    grades = b.relevant[qid]  # {page: grade}
     query = b.say(f"{b.inst} {text}", b.inst, text)
-    b.query(query, [], [b.index[key] for key in known], grades, qid)
+    b.query(query, [], [b.index[key] for key in grades], list(grades.values()), qid)
 
 
 IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
@@ -1208,9 +1171,9 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
     spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
     b = EvalSet(spec, root, frames, prompts, problems)
     if b.parser == "beir":
-        b.read(page, ["corpus"], place="corpus row ")
-        b.read(qrel, ["qrels"], place="qrels row ")
-        b.read(page_query, ["queries"], limit, place="queries row ")
+        b.read(page, ["corpus"])
+        b.read(qrel, ["qrels"])
+        b.read(page_query, ["queries"], limit)
     else:
         b.read(EVAL_PARSERS[b.parser], b.configs, limit)
         b.grades = None  # only pages are graded
