@@ -505,7 +505,7 @@ def fingerprint(root, kind):
 
 
 def revisions(root):
-    """{hub id: commits} of what `hf download` or --fetch brought, which note them."""
+    """{hub id: commits} of what `hf download` brought, which notes them."""
     commits = collections.defaultdict(set)
     for note in Path(root).glob("*/*/.cache/huggingface/download/**/*.metadata"):
         hub = "/".join(note.relative_to(root).parts[:2])
@@ -536,9 +536,10 @@ class Files:
         if not isinstance(name, str):
             raise BadData(short(name), "not a path")
         relative = os.path.normpath(os.path.join(folder, name))
-        if relative.startswith(("../", "/")):
+        path = os.path.normpath(os.path.join(self.root, relative))
+        if not Path(path).is_relative_to(self.root):
             raise BadData(f"path {relative!r}", "leaves the root")
-        return os.path.join(self.root, relative)
+        return path
 
     def find(self, *names, clip=False):
         """Path of an image (or a clip's folder) in the first media folder that has one of these
