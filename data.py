@@ -19,8 +19,7 @@ sub-batch so share a dataset, which makes them hard. A draw is a function of (se
 of (seed, dataset, epoch): neither workers nor ranks change the stream, and its state is the step.
 
 How to run:
-    python data.py --check ROOT [--train | --eval] [--names A,B]     found, missing, short, broken
-    python data.py --check ROOT --fetch [--revision REV]             the same after a download
+    python data.py --check ROOT [--names A,B]     what is found, missing (how to fetch it) or broken
 ROOT mirrors hub ids: ROOT/<hub id>/... as `hf download ID --repo-type dataset --local-dir ROOT/ID`
 leaves it (then unpack the archives). Your pairs need no code: put them, in MMEB's columns (qry,
 qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path), into ROOT/train.jsonl
@@ -77,7 +76,7 @@ class BadData(ValueError):
     it says so already), one line of at most 300 characters."""
 
     def __init__(self, where, why=""):
-        text = str(why or where)
+        text = repr(why) if isinstance(why, (KeyError, IndexError)) else str(why or where)
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
         # A library's message may span lines; a row may hold text that cannot be printed.
@@ -87,6 +86,10 @@ class BadData(ValueError):
 
 class Missing(BadData):
     """The root has no table of this dataset: not broken, just not there."""
+
+
+# What a parser may raise at a row that is not as it should be.
+ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError)
 
 
 def is_text(value):
@@ -100,8 +103,7 @@ def short(value):
         return "null"
     if not isinstance(value, (str, int, float)):
         return f"a {type(value).__name__}"
-    half = isinstance(value, str) and not is_text(value)  # repr() may be cut before it shows
-    return repr(value)[:60] + " with half an emoji (a lone surrogate)" * half
+    return repr(value)[:60]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,13 +156,8 @@ class TableImage:
 
 # Threads may share a PIL image that was opened lazily: the first to load it closes its file.
 SHARED = threading.Lock()
-# Pillow refuses images of more than 179 Mpx (FAULTS), and warns of half of that.
+# Pillow refuses images of more than 179 Mpx, and warns of half of that.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-FAULTS = {
-    "FileNotFoundError": "no such image",
-    "UnidentifiedImageError": "not an image",
-    "DecompressionBombError": "too many pixels",
-}
 
 
 def load_image(ref):
@@ -177,10 +174,8 @@ def load_image(ref):
         with SHARED if image is ref else contextlib.nullcontext():
             image.load()
         return to_rgb(image)
-    except BadData as error:
-        raise BadData(name, error) from error
     except Exception as error:  # Pillow raises nearly anything at mutilated bytes
-        why = FAULTS.get(type(error).__name__, f"broken image ({error})")
+        why = error if isinstance(error, BadData) else f"cannot be read as an image ({error})"
         raise BadData(name, why) from error
 
 
@@ -190,45 +185,26 @@ def image_bytes(ref):
         return ref
     if isinstance(ref, TableImage):
         return ref.read()
-    if not isinstance(ref, (str, os.PathLike)):
-        raise BadData("image", f"a path, bytes or an image is wanted, got {short(ref)}")
-    if re.match("https?://", str(ref)):
-        raise BadData(ref, "an address, and nothing is fetched from the web: save the image first")
-    check_file(ref)
-    return Path(ref).read_bytes()
+    encoded = Path(ref).read_bytes()
+    refuse_pointer(ref, encoded)
+    return encoded
 
 
 def to_rgb(image):
-    """An image of any mode -> RGB as a viewer shows it, ValueError where viewers would disagree.
+    """An image of any mode -> RGB as a viewer shows it.
 
     The reference says convert("RGB"), which drops alpha (a page of transparent black letters turns
     black; here alpha is laid on white) and cuts 16-bit grey off at 255 (here it is scaled).
     """
-    if image.mode[0] in "IF":
-        return grey_levels(image)
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image) * (255 / 65535)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):  # a mask, a depth map: no file says which level is white
+        raise BadData(f"mode {image.mode}", "expected grey levels of 8 or 16 bits, or colours")
     if image.has_transparency_data:  # alpha, a transparent colour, a palette with alpha
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def grey_levels(image):
-    """Grey of more than 8 bits -> RGB. I;16 says which level is white. In I and F the highest level
-    decides; in I it may be that of a mask (1) or of 10 or 12 bits."""
-    levels = np.asarray(image).astype(np.float64)  # (h, w)
-    low, high = levels.min(), levels.max()
-    ranges = {"I": [(2, 255), (4096, 65535)], "F": [(0, 1), (1, 255)]}  # from ... to white
-    ranges = ranges.get(image.mode, [(0, 65535)])
-    whites = [white for least, white in ranges if least <= high <= white]
-    if not whites or low < 0:  # or a level is NaN
-        raise ValueError(f"mode {image.mode} with levels from {low:g} to {high:g}: which is white?")
-    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's WhiteIsZero, which Pillow leaves so
-        levels = whites[0] - levels
-    shown = (levels * 255 / whites[0]).astype(np.uint8)
-    # PNG names a level that is transparent: white, as everywhere here.
-    if "transparency" in image.info:
-        shown[levels == image.info["transparency"]] = 255
-    return Image.fromarray(shown).convert("RGB")
 
 
 def visible(folder):
@@ -245,12 +221,8 @@ def natural(name):
 # Tables: rows by number out of parquet files, JSON lines and JSON lists
 
 
-def check_file(path):
-    """Refuse a file whose first bytes say that it cannot be what it should be."""
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head:
-        raise BadData(path, "is empty (zero bytes)")
+def refuse_pointer(path, head):
+    """A clone without git-lfs has pointers in the place of large files."""
     if head.startswith(b"version https://git-lfs"):
         raise BadData(path, "is a git-lfs pointer: run `git lfs pull` or download it again")
 
@@ -261,41 +233,37 @@ OPENING = threading.Lock()  # --check opens tables in threads, `datasets` was no
 def open_table(path):
     """A parquet or JSON file -> a datasets.Dataset of it as it is now: an Arrow copy in the cache
     of `datasets`, which is mapped. A row is in memory while it is used."""
-    check_file(path)
-    stat = os.stat(path)
+    with open(path, "rb") as file:
+        refuse_pointer(path, file.read(64))
     with OPENING:
-        return _open_table(path, stat.st_size, stat.st_mtime_ns)
+        return _open_table(path, os.stat(path).st_mtime_ns)
 
 
 @functools.cache
-def _open_table(path, size, changed):
-    """size and changed are part of the name in the cache: a file that has changed is read anew.
+def _open_table(path, changed):
+    """The time of its change is part of its name in the cache: a changed file is read anew.
 
     JSON is parsed when a row is read: Arrow wants columns of one type (neg_text is text or a list),
     takes text for dates, and does not name the line at fault.
     """
     import datasets  # takes seconds, which load_image alone need not wait for
-    from datasets.data_files import DataFilesDict, DataFilesList
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     try:
         if path.endswith(".parquet"):
-            # A bare path would be taken for a pattern, and a folder may be called run[1].
-            files = DataFilesDict(train=DataFilesList([path], [(size, changed)]))
-            return datasets.Dataset.from_parquet(files, split="train", batch_size=1000)
+            pattern = glob.escape(path)  # a folder may be called run[1]
+            return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
         return datasets.Dataset.from_generator(
             json_lines,
             features=datasets.Features({"line": datasets.Value("binary")}),
-            gen_kwargs={"path": path, "size": size, "changed": changed},
+            gen_kwargs={"path": path, "changed": changed},
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
-        why = str(error.__cause__ or error)
-        why = "no rows" if "to no data" in why else why
-        raise BadData(path, f"cannot be read: {why}") from error
+        raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
 
 
-def json_lines(path, size, changed):
+def json_lines(path, changed):
     """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes."""
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
@@ -337,16 +305,10 @@ def read_row(path, file, i):
     """Row i of a file that open_table() gave."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     cells = {name: row.column(name)[0] for name in row.column_names}
-    try:
-        if path.endswith(".parquet"):
-            values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
-            return Cells(zip(cells, values))
-        row = json.loads(cells["line"].as_py().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
-        raise BadData(f"{path} row {i}", f"cannot be read ({error})") from error
-    if not isinstance(row, dict):
-        raise BadData(f"{path} row {i}", f"a JSON object is wanted, got {short(row)}")
-    return Cells(row)
+    if path.endswith(".parquet"):
+        values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
+        return Cells(zip(cells, values))
+    return Cells(json.loads(cells["line"].as_py().decode("utf-8-sig")))
 
 
 def arrow_value(cell, image):
@@ -360,11 +322,7 @@ def arrow_value(cell, image):
         return [arrow_value(part, replace(image, index=k)) for k, part in enumerate(cell.values)]
     if isinstance(cell, pa.StructScalar) and {"bytes", "path"} & set(cell):
         parts = {name: arrow_value(part, image) for name, part in cell.items()}
-        encoded = parts.get("bytes")
-        if encoded and encoded is not image:
-            wrong = f"an image's bytes are wanted, got {cell['bytes'].type}"
-            raise BadData(f"column {image.column}", wrong)
-        return encoded or parts.get("path")
+        return parts.get("bytes") or parts.get("path")
     if re.match("(large_|fixed_size_)?binary", str(cell.type)):
         # as_buffer() looks at the mapped file without copying it.
         return image if cell.as_buffer().size else None
@@ -431,8 +389,6 @@ class Row:
     tail: str = "\n"
     columns: list = field(default_factory=lambda: ["video_id", "caption"])  # video_ret
     labels: str | list | None = None  # all classes, or their key in mmeb.json
-    # What page_labels="original" replaces: the page sets had wrong labels until November 2025.
-    original: dict | None = None
 
 
 DEFAULTS = {
@@ -443,19 +399,16 @@ DEFAULTS = {
 
 def complete(row, kind):
     """A short row -> all keys. A typing mistake must not become a default: BadData names it."""
-    name = row.get("name") if isinstance(row, dict) else None
-    if not is_text(name) or not re.fullmatch(r"[^/\\\0]{1,200}", name) or name in (".", ".."):
-        what = f"a row of {kind!r} needs a name that can name a file, {short(name)}"
-        raise BadData("datasets.json", what)
-    types = {f.name: f.type for f in fields(Row)}
-    for key, value in row.items():
-        if key not in types:
-            raise BadData(name, f"unknown key {short(key)} in its row; known: {', '.join(types)}")
-        if not is_value(value, types[key]):
-            kinds = getattr(types[key], "__name__", types[key])
-            raise BadData(name, f"{key}: {kinds} is wanted, got {short(value)}")
     given = {key: value for key, value in row.items() if value is not None}
-    row = asdict(Row(**DEFAULTS[kind] | given))
+    try:
+        row = asdict(Row(**DEFAULTS[kind] | given))
+    except TypeError as error:  # a key that no Row has, or no name
+        raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
+    name = row["name"]
+    for key in fields(Row):
+        value = row[key.name]
+        if not isinstance(value, key.type):
+            raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
     beir = row["parser"] == "beir"
     retrieval = beir or row["parser"] in ("pairs", "video_ret")
     row["scope"] = row["scope"] or ("global" if retrieval else "local")
@@ -471,14 +424,6 @@ def complete(row, kind):
     return row
 
 
-def is_value(value, kind):
-    """Is it of this type, a number from 0 up, text that a file can hold?"""
-    if isinstance(value, (int, float)) and not 0 <= value < 1e18:
-        return False
-    texts = listed(value) if isinstance(value, (str, list)) else []
-    return isinstance(value, kind) and all(is_text(x) or isinstance(x, list) for x in texts)
-
-
 def expand(groups):
     """mmeb.json's groups -> rows: what those of a group have in common, then each one's keys."""
     rows = []
@@ -490,20 +435,27 @@ def expand(groups):
 
 
 TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])
-USER_FILES = {"train.jsonl": "train", "train.parquet": "train"}
-USER_FILES |= {"test.jsonl": "eval", "test.parquet": "eval"}
+USER_FILES = {
+    "train": ["train.jsonl", "train.parquet"],
+    "eval": ["test.jsonl", "test.parquet"],
+}
 
 
-def read_listing(path):
-    """datasets.json -> {"train": [rows], "eval": [rows]}, either may be absent."""
+def read_listing(path, kind):
+    """The rows of a kind in datasets.json: {"train": [rows], "eval": [rows]}; either may be
+    absent."""
     try:
-        rows = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadData(path, f"not readable as JSON ({error})") from error
-    lists = isinstance(rows, dict) and all(isinstance(value, list) for value in rows.values())
-    if not lists or not rows.keys() <= {"train", "eval"}:
-        raise BadData(path, '{"train": [rows], "eval": [rows]} is wanted')
+        listing = json.loads(Path(path).read_bytes())
+        rows = [dict(row) for row in listing.get(kind, [])]
+    except (AttributeError, TypeError, ValueError) as error:
+        form = '{"train": [rows], "eval": [rows]}'
+        raise BadData(path, f"expected JSON of the form {form} ({error})") from error
     return rows
+
+
+def own_files(root, kind):
+    """A user's tables that are there."""
+    return [name for name in USER_FILES[kind] if os.path.exists(os.path.join(root, name))]
 
 
 def tables(root, kind):
@@ -512,21 +464,17 @@ def tables(root, kind):
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
-    files = [file for file in USER_FILES if os.path.lexists(os.path.join(root, file))]
     rows = TRAIN if kind == "train" else EVAL
-    if os.path.lexists(listing):
+    if os.path.exists(listing):
         if not Path(os.path.realpath(listing)).is_relative_to(os.path.realpath(root)):
             raise BadData(listing, "leaves the root")
-        rows = read_listing(listing).get(kind, [])
-    elif files:
-        files = [file for file in files if USER_FILES[file] == kind]
-        rows = [{"name": "own", "table": file} for file in files]
-        if len(rows) > 1:
-            raise BadData(root, f"{' and '.join(files)}: which is meant?")
+        rows = read_listing(listing, kind)
+    elif own_files(root, "train") or own_files(root, "eval"):
+        rows = [{"name": "own", "table": file} for file in own_files(root, kind)]
     rows = [complete(row, kind) for row in rows]
     for name, count in collections.Counter(row["name"] for row in rows).items():
         if count > 1:
-            raise BadData(listing, f"{kind} dataset {name!r} is listed twice")
+            raise BadData(root, f"{kind} dataset {name!r} is there twice")
     return rows
 
 
@@ -579,8 +527,7 @@ class Files:
         """A name in a folder of ROOT -> its path. None leads out of ROOT, also through a symbolic
         link. So a hub cache, whose snapshots are links, is no root; `hf download --local-dir`
         writes real files."""
-        # \udc80 ... \udcff stand for bytes that are no UTF-8: a file may be called so.
-        if not isinstance(name, str) or not re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]+", name):
+        if not isinstance(name, str) or not name:
             raise BadData(short(name), "not a path")
         relative = os.path.normpath(os.path.join(folder, name))
         path = os.path.join(self.root, relative)
@@ -623,18 +570,15 @@ class Files:
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
-        """The Table of a config. Missing where the root has none of the dataset, BadData where it
-        has another config of it."""
+        """The Table of a config, else Missing."""
+        paths = self.paths(config)
+        if not paths:
+            raise Missing(self.name, f"no {config or 'table'} in {self.root}")
         try:
-            paths = self.paths(config)
-            if paths:
-                check_shards(paths)
-                return Table(paths, self.spec["cap"])
-            kind = BadData if self.all_paths() else Missing
+            check_shards(paths)
+            return Table(paths, self.spec["cap"])
         except BadData as error:
             raise BadData(self.name, error) from error
-        looked = f"looked for {self.spec['table'][0]} ..."
-        raise kind(self.name, f"no {config or 'table'} in {self.root} ({looked})")
 
     def all_paths(self):
         """The files of every config."""
@@ -651,9 +595,8 @@ class Files:
         for pattern in self.spec["table"]:
             try:
                 pattern = os.path.normpath("./" + pattern.format(**fill))
-            except (LookupError, ValueError, AttributeError) as error:
-                what = f"table {pattern!r} is no pattern ({error})"
-                raise BadData(self.name, what) from error
+            except (LookupError, ValueError) as error:
+                raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
             files = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
             files = [path for path in files if os.path.isfile(path)]
@@ -663,12 +606,10 @@ class Files:
 
 
 def check_shards(paths):
-    """Refuse NAME-00000-of-00003 without its siblings, or next to those of another division."""
-    matches = [re.search(r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?\.\w+$", path) for path in paths]
-    counts = {int(match[1]) for match in matches if match}
-    if counts and counts != {len(paths)}:
-        numbers = " and of ".join(map(str, sorted(counts)))
-        raise BadData(paths[0], f"{len(paths)} shards are there, of {numbers} that are wanted")
+    """Refuse NAME-00000-of-00003.parquet without its siblings."""
+    match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
+    if match and int(match[1]) != len(paths):
+        raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -699,11 +640,7 @@ def mmeb_side(files, row, text, image):
 def video_pair(files, row):
     """LLaVA-Hound's conversation about a clip, used in three ways: clip -> caption, caption ->
     clip, clip and question -> answer."""
-    try:
-        question, answer = [cell(turn, "value") for turn in row["conversations"][:2]]
-    except (LookupError, TypeError, ValueError) as error:
-        what = "two turns with a value are wanted, of text"
-        raise BadData("column conversations", what) from error
+    question, answer = [cell(turn, "value") for turn in row["conversations"][:2]]
     question = question.replace("<video>", "")
     clip = files.clip(cell(row, "video"))
     if files.parser == "video_retrieval":
@@ -756,7 +693,7 @@ class Source(Files):
         try:
             row = self.rows[i]
             return all(any(row[column] for column in side) for side in self.sides)
-        except BadData:
+        except ROW_FAULTS:
             return True
 
     def id(self, row):
@@ -767,9 +704,7 @@ class Source(Files):
         """-> {"id", "dataset", "query": item, "target": item, "negatives": [items]}, with refs."""
         try:
             query, target, negatives = self.parse(self, self.rows[int(self.keep[row])])
-            if {"text": ""} in (query, target, *negatives):  # is_full() saw IMG, or an empty list
-                raise BadData("a side", f"empty but for {IMG}, and no image is given")
-        except BadData as error:
+        except ROW_FAULTS as error:
             raise BadData(self.id(row), error) from error
         pair = {"id": self.id(row), "dataset": self.name, "query": query, "target": target}
         return pair | {"negatives": negatives}
@@ -934,10 +869,9 @@ class EvalSet(Files):
         self.where = self.name  # the row being read
         self.config = ""  # and the config it is in
         self.asked = {}  # of pairs(): query -> its positives
-        self.seen = set()  # of pages: (column, id)
         self.relevant = collections.defaultdict(dict)  # of pages: query -> {page: grade}
 
-    def read(self, parse, configs, limit=None, place=""):
+    def read(self, parse, configs, limit=None):
         """The rows of these configs through a parser. What goes wrong is wrong with that row."""
         self.rows = 0
         for self.config in configs:
@@ -945,12 +879,12 @@ class EvalSet(Files):
             for i in range(len(table)):
                 if limit and len(self.queries) == limit:
                     break
-                self.where = f"{self.name}/{place}{self.rows + i}"
+                place = f"{self.config} row {i}" if len(self.configs) > 1 else i
+                self.where = f"{self.name}/{place}"
                 try:
                     parse(self, table[i])
-                except BadData as error:
-                    detail = f" (row {i} of {self.config})" if len(configs) > 1 else ""
-                    error = BadData(self.where + detail, error)
+                except ROW_FAULTS as error:
+                    error = BadData(self.where, error)
                     if self.problems is None:
                         raise error from None
                     self.problems.append(str(error))
@@ -1042,12 +976,9 @@ def video_cls(b, row):
         options = text_list(row, "neg_text")
     else:
         options = LABELS[labels] if isinstance(labels, str) else listed(labels) or [label]
-    if label not in options:
-        what = f"{short(label)} is not among its {len(options)} options"
-        raise BadData("column pos_text", what)
     cands = [b.cand(text, item, text) for text in options]
     query = b.say(" " + b.inst, b.inst, clip=cell(row, "video_id", "id"))
-    b.query(query, cands, [b.index[label]])
+    b.query(query, cands, [cands[options.index(label)]])
 
 
 # parser: (column of the clip's name, what stands before that name, columns of the options (none:
@@ -1073,8 +1004,7 @@ def video_qa(b, row):
     answer = cell(row, "answer", "id")
     answer = answer.strip() if letters else answer
     if answer not in names:
-        what = f"{short(answer)} is not among its {len(options)} options"
-        raise BadData("column answer", what)
+        raise BadData("column answer", f"{answer!r} is not among {', '.join(names)}")
     lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
     forms = {"lines": "\n".join(options), "words": " ".join(options)}
     forms["lettered"] = "\n".join(lettered).rstrip()
@@ -1141,10 +1071,6 @@ def momentseeker(b, row):
     """Several positives; the query is text, text and image, or text and clip."""
     text, given = cell(row, "query", "text?"), cell(row, "input_frames", "text?")
     kind = os.path.splitext(given)[1]
-    if kind not in SEEK or (given and not kind):
-        raise BadData("column input_frames", f"{short(given)} is no .mp4 and no .jpg")
-    if not given and not text:
-        raise BadData("query", "neither query nor input_frames")
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
     right = seek_targets(b, row, "positive_frames")
@@ -1155,10 +1081,7 @@ def momentseeker(b, row):
 
 def seek_targets(b, row, column):
     """The numbers of the clips in a column."""
-    clips = listed(row[column])
-    if not all(isinstance(clip, dict) and "output_path" in clip for clip in clips):
-        raise BadData(f"column {column}", "a list of clips with an output_path is wanted")
-    paths = [flat(cell(clip, "output_path")) for clip in clips]
+    paths = [flat(clip["output_path"]) for clip in listed(row[column])]
     return [b.cand(path, b.say, " " + b.tgt, clip=path) for path in paths]
 
 
@@ -1191,19 +1114,12 @@ def side_key(row, text, image):
     return json.dumps([row[text] or "", names], ensure_ascii=False)
 
 
-def new_id(b, row, column):
-    """An id of pages or queries, which occurs once in its column. Ids are compared as text."""
-    value = cell(row, column, "id")
-    if (column, value) in b.seen:
-        raise BadData(f"column {column}", f"{value!r} occurs twice")
-    b.seen.add((column, value))
-    return value
-
-
 def page(b, row):
     """A row of the corpus. An image is in the table, or lies in the media folders as the table
     says, as NAME.png (ViDoRe) or as short_name(NAME) (VisRAG)."""
-    key = new_id(b, row, "corpus-id")
+    key = cell(row, "corpus-id", "id")
+    if key in b.index:
+        raise BadData("column corpus-id", f"{key!r} occurs twice")
     image = row.get("image")
     if not isinstance(image, TableImage):
         image = b.find(*listed(image or None), f"{key}.png", short_name(key))
@@ -1219,10 +1135,8 @@ def short_name(page):
 def qrel(b, row):
     """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher."""
     key, grade = cell(row, "corpus-id", "id"), row["score"]
-    if ("corpus-id", key) not in b.seen:  # a page that is broken was seen, too
+    if key not in b.index:
         raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
-    if type(grade) not in (int, float) or not abs(grade) <= 100:  # 2^grade is a number
-        raise BadData("column score", f"a number up to 100 is wanted, got {short(grade)}")
     if grade > 0:
         grades = b.relevant[cell(row, "query-id", "id")]
         grades[key] = max(grades.get(key, 0), grade)
@@ -1230,11 +1144,12 @@ def qrel(b, row):
 
 def page_query(b, row):
     """A question; its pages are known by now."""
-    qid, text = new_id(b, row, "query-id"), cell(row, "query")
-    known = [key for key in b.relevant[qid] if key in b.index]
-    grades = [b.relevant[qid][key] for key in known]
+    qid, text = cell(row, "query-id", "id"), cell(row, "query")
+    if qid in b.query_ids:
+        raise BadData("column query-id", f"{qid!r} occurs twice")
+    grades = b.relevant[qid]  # {page: grade}
     query = b.say(f"{b.inst} {text}", b.inst, text)
-    b.query(query, [], [b.index[key] for key in known], grades, qid)
+    b.query(query, [], [b.index[key] for key in grades], list(grades.values()), qid)
 
 
 IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
@@ -1243,35 +1158,27 @@ EVAL_PARSERS |= {"video_cls": video_cls, "video_ret": video_ret, "moment": momen
 EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": page_query}
 
 
-def load_eval(
-    root, row, limit=None, page_labels="fixed", frames=None, prompts="vlm2vec", problems=None
-):
+def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=None):
     """A complete row of a test set (or its name) -> EvalSet. Missing where the root has none of it.
 
     limit: so many queries (a global set of pages or labels stays complete). frames: 8 as VLM2Vec
-    (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". page_labels: "fixed" or
-    "original". problems: a list that takes all that is broken, images included; without it the
-    first stops the evaluation.
+    (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". problems: a list that takes
+    all that is broken, images included; without it the first stops the evaluation.
     """
-    if prompts not in ("vlm2vec", "qwen") or page_labels not in ("fixed", "original"):
-        raise ValueError(f"prompts {prompts!r} or page_labels {page_labels!r} is not known")
     spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
-    if page_labels == "original" and spec["original"]:
-        spec = complete(spec | spec["original"], "eval")
     b = EvalSet(spec, root, frames, prompts, problems)
     if b.parser == "beir":
-        b.read(page, ["corpus"], place="corpus row ")
-        b.read(qrel, ["qrels"], place="qrels row ")
-        b.read(page_query, ["queries"], limit, place="queries row ")
+        b.read(page, ["corpus"])
+        b.read(qrel, ["qrels"])
+        b.read(page_query, ["queries"], limit)
     else:
         b.read(EVAL_PARSERS[b.parser], b.configs, limit)
         b.grades = None  # only pages are graded
     b.cand_ids = list(b.index)
     b.local = b.local if spec["scope"] == "local" else None
-    protocol = [f"{b.frames} frames"] if b.modality == "video" else []
-    protocol.append(f"{prompts} prompts")
-    protocol += [f"page labels: {page_labels}"] if spec["original"] else []
-    b.protocol = ", ".join(protocol)
+    b.protocol = f"{prompts} prompts"
+    if b.modality == "video":
+        b.protocol = f"{b.frames} frames, {b.protocol}"
     return b
 
 
@@ -1279,54 +1186,42 @@ def load_eval(
 # python data.py --check ROOT
 
 
-def read_whole(spec, kind, root, page_labels):
-    """A dataset from end to end, every image and frame -> (rows, usable ones, [what is wrong])."""
+def check_one(task, root):
+    """A dataset from end to end, every image and frame -> (status, lines for the reader)."""
+    spec, kind = task
     problems = []
+    rows = usable = 0
+    status = "found"
     try:
         if kind == "eval":
-            es = load_eval(root, spec, None, page_labels, frames=sys.maxsize, problems=problems)
-            return es.rows, len(es.queries), problems
-        source = Source(spec, root)
+            es = load_eval(root, spec, frames=sys.maxsize, problems=problems)
+            rows, usable = es.rows, len(es.queries)
+        else:
+            source = Source(spec, root)
+            rows = len(source.rows)
+            for row in range(len(source.keep)):
+                try:
+                    sound(source.pair(row))
+                    usable += 1
+                except BadData as error:
+                    problems.append(str(BadData(source.id(row), error)))
     except Missing:
-        return 0, 0, []
-    except BadData as error:
-        return 0, 0, [*problems, str(error)]
-    for row in range(len(source.keep)):
-        try:
-            sound(source.pair(row))
-        except BadData as error:
-            problems.append(str(BadData(source.id(row), error)))
-    return len(source.rows), len(source.keep) - len(problems), problems
-
-
-def check_one(task, root, page_labels, fetch, revision):
-    """A dataset -> (status, would it stop a run?, lines for the reader). Status: found, short
-    (fewer rows than published), broken or missing (no table, or not a single image of it: those
-    were never fetched)."""
-    spec, kind = task
-    rows, usable, problems = read_whole(spec, kind, root, page_labels)
-    published = spec["rows" if kind == "train" else "queries"]
-    status = "broken" if problems else "found"
-    if not usable and all("missing, looked in" in line for line in problems):
         status = "missing"
-    elif not problems and rows < (published or 0):
-        status = "short"
-    if fetch and status in ("missing", "short"):
-        downloads(spec, root, revision, fetch=True)
-        return check_one(task, root, page_labels, fetch=False, revision=revision)  # look again
-    line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {published or '?':>8} rows"
+    except BadData as error:
+        problems.append(str(error))
+    if problems:
+        status = "broken"
+    published = spec["rows" if kind == "train" else "queries"] or "?"
+    line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {published:>8} rows"
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
-    if not usable and len(problems) > 20:  # the fault is not in the rows
+    if not usable and len(problems) > 20:  # images that were never fetched
         problems[20:] = [f"... and {len(problems) - 20} more: no row is usable"]
-    commands = downloads(spec, root, revision) if status != "found" else []
-    return status, bool(problems), [line, *problems, *commands]
+    commands = downloads(spec, root) if status != "found" else []
+    return status, [line, *problems, *commands]
 
 
-def downloads(spec, root, revision=None, fetch=False):
-    """The commands that bring a dataset. With fetch it is downloaded; unpacking stays the user's.
-    revision: a commit, branch or tag, of every hub id it takes."""
-    from huggingface_hub import snapshot_download
-
+def downloads(spec, root):
+    """The commands that bring a dataset."""
     parts = list(spec["fetch"])
     if spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
         parts.insert(0, [spec["hub"], None, ""])  # all of it
@@ -1334,44 +1229,28 @@ def downloads(spec, root, revision=None, fetch=False):
     for hub, pattern, unpack in parts:
         folder = os.path.join(root, hub)
         command = f"hf download {hub} --repo-type dataset --local-dir {folder}"
-        command += f" --revision {revision}" if revision else ""
         command += f" --include '{pattern}'" if pattern else ""
         command += f" && (cd {folder} && {unpack})" if unpack else ""
         commands.append(command)
-        options = {"repo_type": "dataset", "local_dir": folder, "revision": revision}
-        try:
-            if fetch:
-                snapshot_download(hub, allow_patterns=pattern, **options)
-        except Exception as error:  # no network, no such id, no access, no room
-            why = f"{hub} could not be fetched ({type(error).__name__}: {error})"
-            raise BadData(spec["name"], why) from error
     return commands
 
 
-KINDS = ("train", "eval")
-
-
-def check(
-    root, kinds=KINDS, names=None, workers=2, page_labels="fixed", fetch=False, revision=None
-):
-    """Print a line per dataset, and every broken row. Exit code: 1 = something would stop a run or
-    be skipped, 2 = no dataset at all is there, 0 = else, also if some are missing or short."""
-    todo = [(spec, kind) for kind in kinds for spec in tables(root, kind)]
+def check(root, names=None):
+    """Print a line per dataset, and every broken row. Exit code: 1 = something is broken, 2 = no
+    dataset at all is there, 0 = else, also if some are missing."""
+    todo = [(spec, kind) for kind in USER_FILES for spec in tables(root, kind)]
     unknown = set(names or []) - {spec["name"] for spec, _ in todo}
     if unknown:
         raise BadData(root, f"no dataset {min(unknown)!r} in the table")
     todo = [(spec, kind) for spec, kind in todo if not names or spec["name"] in names]
-    how = {"page_labels": page_labels, "fetch": fetch, "revision": revision}
-    verdict = functools.partial(check_one, root=root, **how)
-    count = dict.fromkeys(["found", "short", "missing", "broken"], 0)
-    stops = False
-    with ThreadPoolExecutor(workers) as pool:
-        for status, wrong, lines in tqdm(pool.map(verdict, todo), total=len(todo), disable=None):
+    verdict = functools.partial(check_one, root=root)
+    count = {"found": 0, "missing": 0, "broken": 0}
+    with ThreadPoolExecutor() as pool:
+        for status, lines in tqdm(pool.map(verdict, todo), total=len(todo), disable=None):
             count[status] += 1
-            stops = stops or wrong
             tqdm.write("\n         ".join(lines))
     print(", ".join(f"{status}: {n}" for status, n in count.items()))
-    if stops:
+    if count["broken"]:
         return 1
     return 2 if count["missing"] == len(todo) else 0
 
@@ -1385,20 +1264,9 @@ def main():
     )
     add = parser.add_argument
     add("--check", metavar="ROOT", required=True, help="look at every dataset of a root")
-    add("--train", action="store_true", help="only the training sets")
-    add("--eval", action="store_true", help="only the test sets")
     add("--names", help="only these datasets, with commas")
-    add("--page_labels", choices=["fixed", "original"], default="fixed", help="of the page sets")
-    add("--fetch", action="store_true", help="download what is missing (needs a network)")
-    add("--revision", help="commit, branch or tag of what is fetched; names fix its hub id")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that look at images")
     args = parser.parse_args()
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: at least 1")
-    kinds = [kind for kind in KINDS if getattr(args, kind)] or KINDS
-    names = args.names.split(",") if args.names else None
-    options = [args.workers, args.page_labels, args.fetch, args.revision]
-    return check(args.check, kinds, names, *options)
+    return check(args.check, args.names.split(",") if args.names else None)
 
 
 if __name__ == "__main__":
@@ -1406,6 +1274,3 @@ if __name__ == "__main__":
         sys.exit(main())
     except BadData as error:
         sys.exit(f"data.py: {error}")
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stdout = None
-        sys.exit(1)

@@ -259,6 +259,7 @@ def check(cfg):
         f"--rl_batch is not a multiple of the {processes} processes": cfg.rl_batch % processes,
         f"--rl_batch is not a multiple of {RL_SUB_BATCH}": cfg.rl_batch % RL_SUB_BATCH,
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
+        "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
         "--matryoshka_dims: expected 64,128": re.search("[^0-9,]", cfg.matryoshka_dims),
@@ -852,7 +853,7 @@ def eval_stage(run, part):
 def write_report(run):
     """report.json, report.md and report.html -> what is in report.json."""
     summary = run.read("eval", "summary.json")
-    result = {"preset": run.cfg.preset, "seed": run.cfg.seed}
+    result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
     result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
     result["selection"] = run.read("select", "audit.json")
     for key in ("modes", "curve", "adaptivity"):
