@@ -3233,7 +3233,8 @@ def test_processor_spellings_of_one_image(tmp_path):
     url = f"data:image/png;base64,{code}"
     refs = [image, [image], data, cell, url, str(tmp_path / "p.png")]
     items = [{"image": ref} for ref in refs] + [tmp_path / "p.png", data, image]
-    items += [said(part) for part in ({"image": image}, {"image_url": {"url": url}})]
+    parts = [{"image": image}, {"image_url": {"url": url}}, {"type": "image", "base64": code}]
+    items += [said(part) for part in parts]
     assert len({P.prompt_key(processor(item)) for item in items}) == 1
     clips = [[cell] * 4, [[image] * 4], {"frames": [data] * 4, "fps": 2}, [{"frames": [image] * 4}]]
     items = [{"video": clip} for clip in clips] + [{"video": [image] * 4, "fps": 2.0}]
@@ -3301,7 +3302,8 @@ BAD_ITEMS = [
     ("half \ud83d an emoji", r"text='half .ud83d an emoji': expected a string"),
     (b"no image", "image: cannot be read as an image"),
     ({"image": "/no/such.png"}, "such.png: cannot be read as an image"),
-    ({"image": "data:image/png;base64,abc"}, "data.*: not an image in base64"),
+    ({"image": "data:image/png;base64,abc"}, "'abc': not an image in base64"),
+    ({**said("a"), "text": "b"}, "not both"),
     ({"video": [make_image(64, 64), make_image(900, 2)]}, "900x2 pixels.*200 to 1"),
     ({"video": []}, "a video without frames"),
     ({"video": "film.mp4"}, "a video without frames"),
