@@ -2665,8 +2665,6 @@ def test_model_positions_by_hand():
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
-    with pytest.raises(ValueError, match="6 image or video tokens in a row, 4 in its images"):
-        M.rope_positions(ids, [(4, 4)], c)
 
 
 def test_model_tree_mask_by_hand():
@@ -2903,10 +2901,10 @@ def copied(checkpoint, tmp_path):
 
 def test_model_opens_both_spellings_and_embedding_checkpoints(checkpoint, copied):
     want = M.load_model(checkpoint)
-    # As versions 4 and 5 write it; what has a value of its own may be missing.
-    for without in ("rope_parameters|rms_norm_eps", "rope_scaling|text_config.rope_theta"):
+    # As versions 4 and 5 write it.
+    for without in ("rope_parameters", "rope_scaling|text_config.rope_theta"):
         folder = shutil.copytree(checkpoint, copied.parent / without[:9])
-        change_checkpoint(folder, {"text_config.rope_scaling.rope_type": "mrope"}, without)
+        change_checkpoint(folder, without=without)
         assert M.load_model(folder).c == want.c
     # Names without their first part, and no head.
     state = load_file(copied / "model.safetensors")
@@ -2934,11 +2932,8 @@ def test_model_opens_what_transformers_saves(checkpoint, copied, tmp_path):
         model = M.load_model(tmp_path / name)
         assert model.lm_head.weight is model.text.embed_tokens.weight
         assert all(torch.equal(x, want[n]) for n, x in model.state_dict().items())
-    change_checkpoint(copied, tensors={"lm_head.weight": want["lm_head.weight"] + 1})
-    with pytest.raises(ValueError, match="copy: lm_head.weight is not the embedding, but"):
-        M.load_model(copied)
     shards[1].unlink()
-    with pytest.raises(ValueError, match=f"{shards[1].name}: not there"):
+    with pytest.raises(ValueError, match="shards: .* Missing key"):
         M.load_model(tmp_path / "shards")
 
 
@@ -2950,13 +2945,11 @@ def test_model_keeps_the_widest_type_unless_another_is_given(checkpoint, copied)
     for tensors, dtype in cases:
         change_checkpoint(copied, tensors=tensors)
         assert M.load_model(copied).dtype == dtype
-        assert {p.dtype for p in M.load_model(copied, torch.float32).parameters()} == {
-            torch.float32
-        }
+        assert M.load_model(copied, torch.float32).dtype == torch.float32
 
 
 def test_model_save_leaves_exactly_what_was_saved(copied):
-    stale = "model.safetensors.index.json model-00001-of-00002.safetensors pytorch_model.bin"
+    stale = "model.safetensors.index.json model-00001-of-00002.safetensors"
     for name in f"{stale} adapter_config.json adapter_model.safetensors notes".split():
         (copied / name).write_text("{}")
     model = tiny_model(8)
@@ -2967,78 +2960,35 @@ def test_model_save_leaves_exactly_what_was_saved(copied):
     assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
 
 
-def test_model_save_refuses(tmp_path):
-    model = tiny_model()
-    model.text.norm.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="norm.weight has numbers that are not finite"):
-        M.save_model(model, tmp_path, 0, 0)
-    (tmp_path / "default").mkdir()
-    (tmp_path / "default/adapter_config.json").write_text("{}")  # which save_model does not clear
-    with pytest.raises(ValueError, match="default/adapter_config.json belongs to an adapter"):
-        M.save_model(tiny_model(), tmp_path, 0, 0)
-    assert os.listdir(tmp_path) == ["default"]
-
-
 def test_model_json_is_json_or_not_written(tmp_path):
     path = tmp_path / "a.json"
     M.write_json(path, {"é": 1})
-    for bad in (float("nan"), {"x": [-np.inf]}, "\ud83d"):
-        with pytest.raises(ValueError, match="a.json: not written"):
+    for bad in (float("nan"), "\ud83d"):
+        with pytest.raises(ValueError):
             M.write_json(path, bad)
     assert M.read_json(path) == {"é": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
 NORM, BIAS = "model.language_model.norm.weight", "model.visual.merger.norm.bias"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BAD_TENSORS = [
-    ({BIAS: None}, f"1 tensors are missing, first {BIAS}"),
-    ({"more": torch.zeros(1)}, "more is no tensor of this model"),
-    ({NORM[6:]: torch.ones(64)}, "norm.weight is .* there twice"),
-    ({NORM: torch.zeros(3)}, r"norm.weight is torch.float32 \[3\], expected floats \[64\]"),
-    ({NORM: torch.zeros(64).int()}, "norm.weight is torch.int32"),
-    ({NORM: torch.zeros(64).to(torch.float8_e4m3fn)}, "norm.weight is torch.float8"),
-    ({NORM: torch.full((64,), torch.nan)}, f"{NORM} has numbers that are not finite"),
-    ({NORM: torch.full((64,), -torch.inf)}, f"{NORM} has numbers that are not finite"),
-    ({NORM: torch.full((64,), 1e300, dtype=torch.float64)}, "not finite in torch.float32"),
-]
-BAD_FILES = [
-    ({WEIGHTS: ""}, "model.safetensors: not a complete safetensors file"),
-    ({WEIGHTS: "\x80\x04N."}, "not a complete safetensors file"),
-    ({WEIGHTS: None, "pytorch_model.bin": ""}, "pytorch_model.bin is pickled and is never opened"),
-    ({"adapter_config.json": "{}"}, "copy: adapter_config.json belongs .* merge it"),
-    ({"default/adapter_config.json": "{}"}, "copy: default/adapter_config.json belongs"),
-    ({"config.json": "{"}, "config.json: not valid JSON"),
-    ({"config.json": "[]"}, "config.json: model_type is None"),
-    ({"config.json": None}, "config.json: No such file"),
-    ({INDEX: "[]"}, "index.json: no weight_map"),
-    ({INDEX: '{"weight_map": {"a": 3}}'}, "index.json: no weight_map"),
-    ({INDEX: '{"weight_map": {"a": "../b"}}', "../b": ""}, "'../b' is outside the folder"),
-]
-BAD_CONFIGS = [
-    ("model_type", "qwen3_vl_moe", "model_type is 'qwen3_vl_moe'"),
-    ("text_config", None, "text_config.vocab_size is missing"),
-    ("text_config.num_key_value_heads", 0, "text_config.num_key_value_heads cannot be 0"),
-    ("text_config.num_key_value_heads", 3, "is a multiple of num_key_value_heads"),
-    ("text_config.num_hidden_layers", 10**12, "no tower has over 1000 layers"),
-    ("text_config.rms_norm_eps", "x", "text_config.rms_norm_eps cannot be 'x'"),
-    ("text_config.rms_norm_eps", -1.0, "text_config.rms_norm_eps cannot be -1.0"),
-    ("text_config.hidden_act", "gelu", "hidden_act is 'gelu', this code implements 'silu'"),
-    ("text_config.rope_parameters.mrope_section", [4], "mrope_section has three numbers"),
-    ("text_config.rope_parameters.mrope_interleaved", False, "interleaved is False"),
-    ("text_config.rope_parameters.rope_type", "yarn", "rope_type is 'yarn'"),
-    ("text_config.rope_parameters.type", "yarn", "type is 'yarn'"),
-    ("vision_config.num_heads", 4.0, "vision_config.num_heads cannot be 4.0"),
-    ("vision_config.rope_parameters.rope_theta", 5.0, "rope_theta is 5.0"),
-    ("vision_config.deepstack_visual_indexes", [9], "deepstack_visual_indexes are layers in order"),
-    ("vision_config.num_position_embeddings", 17, "num_position_embeddings is a square"),
-    ("vision_config.patch_size", 14, "patch_size is 14, this code implements 16"),
-]
-BAD_CHECKPOINTS = [
-    *[({"tensors": tensors}, message) for tensors, message in BAD_TENSORS],
-    *[({"files": files}, message) for files, message in BAD_FILES],
+WEIGHTS = "model.safetensors"
+BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
+    ({"tensors": {BIAS: None}}, f"Missing key.*{BIAS}"),
+    ({"tensors": {"more": torch.zeros(1)}}, "Unexpected key.*model.more"),
+    ({"tensors": {NORM: torch.zeros(3)}}, "size mismatch for model.language_model.norm.weight"),
+    ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete safetensors file"),
+    ({"files": {WEIGHTS: None, "pytorch_model.bin": ""}}, "copy: no model.* never opened"),
+    ({"files": {"adapter_config.json": "{}"}}, "copy: an adapter .LoRA.: merge it"),
+    ({"files": {"config.json": "{"}}, "config.json: not valid JSON"),
+    ({"files": {"config.json": None}}, "config.json: No such file"),
     *[
-        ({"config": {key: value}}, f"config.json: .*{message}")
-        for key, value, message in BAD_CONFIGS
+        ({"config": {key: value}}, f"config.json: {key} is {value!r}, {message}")
+        for key, value, message in [
+            ("model_type", "qwen3_vl_moe", "this code implements 'qwen3_vl'"),
+            ("text_config.vocab_size", None, "expected int"),
+            ("text_config.rms_norm_eps", "x", "expected float"),
+            ("text_config.rope_parameters.rope_type", "yarn", "this code implements 'default'"),
+            ("vision_config.patch_size", 14, "this code implements 16"),
+        ]
     ],
 ]
 
@@ -3049,11 +2999,6 @@ def test_model_bad_checkpoints(change, message, copied):
     with pytest.raises(ValueError, match=message) as error:
         M.load_model(copied, torch.float32)
     assert "\n" not in str(error.value)
-
-
-def test_model_bad_folder():
-    with pytest.raises(ValueError, match="nothing: not a folder"):
-        M.load_model("nothing")
 
 
 # --------------------------------------------------------------------------------------------------
