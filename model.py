@@ -640,7 +640,7 @@ class Rollouts:
     hidden: torch.Tensor  # (B, S, H) states of the prefill
     tokens: list  # [B][K] lists of ids: prefix, sampled ones, closing where truncated, tail
     num_sampled: torch.Tensor  # (B, K) int64, on the CPU
-    logprobs: list  # [B][K] lists, one number per sampled token: see `sample`
+    logprobs: torch.Tensor  # (B, K, T) of the sampled tokens (see `sample`), zero after them
     truncated: torch.Tensor  # (B, K) bool, on the CPU: no stop token came
     last: torch.Tensor  # (B, K, H) state of the last token
 
@@ -700,19 +700,19 @@ def generate(
     suppress = as_ids(suppress_tokens)
     live = torch.ones(B, K, dtype=torch.bool, device=device)  # no stop token so far
     num_sampled = torch.zeros(B, K, dtype=torch.long, device=device)  # counts the stop token
-    tokens, logprobs = [], []  # (B, K) each
+    tokens = []  # (B, K) each
+    logprobs = torch.zeros(B, K, T, device=device)
     advance = graphed_step(cache) if model.compiled and device.type == "cuda" else step
     for t in range(T):
         ids, logp = sample(model.logits(h), suppress, temperature, generator)
         tokens.append(ids)
-        logprobs.append(logp)
+        logprobs[..., t] = logp * live
         num_sampled += live
         live = live & ~torch.isin(ids, stop)
         if t == T - 1 or not live.any():
             break
         h = read(model, cache, ids, (position + t).expand(B, K), advance)
     tokens = torch.stack(tokens, dim=1)  # (B, t + 1, K)
-    logprobs = torch.stack(logprobs, dim=2)  # (B, K, t + 1)
 
     # 3) Read all endings in one forward: the last sampled token, `closing` where it is due, `tail`.
     # What was read idly is hidden, and so is a last token that was read already.
@@ -730,12 +730,11 @@ def generate(
 
     # 4) Lists without padding.
     num_sampled, truncated = num_sampled.cpu(), live.cpu()
-    tokens, logprobs = tokens.transpose(1, 2).tolist(), logprobs.tolist()
+    tokens = tokens.transpose(1, 2).tolist()
     for b, k in product(range(B), range(K)):
-        n = int(num_sampled[b, k])
+        sampled = tokens[b][k][: num_sampled[b, k]]
         forced = closing if truncated[b, k] else ()
-        tokens[b][k] = [*prefix, *tokens[b][k][:n], *forced, *tail]
-        logprobs[b][k] = logprobs[b][k][:n]
+        tokens[b][k] = [*prefix, *sampled, *forced, *tail]
     return Rollouts(hidden, tokens, num_sampled, logprobs, truncated, last)
 
 

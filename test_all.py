@@ -2776,7 +2776,8 @@ def test_model_generation_equals_full_forward():
         logits = model.logits(h[len(prompts[b]["ids"]) + 1 :][:n])
         logits[:, [3, 4]] = -torch.inf
         logp = (logits / 0.7).log_softmax(-1)[range(n), sampled]
-        assert (logp - torch.tensor(rollouts.logprobs[b][k])).abs().max() < 1e-5
+        assert (logp - rollouts.logprobs[b, k, :n]).abs().max() < 1e-5
+        assert not rollouts.logprobs[b, k, n:].any()
     assert all(torch.equal(x, before[n]) for n, x in batch.items() if torch.is_tensor(x))
 
 
