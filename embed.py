@@ -128,48 +128,42 @@ def token_logprobs(model, states, ids, suppress_tokens, temperature):
 # Contrastive learning
 
 
-def false_negative_mask(scores, positive, duplicates, margin=0.1):
-    """Candidates that are probably right answers too, and must not be pushed away.
+def one_direction(scores, positive, temperature, equal, margin=0.1):
+    """−log softmax of scores / temperature at the positive -> (n,).
 
-    scores (n, m) cosines; positive (n,) the column of each row's target; duplicates (n, m) True
-    where a column is known to equal the target. -> bool (n, m): the duplicates, and what scores
-    more than target + margin (rule and number of Qwen3-VL-Embedding). Never the target's column.
+    scores (n, m) cosines; positive (n,) the column of each row's target. Candidates that are
+    probably right answers, too, are left out, so that they are not pushed away: columns that are
+    `equal` (n, m) to the target, and those that score more than target + margin (rule and number
+    of Qwen3-VL-Embedding).
     """
     target = positive[:, None]
-    mask = duplicates | (scores > scores.gather(1, target) + margin)
-    return mask.scatter(1, target, False)
-
-
-def one_direction(scores, positive, temperature, duplicates):
-    """−log softmax of scores / temperature at the positive, false negatives left out -> (n,)."""
-    mask = false_negative_mask(scores.detach(), positive, duplicates)
+    mask = equal | (scores > scores.gather(1, target) + margin)
+    mask = mask.scatter(1, target, False)
     logits = (scores / temperature).masked_fill(mask, float("-inf"))
     return F.cross_entropy(logits, positive, reduction="none")
 
 
-def info_nce(q, t, positive, temperature=0.02, duplicates=None, weights=None, dims=()):
+def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     """InfoNCE in both directions: a query among all candidates, its target among all queries.
 
-    q (n, H), t (m, H) unit vectors; positive (n,) the row of t that is each query's target;
-    duplicates (n, m) as in false_negative_mask, each row's target included; None: no two rows of t
-    are equal; weights (n,) of the queries, scaled to sum 1.
+    q (n, H), t (m, H) unit vectors, no two rows of t of equal candidates; positive (n,) the row of
+    t that is each query's target; weights (n,) of the queries, scaled to sum 1.
     dims: the loss is summed over the full vectors and over these prefixes of them, each scaled to
     length 1 again. So a vector's first numbers are a vector too (Matryoshka). -> scalar
     """
     H = q.shape[1]
-    if any(not 1 <= d <= H for d in dims):
-        raise ValueError(f"matryoshka_dims {tuple(dims)}: this model's vectors have {H} numbers")
-    if duplicates is None:
-        duplicates = F.one_hot(positive, len(t)).bool()
+    if max(dims, default=0) > H:
+        raise ValueError(f"matryoshka_dims {dims}: this model's vectors have {H} numbers")
+    is_target = F.one_hot(positive, len(t)).bool()  # (n, m)
     # (n, n), True where two queries have the same target: they are no negatives of it.
-    same_target = duplicates[:, positive].T
+    same_target = is_target[:, positive].T
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
     for d in {*dims, H}:
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        losses = losses + one_direction(s, positive, temperature, duplicates) / 2
+        losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
         weights = torch.ones_like(losses)
@@ -273,7 +267,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         nce_reason = t.new_zeros(())
         if has_rationale.any():
             reasoned, column = reasoned[has_rationale], positive[has_rationale]
-            nce_reason = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
+            nce_reason = info_nce(reasoned, t, column, cfg.temperature, weights, dims)
         log.update(nce_direct=nce_direct.item(), nce_reason=nce_reason.item())
         return nce_direct + nce_reason
 

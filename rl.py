@@ -290,7 +290,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
         weights = p_reason.clamp(min=1e-6).repeat_interleave(K)  # their sum must not be 0
         column = positive.repeat_interleave(K)
-        reasoned = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
+        reasoned = info_nce(reasoned, t, column, cfg.temperature, weights, dims)
         # info_nce divides by the sum of the weights. Times their mean this is the mean over B * K
         # of p_reason * loss: where the policy does not reason, the reasoned path weighs little.
         return direct + p_reason.mean() * reasoned
