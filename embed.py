@@ -31,7 +31,6 @@ import contextlib
 import itertools
 import json
 import math
-import numbers
 import os
 import sys
 import warnings
@@ -44,9 +43,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scale
-from data import is_text
-from model import Cache, generate, load_model, read_json, save_model, write_json
-from processor import Processor, collate, prompt_key, require, require_count, require_positive
+from model import Cache, generate, load_model, save_model, write_json
+from processor import Processor, collate, prompt_key, require, require_count
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -339,15 +337,12 @@ class Embedder:
         embedder.encode(items, dim=64)  # the first 64 numbers, scaled to length 1 (Matryoshka)
         vectors, info = embedder.encode(items, return_info=True)
         info[0]  # {"reasoned": True, "p_reason": 0.9, "rationale": "red star nw", "new_tokens": 6}
-
-    matryoshka_dims: the prefixes that the checkpoint was trained for, besides the full vector.
     """
 
     budget = 16384  # padded tokens of a batch: this bounds memory, not the number of items
 
-    def __init__(self, model, processor, matryoshka_dims=()):
+    def __init__(self, model, processor):
         self.model, self.processor = model, processor
-        self.matryoshka_dims = tuple(matryoshka_dims)
 
     @classmethod
     def from_pretrained(cls, path_or_id, device=None, dtype=None, revision=None, **settings):
@@ -367,10 +362,7 @@ class Embedder:
         device = scale.find_device(device)
         folder = find_folder(path_or_id, revision)
         model = load_model(folder, dtype, device)
-        processor = Processor.from_folder(folder, model.c, **settings)
-        path = os.path.join(folder, "embedder_config.json")
-        saved = read_json(path) if os.path.exists(path) else {}
-        return cls(model, processor, saved.get("matryoshka_dims", ()))
+        return cls(model, Processor.from_folder(folder, model.c, **settings))
 
     def encode(
         self,
@@ -398,7 +390,8 @@ class Embedder:
         normalize      to length 1; False: the final states as they are
         show_progress  a bar of what is read; None: in a terminal, if it takes over a second
         return_info    also a list of {"reasoned", "p_reason" (None without a head), "rationale"
-                       (None where nothing was reasoned), "new_tokens"}
+                       (None where nothing was reasoned), "new_tokens"}. Without a head "auto"
+                       never reasons
         max_new_tokens, temperature, generator   of rationales: greedy at temperature 0; what has
                        not ended after so many tokens is closed by force
         tau            deprecated name of threshold
@@ -409,29 +402,18 @@ class Embedder:
             threshold = tau
         # What can be refused before anything is computed
         H, has_head = self.model.c.hidden, self.model.has_head
-        require(instruction is None or is_text(instruction), "instruction", instruction, "text")
         require(reason in ("auto", "never", "always"), "reason", reason, "auto, never or always")
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
-        is_number = isinstance(threshold, numbers.Real) and not math.isnan(threshold)
-        require(is_number, "threshold", threshold, "a number")
         require_count(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if dim is not None:
-            require_count(dim=dim)
-            require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
-        if temperature != 0:
-            require_positive(temperature=temperature)
-        if reason == "auto" and not has_head:
-            warnings.warn("no lm_head: this checkpoint only embeds directly", stacklevel=2)
-        if dim not in (None, H, *self.matryoshka_dims):
-            known = f"it was trained for prefixes of {list(self.matryoshka_dims)}"
-            warnings.warn(f"dim={dim}: as far as this checkpoint says, {known}", stacklevel=2)
+            require(dim in range(1, H + 1), "dim", dim, f"a whole number from 1 to {H}")
 
         if isinstance(items, (str, bytes, dict)) or not hasattr(items, "__iter__"):
             items = [items]
         hidden = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=hidden, delay=1)
         generation = reason, threshold, max_new_tokens, temperature, generator
-        order, vectors, infos = [], [torch.zeros(0, self.model.c.hidden)], []
+        order, vectors, infos = [], [torch.zeros(0, H)], []
         for prompts in self.windows(items, instruction, batch_size):
             first = len(infos)  # this window's first item
             lengths = [len(prompt["ids"]) + 1 for prompt in prompts]
@@ -536,9 +518,8 @@ class Embedder:
         """A folder that opens here and in transformers; for the direct path also in
         sentence-transformers and vLLM's pooling runner."""
         save_model(self.model, folder, self.processor.im_end_id, self.processor.eos_id)
-        self.processor.save(folder, matryoshka_dims=self.matryoshka_dims)
-        files = sentence_transformers_files(self.model.c.hidden)
-        for name, value in files.items():
+        self.processor.save(folder)
+        for name, value in sentence_transformers_files(self.model.c.hidden).items():
             path = os.path.join(folder, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_json(path, value)
@@ -556,11 +537,9 @@ def require_finite(values, dtype):
 
 def find_folder(path_or_id, revision=None):
     """A local folder as it is, without any network; else owner/name on the Hugging Face hub, of
-    which only data files are fetched, no programs. Only the hub has revisions."""
+    which only data files are fetched, no programs."""
     path = os.fspath(path_or_id)
     if os.path.isdir(path):
-        if revision is not None:
-            raise ValueError(f"{path}: a local folder has no revisions")
         return path
     if path.count("/") != 1:
         raise ValueError(f"{path}: expected a checkpoint folder, or owner/name on the hub")
@@ -629,7 +608,7 @@ def read_items(path):
             try:
                 if line.strip():
                     items[number] = json.loads(line)
-            except (ValueError, RecursionError) as e:  # of a thousand brackets
+            except ValueError as e:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
     return items
 
@@ -667,7 +646,6 @@ def main():
         parser.add_argument(f"--{name}", required=True)
     for name, kind in {**OPENING, **ENCODING}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    parser.add_argument("--tau", dest="threshold", type=float, help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
     opening = {name: given[name] for name in OPENING if name in given}
     encoding = {name: given[name] for name in ENCODING if name in given}
