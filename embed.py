@@ -616,7 +616,7 @@ def read_items(path):
 def run(model, source, output, opening, encoding):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
     facts = output.removesuffix(".npy") + ".jsonl"
-    in_place = os.path.realpath(source) in (os.path.realpath(facts), os.path.realpath(output))
+    in_place = os.path.realpath(source) == os.path.realpath(facts)
     if in_place or not output.endswith(".npy") or not os.path.isdir(os.path.dirname(output) or "."):
         expected = "a .npy file, in a folder that exists, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")

@@ -1224,7 +1224,6 @@ def test_the_item_at_fault_is_named(item, reason, batch_size):
 
 NO_DIRECTION = [
     ("text.norm.weight", 0.0, torch.float32),
-    ("text.norm.weight", 1e25, torch.float32),  # the numbers are finite, their squares are not
     ("text.layers.0.mlp.down_proj.weight", 1e5, torch.float16),  # the products are above 65,504
 ]
 
@@ -2641,16 +2640,6 @@ def test_model_tree_mask_by_hand():
     assert torch.equal(M.tree_mask(branch, columns), mask[:, :, columns])
 
 
-def test_model_rope_axes_by_hand():
-    """Sections (4, 2, 2): frequency i turns with T H W T H W T T."""
-    text = tiny_model().text
-    for axis, letter in enumerate("THW"):
-        positions = torch.zeros(3, 1, 1)
-        positions[axis] = 1
-        turned = text.rope(positions, torch.float32)[1][0, 0, 0] != 0
-        assert turned.tolist() == [x == letter for x in "THWTHWTT"] * 2
-
-
 def test_model_norm_is_bitwise_transformers():
     """In bf16 the order of cast and weight shows in the last bit."""
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
@@ -2853,9 +2842,9 @@ def change_checkpoint(folder, config=None, without="$^", tensors=None, files=Non
     save_file(state, f"{folder}/model.safetensors")
     for name, content in (files or {}).items():
         path = Path(folder, name)
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        if content is not None:
+        if content is None:
+            path.unlink()
+        else:
             path.write_text(content)
 
 
