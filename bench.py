@@ -358,9 +358,8 @@ class Peer:
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])
 
         # 4) InfoNCE on both paths, and the policy gradient.
-        duplicates = torch.eye(len(pairs), dtype=torch.bool)[query]
         direct = info_nce(q, t, column, self.cfg.temperature)
-        thinking = info_nce(reasoned, t, query, self.cfg.temperature, duplicates)
+        thinking = info_nce(reasoned, t, query, self.cfg.temperature)
         loss = direct + thinking - logprobs.mean()
         loss.backward()
         self.model.zero_grad(set_to_none=True)

@@ -31,7 +31,6 @@ import contextlib
 import itertools
 import json
 import math
-import numbers
 import os
 import sys
 import warnings
@@ -44,9 +43,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scale
-from data import is_text
-from model import Cache, generate, load_model, read_json, save_model, write_json
-from processor import Processor, collate, prompt_key, require, require_count, require_positive
+from model import Cache, generate, load_model, save_model, write_json
+from processor import Processor, collate, prompt_key, require, require_count
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -128,48 +126,42 @@ def token_logprobs(model, states, ids, suppress_tokens, temperature):
 # Contrastive learning
 
 
-def false_negative_mask(scores, positive, duplicates, margin=0.1):
-    """Candidates that are probably right answers too, and must not be pushed away.
+def one_direction(scores, positive, temperature, equal, margin=0.1):
+    """−log softmax of scores / temperature at the positive -> (n,).
 
-    scores (n, m) cosines; positive (n,) the column of each row's target; duplicates (n, m) True
-    where a column is known to equal the target. -> bool (n, m): the duplicates, and what scores
-    more than target + margin (rule and number of Qwen3-VL-Embedding). Never the target's column.
+    scores (n, m) cosines; positive (n,) the column of each row's target. Candidates that are
+    probably right answers, too, are left out, so that they are not pushed away: columns that are
+    `equal` (n, m) to the target, and those that score more than target + margin (rule and number
+    of Qwen3-VL-Embedding).
     """
     target = positive[:, None]
-    mask = duplicates | (scores > scores.gather(1, target) + margin)
-    return mask.scatter(1, target, False)
-
-
-def one_direction(scores, positive, temperature, duplicates):
-    """−log softmax of scores / temperature at the positive, false negatives left out -> (n,)."""
-    mask = false_negative_mask(scores.detach(), positive, duplicates)
-    logits = (scores / temperature).masked_fill(mask, float("-inf"))
+    false_negative = equal | (scores > scores.gather(1, target) + margin)
+    false_negative = false_negative.scatter(1, target, False)  # the target itself stays
+    logits = (scores / temperature).masked_fill(false_negative, float("-inf"))
     return F.cross_entropy(logits, positive, reduction="none")
 
 
-def info_nce(q, t, positive, temperature=0.02, duplicates=None, weights=None, dims=()):
+def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     """InfoNCE in both directions: a query among all candidates, its target among all queries.
 
-    q (n, H), t (m, H) unit vectors; positive (n,) the row of t that is each query's target;
-    duplicates (n, m) as in false_negative_mask, each row's target included; None: no two rows of t
-    are equal; weights (n,) of the queries, scaled to sum 1.
+    q (n, H), t (m, H) unit vectors, no two rows of t of equal candidates; positive (n,) the row of
+    t that is each query's target; weights (n,) of the queries, scaled to sum 1.
     dims: the loss is summed over the full vectors and over these prefixes of them, each scaled to
     length 1 again. So a vector's first numbers are a vector too (Matryoshka). -> scalar
     """
     H = q.shape[1]
-    if any(not 1 <= d <= H for d in dims):
-        raise ValueError(f"matryoshka_dims {tuple(dims)}: this model's vectors have {H} numbers")
-    if duplicates is None:
-        duplicates = F.one_hot(positive, len(t)).bool()
+    if max(dims, default=0) > H:
+        raise ValueError(f"matryoshka_dims {dims}: this model's vectors have {H} numbers")
+    is_target = F.one_hot(positive, len(t)).bool()  # (n, m)
     # (n, n), True where two queries have the same target: they are no negatives of it.
-    same_target = duplicates[:, positive].T
+    same_target = is_target[:, positive].T
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
     for d in {*dims, H}:
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        losses = losses + one_direction(s, positive, temperature, duplicates) / 2
+        losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
         weights = torch.ones_like(losses)
@@ -273,7 +265,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         nce_reason = t.new_zeros(())
         if has_rationale.any():
             reasoned, column = reasoned[has_rationale], positive[has_rationale]
-            nce_reason = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
+            nce_reason = info_nce(reasoned, t, column, cfg.temperature, weights, dims)
         log.update(nce_direct=nce_direct.item(), nce_reason=nce_reason.item())
         return nce_direct + nce_reason
 
@@ -345,15 +337,12 @@ class Embedder:
         embedder.encode(items, dim=64)  # the first 64 numbers, scaled to length 1 (Matryoshka)
         vectors, info = embedder.encode(items, return_info=True)
         info[0]  # {"reasoned": True, "p_reason": 0.9, "rationale": "red star nw", "new_tokens": 6}
-
-    matryoshka_dims: the prefixes that the checkpoint was trained for, besides the full vector.
     """
 
     budget = 16384  # padded tokens of a batch: this bounds memory, not the number of items
 
-    def __init__(self, model, processor, matryoshka_dims=()):
+    def __init__(self, model, processor):
         self.model, self.processor = model, processor
-        self.matryoshka_dims = tuple(matryoshka_dims)
 
     @classmethod
     def from_pretrained(cls, path_or_id, device=None, dtype=None, revision=None, **settings):
@@ -373,10 +362,7 @@ class Embedder:
         device = scale.find_device(device)
         folder = find_folder(path_or_id, revision)
         model = load_model(folder, dtype, device)
-        processor = Processor.from_folder(folder, model.c, **settings)
-        path = os.path.join(folder, "embedder_config.json")
-        saved = read_json(path) if os.path.exists(path) else {}
-        return cls(model, processor, saved.get("matryoshka_dims", ()))
+        return cls(model, Processor.from_folder(folder, model.c, **settings))
 
     def encode(
         self,
@@ -415,29 +401,21 @@ class Embedder:
             threshold = tau
         # What can be refused before anything is computed
         H, has_head = self.model.c.hidden, self.model.has_head
-        require(instruction is None or is_text(instruction), "instruction", instruction, "text")
         require(reason in ("auto", "never", "always"), "reason", reason, "auto, never or always")
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
-        is_number = isinstance(threshold, numbers.Real) and not math.isnan(threshold)
-        require(is_number, "threshold", threshold, "a number")
         require_count(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if dim is not None:
-            require_count(dim=dim)
-            require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
-        if temperature != 0:
-            require_positive(temperature=temperature)
+            require(dim in range(1, H + 1), "dim", dim, f"a whole number from 1 to {H}")
+
         if reason == "auto" and not has_head:
             warnings.warn("no lm_head: this checkpoint only embeds directly", stacklevel=2)
-        if dim not in (None, H, *self.matryoshka_dims):
-            known = f"it was trained for prefixes of {list(self.matryoshka_dims)}"
-            warnings.warn(f"dim={dim}: as far as this checkpoint says, {known}", stacklevel=2)
 
         if isinstance(items, (str, bytes, dict)) or not hasattr(items, "__iter__"):
             items = [items]
         hidden = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=hidden, delay=1)
         generation = reason, threshold, max_new_tokens, temperature, generator
-        order, vectors, infos = [], [torch.zeros(0, self.model.c.hidden)], []
+        order, vectors, infos = [], [torch.zeros(0, H)], []
         for prompts in self.windows(items, instruction, batch_size):
             first = len(infos)  # this window's first item
             lengths = [len(prompt["ids"]) + 1 for prompt in prompts]
@@ -542,9 +520,8 @@ class Embedder:
         """A folder that opens here and in transformers; for the direct path also in
         sentence-transformers and vLLM's pooling runner."""
         save_model(self.model, folder, self.processor.im_end_id, self.processor.eos_id)
-        self.processor.save(folder, matryoshka_dims=self.matryoshka_dims)
-        files = sentence_transformers_files(self.model.c.hidden)
-        for name, value in files.items():
+        self.processor.save(folder)
+        for name, value in sentence_transformers_files(self.model.c.hidden).items():
             path = os.path.join(folder, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_json(path, value)
@@ -635,7 +612,7 @@ def read_items(path):
             try:
                 if line.strip():
                     items[number] = json.loads(line)
-            except (ValueError, RecursionError) as e:  # of a thousand brackets
+            except ValueError as e:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
     return items
 
@@ -643,7 +620,7 @@ def read_items(path):
 def run(model, source, output, opening, encoding):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
     facts = output.removesuffix(".npy") + ".jsonl"
-    in_place = os.path.realpath(source) in (os.path.realpath(facts), os.path.realpath(output))
+    in_place = os.path.realpath(source) == os.path.realpath(facts)
     if in_place or not output.endswith(".npy") or not os.path.isdir(os.path.dirname(output) or "."):
         expected = "a .npy file, in a folder that exists, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
@@ -673,7 +650,6 @@ def main():
         parser.add_argument(f"--{name}", required=True)
     for name, kind in {**OPENING, **ENCODING}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    parser.add_argument("--tau", dest="threshold", type=float, help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
     opening = {name: given[name] for name in OPENING if name in given}
     encoding = {name: given[name] for name in ENCODING if name in given}

@@ -528,13 +528,8 @@ def rope_positions(ids, image_grid, config):
         time     0 1   2 2 2 2 2 2   5
         row      0 1   2 2 2 3 3 3   5
         column   0 1   2 3 4 2 3 4   5
-
-    ValueError if the row's visual tokens are not those of its grids.
     """
     visual = (ids == config.image_token) | (ids == config.video_token)
-    expected = sum(h * w for h, w in image_grid) // MERGE**2
-    if visual.sum() != expected:
-        raise ValueError(f"{visual.sum()} image or video tokens in a row, {expected} in its images")
     parts = []  # (3, tokens) each
     start, position = 0, 0  # of the next token
     for h, w in image_grid:
@@ -645,7 +640,7 @@ class Rollouts:
     hidden: torch.Tensor  # (B, S, H) states of the prefill
     tokens: list  # [B][K] lists of ids: prefix, sampled ones, closing where truncated, tail
     num_sampled: torch.Tensor  # (B, K) int64, on the CPU
-    logprobs: list  # [B][K] lists, one number per sampled token: see `sample`
+    logprobs: torch.Tensor  # (B, K, T) of the sampled tokens (see `sample`), zero after them
     truncated: torch.Tensor  # (B, K) bool, on the CPU: no stop token came
     last: torch.Tensor  # (B, K, H) state of the last token
 
@@ -705,19 +700,19 @@ def generate(
     suppress = as_ids(suppress_tokens)
     live = torch.ones(B, K, dtype=torch.bool, device=device)  # no stop token so far
     num_sampled = torch.zeros(B, K, dtype=torch.long, device=device)  # counts the stop token
-    tokens, logprobs = [], []  # (B, K) each
+    tokens = []  # (B, K) each
+    logprobs = torch.zeros(B, K, T, device=device)
     advance = graphed_step(cache) if model.compiled and device.type == "cuda" else step
     for t in range(T):
         ids, logp = sample(model.logits(h), suppress, temperature, generator)
         tokens.append(ids)
-        logprobs.append(logp)
+        logprobs[..., t] = logp * live
         num_sampled += live
         live = live & ~torch.isin(ids, stop)
         if t == T - 1 or not live.any():
             break
         h = read(model, cache, ids, (position + t).expand(B, K), advance)
     tokens = torch.stack(tokens, dim=1)  # (B, t + 1, K)
-    logprobs = torch.stack(logprobs, dim=2)  # (B, K, t + 1)
 
     # 3) Read all endings in one forward: the last sampled token, `closing` where it is due, `tail`.
     # What was read idly is hidden, and so is a last token that was read already.
@@ -735,12 +730,11 @@ def generate(
 
     # 4) Lists without padding.
     num_sampled, truncated = num_sampled.cpu(), live.cpu()
-    tokens, logprobs = tokens.transpose(1, 2).tolist(), logprobs.tolist()
+    tokens = tokens.transpose(1, 2).tolist()
     for b, k in product(range(B), range(K)):
-        n = int(num_sampled[b, k])
+        sampled = tokens[b][k][: num_sampled[b, k]]
         forced = closing if truncated[b, k] else ()
-        tokens[b][k] = [*prefix, *tokens[b][k][:n], *forced, *tail]
-        logprobs[b][k] = logprobs[b][k][:n]
+        tokens[b][k] = [*prefix, *sampled, *forced, *tail]
     return Rollouts(hidden, tokens, num_sampled, logprobs, truncated, last)
 
 
@@ -749,6 +743,7 @@ def generate(
 
 # Settings that have one value here.
 FIXED = {
+    "model_type": "qwen3_vl",
     "text_config.hidden_act": "silu",
     "text_config.attention_bias": False,
     "text_config.rope_parameters.rope_type": "default",
@@ -781,68 +776,30 @@ def nest(flat):
     return settings
 
 
-def is_valid(value, kind):
-    """Whether a value of a JSON file can be a field of Config of this type."""
-    if kind is bool:
-        return isinstance(value, bool)
-    if kind is tuple:
-        return isinstance(value, list) and all(isinstance(n, int) for n in value)
-    number = int if kind is int else (int, float)
-    return isinstance(value, number) and value > 0
-
-
 def config_from_hf(path):
     """A config.json, as transformers 4 or 5 writes it -> Config.
 
     ValueError names what is missing, of the wrong type, or not implemented here.
     """
-    flat = flatten(read_json(path))
-    kind = flat.get("model_type")
-    if kind != "qwen3_vl":
-        raise ValueError(f"{path}: model_type is {kind!r}, only dense 'qwen3_vl' is implemented")
-    # What version 4 calls otherwise, and what may be missing.
-    renamed = {key.replace("rope_scaling", "rope_parameters"): value for key, value in flat.items()}
-    defaults = {
-        "tie_word_embeddings": flat.get("text_config.tie_word_embeddings", False),
-        "text_config.rope_parameters.rope_theta": flat.get("text_config.rope_theta"),
-        "text_config.rope_parameters.mrope_section": [24, 20, 20],
-        "text_config.rms_norm_eps": 1e-6,
-    }
-    given = {key: value for key, value in (renamed | flat).items() if value is not None}
-    flat = defaults | given
-    fixed = {
-        **FIXED,
-        "text_config.rope_parameters.type": "default",  # before it was called rope_type
-        "vision_config.rope_parameters.rope_theta": 1e4,
-    }
-    for key, value in fixed.items():
-        # Another word for "default".
-        same = "mrope" if key.endswith((".type", ".rope_type")) else value
-        if flat.get(key, value) not in (value, same):
+    given = flatten(read_json(path))
+    # Version 4 has other names for the rope.
+    older = {key.replace("rope_scaling", "rope_parameters"): value for key, value in given.items()}
+    flat = older | given
+    theta = "text_config.rope_parameters.rope_theta"
+    flat.setdefault(theta, flat.get("text_config.rope_theta"))
+    flat.setdefault("tie_word_embeddings", flat.get("text_config.tie_word_embeddings", False))
+    for key, value in FIXED.items():
+        if flat.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
     values = {}
     for place in fields(Config):
         key = place.metadata["key"]
-        value = flat.get(key)
-        if not is_valid(value, place.type):
-            why = "is missing" if value is None else f"cannot be {value!r}"
-            raise ValueError(f"{path}: {key} {why}")
-        values[place.name] = place.type(value)
-    c = Config(**values)
-    layers = {i for i in c.v_deepstack if 0 <= i < c.v_layers}
-    rules = {
-        "head_dim is even": c.head_dim % 2 == 0,
-        "num_attention_heads is a multiple of num_key_value_heads": c.heads % c.kv_heads == 0,
-        "the vision hidden_size is a multiple of 4 * num_heads": c.v_hidden % (4 * c.v_heads) == 0,
-        "num_position_embeddings is a square": math.isqrt(c.v_positions) ** 2 == c.v_positions,
-        "no tower has over 1000 layers": max(c.layers, c.v_layers) <= 1000,
-        "mrope_section has three numbers": len(c.mrope_section) == 3,
-        "deepstack_visual_indexes are layers in order": list(c.v_deepstack) == sorted(layers),
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise ValueError(f"{path}: it is needed that {rule}")
-    return c
+        try:
+            values[place.name] = place.type(flat.get(key))
+        except (TypeError, ValueError):
+            kind = place.type.__name__
+            raise ValueError(f"{path}: {key} is {flat.get(key)!r}, expected {kind}") from None
+    return Config(**values)
 
 
 def config_to_hf(c, dtype, eos_id, pad_id):
@@ -853,7 +810,6 @@ def config_to_hf(c, dtype, eos_id, pad_id):
         flat[f"text_config.rope_scaling.{key}"] = flat[f"text_config.rope_parameters.{key}"]
     flat |= {
         "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
         "dtype": dtype,
         "text_config.model_type": "qwen3_vl_text",
         "text_config.dtype": dtype,
@@ -879,118 +835,58 @@ def read_json(path):
             return json.load(file)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def write_json(path, value):
     """Written aside and renamed: nobody reads half a file. ValueError for NaN and infinities."""
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # also half an emoji, for which UTF-8 has no bytes
-        raise ValueError(f"{path}: not written ({error})") from None
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
     with open(f"{path}.tmp", "wb") as file:
         file.write(text)
     os.replace(f"{path}.tmp", path)
 
 
-def refuse_adapters(folder, pattern):
-    adapters = glob(pattern, root_dir=folder)
-    if adapters:
-        how = "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
-        raise ValueError(f"{folder}: {adapters[0]} belongs to an adapter (LoRA): {how}")
-
-
-def weight_files(folder):
-    """The safetensors files of a checkpoint: one, or those in its index. ValueError if not so."""
-    if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: not a folder")
-    refuse_adapters(folder, "adapter_*")
-    refuse_adapters(folder, "*/adapter_*")  # peft may give an adapter a folder of its own
-    names = ["model.safetensors"]
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(index):
-        try:
-            names = set(read_json(index)["weight_map"].values())
-            outside = [name for name in names if os.path.basename(name) != name]
-        except (TypeError, KeyError, AttributeError):
-            raise ValueError(f"{index}: no weight_map of tensor names to file names") from None
-        if outside:
-            raise ValueError(f"{index}: {outside[0]!r} is outside the folder")
-    files = [os.path.join(folder, name) for name in sorted(names)]
-    for path in files:
-        if not os.path.exists(path):
-            # The likeliest reason for a folder without safetensors: older, pickled weights.
-            pickled = glob("*.bin", root_dir=folder) + glob("*.pt*", root_dir=folder)
-            hint = f" ({pickled[0]} is pickled and is never opened)" if pickled else ""
-            raise ValueError(f"{path}: not there, nor an index of other files{hint}")
-    return files
-
-
-def check_finite(tensor, where):
-    lowest, highest = tensor.aminmax()  # one NaN makes both NaN; takes no memory
-    if not (lowest.isfinite() and highest.isfinite()):
-        raise ValueError(f"{where} has numbers that are not finite in {tensor.dtype}")
-
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def load_model(folder, dtype=None, device="cpu"):
     """A Qwen3VL from a folder in the Hugging Face layout. dtype None: the widest of the tensors.
 
-    ValueError names a tensor that is missing, unexpected, of another shape or not finite, the
-    setting that is not implemented, or the adapter. Tensors are memory-mapped and move one by one:
-    there are never two copies of the weights.
+    ValueError names what is missing, unexpected, of another shape or not implemented. Tensors are
+    memory-mapped and move one by one: there are never two copies of the weights.
     """
-    files = weight_files(folder)
+    if glob("adapter_*", root_dir=folder):
+        how = "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
+        raise ValueError(f"{folder}: an adapter (LoRA): {how}")
     c = config_from_hf(os.path.join(folder, "config.json"))
-    with torch.device("meta"):  # shapes without memory
-        model = Qwen3VL(c)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {}
-    for path in files:
+    for name in sorted(glob("model*.safetensors", root_dir=folder)):  # one file, or shards
+        path = os.path.join(folder, name)
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-        for name, tensor in tensors.items():
+        for key, tensor in tensors.items():
             # Embedding checkpoints come without the first part of the names.
-            target = name if name in shapes else f"model.{name}"
-            if target not in shapes or target in state:
-                raise ValueError(f"{path}: {name} is no tensor of this model, or there twice")
-            shape = list(shapes[target])
-            if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
-                found = f"{tensor.dtype} {list(tensor.shape)}"
-                raise ValueError(f"{path}: {name} is {found}, expected floats {shape}")
-            state[target] = tensor
-    missing = [name for name in shapes if name not in state and name != "lm_head.weight"]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
-    if dtype is None:
-        dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
-    for name, tensor in state.items():
-        state[name] = tensor.to(device=device, dtype=dtype)
-        check_finite(state[name], f"{folder}: {name}")
+            is_full = key.startswith(("model.", "lm_head."))
+            state[key if is_full else f"model.{key}"] = tensor
+    if not state:
+        raise ValueError(f"{folder}: no model*.safetensors (pickled weights are never opened)")
+    with torch.device("meta"):  # shapes without memory
+        model = Qwen3VL(c)
     model.has_head = c.tie or "lm_head.weight" in state
-    embedding = state["model.language_model.embed_tokens.weight"]
-    head = state.setdefault("lm_head.weight", embedding)
-    if c.tie and not torch.equal(head, embedding):  # some files hold the alias, too
-        raise ValueError(f"{folder}: lm_head.weight is not the embedding, but they should be tied")
-    model.load_state_dict(state, strict=True, assign=True)
-    if c.tie or not model.has_head:  # a missing head costs no memory and is never used
+    shared = c.tie or not model.has_head  # a missing head costs no memory and is never used
+    if shared:
+        state["lm_head.weight"] = state.get("model.language_model.embed_tokens.weight")
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # names every tensor at fault, in as many lines
+        why = " ".join(str(error).split())
+        raise ValueError(f"{folder}: {why[:300]}") from None
+    if shared:
         model.lm_head.weight = model.text.embed_tokens.weight
-    return model.eval()
-
-
-# Weights that an earlier save of any program may have left: shards, their index, adapters.
-STALE_WEIGHTS = (
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_*",
-)
+    del state, tensors, tensor  # what model.to has converted is then free
+    if dtype is None:
+        dtype = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def save_model(model, folder, eos_id, pad_id):
@@ -1000,20 +896,18 @@ def save_model(model, folder, eos_id, pad_id):
     reads half of it, and a memory map of the old one stays valid.
     """
     os.makedirs(folder, exist_ok=True)
-    refuse_adapters(folder, "*/adapter_*")  # the folder could not be opened again
     path = os.path.join(folder, "model.safetensors")
     state = {}
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or (model.has_head and not model.c.tie):
-            check_finite(tensor, f"{path}: {name}")
             state[name] = tensor.detach().contiguous().cpu()
     try:
         save_file(state, f"{path}.tmp", metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path}: not written ({error})") from None
     os.replace(f"{path}.tmp", path)
-    # An index that stayed would win over the new file, and bring the old weights back.
-    for pattern in STALE_WEIGHTS:
+    # Shards, their index or an adapter of an earlier save would be taken for a part of this one.
+    for pattern in ("model-*.safetensors", "model.safetensors.index.json", "adapter_*"):
         for name in glob(pattern, root_dir=folder):
             os.remove(os.path.join(folder, name))
     dtype = str(model.dtype).removeprefix("torch.")

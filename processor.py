@@ -427,8 +427,8 @@ class Processor:
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{folder}: not a tokenizer and settings as ours ({e!r})") from None
 
-    def save(self, folder, **more):
-        """Writes what from_folder and transformers' AutoProcessor read. more: of the Embedder."""
+    def save(self, folder):
+        """Writes what from_folder and transformers' AutoProcessor read."""
         image = {**VISION_CONFIG, "image_processor_type": "Qwen2VLImageProcessorFast"}
         image["size"] = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         video = {**VISION_CONFIG, "video_processor_type": "Qwen3VLVideoProcessor"}
@@ -444,7 +444,7 @@ class Processor:
             "tokenizer_config.json": {**TOKENIZER_CONFIG, "model_max_length": self.max_length},
             "preprocessor_config.json": image,
             "video_preprocessor_config.json": video,
-            "embedder_config.json": {name: getattr(self, name) for name in OUR_SETTINGS} | more,
+            "embedder_config.json": {name: getattr(self, name) for name in OUR_SETTINGS},
         }
         os.makedirs(folder, exist_ok=True)
         for name in OLDER_FILES:

@@ -59,7 +59,6 @@ wins: outcome weighted learning, Zhao et al., JASA 107 (2012); to use it here is
 
 import time
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +104,8 @@ def rollouts(actor, processor, prompts, cfg, generator):
     sampling = dict(processor.generation, temperature=cfg.rl_temperature, generator=generator)
     longest = 1 + max(len(prompt["ids"]) for prompt in prompts)
     together = max(1, 4 * cfg.chunk_tokens // longest)  # no activations are kept: 4 times as many
-    # A part has hidden (b, S, H), tokens [b][K] ids, num_sampled (b, K), logprobs [b][K] numbers of
-    # the sampled tokens, truncated (b, K) and last (b, K, H), the state of the last token.
+    # A part has hidden (b, S, H), tokens [b][K] ids, num_sampled (b, K), logprobs (b, K, T),
+    # truncated (b, K) and last (b, K, H), the state of the last token.
     parts, vectors, logits = [], [], []
     for start in range(0, len(prompts), together):
         batch = collate(prompts[start : start + together], processor, device=device)
@@ -117,14 +116,11 @@ def rollouts(actor, processor, prompts, cfg, generator):
         reasoned = F.normalize(part.last.float(), dim=-1)  # (b, K, H)
         vectors.append(torch.cat((direct, reasoned), dim=1))
         logits.append(decision_logits(actor, part.hidden, batch, processor))  # (b, 2)
-    num_sampled = torch.cat([part.num_sampled for part in parts]).to(device)
-    logprobs = [row for part in parts for row in part.logprobs]  # [b][K] lists
-    flat = list(chain.from_iterable(chain.from_iterable(logprobs)))
     return Experience(
         tokens=[row for part in parts for row in part.tokens],
-        num_sampled=num_sampled,
+        num_sampled=torch.cat([part.num_sampled for part in parts]).to(device),
         truncated=torch.cat([part.truncated for part in parts]).to(device),
-        old_logprobs=unflatten(torch.tensor(flat, device=device), num_sampled, T),
+        old_logprobs=torch.cat([part.logprobs for part in parts]),
         vectors=torch.cat(vectors),
         p_reason=torch.cat(logits).softmax(-1)[:, 1],
     )
@@ -300,7 +296,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
         weights = p_reason.clamp(min=1e-6).repeat_interleave(K)  # their sum must not be 0
         column = positive.repeat_interleave(K)
-        nce_reasoned = info_nce(reasoned, t, column, cfg.temperature, None, weights, dims)
+        nce_reasoned = info_nce(reasoned, t, column, cfg.temperature, weights, dims)
         # info_nce divides by the sum of the weights. Times their mean this is the mean over B * K
         # of p_reason * loss: where the policy does not reason, the reasoned path weighs little.
         return nce_direct + p_reason.mean() * nce_reasoned

@@ -832,16 +832,15 @@ def test_one_prefill_gives_the_direct_vector_and_the_decision():
 # The losses
 
 
-def nce_by_loops(q, t, positive, temperature, duplicates, weights):
+def nce_by_loops(q, t, positive, temperature, weights):
     """−log softmax at the target; candidates are left out by the two rules, one at a time."""
     total, n = 0.0, len(q)
-    for i in range(n):
-        p = positive[i].item()
+    for i, p in enumerate(positive.tolist()):
         s = [float(q[i] @ x) for x in t]
-        rivals = [j for j in range(len(t)) if not duplicates[i, j] and s[j] <= s[p] + 0.1]
-        forward = sum(math.exp((s[j] - s[p]) / temperature) for j in {*rivals, p})
+        rivals = [j for j in range(len(t)) if s[j] <= s[p] + 0.1]
+        forward = sum(math.exp((s[j] - s[p]) / temperature) for j in rivals)
         back = [float(x @ t[p]) for x in q]
-        rivals = [k for k in range(n) if not duplicates[k, p] and back[k] <= back[i] + 0.1]
+        rivals = [k for k in range(n) if positive[k] != p and back[k] <= back[i] + 0.1]
         backward = sum(math.exp((back[k] - back[i]) / temperature) for k in {*rivals, i})
         total += float(weights[i]) * (math.log(forward) + math.log(backward)) / 2
     return total / float(weights.sum())
@@ -850,19 +849,16 @@ def nce_by_loops(q, t, positive, temperature, duplicates, weights):
 @pytest.mark.parametrize("dims", [(), (2, 4), (6,)])
 def test_info_nce_against_a_double_loop(dims):
     generator = torch.Generator().manual_seed(0)
-    t = F.normalize(torch.randn(8, 6, generator=generator, dtype=torch.double), dim=-1)
+    t = F.normalize(torch.randn(7, 6, generator=generator, dtype=torch.double), dim=-1)
     q = F.normalize(torch.randn(5, 6, generator=generator, dtype=torch.double), dim=-1)
-    t[6] = t[1]  # a copy of query 1's target
-    t[5] = t[3]  # queries 3 and 4 look for the same
-    t[7] = q[2]  # a negative that beats the target by far
-    positive = torch.tensor([0, 1, 2, 3, 5])
-    duplicates = (t[positive][:, None] == t[None]).all(-1)
+    t[6] = q[2]  # a negative that beats the target by far
+    positive = torch.tensor([0, 1, 2, 3, 3])
     weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0], dtype=torch.double)
     expected = 0.0
     for d in {*dims, 6}:
         q_d, t_d = F.normalize(q[:, :d], dim=-1), F.normalize(t[:, :d], dim=-1)
-        expected += nce_by_loops(q_d, t_d, positive, 0.3, duplicates, weights)
-    loss = embed.info_nce(q, t, positive, 0.3, duplicates, weights, dims)
+        expected += nce_by_loops(q_d, t_d, positive, 0.3, weights)
+    loss = embed.info_nce(q, t, positive, 0.3, weights, dims)
     assert loss.item() == pytest.approx(expected, abs=1e-9)
     with pytest.raises(ValueError, match="matryoshka_dims .7,.: this model's vectors have 6"):
         embed.info_nce(q, t, positive, dims=(7,))
@@ -919,14 +915,10 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
         weights = p_reason / (p_reason + p_direct)
         assert weights.max() - weights.min() > 0.05  # else they would prove nothing
 
-    def nce(q, positive, weights):
-        duplicates = positive[:, None] == torch.arange(len(t))
-        return embed.info_nce(q, t, positive, cfg.temperature, duplicates, weights)
-
     labels = torch.tensor(labels)
     parts = {
-        "nce_direct": nce(direct, positive, torch.ones(len(pairs))),
-        "nce_reason": nce(reasoned, positive[has], weights),
+        "nce_direct": embed.info_nce(direct, t, positive, cfg.temperature),
+        "nce_reason": embed.info_nce(reasoned, t, positive[has], cfg.temperature, weights),
         "lm": -torch.cat(logp).mean(),
         "decision": F.cross_entropy(torch.stack(logits)[labels >= 0], labels[labels >= 0]),
     }
@@ -1036,7 +1028,6 @@ def test_the_reasoned_vector_is_that_of_prompt_and_rationale():
 
 def test_encode_options():
     e, items = tiny_embedder(), ITEMS[:3]
-    e.matryoshka_dims = (8,)
     v = e.encode_document(items)
     assert np.array_equal(e.encode((x for x in items), reason="never", show_progress=True), v)
     assert np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-6)
@@ -1058,20 +1049,17 @@ def test_encode_options():
     assert np.array_equal(sampled[0], sampled[1]) and not np.array_equal(sampled[0], sampled[2])
 
 
-def test_what_encode_warns_of():
+def test_tau_is_still_taken():
     e = tiny_embedder()
     with pytest.warns(DeprecationWarning, match="tau= is spelled threshold="):
         _, info = e.encode("a", tau=-1.0, return_info=True, max_new_tokens=1)
     assert info[0]["reasoned"]
-    e.matryoshka_dims = (16,)
-    with pytest.warns(UserWarning, match="dim=8: .* trained for prefixes of .16.$"):
-        e.encode("a", dim=8)
-    with warnings.catch_warnings(action="error"):
-        e.encode("a", dim=16)
-        e.encode("a", dim=64)
+
+
+def test_a_model_without_a_head_embeds_directly():
+    e = tiny_embedder()
     e.model.has_head = False
-    with pytest.warns(UserWarning, match="no lm_head"):
-        _, info = e.encode("a", return_info=True)
+    _, info = e.encode("a", return_info=True)
     assert info == [{"reasoned": False, "p_reason": None, "rationale": None, "new_tokens": 0}]
     with pytest.raises(ValueError, match="reason='always': expected .* lm_head"):
         e.encode("a", reason="always")
@@ -1094,11 +1082,9 @@ def test_memory_is_bounded_by_batches_and_tokens_not_by_items():
 
 
 def test_a_saved_folder_opens_again_and_in_other_programs(folder, tmp_path):
-    e = Embedder.from_pretrained(folder)
-    e.matryoshka_dims = (8, 16)
-    e.save(tmp_path)
+    Embedder.from_pretrained(folder).save(tmp_path)
     again = Embedder.from_pretrained(str(tmp_path), max_pixels=5000)
-    assert again.matryoshka_dims == (8, 16) and again.processor.max_pixels == 5000
+    assert again.processor.max_pixels == 5000
     assert np.array_equal(again.encode(ITEMS[:2]), tiny_embedder().encode(ITEMS[:2]))
     modules = M.read_json(tmp_path / "modules.json")
     for module in modules[1:]:
@@ -1151,7 +1137,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
     items += [{"video": {"frames": ["p.png"] * 2, "fps": 2}}]
     items += [{"messages": [{"role": "user", "content": [part]}]}]
     lines = "\ufeff" + "\n\n".join(json.dumps(item) for item in items)
-    options = ("--reason", "always", "--instruction", "Find", "--tau", "0.1")
+    options = ("--reason", "always", "--instruction", "Find", "--threshold", "0.1")
     v, facts = run_embed(monkeypatch, folder, tmp_path, lines.encode(), *options)
     same = ["hello", {"image": image, "text": "p"}, *[{"video": [image] * 2}] * 2, image]
     e = Embedder.from_pretrained(folder)
@@ -1161,18 +1147,10 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
     assert "5 vectors of 64 numbers; 5 reasoned" in capsys.readouterr().out
 
 
-def test_half_an_emoji_in_a_fact_is_written(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(P.Processor, "rationale_text", lambda *a: "\ud83d")
-    _, facts = run_embed(monkeypatch, folder, tmp_path, b'"a"', "--reason", "always")
-    assert facts[0]["rationale"] == "\ud83d"
-
-
 BAD_RUNS = {  # lines, options, what is said
     "no image": (b'"a"\n\n{"image": "no.png"}', "", "in.jsonl, line 3: item 1: .*no.png"),
     "no item": (b'"a"\n7', "", "in.jsonl, line 2: item 1: "),
-    "half an emoji": (b'"\\ud83d"', "", "in.jsonl, line 1: item 0: .*surrogate"),
     "not JSON": (b'"a"\n{', "", "in.jsonl, line 2: not valid JSON"),
-    "brackets": (b'"a"\n' + b"[" * 10**5, "", "line 2: not valid JSON"),
     "not UTF-8": (b'"\xff"', "", "line 1: not valid JSON .*utf-8"),
     "nowhere": (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
     "no input": (b'"a"', "--input no.jsonl", "no.jsonl"),
@@ -1182,8 +1160,7 @@ BAD_RUNS = {  # lines, options, what is said
     "dim": (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     "device": (b'"a"', "--device no", "device no"),
     "dtype": (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
-    "revision": (b'"a"', "--revision v1", ": a local folder has no revisions"),
-    "pixels": (b'"a"', "--max-pixels 3", "expected min <= max"),
+    "batch": (b'"a"', "--batch-size 0", "batch_size=0: expected a whole number above 0"),
 }
 
 
@@ -1196,23 +1173,13 @@ def test_bad_input_is_one_line(fault, folder, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and (tmp_path / "in.jsonl").read_bytes() == lines
 
 
-NO_COUNTS = (0, -1, 2.0, "8", True, math.nan, [8])
-BAD_OPTIONS = {
-    "instruction": (5, "\ud83d"),
-    "reason": ("yes", None, 1),
-    "temperature": (-1, math.inf, math.nan, "0.5", [0.5]),
-    "threshold": (math.nan, "0.5", None),
-    "dim": (65, *NO_COUNTS),
-    "batch_size": NO_COUNTS,
-    "max_new_tokens": NO_COUNTS,
-}
+BAD_OPTIONS = {"reason": "yes", "dim": -1, "batch_size": "8", "max_new_tokens": 0}
 
 
 @pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_bad_options(name):
-    for value in BAD_OPTIONS[name]:
-        with pytest.raises(ValueError, match=f"^{name}=.*: expected [^\n]*$"):
-            tiny_embedder().encode([], **{name: value})
+    with pytest.raises(ValueError, match=f"^{name}=.*: expected [^\n]*$"):
+        tiny_embedder().encode([], **{name: BAD_OPTIONS[name]})
 
 
 @pytest.mark.parametrize("item", [5, "z, longest"])
@@ -1231,7 +1198,6 @@ def test_the_item_at_fault_is_named(item, reason, batch_size):
 
 NO_DIRECTION = [
     ("text.norm.weight", 0.0, torch.float32),
-    ("text.norm.weight", 1e25, torch.float32),  # the numbers are finite, their squares are not
     ("text.layers.0.mlp.down_proj.weight", 1e5, torch.float16),  # the products are above 65,504
 ]
 
@@ -1409,7 +1375,7 @@ def naive_step(model, case, cfg, old):
     weights = p.detach().repeat_interleave(K)
     nce = embed.info_nce(q[:, 0], t, column, cfg.temperature)
     target = column.repeat_interleave(K)
-    reasoned = q[:, 1:].flatten(0, 1), t, target, cfg.temperature, None, weights
+    reasoned = q[:, 1:].flatten(0, 1), t, target, cfg.temperature, weights
     return loss + nce + p.detach().mean() * embed.info_nce(*reasoned), reward
 
 
@@ -2073,14 +2039,12 @@ def test_embed_starts_from_the_mean_of_the_evaluators(finished, own_root, tmp_pa
     assert equal_files(embed, mean, atol=1e-6)
 
 
-def test_run_matryoshka_and_proposers_reach_the_checkpoint(finished, own_root, tmp_path, capsys):
+def test_run_matryoshka_and_chosen_proposers(finished, own_root, tmp_path, capsys):
     out = copy_of(finished, tmp_path / "run", "select")
     more = ["--matryoshka_dims", "16,32", "--embed_proposers", "careful", "--embed_steps", "2"]
     assert exit_code(arguments(own_root, out, *more, stage="embed")) == 0
     more += ["--rl_rollouts", "0"]
     assert exit_code(arguments(own_root, out, *more, stage="rl")) == 0
-    for stage, dims in (("base", []), ("embed", [16, 32]), ("rl", [16, 32])):
-        assert read_json(f"{out}/{stage}/embedder_config.json")["matryoshka_dims"] == dims
     capsys.readouterr()
     more += ["--embed_proposers", "nobody"]
     assert exit_code(arguments(own_root, out, *more, stage="embed")) == 2
@@ -2547,8 +2511,6 @@ def test_model_positions_by_hand():
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
-    with pytest.raises(ValueError, match="6 image or video tokens in a row, 4 in its images"):
-        M.rope_positions(ids, [(4, 4)], c)
 
 
 def test_model_tree_mask_by_hand():
@@ -2558,16 +2520,6 @@ def test_model_tree_mask_by_hand():
     assert mask[0, 0].int().tolist() == [[int(x) for x in row] for row in rows]
     columns = torch.tensor([4, 1])
     assert torch.equal(M.tree_mask(branch, columns), mask[:, :, columns])
-
-
-def test_model_rope_axes_by_hand():
-    """Sections (4, 2, 2): frequency i turns with T H W T H W T T."""
-    text = tiny_model().text
-    for axis, letter in enumerate("THW"):
-        positions = torch.zeros(3, 1, 1)
-        positions[axis] = 1
-        turned = text.rope(positions, torch.float32)[1][0, 0, 0] != 0
-        assert turned.tolist() == [x == letter for x in "THWTHWTT"] * 2
 
 
 def test_model_norm_is_bitwise_transformers():
@@ -2660,7 +2612,8 @@ def test_model_generation_equals_full_forward():
         logits = model.logits(h[len(prompts[b]["ids"]) + 1 :][:n])
         logits[:, [3, 4]] = -torch.inf
         logp = (logits / 0.7).log_softmax(-1)[range(n), sampled]
-        assert (logp - torch.tensor(rollouts.logprobs[b][k])).abs().max() < 1e-5
+        assert (logp - rollouts.logprobs[b, k, :n]).abs().max() < 1e-5
+        assert not rollouts.logprobs[b, k, n:].any()
     assert all(torch.equal(x, before[n]) for n, x in batch.items() if torch.is_tensor(x))
 
 
@@ -2771,9 +2724,9 @@ def change_checkpoint(folder, config=None, without="$^", tensors=None, files=Non
     save_file(state, f"{folder}/model.safetensors")
     for name, content in (files or {}).items():
         path = Path(folder, name)
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        if content is not None:
+        if content is None:
+            path.unlink()
+        else:
             path.write_text(content)
 
 
@@ -2785,10 +2738,10 @@ def copied(checkpoint, tmp_path):
 
 def test_model_opens_both_spellings_and_embedding_checkpoints(checkpoint, copied):
     want = M.load_model(checkpoint)
-    # As versions 4 and 5 write it; what has a value of its own may be missing.
-    for without in ("rope_parameters|rms_norm_eps", "rope_scaling|text_config.rope_theta"):
+    # As versions 4 and 5 write it.
+    for without in ("rope_parameters", "rope_scaling|text_config.rope_theta"):
         folder = shutil.copytree(checkpoint, copied.parent / without[:9])
-        change_checkpoint(folder, {"text_config.rope_scaling.rope_type": "mrope"}, without)
+        change_checkpoint(folder, without=without)
         assert M.load_model(folder).c == want.c
     # Names without their first part, and no head.
     state = load_file(copied / "model.safetensors")
@@ -2816,11 +2769,8 @@ def test_model_opens_what_transformers_saves(checkpoint, copied, tmp_path):
         model = M.load_model(tmp_path / name)
         assert model.lm_head.weight is model.text.embed_tokens.weight
         assert all(torch.equal(x, want[n]) for n, x in model.state_dict().items())
-    change_checkpoint(copied, tensors={"lm_head.weight": want["lm_head.weight"] + 1})
-    with pytest.raises(ValueError, match="copy: lm_head.weight is not the embedding, but"):
-        M.load_model(copied)
     shards[1].unlink()
-    with pytest.raises(ValueError, match=f"{shards[1].name}: not there"):
+    with pytest.raises(ValueError, match="shards: .* Missing key"):
         M.load_model(tmp_path / "shards")
 
 
@@ -2832,13 +2782,11 @@ def test_model_keeps_the_widest_type_unless_another_is_given(checkpoint, copied)
     for tensors, dtype in cases:
         change_checkpoint(copied, tensors=tensors)
         assert M.load_model(copied).dtype == dtype
-        assert {p.dtype for p in M.load_model(copied, torch.float32).parameters()} == {
-            torch.float32
-        }
+        assert M.load_model(copied, torch.float32).dtype == torch.float32
 
 
 def test_model_save_leaves_exactly_what_was_saved(copied):
-    stale = "model.safetensors.index.json model-00001-of-00002.safetensors pytorch_model.bin"
+    stale = "model.safetensors.index.json model-00001-of-00002.safetensors"
     for name in f"{stale} adapter_config.json adapter_model.safetensors notes".split():
         (copied / name).write_text("{}")
     model = tiny_model(8)
@@ -2849,78 +2797,35 @@ def test_model_save_leaves_exactly_what_was_saved(copied):
     assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
 
 
-def test_model_save_refuses(tmp_path):
-    model = tiny_model()
-    model.text.norm.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="norm.weight has numbers that are not finite"):
-        M.save_model(model, tmp_path, 0, 0)
-    (tmp_path / "default").mkdir()
-    (tmp_path / "default/adapter_config.json").write_text("{}")  # which save_model does not clear
-    with pytest.raises(ValueError, match="default/adapter_config.json belongs to an adapter"):
-        M.save_model(tiny_model(), tmp_path, 0, 0)
-    assert os.listdir(tmp_path) == ["default"]
-
-
 def test_model_json_is_json_or_not_written(tmp_path):
     path = tmp_path / "a.json"
     M.write_json(path, {"é": 1})
-    for bad in (float("nan"), {"x": [-np.inf]}, "\ud83d"):
-        with pytest.raises(ValueError, match="a.json: not written"):
+    for bad in (float("nan"), "\ud83d"):
+        with pytest.raises(ValueError):
             M.write_json(path, bad)
     assert M.read_json(path) == {"é": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
 NORM, BIAS = "model.language_model.norm.weight", "model.visual.merger.norm.bias"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BAD_TENSORS = [
-    ({BIAS: None}, f"1 tensors are missing, first {BIAS}"),
-    ({"more": torch.zeros(1)}, "more is no tensor of this model"),
-    ({NORM[6:]: torch.ones(64)}, "norm.weight is .* there twice"),
-    ({NORM: torch.zeros(3)}, r"norm.weight is torch.float32 \[3\], expected floats \[64\]"),
-    ({NORM: torch.zeros(64).int()}, "norm.weight is torch.int32"),
-    ({NORM: torch.zeros(64).to(torch.float8_e4m3fn)}, "norm.weight is torch.float8"),
-    ({NORM: torch.full((64,), torch.nan)}, f"{NORM} has numbers that are not finite"),
-    ({NORM: torch.full((64,), -torch.inf)}, f"{NORM} has numbers that are not finite"),
-    ({NORM: torch.full((64,), 1e300, dtype=torch.float64)}, "not finite in torch.float32"),
-]
-BAD_FILES = [
-    ({WEIGHTS: ""}, "model.safetensors: not a complete safetensors file"),
-    ({WEIGHTS: "\x80\x04N."}, "not a complete safetensors file"),
-    ({WEIGHTS: None, "pytorch_model.bin": ""}, "pytorch_model.bin is pickled and is never opened"),
-    ({"adapter_config.json": "{}"}, "copy: adapter_config.json belongs .* merge it"),
-    ({"default/adapter_config.json": "{}"}, "copy: default/adapter_config.json belongs"),
-    ({"config.json": "{"}, "config.json: not valid JSON"),
-    ({"config.json": "[]"}, "config.json: model_type is None"),
-    ({"config.json": None}, "config.json: No such file"),
-    ({INDEX: "[]"}, "index.json: no weight_map"),
-    ({INDEX: '{"weight_map": {"a": 3}}'}, "index.json: no weight_map"),
-    ({INDEX: '{"weight_map": {"a": "../b"}}', "../b": ""}, "'../b' is outside the folder"),
-]
-BAD_CONFIGS = [
-    ("model_type", "qwen3_vl_moe", "model_type is 'qwen3_vl_moe'"),
-    ("text_config", None, "text_config.vocab_size is missing"),
-    ("text_config.num_key_value_heads", 0, "text_config.num_key_value_heads cannot be 0"),
-    ("text_config.num_key_value_heads", 3, "is a multiple of num_key_value_heads"),
-    ("text_config.num_hidden_layers", 10**12, "no tower has over 1000 layers"),
-    ("text_config.rms_norm_eps", "x", "text_config.rms_norm_eps cannot be 'x'"),
-    ("text_config.rms_norm_eps", -1.0, "text_config.rms_norm_eps cannot be -1.0"),
-    ("text_config.hidden_act", "gelu", "hidden_act is 'gelu', this code implements 'silu'"),
-    ("text_config.rope_parameters.mrope_section", [4], "mrope_section has three numbers"),
-    ("text_config.rope_parameters.mrope_interleaved", False, "interleaved is False"),
-    ("text_config.rope_parameters.rope_type", "yarn", "rope_type is 'yarn'"),
-    ("text_config.rope_parameters.type", "yarn", "type is 'yarn'"),
-    ("vision_config.num_heads", 4.0, "vision_config.num_heads cannot be 4.0"),
-    ("vision_config.rope_parameters.rope_theta", 5.0, "rope_theta is 5.0"),
-    ("vision_config.deepstack_visual_indexes", [9], "deepstack_visual_indexes are layers in order"),
-    ("vision_config.num_position_embeddings", 17, "num_position_embeddings is a square"),
-    ("vision_config.patch_size", 14, "patch_size is 14, this code implements 16"),
-]
-BAD_CHECKPOINTS = [
-    *[({"tensors": tensors}, message) for tensors, message in BAD_TENSORS],
-    *[({"files": files}, message) for files, message in BAD_FILES],
+WEIGHTS = "model.safetensors"
+BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
+    ({"tensors": {BIAS: None}}, f"Missing key.*{BIAS}"),
+    ({"tensors": {"more": torch.zeros(1)}}, "Unexpected key.*model.more"),
+    ({"tensors": {NORM: torch.zeros(3)}}, "size mismatch for model.language_model.norm.weight"),
+    ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete safetensors file"),
+    ({"files": {WEIGHTS: None, "pytorch_model.bin": ""}}, "copy: no model.* never opened"),
+    ({"files": {"adapter_config.json": "{}"}}, "copy: an adapter .LoRA.: merge it"),
+    ({"files": {"config.json": "{"}}, "config.json: not valid JSON"),
+    ({"files": {"config.json": None}}, "config.json: No such file"),
     *[
-        ({"config": {key: value}}, f"config.json: .*{message}")
-        for key, value, message in BAD_CONFIGS
+        ({"config": {key: value}}, f"config.json: {key} is {value!r}, {message}")
+        for key, value, message in [
+            ("model_type", "qwen3_vl_moe", "this code implements 'qwen3_vl'"),
+            ("text_config.vocab_size", None, "expected int"),
+            ("text_config.rms_norm_eps", "x", "expected float"),
+            ("text_config.rope_parameters.rope_type", "yarn", "this code implements 'default'"),
+            ("vision_config.patch_size", 14, "this code implements 16"),
+        ]
     ],
 ]
 
@@ -2931,11 +2836,6 @@ def test_model_bad_checkpoints(change, message, copied):
     with pytest.raises(ValueError, match=message) as error:
         M.load_model(copied, torch.float32)
     assert "\n" not in str(error.value)
-
-
-def test_model_bad_folder():
-    with pytest.raises(ValueError, match="nothing: not a folder"):
-        M.load_model("nothing")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ import propose
 import report
 import rl
 import scale
-from embed import Embedder, contrastive_step, prefix_dims
+from embed import Embedder, contrastive_step
 from model import read_json, sdpa_kernel, write_json
 from processor import prompt_key
 
@@ -784,7 +784,6 @@ def embed_stage(run, part):
 
     sizes = c.batch, c.sub_batch
     fit(run, "embed", part, embedder, pairs, one_step, *sizes, c.embed_steps, c.embed_lr)
-    embedder.matryoshka_dims = prefix_dims(c.matryoshka_dims)
     return embedder
 
 
