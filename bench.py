@@ -155,7 +155,7 @@ def make_tasks(processor, options):
             "key": "",
             "query": prompts[i],
             "target": processor(target),
-            "answer": str(i),  # all targets differ
+            "target_key": str(i),  # all targets differ
             "negatives": [],
         }
         pairs.append(pair)

@@ -153,7 +153,7 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     if max(dims, default=0) > H:
         raise ValueError(f"matryoshka_dims {dims}: this model's vectors have {H} numbers")
     is_target = F.one_hot(positive, len(t)).bool()  # (n, m)
-    # (n, n), True where two queries have the same target: they are no negatives of it.
+    # (n, n): row i is query i's target against all queries. True where a query has the same one.
     same_target = is_target[:, positive].T
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
@@ -188,26 +188,27 @@ def candidates_of(pairs):
     -> documents: prompts, this process' distinct ones; row_of_column: for each column its place
     among the documents of all processes; positive (N,): the column of each pair's target.
     """
-    candidates = {pair["answer"]: pair["target"] for pair in pairs}
+    candidates = {pair["target_key"]: pair["target"] for pair in pairs}
     for pair in pairs:
         for negative in pair["negatives"][:NEGATIVES]:
             candidates.setdefault(prompt_key(negative), negative)
     keys, row_of_column = np.unique(scale.gather_objects(list(candidates)), return_index=True)
-    answers = scale.gather_objects([pair["answer"] for pair in pairs])
-    return list(candidates.values()), row_of_column, np.searchsorted(keys, answers)
+    target_keys = scale.gather_objects([pair["target_key"] for pair in pairs])
+    return list(candidates.values()), row_of_column, np.searchsorted(keys, target_keys)
 
 
 def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior_weights=False):
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale) + μ·CE(decision). Leaves gradients.
 
-    pairs       "query", "target", "negatives": prompts; "answer": the target's prompt_key; "id"
+    pairs       "query", "target", "negatives": prompts; "target_key": its prompt_key; "id"
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
-                train.py draws one kept rationale per pair by its weight
+                train.py draws a kept one by its weight or, where none was kept (label 0), one by
+                the author of most kept ones: the reasoned path is learnt there, too
     labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
                 none was, -1 if nobody wrote one, so that selection did not see the pair
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
-    posterior_weights   the rationales are guesses, good and bad (warm-up of select): each counts
-                in NCE(reasoned) by its posterior against ∅, p(t|q,r) / (p(t|q,r) + p(t|q,∅))
+    posterior_weights   the rationales are guesses, good and bad (warm-up of select): in the mean
+                NCE(reasoned) each weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)), its posterior against ∅
     -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels), and
     the pairs' ids
     """
@@ -229,8 +230,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     #     forward(kind, rows, with_loss) -> vectors, loss of these rows or None, metrics
     #     contrast({kind: vectors of the joined batch, in the order of gather_objects}) -> loss
     # forward on chunks of rows: first for the vectors alone; then, when it knows the gradient of
-    # contrast in each vector, with the token losses. Losses and metrics are sums over chunks and
-    # processes.
+    # contrast in each vector, with the token losses. Where all fits in one chunk, it is called once
+    # and does both. Losses and metrics are sums over chunks and processes.
     def forward(kind, rows, with_loss):
         """Some rows' vectors: queries (rows, 2, H), direct and reasoned; documents (rows, 1, H)."""
         if kind == "document":

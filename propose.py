@@ -137,7 +137,7 @@ def nth(proposer, k):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files of rationales
+# Files of rationales (for the method alone, go on with select.py)
 
 
 class Rationales:
@@ -275,8 +275,8 @@ def requests(options):
 
 
 def hard_pairs(path):
-    """Ids of the pairs in a run's select/judged.jsonl to which the direct vector gives less than a
-    half: no other pair can keep a rationale (select.py, "Direct first")."""
+    """Ids of the pairs in a run's select/judged.jsonl whose target has a probability of less than a
+    half without a rationale: no other pair can keep one (select.py, "Direct first")."""
     hard = set()
     for place, line in numbered_lines([path]):
         row = read_rationale(place, line, ("direct",))

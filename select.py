@@ -11,7 +11,7 @@ target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q
     gain_guess   = −log|C| − logp(q, ∅)            what knowing nothing would gain           [ours]
 
     keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > bar
-    weight  = softmax of gain over a pair's kept rationales: their posterior under a uniform prior
+    weight  = softmax of gain over the pair's kept rationales, of which ∅ is none
 
 The words must help (gain), because they are about this pair (placebo). Where the direct vector is
 confidently wrong, any words raise the target by flattening the softmax. So what a uniform guess
@@ -27,8 +27,9 @@ that exceed it, for which
     1 + #{g' above the bar}  <=  fdr · #{g above the bar}
 
 as the knockoff filter counts (Barber & Candès, arXiv 1404.5609). fdr is the false discovery rate
-(option select_fdr): the share of the kept that may be luck. Without such a bar the stratum keeps
-nothing. A stratum that has no placebos counts zero of them.
+(option select_fdr): the share of the kept that may be luck. At 0.1 a bar has at least ten
+rationales above it. Without such a bar the stratum keeps nothing. A stratum that has no placebos
+counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
@@ -128,9 +129,9 @@ def fold_of(pair_id, folds):
 def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     """One update of the evaluator that will judge `fold` -> metrics; leaves gradients.
 
-    It learns the direct path and the reasoned one on any candidate rationale of a pair, good or
-    bad, each counted by its posterior p(t|q,r) / (p(t|q,r) + p(t|q,∅)). Otherwise those that only
-    look like reasoning would teach it to ignore them all.
+    It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
+    good or bad. In the mean NCE(reasoned) a rationale weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)). With
+    equal weights those that only look like reasoning would teach it to ignore them all.
     texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale:
     one of its own, so that the draw does not depend on how pairs are dealt out to processes.
     """
@@ -159,17 +160,17 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 def judge(model, processor, pairs, texts, cfg, rng):
     """The experiment on one window of pairs -> rows, one per rationale.
 
-    pairs: {"id", "dataset", "query", "target", "negatives", "answer"} of one dataset and one fold,
-    at most WINDOW; equal targets have one "answer", their prompt_key. texts: {pair id: {proposer:
-    text}}. Candidate targets and placebos come from the window: its rows depend on nothing else,
-    and memory does not grow with the data. All is drawn before anything is measured, so which pairs
-    are easy (see can_keep) changes no draw.
+    pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
+    fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
+    Candidate targets and placebos come from the window: its rows depend on nothing else, and memory
+    does not grow with the data. All is drawn before anything is measured, so which pairs are easy
+    (see can_keep) changes no draw.
     A row has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a placebo and, in
     an audited quarter, of a second placebo. They are None where there is no such text, and where
     the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
     """
     documents, places = distinct_documents(pairs)
-    candidates = candidate_sets(places, rng)
+    candidates = candidate_sets(places, rng)  # drawn also where step 1 replaces them
     trials = draw_trials(pairs, texts, rng)
 
     # 1) e(c, ∅) of every target and negative: t (N, H)
@@ -279,9 +280,9 @@ def draw_trials(pairs, texts, rng):
         circle = [rationales[i] for i in rng.permutation(len(rationales))]
         for at, (i, proposer, text) in enumerate(circle):
             onwards = circle[at + 1 :] + circle[:at]
-            answer = pairs[i]["answer"]
-            strange = (foreign for j, _, foreign in onwards if pairs[j]["answer"] != answer)
-            placebo, second = next(strange, None), next(strange, None)
+            target = pairs[i]["target_key"]
+            foreign = (words for j, _, words in onwards if pairs[j]["target_key"] != target)
+            placebo, second = next(foreign, None), next(foreign, None)
             # In the audit the second is the first one's placebo: the same text cannot serve.
             if second == placebo or rng.random() >= AUDITED:
                 second = None

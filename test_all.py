@@ -384,7 +384,7 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, monkeypatch, capsys)
 
 
 def test_select_placebo_never_shares_the_target():
-    pairs = [{"id": f"P/{i}", "answer": i % 3} for i in range(12)]
+    pairs = [{"id": f"P/{i}", "target_key": i % 3} for i in range(12)]
     texts = {p["id"]: {name: f"{p['id']}|{p['answer']}|{name}" for name in "vw"} for p in pairs}
     texts["P/0"]["alone"] = "nobody else"
     texts["P/1"]["w#2"] = "P/1|1|w"
@@ -402,7 +402,7 @@ def test_select_placebo_never_shares_the_target():
             num_second += placebos[1] is not None
             for words in filter(None, placebos):
                 pair_id, answer, author = words.split("|")
-                assert author == proposer[0] and answer != str(p["answer"])
+                assert author == proposer[0] and answer != str(p["target_key"])
                 seen[p["id"], pair_id] += 1
     assert len(seen) > 11 * 6  # each has 7 or 8 possible ones: drawn, not always the first
     assert 0.15 < num_second / (20 * 23) < 0.35
@@ -443,7 +443,7 @@ def text_pairs(n):
         query = processor(f"How many? {i * i}") if i % 3 else target
         negatives = [processor(f"{i} lamps"), processor("no lamp"), target]
         pair = {"id": f"A/{i}", "dataset": "A", "query": query, "target": target, "key": f"k{i}"}
-        pairs.append(pair | {"negatives": negatives, "answer": P.prompt_key(target)})
+        pairs.append(pair | {"negatives": negatives, "target_key": P.prompt_key(target)})
     texts = {p["id"]: {name: f"{name} {p['id'][2:]} candles" for name in "vw"} for p in pairs}
     return pairs, texts, processor
 
@@ -878,7 +878,7 @@ def step_case(processor):
     pairs[3]["target"] = pairs[0]["target"]
     pairs[5]["negatives"] = [pairs[1]["target"]]
     for pair in pairs:
-        pair["answer"] = P.prompt_key(pair["target"])
+        pair["target_key"] = P.prompt_key(pair["target"])
     texts = ["red", None, "two", "left up", None, None, "let me think", None, "sun three", None]
     rationales = [text and processor.rationale(text) for text in texts]
     return pairs, rationales, [1, 0, 1, -1, 0, -1, 1, 0, 0, 1]
@@ -898,10 +898,10 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
 
     eos = [[processor.eos_id]] * 99
     queries = [pair["query"] for pair in pairs]
-    prompts = {pair["answer"]: pair["target"] for pair in pairs}
+    prompts = {pair["target_key"]: pair["target"] for pair in pairs}
     prompts.update({P.prompt_key(pair["negatives"][0]): pair["negatives"][0] for pair in pairs})
     t = vectors_of(prompts.values(), eos)
-    positive = torch.tensor([list(prompts).index(pair["answer"]) for pair in pairs])
+    positive = torch.tensor([list(prompts).index(pair["target_key"]) for pair in pairs])
     has = [i for i, rationale in enumerate(rationales) if rationale]
     thinking, thoughts = [queries[i] for i in has], [rationales[i] for i in has]
     direct, reasoned = vectors_of(queries, eos), vectors_of(thinking, thoughts)
@@ -1292,7 +1292,7 @@ def rl_pairs(prompts, targets):
     pairs = []
     for query, target in zip(prompts, targets):
         pairs.append({"query": query, "target": target, "negatives": []})
-        pairs[-1]["answer"] = P.prompt_key(target)
+        pairs[-1]["target_key"] = P.prompt_key(target)
     return pairs
 
 
@@ -1766,7 +1766,7 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
     third = [next(stream) for _ in range(3)][2]
     assert len(kept.kept) == 21 and not read.kept
     for a, b in zip(third, next(read.stream("x", 8, 4, first=2))):
-        assert (a["id"], a["key"], a["answer"]) == (b["id"], b["key"], b["answer"])
+        assert (a["id"], a["key"], a["target_key"]) == (b["id"], b["key"], b["target_key"])
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
 
 

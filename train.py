@@ -467,7 +467,7 @@ class Rows:
 
 class Pairs(Dataset):
     """The training pairs of a stage. (source, row) -> {"id", "dataset", "key", "query", "target",
-    "negatives", "answer"}: items are prompts; key is a hash of the pair's content, answer one that
+    "negatives", "target_key"}: items are prompts; key is a hash of the pair, target_key one that
     equal targets share. question: None, or how a query is put to a proposer (propose.question).
 
     Where all fits in memory, what was read is kept; else worker processes read it while the model
@@ -516,7 +516,7 @@ class Pairs(Dataset):
         prompts["query"] = self.processor(query)
         prompts["target"] = target
         prompts["negatives"] = [self.processor(item) for item in pair["negatives"]]
-        return prompts | {"answer": prompt_key(target)}
+        return prompts | {"target_key": prompt_key(target)}
 
     def load(self, batches):
         """Lists of (source, row) -> lists of pairs."""
