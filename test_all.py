@@ -385,7 +385,7 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, monkeypatch, capsys)
 
 def test_select_placebo_never_shares_the_target():
     pairs = [{"id": f"P/{i}", "target_key": i % 3} for i in range(12)]
-    texts = {p["id"]: {name: f"{p['id']}|{p['answer']}|{name}" for name in "vw"} for p in pairs}
+    texts = {p["id"]: {name: f"{p['id']}|{p['target_key']}|{name}" for name in "vw"} for p in pairs}
     texts["P/0"]["alone"] = "nobody else"
     texts["P/1"]["w#2"] = "P/1|1|w"
     del texts["P/11"]
