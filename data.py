@@ -56,7 +56,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 IMG = "<|image_1|>"  # Phi-3.5-V's token in MMEB's text; it also stands where no image follows
@@ -95,6 +95,13 @@ ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError)
 def is_text(value):
     """Is it text that a file can hold? Half an emoji (a lone surrogate, legal in JSON) is not."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def count(text):
+    """argparse's type of a number of things, one at least."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def short(value):
@@ -176,6 +183,8 @@ def load_image(ref):
         return to_rgb(image)
     except Exception as error:  # Pillow raises nearly anything at mutilated bytes
         why = error if isinstance(error, BadData) else f"cannot be read as an image ({error})"
+        if isinstance(error, UnidentifiedImageError):  # it names an object in memory
+            why = "cannot be read as an image"
         raise BadData(name, why) from error
 
 
@@ -260,7 +269,8 @@ def _open_table(path, changed):
             gen_kwargs={"path": path, "changed": changed},
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
-        raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
+        why = "no rows" if "to no data" in str(error) else error.__cause__ or error
+        raise BadData(path, f"cannot be read: {why}") from error
 
 
 def json_lines(path, changed):
@@ -409,6 +419,10 @@ def complete(row, kind):
         value = row[key.name]
         if not isinstance(value, key.type):
             raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
+        if isinstance(value, (int, float)) and value <= 0 and key.name != "ood":
+            raise BadData(name, f"{key.name}: {value} is not above 0")
+    if "/" in name:
+        raise BadData(name, "a name that can name a file is wanted, without /")
     beir = row["parser"] == "beir"
     retrieval = beir or row["parser"] in ("pairs", "video_ret")
     row["scope"] = row["scope"] or ("global" if retrieval else "local")
@@ -446,6 +460,9 @@ def read_listing(path, kind):
     absent."""
     try:
         listing = json.loads(Path(path).read_bytes())
+        unknown = set(listing) - {"train", "eval"}
+        if unknown:
+            raise ValueError(f"unknown key {min(unknown)!r}")
         rows = [dict(row) for row in listing.get(kind, [])]
     except (AttributeError, TypeError, ValueError) as error:
         form = '{"train": [rows], "eval": [rows]}'
@@ -1272,5 +1289,5 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BadData as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")

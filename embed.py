@@ -404,6 +404,7 @@ class Embedder:
         H, has_head = self.model.c.hidden, self.model.has_head
         require(reason in ("auto", "never", "always"), "reason", reason, "auto, never or always")
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
+        require(not math.isnan(threshold), "threshold", threshold, "a number")
         require_count(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if dim is not None:
             require(dim in range(1, H + 1), "dim", dim, f"a whole number from 1 to {H}")
@@ -626,6 +627,8 @@ def run(model, source, output, opening, encoding):
         expected = "a .npy file, in a folder that exists, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
     items = read_items(source)
+    if not items:
+        raise ValueError(f"{source}: no items")
     embedder = Embedder.from_pretrained(model, **opening)
     try:
         with contextlib.chdir(os.path.dirname(source) or "."):  # there the paths of images start

@@ -249,6 +249,7 @@ def requests(options):
     temperature = TEMPERATURE if options.k > 1 else 0.0
     train = data.train_sets(options.data)
     hard = hard_pairs(options.hard) if options.hard else None
+    asked = 0
     for source, size in enumerate(train.sizes):
         rows = range(min(size, options.limit or size))
         for row in tqdm(rows, desc=train.names[source], disable=None):
@@ -258,6 +259,7 @@ def requests(options):
             key = data.pair_key(pair)
             images = [image_url(ref, options) for ref in data.refs(pair["query"])]
             content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+            asked += 1
             for prompt_number in range(options.prompts):
                 text = {"type": "text", "text": question(pair["query"], prompt_number)["text"]}
                 yield {
@@ -272,6 +274,8 @@ def requests(options):
                         "temperature": temperature,
                     },
                 }
+    if not asked:
+        raise ValueError(f"{options.data}: no pair to ask about")
 
 
 def hard_pairs(path):
@@ -380,12 +384,12 @@ def main():
     act.add_argument("--read-responses", metavar="FILE", nargs="+", help="responses -> rationales")
     add("--data", metavar="ROOT", help="training data, see data.py")
     add("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", help="whom the requests ask")
-    add("--k", type=int, default=4, help="answers to a request; a single one is greedy")
+    add("--k", type=data.count, default=4, help="answers to a request; a single one is greedy")
     add("--prompts", type=int, choices=(1, 2, 3, 4), default=1, help="ways to ask, a request each")
-    add("--limit", type=int, help="at most so many pairs per dataset")
+    add("--limit", type=data.count, help="at most so many pairs per dataset")
     add("--hard", metavar="JUDGED", help="only hard pairs, as a run's select/judged.jsonl has them")
-    add("--max-tokens", type=int, default=256, help="of an answer")
-    add("--max-pixels", type=int, default=1003520, help="of an image; larger ones shrink")
+    add("--max-tokens", type=data.count, default=256, help="of an answer")
+    add("--max-pixels", type=data.count, default=1003520, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
     add("--requests", metavar="FILE", nargs="+", default=[], help="to name what has no response")
     add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
@@ -394,6 +398,9 @@ def main():
     options = parser.parse_args()
     if options.write_requests and not options.data:
         parser.error("--write-requests needs --data")
+    read = [os.path.realpath(path) for path in (options.read_responses or [])]
+    if os.path.realpath(options.out) in read:
+        parser.error(f"--out {options.out}: would take the place of the responses")
 
     if options.write_requests:
         write_rows(options.write_requests, requests(options))

@@ -204,11 +204,13 @@ def steps_table(adaptivities):
     for name in adaptivities[0]:
         seeds = [adaptivity[name] for adaptivity in adaptivities]
         auc = [seed["auc"] for seed in seeds if seed["auc"] is not None]
+        auc = f"{np.median(auc):.3f} ({min(auc):.2f} to {max(auc):.2f})" if auc else ""
         for count in sorted(seeds[0]["reason_rate"], key=int):
             cells = [name.removeprefix("Pocket"), count]
             for key in ("reason_rate", "never", "always"):
                 cells.append(show([seed[key][count] for seed in seeds if count in seed[key]], 2))
-            lines.append([*cells, f"{np.median(auc):.3f}" if auc and count == "0" else ""])
+            lines.append([*cells, auc])
+            auc = ""  # stands in the family's first line alone
     return table(["family", "steps", "reason rate", "never", "always", "AUC"], lines)
 
 
@@ -281,7 +283,8 @@ Intervals are not corrected for the number of rows.
 ## By the number of steps a query needs
 
 Full method. The prompt is the same for all queries of a family. AUC: the chance that a
-query of two or more steps has a higher p_reason than one of none, median over seeds.
+query of two or more steps has a higher p_reason than one of none: median over seeds
+(lowest to highest).
 
 {steps_table([report["adaptivity"] for report in full.values()])}
 {longer}## How good are the decisions, and how cheap?

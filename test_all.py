@@ -639,6 +639,23 @@ GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
 
 
 @pytest.mark.parametrize(
+    "more, why",
+    [
+        (["--k", "0"], "argument --k: 0 is less than 1"),
+        (["--hard", "none.jsonl"], "no pair to ask about"),
+        (["--read-responses", "a.jsonl", "--out", "./a.jsonl"], "would take the place"),
+    ],
+)
+def test_propose_refuses_before_it_writes(proposing, first_root, tmp_path, monkeypatch, more, why):
+    monkeypatch.chdir(tmp_path)
+    for name in ("none.jsonl", "a.jsonl"):
+        (tmp_path / name).touch()
+    write = [] if "--read-responses" in more else ["--write-requests", "q.jsonl"]
+    code, printed = proposing(*write, "--data", first_root, *more)
+    assert why in f"{code} {printed.err}" and not (tmp_path / "q.jsonl").exists()
+
+
+@pytest.mark.parametrize(
     "line, why",
     [
         ("{broken", ""),
@@ -1157,6 +1174,8 @@ BAD_RUNS = {  # lines, options, what is said
     "no folder": (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder"),
     "not npy": (b'"a"', "--output v.txt", "v.txt: expected a .npy file"),
     "input": (b'"a"', "--output IN/in.npy", "in.npy: .* not named like --input"),
+    "no items": (b"\n", "", "in.jsonl: no items"),
+    "threshold": (b'"a"', "--threshold nan", "threshold=nan: expected a number"),
     "dim": (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     "device": (b'"a"', "--device no", "device no"),
     "dtype": (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
@@ -1994,6 +2013,9 @@ def test_run_without_a_test_set_is_refused_first(own_root, tmp_path, capsys):
     shutil.copy(f"{own_root}/train.jsonl", own)
     assert exit_code(arguments(str(own), tmp_path / "run")) == 2
     assert "no test set" in one_line(capsys)
+    (own / "train.jsonl").rename(own / "test.jsonl")
+    assert exit_code(arguments(str(own), tmp_path / "run")) == 2
+    assert "no training set" in one_line(capsys)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4025,6 +4047,9 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed}, what is said
     ({"datasets.json": b"[]"}, "datasets.json: expected JSON of the form"),
     ({"datasets.json": {"train": [{"name": "x"}] * 2}}, "train dataset 'x' is there twice"),
     (listing(weigth=2), "train dataset x: .* unexpected keyword argument 'weigth'"),
+    (listing(cap=-2), "^x: cap: -2 is not above 0"),
+    (listing(name="../x"), "^../x: a name that can name a file"),
+    ({"datasets.json": {"trian": []}}, "unknown key 'trian'"),
     (listing(parser="no"), "^x: parser 'no': one of mmeb, "),
     (listing(parser=["mmeb"]), "^x: parser: a list is not of the type"),
     (listing(labels="K7"), "^x: labels 'K7': one of K700, "),
@@ -4461,6 +4486,7 @@ def test_the_command_line_hands_its_options_over(monkeypatch, first_root):
     [
         ("--threshold x", "--threshold"),
         ("--reason often", "--reason"),
+        ("--limit 0", "--limit: 0 is less than 1"),
         ("--data nowhere", "nowhere"),
         ("--tasks nothing", "no dataset 'nothing'"),
     ],

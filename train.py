@@ -262,7 +262,9 @@ def check(cfg):
         "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
-        "--matryoshka_dims: expected 64,128": re.search("[^0-9,]", cfg.matryoshka_dims),
+        "--matryoshka_dims: expected 64,128": not re.fullmatch(
+            r"([1-9]\d*,?)*", cfg.matryoshka_dims
+        ),
     }
     for mistake, made in mistakes.items():
         if made:
@@ -900,6 +902,8 @@ def run_stages(cfg):
         raise UsageError(f"{cfg.out} holds no run: --stage all makes one")
     if whole and cfg.data and not data.tables(cfg.data, "eval"):
         raise UsageError(f"{cfg.data} has no test set, with which --stage all ends: name a stage")
+    if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
+        raise UsageError(f"{cfg.data} has no training set")
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
