@@ -154,7 +154,7 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
         raise ValueError(f"matryoshka_dims {dims}: this model's vectors have {H} numbers")
     is_target = F.one_hot(positive, len(t)).bool()  # (n, m)
     # (n, n): row i is query i's target against all queries. True where a query has the same one.
-    same_target = is_target[:, positive].T
+    same_target = is_target[:, positive]
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
     for d in {*dims, H}:
