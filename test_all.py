@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import pathlib
 import re
 import runpy
@@ -1787,6 +1788,11 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
     for a, b in zip(third, next(read.stream("x", 8, 4, first=2))):
         assert (a["id"], a["key"], a["target_key"]) == (b["id"], b["key"], b["target_key"])
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
+    # The next pass, windows instead of an endless stream, is read by the same process.
+    (crew,) = multiprocessing.active_children()
+    windows = read.load(read.windows())
+    assert [pair["id"] for pair in next(windows)] == [f"own/{i}" for i in range(21)]
+    assert multiprocessing.active_children() == [crew]
 
 
 def test_run_finished_stages_are_skipped(finished, own_root, monkeypatch, capsys):

@@ -489,6 +489,12 @@ class Pairs(Dataset):
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
         self.kept = {}
         self.keep = sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP
+        workers = 0 if self.keep else run.cfg.workers
+        # One loader, and one crew of workers, for all passes: load() says what is to be read.
+        self.batches = Batches()
+        how = {"num_workers": workers, "persistent_workers": workers > 0}
+        # Prompts differ in shape: a batch stays a list.
+        self.loader = DataLoader(self, batch_sampler=self.batches, collate_fn=list, **how)
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?"""
@@ -521,10 +527,9 @@ class Pairs(Dataset):
         return prompts | {"target_key": prompt_key(target)}
 
     def load(self, batches):
-        """Lists of (source, row) -> lists of pairs."""
-        workers = 0 if self.keep else self.run.cfg.workers
-        # Prompts differ in shape: a batch stays a list.
-        return DataLoader(self, batch_sampler=batches, collate_fn=list, num_workers=workers)
+        """Lists of (source, row) -> lists of pairs. An earlier pass ends with this call."""
+        self.batches.lists = batches
+        return iter(self.loader)
 
     def windows(self, ids=None):
         """Places of the pairs (of these ids), dataset by dataset, in lists of at most
@@ -546,6 +551,15 @@ class Pairs(Dataset):
         for step, pairs in enumerate(self.load(sampler), first):
             rngs = [self.run.rng(name, "negatives", step, pair["id"]) for pair in pairs]
             yield [shuffle_negatives(pair, rng) for pair, rng in zip(pairs, rngs)]
+
+
+class Batches:
+    """A batch sampler whose lists may be exchanged between two passes."""
+
+    lists = ()
+
+    def __iter__(self):
+        return iter(self.lists)
 
 
 def shuffle_negatives(pair, rng):
