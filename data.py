@@ -487,7 +487,10 @@ def tables(root, kind):
             raise BadData(listing, "leaves the root")
         rows = read_listing(listing, kind)
     elif own_files(root, "train") or own_files(root, "eval"):
-        rows = [{"name": "own", "table": file} for file in own_files(root, kind)]
+        files = own_files(root, kind)
+        if len(files) > 1:
+            raise BadData(root, f"{' and '.join(files)}: expected one of them")
+        rows = [{"name": "own", "table": file} for file in files]
     rows = [complete(row, kind) for row in rows]
     for name, count in collections.Counter(row["name"] for row in rows).items():
         if count > 1:

@@ -423,9 +423,10 @@ class Processor:
         spec = read_json(os.path.join(folder, "tokenizer.json"))
         given = {name: value for name, value in settings.items() if value is not None}
         try:
-            return cls(Tokenizer(spec), config, **{**saved_settings(folder), **given})
+            tokenizer, saved = Tokenizer(spec), saved_settings(folder)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{folder}: not a tokenizer and settings as ours ({e!r})") from None
+        return cls(tokenizer, config, **{**saved, **given})
 
     def save(self, folder):
         """Writes what from_folder and transformers' AutoProcessor read."""

@@ -255,9 +255,13 @@ def requests(options):
         for row in tqdm(rows, desc=train.names[source], disable=None):
             if hard is not None and train.id(source, row) not in hard:
                 continue
-            pair = train.pair(source, row)
-            key = data.pair_key(pair)
-            images = [image_url(ref, options) for ref in data.refs(pair["query"])]
+            try:
+                pair = train.pair(source, row)
+                key = data.pair_key(pair)
+                images = [image_url(ref, options) for ref in data.refs(pair["query"])]
+            except (ValueError, OSError) as error:  # training will not use this row either
+                tqdm.write(f"skipped: {train.id(source, row)}: {error}")
+                continue
             content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
             asked += 1
             for prompt_number in range(options.prompts):

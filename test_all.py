@@ -741,6 +741,18 @@ def test_propose_asks_about_few_or_hard_pairs_alone(proposing, first_root, tmp_p
     assert re.fullmatch("propose.py: .*judged.jsonl line 1: KeyError: 'direct'", code)
 
 
+def test_propose_asks_about_sound_rows_alone(proposing, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    row = {"qry": "q", "qry_image_path": "broken.png", "pos_text": "t", "pos_image_path": ""}
+    write_jsonl(tmp_path / "train.jsonl", [row, row | {"qry_image_path": ""}])
+    write = ["--write-requests", tmp_path / "q.jsonl", "--data", tmp_path, "--k", 1]
+    for how in ("data", "file"):
+        code, said = proposing(*write, "--image-urls", how)
+        assert code is None and "skipped: own/0: " in said.out
+        [request] = json_rows(tmp_path, "q.jsonl")
+        assert request["custom_id"].startswith("own/1|")
+
+
 def response(custom_id, *contents, finish="stop", status=200, **more):
     messages = [{"content": content, **more} for content in contents]
     choices = [{"finish_reason": finish, "message": message} for message in messages]
@@ -4063,7 +4075,7 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed}, what is said
     (listing(table="x-*") | {"x-00001-of-00003.parquet": [SOUND]}, "^x: .*: 1 shards are there"),
     (listing(table="x.*") | {"x.parquet": b"PAR1..."}, "^x: .*x.parquet: cannot be read: Parquet"),
     ({"train.jsonl": [SOUND], "train.parquet": [SOUND], "datasets.json": None},
-     "train dataset 'own' is there twice"),
+     "train.jsonl and train.parquet: expected one of them"),
 ]
 # fmt: on
 

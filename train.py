@@ -868,6 +868,8 @@ def eval_stage(run, part):
 def write_report(run):
     """report.json, report.md and report.html -> what is in report.json."""
     summary = run.read("eval", "summary.json")
+    if "modes" not in summary:  # eval.py wrote there
+        raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
     result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
     result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
     result["selection"] = run.read("select", "audit.json")
