@@ -103,9 +103,7 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     chosen = (branch >= 2) & (first <= place) & (place <= last)
     row, place = chosen.nonzero(as_tuple=True)
 
-    # `previous` is the place of a token's predecessor: that of a branch's first token is the
-    # prompt's last.
-    states = h[row, batch["previous"][row, place]]  # (n, H): what predicts each token
+    states = h[row, place - 1]  # (n, H): what predicts each token
     ids = batch["ids"][row, place]
     logp = []
     # Logits are large. They are not kept for backward, which computes them again.
@@ -161,6 +159,7 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
+        # Equal to the target is only the target itself, which stays.
         losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
@@ -183,7 +182,7 @@ NEGATIVES = 1  # hard negatives of each pair that join the candidates of the bat
 def candidates_of(pairs):
     """The targets and hard negatives of the joined batch, which is the batches of all processes
     together (gather_objects joins their lists). Each distinct one is a column of the scores, in
-    the order of the keys: no query is pushed away from its target because another has the same.
+    the order of the keys: two queries with the same target share a column.
 
     -> documents: prompts, this process' distinct ones; row_of_column: for each column its place
     among the documents of all processes; positive (N,): the column of each pair's target.
@@ -203,7 +202,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     pairs       "query", "target", "negatives": prompts; "target_key": its prompt_key; "id"
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
                 train.py draws a kept one by its weight or, where none was kept (label 0), one by
-                the author of most kept ones: the reasoned path is learnt there, too
+                the author whose rationales were kept most often: so every pair teaches that path
     labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
                 none was, -1 if nobody wrote one, so that selection did not see the pair
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
@@ -244,9 +243,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
         if not with_loss:
             return vectors, None, {}
-        decisions = torch.tensor([labels[i] for i in rows], device=model.device)
+        right = torch.tensor([labels[i] for i in rows], device=model.device)
         loss, metrics = token_losses(
-            model, processor, h, batch, decisions, cfg, num_written, num_labels
+            model, processor, h, batch, right, cfg, num_written, num_labels
         )
         return vectors, loss, metrics
 

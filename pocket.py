@@ -1136,6 +1136,14 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     }
 
 
+def predecessors(documents, batch):
+    """The place (B, S) of the token before each token: the branch continues the prompt, not the
+    direct <|endoftext|> that stands between them in the row."""
+    first = torch.tensor([[len(document["prompt"]["ids"]) + 1] for document in documents])
+    place = torch.arange(batch["ids"].shape[1]).expand(len(documents), -1)
+    return (place - 1 - (place == first).long()).clamp(min=0).to(batch["ids"].device)
+
+
 def indices(documents, key, device):
     """Rows and columns of these places of all documents."""
     pairs = [(i, place) for i, document in enumerate(documents) for place in document[key]]
@@ -1153,7 +1161,7 @@ def document_losses(model, processor, documents):
     batch, h = read_batch(model, processor, documents)
     zeros = torch.zeros(len(documents), device=h.device)
     row, column = indices(documents, "learn", h.device)
-    logits = model.logits(h[row, batch["previous"][row, column]])
+    logits = model.logits(h[row, predecessors(documents, batch)[row, column]])
     wanted = batch["ids"][row, column]
     losses = F.cross_entropy(logits.float(), wanted, reduction="none")
     loss = zeros.index_add(0, row, losses)
@@ -1179,11 +1187,10 @@ def measure_skills(model, processor, bank, rng):
         documents = [read_document(processor, *document) for document in drawn[at : at + 32]]
         batch, h = read_batch(model, processor, documents)
         guesses = model.logits(h).argmax(-1)
-        previous = batch["previous"].clamp(min=0)
-        right = (guesses.gather(1, previous) == batch["ids"]).float()
+        right = guesses.gather(1, predecessors(documents, batch)) == batch["ids"]
         for i, document in enumerate(documents):
             for skill, places in document["skills"][:-1]:  # all but <|im_end|>
-                accuracy = right[i, list(places)].mean().item()
+                accuracy = right[i, list(places)].float().mean().item()
                 scores.setdefault(skill, []).append(accuracy)
     return {skill: float(np.mean(values)) for skill, values in sorted(scores.items())}
 

@@ -639,7 +639,6 @@ def collate(prompts, processor, rationales=None, device="cpu"):
     ids (B, S), positions (3, B, S), lengths (B,), pixel_values (N, 1536), image_grid [(h, w)]
     branch (B, S)    0 in the prompt, 1, 2 ... in its branches, -1 in padding; None if K = 0
     ends (B, 1 + K)  the place of each branch's last token, -1 where there is none
-    previous (B, S)  the place whose logits predict this token, -1 in the prompt and in padding
 
     A row: prompt, <|endoftext|> (branch 1, column 0 of ends), rationale 1 (branch 2, column 1) ...
     All branches start at the same position, as if the others were not there. Padding is on the
@@ -649,12 +648,12 @@ def collate(prompts, processor, rationales=None, device="cpu"):
     rows = []
     for prompt, texts in zip(prompts, rationales):
         rows.append(lay_out(prompt, [[processor.eos_id], *texts], processor.config))
-    # The six lines of a row are padded together: ids, three positions, branch, previous.
+    # The five lines of a row are padded together: ids, three positions, branch.
     lengths = [table.shape[1] for table, _ in rows]
     S = max(processor.padded(lengths))
     K = max(len(texts) for texts in rationales)
-    padding = np.array([processor.eos_id, 1, 1, 1, -1, -1])
-    batch = np.tile(padding[:, None, None], (1, len(rows), S))  # (6, B, S)
+    padding = np.array([processor.eos_id, 1, 1, 1, -1])
+    batch = np.tile(padding[:, None, None], (1, len(rows), S))  # (5, B, S)
     ends = np.full((len(rows), 1 + K), -1)
     for b, (table, last) in enumerate(rows):
         batch[:, b, : lengths[b]] = table
@@ -665,7 +664,6 @@ def collate(prompts, processor, rationales=None, device="cpu"):
         "ids": batch[0],
         "positions": batch[1:4],
         "branch": batch[4] if K else None,
-        "previous": batch[5],
         "lengths": torch.tensor(lengths, device=device),
         "ends": torch.from_numpy(ends).to(device),
         "pixel_values": normalize_pixels(np.concatenate(patches), device) if patches else None,
@@ -674,31 +672,27 @@ def collate(prompts, processor, rationales=None, device="cpu"):
 
 
 def lay_out(prompt, branches, config):
-    """One row -> table (6, n) of ids, three positions, branch and previous; ends of its branches.
+    """One row -> table (5, n) of ids, three positions and branch; ends of its branches.
 
     A prompt of two tokens and the branches [e], [a, b, e] give
 
         ids       p p e a b e
         branch    0 0 1 2 2 2
         position  0 1 2 2 3 4     (all three axes, without images)
-        previous  - - 1 1 3 4
         ends          2     5
     """
     ids = prompt["ids"]
     positions = rope_positions(ids, prompt["image_grid"], config)  # (3, n)
     first = positions.max() + 1
     branch = np.zeros_like(ids)
-    previous = np.full_like(ids, -1)
-    table = [np.stack([ids, *positions, branch, previous])]
+    table = [np.stack([ids, *positions, branch])]
     ends = []
     n = len(ids)
     for k, tokens in enumerate(branches, 1):
         step = np.arange(len(tokens))
-        previous = n + step - 1
-        previous[0] = len(ids) - 1  # the prompt's last token predicts how every branch begins
         position = first + step
         branch = np.full_like(step, k)
-        table.append(np.stack([tokens, position, position, position, branch, previous]))
+        table.append(np.stack([tokens, position, position, position, branch]))
         n += len(tokens)
         ends.append(n - 1)
     return np.concatenate(table, axis=1), ends

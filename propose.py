@@ -58,8 +58,8 @@ TEMPERATURE = 0.7
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 # What reading a line of JSON raises where it holds something else than was expected.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-# --write-requests asks in so many of these ways, and each way is a proposer of its own, NAME-0,
-# NAME-1 ...; propose() uses the first.
+# How a query is put to whoever follows instructions. --write-requests asks in the first --prompts
+# of these ways, each a proposer of its own, NAME-0, NAME-1 ...; train.py in the first.
 PROMPTS = (
     "Think step by step about what the query shows or asks for, look up whatever is needed, and "
     "end with what should be found.",
@@ -89,8 +89,8 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     """
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
     longest = max((len(p["query"]["ids"]) for p in pairs), default=1)
-    # cfg.chunk_tokens fit in a pass with gradients. Without them 4 times as many do. 64 prompts
-    # bound the key-value caches of the answers.
+    # Option chunk_tokens: what fits in a pass with gradients. Without them 4 times as many tokens
+    # do. 64 prompts bound the key-value caches of the answers.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
     options = processor.generation  # <think>\n is forced, </think> ends; special ids are banned
     if ask:
@@ -105,6 +105,7 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
         part = pairs[start : start + together]
         batch = collate([p["query"] for p in part], processor, device=model.device)
         rollouts = generate(model, batch, cfg.max_new_tokens, cfg.num_candidates, **options)
+        # tokens [n][num_candidates] lists of ids
         for p, answers, truncated in zip(part, rollouts.tokens, rollouts.truncated.tolist()):
             for k, ids in enumerate(answers):
                 if ask:
@@ -284,7 +285,8 @@ def requests(options):
 
 def hard_pairs(path):
     """Ids of the pairs in a run's select/judged.jsonl whose target has a probability of less than a
-    half without a rationale: no other pair can keep one (select.py, "Direct first")."""
+    half without a rationale: at select's default margin no other pair can keep one (select.py,
+    "Direct first")."""
     hard = set()
     for place, line in numbered_lines([path]):
         row = read_rationale(place, line, ("direct",))

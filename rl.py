@@ -37,16 +37,16 @@ dozens, would carry a few percent (option rl_one_loss takes that mean).
 Which GRPO this is, in six points:
     advantage   (R - mean R of the query's rationales) / sigma. Their common part (the mean) is the
                 business of `when`. The three terms of R are added first, then normalised together
-    sigma       root mean square of R - the query's mean R, over the batch. It is a scale only.
-                Its group has 2K members, K of them the direct answer, as under rl_one_loss.
-                One sigma for each group would let a tiny price decide wherever the quality ties
+    sigma       one number for the batch, and a scale only: the deviation of R within a query whose
+                K rationales are counted beside K direct answers, as if half had not reasoned.
+                One sigma for each query would let a tiny price decide wherever the quality ties
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
                 a rationale that ran out of tokens
     deleted     value network, clip, several epochs per rollout, division by each group's deviation,
                 advantages for embeddings (they learn by InfoNCE in the same step)
-A query whose rationales all have the same reward teaches none of their tokens, but its decision.
+From a query whose rationales all have the same reward only its decision learns.
 
 How to run: python train.py --stage rl. The log tells a live run from a dead one: rewards, p_reason,
 its entropy, share of groups without variance, how far sampling and training differ, a rationale.
@@ -152,10 +152,10 @@ def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
     rl_temperature."""
     flat = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
     # `flat` has num_sampled tokens per rollout, and for a truncated one, which has sampled T, also
-    # the forced closing up to </think> (`room` tokens). Lay out (b, K, T + room), keep the first T.
-    room = len(processor.closing)
-    width = cfg.max_new_tokens + room
-    return unflatten(flat, num_sampled + room * truncated, width)[..., : cfg.max_new_tokens]
+    # the forced closing with its </think>. Lay out (b, K, T + num_closing), keep the first T.
+    num_closing = len(processor.closing)
+    width = cfg.max_new_tokens + num_closing
+    return unflatten(flat, num_sampled + num_closing * truncated, width)[..., : cfg.max_new_tokens]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def rewards(p_target, num_sampled, truncated, cfg):
 def credit(reward):
     """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
 
-    In a group of 2K the K direct rewards lie gain / 2 below the group's mean, and the rationales'
-    mean lies gain / 2 above it. With spread = R of a rationale - the rationales' mean, the mean
-    square of R - group mean is spread² / 2 + gain² / 4.
+    sigma² is the mean over the batch of (R minus the mean of its 2K)², for K rationales and K
+    direct answers. The direct ones lie gain / 2 below that mean. The rationales lie gain / 2 above
+    it, plus their `spread`. So half of the squares are gain² / 4, the others gain² / 4 + spread².
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
@@ -212,8 +212,9 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
 
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
-    policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. The decision's gain
-    is not divided by sigma. There is no importance weight, and rl_when is not read.
+    policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. Unlike plain GRPO
+    it does not divide the decision's gain by sigma, as the main loss does not. There is no
+    importance weight, and rl_when is not read.
     """
     when = -(advantage.shape[1] * gain / 2 * decision).sum()
     return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)

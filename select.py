@@ -7,34 +7,39 @@ target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q
 
     logp(q, r)   = log softmax_{c in C}( s(q, r; c) / temperature )[t]
     gain         = logp(q, r) − logp(q, ∅)         with minus without: the paper's counterfactual
-    gain_placebo = logp(q, r') − logp(q, ∅)        r': the same proposer about another target [ours]
+    gain_placebo = logp(q, r') − logp(q, ∅)        r': the same author about another target  [ours]
     gain_guess   = −log|C| − logp(q, ∅)            what knowing nothing would gain           [ours]
 
     keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > bar
-    weight  = softmax of gain over the pair's kept rationales, of which ∅ is none
+    weight  = softmax of gain over the pair's kept rationales
 
-The words must help (gain), because they are about this pair (placebo). Where the direct vector is
-confidently wrong, any words raise the target by flattening the softmax. So what a uniform guess
-would gain is subtracted first. The bar is at least the margin (option select_margin), which lies
-just above log 2: a rationale must at least double the target's probability.
+The weight is the posterior p(r | q, t) among them: r was drawn from π(r | q), so what is left is
+p(t | q, r), which is exp(gain) times a constant. ∅ has no weight: embed learns the direct vector of
+every pair, and whether to reason by the label "was any kept?".
+
+The words must help (gain), and help because they are about this pair (placebo). An author is a
+proposer, whichever of its tries a text is. Where the direct vector is confidently wrong, any words
+raise the target by flattening the softmax. So what a uniform guess would gain is subtracted first.
+The bar is at least the margin (option select_margin), which lies just above log 2: a rationale must
+at least double the target's probability.
 
 Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
-well. So each stratum (what one author wrote for one dataset; an author is a proposer without the
-number of its try) has a bar of its own. Let g be the gains of its rationales and g' those of their
-placebos, each less what a guess gains. The bar is the smallest value, among the margin and those g
-that exceed it, for which
+well. So each stratum (what one author wrote for one dataset) has a bar of its own. Let g be the
+gains of its rationales and g' those of their placebos, each less max(0, gain_guess). The bar is the
+smallest value, among the margin and those g that exceed it, for which
 
     1 + #{g' above the bar}  <=  fdr · #{g above the bar}
 
-as the knockoff filter counts (Barber & Candès, arXiv 1404.5609). fdr is the false discovery rate
-(option select_fdr): the share of the kept that may be luck. At 0.1 a bar has at least ten
+Placebos are decoys; their count, and the 1, are the knockoff filter's (Barber & Candès, arXiv
+1404.5609), whose decoys are paired. fdr is the false discovery rate (option select_fdr): the share
+of what is above the bar that may be luck. At 0.1 a bar has at least ten
 rationales above it. Without such a bar the stratum keeps nothing. A stratum that has no placebos
 counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
-rationales is tried, and the decision it teaches is "direct". The ablations below that could keep
-something of an easy pair try those of every pair.
+rationales is judged, and the decision it teaches is "direct". The ablations below that could keep
+something of an easy pair judge the rationales of every pair.
 
 Candidate targets. Up to 1024 pairs of one dataset are judged together: a window. Where it has few
 targets, as in the pocket world, C is filled with random ones. Where it has many, random ones are
@@ -118,7 +123,7 @@ AUDITED = 0.25
 
 
 # --------------------------------------------------------------------------------------------------
-# The evaluator: it learns on one half of the pairs, and judges the other
+# The evaluator: it judges the pairs on which it did not learn
 
 
 def fold_of(pair_id, folds):
@@ -130,8 +135,9 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     """One update of the evaluator that will judge `fold` -> metrics; leaves gradients.
 
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
-    good or bad. In the mean NCE(reasoned) a rationale weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)). With
-    equal weights those that only look like reasoning would teach it to ignore them all.
+    good or bad. NCE(reasoned) is a weighted mean, in which a rationale weighs p(t|q,r) / (p(t|q,r)
+    + p(t|q,∅)). With equal weights those that only look like reasoning would teach it to ignore
+    them all. With a single fold (an ablation) it also learns on what it will judge.
     texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale:
     one of its own, so that the draw does not depend on how pairs are dealt out to processes.
     """
@@ -170,7 +176,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
     the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
     """
     documents, places = distinct_documents(pairs)
-    candidates = candidate_sets(places, rng)  # drawn also where step 1 replaces them
+    candidates = candidate_sets(places, rng)  # step 1 may replace them by nearer ones
     trials = draw_trials(pairs, texts, rng)
 
     # 1) e(c, ∅) of every target and negative: t (N, H)
@@ -308,15 +314,20 @@ def log_probs(model, processor, cases, texts, t, cfg):
 
 
 def encode(model, processor, prompts, branches, budget):
-    """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1+K, H)."""
-    # 1: the <|endoftext|> of the direct branch
+    """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1+K, H).
+
+    A branch continues the prompt with a rationale. The branches of a prompt are one row, in which
+    they share its prefill and do not see each other; each ends in an <|endoftext|> that is pooled.
+    """
+    # 1: the direct branch, <|endoftext|> alone
     lengths = [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
     vectors = [None] * len(prompts)
     for rows in chunks_of(lengths, budget):
         rationales = [branches[i] for i in rows]
         batch = collate([prompts[i] for i in rows], processor, rationales, model.device)
         with torch.no_grad():
-            pooled = pool(model(batch), batch["ends"])  # (B, 1+K, H), zeros where a row has fewer
+            # `ends` are the places of these <|endoftext|>. Zeros where a row has fewer branches.
+            pooled = pool(model(batch), batch["ends"])  # (B, 1+K, H)
         for i, v in zip(rows, pooled):
             vectors[i] = v[: 1 + len(branches[i])]
     return vectors
@@ -327,7 +338,7 @@ def encode(model, processor, prompts, branches, budget):
 
 
 def gains_above_guess(row, rule):
-    """(gain, gain_placebo, gain_second), each less what a guess gains; None where not measured.
+    """(gain, gain_placebo, gain_second), each less max(0, gain_guess); None where not measured.
 
     positive_only sees those of the similarity, which has no candidates to guess among.
     """
@@ -407,9 +418,12 @@ def choose(rows, rule, margin, fdr):
 def audit(rows, kept, rule, margin, fdr, helps=None):
     """What share of whose rationales was kept, and how often a placebo passes for a rationale.
 
+    No independent check of the bar: these placebos were among those that it was set by.
+
     helps(row) -> True, False, or None for a row that nobody can mark. With it, precision is the
-    share of the kept and marked rows that help; recall: of the pairs about which something helpful
-    was written, the share for which such a row was kept. Without it both are None.
+    share of the kept and marked rows that help, 0 without any; recall: of the pairs about which
+    something helpful was written, the share for which such a row was kept. Without it both are
+    None.
     """
     bar = bars(rows, rule, margin, fdr)
     accepted = []

@@ -2939,7 +2939,6 @@ def test_processor_collate_by_hand():
     ]
     assert batch["branch"].tolist() == [[0, 0, 1, 2, 2, 2, -1, -1], [0, 0, 0, 0, 0, 1, -1, -1]]
     assert batch["positions"][0].tolist() == [[0, 1, 2, 2, 3, 4, 1, 1], [0, 1, 2, 3, 4, 5, 1, 1]]
-    assert batch["previous"].tolist() == [[-1, -1, 1, 1, 3, 4, -1, -1], [-1] * 5 + [4, -1, -1]]
     assert batch["ends"].tolist() == [[2, 5], [5, -1]]
     assert batch["lengths"].tolist() == [6, 6]
     assert batch["pixel_values"] is None
@@ -4750,6 +4749,30 @@ SUMS = {  # modulo ten; what ends one is named
     "nw three . n red star . three": [3, ("red", "star")],
     "nw three . n five makes eight . ne nine makes seventeen keep seven . seven": [3, 5, 9],
 }
+
+
+def test_pretraining_reads_a_document_as_one_text():
+    """Its branch continues the prompt: the direct <|endoftext|> between them is not seen."""
+    model, processor = pocket.new_model(0)
+    parts = pocket.thinks([("five", "account")], "rent", "answer")
+    document = pocket.read_document(processor, {"text": "rent five"}, parts, "rent")
+    ids = document["prompt"]["ids"].tolist()
+    row = torch.tensor([[*ids, *document["branch"]]])
+    batch = {"ids": row, "positions": torch.arange(row.shape[1]).expand(3, 1, -1)}
+    h = model(batch)[0]
+    logp = model.logits(h).log_softmax(-1)
+    learnt = [place - 1 for place in document["learn"]]  # without that <|endoftext|>
+    loss = -sum(logp[place - 1, row[0, place]] for place in learnt)
+    # Every <|endoftext|> sums up: the direct one, which follows the prompt, and that of the branch.
+    direct = model.text.embed_tokens(torch.tensor([[*ids, processor.eos_id]]))
+    last = model.text(direct, torch.arange(len(ids) + 1).expand(3, 1, -1))[0, -1]
+    words = sorted(document["words"])
+    summary = sum(
+        -model.logits(state).log_softmax(-1)[words].mean()
+        for state in (last, h[document["ends"][1] - 1])
+    )
+    sums = pocket.document_losses(model, processor, [document])[:, 0]
+    torch.testing.assert_close(sums[:2], torch.stack([loss, summary]), atol=1e-4, rtol=1e-5)
 
 
 def test_rationales_of_the_pocket_world():
