@@ -208,8 +208,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (warm-up of select): in the mean
                 NCE(reasoned) each weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)), its posterior against ∅
-    -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels), and
-    the pairs' ids
+    -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels)
     """
     model.train()
 
@@ -275,7 +274,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         tokens["query"].append(len(pair["query"]["ids"]) + 1 + len(rationale or ()))
     lengths = {kind: processor.padded(tokens[kind]) for kind in tokens}  # as collate pads them
     value, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
-    return {"loss": value, **log, **metrics, "ids": [pair["id"] for pair in pairs]}
+    return {"loss": value, **log, **metrics}
 
 
 def prefix_dims(text):

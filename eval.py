@@ -52,7 +52,7 @@ import numpy as np
 import data
 import scale
 from embed import Embedder, ItemError
-from model import read_json, write_json
+from model import read_json, write_json, write_rows
 
 KS = (1, 5, 10)
 PLACES = np.arange(1, KS[-1] + 1)  # of a ranking, as far as the metrics look
@@ -61,9 +61,9 @@ METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1"
 KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # num_pred and num_data make 26
 MODALITIES = ("image", "video", "visdoc")
 MODES = ("never", "always", "adaptive")  # the measured ones; mode_table() derives the others
-# The leaderboard names two page sets so since their labels were corrected in November 2025.
-FIXED = ("ViDoSeek-page", "MMLongBench-page")
-ABOUT = (  # of leaderboard.json
+# The leaderboard adds "-fixed" to their names since their labels were corrected in November 2025.
+RELABELLED = ("ViDoSeek-page", "MMLongBench-page")
+LEADERBOARD_FIELDS = (  # of its "metadata"
     "model_name model_backbone model_size embedding_dimension max_length_tokens "
     "model_release_date data_source url report_generated_date"
 ).split()
@@ -242,13 +242,6 @@ def measure(embedder, es, modes, threshold, options):
     return results
 
 
-def write_lines(path, rows):
-    """One JSON object a line. ASCII, so half an emoji stops nothing."""
-    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
 def write_dataset(es, results, primary, out):
     """The dataset's three files -> (what summary.json says of it, its records).
 
@@ -299,8 +292,8 @@ def write_dataset(es, results, primary, out):
     # 3) The files.
     folder = Path(out, es.modality)
     folder.mkdir(exist_ok=True, parents=True)
-    write_lines(folder / f"{es.name}_pred.jsonl", predictions)
-    write_lines(folder / f"{es.name}_queries.jsonl", records)
+    write_rows(folder / f"{es.name}_pred.jsonl", predictions)
+    write_rows(folder / f"{es.name}_queries.jsonl", records)
     write_json(folder / f"{es.name}_score.json", score)
     return about, records
 
@@ -417,14 +410,14 @@ def adaptivity(records, truth):
 def leaderboard(out, rows):
     """The leaderboard's file, of the score files that are there; a string stands for a dataset that
     was not run, as in the reference's script."""
-    metadata = dict.fromkeys(ABOUT)
+    metadata = dict.fromkeys(LEADERBOARD_FIELDS)
     metadata["data_source"] = "Self-Reported"
     metadata["report_generated_date"] = datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
     for row in rows:
         name, modality = row["name"], row["modality"]
         path = Path(out, modality, f"{name}_score.json")
-        title = f"{name}-fixed" if name in FIXED else name
+        title = f"{name}-fixed" if name in RELABELLED else name
         absent = "FILE_N/A" if path.parent.exists() else "DIR_N/A"
         table[modality][title] = read_json(path) if path.exists() else absent
     return {"metadata": metadata, "metrics": table}

@@ -714,6 +714,8 @@ def generate(
         h = read(model, cache, ids, (position + t).expand(B, K), advance)
     tokens = torch.stack(tokens, dim=1)  # (B, t + 1, K)
 
+    # Now t is the number of steps that were read: the last token sampled is read with the ending.
+
     # 3) Read all endings in one forward: the last sampled token, `closing` where it is due, `tail`.
     # What was read idly is hidden, and so is a last token that was read already.
     idle = arange(t)[:, None] >= num_sampled[:, None] - 1  # (B, t, K)
@@ -845,6 +847,40 @@ def write_json(path, value):
     with open(f"{path}.tmp", "wb") as file:
         file.write(text)
     os.replace(f"{path}.tmp", path)
+
+
+def write_rows(path, rows):
+    """A file of JSON lines, written aside and renamed. Half an emoji stays what it was in JSON, an
+    escape: \\ud83d."""
+    with open(f"{path}.part", "w", encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    os.replace(f"{path}.part", path)
+
+
+class Rows:
+    """Files of JSON lines, read anew each time one goes through them: memory holds one row.
+
+    A kill may leave half a line at the end of a log, which is left out. ValueError names a line
+    that is no JSON.
+    """
+
+    def __init__(self, *paths):
+        self.paths = paths
+
+    def __iter__(self):
+        for path in self.paths:
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):
+                        continue
+                    try:
+                        row = json.loads(line)
+                    except ValueError as error:
+                        raise ValueError(
+                            f"{path} line {number}: not valid JSON ({error})"
+                        ) from None
+                    yield row
 
 
 def load_model(folder, dtype=None, device="cpu"):

@@ -49,7 +49,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import generate
+from model import generate, write_rows
 from processor import collate
 
 # Of sampling: above 0, because several answers of one proposer have to differ. The number is ours.
@@ -225,14 +225,6 @@ def read_rationale(place, line, numbers=()):
             if not math.isfinite(row[key]):
                 raise ValueError(f"{key!r}: expected a finite number, got {row[key]}")
     return {key: row[key] for key in (*COLUMNS, *numbers) if key in row}
-
-
-def write_rows(path, rows):
-    """JSON lines, complete or not at all."""
-    with open(f"{path}.part", "w", encoding="utf-8") as f:
-        for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(f"{path}.part", path)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import numpy as np
 
 import data
 from eval import MODALITIES
-from model import read_json
+from model import Rows, read_json
 
 # Training curves: the stage, and the fields of metrics.jsonl that share a panel.
 PANELS = [
@@ -59,16 +59,6 @@ LONGEST = 600  # characters of a text
 
 # --------------------------------------------------------------------------------------------------
 # What a run left
-
-
-def read_lines(path):
-    """The complete lines of a JSON-lines file: a kill may have left half a line at its end."""
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON lines ({error})") from None
 
 
 def training_curves(log):
@@ -248,9 +238,9 @@ def write_report(run, data_root):
     summary = read_json(run / "eval" / "summary.json")
     records = {}  # {dataset: rows}, a row is a query
     for name, about in summary["datasets"].items():
-        records[name] = read_lines(run / "eval" / about["modality"] / f"{name}_queries.jsonl")
+        records[name] = list(Rows(run / "eval" / about["modality"] / f"{name}_queries.jsonl"))
     path = run / "metrics.jsonl"
-    log = read_lines(path) if path.exists() else []
+    log = list(Rows(path)) if path.exists() else []
 
     title, sentences = verdict(report["modes"], records)
     sentences += what_is_missing(report, log)

@@ -266,7 +266,7 @@ def merge(model, dtype=torch.float32, into=None):
             merged = type(model)(model.c)
         merged.to(dtype).to_empty(device=model.device).requires_grad_(False)
         merged.has_head = model.has_head
-        if "lm_head.weight" not in trained:  # tied to the embedding, or absent and never used
+        if "lm_head.weight" not in trained:  # tied (named once), or absent and never used
             merged.lm_head.weight = merged.text.embed_tokens.weight
     for name, p in merged.named_parameters():
         weight = trained[name]
@@ -383,7 +383,7 @@ class Optimizer:
     def __init__(self, model, cfg, steps, factor=1.0, cool=0.4, patches=False):
         self.steps = steps
         self.warmup = min(cfg.warmup, steps // 4)
-        self.cool = cool * steps
+        self.cool_steps = cool * steps
         self.peak = cfg.lr * factor
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.params = list(trained.values())
@@ -407,7 +407,7 @@ class Optimizer:
         norm = clip_gradients(self.params, self.CLIP)
         if not math.isfinite(norm):
             return norm
-        rate = self.peak * schedule(i, self.steps, self.warmup, self.cool)
+        rate = self.peak * schedule(i, self.steps, self.warmup, self.cool_steps)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate

@@ -84,7 +84,6 @@ else:
     import dataclasses
     import hashlib
     import itertools
-    import json
     import math
     import operator
     import os
@@ -93,7 +92,7 @@ else:
     import torch
 
     from embed import contrastive_step, pool
-    from model import read_json
+    from model import Rows, read_json
     from processor import collate, prompt_key
     from propose import author
     from scale import chunks_of
@@ -492,8 +491,7 @@ def main():
     parser = argparse.ArgumentParser(description="What the rules would keep of a finished run.")
     parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
     run = parser.parse_args().run
-    with open(os.path.join(run, "select", "judged.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = list(Rows(os.path.join(run, "select", "judged.jsonl")))
     config = read_json(os.path.join(run, "config.json"))
     helps = pocket_truth(os.path.join(run, "data"))
     for rule in RULES:

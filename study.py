@@ -34,7 +34,7 @@ import eval as evaluation
 import pocket
 import train
 from embed import Embedder
-from model import read_json, write_json
+from model import Rows, read_json, write_json
 
 NEVER = {"embed_proposers": "none", "decision_weight": 0.0, "rl_rollouts": 0, "threshold": 1.0}
 THINK = {"rl_when": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
@@ -75,10 +75,11 @@ BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of p_reason
 def fork(parent, folder, first, same_judge):
     """A run folder whose data and stages before `first` are links to its parent's. same_judge: its
     select stage finds the parent's judgements, so that another rule needs no new evaluators."""
-    if (folder / "stages.json").exists():
+    if (folder / "stages.json").exists():  # it is written last
         return
+    shutil.rmtree(folder, ignore_errors=True)
     kept = train.STAGES[: train.STAGES.index(first)]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     for name in ("data", *kept):
         (folder / name).symlink_to(os.path.relpath(parent / name, folder))
     if same_judge:
@@ -95,9 +96,10 @@ def run_variant(cfg, name, seed, out):
     if not (folder / "report.json").exists():
         if parent:
             run_variant(cfg, parent, seed, out)
-            # Other folds make other evaluators; positive_only wants the easy pairs judged, too.
-            again = "select_folds" in changes or changes.get("select_rule") == "positive_only"
-            fork(folder.with_name(parent), folder, first, first == "select" and not again)
+            # Rules read the same judgements, but positive_only wants those of easy pairs, too.
+            options = {option for option in changes if option.startswith("select_")}
+            same = options == {"select_rule"} and changes["select_rule"] != "positive_only"
+            fork(folder.with_name(parent), folder, first, first == "select" and same)
         print(f"study: seed {seed}, {name}", flush=True)
         train.run_stages(replace(cfg, seed=seed, out=str(folder), resume="auto", **changes))
     if name == "full":
@@ -235,7 +237,7 @@ def calibration_table(out, seeds):
     rows = []
     for seed in seeds:
         for path in out.glob(f"seed{seed}/full/eval/*/*_queries.jsonl"):
-            rows += train.Rows(path)
+            rows += Rows(path)
     p_reason = np.array([row["p_reason"] for row in rows])
     gain = np.array([row["always"] - row["never"] for row in rows])
     bins = np.digitize(p_reason, BINS[1:-1])

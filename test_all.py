@@ -367,7 +367,7 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, monkeypatch, capsys)
     for name in ("select", "data"):
         (tmp_path / name).mkdir()
     rows = [judged(f"A/{i}", 1.0 + i, 2.0, "careful") for i in range(20)] + [judged("B/0", None)]
-    propose.write_rows(tmp_path / "select" / "judged.jsonl", rows)
+    M.write_rows(tmp_path / "select" / "judged.jsonl", rows)
     M.write_json(str(tmp_path / "config.json"), {"select_margin": 0.7, "select_fdr": 0.1})
     truth = {row["id"]: {"steps": 2, "rationale": row["text"]} for row in rows}
     M.write_json(str(tmp_path / "data" / "pocket.json"), {"train": truth})
@@ -980,7 +980,6 @@ def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkey
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4), name
         assert (take_gradient(e.model) - gradient).norm() / gradient.norm() < 2e-5
-        assert metrics["ids"] == [pair["id"] for pair in case[0]]
         assert 0 <= metrics["decision_right"] <= 1
 
 
@@ -1672,10 +1671,10 @@ def own_root(tmp_path_factory):
         row = {"qry": f"what follows {i}?", "qry_image_path": image, "pos_text": f"it is {i + 1}"}
         rows.append(row | {"pos_image_path": "", "neg_text": f"it is {i}", "neg_image_path": ""})
         make_image(64, 32, i).save(own_root / f"{i}.png")
-    propose.write_rows(own_root / "train.jsonl", rows)
-    propose.write_rows(own_root / "test.jsonl", rows[:6])
+    M.write_rows(own_root / "train.jsonl", rows)
+    M.write_rows(own_root / "test.jsonl", rows[:6])
     texts = [{"id": f"own/{i}", "proposer": "careful", "text": f"add 1 to {i}"} for i in range(26)]
-    propose.write_rows(own_root / "rationales.jsonl", texts[1:])
+    M.write_rows(own_root / "rationales.jsonl", texts[1:])
     tiny_embedder().save(str(own_root / "model"))
     return str(own_root)
 
@@ -1708,7 +1707,7 @@ def copy_of(finished, to, last="eval"):
     done = read_json(os.path.join(to, "stages.json"))
     write_json(os.path.join(to, "stages.json"), {name: done[name] for name in stages})
     rows = json_rows(to, "metrics.jsonl")
-    propose.write_rows(to / "metrics.jsonl", [r for r in rows if r["stage"][:4] <= last[:4]])
+    M.write_rows(to / "metrics.jsonl", [r for r in rows if r["stage"][:4] <= last[:4]])
     return str(to)
 
 
@@ -1803,6 +1802,7 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
     # The next pass, windows instead of an endless stream, is read by the same process.
     (crew,) = multiprocessing.active_children()
     windows = read.load(read.windows())
+    assert os.getpgid(crew.pid) == crew.pid  # no signal to our group reaches it
     assert [pair["id"] for pair in next(windows)] == [f"own/{i}" for i in range(21)]
     assert multiprocessing.active_children() == [crew]
 
@@ -1835,6 +1835,7 @@ def test_run_fork(finished, own_root, tmp_path, capsys):
 def test_run_other_rule_on_the_same_judgements(finished, own_root, tmp_path, monkeypatch):
     """A study's fork brings the judgements: nothing is judged again."""
     out = str(tmp_path / "fork")
+    os.makedirs(f"{out}/select.part")  # an earlier try was killed
     study.fork(Path(finished), Path(out), "select", True)
     monkeypatch.setattr(train, "judge_fold", None)
     more = ("--select_rule", "none", "--resume", "auto")
@@ -1972,7 +1973,7 @@ def test_run_damaged_file_is_one_line(finished, own_root, tmp_path, capsys):
     path = f"{out}/select/selected.jsonl"
     row = json_rows(path)[0]
     row.pop("weight")
-    propose.write_rows(path, [row])
+    M.write_rows(path, [row])
     assert exit_code(arguments(own_root, out, stage="embed")) == 1
     assert "selected.jsonl line 1: KeyError: 'weight'" in one_line(capsys)
 
@@ -1987,7 +1988,7 @@ def test_run_finished_run_knows_its_tables(stage, table, finished, own_root, tmp
     write_json(f"{out}/config.json", read_json(f"{out}/config.json") | moved)
     assert exit_code(arguments(str(own), out)) == 0  # moved, and the same
     file = "train.jsonl" if table == "training" else "test.jsonl"
-    propose.write_rows(own / file, json_rows(own, file)[1:])
+    M.write_rows(own / file, json_rows(own, file)[1:])
     capsys.readouterr()
     code = exit_code(arguments(str(own), out, stage=stage))
     if stage == "rl":
@@ -2001,7 +2002,7 @@ def test_run_rationales_of_targets_replace_none_of_a_query(finished, own_root, t
     rows = json_rows(own_root, "rationales.jsonl")
     both_sides = str(tmp_path / "rationales.jsonl")
     about_targets = [row | {"side": "target", "text": "of a target"} for row in rows]
-    propose.write_rows(both_sides, rows + about_targets)
+    M.write_rows(both_sides, rows + about_targets)
     assert exit_code(arguments(own_root, out, "--rationales", both_sides, stage="propose")) == 0
     texts = [row["text"] for row in json_rows(out, "propose/rationales.jsonl")]
     assert "of a target" not in texts and rows[0]["text"] in texts
@@ -2020,7 +2021,7 @@ def test_run_rationales_of_another_table_are_refused(finished, own_root, tmp_pat
     out = copy_of(finished, tmp_path / "run", "base")
     rows = json_rows(finished, "propose", "rationales.jsonl")
     older = str(tmp_path / "older.jsonl")
-    propose.write_rows(older, [row | {"key": "0" * 16} for row in rows])
+    M.write_rows(older, [row | {"key": "0" * 16} for row in rows])
     assert exit_code(arguments(own_root, out, "--rationales", older, stage="propose")) == 1
     assert "older.jsonl' is about another pair" in one_line(capsys)
 
@@ -2053,8 +2054,8 @@ def test_train_lessons(tmp_path):
         kept.append(row | {"gain": 1.0, "gain_placebo": 0.0})
     for folder in ("propose", "select"):
         (tmp_path / folder).mkdir()
-    propose.write_rows(tmp_path / "propose" / "rationales.jsonl", rows)
-    propose.write_rows(tmp_path / "select" / "selected.jsonl", kept)
+    M.write_rows(tmp_path / "propose" / "rationales.jsonl", rows)
+    M.write_rows(tmp_path / "select" / "selected.jsonl", kept)
     lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
     rng = np.random.default_rng(0)
     pairs = [{"id": f"a/{i}"} for i in range(4)]
@@ -2064,7 +2065,7 @@ def test_train_lessons(tmp_path):
     drawn = {lessons.draw(pairs[3], rng) for _ in range(40)}
     assert drawn == {("right 3", 0), ("again 3", 0)}
     assert lessons.draw({"id": "a/9"}, rng) == (None, -1)
-    propose.write_rows(tmp_path / "select" / "selected.jsonl", [])  # nobody is to be trusted
+    M.write_rows(tmp_path / "select" / "selected.jsonl", [])  # nobody is to be trusted
     lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
     assert lessons.draw(pairs[0], rng) == (None, 0)
 
@@ -4864,7 +4865,7 @@ def write_report(folder, score, seed):
     records = []
     for p_reason in (0.0, 0.2, 0.95, 1.0):
         records.append({"p_reason": p_reason, "never": 0.0, "always": float(p_reason > 0.5)})
-    propose.write_rows(queries, records)
+    M.write_rows(queries, records)
 
 
 # Full is 0.91 and 0.92, never 0.5: 0.415 ± t(0.975, 1) * 0.005 apart, and t(0.975, 1) is 12.7.

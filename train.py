@@ -28,6 +28,7 @@ they took), metrics.jsonl, data/ (the pocket world), report.json, report.md and 
     what was done stays done. With --resume auto the stage goes on from its last checkpoint, and
     ends with the same weights, to the last bit, as if nothing had happened.
     SIGTERM writes a checkpoint and ends the run with code 143.
+An error is one line. `python -X dev train.py ...` shows where it came from.
 
 Randomness: every draw has a generator of its own, made from --seed and what is drawn (Run.rng). So
 nothing has to be saved, and a stage does not depend on what was drawn before it.
@@ -74,7 +75,7 @@ import report
 import rl
 import scale
 from embed import Embedder, contrastive_step
-from model import read_json, sdpa_kernel, write_json
+from model import Rows, read_json, sdpa_kernel, write_json, write_rows
 from processor import prompt_key
 
 
@@ -177,7 +178,7 @@ class Config:
 
     embed_steps: int = opt("embed", 400)  # updates
     embed_lr: float = opt("embed", 0.5)  # times lr
-    embed_proposers: str = opt("embed", "")  # learn from these alone (commas), or none
+    embed_proposers: str = opt("embed", "")  # learn from these alone (commas); none: from nobody
     lm_weight: float = opt("embed", 1.0)  # of the rationale's cross-entropy
     decision_weight: float = opt("embed", 0.5)  # of the decision's cross-entropy
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
@@ -262,6 +263,7 @@ def check(cfg):
         "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
+        "--fsdp needs torchrun and several processes": cfg.fsdp and processes == 1,
         "--matryoshka_dims: expected 64,128": not re.fullmatch(
             r"([1-9]\d*,?)*", cfg.matryoshka_dims
         ),
@@ -311,7 +313,10 @@ class Run:
             if f.metadata["group"] not in free and then != value:
                 change = f"was made with {f.name}={then!r}, this call says {value!r}"
                 where = self.path(*parts)
-                raise UsageError(f"{where} {change}: repeat the option, or use another --out")
+                group = f.metadata["group"]
+                stage = f" (of --stage {group})" if group in STAGES else ""
+                remedy = f"repeat the option{stage}, or use another --out"
+                raise UsageError(f"{where} {change}: {remedy}")
         if not before and scale.is_main():
             write_json(self.path(*parts), asdict(self.cfg))
 
@@ -362,7 +367,7 @@ class Run:
         if scale.is_main() and os.path.exists(path):
             rows = Rows(path)
             kept = [r for r in rows if r["step"] <= step or not r["stage"].startswith(stage)]
-            propose.write_rows(path, kept)
+            write_rows(path, kept)
 
     def begin(self, stage):
         """-> STAGE.part, the folder in which an unfinished stage works."""
@@ -371,18 +376,20 @@ class Run:
             if self.cfg.resume != "auto":
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
+        scale.barrier()  # what is left of an earlier try is gone, before anybody looks
         self.same_options(("machine",), f"{stage}.part", "config.json")
         return part
 
     def finish(self, stage, part, seconds):
         """Put a finished stage's folder in its place. What follows from it is no longer done."""
         scale.barrier()
+        done = {"seconds": round(seconds, 1)}
+        if stage in NOTES:
+            done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
         earlier = STAGES[: STAGES.index(stage)]
         self.note({name: self.stages[name] for name in earlier if name in self.stages})
+        final = Path(self.path(stage))
         if scale.is_main():
-            for state in Path(part).glob("*.state"):  # only a resumed stage needs it
-                state.unlink()
-            final = Path(self.path(stage))
             if final.is_symlink():  # of a study's fork: its parent's stays
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
@@ -391,10 +398,10 @@ class Run:
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
         scale.barrier()
-        done = {"seconds": round(seconds, 1)}
-        if stage in NOTES:
-            done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
         self.note(self.stages | {stage: done})
+        if scale.is_main():
+            for state in final.glob("*.state"):  # only a resumed stage needs it
+                state.unlink()
 
     def note(self, stages):
         """Write down which stages are done."""
@@ -443,24 +450,12 @@ class Run:
         return self.pairs_read[kind]
 
     def merged(self, model, into=None):
-        """What is being trained as a model of --dtype: to judge with, to sample from, to save."""
+        """What is being trained as a plain model of --dtype, to judge with, to sample from or to
+        save: a copy, or the model itself where it is plain already."""
         c = self.cfg
         if c.lora or c.fsdp or c.compile or c.dtype != "float32":
             return scale.merge(model, getattr(torch, c.dtype), into)
         return model.eval()
-
-
-class Rows:
-    """Files of JSON lines, read anew each time one goes through them: memory holds one row. A kill
-    may leave half a line at the end of a log."""
-
-    def __init__(self, *paths):
-        self.paths = paths
-
-    def __iter__(self):
-        for path in self.paths:
-            with open(path, encoding="utf-8") as f:
-                yield from (json.loads(line) for line in f if line.endswith("\n"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -493,6 +488,7 @@ class Pairs(Dataset):
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
         self.batches = Batches()
         how = {"num_workers": workers, "persistent_workers": workers > 0}
+        how["worker_init_fn"] = leave_group
         # Prompts differ in shape: a batch stays a list.
         self.loader = DataLoader(self, batch_sampler=self.batches, collate_fn=list, **how)
 
@@ -553,6 +549,11 @@ class Pairs(Dataset):
             yield [shuffle_negatives(pair, rng) for pair, rng in zip(pairs, rngs)]
 
 
+def leave_group(worker):
+    """SIGTERM to the whole process group ends the workers only when the main process has saved."""
+    os.setpgrp()
+
+
 class Batches:
     """A batch sampler whose lists may be exchanged between two passes."""
 
@@ -591,7 +592,6 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     while step < optimizer.steps and not stop:
         batch = next(batches)
         metrics = one_step(step, batch)
-        metrics.pop("ids", None)
         metrics["grad_norm"] = optimizer.step(step)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             figures = f"loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
@@ -607,7 +607,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
         if stop or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop:
+    if stop or run.stopping:  # or it came just now
         raise Interrupted(f"stopped by SIGTERM after step {step} of {name}; --resume auto goes on")
     model.eval()
     return step
@@ -657,8 +657,9 @@ def pretrain(run, part):
         return min(skills[name] for name in pocket.STEP_SKILLS)
 
     def until(step, steps):
-        """At the end of the flat part: are the skills there? If not, another tenth of it."""
-        if step != steps - round(optimizer.cool) or steps >= 2 * planned:
+        """At the end of the flat part: are the skills there? If not, another tenth of it. What is
+        missing by less than 0.05 comes while the learning rate falls."""
+        if step != steps - round(optimizer.cool_steps) or steps >= 2 * planned:
             return steps
         if weakest_skill(step) >= pocket.SKILL_WANTED - 0.05:
             return steps
@@ -681,11 +682,11 @@ def by_window(run, path, pairs, ids, rows_of, title):
     mine = range(scale.rank(), len(windows), scale.world_size())
     mine = [n for n in mine if not os.path.exists(paths[n])]
     for n, window in zip(mine, pairs.load([windows[n] for n in mine])):
-        propose.write_rows(paths[n], rows_of(n, window))
+        write_rows(paths[n], rows_of(n, window))
         run.say(f"{title}: window {n + 1} of {len(windows)}")
     scale.barrier()
     if scale.is_main():
-        propose.write_rows(path, Rows(*paths))
+        write_rows(path, Rows(*paths))
         shutil.rmtree(folder)
     scale.barrier()
 
@@ -729,7 +730,7 @@ def select_stage(run, part):
     written = propose.Rationales(run.path("propose", "rationales.jsonl"))
     paths = [os.path.join(part, f"judged{fold}.jsonl") for fold in range(c.select_folds)]
     for fold, path in enumerate(paths):
-        if not os.path.exists(path):  # it is there on --resume, and in a fork with another rule
+        if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
     judged = Rows(*paths)
 
@@ -737,14 +738,16 @@ def select_stage(run, part):
     selected = os.path.join(part, "selected.jsonl")
     if scale.is_main():
         chosen = selection.choose(judged, *rule)
-        propose.write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
-        propose.write_rows(os.path.join(part, "judged.jsonl"), judged)
+        write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
+        write_rows(os.path.join(part, "judged.jsonl"), judged)
     scale.barrier()
     kept = Rows(selected)
     audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
     run.forget("select audit")
     run.log("select audit", 1, 1, {k: v for k, v in audit.items() if not isinstance(v, dict)})
-    run.say(selection.few_kept(judged, kept) or "")
+    warning = selection.few_kept(judged, kept)
+    if warning:
+        run.say(warning)
     if scale.is_main():
         write_json(os.path.join(part, "audit.json"), audit)
 
@@ -806,9 +809,8 @@ def embed_stage(run, part):
 class Lessons:
     """What propose and select left: a rationale for each visit of a pair, and the right decision.
 
-    A pair without a kept rationale learns the reasoned path, too, on what the author of most kept
-    ones wrote about it: whoever forces the model to reason shall not meet queries on which it
-    never did.
+    A pair without a kept rationale teaches the reasoned path, too, by a text of the author with
+    most kept ones: so the model reasons well wherever it is forced to.
     """
 
     def __init__(self, run):
@@ -835,7 +837,7 @@ class Lessons:
 
 
 def rl_stage(run, part):
-    """When to reason, and what to write (rl.py), on pairs that no other stage has seen."""
+    """When to reason, and what to write (rl.py), on pairs held out by --rl_holdout."""
     c = run.cfg
     embedder = run.trainee("embed")
     model, processor = embedder.model, embedder.processor
@@ -923,9 +925,10 @@ def run_stages(cfg):
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    todo = STAGES[len(run.stages) if whole else STAGES.index(cfg.stage) :]
-    run.same_tables(todo)
-    for stage in todo if whole else [cfg.stage]:
+    # The stages that are done are the first ones: what follows a stage that is done again is not.
+    first = len(run.stages) if whole else STAGES.index(cfg.stage)
+    run.same_tables(STAGES[first:])
+    for stage in STAGES[first:] if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
         embedder = globals()[f"{stage}_stage"](run, part)
@@ -943,6 +946,8 @@ def main(argv):
     try:
         run_stages(parse(argv))
     except (UsageError, Interrupted, torch.OutOfMemoryError, ValueError, OSError) as e:
+        if sys.flags.dev_mode:
+            raise
         code = getattr(e, "exit_code", 1)
         line = " ".join(str(e).split())
         if isinstance(e, torch.OutOfMemoryError):
