@@ -1,4 +1,4 @@
-"""
+r"""
 MMEB as two tables: the training sources of VLM2Vec-V2 and the 78 test sets of MMEB-V2.
 
 The idea. A benchmark is a table, not code. Every dataset is a row of mmeb.json (see Row below):
@@ -8,10 +8,18 @@ a parser of a few lines, and the model only ever sees items:
     item = {"text": str, "image": ref | [ref, ...], "video": {"frames": [ref, ...], "fps": float},
             "instruction": str}                                        absent keys are left out
     ref  = an absolute path, or a TableImage inside a parquet file; load_image(ref) decodes either
+    e.g.   {"text": "\nWhat is the man by the bags awaiting?\n", "image": "/ROOT/.../image_0.jpg"}
 
 Strings are VLM2Vec's to the byte, without its visual placeholder (our chat template puts images
 first) and with all other white space: that is worth 1.7 points on VisDial. prompts="qwen" moves
 the instruction of a test query to item["instruction"].
+
+The way of a dataset through this file. Two things are called a row: a dataset's row of mmeb.json
+(complete, with every default filled in, it is called spec), and a row of the dataset's own files.
+
+    mmeb.json --expand()--> short rows --complete()--> spec
+    spec, ROOT --Source----> a training row --mmeb_pair() ...--> query, target, hard negatives
+    spec, ROOT --EvalSet---> a test row ------image_set() ...--> query, candidates, positives
 
 The sampler's maths. A batch of B pairs is B/b sub-batches of b pairs. Each draws a dataset d with
 p(d) = w_d / Σw and takes the next b rows of d's own shuffled walk. In-batch negatives of a
@@ -32,6 +40,7 @@ It stops an evaluation, whose score would be that of another test. --check names
 Left out: decoding videos (the published frame folders are read), audio, the agent and text-only
 tasks of MMEB-V3, the English-only copies of ViDoRe-V2 that the leaderboard does not count.
 Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; comments say where the reference is wrong.
+"The reference" and "upstream" below are this VLM2Vec.
 """
 
 import argparse
@@ -59,28 +68,36 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-IMG = "<|image_1|>"  # Phi-3.5-V's token in MMEB's text; it also stands where no image follows
+# Phi-3.5-V's token in MMEB's text: "<|image_1|>\nWhat?\n". In WebQA it stands where no image
+# follows, in the split diverse_instruction in the middle of a sentence.
+IMG = "<|image_1|>"
 FRAMES, FPS = 8, 2.0  # VLM2Vec looks at 8 frames of a video; 2 per second is what Qwen assumes
-FRAME_FILES = (".jpg", ".jpeg", ".png")
+FRAME_FILES = (".jpg", ".jpeg", ".png")  # the endings that the reference accepts
 TABLE_FILES = (".parquet", ".jsonl", ".json")
 
-# labels: class names of test sets whose candidates are all classes, also those that no clip shows.
+# labels: class names of test sets whose candidates are all classes, also those that no clip shows:
+#     {"K700": ["abseiling", "acting_in_play", ...]}, from VLM2Vec's video_classification_utils.py.
 # visrag: VLM2Vec's prompts for VisRAG's training pages, {source: [before query, before page]}.
-# tables: lists of patterns that a row may name. train, eval: the rows, in groups.
+# tables: lists of patterns that a row may name, {"hub": ["{hub}/{config}/{split}-*.parquet", ...]}.
+# train, eval: the rows, in groups (see expand()).
 WORDS = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
 LABELS = WORDS["labels"]
 
 
 class BadData(ValueError):
-    """Something in the data is not what it should be. The message is "where: why" (why alone where
-    it says so already), one line of at most 300 characters."""
+    """Something in the data is not what it should be. The message is one line of at most 300
+    characters, "where: why": BadData("CIRR/7", error) puts a place before an error from below. If
+    that begins with the place already, or there is no why, nothing is put before it."""
 
     def __init__(self, where, why=""):
-        text = repr(why) if isinstance(why, (KeyError, IndexError)) else str(why or where)
+        text = str(why or where)
+        if isinstance(why, (KeyError, IndexError)):
+            text = repr(why)  # str(KeyError("qry")) is only 'qry'
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
-        # A library's message may span lines; a row may hold text that cannot be printed.
-        line = " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())
+        # A row may hold text that cannot be printed; a library's message may span lines.
+        text = text.encode("utf-8", "backslashreplace").decode()
+        line = " ".join(text.splitlines())
         super().__init__(line if len(line) <= 300 else f"{line[:190]} ... {line[-105:]}")
 
 
@@ -88,7 +105,7 @@ class Missing(BadData):
     """The root has no table of this dataset: not broken, just not there."""
 
 
-# What a parser may raise at a row that is not as it should be.
+# What a parser may raise at a row that is not as it should be; BadData is a ValueError.
 ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError)
 
 
@@ -105,7 +122,7 @@ def count(text):
 
 
 def short(value):
-    """A value as it may stand in a message."""
+    """A value as it may stand in a message: null, 3, 'a text', or "a list" for what is longer."""
     if value is None:
         return "null"
     if not isinstance(value, (str, int, float)):
@@ -118,7 +135,8 @@ def short(value):
 
 
 def item(text="", image=None, video=None, instruction=None):
-    """Only what is there; a side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
+    """item("a cat", image="/a.jpg") -> {"text": "a cat", "image": "/a.jpg"}: only what is there.
+    A side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
     parts = {"text": text, "image": image, "video": video, "instruction": instruction}
     return {key: value for key, value in parts.items() if value not in (None, "")} or {"text": ""}
 
@@ -143,17 +161,21 @@ def look(*items):
 
 @dataclass(frozen=True)
 class TableImage:
-    """An image inside a parquet file: bytes, or the hub's {"bytes", "path"}; read when wanted."""
+    """Where an image lies inside a parquet file. The cell holds its encoded bytes, or what the hub
+    writes: {"bytes": b"...", "path": "a.jpg"}. It is read when the image is wanted, not before."""
 
-    table: str
+    table: str  # path of the file
     row: int
     column: str
-    index: int | None = None  # where the cell is a list
+    index: int | None = None  # where the cell is a list of images
 
     def read(self):
-        """The encoded bytes."""
+        """The encoded bytes (of a JPEG, PNG ...)."""
+        # data: the pyarrow Table behind it; a slice of it copies nothing.
         value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0]
-        value = (value if self.index is None else value.values[self.index]).as_py()
+        if self.index is not None:
+            value = value.values[self.index]
+        value = value.as_py()
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
@@ -174,18 +196,21 @@ def load_image(ref):
         ref = ref.get("bytes") or ref.get("path")
     name = "image" if isinstance(ref, (Image.Image, bytes)) else str(ref)[:250]  # for messages
     try:
-        image = ref if isinstance(ref, Image.Image) else Image.open(io.BytesIO(image_bytes(ref)))
+        image = ref
+        if not isinstance(ref, Image.Image):
+            image = Image.open(io.BytesIO(image_bytes(ref)))
         if max(image.size) > 200 * min(image.size):  # Qwen's processors do not take it either
             size = f"{image.width}x{image.height} pixels"
             raise BadData(name, f"{size}: expected sides that differ by no more than 200 to 1")
         with SHARED if image is ref else contextlib.nullcontext():
-            image.load()
+            image.load()  # Image.open() has read the header only
         return to_rgb(image)
+    except BadData as error:
+        raise BadData(name, error) from error
+    except UnidentifiedImageError as error:  # its message names an object in memory
+        raise BadData(name, "cannot be read as an image") from error
     except Exception as error:  # Pillow raises nearly anything at mutilated bytes
-        why = error if isinstance(error, BadData) else f"cannot be read as an image ({error})"
-        if isinstance(error, UnidentifiedImageError):  # it names an object in memory
-            why = "cannot be read as an image"
-        raise BadData(name, why) from error
+        raise BadData(name, f"cannot be read as an image ({error})") from error
 
 
 def image_bytes(ref):
@@ -206,7 +231,7 @@ def to_rgb(image):
     black; here alpha is laid on white) and cuts 16-bit grey off at 255 (here it is scaled).
     """
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image) * (255 / 65535)
+        grey = np.asarray(image) * (255 / 65535)  # 0 ... 65535 -> 0 ... 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):  # a mask, a depth map: no file says which level is white
         raise BadData(f"mode {image.mode}", "expected grey levels of 8 or 16 bits, or colours")
@@ -217,12 +242,13 @@ def to_rgb(image):
 
 
 def visible(folder):
-    """The names in a folder in natural order, without AppleDouble files (._x.jpg)."""
+    """The names in a folder in natural order, without AppleDouble files (._x.jpg), as VisDial's
+    archive holds them (VLM2Vec's issue 108)."""
     return sorted((name for name in os.listdir(folder) if name[0] != "."), key=natural)
 
 
 def natural(name):
-    """A sort key: frame_2 before frame_10."""
+    """A sort key that puts frame_2 before frame_10: "frame_2.jpg" -> ["frame_", 2, ".jpg"]."""
     return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name.lower())]
 
 
@@ -231,7 +257,7 @@ def natural(name):
 
 
 def refuse_pointer(path, head):
-    """A clone without git-lfs has pointers in the place of large files."""
+    """A clone without git-lfs has pointers, texts of three lines, in the place of large files."""
     if head.startswith(b"version https://git-lfs"):
         raise BadData(path, "is a git-lfs pointer: run `git lfs pull` or download it again")
 
@@ -252,8 +278,9 @@ def open_table(path):
 def _open_table(path, changed):
     """The time of its change is part of its name in the cache: a changed file is read anew.
 
-    JSON is parsed when a row is read: Arrow wants columns of one type (neg_text is text or a list),
-    takes text for dates, and does not name the line at fault.
+    Of JSON the Dataset has one column, "line": it is parsed when a row is read. For Arrow wants
+    columns of one type (neg_text is text or a list), takes text for dates, and does not name the
+    line at fault.
     """
     import datasets  # takes seconds, which load_image alone need not wait for
 
@@ -266,15 +293,18 @@ def _open_table(path, changed):
         return datasets.Dataset.from_generator(
             json_lines,
             features=datasets.Features({"line": datasets.Value("binary")}),
-            gen_kwargs={"path": path, "changed": changed},
+            gen_kwargs={"path": path, "changed": changed},  # hashed: the name of the Arrow copy
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
+        # An empty file is to `datasets` a split that "corresponds to no data". Its own errors hide
+        # the one that explains them in __cause__.
         why = "no rows" if "to no data" in str(error) else error.__cause__ or error
         raise BadData(path, f"cannot be read: {why}") from error
 
 
 def json_lines(path, changed):
-    """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes."""
+    """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes:
+    {"line": b'{"qry": "a cat"}'}, ... `changed` only makes another name in the cache."""
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
         file.seek(0)
@@ -289,7 +319,7 @@ def json_lines(path, changed):
 class Cells(dict):
     """A row, {column: value}, that names a column it does not have."""
 
-    def __missing__(self, column):
+    def __missing__(self, column):  # of row["qry"]; row.get("qry") still gives None
         raise BadData(f"no column {column}", f"there are {', '.join(self)}")
 
 
@@ -308,17 +338,18 @@ class Table:
         for path, file in self.files:
             if i < len(file):
                 return read_row(path, file, i)
-            i -= len(file)
+            i -= len(file)  # row 12 of files of 10 and 5 rows is row 2 of the second
 
 
 def read_row(path, file, i):
-    """Row i of a file that open_table() gave."""
+    """Row i of a file that open_table() gave -> Cells({"qry": "a cat", "neg_text": None, ...})."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
-    cells = {name: row.column(name)[0] for name in row.column_names}
+    cells = {name: row.column(name)[0] for name in row.column_names}  # of pyarrow's types
     if path.endswith(".parquet"):
         values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
         return Cells(zip(cells, values))
-    return Cells(json.loads(cells["line"].as_py().decode("utf-8-sig")))
+    line = cells["line"].as_py()
+    return Cells(json.loads(line.decode("utf-8-sig")))  # with or without a byte order mark
 
 
 def arrow_value(cell, image):
@@ -326,7 +357,7 @@ def arrow_value(cell, image):
 
     Images are bytes, the hub's {"bytes", "path"} (one may be absent), or a list of those.
     """
-    if not cell.is_valid:
+    if not cell.is_valid:  # null
         return None
     if isinstance(cell, pa.ListScalar):
         return [arrow_value(part, replace(image, index=k)) for k, part in enumerate(cell.values)]
@@ -345,8 +376,8 @@ def cell(row, column, kind="text"):
     value = row[column]
     if kind == "text?" and value is None:
         return ""
-    if kind == "id" and type(value) in (int, float) and float(value).is_integer():
-        return str(int(value))
+    if kind == "id" and type(value) in (int, float) and float(value).is_integer():  # no bool
+        return str(int(value))  # 7, 7.0 -> "7"
     if not is_text(value):
         raise BadData(f"column {column}", f"text is wanted, got {short(value)}")
     return value
@@ -357,7 +388,7 @@ def text_list(row, column):
     values = row[column]
     if not isinstance(values, list) or not values:
         raise BadData(f"column {column}", f"a list of texts is wanted, got {short(values)}")
-    return [cell({column: value}, column) for value in values]
+    return [cell({column: value}, column) for value in values]  # each as if it were a row's
 
 
 # --------------------------------------------------------------------------------------------------
