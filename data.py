@@ -398,36 +398,37 @@ def text_list(row, column):
 @dataclass
 class Row:
     """A dataset. mmeb.json and ROOT/datasets.json = {"train": [rows], "eval": [rows]}, which takes
-    its place where it exists, need only the name and what differs from these defaults."""
+    its place where it exists, need only the name and what differs from these defaults:
+
+    {"train": [{"name": "shop", "table": "shop.jsonl", "media": ["photos"], "weight": 2}]}
+    """
 
     name: str  # unique; the key of every score and id
     parser: str  # of TRAIN_PARSERS (default mmeb) or EVAL_PARSERS (default pairs)
     split: str  # "original" (default in training), "test" (default) ...
     hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
     # Where in ROOT the rows lie: patterns of which the first that matches wins, or the name of a
-    # list of them in mmeb.json. {hub} {repo} {name} {lower} {under} {split} {config} {part} are
-    # filled in: repo ends the hub id, lower and under spell the name, part is corpus, qrels or
-    # queries.
+    # list of them in mmeb.json. In "{hub}/{config}/{split}-*.parquet" and the like Files.paths()
+    # fills in {hub} {repo} {name} {lower} {under} {split} {config} {part}.
     table: str | list | None = None
-    config: str | list = ""  # the hub's config; a test set may have several, read in turn
-    cap: int | None = None  # only so many first rows are used
+    config: str | list = ""  # the hub's config; a test set may have several, read in turn (MVBench)
+    cap: int | None = None  # only so many first rows are used, as in train_alltasks.yaml
     media: str | list | None = None  # folders where images and clips are looked for, in this order
-    frames: int | None = None  # frames per video, and what the item says of their rate
-    fps: int | float = FPS
+    frames: int | None = None  # frames per video
+    fps: int | float = FPS  # what the item says of their rate
     fetch: list = field(default_factory=list)  # [[hub id, pattern, command to unpack]]
     # Training only: published rows (None where they are known to about 1 %), weight of a draw.
     rows: int | None = None
     weight: int | float = 1.0
-    # Test sets only. scope: the candidates are the row's (local) or all (global); ood: MMEB-train
-    # has no such set; inst and tgt: the parser's prompts; tail: what ends a query.
-    modality: str = "image"
-    family: str = "own"
-    scope: str | None = None
+    # Test sets only.
+    modality: str = "image"  # or video, visdoc (pages of documents)
+    family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
+    scope: str | None = None  # "local": the row lists its candidates, "global": all are
     queries: int | None = None  # published
-    ood: bool | None = None
-    inst: str = ""
-    tgt: str = ""
-    tail: str = "\n"
+    ood: bool | None = None  # out of distribution: MMEB-train has no such set
+    inst: str = ""  # the parser's prompt before a query, e.g. "Select a video that fits ...:"
+    tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
+    tail: str = "\n"  # what ends a query of an image set; two in VisDial
     columns: list = field(default_factory=lambda: ["video_id", "caption"])  # video_ret
     labels: str | list | None = None  # all classes, or their key in mmeb.json
 
@@ -439,7 +440,12 @@ DEFAULTS = {
 
 
 def complete(row, kind):
-    """A short row -> all keys. A typing mistake must not become a default: BadData names it."""
+    """A short row of kind "train" or "eval" -> a dict of all keys of Row, here called spec.
+
+    {"name": "own", "table": "test.jsonl"} -> {"name": "own", "table": ["test.jsonl"],
+    "parser": "pairs", "split": "test", "scope": "global", "media": [""], ...}. A typing mistake
+    must not become a default: BadData names it.
+    """
     given = {key: value for key, value in row.items() if value is not None}
     try:
         row = asdict(Row(**DEFAULTS[kind] | given))
@@ -448,18 +454,22 @@ def complete(row, kind):
     name = row["name"]
     for key in fields(Row):
         value = row[key.name]
-        if not isinstance(value, key.type):
+        if not isinstance(value, key.type):  # of table: str | list | None
             raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
+        # In Python a bool is an int: ood may be False.
         if isinstance(value, (int, float)) and value <= 0 and key.name != "ood":
             raise BadData(name, f"{key.name}: {value} is not above 0")
     if "/" in name:
         raise BadData(name, "a name that can name a file is wanted, without /")
     beir = row["parser"] == "beir"
-    retrieval = beir or row["parser"] in ("pairs", "video_ret")
-    row["scope"] = row["scope"] or ("global" if retrieval else "local")
+    if not row["scope"]:
+        retrieval = beir or row["parser"] in ("pairs", "video_ret")
+        row["scope"] = "global" if retrieval else "local"
     row["media"] = listed(row["media"]) or [row["hub"]]
     table = row["table"] or ("beir" if beir else "hub")
-    row["table"] = WORDS["tables"].get(table, [table]) if isinstance(table, str) else table
+    if isinstance(table, str):
+        table = WORDS["tables"].get(table, [table])  # a list of mmeb.json, or a pattern
+    row["table"] = table
     choices = {"modality": ["image", "video", "visdoc"], "scope": ["local", "global"]}
     choices["parser"] = TRAIN_PARSERS if kind == "train" else EVAL_PARSERS
     choices["labels"] = LABELS
@@ -470,7 +480,11 @@ def complete(row, kind):
 
 
 def expand(groups):
-    """mmeb.json's groups -> rows: what those of a group have in common, then each one's keys."""
+    """mmeb.json's groups -> short rows: what a group has in common, then each one's own keys.
+
+    [{"common": {"hub": "VLM2Vec/{name}"}, "rows": [{"name": "MSVD", "queries": 670}]}]
+    -> [{"hub": "VLM2Vec/MSVD", "name": "MSVD", "queries": 670}]
+    """
     rows = []
     for group in groups:
         for row in group["rows"]:
@@ -479,7 +493,7 @@ def expand(groups):
     return rows
 
 
-TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])
+TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])  # 25 and 78 short rows
 USER_FILES = {
     "train": ["train.jsonl", "train.parquet"],
     "eval": ["test.jsonl", "test.parquet"],
@@ -494,21 +508,21 @@ def read_listing(path, kind):
         unknown = set(listing) - {"train", "eval"}
         if unknown:
             raise ValueError(f"unknown key {min(unknown)!r}")
-        rows = [dict(row) for row in listing.get(kind, [])]
+        return [dict(row) for row in listing.get(kind, [])]
     except (AttributeError, TypeError, ValueError) as error:
+        # It is no JSON, or has a list in the place of a dict.
         form = '{"train": [rows], "eval": [rows]}'
         raise BadData(path, f"expected JSON of the form {form} ({error})") from error
-    return rows
 
 
 def own_files(root, kind):
-    """A user's tables that are there."""
+    """A user's tables that are there: [], or ["train.jsonl"] ..."""
     return [name for name in USER_FILES[kind] if os.path.exists(os.path.join(root, name))]
 
 
 def tables(root, kind):
-    """The complete rows that hold for a root: its datasets.json, else its train.jsonl and
-    test.jsonl (or .parquet), else mmeb.json."""
+    """A root's datasets of kind "train" or "eval" -> their specs: those of its datasets.json, else
+    its train.jsonl and test.jsonl (or .parquet), else those of mmeb.json, there or not."""
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
@@ -521,10 +535,11 @@ def tables(root, kind):
         files = own_files(root, kind)
         if len(files) > 1:
             raise BadData(root, f"{' and '.join(files)}: expected one of them")
-        rows = [{"name": "own", "table": file} for file in files]
+        rows = [{"name": "own", "table": file} for file in files]  # of train.jsonl alone: no test
     rows = [complete(row, kind) for row in rows]
-    for name, count in collections.Counter(row["name"] for row in rows).items():
-        if count > 1:
+    names = [row["name"] for row in rows]
+    for name in names:
+        if names.count(name) > 1:
             raise BadData(root, f"{kind} dataset {name!r} is there twice")
     return rows
 
@@ -537,12 +552,13 @@ def wanted(rows, names):
     for name in names:
         if name not in by_name:
             raise BadData(f"no dataset {name!r} in the table; there are {', '.join(by_name)}")
-    return [by_name[name] for name in dict.fromkeys(names)]
+    return [by_name[name] for name in dict.fromkeys(names)]  # a name given twice counts once
 
 
 def fingerprint(root, kind):
     """A hash of a root's "training" or "test" tables: their rows here and, of every file, name,
-    size, the first and the last megabyte. A row that is put in or taken out changes it."""
+    size, the first and the last megabyte. A row that is put in or taken out changes it. By it
+    train.py notices that a finished stage was trained on other data."""
     digest = hashlib.sha256()
     for row in tables(root, "train" if kind == "training" else "eval"):
         digest.update(json.dumps(row, sort_keys=True).encode())
@@ -551,7 +567,7 @@ def fingerprint(root, kind):
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 digest.update(f"{os.path.relpath(path, files.root)} {size}".encode())
-                digest.update(file.read(2**20))
+                digest.update(file.read(2**20))  # all of a small file
                 file.seek(max(0, size - 2**20))
                 digest.update(file.read())
     return digest.hexdigest()
@@ -562,12 +578,12 @@ def fingerprint(root, kind):
 
 
 class Files:
-    """A complete row on a root: its tables, and the images and clips that they refer to."""
+    """A dataset (spec) on a root: its tables, and the images and clips that they refer to."""
 
     def __init__(self, spec, root, frames=None):
         self.spec = spec
         self.name = spec["name"]
-        self.parser = spec["parser"]
+        self.parser = spec["parser"]  # its name
         self.configs = listed(spec["config"]) or [""]
         if self.parser == "beir":  # a set of pages is read part by part
             self.configs = ["corpus", "qrels", "queries"]
@@ -588,7 +604,8 @@ class Files:
 
     def find(self, *names, clip=False):
         """Path of an image (or a clip's folder) in the first media folder that has one of these
-        names."""
+        names. Published archives unpack into folders that differ from VLM2Vec's own settings, so
+        that mmeb.json lists several for each dataset."""
         there = os.path.isdir if clip else os.path.isfile
         for folder, name in itertools.product(self.spec["media"], names):
             path = self.inside(name, folder)
@@ -599,7 +616,10 @@ class Files:
         raise BadData(f"{what} {' or '.join(map(repr, names))}", f"missing, looked in {folders}")
 
     def image(self, value):
-        """A cell -> a reference, a list of them, or None where there is nothing."""
+        """A cell -> a reference, a list of them, or None where there is nothing.
+
+        "images/CIRR/Train/1.jpg" -> "/ROOT/TIGER-Lab/MMEB-train/images/CIRR/Train/1.jpg"
+        """
         if isinstance(value, list):
             return [self.image(part) for part in value if part not in (None, "")] or None
         if value is None or value == "":
@@ -607,16 +627,19 @@ class Files:
         return value if isinstance(value, TableImage) else self.find(value)
 
     def clip(self, name):
-        """Name of a video -> {"frames", "fps"}: n frames at np.linspace(0, last, n), all of
-        MomentSeeker's. Fewer are taken as they are: padding with the last one, as upstream does
-        since June 2026, costs Qwen3 2.3 points on HMDB51."""
+        """Name of a video, whose frames are a folder's files -> {"frames": [paths], "fps": 2.0}.
+
+        n frames at np.linspace(0, last, n), all of MomentSeeker's. Fewer are taken as they are:
+        padding with the last one, as VLM2Vec does since 63ee24a (June 2026), costs Qwen3 2.3 points
+        on HMDB51.
+        """
         folder = self.find(name, clip=True)
         frames = [file for file in visible(folder) if file.lower().endswith(FRAME_FILES)]
         if not frames:
             raise BadData(f"clip folder {folder}", "has no frames")
         if self.parser != "momentseeker" and self.frames <= len(frames):
             places = np.linspace(0, len(frames) - 1, self.frames, dtype=int)
-            frames = [frames[i] for i in places]
+            frames = [frames[i] for i in places]  # 8 of 64: 0, 9, 18, 27, 36, 45, 54, 63
         frames = [self.inside(file, folder) for file in frames]
         return {"frames": frames, "fps": self.spec["fps"]}
 
@@ -636,16 +659,22 @@ class Files:
         return [path for config in self.configs for path in self.paths(config)]
 
     def paths(self, config):
-        """The sorted files of the first pattern that matches any; '*' matches no ._x.parquet."""
+        """The sorted files of the first pattern that matches any; '*' matches no ._x.parquet.
+
+        "{hub}/{config}/{split}-*.parquet" for the config "MC" of NExTQA
+        -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
+        """
         lower = self.name.lower()
-        fill = self.spec | {"repo": os.path.basename(self.spec["hub"])}
-        fill |= {"lower": lower, "under": lower.replace("-", "_"), "config": config, "part": config}
-        if self.parser == "beir":
-            fill["config"] = self.spec["config"]
+        fill = self.spec | {"part": config}  # "corpus", "qrels" or "queries" of a set of pages
+        fill["repo"] = os.path.basename(self.spec["hub"])  # "vidore/x_beir" -> "x_beir"
+        fill["lower"] = lower  # "Charades-STA" -> "charades-sta"
+        fill["under"] = lower.replace("-", "_")  # -> "charades_sta"
+        if self.parser != "beir":
+            fill["config"] = config
         fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
         for pattern in self.spec["table"]:
             try:
-                pattern = os.path.normpath("./" + pattern.format(**fill))
+                pattern = os.path.normpath("./" + pattern.format(**fill))  # a//b where config is ""
             except (LookupError, ValueError) as error:
                 raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
