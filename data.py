@@ -695,31 +695,48 @@ def check_shards(paths):
 # --------------------------------------------------------------------------------------------------
 # Training: a parser per kind of source, row -> (query item, target item, [hard negative items])
 
-QUERY, TARGET = ["qry", "qry_image_path"], ["pos_text", "pos_image_path"]
+QUERY, TARGET = ["qry", "qry_image_path"], ["pos_text", "pos_image_path"]  # text, image of a side
 
 
 def mmeb_pair(files, row):
-    """MMEB's columns. Hard negatives (text, image or both; a value or lists) are kept: VLM2Vec
-    reads and drops them."""
+    r"""MMEB-train's columns. A row of A-OKVQA
+
+        {"qry": "<|image_1|>\nRepresent the given image with the following question: What ...?\n",
+         "qry_image_path": "images/A-OKVQA/Train/A-OKVQA_image_0.jpg", "pos_text": "cab",
+         "pos_image_path": "", "neg_text": "train", "neg_image_path": ""}
+
+    -> {"text": "\nRepresent the ...?\n", "image": "/ROOT/.../A-OKVQA_image_0.jpg"},
+       {"text": "cab"}, [{"text": "train"}]
+
+    Hard negatives (text, image or both; a value, or lists as in mmE5's columns) are kept: VLM2Vec
+    reads and drops them. CIRR and others have no such columns.
+    """
     texts, images = listed(row.get("neg_text")), listed(row.get("neg_image_path"))
     if texts and images and len(texts) != len(images):
         raise BadData("negatives", f"{len(texts)} neg_text for {len(images)} neg_image_path")
     negatives = []
     for text, image in itertools.zip_longest(texts, images):
-        cells = {"neg_text": text, "neg_image_path": image}
         if text or image:
-            negatives.append(mmeb_side(files, cells, *cells))
+            cells = {"neg_text": text, "neg_image_path": image}  # one negative, as if it were a row
+            negatives.append(mmeb_side(files, cells, "neg_text", "neg_image_path"))
     return mmeb_side(files, row, *QUERY), mmeb_side(files, row, *TARGET), negatives
 
 
 def mmeb_side(files, row, text, image):
-    """The item of two columns."""
+    """The item of two columns, by their names."""
     return item(cell(row, text, "text?").replace(IMG, ""), files.image(row[image]))
 
 
 def video_pair(files, row):
-    """LLaVA-Hound's conversation about a clip, used in three ways: clip -> caption, caption ->
-    clip, clip and question -> answer."""
+    r"""LLaVA-Hound's conversation about a clip, used in three ways. The prompts are VLM2Vec's.
+
+        {"video": "v_1", "conversations": [{"from": "human", "value": "<video>\nDescribe."},
+                                           {"from": "gpt", "value": "A cat sleeps."}]}
+
+    video_caption    clip, "\nDescribe." -> "A cat sleeps."
+    video_retrieval  "Find a video that ... visual content: A cat sleeps." -> clip, "Understand ..."
+    video_qa         clip, "Answer a question ... of a video. \nDescribe." -> "A cat sleeps."
+    """
     question, answer = [cell(turn, "value") for turn in row["conversations"][:2]]
     question = question.replace("<video>", "")
     clip = files.clip(cell(row, "video"))
@@ -732,9 +749,15 @@ def video_pair(files, row):
 
 
 def page_pair(files, row):
-    """Pages. colpali_train_set: page and question -> answer, without its own long prompts, as in
-    VLM2Vec. VisRAG: text -> page. The odd spaces are VLM2Vec's f"{prompt} {query} {token}" of a
-    prompt that ends in a space, token or query empty."""
+    """Pages. The odd spaces are VLM2Vec's f"{prompt} {query} {token}" of a prompt that ends in a
+    space, token or query empty.
+
+    page_qa  colpali_train_set: page and question -> answer, without its own long prompts, as in
+             VLM2Vec. {"image", "query": "what?", "answer": "7"} -> page and " what?"; "7"
+    page     VisRAG: text -> page, with prompts of its source (mmeb.json).
+             {"image", "query": "x", "source": "PlotQA"} -> "This query relates to ...:  x "; page
+             and "A numerical data visualization, ...  "
+    """
     query, page = cell(row, "query", "text?"), files.image(row["image"])
     if files.parser == "page_qa":
         return item(" " + query, page), item(cell(row, "answer", "text?")), []
@@ -755,21 +778,22 @@ TRAIN_PARSERS = {
 
 
 class Source(Files):
-    """A training row opened. Rows with an empty side are dropped, as the reference does: of the
-    first `cap`, not before."""
+    """A training dataset opened. Rows with an empty side are dropped, as the reference does: of the
+    first `cap`, not before. So usable row 1 may be the table's row 4."""
 
     def __init__(self, spec, root):
         super().__init__(spec, root)
         self.parse, self.sides = TRAIN_PARSERS[self.parser]
         self.rows = self.table(self.configs[0])
-        # Numbers of the usable rows, 4 bytes each.
+        # (usable rows,): usable row -> row of the table, 4 bytes each.
         self.keep = np.fromiter(filter(self.is_full, range(len(self.rows))), np.int32)
         if not len(self.keep):
             first = self.rows.files[0][0]
             raise BadData(self.name, f"no usable row in {first}: every side is empty")
 
     def is_full(self, i):
-        """Has each side something? A row that cannot be read counts: pair() will name it."""
+        """Has each side of the table's row i something? One that cannot be read counts: pair() will
+        name it."""
         try:
             row = self.rows[i]
             return all(any(row[column] for column in side) for side in self.sides)
@@ -777,11 +801,12 @@ class Source(Files):
             return True
 
     def id(self, row):
-        """Usable row -> "Name/row in its table"."""
+        """Usable row -> "Name/row of its table", e.g. "CIRR/7"."""
         return f"{self.name}/{self.keep[row]}"
 
     def pair(self, row):
-        """-> {"id", "dataset", "query": item, "target": item, "negatives": [items]}, with refs."""
+        """Usable row -> {"id", "dataset", "query": item, "target": item, "negatives": [items]}. No
+        image is read yet."""
         try:
             query, target, negatives = self.parse(self, self.rows[int(self.keep[row])])
         except ROW_FAULTS as error:
@@ -792,7 +817,8 @@ class Source(Files):
 
 def pair_key(pair):
     """A short hash of a pair's texts and images' bytes. Unlike its row number it stays when rows
-    are inserted, or the root is moved."""
+    are inserted, or the root is moved. Rationales, which may come from files, find their pair by
+    it."""
     digest = hashlib.sha256()
     for side in (pair["query"], pair["target"], *pair["negatives"]):
         texts = {key: value for key, value in side.items() if key in ("text", "instruction")}
@@ -828,10 +854,13 @@ class TrainData:
 
     def fetch(self, source, row, read=sound):
         """read(pair). The next row that can be read takes the place of one that cannot
-        (ValueError), which is named once, whichever process meets it."""
+        (ValueError), which is named once, whichever process meets it.
+
+        read: e.g. of train.py, pair -> its prompts of tokens and patches, which opens the images.
+        """
         size = self.sizes[source]
-        errors = {}
-        for i in itertools.chain(range(row, size), range(row)):
+        errors = {}  # {row: BadData}
+        for i in itertools.chain(range(row, size), range(row)):  # on from row, then from the start
             try:
                 pair = read(self.pair(source, i))
             except ValueError as error:
@@ -872,8 +901,12 @@ class Sampler:
 
     Every rank draws the global batch and takes every world-th sub-batch, or an equal part of one
     where ranks are more. A walk that ends inside a sub-batch goes on with the next epoch's order; a
-    source smaller than a sub-batch repeats rows in it (the loss masks equal targets). first: where
-    in each source its `sizes` rows begin, so that stages can have rows of their own.
+    source smaller than a sub-batch repeats rows in it (the loss masks equal targets). In VLM2Vec
+    the make-up of a batch depends on the number of data workers and on the version; not here.
+
+    next(Sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
+    -> [(1, 12), (1, 27), (0, 48), (0, 8)]
+    first: where in each source its `sizes` rows begin, so that stages can have rows of their own.
     """
 
     def __init__(self, sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
@@ -881,14 +914,14 @@ class Sampler:
             raise ValueError(f"sizes {list(sizes)}, weights {list(weights)}: nothing to draw")
         if sub_batch < 1 or batch % sub_batch or batch % world:
             raise ValueError(f"batch {batch} is no multiple of {sub_batch}, or of {world} ranks")
-        self.p = np.array(weights, np.float64) / np.sum(weights)
-        self.batch = batch
+        self.p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
+        self.batch = batch  # pairs of all ranks
         self.sub_batch = sub_batch
         self.seed = seed
         self.rank = rank
         self.world = world
         self.step = 0
-        self.walks = []
+        self.walks = []  # a generator per source
         for source, size in enumerate(sizes):
             start = first[source] if first else 0
             self.walks.append(self.walk(source, size, start))
@@ -906,14 +939,16 @@ class Sampler:
     def __next__(self):
         """This rank's batch / world pairs of the next global batch."""
         rng = np.random.default_rng([0, self.seed, self.step])  # walk() has the streams of 1
-        drawn = rng.choice(len(self.p), self.batch // self.sub_batch, p=self.p)
+        drawn = rng.choice(len(self.p), self.batch // self.sub_batch, p=self.p)  # (sub-batches,)
         self.step += 1
-        pairs = []
+        pairs = []  # of the global batch
         for source in drawn:
             pairs += itertools.islice(self.walks[source], self.sub_batch)
-        size = math.gcd(self.sub_batch, self.batch // self.world)  # sub_batch, if ranks are few
+        # Parts are dealt to ranks in turn. A part is a sub-batch, or less where a rank's share is
+        # less: a batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
+        size = math.gcd(self.sub_batch, self.batch // self.world)
         parts = [pairs[at : at + size] for at in range(0, self.batch, size)]
-        return [pair for part in parts[self.rank :: self.world] for pair in part]
+        return list(itertools.chain(*parts[self.rank :: self.world]))
 
     def skip(self, steps):
         """Draw so many batches, and forget them."""
