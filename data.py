@@ -44,7 +44,6 @@ Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; comments say where the referen
 """
 
 import argparse
-import collections
 import contextlib
 import functools
 import glob
@@ -961,8 +960,12 @@ class Sampler:
 
 
 class EvalSet(Files):
-    """A test row opened and filled by its parser. load_eval() adds .cand_ids, the candidates' keys,
-    and .protocol: what a score of it must be quoted with."""
+    """A test set opened and filled by its parser. load_eval() adds .cand_ids, the candidates' keys,
+    and .protocol: what a score of it must be quoted with.
+
+    Of two rows that list the options "yes" and "no", of which the first and the second is right:
+    candidates [{"text": "yes"}, {"text": "no"}], local [[0, 1], [0, 1]], positives [[0], [1]].
+    """
 
     def __init__(self, spec, root, frames=None, prompts="vlm2vec", problems=None):
         super().__init__(spec, root, frames)
@@ -971,7 +974,8 @@ class EvalSet(Files):
         self.tgt = spec["tgt"]
         self.problems = problems  # a list takes every complaint; None: the first is raised
         self.modality = spec["modality"]
-        self.metric = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1"
+        self.metric = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1"  # the leaderboard's
+        # What a score is computed from. A candidate of many queries is embedded once.
         self.queries = []  # items
         self.query_ids = []
         self.candidates = []  # items
@@ -981,10 +985,11 @@ class EvalSet(Files):
         self.positives = []  # per query candidate numbers
         self.grades = []  # per query the positives' grades, or None
         self.rows = 0  # of the table of queries
-        self.where = self.name  # the row being read
+        # While it is filled:
+        self.where = self.name  # the row being read, "NExTQA/7"
         self.config = ""  # and the config it is in
         self.asked = {}  # of pairs(): query -> its positives
-        self.relevant = collections.defaultdict(dict)  # of pages: query -> {page: grade}
+        self.relevant = {}  # of pages: {query id: {page id: grade}}
 
     def read(self, parse, configs, limit=None):
         """The rows of these configs through a parser. What goes wrong is wrong with that row."""
@@ -995,7 +1000,7 @@ class EvalSet(Files):
                 if limit and len(self.queries) == limit:
                     break
                 place = f"{self.config} row {i}" if len(self.configs) > 1 else i
-                self.where = f"{self.name}/{place}"
+                self.where = f"{self.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
                 try:
                     parse(self, table[i])
                 except ROW_FAULTS as error:
@@ -1006,16 +1011,23 @@ class EvalSet(Files):
             self.rows += len(table)
 
     def say(self, full, inst="", content="", image=None, clip=None):
-        """VLM2Vec's string, or Qwen's instruction (system turn) and content apart, where targets
-        have no instruction. With the image and the clip of these names."""
-        image = self.find(image) if isinstance(image, str) else image
+        r"""The item of a query or a candidate, with the image and the clip of these names.
+
+        say(full="\nAbout: why?\n", inst="\nAbout: ", content="why?"), prompts="vlm2vec"
+        -> {"text": "\nAbout: why?\n"}: the whole string. prompts="qwen"
+        -> {"text": "why?", "instruction": "About:"}: for the system turn; candidates have none.
+        """
+        image = self.find(image) if isinstance(image, str) else image  # or a TableImage, or None
         video = clip and self.clip(clip)
         if self.prompts == "vlm2vec":
             return item(full, image, video)
-        return item(content, image, video, inst.strip().removesuffix("Question:").strip())
+        inst = inst.strip().removesuffix("Question:").strip()  # that ends the prompt of V-QA
+        return item(content, image, video, inst)
 
     def cand(self, key, make, *args, **more):
-        """The number of the candidate with this key. It is made when its key comes first."""
+        """The number of the candidate with this key: es.cand("yes", item, "yes") -> 0. It is made,
+        by make(*args, **more), when its key comes first: frames are looked for once, not per
+        query."""
         if key not in self.index:
             self.candidates.append(self.checked(make(*args, **more)))
             self.cand_where.append(self.where)
@@ -1039,34 +1051,54 @@ class EvalSet(Files):
         return item
 
 
-def image_set(b, row):
-    """The 36 image sets. Query: T + " " + instruction [+ " " + text], " \n" -> "\n", + tail; then
-    the token T goes. Candidates are texts (key = the text) or images; the positive is the first."""
-    kind, tail = b.parser, b.spec["tail"]
-    inst, text = cell(row, "qry_inst").replace(IMG, ""), cell(row, "qry_text", "text?")
+# Below, T is the visual token. VLM2Vec joins T + " " + text. Our chat template places images, so T
+# goes and the space stays: many strings begin with one.
+
+
+def image_set(es, row):
+    r"""The 36 image sets, of which VLM2Vec has five parsers (src/data/eval_dataset).
+
+        {"qry_inst": "<|image_1|>\nAbout: ", "qry_text": "why?", "qry_img_path": "a.jpg",
+         "tgt_text": ["yes", "no"]}
+    image_qa  -> query {"text": "\nAbout: why?\n", "image": "/ROOT/.../a.jpg"},
+                 candidates {"text": "yes"}, {"text": "no"}; key = the text
+    image_cls, image_i2t: the same, but the instruction keeps its last space: "About:  why?"
+
+        {"qry_inst": "<|image_1|>\nFind:", "qry_text": "A cat.", "qry_img_path": "b.jpg",
+         "tgt_inst": "<|image_1|>\nIt:", "tgt_img_path": ["a.jpg", "c.jpg"], "tgt_text": ["", ""]}
+    image_t2i -> query {"text": "\nFind: A cat.\n"}, candidates as in image_targets()
+    image_i2i_vg: the same, and b.jpg goes with the query
+
+    VLM2Vec's query: T + " " + instruction [+ " " + text], then " \n" -> "\n", then + tail. The
+    positive is always the first: by argmax a model whose scores are all equal would get 100 %.
+    """
+    kind, tail = es.parser, es.spec["tail"]
+    inst = cell(row, "qry_inst").replace(IMG, "")
+    text = cell(row, "qry_text", "text?")
     if kind in ("image_t2i", "image_i2i_vg"):
-        cands = image_targets(b, row)
+        cands = image_targets(es, row)
     else:
-        cands = [b.cand(answer, item, answer) for answer in text_list(row, "tgt_text")]
+        cands = [es.cand(answer, item, answer) for answer in text_list(row, "tgt_text")]
     if kind == "image_t2i":  # without image, though a stray token may be there (WebQA)
-        query = b.say(f"{inst} {text}{tail}", inst, text)
+        query = es.say(f"{inst} {text}{tail}", inst, text)
     else:
         # Two of VLM2Vec's parsers strip the instruction, two do not.
         lead = inst if kind in ("image_cls", "image_i2t") else "\n" + inst.strip()
         full = f" {lead} {text}" if text else f" {lead}"
         full = full.replace(" \n", "\n") + tail
-        query = b.say(full, inst, text, cell(row, "qry_img_path"))
-    b.query(query, cands, cands[:1])
+        query = es.say(full, inst, text, cell(row, "qry_img_path"))
+    es.query(query, cands, cands[:1])
 
 
-def image_targets(b, row):
-    """The numbers of candidates that are images, with an instruction and, where the first is not
-    blank (WebQA, EDIS, OVEN, ...), captions.
+def image_targets(es, row):
+    r"""The numbers of candidates that are images: {"text": "\nIt:\n", "image": path}. If the first
+    caption is not blank (WebQA, EDIS, OVEN, ...), captions follow: "\nIt: a caption\n".
 
     In image_t2i the key is the path alone, so a path with another caption collapses; in
     image_i2i_vg it is path:caption (several objects of an image are targets in RefCOCO-Matching).
     """
-    inst, paths = cell(row, "tgt_inst").replace(IMG, ""), text_list(row, "tgt_img_path")
+    inst = cell(row, "tgt_inst").replace(IMG, "")
+    paths = text_list(row, "tgt_img_path")
     captions = [""] * len(paths)
     if row.get("tgt_text") not in (None, [], [""]):
         captions = text_list(row, "tgt_text")
@@ -1074,30 +1106,43 @@ def image_targets(b, row):
         raise BadData("tgt_text", f"{len(captions)} of them for {len(paths)} tgt_img_path")
     cands = []
     blank = not captions[0].strip()
-    grounding = b.parser == "image_i2i_vg"
+    grounding = es.parser == "image_i2i_vg"
+    end = "" if blank and grounding else "\n"  # VLM2Vec's two parsers differ here
     for path, caption in zip(paths, captions):
         full = f" {inst}" if blank else f" {inst} {caption}"
-        full = full.replace(" \n", "\n") + ("" if blank and grounding else "\n")
+        full = full.replace(" \n", "\n") + end
         content = "" if blank else caption.strip()
         key = path + ":" + caption.strip('"') if grounding else path
-        cands.append(b.cand(key, b.say, full, content=content, image=path))
+        cands.append(es.cand(key, es.say, full, content=content, image=path))
     return cands
 
 
-def video_cls(b, row):
-    """Global over all labels, shown by a clip or not, or local over neg_text (SmthSmthV2)."""
-    label, labels = cell(row, "pos_text"), b.spec["labels"]
-    if b.spec["scope"] == "local":
+def video_cls(es, row):
+    """A clip's class. Global over all labels, shown by a clip or not, or local over neg_text.
+
+    {"video_id": "v_1", "pos_text": "archery"} of K700 -> " Recognize the category of the video
+    content." and the clip; 700 labels, positive {"text": "archery"}. SmthSmthV2 lists its 174
+    options, the right one among them, in "neg_text".
+    """
+    label, labels = cell(row, "pos_text"), es.spec["labels"]
+    if es.spec["scope"] == "local":
         options = text_list(row, "neg_text")
+    elif isinstance(labels, str):
+        options = LABELS[labels]
     else:
-        options = LABELS[labels] if isinstance(labels, str) else listed(labels) or [label]
-    cands = [b.cand(text, item, text) for text in options]
-    query = b.say(" " + b.inst, b.inst, clip=cell(row, "video_id", "id"))
-    b.query(query, cands, [cands[options.index(label)]])
+        options = listed(labels) or [label]  # a user's list, or what the rows have
+    cands = [es.cand(text, item, text) for text in options]
+    query = es.say(" " + es.inst, es.inst, clip=cell(row, "video_id", "id"))
+    es.query(query, cands, [cands[options.index(label)]])
 
 
-# parser: (column of the clip's name, what stands before that name, columns of the options (none:
-# yes or no), how the answer names the first, second ... option ("": as it is listed), the question)
+# How the multiple-choice sets differ. All of it is VLM2Vec's. parser: (
+#     column of the clip's name,
+#     what stands before that name in its folder's,
+#     columns of the options: one that lists them, one for each, or none (yes and no),
+#     how the answer names the first, second ... option; "": by the option itself,
+#     the question: {lines} are the options joined by "\n", {words} by " ", {lettered} by "\n" with
+#     "(A) ", "(B) " ... before them)
 LETTERED = "{question}\nOptions:\n{lettered}"
 VIDEO_QA = {
     "videomme": ("videoID", "", ["options"], "ABCDEFGH", "{question}\n{lines}"),
@@ -1108,30 +1153,35 @@ VIDEO_QA = {
 }
 
 
-def video_qa(b, row):
-    """Multiple choice about a clip; key = the option as listed, text = what is embedded."""
-    column, before, columns, letters, form = VIDEO_QA[b.parser]
+def video_qa(es, row):
+    r"""Multiple choice about a clip; key = the option as listed, text = what is embedded.
+
+        {"videoID": "v", "question": "Which?", "options": ["A. Apples.", "B. Figs."], "answer": "B"}
+    of Video-MME -> the prompt, then " Which?\nA. Apples.\nB. Figs." and the clip; candidates
+    {"text": "Apples"}, {"text": "Figs"}; positive the second.
+    """
+    column, before, columns, letters, form = VIDEO_QA[es.parser]
     if len(columns) == 1:
         options = text_list(row, columns[0])
     else:
         options = [cell(row, name) for name in columns] or ["yes", "no"]
-    names = list(letters[: len(options)]) or options
-    answer = cell(row, "answer", "id")
+    names = list(letters[: len(options)]) or options  # ["A", "B"]
+    answer = cell(row, "answer", "id")  # "B"; NExTQA has numbers
     answer = answer.strip() if letters else answer
     if answer not in names:
         raise BadData("column answer", f"{answer!r} is not among {', '.join(names)}")
-    lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
+    lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]  # "(A) Apples."
     forms = {"lines": "\n".join(options), "words": " ".join(options)}
     forms["lettered"] = "\n".join(lettered).rstrip()
     question = form.format(question=cell(row, "question"), **forms)
-    keys = lettered if b.parser == "mvbench" else options
-    text = bare if b.parser in ("videomme", "egoschema") else str
-    cands = [b.cand(key, item, text(key)) for key in keys]
-    clip = before.format(config=b.config) + cell(row, column, "id")
-    query = b.say(f" {b.inst} {question}", b.inst, question, clip=clip)
+    keys = lettered if es.parser == "mvbench" else options
+    text = bare if es.parser in ("videomme", "egoschema") else str
+    cands = [es.cand(key, item, text(key)) for key in keys]
+    clip = before.format(config=es.config) + cell(row, column, "id")
+    query = es.say(f" {es.inst} {question}", es.inst, question, clip=clip)
     # Where an answer stands twice (MVBench) the last is right, as upstream.
     right = dict(zip(names, cands))[answer]
-    b.query(query, cands, [right])
+    es.query(query, cands, [right])
 
 
 def bare(option):
@@ -1142,62 +1192,79 @@ def bare(option):
 
 
 def stem(path):
-    """Name of a video without folders and ending (.mov, .m4v, .3gp); the .0 of AB_210.0 is none."""
+    """Name of a video without folders and ending: "x/v.m4v" -> "v", "AB_210.0" stays. An ending is
+    2 to 4 letters and digits, a letter among them."""
     return re.sub(r"\.(?=\d*[a-z])[a-z\d]{2,4}$", "", os.path.basename(path), flags=re.I)
 
 
-def video_ret(b, row):
-    """Caption -> video among all; key = the video's id. The first of several captions is taken."""
-    column, caption = b.spec["columns"]
+def video_ret(es, row):
+    """Caption -> video among all; key = the video's id. The first of several captions is taken.
+
+    {"video_id": "v_1", "caption": "a cat"} of MSR-VTT -> "Find a video that contains the following
+    visual content: a cat"; candidate " Understand the content of the provided video." and the clip.
+    """
+    column, caption = es.spec["columns"]  # ["video_id", "caption"]
     video = cell(row, column, "id")
     video = stem(video) if column == "video" else video  # DiDeMo names a file, the others have ids
-    several = isinstance(row[caption], list)
+    several = isinstance(row[caption], list)  # MSVD, VATEX
     text = text_list(row, caption)[0] if several else cell(row, caption)
-    target = b.cand(video, b.say, " " + b.tgt, clip=video)
-    b.query(b.say(f"{b.inst} {text}", b.inst, text), [target], [target])
+    target = es.cand(video, es.say, " " + es.tgt, clip=video)
+    es.query(es.say(f"{es.inst} {text}", es.inst, text), [target], [target])
 
 
-def moment(b, row):
-    """Clips of a video: folders next to query/ are candidates, positive* the right ones."""
+def moment(es, row):
+    """QVHighlight, Charades-STA: which clip of a video shows it? {"query": "a man runs",
+    "video_path": "x/AB.mp4"} names a folder of clips, each a folder of frames:
+
+        AB/query/                            the given video, shown with the query
+        AB/positive/                         the right candidate
+        AB/negative_0/, AB/negative_1/ ...   the other candidates
+    """
     text = cell(row, "query")
     video = stem(cell(row, "video_path", "id"))
-    folder = b.find(video, clip=True)
+    folder = es.find(video, clip=True)
     cands, right = [], []
     for name in visible(folder):
         clip = os.path.join(folder, name)
         if name == "query" or not os.path.isdir(clip):
             continue
-        key = os.path.relpath(clip, b.root)
-        cands.append(b.cand(key, b.say, " " + b.tgt, clip=f"{video}/{name}"))
+        key = os.path.relpath(clip, es.root)
+        cands.append(es.cand(key, es.say, " " + es.tgt, clip=f"{video}/{name}"))
         if name.startswith("positive"):
-            right.append(cands[-1])
-    query = b.say(f" {b.inst} {text}", b.inst, text, clip=f"{video}/query")
-    b.query(query, cands, right)
+            right.append(cands[-1])  # of several VLM2Vec takes the last alone
+    query = es.say(f" {es.inst} {text}", es.inst, text, clip=f"{video}/query")
+    es.query(query, cands, right)
 
 
-SEEK = {
+SEEK = {  # ending of what is shown with the query: VLM2Vec's prompt
     ".mp4": " Find the clip that corresponds to the given sentence and video segment:",
     ".jpg": " Select the video clip that aligns with the given text and image:",
     "": "Find the clip that corresponds to the given text:",
 }
 
 
-def momentseeker(b, row):
-    """Several positives; the query is text, text and image, or text and clip."""
-    text, given = cell(row, "query", "text?"), cell(row, "input_frames", "text?")
-    kind = os.path.splitext(given)[1]
+def momentseeker(es, row):
+    """The query is text, text and image, or text and clip; several candidates are right.
+
+        {"query": "a man runs", "input_frames": "1.jpg", "positive_frames": [{"output_path":
+         "m/a.mp4"}], "negative_frames": [{"output_path": "m/b.mp4"}, ...]}
+    -> " Select the video clip ...: a man runs" and query_1.jpg; clips video_frames/m_a, ..._b.
+    """
+    text = cell(row, "query", "text?")
+    given = cell(row, "input_frames", "text?")  # "", "1.jpg" or "m/a.mp4"
+    kind = os.path.splitext(given)[1]  # "", ".jpg" or ".mp4"
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
-    right = seek_targets(b, row, "positive_frames")
-    wrong = seek_targets(b, row, "negative_frames")
+    right = seek_targets(es, row, "positive_frames")
+    wrong = seek_targets(es, row, "negative_frames")
     full = f"{SEEK[kind]} {text}" if text else SEEK[kind]
-    b.query(b.say(full, SEEK[kind], text, image, clip), right + wrong, right)
+    es.query(es.say(full, SEEK[kind], text, image, clip), right + wrong, right)
 
 
-def seek_targets(b, row, column):
+def seek_targets(es, row, column):
     """The numbers of the clips in a column."""
     paths = [flat(clip["output_path"]) for clip in listed(row[column])]
-    return [b.cand(path, b.say, " " + b.tgt, clip=path) for path in paths]
+    return [es.cand(path, es.say, " " + es.tgt, clip=path) for path in paths]
 
 
 def flat(path):
@@ -1205,40 +1272,49 @@ def flat(path):
     return "video_frames/" + path.replace("/", "_").split(".mp4")[0]
 
 
-def pairs(b, row):
-    """A user's test set in MMEB-train's columns. Equal queries are one with several positives."""
-    query, target = mmeb_side(b, row, *QUERY), mmeb_side(b, row, *TARGET)
+def pairs(es, row):
+    """A user's test set in MMEB-train's columns, each row a query and one right target. All targets
+    are candidates. Equal queries are one with several positives."""
+    query, target = mmeb_side(es, row, *QUERY), mmeb_side(es, row, *TARGET)
     if {"text": ""} in (query, target):
         raise BadData("a side", "is empty")
     key = side_key(row, *QUERY)
-    number = b.cand(side_key(row, *TARGET), item, **target)
-    if key not in b.asked:
-        b.query(query, [number], [number])
-        b.asked[key] = b.positives[-1]
-    if number not in b.asked[key]:
-        b.asked[key].append(number)
+    number = es.cand(side_key(row, *TARGET), item, **target)
+    if key not in es.asked:
+        es.query(query, [number], [number])
+        es.asked[key] = es.positives[-1]  # the list itself: what is added to it counts
+    if number not in es.asked[key]:
+        es.asked[key].append(number)
 
 
 def side_key(row, text, image):
-    """'["text", "path"]'; an image inside the table goes by its bytes."""
-    names = [
-        hashlib.sha256(ref.read()).hexdigest() if isinstance(ref, TableImage) else ref or ""
-        for ref in listed(row[image])
-    ]
-    names = names if isinstance(row[image], list) else (names or [""])[0]
+    """The text and the image that tell a side from others: '["a cat", "pics/a.jpg"]'."""
+    names = []
+    for ref in listed(row[image]):
+        if isinstance(ref, TableImage):  # it has no name: a hash of its bytes
+            ref = hashlib.sha256(ref.read()).hexdigest()
+        names.append(ref or "")
+    if not isinstance(row[image], list):
+        names = names[0] if names else ""
     return json.dumps([row[text] or "", names], ensure_ascii=False)
 
 
-def page(b, row):
+# Sets of pages ("beir", after the benchmark whose layout this is) are read in three passes: page(),
+# qrel(), page_query(). For query 7 page 4 is relevant, with grade 3:
+#     corpus {"corpus-id": 4, "image": ...}    queries {"query-id": 7, "query": "what?"}
+#     qrels {"query-id": 7, "corpus-id": 4, "score": 3}
+
+
+def page(es, row):
     """A row of the corpus. An image is in the table, or lies in the media folders as the table
     says, as NAME.png (ViDoRe) or as short_name(NAME) (VisRAG)."""
     key = cell(row, "corpus-id", "id")
-    if key in b.index:
+    if key in es.index:
         raise BadData("column corpus-id", f"{key!r} occurs twice")
     image = row.get("image")
     if not isinstance(image, TableImage):
-        image = b.find(*listed(image or None), f"{key}.png", short_name(key))
-    b.cand(key, b.say, " " + b.tgt, image=image)
+        image = es.find(*listed(image or None), f"{key}.png", short_name(key))
+    es.cand(key, es.say, " " + es.tgt, image=image)
 
 
 def short_name(page):
@@ -1247,24 +1323,25 @@ def short_name(page):
     return f"{base[:50]}_{hashlib.md5(page.encode()).hexdigest()[:8]}{ending}"
 
 
-def qrel(b, row):
-    """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher."""
+def qrel(es, row):
+    """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher. Of
+    ViDoSeek-doc every page of the right document has 2, the page with the answer 3."""
     key, grade = cell(row, "corpus-id", "id"), row["score"]
-    if key not in b.index:
+    if key not in es.index:
         raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
     if grade > 0:
-        grades = b.relevant[cell(row, "query-id", "id")]
+        grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
         grades[key] = max(grades.get(key, 0), grade)
 
 
-def page_query(b, row):
+def page_query(es, row):
     """A question; its pages are known by now."""
     qid, text = cell(row, "query-id", "id"), cell(row, "query")
-    if qid in b.query_ids:
+    if qid in es.query_ids:
         raise BadData("column query-id", f"{qid!r} occurs twice")
-    grades = b.relevant[qid]  # {page: grade}
-    query = b.say(f"{b.inst} {text}", b.inst, text)
-    b.query(query, [], [b.index[key] for key in grades], list(grades.values()), qid)
+    grades = es.relevant.get(qid, {})  # {page id: grade}
+    query = es.say(f"{es.inst} {text}", es.inst, text)
+    es.query(query, [], [es.index[key] for key in grades], list(grades.values()), qid)
 
 
 IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
@@ -1274,27 +1351,27 @@ EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": page_quer
 
 
 def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=None):
-    """A complete row of a test set (or its name) -> EvalSet. Missing where the root has none of it.
+    """A spec of a test set (or its name) -> EvalSet. Missing where the root has none of it.
 
     limit: so many queries (a global set of pages or labels stays complete). frames: 8 as VLM2Vec
     (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". problems: a list that takes
     all that is broken, images included; without it the first stops the evaluation.
     """
     spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
-    b = EvalSet(spec, root, frames, prompts, problems)
-    if b.parser == "beir":
-        b.read(page, ["corpus"])
-        b.read(qrel, ["qrels"])
-        b.read(page_query, ["queries"], limit)
+    es = EvalSet(spec, root, frames, prompts, problems)
+    if es.parser == "beir":
+        es.read(page, ["corpus"])
+        es.read(qrel, ["qrels"])
+        es.read(page_query, ["queries"], limit)
     else:
-        b.read(EVAL_PARSERS[b.parser], b.configs, limit)
-        b.grades = None  # only pages are graded
-    b.cand_ids = list(b.index)
-    b.local = b.local if spec["scope"] == "local" else None
-    b.protocol = f"{prompts} prompts"
-    if b.modality == "video":
-        b.protocol = f"{b.frames} frames, {b.protocol}"
-    return b
+        es.read(EVAL_PARSERS[es.parser], es.configs, limit)
+        es.grades = None  # only pages are graded
+    es.cand_ids = list(es.index)  # in the order of .candidates
+    es.local = es.local if spec["scope"] == "local" else None
+    es.protocol = f"{prompts} prompts"
+    if es.modality == "video":
+        es.protocol = f"{es.frames} frames, {es.protocol}"  # "8 frames, vlm2vec prompts"
+    return es
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1302,14 +1379,15 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
 
 
 def check_one(task, root):
-    """A dataset from end to end, every image and frame -> (status, lines for the reader)."""
+    """A dataset from end to end, every image and frame -> (status, lines for the reader), e.g.
+    ("found", ["found    train CIRR   26,116 of    26116 rows, ..."]). task: (spec, "train")."""
     spec, kind = task
     problems = []
     rows = usable = 0
     status = "found"
     try:
         if kind == "eval":
-            es = load_eval(root, spec, frames=sys.maxsize, problems=problems)
+            es = load_eval(root, spec, frames=sys.maxsize, problems=problems)  # every frame
             rows, usable = es.rows, len(es.queries)
         else:
             source = Source(spec, root)
@@ -1336,12 +1414,12 @@ def check_one(task, root):
 
 
 def downloads(spec, root):
-    """The commands that bring a dataset."""
+    """The commands that bring a dataset: ["hf download ID --repo-type dataset ...", ...]."""
     parts = list(spec["fetch"])
     if spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
         parts.insert(0, [spec["hub"], None, ""])  # all of it
     commands = []
-    for hub, pattern, unpack in parts:
+    for hub, pattern, unpack in parts:  # unpack: "cd image-tasks && tar -xzf mmeb_v1.tar.gz ..."
         folder = os.path.join(root, hub)
         command = f"hf download {hub} --repo-type dataset --local-dir {folder}"
         command += f" --include '{pattern}'" if pattern else ""
