@@ -1,4 +1,4 @@
-"""
+r"""
 MMEB as two tables: the training sources of VLM2Vec-V2 and the 78 test sets of MMEB-V2.
 
 The idea. A benchmark is a table, not code. Every dataset is a row of mmeb.json (see Row below):
@@ -8,10 +8,18 @@ a parser of a few lines, and the model only ever sees items:
     item = {"text": str, "image": ref | [ref, ...], "video": {"frames": [ref, ...], "fps": float},
             "instruction": str}                                        absent keys are left out
     ref  = an absolute path, or a TableImage inside a parquet file; load_image(ref) decodes either
+    e.g.   {"text": "\nWhat is the man by the bags awaiting?\n", "image": "/ROOT/.../image_0.jpg"}
 
 Strings are VLM2Vec's to the byte, without its visual placeholder (our chat template puts images
 first) and with all other white space: that is worth 1.7 points on VisDial. prompts="qwen" moves
 the instruction of a test query to item["instruction"].
+
+The way of a dataset through this file. Two things are called a row: a dataset's row of mmeb.json
+(complete, with every default filled in, it is called spec), and a row of the dataset's own files.
+
+    mmeb.json --expand()--> short rows --complete()--> spec
+    spec, ROOT --Source----> a training row --mmeb_pair() ...--> query, target, hard negatives
+    spec, ROOT --EvalSet---> a test row ------image_set() ...--> query, candidates, positives
 
 The sampler's maths. A batch of B pairs is B/b sub-batches of b pairs. Each draws a dataset d with
 p(d) = w_d / Σw and takes the next b rows of d's own shuffled walk. In-batch negatives of a
@@ -32,10 +40,10 @@ It stops an evaluation, whose score would be that of another test. --check names
 Left out: decoding videos (the published frame folders are read), audio, the agent and text-only
 tasks of MMEB-V3, the English-only copies of ViDoRe-V2 that the leaderboard does not count.
 Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; comments say where the reference is wrong.
+"The reference" and "upstream" below are this VLM2Vec.
 """
 
 import argparse
-import collections
 import contextlib
 import functools
 import glob
@@ -59,28 +67,36 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-IMG = "<|image_1|>"  # Phi-3.5-V's token in MMEB's text; it also stands where no image follows
+# Phi-3.5-V's token in MMEB's text: "<|image_1|>\nWhat?\n". In WebQA it stands where no image
+# follows, in the split diverse_instruction in the middle of a sentence.
+IMG = "<|image_1|>"
 FRAMES, FPS = 8, 2.0  # VLM2Vec looks at 8 frames of a video; 2 per second is what Qwen assumes
-FRAME_FILES = (".jpg", ".jpeg", ".png")
+FRAME_FILES = (".jpg", ".jpeg", ".png")  # the endings that the reference accepts
 TABLE_FILES = (".parquet", ".jsonl", ".json")
 
-# labels: class names of test sets whose candidates are all classes, also those that no clip shows.
+# labels: class names of test sets whose candidates are all classes, also those that no clip shows:
+#     {"K700": ["abseiling", "acting_in_play", ...]}, from VLM2Vec's video_classification_utils.py.
 # visrag: VLM2Vec's prompts for VisRAG's training pages, {source: [before query, before page]}.
-# tables: lists of patterns that a row may name. train, eval: the rows, in groups.
+# tables: lists of patterns that a row may name, {"hub": ["{hub}/{config}/{split}-*.parquet", ...]}.
+# train, eval: the rows, in groups (see expand()).
 WORDS = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
 LABELS = WORDS["labels"]
 
 
 class BadData(ValueError):
-    """Something in the data is not what it should be. The message is "where: why" (why alone where
-    it says so already), one line of at most 300 characters."""
+    """Something in the data is not what it should be. The message is one line of at most 300
+    characters, "where: why": BadData("CIRR/7", error) puts a place before an error from below. If
+    that begins with the place already, or there is no why, nothing is put before it."""
 
     def __init__(self, where, why=""):
-        text = repr(why) if isinstance(why, (KeyError, IndexError)) else str(why or where)
+        text = str(why or where)
+        if isinstance(why, (KeyError, IndexError)):
+            text = repr(why)  # str(KeyError("qry")) is only 'qry'
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
-        # A library's message may span lines; a row may hold text that cannot be printed.
-        line = " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())
+        # A row may hold text that cannot be printed; a library's message may span lines.
+        text = text.encode("utf-8", "backslashreplace").decode()
+        line = " ".join(text.splitlines())
         super().__init__(line if len(line) <= 300 else f"{line[:190]} ... {line[-105:]}")
 
 
@@ -88,7 +104,7 @@ class Missing(BadData):
     """The root has no table of this dataset: not broken, just not there."""
 
 
-# What a parser may raise at a row that is not as it should be.
+# What a parser may raise at a row that is not as it should be; BadData is a ValueError.
 ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError)
 
 
@@ -105,7 +121,7 @@ def count(text):
 
 
 def short(value):
-    """A value as it may stand in a message."""
+    """A value as it may stand in a message: null, 3, 'a text', or "a list" for what is longer."""
     if value is None:
         return "null"
     if not isinstance(value, (str, int, float)):
@@ -118,7 +134,8 @@ def short(value):
 
 
 def item(text="", image=None, video=None, instruction=None):
-    """Only what is there; a side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
+    """item("a cat", image="/a.jpg") -> {"text": "a cat", "image": "/a.jpg"}: only what is there.
+    A side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
     parts = {"text": text, "image": image, "video": video, "instruction": instruction}
     return {key: value for key, value in parts.items() if value not in (None, "")} or {"text": ""}
 
@@ -143,17 +160,21 @@ def look(*items):
 
 @dataclass(frozen=True)
 class TableImage:
-    """An image inside a parquet file: bytes, or the hub's {"bytes", "path"}; read when wanted."""
+    """Where an image lies inside a parquet file. The cell holds its encoded bytes, or what the hub
+    writes: {"bytes": b"...", "path": "a.jpg"}. It is read when the image is wanted, not before."""
 
-    table: str
+    table: str  # path of the file
     row: int
     column: str
-    index: int | None = None  # where the cell is a list
+    index: int | None = None  # where the cell is a list of images
 
     def read(self):
-        """The encoded bytes."""
+        """The encoded bytes (of a JPEG, PNG ...)."""
+        # data: the pyarrow Table behind it; a slice of it copies nothing.
         value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0]
-        value = (value if self.index is None else value.values[self.index]).as_py()
+        if self.index is not None:
+            value = value.values[self.index]
+        value = value.as_py()
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
@@ -174,18 +195,21 @@ def load_image(ref):
         ref = ref.get("bytes") or ref.get("path")
     name = "image" if isinstance(ref, (Image.Image, bytes)) else str(ref)[:250]  # for messages
     try:
-        image = ref if isinstance(ref, Image.Image) else Image.open(io.BytesIO(image_bytes(ref)))
+        image = ref
+        if not isinstance(ref, Image.Image):
+            image = Image.open(io.BytesIO(image_bytes(ref)))
         if max(image.size) > 200 * min(image.size):  # Qwen's processors do not take it either
             size = f"{image.width}x{image.height} pixels"
             raise BadData(name, f"{size}: expected sides that differ by no more than 200 to 1")
         with SHARED if image is ref else contextlib.nullcontext():
-            image.load()
+            image.load()  # Image.open() has read the header only
         return to_rgb(image)
+    except BadData as error:
+        raise BadData(name, error) from error
+    except UnidentifiedImageError as error:  # its message names an object in memory
+        raise BadData(name, "cannot be read as an image") from error
     except Exception as error:  # Pillow raises nearly anything at mutilated bytes
-        why = error if isinstance(error, BadData) else f"cannot be read as an image ({error})"
-        if isinstance(error, UnidentifiedImageError):  # it names an object in memory
-            why = "cannot be read as an image"
-        raise BadData(name, why) from error
+        raise BadData(name, f"cannot be read as an image ({error})") from error
 
 
 def image_bytes(ref):
@@ -206,7 +230,7 @@ def to_rgb(image):
     black; here alpha is laid on white) and cuts 16-bit grey off at 255 (here it is scaled).
     """
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image) * (255 / 65535)
+        grey = np.asarray(image) * (255 / 65535)  # 0 ... 65535 -> 0 ... 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):  # a mask, a depth map: no file says which level is white
         raise BadData(f"mode {image.mode}", "expected grey levels of 8 or 16 bits, or colours")
@@ -217,12 +241,13 @@ def to_rgb(image):
 
 
 def visible(folder):
-    """The names in a folder in natural order, without AppleDouble files (._x.jpg)."""
+    """The names in a folder in natural order, without AppleDouble files (._x.jpg), as VisDial's
+    archive holds them (VLM2Vec's issue 108)."""
     return sorted((name for name in os.listdir(folder) if name[0] != "."), key=natural)
 
 
 def natural(name):
-    """A sort key: frame_2 before frame_10."""
+    """A sort key that puts frame_2 before frame_10: "frame_2.jpg" -> ["frame_", 2, ".jpg"]."""
     return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name.lower())]
 
 
@@ -231,7 +256,7 @@ def natural(name):
 
 
 def refuse_pointer(path, head):
-    """A clone without git-lfs has pointers in the place of large files."""
+    """A clone without git-lfs has pointers, texts of three lines, in the place of large files."""
     if head.startswith(b"version https://git-lfs"):
         raise BadData(path, "is a git-lfs pointer: run `git lfs pull` or download it again")
 
@@ -252,8 +277,9 @@ def open_table(path):
 def _open_table(path, changed):
     """The time of its change is part of its name in the cache: a changed file is read anew.
 
-    JSON is parsed when a row is read: Arrow wants columns of one type (neg_text is text or a list),
-    takes text for dates, and does not name the line at fault.
+    Of JSON the Dataset has one column, "line": it is parsed when a row is read. For Arrow wants
+    columns of one type (neg_text is text or a list), takes text for dates, and does not name the
+    line at fault.
     """
     import datasets  # takes seconds, which load_image alone need not wait for
 
@@ -266,15 +292,18 @@ def _open_table(path, changed):
         return datasets.Dataset.from_generator(
             json_lines,
             features=datasets.Features({"line": datasets.Value("binary")}),
-            gen_kwargs={"path": path, "changed": changed},
+            gen_kwargs={"path": path, "changed": changed},  # hashed: the name of the Arrow copy
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
+        # An empty file is to `datasets` a split that "corresponds to no data". Its own errors hide
+        # the one that explains them in __cause__.
         why = "no rows" if "to no data" in str(error) else error.__cause__ or error
         raise BadData(path, f"cannot be read: {why}") from error
 
 
 def json_lines(path, changed):
-    """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes."""
+    """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes:
+    {"line": b'{"qry": "a cat"}'}, ... `changed` only makes another name in the cache."""
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
         file.seek(0)
@@ -289,7 +318,7 @@ def json_lines(path, changed):
 class Cells(dict):
     """A row, {column: value}, that names a column it does not have."""
 
-    def __missing__(self, column):
+    def __missing__(self, column):  # of row["qry"]; row.get("qry") still gives None
         raise BadData(f"no column {column}", f"there are {', '.join(self)}")
 
 
@@ -308,17 +337,18 @@ class Table:
         for path, file in self.files:
             if i < len(file):
                 return read_row(path, file, i)
-            i -= len(file)
+            i -= len(file)  # row 12 of files of 10 and 5 rows is row 2 of the second
 
 
 def read_row(path, file, i):
-    """Row i of a file that open_table() gave."""
+    """Row i of a file that open_table() gave -> Cells({"qry": "a cat", "neg_text": None, ...})."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
-    cells = {name: row.column(name)[0] for name in row.column_names}
+    cells = {name: row.column(name)[0] for name in row.column_names}  # of pyarrow's types
     if path.endswith(".parquet"):
         values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
         return Cells(zip(cells, values))
-    return Cells(json.loads(cells["line"].as_py().decode("utf-8-sig")))
+    line = cells["line"].as_py()
+    return Cells(json.loads(line.decode("utf-8-sig")))  # with or without a byte order mark
 
 
 def arrow_value(cell, image):
@@ -326,7 +356,7 @@ def arrow_value(cell, image):
 
     Images are bytes, the hub's {"bytes", "path"} (one may be absent), or a list of those.
     """
-    if not cell.is_valid:
+    if not cell.is_valid:  # null
         return None
     if isinstance(cell, pa.ListScalar):
         return [arrow_value(part, replace(image, index=k)) for k, part in enumerate(cell.values)]
@@ -345,8 +375,8 @@ def cell(row, column, kind="text"):
     value = row[column]
     if kind == "text?" and value is None:
         return ""
-    if kind == "id" and type(value) in (int, float) and float(value).is_integer():
-        return str(int(value))
+    if kind == "id" and type(value) in (int, float) and float(value).is_integer():  # no bool
+        return str(int(value))  # 7, 7.0 -> "7"
     if not is_text(value):
         raise BadData(f"column {column}", f"text is wanted, got {short(value)}")
     return value
@@ -357,7 +387,7 @@ def text_list(row, column):
     values = row[column]
     if not isinstance(values, list) or not values:
         raise BadData(f"column {column}", f"a list of texts is wanted, got {short(values)}")
-    return [cell({column: value}, column) for value in values]
+    return [cell({column: value}, column) for value in values]  # each as if it were a row's
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,36 +397,37 @@ def text_list(row, column):
 @dataclass
 class Row:
     """A dataset. mmeb.json and ROOT/datasets.json = {"train": [rows], "eval": [rows]}, which takes
-    its place where it exists, need only the name and what differs from these defaults."""
+    its place where it exists, need only the name and what differs from these defaults:
+
+    {"train": [{"name": "shop", "table": "shop.jsonl", "media": ["photos"], "weight": 2}]}
+    """
 
     name: str  # unique; the key of every score and id
     parser: str  # of TRAIN_PARSERS (default mmeb) or EVAL_PARSERS (default pairs)
     split: str  # "original" (default in training), "test" (default) ...
     hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
     # Where in ROOT the rows lie: patterns of which the first that matches wins, or the name of a
-    # list of them in mmeb.json. {hub} {repo} {name} {lower} {under} {split} {config} {part} are
-    # filled in: repo ends the hub id, lower and under spell the name, part is corpus, qrels or
-    # queries.
+    # list of them in mmeb.json. In "{hub}/{config}/{split}-*.parquet" and the like Files.paths()
+    # fills in {hub} {repo} {name} {lower} {under} {split} {config} {part}.
     table: str | list | None = None
-    config: str | list = ""  # the hub's config; a test set may have several, read in turn
-    cap: int | None = None  # only so many first rows are used
+    config: str | list = ""  # the hub's config; a test set may have several, read in turn (MVBench)
+    cap: int | None = None  # only so many first rows are used, as in train_alltasks.yaml
     media: str | list | None = None  # folders where images and clips are looked for, in this order
-    frames: int | None = None  # frames per video, and what the item says of their rate
-    fps: int | float = FPS
+    frames: int | None = None  # frames per video
+    fps: int | float = FPS  # what the item says of their rate
     fetch: list = field(default_factory=list)  # [[hub id, pattern, command to unpack]]
     # Training only: published rows (None where they are known to about 1 %), weight of a draw.
     rows: int | None = None
     weight: int | float = 1.0
-    # Test sets only. scope: the candidates are the row's (local) or all (global); ood: MMEB-train
-    # has no such set; inst and tgt: the parser's prompts; tail: what ends a query.
-    modality: str = "image"
-    family: str = "own"
-    scope: str | None = None
+    # Test sets only.
+    modality: str = "image"  # or video, visdoc (pages of documents)
+    family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
+    scope: str | None = None  # "local": the row lists its candidates, "global": all are
     queries: int | None = None  # published
-    ood: bool | None = None
-    inst: str = ""
-    tgt: str = ""
-    tail: str = "\n"
+    ood: bool | None = None  # out of distribution: MMEB-train has no such set
+    inst: str = ""  # the parser's prompt before a query, e.g. "Select a video that fits ...:"
+    tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
+    tail: str = "\n"  # what ends a query of an image set; two in VisDial
     columns: list = field(default_factory=lambda: ["video_id", "caption"])  # video_ret
     labels: str | list | None = None  # all classes, or their key in mmeb.json
 
@@ -408,7 +439,12 @@ DEFAULTS = {
 
 
 def complete(row, kind):
-    """A short row -> all keys. A typing mistake must not become a default: BadData names it."""
+    """A short row of kind "train" or "eval" -> a dict of all keys of Row, here called spec.
+
+    {"name": "own", "table": "test.jsonl"} -> {"name": "own", "table": ["test.jsonl"],
+    "parser": "pairs", "split": "test", "scope": "global", "media": [""], ...}. A typing mistake
+    must not become a default: BadData names it.
+    """
     given = {key: value for key, value in row.items() if value is not None}
     try:
         row = asdict(Row(**DEFAULTS[kind] | given))
@@ -417,18 +453,22 @@ def complete(row, kind):
     name = row["name"]
     for key in fields(Row):
         value = row[key.name]
-        if not isinstance(value, key.type):
+        if not isinstance(value, key.type):  # of table: str | list | None
             raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
+        # In Python a bool is an int: ood may be False.
         if isinstance(value, (int, float)) and value <= 0 and key.name != "ood":
             raise BadData(name, f"{key.name}: {value} is not above 0")
     if "/" in name:
         raise BadData(name, "a name that can name a file is wanted, without /")
     beir = row["parser"] == "beir"
-    retrieval = beir or row["parser"] in ("pairs", "video_ret")
-    row["scope"] = row["scope"] or ("global" if retrieval else "local")
+    if not row["scope"]:
+        retrieval = beir or row["parser"] in ("pairs", "video_ret")
+        row["scope"] = "global" if retrieval else "local"
     row["media"] = listed(row["media"]) or [row["hub"]]
     table = row["table"] or ("beir" if beir else "hub")
-    row["table"] = WORDS["tables"].get(table, [table]) if isinstance(table, str) else table
+    if isinstance(table, str):
+        table = WORDS["tables"].get(table, [table])  # a list of mmeb.json, or a pattern
+    row["table"] = table
     choices = {"modality": ["image", "video", "visdoc"], "scope": ["local", "global"]}
     choices["parser"] = TRAIN_PARSERS if kind == "train" else EVAL_PARSERS
     choices["labels"] = LABELS
@@ -439,7 +479,11 @@ def complete(row, kind):
 
 
 def expand(groups):
-    """mmeb.json's groups -> rows: what those of a group have in common, then each one's keys."""
+    """mmeb.json's groups -> short rows: what a group has in common, then each one's own keys.
+
+    [{"common": {"hub": "VLM2Vec/{name}"}, "rows": [{"name": "MSVD", "queries": 670}]}]
+    -> [{"hub": "VLM2Vec/MSVD", "name": "MSVD", "queries": 670}]
+    """
     rows = []
     for group in groups:
         for row in group["rows"]:
@@ -448,7 +492,7 @@ def expand(groups):
     return rows
 
 
-TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])
+TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])  # 25 and 78 short rows
 USER_FILES = {
     "train": ["train.jsonl", "train.parquet"],
     "eval": ["test.jsonl", "test.parquet"],
@@ -463,21 +507,21 @@ def read_listing(path, kind):
         unknown = set(listing) - {"train", "eval"}
         if unknown:
             raise ValueError(f"unknown key {min(unknown)!r}")
-        rows = [dict(row) for row in listing.get(kind, [])]
+        return [dict(row) for row in listing.get(kind, [])]
     except (AttributeError, TypeError, ValueError) as error:
+        # It is no JSON, or has a list in the place of a dict.
         form = '{"train": [rows], "eval": [rows]}'
         raise BadData(path, f"expected JSON of the form {form} ({error})") from error
-    return rows
 
 
 def own_files(root, kind):
-    """A user's tables that are there."""
+    """A user's tables that are there: [], or ["train.jsonl"] ..."""
     return [name for name in USER_FILES[kind] if os.path.exists(os.path.join(root, name))]
 
 
 def tables(root, kind):
-    """The complete rows that hold for a root: its datasets.json, else its train.jsonl and
-    test.jsonl (or .parquet), else mmeb.json."""
+    """A root's datasets of kind "train" or "eval" -> their specs: those of its datasets.json, else
+    its train.jsonl and test.jsonl (or .parquet), else those of mmeb.json, there or not."""
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
@@ -490,10 +534,11 @@ def tables(root, kind):
         files = own_files(root, kind)
         if len(files) > 1:
             raise BadData(root, f"{' and '.join(files)}: expected one of them")
-        rows = [{"name": "own", "table": file} for file in files]
+        rows = [{"name": "own", "table": file} for file in files]  # of train.jsonl alone: no test
     rows = [complete(row, kind) for row in rows]
-    for name, count in collections.Counter(row["name"] for row in rows).items():
-        if count > 1:
+    names = [row["name"] for row in rows]
+    for name in names:
+        if names.count(name) > 1:
             raise BadData(root, f"{kind} dataset {name!r} is there twice")
     return rows
 
@@ -506,12 +551,13 @@ def wanted(rows, names):
     for name in names:
         if name not in by_name:
             raise BadData(f"no dataset {name!r} in the table; there are {', '.join(by_name)}")
-    return [by_name[name] for name in dict.fromkeys(names)]
+    return [by_name[name] for name in dict.fromkeys(names)]  # a name given twice counts once
 
 
 def fingerprint(root, kind):
     """A hash of a root's "training" or "test" tables: their rows here and, of every file, name,
-    size, the first and the last megabyte. A row that is put in or taken out changes it."""
+    size, the first and the last megabyte. A row that is put in or taken out changes it. By it
+    train.py notices that a finished stage was trained on other data."""
     digest = hashlib.sha256()
     for row in tables(root, "train" if kind == "training" else "eval"):
         digest.update(json.dumps(row, sort_keys=True).encode())
@@ -520,7 +566,7 @@ def fingerprint(root, kind):
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 digest.update(f"{os.path.relpath(path, files.root)} {size}".encode())
-                digest.update(file.read(2**20))
+                digest.update(file.read(2**20))  # all of a small file
                 file.seek(max(0, size - 2**20))
                 digest.update(file.read())
     return digest.hexdigest()
@@ -531,12 +577,12 @@ def fingerprint(root, kind):
 
 
 class Files:
-    """A complete row on a root: its tables, and the images and clips that they refer to."""
+    """A dataset (spec) on a root: its tables, and the images and clips that they refer to."""
 
     def __init__(self, spec, root, frames=None):
         self.spec = spec
         self.name = spec["name"]
-        self.parser = spec["parser"]
+        self.parser = spec["parser"]  # its name
         self.configs = listed(spec["config"]) or [""]
         if self.parser == "beir":  # a set of pages is read part by part
             self.configs = ["corpus", "qrels", "queries"]
@@ -557,7 +603,8 @@ class Files:
 
     def find(self, *names, clip=False):
         """Path of an image (or a clip's folder) in the first media folder that has one of these
-        names."""
+        names. Published archives unpack into folders that differ from VLM2Vec's own settings, so
+        that mmeb.json lists several for each dataset."""
         there = os.path.isdir if clip else os.path.isfile
         for folder, name in itertools.product(self.spec["media"], names):
             path = self.inside(name, folder)
@@ -568,7 +615,10 @@ class Files:
         raise BadData(f"{what} {' or '.join(map(repr, names))}", f"missing, looked in {folders}")
 
     def image(self, value):
-        """A cell -> a reference, a list of them, or None where there is nothing."""
+        """A cell -> a reference, a list of them, or None where there is nothing.
+
+        "images/CIRR/Train/1.jpg" -> "/ROOT/TIGER-Lab/MMEB-train/images/CIRR/Train/1.jpg"
+        """
         if isinstance(value, list):
             return [self.image(part) for part in value if part not in (None, "")] or None
         if value is None or value == "":
@@ -576,16 +626,19 @@ class Files:
         return value if isinstance(value, TableImage) else self.find(value)
 
     def clip(self, name):
-        """Name of a video -> {"frames", "fps"}: n frames at np.linspace(0, last, n), all of
-        MomentSeeker's. Fewer are taken as they are: padding with the last one, as upstream does
-        since June 2026, costs Qwen3 2.3 points on HMDB51."""
+        """Name of a video, whose frames are a folder's files -> {"frames": [paths], "fps": 2.0}.
+
+        n frames at np.linspace(0, last, n), all of MomentSeeker's. Fewer are taken as they are:
+        padding with the last one, as VLM2Vec does since 63ee24a (June 2026), costs Qwen3 2.3 points
+        on HMDB51.
+        """
         folder = self.find(name, clip=True)
         frames = [file for file in visible(folder) if file.lower().endswith(FRAME_FILES)]
         if not frames:
             raise BadData(f"clip folder {folder}", "has no frames")
         if self.parser != "momentseeker" and self.frames <= len(frames):
             places = np.linspace(0, len(frames) - 1, self.frames, dtype=int)
-            frames = [frames[i] for i in places]
+            frames = [frames[i] for i in places]  # 8 of 64: 0, 9, 18, 27, 36, 45, 54, 63
         frames = [self.inside(file, folder) for file in frames]
         return {"frames": frames, "fps": self.spec["fps"]}
 
@@ -605,16 +658,22 @@ class Files:
         return [path for config in self.configs for path in self.paths(config)]
 
     def paths(self, config):
-        """The sorted files of the first pattern that matches any; '*' matches no ._x.parquet."""
+        """The sorted files of the first pattern that matches any; '*' matches no ._x.parquet.
+
+        "{hub}/{config}/{split}-*.parquet" for the config "MC" of NExTQA
+        -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
+        """
         lower = self.name.lower()
-        fill = self.spec | {"repo": os.path.basename(self.spec["hub"])}
-        fill |= {"lower": lower, "under": lower.replace("-", "_"), "config": config, "part": config}
-        if self.parser == "beir":
-            fill["config"] = self.spec["config"]
+        fill = self.spec | {"part": config}  # "corpus", "qrels" or "queries" of a set of pages
+        fill["repo"] = os.path.basename(self.spec["hub"])  # "vidore/x_beir" -> "x_beir"
+        fill["lower"] = lower  # "Charades-STA" -> "charades-sta"
+        fill["under"] = lower.replace("-", "_")  # -> "charades_sta"
+        if self.parser != "beir":
+            fill["config"] = config
         fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
         for pattern in self.spec["table"]:
             try:
-                pattern = os.path.normpath("./" + pattern.format(**fill))
+                pattern = os.path.normpath("./" + pattern.format(**fill))  # a//b where config is ""
             except (LookupError, ValueError) as error:
                 raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
@@ -635,31 +694,48 @@ def check_shards(paths):
 # --------------------------------------------------------------------------------------------------
 # Training: a parser per kind of source, row -> (query item, target item, [hard negative items])
 
-QUERY, TARGET = ["qry", "qry_image_path"], ["pos_text", "pos_image_path"]
+QUERY, TARGET = ["qry", "qry_image_path"], ["pos_text", "pos_image_path"]  # text, image of a side
 
 
 def mmeb_pair(files, row):
-    """MMEB's columns. Hard negatives (text, image or both; a value or lists) are kept: VLM2Vec
-    reads and drops them."""
+    r"""MMEB-train's columns. A row of A-OKVQA
+
+        {"qry": "<|image_1|>\nRepresent the given image with the following question: What ...?\n",
+         "qry_image_path": "images/A-OKVQA/Train/A-OKVQA_image_0.jpg", "pos_text": "cab",
+         "pos_image_path": "", "neg_text": "train", "neg_image_path": ""}
+
+    -> {"text": "\nRepresent the ...?\n", "image": "/ROOT/.../A-OKVQA_image_0.jpg"},
+       {"text": "cab"}, [{"text": "train"}]
+
+    Hard negatives (text, image or both; a value, or lists as in mmE5's columns) are kept: VLM2Vec
+    reads and drops them. CIRR and others have no such columns.
+    """
     texts, images = listed(row.get("neg_text")), listed(row.get("neg_image_path"))
     if texts and images and len(texts) != len(images):
         raise BadData("negatives", f"{len(texts)} neg_text for {len(images)} neg_image_path")
     negatives = []
     for text, image in itertools.zip_longest(texts, images):
-        cells = {"neg_text": text, "neg_image_path": image}
         if text or image:
-            negatives.append(mmeb_side(files, cells, *cells))
+            cells = {"neg_text": text, "neg_image_path": image}  # one negative, as if it were a row
+            negatives.append(mmeb_side(files, cells, "neg_text", "neg_image_path"))
     return mmeb_side(files, row, *QUERY), mmeb_side(files, row, *TARGET), negatives
 
 
 def mmeb_side(files, row, text, image):
-    """The item of two columns."""
+    """The item of two columns, by their names."""
     return item(cell(row, text, "text?").replace(IMG, ""), files.image(row[image]))
 
 
 def video_pair(files, row):
-    """LLaVA-Hound's conversation about a clip, used in three ways: clip -> caption, caption ->
-    clip, clip and question -> answer."""
+    r"""LLaVA-Hound's conversation about a clip, used in three ways. The prompts are VLM2Vec's.
+
+        {"video": "v_1", "conversations": [{"from": "human", "value": "<video>\nDescribe."},
+                                           {"from": "gpt", "value": "A cat sleeps."}]}
+
+    video_caption    clip, "\nDescribe." -> "A cat sleeps."
+    video_retrieval  "Find a video that ... visual content: A cat sleeps." -> clip, "Understand ..."
+    video_qa         clip, "Answer a question ... of a video. \nDescribe." -> "A cat sleeps."
+    """
     question, answer = [cell(turn, "value") for turn in row["conversations"][:2]]
     question = question.replace("<video>", "")
     clip = files.clip(cell(row, "video"))
@@ -672,9 +748,15 @@ def video_pair(files, row):
 
 
 def page_pair(files, row):
-    """Pages. colpali_train_set: page and question -> answer, without its own long prompts, as in
-    VLM2Vec. VisRAG: text -> page. The odd spaces are VLM2Vec's f"{prompt} {query} {token}" of a
-    prompt that ends in a space, token or query empty."""
+    """Pages. The odd spaces are VLM2Vec's f"{prompt} {query} {token}" of a prompt that ends in a
+    space, token or query empty.
+
+    page_qa  colpali_train_set: page and question -> answer, without its own long prompts, as in
+             VLM2Vec. {"image", "query": "what?", "answer": "7"} -> page and " what?"; "7"
+    page     VisRAG: text -> page, with prompts of its source (mmeb.json).
+             {"image", "query": "x", "source": "PlotQA"} -> "This query relates to ...:  x "; page
+             and "A numerical data visualization, ...  "
+    """
     query, page = cell(row, "query", "text?"), files.image(row["image"])
     if files.parser == "page_qa":
         return item(" " + query, page), item(cell(row, "answer", "text?")), []
@@ -695,21 +777,22 @@ TRAIN_PARSERS = {
 
 
 class Source(Files):
-    """A training row opened. Rows with an empty side are dropped, as the reference does: of the
-    first `cap`, not before."""
+    """A training dataset opened. Rows with an empty side are dropped, as the reference does: of the
+    first `cap`, not before. So usable row 1 may be the table's row 4."""
 
     def __init__(self, spec, root):
         super().__init__(spec, root)
         self.parse, self.sides = TRAIN_PARSERS[self.parser]
         self.rows = self.table(self.configs[0])
-        # Numbers of the usable rows, 4 bytes each.
+        # (usable rows,): usable row -> row of the table, 4 bytes each.
         self.keep = np.fromiter(filter(self.is_full, range(len(self.rows))), np.int32)
         if not len(self.keep):
             first = self.rows.files[0][0]
             raise BadData(self.name, f"no usable row in {first}: every side is empty")
 
     def is_full(self, i):
-        """Has each side something? A row that cannot be read counts: pair() will name it."""
+        """Has each side of the table's row i something? One that cannot be read counts: pair() will
+        name it."""
         try:
             row = self.rows[i]
             return all(any(row[column] for column in side) for side in self.sides)
@@ -717,11 +800,12 @@ class Source(Files):
             return True
 
     def id(self, row):
-        """Usable row -> "Name/row in its table"."""
+        """Usable row -> "Name/row of its table", e.g. "CIRR/7"."""
         return f"{self.name}/{self.keep[row]}"
 
     def pair(self, row):
-        """-> {"id", "dataset", "query": item, "target": item, "negatives": [items]}, with refs."""
+        """Usable row -> {"id", "dataset", "query": item, "target": item, "negatives": [items]}. No
+        image is read yet."""
         try:
             query, target, negatives = self.parse(self, self.rows[int(self.keep[row])])
         except ROW_FAULTS as error:
@@ -732,7 +816,8 @@ class Source(Files):
 
 def pair_key(pair):
     """A short hash of a pair's texts and images' bytes. Unlike its row number it stays when rows
-    are inserted, or the root is moved."""
+    are inserted, or the root is moved. Rationales, which may come from files, find their pair by
+    it."""
     digest = hashlib.sha256()
     for side in (pair["query"], pair["target"], *pair["negatives"]):
         texts = {key: value for key, value in side.items() if key in ("text", "instruction")}
@@ -768,10 +853,13 @@ class TrainData:
 
     def fetch(self, source, row, read=sound):
         """read(pair). The next row that can be read takes the place of one that cannot
-        (ValueError), which is named once, whichever process meets it."""
+        (ValueError), which is named once, whichever process meets it.
+
+        read: e.g. of train.py, pair -> its prompts of tokens and patches, which opens the images.
+        """
         size = self.sizes[source]
-        errors = {}
-        for i in itertools.chain(range(row, size), range(row)):
+        errors = {}  # {row: BadData}
+        for i in itertools.chain(range(row, size), range(row)):  # on from row, then from the start
             try:
                 pair = read(self.pair(source, i))
             except ValueError as error:
@@ -812,8 +900,12 @@ class Sampler:
 
     Every rank draws the global batch and takes every world-th sub-batch, or an equal part of one
     where ranks are more. A walk that ends inside a sub-batch goes on with the next epoch's order; a
-    source smaller than a sub-batch repeats rows in it (the loss masks equal targets). first: where
-    in each source its `sizes` rows begin, so that stages can have rows of their own.
+    source smaller than a sub-batch repeats rows in it (the loss masks equal targets). In VLM2Vec
+    the make-up of a batch depends on the number of data workers and on the version; not here.
+
+    next(Sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
+    -> [(1, 12), (1, 27), (0, 48), (0, 8)]
+    first: where in each source its `sizes` rows begin, so that stages can have rows of their own.
     """
 
     def __init__(self, sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
@@ -821,14 +913,14 @@ class Sampler:
             raise ValueError(f"sizes {list(sizes)}, weights {list(weights)}: nothing to draw")
         if sub_batch < 1 or batch % sub_batch or batch % world:
             raise ValueError(f"batch {batch} is no multiple of {sub_batch}, or of {world} ranks")
-        self.p = np.array(weights, np.float64) / np.sum(weights)
-        self.batch = batch
+        self.p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
+        self.batch = batch  # pairs of all ranks
         self.sub_batch = sub_batch
         self.seed = seed
         self.rank = rank
         self.world = world
         self.step = 0
-        self.walks = []
+        self.walks = []  # a generator per source
         for source, size in enumerate(sizes):
             start = first[source] if first else 0
             self.walks.append(self.walk(source, size, start))
@@ -846,14 +938,16 @@ class Sampler:
     def __next__(self):
         """This rank's batch / world pairs of the next global batch."""
         rng = np.random.default_rng([0, self.seed, self.step])  # walk() has the streams of 1
-        drawn = rng.choice(len(self.p), self.batch // self.sub_batch, p=self.p)
+        drawn = rng.choice(len(self.p), self.batch // self.sub_batch, p=self.p)  # (sub-batches,)
         self.step += 1
-        pairs = []
+        pairs = []  # of the global batch
         for source in drawn:
             pairs += itertools.islice(self.walks[source], self.sub_batch)
-        size = math.gcd(self.sub_batch, self.batch // self.world)  # sub_batch, if ranks are few
+        # Parts are dealt to ranks in turn. A part is a sub-batch, or less where a rank's share is
+        # less: a batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
+        size = math.gcd(self.sub_batch, self.batch // self.world)
         parts = [pairs[at : at + size] for at in range(0, self.batch, size)]
-        return [pair for part in parts[self.rank :: self.world] for pair in part]
+        return list(itertools.chain(*parts[self.rank :: self.world]))
 
     def skip(self, steps):
         """Draw so many batches, and forget them."""
@@ -866,8 +960,12 @@ class Sampler:
 
 
 class EvalSet(Files):
-    """A test row opened and filled by its parser. load_eval() adds .cand_ids, the candidates' keys,
-    and .protocol: what a score of it must be quoted with."""
+    """A test set opened and filled by its parser. load_eval() adds .cand_ids, the candidates' keys,
+    and .protocol: what a score of it must be quoted with.
+
+    Of two rows that list the options "yes" and "no", of which the first and the second is right:
+    candidates [{"text": "yes"}, {"text": "no"}], local [[0, 1], [0, 1]], positives [[0], [1]].
+    """
 
     def __init__(self, spec, root, frames=None, prompts="vlm2vec", problems=None):
         super().__init__(spec, root, frames)
@@ -876,7 +974,8 @@ class EvalSet(Files):
         self.tgt = spec["tgt"]
         self.problems = problems  # a list takes every complaint; None: the first is raised
         self.modality = spec["modality"]
-        self.metric = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1"
+        self.metric = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1"  # the leaderboard's
+        # What a score is computed from. A candidate of many queries is embedded once.
         self.queries = []  # items
         self.query_ids = []
         self.candidates = []  # items
@@ -886,10 +985,11 @@ class EvalSet(Files):
         self.positives = []  # per query candidate numbers
         self.grades = []  # per query the positives' grades, or None
         self.rows = 0  # of the table of queries
-        self.where = self.name  # the row being read
+        # While it is filled:
+        self.where = self.name  # the row being read, "NExTQA/7"
         self.config = ""  # and the config it is in
         self.asked = {}  # of pairs(): query -> its positives
-        self.relevant = collections.defaultdict(dict)  # of pages: query -> {page: grade}
+        self.relevant = {}  # of pages: {query id: {page id: grade}}
 
     def read(self, parse, configs, limit=None):
         """The rows of these configs through a parser. What goes wrong is wrong with that row."""
@@ -900,7 +1000,7 @@ class EvalSet(Files):
                 if limit and len(self.queries) == limit:
                     break
                 place = f"{self.config} row {i}" if len(self.configs) > 1 else i
-                self.where = f"{self.name}/{place}"
+                self.where = f"{self.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
                 try:
                     parse(self, table[i])
                 except ROW_FAULTS as error:
@@ -911,16 +1011,23 @@ class EvalSet(Files):
             self.rows += len(table)
 
     def say(self, full, inst="", content="", image=None, clip=None):
-        """VLM2Vec's string, or Qwen's instruction (system turn) and content apart, where targets
-        have no instruction. With the image and the clip of these names."""
-        image = self.find(image) if isinstance(image, str) else image
+        r"""The item of a query or a candidate, with the image and the clip of these names.
+
+        say(full="\nAbout: why?\n", inst="\nAbout: ", content="why?"), prompts="vlm2vec"
+        -> {"text": "\nAbout: why?\n"}: the whole string. prompts="qwen"
+        -> {"text": "why?", "instruction": "About:"}: for the system turn; candidates have none.
+        """
+        image = self.find(image) if isinstance(image, str) else image  # or a TableImage, or None
         video = clip and self.clip(clip)
         if self.prompts == "vlm2vec":
             return item(full, image, video)
-        return item(content, image, video, inst.strip().removesuffix("Question:").strip())
+        inst = inst.strip().removesuffix("Question:").strip()  # that ends the prompt of V-QA
+        return item(content, image, video, inst)
 
     def cand(self, key, make, *args, **more):
-        """The number of the candidate with this key. It is made when its key comes first."""
+        """The number of the candidate with this key: es.cand("yes", item, "yes") -> 0. It is made,
+        by make(*args, **more), when its key comes first: frames are looked for once, not per
+        query."""
         if key not in self.index:
             self.candidates.append(self.checked(make(*args, **more)))
             self.cand_where.append(self.where)
@@ -944,34 +1051,54 @@ class EvalSet(Files):
         return item
 
 
-def image_set(b, row):
-    """The 36 image sets. Query: T + " " + instruction [+ " " + text], " \n" -> "\n", + tail; then
-    the token T goes. Candidates are texts (key = the text) or images; the positive is the first."""
-    kind, tail = b.parser, b.spec["tail"]
-    inst, text = cell(row, "qry_inst").replace(IMG, ""), cell(row, "qry_text", "text?")
+# Below, T is the visual token. VLM2Vec joins T + " " + text. Our chat template places images, so T
+# goes and the space stays: many strings begin with one.
+
+
+def image_set(es, row):
+    r"""The 36 image sets, of which VLM2Vec has five parsers (src/data/eval_dataset).
+
+        {"qry_inst": "<|image_1|>\nAbout: ", "qry_text": "why?", "qry_img_path": "a.jpg",
+         "tgt_text": ["yes", "no"]}
+    image_qa  -> query {"text": "\nAbout: why?\n", "image": "/ROOT/.../a.jpg"},
+                 candidates {"text": "yes"}, {"text": "no"}; key = the text
+    image_cls, image_i2t: the same, but the instruction keeps its last space: "About:  why?"
+
+        {"qry_inst": "<|image_1|>\nFind:", "qry_text": "A cat.", "qry_img_path": "b.jpg",
+         "tgt_inst": "<|image_1|>\nIt:", "tgt_img_path": ["a.jpg", "c.jpg"], "tgt_text": ["", ""]}
+    image_t2i -> query {"text": "\nFind: A cat.\n"}, candidates as in image_targets()
+    image_i2i_vg: the same, and b.jpg goes with the query
+
+    VLM2Vec's query: T + " " + instruction [+ " " + text], then " \n" -> "\n", then + tail. The
+    positive is always the first: by argmax a model whose scores are all equal would get 100 %.
+    """
+    kind, tail = es.parser, es.spec["tail"]
+    inst = cell(row, "qry_inst").replace(IMG, "")
+    text = cell(row, "qry_text", "text?")
     if kind in ("image_t2i", "image_i2i_vg"):
-        cands = image_targets(b, row)
+        cands = image_targets(es, row)
     else:
-        cands = [b.cand(answer, item, answer) for answer in text_list(row, "tgt_text")]
+        cands = [es.cand(answer, item, answer) for answer in text_list(row, "tgt_text")]
     if kind == "image_t2i":  # without image, though a stray token may be there (WebQA)
-        query = b.say(f"{inst} {text}{tail}", inst, text)
+        query = es.say(f"{inst} {text}{tail}", inst, text)
     else:
         # Two of VLM2Vec's parsers strip the instruction, two do not.
         lead = inst if kind in ("image_cls", "image_i2t") else "\n" + inst.strip()
         full = f" {lead} {text}" if text else f" {lead}"
         full = full.replace(" \n", "\n") + tail
-        query = b.say(full, inst, text, cell(row, "qry_img_path"))
-    b.query(query, cands, cands[:1])
+        query = es.say(full, inst, text, cell(row, "qry_img_path"))
+    es.query(query, cands, cands[:1])
 
 
-def image_targets(b, row):
-    """The numbers of candidates that are images, with an instruction and, where the first is not
-    blank (WebQA, EDIS, OVEN, ...), captions.
+def image_targets(es, row):
+    r"""The numbers of candidates that are images: {"text": "\nIt:\n", "image": path}. If the first
+    caption is not blank (WebQA, EDIS, OVEN, ...), captions follow: "\nIt: a caption\n".
 
     In image_t2i the key is the path alone, so a path with another caption collapses; in
     image_i2i_vg it is path:caption (several objects of an image are targets in RefCOCO-Matching).
     """
-    inst, paths = cell(row, "tgt_inst").replace(IMG, ""), text_list(row, "tgt_img_path")
+    inst = cell(row, "tgt_inst").replace(IMG, "")
+    paths = text_list(row, "tgt_img_path")
     captions = [""] * len(paths)
     if row.get("tgt_text") not in (None, [], [""]):
         captions = text_list(row, "tgt_text")
@@ -979,30 +1106,43 @@ def image_targets(b, row):
         raise BadData("tgt_text", f"{len(captions)} of them for {len(paths)} tgt_img_path")
     cands = []
     blank = not captions[0].strip()
-    grounding = b.parser == "image_i2i_vg"
+    grounding = es.parser == "image_i2i_vg"
+    end = "" if blank and grounding else "\n"  # VLM2Vec's two parsers differ here
     for path, caption in zip(paths, captions):
         full = f" {inst}" if blank else f" {inst} {caption}"
-        full = full.replace(" \n", "\n") + ("" if blank and grounding else "\n")
+        full = full.replace(" \n", "\n") + end
         content = "" if blank else caption.strip()
         key = path + ":" + caption.strip('"') if grounding else path
-        cands.append(b.cand(key, b.say, full, content=content, image=path))
+        cands.append(es.cand(key, es.say, full, content=content, image=path))
     return cands
 
 
-def video_cls(b, row):
-    """Global over all labels, shown by a clip or not, or local over neg_text (SmthSmthV2)."""
-    label, labels = cell(row, "pos_text"), b.spec["labels"]
-    if b.spec["scope"] == "local":
+def video_cls(es, row):
+    """A clip's class. Global over all labels, shown by a clip or not, or local over neg_text.
+
+    {"video_id": "v_1", "pos_text": "archery"} of K700 -> " Recognize the category of the video
+    content." and the clip; 700 labels, positive {"text": "archery"}. SmthSmthV2 lists its 174
+    options, the right one among them, in "neg_text".
+    """
+    label, labels = cell(row, "pos_text"), es.spec["labels"]
+    if es.spec["scope"] == "local":
         options = text_list(row, "neg_text")
+    elif isinstance(labels, str):
+        options = LABELS[labels]
     else:
-        options = LABELS[labels] if isinstance(labels, str) else listed(labels) or [label]
-    cands = [b.cand(text, item, text) for text in options]
-    query = b.say(" " + b.inst, b.inst, clip=cell(row, "video_id", "id"))
-    b.query(query, cands, [cands[options.index(label)]])
+        options = listed(labels) or [label]  # a user's list, or what the rows have
+    cands = [es.cand(text, item, text) for text in options]
+    query = es.say(" " + es.inst, es.inst, clip=cell(row, "video_id", "id"))
+    es.query(query, cands, [cands[options.index(label)]])
 
 
-# parser: (column of the clip's name, what stands before that name, columns of the options (none:
-# yes or no), how the answer names the first, second ... option ("": as it is listed), the question)
+# How the multiple-choice sets differ. All of it is VLM2Vec's. parser: (
+#     column of the clip's name,
+#     what stands before that name in its folder's,
+#     columns of the options: one that lists them, one for each, or none (yes and no),
+#     how the answer names the first, second ... option; "": by the option itself,
+#     the question: {lines} are the options joined by "\n", {words} by " ", {lettered} by "\n" with
+#     "(A) ", "(B) " ... before them)
 LETTERED = "{question}\nOptions:\n{lettered}"
 VIDEO_QA = {
     "videomme": ("videoID", "", ["options"], "ABCDEFGH", "{question}\n{lines}"),
@@ -1013,30 +1153,35 @@ VIDEO_QA = {
 }
 
 
-def video_qa(b, row):
-    """Multiple choice about a clip; key = the option as listed, text = what is embedded."""
-    column, before, columns, letters, form = VIDEO_QA[b.parser]
+def video_qa(es, row):
+    r"""Multiple choice about a clip; key = the option as listed, text = what is embedded.
+
+        {"videoID": "v", "question": "Which?", "options": ["A. Apples.", "B. Figs."], "answer": "B"}
+    of Video-MME -> the prompt, then " Which?\nA. Apples.\nB. Figs." and the clip; candidates
+    {"text": "Apples"}, {"text": "Figs"}; positive the second.
+    """
+    column, before, columns, letters, form = VIDEO_QA[es.parser]
     if len(columns) == 1:
         options = text_list(row, columns[0])
     else:
         options = [cell(row, name) for name in columns] or ["yes", "no"]
-    names = list(letters[: len(options)]) or options
-    answer = cell(row, "answer", "id")
+    names = list(letters[: len(options)]) or options  # ["A", "B"]
+    answer = cell(row, "answer", "id")  # "B"; NExTQA has numbers
     answer = answer.strip() if letters else answer
     if answer not in names:
         raise BadData("column answer", f"{answer!r} is not among {', '.join(names)}")
-    lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]
+    lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]  # "(A) Apples."
     forms = {"lines": "\n".join(options), "words": " ".join(options)}
     forms["lettered"] = "\n".join(lettered).rstrip()
     question = form.format(question=cell(row, "question"), **forms)
-    keys = lettered if b.parser == "mvbench" else options
-    text = bare if b.parser in ("videomme", "egoschema") else str
-    cands = [b.cand(key, item, text(key)) for key in keys]
-    clip = before.format(config=b.config) + cell(row, column, "id")
-    query = b.say(f" {b.inst} {question}", b.inst, question, clip=clip)
+    keys = lettered if es.parser == "mvbench" else options
+    text = bare if es.parser in ("videomme", "egoschema") else str
+    cands = [es.cand(key, item, text(key)) for key in keys]
+    clip = before.format(config=es.config) + cell(row, column, "id")
+    query = es.say(f" {es.inst} {question}", es.inst, question, clip=clip)
     # Where an answer stands twice (MVBench) the last is right, as upstream.
     right = dict(zip(names, cands))[answer]
-    b.query(query, cands, [right])
+    es.query(query, cands, [right])
 
 
 def bare(option):
@@ -1047,62 +1192,79 @@ def bare(option):
 
 
 def stem(path):
-    """Name of a video without folders and ending (.mov, .m4v, .3gp); the .0 of AB_210.0 is none."""
+    """Name of a video without folders and ending: "x/v.m4v" -> "v", "AB_210.0" stays. An ending is
+    2 to 4 letters and digits, a letter among them."""
     return re.sub(r"\.(?=\d*[a-z])[a-z\d]{2,4}$", "", os.path.basename(path), flags=re.I)
 
 
-def video_ret(b, row):
-    """Caption -> video among all; key = the video's id. The first of several captions is taken."""
-    column, caption = b.spec["columns"]
+def video_ret(es, row):
+    """Caption -> video among all; key = the video's id. The first of several captions is taken.
+
+    {"video_id": "v_1", "caption": "a cat"} of MSR-VTT -> "Find a video that contains the following
+    visual content: a cat"; candidate " Understand the content of the provided video." and the clip.
+    """
+    column, caption = es.spec["columns"]  # ["video_id", "caption"]
     video = cell(row, column, "id")
     video = stem(video) if column == "video" else video  # DiDeMo names a file, the others have ids
-    several = isinstance(row[caption], list)
+    several = isinstance(row[caption], list)  # MSVD, VATEX
     text = text_list(row, caption)[0] if several else cell(row, caption)
-    target = b.cand(video, b.say, " " + b.tgt, clip=video)
-    b.query(b.say(f"{b.inst} {text}", b.inst, text), [target], [target])
+    target = es.cand(video, es.say, " " + es.tgt, clip=video)
+    es.query(es.say(f"{es.inst} {text}", es.inst, text), [target], [target])
 
 
-def moment(b, row):
-    """Clips of a video: folders next to query/ are candidates, positive* the right ones."""
+def moment(es, row):
+    """QVHighlight, Charades-STA: which clip of a video shows it? {"query": "a man runs",
+    "video_path": "x/AB.mp4"} names a folder of clips, each a folder of frames:
+
+        AB/query/                            the given video, shown with the query
+        AB/positive/                         the right candidate
+        AB/negative_0/, AB/negative_1/ ...   the other candidates
+    """
     text = cell(row, "query")
     video = stem(cell(row, "video_path", "id"))
-    folder = b.find(video, clip=True)
+    folder = es.find(video, clip=True)
     cands, right = [], []
     for name in visible(folder):
         clip = os.path.join(folder, name)
         if name == "query" or not os.path.isdir(clip):
             continue
-        key = os.path.relpath(clip, b.root)
-        cands.append(b.cand(key, b.say, " " + b.tgt, clip=f"{video}/{name}"))
+        key = os.path.relpath(clip, es.root)
+        cands.append(es.cand(key, es.say, " " + es.tgt, clip=f"{video}/{name}"))
         if name.startswith("positive"):
-            right.append(cands[-1])
-    query = b.say(f" {b.inst} {text}", b.inst, text, clip=f"{video}/query")
-    b.query(query, cands, right)
+            right.append(cands[-1])  # of several VLM2Vec takes the last alone
+    query = es.say(f" {es.inst} {text}", es.inst, text, clip=f"{video}/query")
+    es.query(query, cands, right)
 
 
-SEEK = {
+SEEK = {  # ending of what is shown with the query: VLM2Vec's prompt
     ".mp4": " Find the clip that corresponds to the given sentence and video segment:",
     ".jpg": " Select the video clip that aligns with the given text and image:",
     "": "Find the clip that corresponds to the given text:",
 }
 
 
-def momentseeker(b, row):
-    """Several positives; the query is text, text and image, or text and clip."""
-    text, given = cell(row, "query", "text?"), cell(row, "input_frames", "text?")
-    kind = os.path.splitext(given)[1]
+def momentseeker(es, row):
+    """The query is text, text and image, or text and clip; several candidates are right.
+
+        {"query": "a man runs", "input_frames": "1.jpg", "positive_frames": [{"output_path":
+         "m/a.mp4"}], "negative_frames": [{"output_path": "m/b.mp4"}, ...]}
+    -> " Select the video clip ...: a man runs" and query_1.jpg; clips video_frames/m_a, ..._b.
+    """
+    text = cell(row, "query", "text?")
+    given = cell(row, "input_frames", "text?")  # "", "1.jpg" or "m/a.mp4"
+    kind = os.path.splitext(given)[1]  # "", ".jpg" or ".mp4"
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
-    right = seek_targets(b, row, "positive_frames")
-    wrong = seek_targets(b, row, "negative_frames")
+    right = seek_targets(es, row, "positive_frames")
+    wrong = seek_targets(es, row, "negative_frames")
     full = f"{SEEK[kind]} {text}" if text else SEEK[kind]
-    b.query(b.say(full, SEEK[kind], text, image, clip), right + wrong, right)
+    es.query(es.say(full, SEEK[kind], text, image, clip), right + wrong, right)
 
 
-def seek_targets(b, row, column):
+def seek_targets(es, row, column):
     """The numbers of the clips in a column."""
     paths = [flat(clip["output_path"]) for clip in listed(row[column])]
-    return [b.cand(path, b.say, " " + b.tgt, clip=path) for path in paths]
+    return [es.cand(path, es.say, " " + es.tgt, clip=path) for path in paths]
 
 
 def flat(path):
@@ -1110,40 +1272,49 @@ def flat(path):
     return "video_frames/" + path.replace("/", "_").split(".mp4")[0]
 
 
-def pairs(b, row):
-    """A user's test set in MMEB-train's columns. Equal queries are one with several positives."""
-    query, target = mmeb_side(b, row, *QUERY), mmeb_side(b, row, *TARGET)
+def pairs(es, row):
+    """A user's test set in MMEB-train's columns, each row a query and one right target. All targets
+    are candidates. Equal queries are one with several positives."""
+    query, target = mmeb_side(es, row, *QUERY), mmeb_side(es, row, *TARGET)
     if {"text": ""} in (query, target):
         raise BadData("a side", "is empty")
     key = side_key(row, *QUERY)
-    number = b.cand(side_key(row, *TARGET), item, **target)
-    if key not in b.asked:
-        b.query(query, [number], [number])
-        b.asked[key] = b.positives[-1]
-    if number not in b.asked[key]:
-        b.asked[key].append(number)
+    number = es.cand(side_key(row, *TARGET), item, **target)
+    if key not in es.asked:
+        es.query(query, [number], [number])
+        es.asked[key] = es.positives[-1]  # the list itself: what is added to it counts
+    if number not in es.asked[key]:
+        es.asked[key].append(number)
 
 
 def side_key(row, text, image):
-    """'["text", "path"]'; an image inside the table goes by its bytes."""
-    names = [
-        hashlib.sha256(ref.read()).hexdigest() if isinstance(ref, TableImage) else ref or ""
-        for ref in listed(row[image])
-    ]
-    names = names if isinstance(row[image], list) else (names or [""])[0]
+    """The text and the image that tell a side from others: '["a cat", "pics/a.jpg"]'."""
+    names = []
+    for ref in listed(row[image]):
+        if isinstance(ref, TableImage):  # it has no name: a hash of its bytes
+            ref = hashlib.sha256(ref.read()).hexdigest()
+        names.append(ref or "")
+    if not isinstance(row[image], list):
+        names = names[0] if names else ""
     return json.dumps([row[text] or "", names], ensure_ascii=False)
 
 
-def page(b, row):
+# Sets of pages ("beir", after the benchmark whose layout this is) are read in three passes: page(),
+# qrel(), page_query(). For query 7 page 4 is relevant, with grade 3:
+#     corpus {"corpus-id": 4, "image": ...}    queries {"query-id": 7, "query": "what?"}
+#     qrels {"query-id": 7, "corpus-id": 4, "score": 3}
+
+
+def page(es, row):
     """A row of the corpus. An image is in the table, or lies in the media folders as the table
     says, as NAME.png (ViDoRe) or as short_name(NAME) (VisRAG)."""
     key = cell(row, "corpus-id", "id")
-    if key in b.index:
+    if key in es.index:
         raise BadData("column corpus-id", f"{key!r} occurs twice")
     image = row.get("image")
     if not isinstance(image, TableImage):
-        image = b.find(*listed(image or None), f"{key}.png", short_name(key))
-    b.cand(key, b.say, " " + b.tgt, image=image)
+        image = es.find(*listed(image or None), f"{key}.png", short_name(key))
+    es.cand(key, es.say, " " + es.tgt, image=image)
 
 
 def short_name(page):
@@ -1152,24 +1323,25 @@ def short_name(page):
     return f"{base[:50]}_{hashlib.md5(page.encode()).hexdigest()[:8]}{ending}"
 
 
-def qrel(b, row):
-    """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher."""
+def qrel(es, row):
+    """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher. Of
+    ViDoSeek-doc every page of the right document has 2, the page with the answer 3."""
     key, grade = cell(row, "corpus-id", "id"), row["score"]
-    if key not in b.index:
+    if key not in es.index:
         raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
     if grade > 0:
-        grades = b.relevant[cell(row, "query-id", "id")]
+        grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
         grades[key] = max(grades.get(key, 0), grade)
 
 
-def page_query(b, row):
+def page_query(es, row):
     """A question; its pages are known by now."""
     qid, text = cell(row, "query-id", "id"), cell(row, "query")
-    if qid in b.query_ids:
+    if qid in es.query_ids:
         raise BadData("column query-id", f"{qid!r} occurs twice")
-    grades = b.relevant[qid]  # {page: grade}
-    query = b.say(f"{b.inst} {text}", b.inst, text)
-    b.query(query, [], [b.index[key] for key in grades], list(grades.values()), qid)
+    grades = es.relevant.get(qid, {})  # {page id: grade}
+    query = es.say(f"{es.inst} {text}", es.inst, text)
+    es.query(query, [], [es.index[key] for key in grades], list(grades.values()), qid)
 
 
 IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
@@ -1179,27 +1351,27 @@ EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": page_quer
 
 
 def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=None):
-    """A complete row of a test set (or its name) -> EvalSet. Missing where the root has none of it.
+    """A spec of a test set (or its name) -> EvalSet. Missing where the root has none of it.
 
     limit: so many queries (a global set of pages or labels stays complete). frames: 8 as VLM2Vec
     (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". problems: a list that takes
     all that is broken, images included; without it the first stops the evaluation.
     """
     spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
-    b = EvalSet(spec, root, frames, prompts, problems)
-    if b.parser == "beir":
-        b.read(page, ["corpus"])
-        b.read(qrel, ["qrels"])
-        b.read(page_query, ["queries"], limit)
+    es = EvalSet(spec, root, frames, prompts, problems)
+    if es.parser == "beir":
+        es.read(page, ["corpus"])
+        es.read(qrel, ["qrels"])
+        es.read(page_query, ["queries"], limit)
     else:
-        b.read(EVAL_PARSERS[b.parser], b.configs, limit)
-        b.grades = None  # only pages are graded
-    b.cand_ids = list(b.index)
-    b.local = b.local if spec["scope"] == "local" else None
-    b.protocol = f"{prompts} prompts"
-    if b.modality == "video":
-        b.protocol = f"{b.frames} frames, {b.protocol}"
-    return b
+        es.read(EVAL_PARSERS[es.parser], es.configs, limit)
+        es.grades = None  # only pages are graded
+    es.cand_ids = list(es.index)  # in the order of .candidates
+    es.local = es.local if spec["scope"] == "local" else None
+    es.protocol = f"{prompts} prompts"
+    if es.modality == "video":
+        es.protocol = f"{es.frames} frames, {es.protocol}"  # "8 frames, vlm2vec prompts"
+    return es
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1207,14 +1379,15 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
 
 
 def check_one(task, root):
-    """A dataset from end to end, every image and frame -> (status, lines for the reader)."""
+    """A dataset from end to end, every image and frame -> (status, lines for the reader), e.g.
+    ("found", ["found    train CIRR   26,116 of    26116 rows, ..."]). task: (spec, "train")."""
     spec, kind = task
     problems = []
     rows = usable = 0
     status = "found"
     try:
         if kind == "eval":
-            es = load_eval(root, spec, frames=sys.maxsize, problems=problems)
+            es = load_eval(root, spec, frames=sys.maxsize, problems=problems)  # every frame
             rows, usable = es.rows, len(es.queries)
         else:
             source = Source(spec, root)
@@ -1241,12 +1414,12 @@ def check_one(task, root):
 
 
 def downloads(spec, root):
-    """The commands that bring a dataset."""
+    """The commands that bring a dataset: ["hf download ID --repo-type dataset ...", ...]."""
     parts = list(spec["fetch"])
     if spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
         parts.insert(0, [spec["hub"], None, ""])  # all of it
     commands = []
-    for hub, pattern, unpack in parts:
+    for hub, pattern, unpack in parts:  # unpack: "cd image-tasks && tar -xzf mmeb_v1.tar.gz ..."
         folder = os.path.join(root, hub)
         command = f"hf download {hub} --repo-type dataset --local-dir {folder}"
         command += f" --include '{pattern}'" if pattern else ""
