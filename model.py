@@ -138,13 +138,17 @@ def attend_segments(q, k, v, lengths):
 
     Neighbours of equal length (a video's frames, images of one size) share a call.
     """
-    groups = [(n, len(list(equal))) for n, equal in groupby(lengths)]  # [(length, count)]
-    sizes = [n * count for n, count in groups]  # patches of each group
     out = []
-    for (n, _), *qkv in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes)):
-        segments = [x.unflatten(0, (-1, n)).transpose(1, 2) for x in qkv]  # (count, A, n, d) each
-        y = F.scaled_dot_product_attention(*segments)
+    start = 0  # of the first patch of a group of neighbours
+    for n, equal in groupby(lengths):
+        end = start + sum(equal)
+        segments = []
+        for x in (q, k, v):
+            x = x[start:end].unflatten(0, (-1, n))  # (count, n, A, d)
+            segments.append(x.transpose(1, 2))
+        y = F.scaled_dot_product_attention(*segments)  # (count, A, n, d)
         out.append(y.transpose(1, 2).flatten(0, 1))  # (count * n, A, d)
+        start = end
     return torch.cat(out)
 
 
@@ -174,8 +178,8 @@ class VisionBlock(nn.Module):
     def after(self, x, y):
         """x (N, D) and what attention makes of it, y (N, A, d) -> (N, D)."""
         x = x + self.attn["proj"](y.flatten(1))
-        wide = F.gelu(self.mlp["linear_fc1"](self.norm2(x)), approximate="tanh")
-        return x + self.mlp["linear_fc2"](wide)
+        wide = self.mlp["linear_fc1"](self.norm2(x))
+        return x + self.mlp["linear_fc2"](F.gelu(wide, approximate="tanh"))
 
     def forward(self, x, cos, sin, lengths):
         """x (N, D); cos, sin (N, 1, d); lengths: patches of each segment -> (N, D)."""
@@ -198,7 +202,8 @@ class Merger(nn.Module):
 
     def forward(self, x):
         x = self.norm(x.view(-1, *self.norm.normalized_shape))
-        return self.linear_fc2(F.gelu(self.linear_fc1(x.view(-1, self.width))))
+        wide = self.linear_fc1(x.view(-1, self.width))  # (M, 4 D)
+        return self.linear_fc2(F.gelu(wide))
 
 
 class VisionTower(nn.Module):
@@ -208,7 +213,8 @@ class VisionTower(nn.Module):
         super().__init__()
         self.c = c
         size = (TEMPORAL, PATCH, PATCH)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, c.v_hidden, size, size)})
+        proj = nn.Conv3d(3, c.v_hidden, size, stride=size)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         self.pos_embed = nn.Embedding(c.v_positions, c.v_hidden)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.v_layers))
         self.merger = Merger(c, deepstack=False)
@@ -228,8 +234,9 @@ class VisionTower(nn.Module):
         device = self.pos_embed.weight.device
         quarter = self.c.v_hidden // self.c.v_heads // 4
         inverse = 1e4 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
-        axes = torch.arange(h, device=device), torch.arange(w, device=device)
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (h, w, 2)
+        row = torch.arange(h, device=device)
+        column = torch.arange(w, device=device)
+        places = torch.cartesian_prod(row, column).view(h, w, 2)
         return (merge_order(places)[..., None] * inverse).flatten(1)
 
     def forward(self, pixel_values, image_grid):
@@ -280,7 +287,8 @@ def tree_mask(branch, columns=None):
     place = torch.arange(branch.shape[1], device=branch.device)
     if columns is None:
         columns = place
-    looking, seen = branch[:, columns, None], branch[:, None, :]  # (B, Q, 1), (B, 1, N)
+    looking = branch[:, columns, None]  # (B, Q, 1)
+    seen = branch[:, None, :]  # (B, 1, N)
     related = (seen == 0) | ((seen == looking) & (seen > 0))  # (B, Q, N)
     earlier = place <= columns[:, None]  # (Q, N)
     return (related & earlier)[:, None]
@@ -330,11 +338,12 @@ class Attention(nn.Module):
         past: None, or a cache's keys and values (B, C, N, d) and the columns (S,) to write to.
         """
         by_head = (-1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).unflatten(2, by_head)).transpose(1, 2)  # (B, A, S, d)
-        k = self.k_norm(self.k_proj(x).unflatten(2, by_head)).transpose(1, 2)  # (B, C, S, d)
-        v = self.v_proj(x).unflatten(2, by_head).transpose(1, 2)  # (B, C, S, d)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = self.q_norm(self.q_proj(x).unflatten(2, by_head))  # (B, S, A, d)
+        k = self.k_norm(self.k_proj(x).unflatten(2, by_head))  # (B, S, C, d)
+        v = self.v_proj(x).unflatten(2, by_head)  # (B, S, C, d)
+        q = rotate(q.transpose(1, 2), cos, sin)  # (B, A, S, d)
+        k = rotate(k.transpose(1, 2), cos, sin)  # (B, C, S, d)
+        v = v.transpose(1, 2)
         if past is not None:
             keys, values, columns = past  # in place: the cache is written, not copied
             k = keys.index_copy_(2, columns, k)
@@ -420,7 +429,8 @@ class TextTower(nn.Module):
                 cache.keys.append(k)
                 cache.values.append(v)
             if i < len(deep):  # only after the first layers, only at visual places
-                x = x.flatten(0, 1).index_add(0, where, deep[i].to(x.dtype)).view_as(x)
+                flat = x.flatten(0, 1)  # (B * S, H)
+                x = flat.index_add(0, where, deep[i].to(x.dtype)).view_as(x)
         return self.norm(x)
 
 
@@ -506,8 +516,9 @@ class Qwen3VL(nn.Module):
             is_visual = (ids == self.c.image_token) | (ids == self.c.video_token)
             where = is_visual.flatten().nonzero().squeeze(1)  # (M,)
             visual, deep = self.visual(batch["pixel_values"], batch["image_grid"])
-            # The visual tokens take the places of the pads in the flattened batch (B * S, H).
-            x = x.flatten(0, 1).index_copy(0, where, visual.to(x.dtype)).view_as(x)
+            flat = x.flatten(0, 1)  # (B * S, H)
+            # The visual tokens take the places of the pads.
+            x = flat.index_copy(0, where, visual.to(x.dtype)).view_as(x)
         mask = None if branch is None else tree_mask(branch)
         return self.text(x, batch["positions"], mask, cache=cache, deep=deep, where=where)
 
@@ -534,14 +545,19 @@ def rope_positions(ids, image_grid, config):
     start, position = 0, 0  # of the next token
     for h, w in image_grid:
         text = int(visual[start:].argmax())  # tokens before the segment
-        parts.append(np.tile(position + np.arange(text), (3, 1)))
+        parts.append(text_positions(position, text))
         position += text
         rows, columns = h // MERGE, w // MERGE
         parts.append(position + np.indices((1, rows, columns)).reshape(3, -1))
         position += max(rows, columns)
         start += text + rows * columns
-    parts.append(np.tile(position + np.arange(len(ids) - start), (3, 1)))
+    parts.append(text_positions(position, len(ids) - start))
     return np.concatenate(parts, axis=1)
+
+
+def text_positions(first, count):
+    """(3, count): text counts up on all three axes."""
+    return np.tile(first + np.arange(count), (3, 1))
 
 
 def sdpa_kernel(model, dtype, branches):
@@ -595,9 +611,12 @@ def step(model, cache, ids, positions, columns, width):
     Their keys and values go to the columns (Q,) of the cache. They look at its first `width`
     columns, None: at all. All that changes from step to step are tensors: so it can be compiled.
     """
-    past = [(k[:, :, :width], v[:, :, :width], columns) for k, v in zip(cache.keys, cache.values)]
+    past = []
+    for keys, values in zip(cache.keys, cache.values):
+        past.append((keys[:, :, :width], values[:, :, :width], columns))
     mask = tree_mask(cache.branch[:, :width], columns)
-    return model.text(model.text.embed_tokens(ids), positions.expand(3, -1, -1), mask, past)
+    x = model.text.embed_tokens(ids)  # (B, Q, H)
+    return model.text(x, positions.expand(3, -1, -1), mask, past)
 
 
 def read(model, cache, ids, positions, advance=step):
@@ -720,8 +739,9 @@ def generate(
     # What was read idly is hidden, and so is a last token that was read already.
     idle = arange(t)[:, None] >= num_sampled[:, None] - 1  # (B, t, K)
     cache.branch[:, first : cache.used].masked_fill_(idle.flatten(1), -1)
-    endings = as_ids([[*tail, *[0] * len(closing)], [*closing, *tail]])
-    endings = endings[live.long()]  # (B, K, closing + tail)
+    ended = [*tail, *[0] * len(closing)]  # as long as the other; what follows `tail` is not used
+    cut_off = [*closing, *tail]
+    endings = as_ids([ended, cut_off])[live.long()]  # (B, K, closing + tail)
     last_id = tokens.gather(1, num_sampled[:, None] - 1)  # (B, 1, K)
     ids = torch.cat((last_id, endings.transpose(1, 2)), dim=1)  # (B, 1 + closing + tail, K)
     place = arange(ids.shape[1])[:, None]
