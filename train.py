@@ -24,9 +24,9 @@ An ablation is a copy of a finished run in which one stage is done again with an
 The run folder holds a folder of each stage, config.json, stages.json (which are done, and how long
 they took), metrics.jsonl, data/ (the pocket world), report.json, report.md and report.html.
     A finished stage is skipped; a folder that was made with other options is refused.
-    A stage works in STAGE.part, which takes its place when it is finished: whatever breaks off,
-    what was done stays done. With --resume auto the stage goes on from its last checkpoint, and
-    ends with the same weights, to the last bit, as if nothing had happened.
+    A stage works in STAGE.part, which takes its place when it is finished. With --resume auto a
+    stage that broke off goes on from its last checkpoint or window (eval starts again), and ends
+    with the same weights, to the last bit, as if nothing had happened.
     SIGTERM writes a checkpoint and ends the run with code 143.
 An error is one line. `python -X dev train.py ...` shows where it came from.
 
