@@ -103,7 +103,7 @@ def pick(values, rng, but=None):
 
 def draw_digits(n, rng):
     """n digits, evenly: [3, 0, 7]."""
-    return rng.integers(0, 10, n).tolist()  # Python's int: what is no int is no digit
+    return rng.integers(0, 10, n).tolist()  # Python's ints: isinstance(kind, int) tells a digit
 
 
 def sample(values, n, rng):
@@ -347,13 +347,13 @@ class Pair:
 
 
 def draw_things(n, rng):
-    """n things of different shapes, in any colours."""
+    """n things of different shapes, in any colours: [("red", "star"), ("red", "bar")]."""
     colours = rng.choice(list(COLOURS), n).tolist()
     return list(zip(colours, sample(SHAPES, n, rng)))
 
 
 def few_things(rng):
-    """A scene of three things; the other cells are blank."""
+    """A scene of three things; the other cells are blank: [None, None, ("red", "star"), ...]."""
     scene = [None] * 9
     cells = sample(range(9), 3, rng)
     for cell, thing in zip(cells, draw_things(3, rng)):
@@ -372,7 +372,7 @@ def look_at(place, kind):
 
 
 def shown(bank, scene, rng, explain, text="", **more):
-    """A pair whose query has an image of nine cells."""
+    """A pair whose query has an image of nine cells. more: other fields of Pair."""
     image = bank.grid(scene, rng)
     return Pair(explain, describe(scene), text, image=image, **more)
 
@@ -510,14 +510,17 @@ def make_topic(bank, rng):
 
 
 def make_caption(bank, rng):
-    """From an image to its caption, which is its rationale, too: "nw red star , e blue moon"."""
+    """From an image to its caption, which is its rationale, too.
+
+    "nw red star , e blue moon , s green bar"
+    """
     scene = few_things(rng)
     explain = partial(describe, scene, CELLS, between=" , ")
     return shown(bank, scene, rng, explain, answer=explain())
 
 
 def make_search(bank, rng):
-    """From a caption to its image."""
+    """From a caption to its image: the pair of make_caption the other way round."""
     pair = make_caption(bank, rng)
     return replace(pair, text=pair.answer, answer=pair.image, image="")
 
@@ -694,7 +697,17 @@ def draw_pages(pairs, bank, rng):
 def write_images(root, family, learn, held_out, bank, rng):
     """MMEB-V2's image tasks: tables that name image files beside them. The target is an image where
     the family says what it `wants`, else a text. A test query has candidates of its own: the right
-    one first, then the hard ones, then answers of other queries.
+    one first, then the hard ones, then answers of other queries. A row of PocketAt
+
+    in training  qry "<|image_1|>\\nRepresent ... question: what is at nw ?\\n", qry_image_path
+                 "images/PocketAt/Train/query_0.png", pos_text "red star", pos_image_path "",
+                 neg_text ["blue bar", ...], neg_image_path ["", ...]
+    in the test  qry_inst "<|image_1|>\\nRepresent ... question:", qry_text "what is at nw ?",
+                 qry_img_path "PocketAt/query_0.png", tgt_inst "",
+                 tgt_text ["red star", "blue bar", ...], tgt_img_path ["", ...]
+
+    Where the target is an image the texts are "<|image_1|>\\nRepresent the given image.\\n" (in
+    training; in the test that is tgt_inst, and the texts are "").
     """
     asks = family.asks if family.parser == "image_t2i" else TOKEN + family.asks
     marked = f"{TOKEN}{family.wants}\n" if family.wants else ""  # the text of a target's side
@@ -732,7 +745,12 @@ def write_images(root, family, learn, held_out, bank, rng):
 
 def write_clips(root, family, learn, held_out, bank, rng):
     """Video classification. A clip is a folder of frames. Training has the layout of LLaVA-Hound:
-    conversations, one a line; the test set names all classes as candidates."""
+    conversations, one a line; the test set names all classes as candidates.
+
+    training  {"id": "PocketTally_0", "video": "PocketTally_0", "conversations": [{"from": "human",
+              "value": "<video> What do ..."}, {"from": "gpt", "value": "four"}]}
+    test      video_id "clip_0", pos_text "two", neg_text ["two", "zero", "one", "three", ...]
+    """
     rows = []
     for i, pair in enumerate(learn):
         video = f"{family.name}_{i}"  # the clip's folder
@@ -757,7 +775,11 @@ def write_clips(root, family, learn, held_out, bank, rng):
 
 def write_pages(root, family, learn, held_out, bank, rng):
     """Visual documents. Tables hold the pages themselves. Training has the layout of ViDoRe's and
-    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them."""
+    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them.
+
+    training  query "Find a document ... query: the page ten four about tea and ink", image, source
+    test      queries (0, "the page ten four ..."), corpus (0, image), qrels (0, 0, 1)
+    """
     hub = f"pocket/{family.name}-train"  # the source "pocket" has no prompt of its own in data.py
     pages = draw_pages(learn, bank, rng)
     rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
@@ -794,12 +816,14 @@ def distinct_pairs(family, n, bank, rng, longest):
 
 
 def write_rationales(pair, rng):
-    """What the scripted proposers say about a pair: [(proposer, text)].
+    """What the scripted proposers say about a pair: [(proposer, text)]. Here "add the numbers from
+    nw on , n and so on", where three and five are, then a red star:
 
-    careful    right steps, but each statement may err, and what follows from it follows
-    captioner  true words about what is shown, no steps
+    careful    right steps, but each statement may err, and what follows from it follows:
+               "nw three . n four makes seven . ne red star . seven" is one error
+    captioner  true words about what is shown, no steps: "nw three n five ne red star w ..."
     sloppy     right form, one wrong fact
-    parrot     form only
+    parrot     form only: "let me look , then go step by step , then say the answer"
     """
     sharp = Eyes()  # counts the readings
     right = pair.explain(sharp)  # without an error
@@ -933,7 +957,12 @@ def base_document(bank, rng, look):
 
 
 def scene_document(bank, rng, look):
-    """Nine things, or things, digits and blanks: described, or asked about."""
+    """Nine things, or things, digits and blanks: described, or asked about.
+
+    an image                         ->  "nw red star n three ne blue moon ..."
+    an image and "what is at ne ?"   ->  "blue moon . nw red star . right n three ..."
+                                     or  <think> nw red star ... ne blue moon </think> blue moon
+    """
     scene = draw_things(9, rng)
     if rng.random() < 0.4:
         scene = [mixed_kind(rng, 0.4, 0.4) for _ in range(9)]  # 0.2 for a blank
@@ -969,7 +998,7 @@ def scene_facts(scene, rng):
         return facts
     for cell in rng.choice(cells, 8).tolist():  # a cell may come twice
         label, thing = CELLS[cell], name(scene[cell])
-        draw = rng.random()  # of the skill
+        draw = rng.random()  # at 30 %, follow and move 35 % each, where they are possible
         question = f"what is at {label} ?" if rng.random() < 0.6 else f"the thing at {label}"
         if draw < 0.3:
             facts.append((question, label, thing, thing, "at"))
@@ -990,7 +1019,11 @@ def scene_facts(scene, rng):
 
 
 def clip_document(bank, rng):
-    """Two or three states: described, or asked about."""
+    """Two or three states: described, or asked about.
+
+    a clip                               ->  "first left three first right red bar ..."
+    a clip and "what is second left ?"   ->  as in scene_document
+    """
     kinds = [mixed_kind(rng, 0.25, 0.6) for _ in PLACES]  # 0.15 for a blank
     if rng.random() < 0.3:
         kinds = kinds[:4]  # two states
@@ -1057,7 +1090,10 @@ def repeat_document(rng):
 
 
 def vocabulary_texts():
-    """Every sentence form of the world, so that the tokenizer meets every word."""
+    """Every sentence form of the world, so that the tokenizer meets every word.
+
+    -> ["nw", "n", ..., " nw", ..., "what is at nw ?", "nw red star . stay", ...]
+    """
     rng = np.random.default_rng([0, 7])
     bank = Bank(rng, copies=1)
     words = [*CELLS, *MOVES, *TIMES, *NUMBERS, *TENS, *WORDS, *ITEMS, *COLOURS, *SHAPES]
@@ -1097,7 +1133,10 @@ SPECIALS = (
 
 def train_tokenizer(texts):
     """A byte-level BPE with Qwen's pattern and added tokens, merged until every word of the texts
-    is one token -> its tokenizer.json as a dict."""
+    is one token -> its tokenizer.json as a dict:
+
+    {"model": {"vocab": {"Ġred": 300, ...}, "merges": ...}, "added_tokens": ..., ...}
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()  # one spelling of accents, as for Qwen
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
@@ -1232,7 +1271,8 @@ def document_losses(model, processor, documents):
 
 
 def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
-    """Gradients of one update -> metrics. look: see base_document.
+    """Gradients of one update, left in the parameters -> metrics: {"loss": 0.9, ...}. look: see
+    base_document.
 
     Documents about something seen and documents of text alone are two kinds: the loss is a mean
     over the tokens of each, and over the summaries of each.

@@ -95,7 +95,7 @@ def fork(parent, folder, first, same_judge):
     if same_judge:  # an unfinished stage works in STAGE.part: select takes what it finds there
         part = shutil.copytree(parent / "select", folder / "select.part")  # judged0.jsonl ...
         (part / "config.json").unlink()  # of the parent's rule
-    done = read_json(parent / "stages.json")  # {stage: about it}
+    done = read_json(parent / "stages.json")  # {"base": {"seconds": 900.0, ...}}
     write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
 
 
