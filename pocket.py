@@ -49,7 +49,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 import scale
 from model import CONFIGS, Qwen3VL
 from processor import Processor, Tokenizer, collate
-from propose import write_rows
 
 TILE = 32  # pixels
 COLOURS = {  # RGB
@@ -305,7 +304,7 @@ def explain_walk(scene, start, eyes):
     move, cell = "", start
     while cell is not None and len(text) < 9:  # a misread colour may lead in a circle
         kind = eyes.read(scene[cell])
-        text.append(f"{move} {CELLS[cell]} {name(kind)}".strip())  # nothing moves to the start
+        text.append(f"{move} {CELLS[cell]} {name(kind)}".strip())  # the start has no move
         move, cell = onwards(cell, kind)
     return " . ".join([*text, move])  # "stay", or "left out" after a misread colour
 
@@ -655,6 +654,12 @@ def write_table(columns, rows, *path):
     pq.write_table(table, f"{new_file(*path)}-00000-of-00001.parquet")
 
 
+def write_lines(rows, *path):
+    """A file of JSON lines."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    new_file(*path).write_text("".join(lines))
+
+
 def save(value, folder, name):
     """An image -> its name, relative to the folder that the layout joins to. A text stays."""
     if isinstance(value, str):
@@ -758,7 +763,7 @@ def write_clips(root, family, learn, held_out, bank, rng):
         asks = {"from": "human", "value": f"<video> {family.asks}"}
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
-    write_rows(new_file(root, CLIP_HUB, f"{family.name}.jsonl"), rows)
+    write_lines(rows, root, CLIP_HUB, f"{family.name}.jsonl")
     train = {"parser": "video_caption", "hub": CLIP_HUB, "table": "{hub}/{name}.jsonl"}
     train["media"] = TRAIN_CLIPS
 
@@ -873,7 +878,7 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
             truth["train"][id] = {"steps": pair.steps, "rationale": pair.explain(SHARP)}
             for proposer, text in write_rationales(pair, rng):
                 rationales.append({"id": id, "side": "query", "proposer": proposer, "text": text})
-    write_rows(new_file(root, "proposers.jsonl"), rationales)
+    write_lines(rationales, root, "proposers.jsonl")
     Path(root, "pocket.json").write_text(json.dumps(truth, indent=1))
     Path(root, "datasets.json").write_text(json.dumps(listing, indent=1))
 
@@ -1135,7 +1140,7 @@ def train_tokenizer(texts):
     """A byte-level BPE with Qwen's pattern and added tokens, merged until every word of the texts
     is one token -> its tokenizer.json as a dict:
 
-    {"model": {"vocab": {"Ġred": 300, ...}, "merges": ...}, "added_tokens": ..., ...}
+    {"model": {"vocab": {"Ġred": 302, ...}, "merges": ...}, "added_tokens": ..., ...}
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()  # one spelling of accents, as for Qwen
