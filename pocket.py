@@ -17,6 +17,10 @@ Scripted proposers of known quality write rationales, see write_rationales. The 
 is marked against: a rationale whose statements are all right helps a query of two or more steps;
 one step is left unmarked; every other text does not help.
 
+Words of this file. A tile shows a *kind*: a thing ("red", "star"), a digit 3, a word "tea", a flat
+patch (r, g, b), or None, which is blank. A *scene* is the list of an image's nine kinds in reading
+order; a *cell* is an index 0 to 8 into it, and its name is CELLS[cell].
+
 How to run (training pairs and test queries of a family):
     python pocket.py --out DIR [--seed 0] [--train 300] [--test 100]
 
@@ -26,6 +30,7 @@ Source: the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py);
 
 import argparse
 import io
+import itertools
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -42,11 +47,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import scale
-from model import CONFIGS, Qwen3VL
+from model import CONFIGS, Qwen3VL, write_rows
 from processor import Processor, Tokenizer, collate
 
 TILE = 32  # pixels
-COLOURS = {
+COLOURS = {  # RGB
     "red": (214, 40, 40),
     "blue": (40, 80, 220),
     "green": (30, 150, 60),
@@ -54,7 +59,7 @@ COLOURS = {
     "purple": (140, 50, 170),
 }
 SHAPES = "circle square triangle star cross ring diamond bar moon frame".split()
-KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+KINDS = list(itertools.product(COLOURS, SHAPES))  # the 50 things: ("red", "circle") ...
 CELLS = "nw n ne w mid e sw s se".split()  # in reading order; one token each
 MOVES = {  # from each cell, 0 to 8, to the next one; None is out of the image
     "right": (1, 2, None, 4, 5, None, 7, 8, None),
@@ -63,48 +68,55 @@ MOVES = {  # from each cell, 0 to 8, to the next one; None is out of the image
     "up": (None, None, None, 0, 1, 2, 3, 4, 5),
 }
 RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}  # purple ends a walk
-TIMES = ("first", "second", "third")
-PLACES = [f"{time} {side}" for time in TIMES for side in ("left", "right")]  # of a clip
-DIGITS = "zero one two three four five six seven eight nine".split()
-TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split()
-NUMBERS = DIGITS + TEENS
-TENS = "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-WORDS = "sun map tea fox ink oak gem jar bee hat cup key".split()
+TIMES = "first second third".split()  # the states of a clip; each shows two tiles side by side
+PLACES = "first left,first right,second left,second right,third left,third right".split(",")
+NUMBERS = (  # up to 18, the most that two digits make
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen"
+).split()
+DIGITS = NUMBERS[:10]
+TENS = "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()  # "no" for no ten
+WORDS = "sun map tea fox ink oak gem jar bee hat cup key".split()  # on pages
 ITEMS = "rent food heat tax fare wage".split()  # of an account, in this order
-PARROT = (
+PARROT = (  # rationales that look like reasoning and say nothing
     "let me think step by step . first look , then go on , so the answer is clear",
     "step by step : start , go , look , add , so the answer is found",
     "first look at the picture . then think . then the answer is clear",
     "let me look , then go step by step , then say the answer",
 )
 LONGEST = 4  # steps of a query in training; clips and accounts have room for one more
-ERRORS = 0.1  # chance that one statement of careful is wrong
-TRIES = 4  # rationales that careful writes about a pair
+ERRORS = 0.1  # chance that one statement of the proposer "careful" is wrong
+TRIES = 4  # rationales that "careful" writes about a pair
 CANDIDATES = 20  # of a test query, where they are its own
 PIXELS = (1024, 65536)  # of an image: at least, at most; a visual token covers 32 x 32 of them
-LOOK_STEPS = 240  # of pretraining: nothing but description, before anything is asked
+# Two settings of train.py's pretraining.
+LOOK_STEPS = 240  # first updates: nothing but description, before anything is asked
 SKILL_WANTED = 0.93  # held-out token accuracy of every skill in STEP_SKILLS
 
 
 def pick(values, rng, but=None):
-    """One of the values, but not that one."""
+    """One of the values, but not that one: pick("abc", rng, but="b") -> "a" or "c"."""
     values = [value for value in values if value != but]
     return values[rng.integers(len(values))]
 
 
 def draw_digits(n, rng):
-    """n digits, evenly."""
-    return rng.integers(0, 10, n).tolist()
+    """n digits, evenly: [3, 0, 7]."""
+    return rng.integers(0, 10, n).tolist()  # Python's ints: isinstance(kind, int) tells a digit
+
+
+def sample(values, n, rng):
+    """n of the values in any order, each at most once."""
+    return rng.permutation(values)[:n].tolist()
 
 
 # --------------------------------------------------------------------------------------------------
 # Drawing
 
 INK = (25, 25, 25)  # of text
-ANGLES = [i * np.pi / 5 for i in range(10)]
-REACHES = [1.15, 0.45] * 5
-CORNERS = {  # in radii from the middle
-    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+ANGLES = [i * np.pi / 5 for i in range(10)]  # of a star's ten corners, from the top
+REACHES = [1.15, 0.45] * 5  # their distances from the middle: a tip, a notch, ...
+CORNERS = {  # (x, y) in radii from the middle; y grows downwards
     "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
     "triangle": [(0, -1), (-1, 1), (1, 1)],
     "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
@@ -113,78 +125,94 @@ CORNERS = {  # in radii from the middle
 
 
 def draw_shape(pen, colour, shape, paper, x, y, rng):
-    """A shape around (x, y) in a shade of the colour, a little larger or smaller."""
-    ink = tuple((COLOURS[colour] + rng.integers(-18, 19, 3)).tolist())
-    r = int(rng.integers(8, 12))
-    box = (x - r, y - r, x + r, y + r)
+    """A shape around (x, y) in a shade of the colour, a little larger or smaller. paper: the colour
+    behind it."""
+    shade = COLOURS[colour] + rng.integers(-18, 19, 3)
+    ink = tuple(shade.tolist())  # (r, g, b)
+    r = int(rng.integers(8, 12))  # radius, pixels
+    box = (x - r, y - r, x + r, y + r)  # left, top, right, bottom
     if shape in CORNERS:
-        pen.polygon([(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]], ink)
+        corners = [(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]]
+        pen.polygon(corners, ink)
     elif shape == "cross":
         pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), ink)
         pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), ink)
+    elif shape == "square":
+        pen.rectangle(box, ink)
     elif shape == "frame":
         pen.rectangle(box, outline=ink, width=3)
     elif shape == "ring":
         pen.ellipse(box, outline=ink, width=3)
-    else:
+    else:  # a circle, and the disc of a moon
         pen.ellipse(box, ink)
-    if shape == "moon":  # a disc with a bite
+    if shape == "moon":  # the bite is a disc of paper at the upper right
         bite = (x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4)
         pen.ellipse(bite, paper)
 
 
 def draw_tile(kind, rng):
-    """kind: (colour, shape) | digit | word | (r, g, b) | None for a blank -> an image."""
-    paper = (int(rng.integers(228, 250)),) * 3
+    """kind: (colour, shape) | digit | word | (r, g, b) | None for a blank -> an image of 32 x 32
+    pixels. Paper, place and size vary."""
+    paper = (int(rng.integers(228, 250)),) * 3  # nearly white
     tile = Image.new("RGB", (TILE, TILE), paper)
     pen = ImageDraw.Draw(tile)
-    x, y = (16 + rng.integers(-2, 3, 2)).tolist()
+    middle = 16 + rng.integers(-2, 3, 2)  # at most two pixels from the tile's
+    x, y = middle.tolist()
     if isinstance(kind, int):
         font = ImageFont.load_default(int(rng.integers(20, 25)))
-        pen.text((x, y), str(kind), INK, font, anchor="mm")
+        pen.text((x, y), str(kind), INK, font, anchor="mm")  # mm: (x, y) is the text's middle
     elif isinstance(kind, str):
-        pen.text((16, y), kind, INK, ImageFont.load_default(14), anchor="mm")
+        font = ImageFont.load_default(14)
+        pen.text((16, y), kind, INK, font, anchor="mm")
     elif kind in KINDS:
         draw_shape(pen, *kind, paper, x, y, rng)
     elif kind is not None:
-        tile.paste(kind, (0, 0, TILE, TILE))
+        tile.paste(kind, (0, 0, TILE, TILE))  # a flat patch
     return tile
 
 
 class Bank:
-    """Tiles drawn once and used again: `copies` of each kind, in other places, sizes, shades."""
+    """Tiles drawn once and used again: `copies` of each kind, in other places, sizes, shades.
+    Nine of them are pasted for a scene, instead of nine drawings."""
 
     def __init__(self, rng, copies=40):
-        patches = map(tuple, rng.integers(40, 230, (6, 3)).tolist())
-        kinds = [*KINDS, *range(10), None, *WORDS, *patches]
-        self.tiles = {kind: [draw_tile(kind, rng) for _ in range(copies)] for kind in kinds}
+        patches = rng.integers(40, 230, (6, 3)).tolist()
+        kinds = [*KINDS, *range(10), None, *WORDS, *map(tuple, patches)]
+        self.tiles = {}  # {kind: [tiles]}
+        for kind in kinds:
+            self.tiles[kind] = [draw_tile(kind, rng) for _ in range(copies)]
 
     def tile(self, kind, rng):
+        """A tile that shows the kind."""
         if kind not in self.tiles:  # a flat patch may have any colour
             return draw_tile(kind, rng)
         return pick(self.tiles[kind], rng)
 
     def grid(self, kinds, rng, columns=3):
-        """Kinds in reading order -> an image."""
-        image = Image.new("RGB", (TILE * columns, TILE * len(kinds) // columns))
+        """Kinds in reading order -> an image: 9 kinds make 96 x 96 pixels."""
+        rows = len(kinds) // columns
+        image = Image.new("RGB", (TILE * columns, TILE * rows))
         for i, kind in enumerate(kinds):
             row, column = divmod(i, columns)
             image.paste(self.tile(kind, rng), (TILE * column, TILE * row))
         return image
 
     def clip(self, kinds, rng):
-        """Two kinds at a time, shown for two frames: a frame group."""
+        """Kinds in the order of PLACES -> frames. Two kinds at a time are shown for two frames,
+        which Qwen3-VL's patches join: one visual token for each kind."""
         frames = []
         for i in range(0, len(kinds), 2):
-            frames += [self.grid(kinds[i : i + 2], rng, 2)] * 2
+            frame = self.grid(kinds[i : i + 2], rng, columns=2)
+            frames += [frame, frame]
         return frames
 
     def page(self, words, marks, rng):
-        """3 x 4 tiles: words on top, two digits at the bottom, lines of unreadable text between."""
+        """4 rows of 3 tiles: one or two words on top, two digits (`marks`) at the bottom, lines of
+        unreadable text between."""
         blank = [None] * (9 - len(words))
         page = self.grid([*words, *blank, *marks, None], rng)
         for y in range(TILE + 6, 3 * TILE, 8):
-            end = int(rng.integers(50, 90))
+            end = int(rng.integers(50, 90))  # of a line, in pixels
             page.paste((120, 120, 120), (6, y, end, y + 3))
         return page
 
@@ -203,38 +231,42 @@ def name(kind):
 
 
 def number(tens, ones):
-    """Two digits as one number: each word says its place, as a bag of words must."""
+    """The number on a page: (4, 4) -> "forty four", (0, 8) -> "no eight". Its two words say which
+    digit they are, for the summary loss asks for a text's words without their order."""
     return f"{TENS[tens]} {DIGITS[ones]}"
 
 
 def makes(total):
-    """ "makes eight", "makes seventeen keep seven". The full sum comes first: the last digit alone
-    cannot be learnt from either summand, and training would wait on a plateau."""
+    """8 -> "makes eight"; 17 -> "makes seventeen keep seven". The full sum comes first: the last
+    digit alone cannot be learnt from either summand, and training would wait on a plateau."""
     keep = f" keep {DIGITS[total - 10]}" if total >= 10 else ""
     return f"makes {NUMBERS[total]}{keep}"
 
 
 def confuse(kind, rng):
-    """Something else of the same sort: it differs in all that is said about it."""
+    """Something else of the same sort. Colour and shape both differ: ("red", "star") -> ("blue",
+    "bar"). So all that is said about it is wrong."""
     if isinstance(kind, int):
         return int((kind + rng.integers(1, 10)) % 10)
     if isinstance(kind, str):
-        return pick(WORDS, rng, but=kind)
+        return pick(WORDS, rng, but=kind)  # a clip's "blank", too, becomes a word
     colour, shape = kind
-    return pick(COLOURS, rng, but=colour), pick(SHAPES, rng, but=shape)
+    another_colour = pick(COLOURS, rng, but=colour)
+    return another_colour, pick(SHAPES, rng, but=shape)
 
 
 @dataclass
 class Eyes:
-    """Reads one thing after the other. A reading errs with chance `errors`; the wrong-th does."""
+    """Through which a rationale's writer reads one kind after the other. So an error is made where
+    it is read, and what is written next follows from it."""
 
-    rng: np.random.Generator = None
-    errors: float = 0.0
-    wrong: int = None
-    readings: int = 0
+    rng: np.random.Generator = None  # not needed where nothing errs
+    errors: float = 0.0  # chance that a reading errs
+    wrong: int = None  # or: the one reading that errs, counted from 0
+    readings: int = 0  # so far
 
     def read(self, kind):
-        """-> the thing, or what it is taken for."""
+        """-> the kind, or what it is taken for."""
         errs = self.readings == self.wrong
         if self.errors:
             errs = self.rng.random() < self.errors
@@ -242,7 +274,7 @@ class Eyes:
         return confuse(kind, self.rng) if errs else kind
 
 
-SHARP = Eyes()
+SHARP = Eyes()  # never err
 
 
 def describe(kinds, places=CELLS, eyes=SHARP, between=" "):
@@ -250,39 +282,43 @@ def describe(kinds, places=CELLS, eyes=SHARP, between=" "):
     text = []
     for place, kind in zip(places, kinds):
         if kind is not None:
-            text.append(f"{place} {name(eyes.read(kind))}".strip())
+            text.append(f"{place} {name(eyes.read(kind))}".strip())  # a place may be ""
     return between.join(text)
 
 
 def onwards(cell, kind):
-    """What a thing at a cell does to a walk -> ("right", next cell), or ("right out", None) where
+    """Where a thing at a cell sends a walk -> ("right", next cell), or ("right out", None) where
     that is outside, or ("stay", None) if it is purple."""
-    move = RULE.get(kind[0])
+    move = RULE.get(kind[0])  # kind[0]: its colour
     if move is None:
         return "stay", None
     there = MOVES[move][cell]
-    return (f"{move} out" if there is None else move), there
+    if there is None:
+        move += " out"
+    return move, there
 
 
 def explain_walk(scene, start, eyes):
     """ "nw red star . right n purple bar . stay": each statement acts on what the last one read."""
-    text, move, cell = [], "", start
+    text = []
+    move, cell = "", start
     while cell is not None and len(text) < 9:  # a misread colour may lead in a circle
         kind = eyes.read(scene[cell])
-        text.append(f"{move} {CELLS[cell]} {name(kind)}".strip())
+        text.append(f"{move} {CELLS[cell]} {name(kind)}".strip())  # the start has no move
         move, cell = onwards(cell, kind)
-    return " . ".join([*text, move])
+    return " . ".join([*text, move])  # "stay", or "left out" after a misread colour
 
 
 def explain_sum(places, kinds, eyes, tens=""):
     """ "n five . ne nine makes fourteen keep four . e red star . four": digits, then perhaps what
     ends them, and the sum modulo ten. tens: a word that stands before it."""
-    total, text = 0, []
+    total = 0
+    text = []
     for place, kind in zip(places, kinds):
         kind = eyes.read(kind)
         statement = f"{place} {name(kind)}"
         if isinstance(kind, int):
-            if text:
+            if text:  # the first number is added to nothing
                 statement += f" {makes(total + kind)}"
             total = (total + kind) % 10
         text.append(statement)
@@ -300,27 +336,27 @@ class Pair:
     explain: callable  # explain(eyes) writes a rationale
     caption: str  # true words about what is shown
     text: str = ""  # what is asked
-    image: Image.Image | str = ""
+    image: Image.Image | str = ""  # of the query; "" is none
     video: list = ()  # of frames
     page: tuple = ()  # (words, digits): it is drawn when it is written, and it is the target
     answer: Image.Image | str = ""  # the target, where that is no page
-    wrong: list = ()  # hard negatives
-    end: str = ""  # the words to which the steps lead
+    wrong: list = ()  # hard negatives; the answer may be among them
+    end: str = ""  # the words to which the steps lead; a rationale without them is wrong
     steps: int = 0
 
 
-def glyphs(rng, n):
-    """n things of different shapes, in any colours."""
+def draw_things(n, rng):
+    """n things of different shapes, in any colours: [("red", "star"), ("red", "bar")]."""
     colours = rng.choice(list(COLOURS), n).tolist()
-    shapes = rng.permutation(SHAPES)[:n].tolist()
-    return list(zip(colours, shapes))
+    return list(zip(colours, sample(SHAPES, n, rng)))
 
 
 def few_things(rng):
-    """A scene of three things; the other cells are blank."""
+    """A scene of three things; the other cells are blank: [None, None, ("red", "star"), ...]."""
     scene = [None] * 9
-    for cell, kind in zip(rng.permutation(9)[:3], glyphs(rng, 3)):
-        scene[cell] = kind
+    cells = sample(range(9), 3, rng)
+    for cell, thing in zip(cells, draw_things(3, rng)):
+        scene[cell] = thing
     return scene
 
 
@@ -329,27 +365,30 @@ def put(scene, cell, kind):
     return [*scene[:cell], kind, *scene[cell + 1 :]]
 
 
-def look(place, kind):
-    """A rationale of one look: "nw red star"."""
+def look_at(place, kind):
+    """The `explain` of one look: "nw red star"."""
     return partial(describe, [kind], [place])
 
 
 def shown(bank, scene, rng, explain, text="", **more):
-    """A pair whose query has an image of nine cells."""
+    """A pair whose query has an image of nine cells. more: other fields of Pair."""
     image = bank.grid(scene, rng)
     return Pair(explain, describe(scene), text, image=image, **more)
 
 
 def make_colour(bank, rng):
-    """Which colour is it? Things of one colour, some blanks, a stranger."""
+    """Which colour is it? Things of one colour, some blanks, a stranger. -> "red"; rationale: "mid
+    red star", for the middle always has that colour."""
     colour = pick(COLOURS, rng)
     scene = []
     for shape in rng.choice(SHAPES, 9).tolist():
-        scene.append((colour, shape) if rng.random() < 0.8 else None)
+        thing = (colour, shape)
+        scene.append(thing if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
     stranger = pick(KINDS, rng)
-    scene[pick(range(4), rng)] = stranger
-    return shown(bank, scene, rng, look("mid", scene[4]), answer=colour)
+    scene[pick(range(4), rng)] = stranger  # nw, n, ne or w
+    explain = look_at("mid", scene[4])
+    return shown(bank, scene, rng, explain, answer=colour)
 
 
 def make_at(bank, rng):
@@ -357,10 +396,11 @@ def make_at(bank, rng):
 
     "what is at nw ?" -> "red star"; rationale: "nw red star"
     """
-    scene, cell = glyphs(rng, 9), pick(range(9), rng)
-    names = [name(kind) for kind in scene]
+    scene = draw_things(9, rng)
+    cell = pick(range(9), rng)
+    names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
     text = f"what is at {CELLS[cell]} ?"
-    explain = look(CELLS[cell], scene[cell])
+    explain = look_at(CELLS[cell], scene[cell])
     return shown(bank, scene, rng, explain, text, answer=names[cell], wrong=names)
 
 
@@ -370,11 +410,11 @@ def draw_way(rng, steps):
     steps = 2, and red and green are drawn: 0, {0: "red", 1: "green"}, 4
     """
     start = cell = pick(range(9), rng)
-    way = {}
+    way = {}  # cells that the walk has left
     for colour in rng.choice(list(RULE), steps).tolist():
         way[cell] = colour
         cell = MOVES[RULE[colour]][cell]
-        if cell is None or cell in way:
+        if cell is None or cell in way:  # out of the image, or back on its own way
             return draw_way(rng, steps)  # another one
     return start, way, cell
 
@@ -386,23 +426,23 @@ def make_walk(bank, rng, steps):
     "start at nw and follow the colours . what is at the end ?" -> "purple ring"
     rationale of one step: "nw red star . right n purple ring . stay"
     """
-    start, way, end = draw_way(rng, steps)
+    start, way, end = draw_way(rng, steps)  # cell, {cell: colour}, cell
     scene = []
-    for cell, (colour, shape) in enumerate(glyphs(rng, 9)):
+    for cell, (colour, shape) in enumerate(draw_things(9, rng)):
         if cell in way:
             colour = way[cell]
-        elif cell == end or rng.random() < 0.5:
+        elif cell == end or rng.random() < 0.5:  # the end, or one that looks like it
             colour = "purple"
         scene.append((colour, shape))
-    names = [name(kind) for kind in scene]
+    names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
     text = f"start at {CELLS[start]} and follow the colours . what is at the end ?"
     explain = partial(explain_walk, scene, start)
-    target = {"answer": names[end], "wrong": names, "end": names[end]}
-    return shown(bank, scene, rng, explain, text, **target)
+    answer = names[end]
+    return shown(bank, scene, rng, explain, text, answer=answer, wrong=names, end=answer)
 
 
 def summed(digits):
-    """What the pairs share that ask for a sum modulo ten."""
+    """What the pairs share that ask for a sum modulo ten: [5, 9] -> the answer "four" and so on."""
     total = DIGITS[sum(digits) % 10]
     return {"answer": total, "wrong": DIGITS, "end": f". {total}"}
 
@@ -415,13 +455,14 @@ def make_sum(bank, rng, steps):
     rationale of one step: "n five . ne nine makes fourteen keep four . w red star . four"
     """
     start = pick(range(9), rng)
-    way = [(start + i) % 9 for i in range(steps + 2)]
+    way = [(start + i) % 9 for i in range(steps + 2)]  # cells; the last one has no number
     scene = []
-    for cell, thing in enumerate(glyphs(rng, 9)):
-        is_number = cell in way[:-1] or (cell != way[-1] and rng.random() < 0.5)
+    for cell, thing in enumerate(draw_things(9, rng)):
+        distracts = cell not in way and rng.random() < 0.5  # a number that does not count
+        is_number = distracts or cell in way[:-1]
         scene.append(pick(range(10), rng) if is_number else thing)
-    kinds = [scene[cell] for cell in way]
-    labels = [CELLS[cell] for cell in way]
+    kinds = [scene[cell] for cell in way]  # [5, 9, ("red", "star")]
+    labels = [CELLS[cell] for cell in way]  # ["n", "ne", "w"]
     text = f"add the numbers from {labels[0]} on , {labels[1]} and so on"
     explain = partial(explain_sum, labels, kinds)
     return shown(bank, scene, rng, explain, text, **summed(kinds[:-1]))
@@ -434,20 +475,24 @@ def make_tally(bank, rng, steps):
     "first left two . first right three makes five . second left blank . five"
     """
     digits = draw_digits(steps + 1, rng)
-    blank = [None] * (len(PLACES) - len(digits))
+    blank = [None] * (len(PLACES) - len(digits))  # one at least; none after five steps
     video = bank.clip(digits + blank, rng)
+    # The first blank is read, too, if there is one. It is a word here, so that it can be misread.
     explain = partial(explain_sum, PLACES, [*digits, "blank"])
     return Pair(explain, describe(digits, PLACES), video=video, **summed(digits))
 
 
 def make_total(bank, rng, steps):
     """An account of one to five lines. Its page bears the last digit of the sum; whose account it
-    is does not count. "the account of tea and ink with rent three , food five" -> page "no eight"
+    is does not count.
+
+    "the account of tea and ink with rent three , food five" -> page "no eight"
+    rationale of one step: "rent three . food five makes eight . no eight"
     """
     digits = draw_digits(steps + 1, rng)
-    total = (0, sum(digits) % 10)
-    owners = " and ".join(rng.permutation(WORDS)[:2])
-    lines = describe(digits, ITEMS, between=" , ")
+    total = (0, sum(digits) % 10)  # the page says "no eight", never "ten eight"
+    owners = " and ".join(sample(WORDS, 2, rng))  # "tea and ink"
+    lines = describe(digits, ITEMS, between=" , ")  # "rent three , food five"
     text = f"the account of {owners} with {lines}"
     page = (("sun",), total)  # one title for all: the number decides
     explain = partial(explain_sum, ITEMS, digits, tens="no ")
@@ -455,23 +500,26 @@ def make_total(bank, rng, steps):
 
 
 def make_topic(bank, rng):
-    """ "the page ten four about tea and ink" -> the page that says so."""
-    words = tuple(rng.permutation(WORDS)[:2].tolist())
+    """ "the page ten four about tea and ink" -> the page that says so; rationale: "tea ink"."""
+    words = tuple(sample(WORDS, 2, rng))
     digits = tuple(draw_digits(2, rng))
     text = f"the page {number(*digits)} about {words[0]} and {words[1]}"
-    explain = partial(describe, words, ["", ""])
+    explain = partial(describe, words, ["", ""])  # words without places
     return Pair(explain, " ".join(words), text, page=(words, digits))
 
 
 def make_caption(bank, rng):
-    """From an image to its caption: "nw red star , e blue moon , s green bar"."""
+    """From an image to its caption, which is its rationale, too.
+
+    "nw red star , e blue moon , s green bar"
+    """
     scene = few_things(rng)
     explain = partial(describe, scene, CELLS, between=" , ")
     return shown(bank, scene, rng, explain, answer=explain())
 
 
 def make_search(bank, rng):
-    """From a caption to its image."""
+    """From a caption to its image: the pair of make_caption the other way round."""
     pair = make_caption(bank, rng)
     return replace(pair, text=pair.answer, answer=pair.image, image="")
 
@@ -483,13 +531,16 @@ def make_change(bank, rng):
     """
     scene = few_things(rng)
     blank = [cell for cell, kind in enumerate(scene) if kind is None]
-    cell, elsewhere = rng.permutation(blank)[:2].tolist()
-    thing, another = glyphs(rng, 2)
-    changes = [(cell, thing), (elsewhere, thing), (cell, another)]
-    answer, *wrong = [bank.grid(put(scene, *change), rng) for change in changes]
+    cell, elsewhere = sample(blank, 2, rng)
+    thing, another = draw_things(2, rng)
+    answer = bank.grid(put(scene, cell, thing), rng)
+    wrong = [bank.grid(put(scene, elsewhere, thing), rng)]
+    wrong.append(bank.grid(put(scene, cell, another), rng))
     text = f"put a {name(thing)} at {CELLS[cell]}"
-    pair = shown(bank, scene, rng, look(CELLS[cell], thing), text, answer=answer)
-    return replace(pair, wrong=[*wrong, bank.grid(scene, rng)])
+    explain = look_at(CELLS[cell], thing)
+    pair = shown(bank, scene, rng, explain, text, answer=answer, wrong=wrong)
+    wrong.append(bank.grid(scene, rng))  # no change, drawn anew
+    return pair
 
 
 def make_point(bank, rng):
@@ -497,26 +548,29 @@ def make_point(bank, rng):
 
     "the thing at nw"; rationale: "nw red star"
     """
-    scene, cell = glyphs(rng, 9), pick(range(9), rng)
-    crops = [bank.tile(kind, rng) for kind in scene]
+    scene = draw_things(9, rng)
+    cell = pick(range(9), rng)
+    crops = [bank.tile(thing, rng) for thing in scene]  # other drawings than in the image
     answer = crops.pop(cell)
     text = f"the thing at {CELLS[cell]}"
-    explain = look(CELLS[cell], scene[cell])
+    explain = look_at(CELLS[cell], scene[cell])
     return shown(bank, scene, rng, explain, text, answer=answer, wrong=crops)
 
 
 def make_twin(bank, rng):
-    """Nine flat patches of any colour, which no words carry. The twin is a little darker or not."""
+    """Nine flat patches of any colour, which no words carry: the rationale is "nine patches". The
+    twin is a little darker or brighter; two wrong images are further off."""
     rgb = rng.integers(40, 230, (9, 3))
-    darker = rng.integers(-12, 13)
+    darker = rng.integers(-12, 13)  # the same for all patches
     tinted = rgb + darker + rng.integers(-6, 7, (9, 3))
-    near = [rgb + rng.integers(-45, 46, (9, 3)) for _ in range(2)]
+    near = rgb + rng.integers(-45, 46, (2, 9, 3))
     images = []
     for patches in np.clip([rgb, tinted, *near], 0, 255).tolist():
-        images.append(bank.grid(list(map(tuple, patches)), rng))
+        kinds = [tuple(patch) for patch in patches]
+        images.append(bank.grid(kinds, rng))
     image, answer, *wrong = images
     caption = "a picture of nine patches"
-    return Pair(look("nine", "patches"), caption, image=image, answer=answer, wrong=wrong)
+    return Pair(look_at("nine", "patches"), caption, image=image, answer=answer, wrong=wrong)
 
 
 @dataclass
@@ -524,19 +578,25 @@ class Family:
     """A dataset: how its pairs are drawn, and what is said around them."""
 
     name: str
-    draw: callable
+    draw: callable  # draw(bank, rng), of a mixed family draw(bank, rng, steps) -> a Pair
     parser: str  # of its test set, see data.py
     asks: str  # the query's instruction
-    wants: str = ""  # the target's
+    wants: str = ""  # the target's; "" where the target is a text
 
     def make(self, bank, rng, longest):
         """Half of a mixed family's queries need no step, the others 1 to `longest`, evenly."""
         if self.name not in MIXED:
             return self.draw(bank, rng)
-        steps = 0 if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
-        return replace(self.draw(bank, rng, steps), steps=steps)
+        steps = 0
+        if rng.random() >= 0.5:
+            steps = int(rng.integers(1, longest + 1))
+        pair = self.draw(bank, rng, steps)
+        pair.steps = steps
+        return pair
 
 
+# Instructions. COLOUR and ADD are ours; the others are MMEB's own, of its question answering,
+# MSCOCO, CIRR, RefCOCO, NIGHTS and pages.
 COLOUR = "Identify the colour that most of the image has"
 QUESTION = "Represent the given image with the following question: "
 FIND_IMAGE = "Find me an everyday image that matches the given caption: "
@@ -550,7 +610,7 @@ IMAGE = "Represent the given image."
 CROP = "Represent the given cropped image of the object."
 PAGE = "Understand the content of the provided document image."
 
-FAMILIES = [
+FAMILIES = [  # name, maker, parser, what the query says, what an image or page as target says
     Family("PocketColour", make_colour, "image_cls", COLOUR),
     Family("PocketAt", make_at, "image_qa", QUESTION),
     Family("PocketWalk", make_walk, "image_qa", QUESTION),
@@ -564,12 +624,13 @@ FAMILIES = [
     Family("PocketTopic", make_topic, "beir", FIND_PAGE, PAGE),
     Family("PocketTotal", make_total, "beir", FIND_PAGE, PAGE),
 ]
+# Families whose queries need 0 to LONGEST steps.
 MIXED = ("PocketWalk", "PocketSum", "PocketTally", "PocketTotal")
 
 # --------------------------------------------------------------------------------------------------
 # Writing the world in MMEB's layouts: data.py reads it with the parsers that read the real thing
 
-TRAIN_HUB = "TIGER-Lab/MMEB-train"
+TRAIN_HUB = "TIGER-Lab/MMEB-train"  # hub ids, which are folders under the root
 TEST_HUB = "ziyjiang/MMEB_Test_Instruct"
 TEST_IMAGES = "TIGER-Lab/MMEB-V2/image-tasks"
 CLIP_HUB = "ShareGPTVideo/train_video_and_instruction"
@@ -585,17 +646,12 @@ def new_file(*parts):
     return path
 
 
-def write_table(columns, rows, *shard):
-    """rows: tuples in the order of the columns."""
+def write_table(columns, rows, *path):
+    """A parquet file, named as the hub's. columns: "qry pos_text"; rows: tuples in that order;
+    path: its parts without the ending."""
     names = columns.split()
     table = pa.Table.from_pylist([dict(zip(names, row)) for row in rows])
-    pq.write_table(table, f"{new_file(*shard)}-00000-of-00001.parquet")
-
-
-def write_lines(rows, *path):
-    """A file of JSON lines."""
-    lines = [json.dumps(row) + "\n" for row in rows]
-    new_file(*path).write_text("".join(lines))
+    pq.write_table(table, f"{new_file(*path)}-00000-of-00001.parquet")
 
 
 def save(value, folder, name):
@@ -607,12 +663,14 @@ def save(value, folder, name):
 
 
 def save_images(pair, folder, name, i, most=None):
-    """-> the query's image, and the target with at most so many wrong ones, each once."""
+    """-> the query's image, and the target with at most so many wrong ones, each once:
+    ("PocketPoint/query_0.png", ["PocketPoint/target_0.png", "PocketPoint/wrong_0_0.png", ...])
+    or, where targets are texts, (".../query_0.png", ["red star", "blue bar", ...])"""
     image = save(pair.image, folder, f"{name}/query_{i}.png")
     options = [save(pair.answer, folder, f"{name}/target_{i}.png")]
     for k, wrong in enumerate(pair.wrong[:most]):
         options.append(save(wrong, folder, f"{name}/wrong_{i}_{k}.png"))
-    return image, list(dict.fromkeys(options))
+    return image, list(dict.fromkeys(options))  # the wrong texts may include the target
 
 
 def save_clip(pair, *folder):
@@ -627,45 +685,58 @@ def draw_pages(pairs, bank, rng):
     for page in dict.fromkeys(pair.page for pair in pairs):
         buffer = io.BytesIO()
         bank.page(*page, rng).save(buffer, "PNG", compress_level=1)
-        pages[page] = {"bytes": buffer.getvalue(), "path": None}
+        pages[page] = {"bytes": buffer.getvalue(), "path": None}  # as the hub stores images
     return pages
 
 
-# Each layout writes a family's training and test set -> what datasets.json says about them.
+# Each layout writes a family's training and test set -> what datasets.json says about them, the
+# keys of data.Row. learn, held_out: the pairs of the two sets.
 
 
 def write_images(root, family, learn, held_out, bank, rng):
     """MMEB-V2's image tasks: tables that name image files beside them. The target is an image where
     the family says what it `wants`, else a text. A test query has candidates of its own: the right
-    one first, then the hard ones, then answers of other queries.
+    one first, then the hard ones, then answers of other queries. A row of PocketAt
+
+    in training  qry "<|image_1|>\\nRepresent ... question: what is at nw ?\\n", qry_image_path
+                 "images/PocketAt/Train/query_0.png", pos_text "red star", pos_image_path "",
+                 neg_text ["blue bar", ...], neg_image_path ["", ...]
+    in the test  qry_inst "<|image_1|>\\nRepresent ... question:", qry_text "what is at nw ?",
+                 qry_img_path "PocketAt/query_0.png", tgt_inst "",
+                 tgt_text ["red star", "blue bar", ...], tgt_img_path ["", ...]
+
+    Where the target is an image the texts are "<|image_1|>\\nRepresent the given image.\\n" (in
+    training; in the test that is tgt_inst, and the texts are "").
     """
-    marked = f"{TOKEN}{family.wants}\n" if family.wants else ""
+    asks = family.asks if family.parser == "image_t2i" else TOKEN + family.asks
+    marked = f"{TOKEN}{family.wants}\n" if family.wants else ""  # the text of a target's side
     most = 3 if family.wants else None  # of wrong images; texts cost nothing
     rows = []
-    folder = f"images/{family.name}/Train"
+    folder = f"images/{family.name}/Train"  # under TRAIN_HUB, as in MMEB-train
     for i, pair in enumerate(learn):
         image, options = save_images(pair, Path(root, TRAIN_HUB), folder, i, most)
-        answer, *wrong = options
-        query = (TOKEN if image else "") + f"{family.asks}{pair.text}\n"
-        target = (marked, answer) if family.wants else (answer, "")
+        answer, *wrong = options  # image names, or texts
+        query = f"{asks}{pair.text}\n"
+        target = (marked, answer) if family.wants else (answer, "")  # text, image
         rows.append((query, image, *target, wrong, [marked] * len(wrong)))
-    wrong = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
-    columns = f"qry qry_image_path pos_text pos_image_path {wrong}"
+    # `wrong` fills the column of images or that of texts, [marked, ...] the other one.
+    negatives = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
+    columns = f"qry qry_image_path pos_text pos_image_path {negatives}"
     write_table(columns, rows, root, TRAIN_HUB, family.name, "original")
+    # data.py fills in {hub}, {name} and {split}.
     train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": "{hub}/{name}/{split}-*.parquet"}
 
-    stored = []
+    stored = []  # [(the query's image, [target, wrong ...])]
     for i, pair in enumerate(held_out):
         stored.append(save_images(pair, Path(root, TEST_IMAGES), family.name, i))
-    pool = dict.fromkeys(options[0] for _, options in stored)
+    pool = dict.fromkeys(options[0] for _, options in stored)  # all answers, each once
     rows = []
     for pair, (image, options) in zip(held_out, stored):
-        asks = (TOKEN if image else "") + family.asks.strip()
         more = [answer for answer in pool if answer not in options]
-        options += rng.permutation(more)[: CANDIDATES - len(options)].tolist()
+        options += sample(more, CANDIDATES - len(options), rng)
         blank = [""] * len(options)
-        targets = (blank, options) if family.wants else (options, blank)
-        rows.append((asks, pair.text, image, marked.strip(), *targets))
+        targets = (blank, options) if family.wants else (options, blank)  # texts, images
+        rows.append((asks.strip(), pair.text, image, marked.strip(), *targets))
     columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
     write_table(columns, rows, root, TEST_HUB, family.name, "test")
     return train, train | {"parser": family.parser, "hub": TEST_HUB, "media": TEST_IMAGES}
@@ -673,15 +744,20 @@ def write_images(root, family, learn, held_out, bank, rng):
 
 def write_clips(root, family, learn, held_out, bank, rng):
     """Video classification. A clip is a folder of frames. Training has the layout of LLaVA-Hound:
-    conversations, one a line; the test set names all classes as candidates."""
+    conversations, one a line; the test set names all classes as candidates.
+
+    training  {"id": "PocketTally_0", "video": "PocketTally_0", "conversations": [{"from": "human",
+              "value": "<video> What do ..."}, {"from": "gpt", "value": "four"}]}
+    test      video_id "clip_0", pos_text "two", neg_text ["two", "zero", "one", "three", ...]
+    """
     rows = []
     for i, pair in enumerate(learn):
-        video = f"{family.name}_{i}"
+        video = f"{family.name}_{i}"  # the clip's folder
         save_clip(pair, root, TRAIN_CLIPS, video)
         asks = {"from": "human", "value": f"<video> {family.asks}"}
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
-    write_lines(rows, root, CLIP_HUB, f"{family.name}.jsonl")
+    write_rows(new_file(root, CLIP_HUB, f"{family.name}.jsonl"), rows)
     train = {"parser": "video_caption", "hub": CLIP_HUB, "table": "{hub}/{name}.jsonl"}
     train["media"] = TRAIN_CLIPS
 
@@ -698,8 +774,12 @@ def write_clips(root, family, learn, held_out, bank, rng):
 
 def write_pages(root, family, learn, held_out, bank, rng):
     """Visual documents. Tables hold the pages themselves. Training has the layout of ViDoRe's and
-    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them."""
-    hub = f"pocket/{family.name}-train"
+    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them.
+
+    training  query "Find a document ... query: the page ten four about tea and ink", image, source
+    test      queries (0, "the page ten four ..."), corpus (0, image), qrels (0, 0, 1)
+    """
+    hub = f"pocket/{family.name}-train"  # the source "pocket" has no prompt of its own in data.py
     pages = draw_pages(learn, bank, rng)
     rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
     write_table("query image source", rows, root, hub, "data/train")
@@ -707,9 +787,11 @@ def write_pages(root, family, learn, held_out, bank, rng):
 
     hub = f"pocket/{family.name}-test"
     pages = draw_pages(held_out, bank, rng)
-    places = list(pages)
-    queries = [(i, pair.text) for i, pair in enumerate(held_out)]
-    qrels = [(i, places.index(pair.page), 1) for i, pair in enumerate(held_out)]
+    corpus = list(pages)  # a page's corpus-id is its place in here
+    queries, qrels = [], []
+    for i, pair in enumerate(held_out):
+        queries.append((i, pair.text))
+        qrels.append((i, corpus.index(pair.page), 1))  # 1: relevant
     write_table("query-id query", queries, root, hub, "queries/test")
     write_table("corpus-id image", enumerate(pages.values()), root, hub, "corpus/test")
     write_table("query-id corpus-id score", qrels, root, hub, "qrels/test")
@@ -717,15 +799,15 @@ def write_pages(root, family, learn, held_out, bank, rng):
     return train, test | {"inst": family.asks.strip(), "tgt": family.wants}
 
 
-WRITERS = {"video_cls": write_clips, "beir": write_pages}
+WRITERS = {"video_cls": write_clips, "beir": write_pages}  # of the other parsers: write_images
 
 
 def distinct_pairs(family, n, bank, rng, longest):
     """n pairs whose queries all differ, so that training and test share none."""
     pairs = {}
-    for _ in range(20 * n + 100):
+    for _ in range(20 * n + 100):  # draws; of equal queries the first is kept
         pair = family.make(bank, rng, longest)
-        pixels = np.array(pair.video or pair.image)
+        pixels = np.array(pair.video or pair.image)  # "" where nothing is shown
         pairs.setdefault((pair.text, pixels.tobytes()), pair)
         if len(pairs) == n:
             return list(pairs.values())
@@ -733,24 +815,26 @@ def distinct_pairs(family, n, bank, rng, longest):
 
 
 def write_rationales(pair, rng):
-    """What the scripted proposers say about a pair: [(proposer, text)].
+    """What the scripted proposers say about a pair: [(proposer, text)]. Here "add the numbers from
+    nw on , n and so on", where three and five are, then a red star:
 
-    careful    right steps, but each statement may err, and what follows from it follows
-    captioner  true words about what is shown, no steps
+    careful    right steps, but each statement may err, and what follows from it follows:
+               "nw three . n four makes seven . ne red star . seven" is one error
+    captioner  true words about what is shown, no steps: "nw three n five ne red star w ..."
     sloppy     right form, one wrong fact
-    parrot     form only
+    parrot     form only: "let me look , then go step by step , then say the answer"
     """
-    sharp = Eyes()
-    right = pair.explain(sharp)
+    sharp = Eyes()  # counts the readings
+    right = pair.explain(sharp)  # without an error
     texts = []
     while len(texts) < TRIES:
         text = pair.explain(Eyes(rng, ERRORS))
         # What errs and yet comes to the right end is drawn again: who can say whether it helps?
         if text == right or not pair.end or pair.end not in text:
             texts.append(("careful", text))
-    wrong = rng.integers(sharp.readings)
+    one_error = Eyes(rng, wrong=rng.integers(sharp.readings))
     texts.append(("captioner", pair.caption))
-    texts.append(("sloppy", pair.explain(Eyes(rng, wrong=wrong))))
+    texts.append(("sloppy", pair.explain(one_error)))
     texts.append(("parrot", pick(PARROT, rng)))
     return texts
 
@@ -763,17 +847,19 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
     proposers.jsonl         rationales by the scripted proposers
     pocket.json             the truth: {"train": {pair id: {"steps", "rationale" without an error}},
                             "test": {"family/query id": steps} of the mixed families}
+
+    A family draws from (seed, its place in FAMILIES): it is the same without the others.
     """
     bank = Bank(np.random.default_rng([seed, len(FAMILIES)]))
-    listing = {"train": [], "eval": []}
+    listing = {"train": [], "eval": []}  # rows of data.Row
     truth = {"train": {}, "test": {}}
-    rationales = []
+    rationales = []  # rows of proposers.jsonl
     for n, family in enumerate(FAMILIES):
         if names and family.name not in names:
             continue
         rng = np.random.default_rng([seed, n])
         pairs = distinct_pairs(family, train + test, bank, rng, longest)
-        learn, held_out = pairs[:train], pairs[train:]
+        learn, held_out = pairs[:train], pairs[train:]  # training, test
         write = WRITERS.get(family.parser, write_images)
         about_train, about_test = write(root, family, learn, held_out, bank, rng)
         listing["train"].append({"name": family.name} | about_train)
@@ -782,19 +868,22 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
             for i, pair in enumerate(held_out):
                 truth["test"][f"{family.name}/{i}"] = pair.steps
         for i, pair in enumerate(learn):
-            id = f"{family.name}/{i}"
+            id = f"{family.name}/{i}"  # data.py's: dataset/row
             truth["train"][id] = {"steps": pair.steps, "rationale": pair.explain(SHARP)}
             for proposer, text in write_rationales(pair, rng):
                 rationales.append({"id": id, "side": "query", "proposer": proposer, "text": text})
-    write_lines(rationales, root, "proposers.jsonl")
+    write_rows(Path(root, "proposers.jsonl"), rationales)
     Path(root, "pocket.json").write_text(json.dumps(truth, indent=1))
     Path(root, "datasets.json").write_text(json.dumps(listing, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
 # Pretraining documents: "describe what you see", and the look-ups that steps are made of.
-# A document is (item, parts, summary); parts are [(text, skill)]: the model learns the texts that
-# have a skill (its name), the others only ask. The summary is what <|endoftext|> sums up.
+# A document is (item, parts, summary):
+#     item     {"image": ...} and perhaps a "text": the user's turn, see processor.py
+#     parts    [(text, skill)], which follow it: the model learns the texts that have a skill (its
+#              name); the others, whose skill is None, only ask
+#     summary  "red star": the words that <|endoftext|> sums up, or "" for no summary
 # Skills: describe, clip, page, crop and change say what is seen or would be; at, follow and move
 # look one thing up in an image; account does so in a text; table adds two digits; answer and repeat
 # say again what was read last; form closes a <think> block.
@@ -806,26 +895,29 @@ def says(item, text, skill):
 
 
 def thinks(steps, answer, skill):
-    """A <think> block of these parts, and what follows from it."""
-    form = [(text, "form") for text in ("\n", "</think>", "\n\n")]
+    """A <think> block of these parts, and what follows from it -> the parts of
+
+    <think> \\n steps \\n </think> \\n\\n <|endoftext|> answer
+    """
+    form = [(text, "form") for text in ("\n", "</think>", "\n\n")]  # how a block ends is learnt
     after = [("<|endoftext|>", None), (answer, skill)]
     return [("<think>", None), ("\n", None), *steps, *form, *after]
 
 
 def answers(item, facts, rng):
     """facts [(question, cue, statement, answer, skill)], of which the user asks the last: it is
-    answered at once, or after a <think> block that looks up all of them.
+    answered at once, before the other look-ups, or after a <think> block that looks up all of them.
 
     ("what is right of nw ?", "nw red star . right", "n blue moon", "blue moon", "move")
     """
     question, _, _, answer, _ = facts[-1]
     steps = []
-    for _, cue, statement, _, skill in facts:
+    for _, cue, statement, _, skill in facts:  # the cue asks, the statement is learnt
         steps += [(f" . {cue}", None), (f" {statement}", skill)]
     if rng.random() >= 0.5:
-        parts = [(answer, "answer"), *steps[:-2]]
+        parts = [(answer, "answer"), *steps[:-2]]  # without the last fact: it is the answer
     else:
-        steps[0] = (facts[0][1], None)
+        steps[0] = (facts[0][1], None)  # no stop before the first one
         parts = thinks(steps, answer, "answer")
     return item | {"text": question}, parts, answer
 
@@ -843,32 +935,39 @@ def base_document(bank, rng, look):
     if kind < 0.05:  # what the image shows after a change
         scene = few_things(rng)
         cell = pick(range(9), rng)
-        thing = glyphs(rng, 1)[0]
+        thing = draw_things(1, rng)[0]
         item = {"image": bank.grid(scene, rng), "text": f"put a {name(thing)} at {CELLS[cell]}"}
         return says(item, describe(put(scene, cell, thing)), "change")
     if kind < 0.60:
         return scene_document(bank, rng, look)
     if kind < 0.86:
         return clip_document(bank, rng)
-    if kind < 0.97:
-        words = rng.permutation(WORDS).tolist()
-        count = 1 if rng.random() >= 0.5 else 2
-        words = words[:count]
+    if kind < 0.97:  # a page
+        words = sample(WORDS, 2, rng)
+        if rng.random() >= 0.5:
+            words = words[:1]
         marks = draw_digits(2, rng)
         text = " ".join([*words, number(*marks)])
-        return says({"image": bank.page(words, marks, rng)}, text, "page")
+        item = {"image": bank.page(words, marks, rng)}
+        return says(item, text, "page")
     thing = pick([*KINDS, *range(10)], rng)
-    return says({"image": bank.tile(thing, rng)}, name(thing), "crop")
+    item = {"image": bank.tile(thing, rng)}
+    return says(item, name(thing), "crop")
 
 
 def scene_document(bank, rng, look):
-    """Nine things, or things, digits and blanks: described, or asked about."""
-    scene = glyphs(rng, 9)
+    """Nine things, or things, digits and blanks: described, or asked about.
+
+    an image                         ->  "nw red star n three ne blue moon ..."
+    an image and "what is at ne ?"   ->  "blue moon . nw red star . right n three ..."
+                                     or  <think> nw red star ... ne blue moon </think> blue moon
+    """
+    scene = draw_things(9, rng)
     if rng.random() < 0.4:
-        scene = [mixed_thing(rng, 0.4, 0.4) for _ in range(9)]
-    asked = rng.random() > look
+        scene = [mixed_kind(rng, 0.4, 0.4) for _ in range(9)]  # 0.2 for a blank
+    asked = rng.random() > look  # look = 1: never
     if asked and rng.random() < 0.6:  # few things are easier to find than nine
-        kept = rng.permutation(9)[: rng.integers(1, 6)]
+        kept = rng.permutation(9)[: rng.integers(1, 6)]  # cells
         scene = [kind if cell in kept else None for cell, kind in enumerate(scene)]
     item = {"image": bank.grid(scene, rng)}
     facts = scene_facts(scene, rng) if asked else []
@@ -877,7 +976,7 @@ def scene_document(bank, rng, look):
     return says(item, describe(scene) or "blank", "describe")
 
 
-def mixed_thing(rng, things, digits):
+def mixed_kind(rng, things, digits):
     """A thing, a digit or a blank. things, digits: their chances."""
     draw = rng.random()
     if draw < things:
@@ -894,16 +993,18 @@ def scene_facts(scene, rng):
     """
     cells = [cell for cell, kind in enumerate(scene) if kind is not None]
     facts = []
-    for cell in rng.choice(cells, 8).tolist() if cells else []:
+    if not cells:
+        return facts
+    for cell in rng.choice(cells, 8).tolist():  # a cell may come twice
         label, thing = CELLS[cell], name(scene[cell])
-        draw = rng.random()
+        draw = rng.random()  # at 30 %, follow and move 35 % each, where they are possible
         question = f"what is at {label} ?" if rng.random() < 0.6 else f"the thing at {label}"
         if draw < 0.3:
             facts.append((question, label, thing, thing, "at"))
             continue
         move = pick(MOVES, rng)
         there = MOVES[move][cell]
-        if draw < 0.65 and isinstance(scene[cell], tuple):
+        if draw < 0.65 and isinstance(scene[cell], tuple):  # digits send nobody
             leads, there = onwards(cell, scene[cell])
             if there is not None:
                 leads += f" {CELLS[there]} {name(scene[there])}"
@@ -917,10 +1018,14 @@ def scene_facts(scene, rng):
 
 
 def clip_document(bank, rng):
-    """Two or three states: described, or asked about."""
-    kinds = [mixed_thing(rng, 0.25, 0.6) for _ in PLACES]
+    """Two or three states: described, or asked about.
+
+    a clip                               ->  "first left three first right red bar ..."
+    a clip and "what is second left ?"   ->  as in scene_document
+    """
+    kinds = [mixed_kind(rng, 0.25, 0.6) for _ in PLACES]  # 0.15 for a blank
     if rng.random() < 0.3:
-        kinds = kinds[:4]
+        kinds = kinds[:4]  # two states
     item = {"video": bank.clip(kinds, rng)}
     things = describe(kinds, PLACES)
     if not things or rng.random() < 0.5:
@@ -940,12 +1045,13 @@ def text_document(rng):
     """
     kind = rng.random()
     parts = []
-    if kind < 0.3:
-        digits = draw_digits(rng.integers(1, len(ITEMS) + 1), rng)
+    if kind < 0.3:  # an account
+        lines = rng.integers(1, len(ITEMS) + 1)
+        digits = draw_digits(lines, rng)
         for i in rng.integers(0, len(digits), 6).tolist():
             parts += [(f" . {ITEMS[i]}", None), (f" {DIGITS[digits[i]]}", "account")]
         return {"text": describe(digits, ITEMS, between=" , ")}, parts, ""
-    if kind < 0.45:
+    if kind < 0.45:  # additions
         for a, b in draw_digits((12, 2), rng):
             parts += [(f" . {DIGITS[a]} {DIGITS[b]}", None), (f" {makes(a + b)}", "table")]
         return {"text": "add"}, parts, ""
@@ -958,15 +1064,23 @@ def repeat_document(rng):
     "red star"        ->  "red star"
     "repeat the end"  ->  <think> three . five makes eight . red star </think> red star
     """
-    things, digits = glyphs(rng, 3), draw_digits(8, rng)
-    caption = describe(few_things(rng), between=" , ")
+    things, digits = draw_things(3, rng), draw_digits(8, rng)
+    caption = describe(few_things(rng), between=" , ")  # "n red star , e blue moon , s green bar"
     cell = pick(CELLS, rng)
-    words = rng.permutation(WORDS)[: rng.integers(3)]
-    page = " ".join([*words, number(*digits[1:3])])
-    phrases = [name(things[0]), DIGITS[digits[0]], caption, things[0][0], cell, page]
+    words = rng.permutation(WORDS)[: rng.integers(3)]  # none, one or two
+    page = " ".join([*words, number(*digits[1:3])])  # "tea ink forty four"
+    phrases = [
+        name(things[0]),  # "red star"
+        DIGITS[digits[0]],
+        caption,
+        things[0][0],  # "red"
+        cell,
+        page,
+    ]
     phrase = pick(phrases, rng)
     if rng.random() < 0.5:
         return says({"text": phrase}, phrase, "repeat")
+    # What may stand before the end: a thing, five numbers, or an addition.
     names = [DIGITS[digit] for digit in digits[3:]]
     addition = f"{names[0]} . {names[1]} {makes(pick(range(19), rng))}"
     steps = [name(things[1]), " . ".join(names), addition]
@@ -975,19 +1089,25 @@ def repeat_document(rng):
 
 
 def vocabulary_texts():
-    """Every sentence form of the world, so that the tokenizer meets every word."""
+    """Every sentence form of the world, so that the tokenizer meets every word.
+
+    -> ["nw", "n", ..., " nw", ..., "what is at nw ?", "nw red star . stay", ...]
+    """
     rng = np.random.default_rng([0, 7])
     bank = Bank(rng, copies=1)
     words = [*CELLS, *MOVES, *TIMES, *NUMBERS, *TENS, *WORDS, *ITEMS, *COLOURS, *SHAPES]
-    texts = [*words, *(f" {word}" for word in words), *PARROT, "describe", "blank"]
+    spaced = [f" {word}" for word in words]  # " red" inside a text is another token than "red"
+    texts = [*words, *spaced, *PARROT, "describe", "blank"]
     for family in FAMILIES:
         texts += [family.asks, family.wants]
         for _ in range(8):
             pair = family.make(bank, rng, LONGEST)
-            texts += [value for value in vars(pair).values() if isinstance(value, str)]
+            fields = vars(pair).values()  # caption, text, answer ...
+            texts += [field for field in fields if isinstance(field, str)]
             texts.append(pair.explain(SHARP))
     for _ in range(50):
-        for item, parts, _ in (base_document(bank, rng, 0.35), text_document(rng)):
+        documents = [base_document(bank, rng, 0.35), text_document(rng)]
+        for item, parts, _ in documents:
             texts.append(item.get("text", ""))
             texts.append("".join(text for text, _ in parts))
     return texts
@@ -1012,9 +1132,12 @@ SPECIALS = (
 
 def train_tokenizer(texts):
     """A byte-level BPE with Qwen's pattern and added tokens, merged until every word of the texts
-    is one token -> its tokenizer.json as a dict."""
+    is one token -> its tokenizer.json as a dict:
+
+    {"model": {"vocab": {"Ġred": 302, ...}, "merges": ...}, "added_tokens": ..., ...}
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.normalizer = normalizers.NFC()  # one spelling of accents, as for Qwen
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
@@ -1022,7 +1145,7 @@ def train_tokenizer(texts):
     # The size is never reached: merging stops when nothing is left to merge.
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=10**6, initial_alphabet=letters, show_progress=False)
-    tokenizer.train_from_iterator([*texts, "\n\n"], trainer)
+    tokenizer.train_from_iterator([*texts, "\n\n"], trainer)  # \n\n follows </think>
     for token in SPECIALS:  # for Qwen only those with bars are special
         added = tokenizers.AddedToken(token, special="|" in token, normalized=False)
         tokenizer.add_tokens([added])
@@ -1032,7 +1155,7 @@ def train_tokenizer(texts):
 def new_model(seed, device="cpu"):
     """A pocket-sized Qwen3-VL of random weights, and the Processor of its items."""
     tokenizer = Tokenizer(train_tokenizer(vocabulary_texts()))
-    special = tokenizer.special
+    special = tokenizer.special  # {"<think>": id}
     config = replace(
         CONFIGS["pocket"],
         vocab=tokenizer.size,
@@ -1041,15 +1164,15 @@ def new_model(seed, device="cpu"):
         vision_start=special["<|vision_start|>"],
         vision_end=special["<|vision_end|>"],
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # of the weights
     model = Qwen3VL(config).init_weights().to(device)
-    return model, Processor(tokenizer, config, *PIXELS, *PIXELS, max_frames=8)
+    return model, Processor(tokenizer, config, *PIXELS, *PIXELS, max_frames=8)  # images, frames
 
 
 # --------------------------------------------------------------------------------------------------
 # The base stage's update: next-token prediction on documents, and a summary at <|endoftext|>
 
-DOCUMENTS = 32  # about something seen, and half as many of text alone
+DOCUMENTS = 32  # of an update, about something seen; half as many of text alone come with them
 TEXT_WEIGHT = 0.3  # of the text documents' loss
 SUMMARY_WEIGHT = 0.5  # of "<|endoftext|> sums up the answer"
 
@@ -1062,18 +1185,24 @@ def read_document(processor, item, parts, summary):
 
         prompt <|endoftext|> <think> nw red star </think> <|endoftext|> red star <|im_end|>
 
-    -> {"prompt", "branch" ids, "length" of the row, "skills" [(skill, places in the row)], "learn"
-    all these places, "ends" places of <|endoftext|>, "words" that these sum up}.
+    -> prompt  of the Processor
+       branch  its ids
+       length  of the row
+       skills  [("at", places in the row of one text that is learnt)]
+       learn   all these places
+       ends    places of <|endoftext|>, or [] without a summary
+       words   {ids of the words that these sum up}
     """
-    prompt = processor({"text": "describe"} | item)
+    prompt = processor({"text": "describe"} | item)  # an item's own text takes its place
     encode, special = processor.tokenizer.encode, processor.tokenizer.special
     row = prompt["ids"].tolist()
     skills = []
     for text, skill in [("<|endoftext|>", None), *parts, ("<|im_end|>", "form")]:
-        begin = len(row)
+        begin = len(row)  # where this text's tokens begin
         row += [special[text]] if text in special else encode(text)
         if skill:
             skills.append((skill, range(begin, len(row))))
+    inside = encode(" " + summary)  # inside a text its first token is another one
     ends = [place for place, token in enumerate(row) if token == processor.eos_id]
     return {
         "prompt": prompt,
@@ -1082,20 +1211,67 @@ def read_document(processor, item, parts, summary):
         "skills": skills,
         "learn": [place for _, places in skills for place in places],
         "ends": ends if summary else [],
-        "words": {*encode(summary), *encode(" " + summary)[:1]},  # as it stands inside a text
+        "words": {*encode(summary), *inside[:1]},
     }
 
 
 def read_batch(model, processor, documents):
-    """-> the batch, and the model's states (B, S, H)."""
+    """-> ids (B, S); the model's states (B, S, H); before (B, S), the place of the token that comes
+    before each one: the branch continues the prompt, not the direct <|endoftext|> between them.
+
+    row:     prompt prompt <|endoftext|> <think> nw
+    before:  0      0      1             1       3
+    """
     prompts = [document["prompt"] for document in documents]
-    branches = [[document["branch"]] for document in documents]
+    branches = [[document["branch"]] for document in documents]  # one a prompt
     batch = collate(prompts, processor, branches, model.device)
-    return batch, model(batch)
+    ids, branch = batch["ids"], batch["branch"]  # branch: 0 prompt, 1 <|endoftext|>, 2 the rest
+    skipped = F.pad(branch[:, :-1] == 1, (1, 0))  # True right after the direct <|endoftext|>
+    place = torch.arange(ids.shape[1], device=ids.device)  # (S,)
+    before = place - 1 - skipped.long()
+    return ids, model(batch), before.clamp(min=0)
+
+
+def places_of(documents, key, ids):
+    """Rows (n,) and columns (n,) in ids (B, S) of the documents' places. key: "learn" or "ends"."""
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
+    for i, document in enumerate(documents):
+        chosen[i, document[key]] = True
+    return chosen.nonzero(as_tuple=True)
+
+
+def document_losses(model, processor, documents):
+    """Read documents [n] -> (3, n): sums over each document's tokens of the next-token loss, over
+    its <|endoftext|>s of the summary loss, and the number of tokens that were right.
+
+    The summary loss asks the state at <|endoftext|> for all words of the answer at once. That token
+    is pooled later, and would else know only how the answer begins.
+    """
+    ids, h, before = read_batch(model, processor, documents)
+    zeros = torch.zeros(len(documents), device=h.device)
+    row, column = places_of(documents, "learn", ids)
+    logits = model.logits(h[row, before[row, column]])  # (tokens, vocab)
+    wanted = ids[row, column]  # (tokens,)
+    losses = F.cross_entropy(logits.float(), wanted, reduction="none")  # (tokens,)
+    hits = logits.argmax(-1) == wanted  # (tokens,)
+    loss = zeros.index_add(0, row, losses)  # (n,): sums over each document's tokens
+    right = zeros.index_add(0, row, hits.float())
+    # What the summary's softmax should be: each of an answer's words counts alike.
+    share = torch.zeros(len(documents), model.c.vocab, device=h.device)  # (n, vocab)
+    for i, document in enumerate(documents):
+        words = list(document["words"])
+        share[i, words] = 1 / len(words)
+    row, column = places_of(documents, "ends", ids)
+    logits = model.logits(h[row, column])  # (ends, vocab)
+    logp = logits.float().log_softmax(-1)
+    losses = -(logp * share[row]).sum(-1)  # (ends,): cross-entropy with the share
+    summary = zeros.index_add(0, row, losses)
+    return torch.stack([loss, summary, right])
 
 
 def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
-    """Gradients of one update -> metrics. look: see base_document.
+    """Gradients of one update, left in the parameters -> metrics: {"loss": 0.9, ...}. look: see
+    base_document.
 
     Documents about something seen and documents of text alone are two kinds: the loss is a mean
     over the tokens of each, and over the summaries of each.
@@ -1106,26 +1282,27 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     """
     model.train()
     drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
-    drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]
+    drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]  # [(item, parts, summary)]
     documents = [read_document(processor, *document) for document in drawn]
     # 1) how much each document's tokens and summaries weigh
-    kind = torch.arange(len(documents)) // DOCUMENTS  # 0 seen, 1 text
+    kind = torch.arange(len(drawn)) // DOCUMENTS  # (48,): 0 seen, 1 text
     tokens = [len(document["learn"]) for document in documents]
     summaries = [len(document["ends"]) for document in documents]
-    counts = torch.tensor([tokens, summaries, tokens], dtype=torch.float)
-    counts = torch.zeros(3, 2).index_add(1, kind, counts).clamp(min=1)
-    weight = torch.tensor([[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]) / counts[:2]
+    counts = torch.tensor([tokens, summaries, tokens], dtype=torch.float)  # (3, 48)
+    counts = torch.zeros(3, 2).index_add(1, kind, counts).clamp(min=1)  # (3, 2)
+    factors = [[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]
+    weight = torch.tensor(factors) / counts[:2]  # (2, 2): of one token, of one summary
     # 2) gradients, chunk by chunk
-    sums = torch.zeros(3, len(documents))
-    lengths = [document["length"] for document in documents]
-    for rows in scale.chunks_of(lengths, chunk_tokens):
-        part = document_losses(model, processor, [documents[i] for i in rows])
-        shares = weight[:, kind[rows]].to(part.device)
+    sums = torch.zeros(3, len(drawn))  # what document_losses says of each
+    lengths = [document["length"] for document in documents]  # in tokens
+    for rows in scale.chunks_of(lengths, chunk_tokens):  # rows: indices of documents
+        part = document_losses(model, processor, [documents[i] for i in rows])  # (3, n)
+        shares = weight[:, kind[rows]].to(part.device)  # (2, n)
         loss = (part[:2] * shares).sum()
         (loss / scale.world_size()).backward()  # gradients of all processes are added up
         sums[:, rows] = part.detach().cpu()
     # 3) means over what was counted
-    means = torch.zeros(3, 2).index_add(1, kind, sums) / counts
+    means = torch.zeros(3, 2).index_add(1, kind, sums) / counts  # (3, 2)
     (loss, text_loss), (summary, text_summary), (accuracy, text_accuracy) = means.tolist()
     return {
         "loss": loss + TEXT_WEIGHT * text_loss + SUMMARY_WEIGHT * (summary + text_summary),
@@ -1136,67 +1313,30 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     }
 
 
-def predecessors(documents, batch):
-    """The place (B, S) of the token before each token: the branch continues the prompt, not the
-    direct <|endoftext|> that stands between them in the row."""
-    first = torch.tensor([[len(document["prompt"]["ids"]) + 1] for document in documents])
-    place = torch.arange(batch["ids"].shape[1]).expand(len(documents), -1)
-    return (place - 1 - (place == first).long()).clamp(min=0).to(batch["ids"].device)
-
-
-def indices(documents, key, device):
-    """Rows and columns of these places of all documents."""
-    pairs = [(i, place) for i, document in enumerate(documents) for place in document[key]]
-    table = torch.tensor(pairs, dtype=torch.long, device=device)
-    return table.reshape(-1, 2).T
-
-
-def document_losses(model, processor, documents):
-    """Read documents [n] -> (3, n): sums over each document's tokens of the next-token loss, over
-    its <|endoftext|>s of the summary loss, and the number of tokens that were right.
-
-    The summary loss asks the state at <|endoftext|> for all words of the answer at once. That token
-    is pooled later, and would else know only how the answer begins.
-    """
-    batch, h = read_batch(model, processor, documents)
-    zeros = torch.zeros(len(documents), device=h.device)
-    row, column = indices(documents, "learn", h.device)
-    logits = model.logits(h[row, predecessors(documents, batch)[row, column]])
-    wanted = batch["ids"][row, column]
-    losses = F.cross_entropy(logits.float(), wanted, reduction="none")
-    loss = zeros.index_add(0, row, losses)
-    right = zeros.index_add(0, row, (logits.argmax(-1) == wanted).float())
-    share = torch.zeros(len(documents), model.c.vocab, device=h.device)
-    for i, document in enumerate(documents):  # each of an answer's words counts alike
-        share[i, list(document["words"])] = 1 / len(document["words"])
-    row, column = indices(documents, "ends", h.device)
-    logp = model.logits(h[row, column]).float().log_softmax(-1)
-    summary = zeros.index_add(0, row, -(logp * share[row]).sum(-1))
-    return torch.stack([loss, summary, right])
-
-
 @torch.no_grad()
 def measure_skills(model, processor, bank, rng):
-    """Held-out token accuracy of each skill: {"describe", "at", "move", "answer", "clip", ...}."""
+    """Held-out token accuracy of each skill: {"account": 0.98, "answer": 0.99, "at": 0.97, ...}."""
     model.eval()
-    drawn = [base_document(bank, rng, 1.0) for _ in range(48)]
-    drawn += [base_document(bank, rng, 0.0) for _ in range(48)]
+    drawn = [base_document(bank, rng, 1.0) for _ in range(48)]  # described
+    drawn += [base_document(bank, rng, 0.0) for _ in range(48)]  # asked about
     drawn += [text_document(rng) for _ in range(48)]
-    scores = {}
-    for at in range(0, len(drawn), 32):
-        documents = [read_document(processor, *document) for document in drawn[at : at + 32]]
-        batch, h = read_batch(model, processor, documents)
-        guesses = model.logits(h).argmax(-1)
-        right = guesses.gather(1, predecessors(documents, batch)) == batch["ids"]
+    scores = {}  # {skill: [accuracy of one text]}
+    for start in range(0, len(drawn), 32):
+        chunk = drawn[start : start + 32]
+        documents = [read_document(processor, *document) for document in chunk]
+        ids, h, before = read_batch(model, processor, documents)
+        guesses = model.logits(h).argmax(-1)  # (B, S): the token that each place foretells
+        right = guesses.gather(1, before) == ids
         for i, document in enumerate(documents):
             for skill, places in document["skills"][:-1]:  # all but <|im_end|>
-                accuracy = right[i, list(places)].float().mean().item()
-                scores.setdefault(skill, []).append(accuracy)
+                accuracy = right[i, list(places)].float().mean()
+                scores.setdefault(skill, []).append(accuracy.item())
     return {skill: float(np.mean(values)) for skill, values in sorted(scores.items())}
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
+    # Without the usage text a wrong option ends in one line.
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
     )

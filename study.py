@@ -14,6 +14,13 @@ How to run:
     python study.py --out runs/study --only_summarise              the page, from what is there
 What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.md, OUT/study.png.
 
+What this file reads of a run's report.json:
+    modes       {"adaptive", "never", ...: {"overall", "reason_rate", "tokens_per_query",
+                "datasets": {"PocketWalk": 0.97, ...}}}, the scores of one way to use the weights
+    adaptivity  {"PocketWalk": {"auc", "reason_rate": {"0": 0.2, ...}, ...}}, by steps, see eval.py
+    selection   {"precision", "recall", "placebo_accepted", ...}, see select.py
+    curve       [{"tokens_per_query", "overall", ...}], adaptive at 41 thresholds
+
 Left out: corrections for the number of variants, and tests without assumptions (five seeds cannot
 carry them: a sign test never goes below 0.06).
 """
@@ -36,6 +43,8 @@ import train
 from embed import Embedder
 from model import Rows, read_json, write_json
 
+# Options of train.py. A query reasons if p_reason exceeds the threshold: never above 1, always
+# above -1. Without rollouts the RL stage goes on with the contrastive loss alone.
 NEVER = {"embed_proposers": "none", "decision_weight": 0.0, "rl_rollouts": 0, "threshold": 1.0}
 THINK = {"rl_when": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
 # Trained to think always, on all that the best proposer wrote. Selection has to find out who that
@@ -47,26 +56,28 @@ VARIANTS = {
     "never": ("full", "embed", NEVER),  # contrastive without a rationale, as VLM2Vec
     "always": ("full", "select", ALWAYS),  # a rationale on every query, as UME-R1
     "always_selected": ("full", "embed", THINK | {"decision_weight": 0.0}),
-    "no_selection": ("full", "select", {"select_rule": "none"}),
-    "positive_only": ("full", "select", {"select_rule": "positive_only"}),
+    "no_selection": ("full", "select", {"select_rule": "none"}),  # all that was written is learnt
+    "positive_only": ("full", "select", {"select_rule": "positive_only"}),  # similarity alone
     "no_placebo": ("full", "select", {"select_rule": "no_placebo"}),
-    "no_crossfit": ("full", "select", {"select_folds": 1}),
+    "no_crossfit": ("full", "select", {"select_folds": 1}),  # the judge has trained on the pair
     "supervised": ("full", "rl", {"rl_steps": 0}),  # the decision as selection labelled it
     "no_penalty": ("full", "rl", {"latency_penalty": 0.0}),
-    "dear_penalty": ("full", "rl", {"latency_penalty": 3.0}),
-    "one_loss": ("full", "rl", {"rl_one_loss": True}),
+    "dear_penalty": ("full", "rl", {"latency_penalty": 3.0}),  # ten times the default
+    "one_loss": ("full", "rl", {"rl_one_loss": True}),  # decision and words in one mean
 }
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
 SCORES = {"overall": 3, "reason_rate": 2, "tokens_per_query": 1}  # digits that are shown
 OTHER_MODES = ("never", "always", "per_task", "random", "oracle")  # of the full method
-AUDIT = ("precision", "recall", "placebo_accepted")  # of selection against the truth
-RATIOS = {  # of adaptive's figure to another mode's
+# Of selection against the truth: the share of kept rationales that help; of the pairs with a
+# helpful one, the share that kept one; how often a placebo (about another pair) passes.
+AUDIT = ("precision", "recall", "placebo_accepted")
+RATIOS = {  # name: (figure, mode): adaptive's figure divided by that mode's
     "tokens, to the oracle's": ("tokens_per_query", "oracle"),
     "tokens, to per task's": ("tokens_per_query", "per_task"),
     "tokens, to always'": ("tokens_per_query", "always"),
     "reason rate, to per task's": ("reason_rate", "per_task"),
 }
-BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of p_reason
+BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # edges, of p_reason
 
 # --------------------------------------------------------------------------------------------------
 # Running
@@ -78,24 +89,25 @@ def fork(parent, folder, first, same_judge):
     if (folder / "stages.json").exists():  # it is written last
         return
     shutil.rmtree(folder, ignore_errors=True)
-    kept = train.STAGES[: train.STAGES.index(first)]
+    kept = train.STAGES[: train.STAGES.index(first)]  # first = "embed": base, propose, select
     folder.mkdir(parents=True)
-    for name in ("data", *kept):
+    for name in ("data", *kept):  # a relative link: the study's folder can be moved
         (folder / name).symlink_to(os.path.relpath(parent / name, folder))
-    if same_judge:
-        part = shutil.copytree(parent / "select", folder / "select.part")
+    if same_judge:  # an unfinished stage works in STAGE.part: select takes what it finds there
+        part = shutil.copytree(parent / "select", folder / "select.part")  # judged0.jsonl ...
         (part / "config.json").unlink()  # of the parent's rule
-    done = read_json(parent / "stages.json")
+    done = read_json(parent / "stages.json")  # {"base": {"seconds": 900.0, ...}}
     write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
 
 
 def run_variant(cfg, name, seed, out):
-    """One variant under one seed, unless its report is there."""
-    parent, first, changes = VARIANTS[name]
+    """One variant under one seed, unless its report is there. cfg: train.Config of the full method;
+    out: the study's folder."""
+    parent, first, changes = VARIANTS[name]  # "full", "rl", {"rl_steps": 0}
     folder = out / f"seed{seed}" / name
     if not (folder / "report.json").exists():
         if parent:
-            run_variant(cfg, parent, seed, out)
+            run_variant(cfg, parent, seed, out)  # what is forked has to be there
             # Rules read the same judgements, but positive_only wants those of easy pairs, too.
             options = {option for option in changes if option.startswith("select_")}
             same = options == {"select_rule"} and changes["select_rule"] != "positive_only"
@@ -111,11 +123,11 @@ def longer_chains(cfg, seed, folder):
     world, out = folder / "longer_data", folder / "longer"
     if (out / "summary.json").exists():
         return
-    shutil.rmtree(world, ignore_errors=True)
-    queries = max(4, round(4 * cfg.world_test * cfg.scale))  # an eighth of them is that long
-    pocket.write_world(str(world), 1000 + seed, 4, queries, LONGER, pocket.MIXED)
-    truth = read_json(world / "pocket.json")["test"]
-    embedder = Embedder.from_pretrained(str(folder / "rl"))
+    shutil.rmtree(world, ignore_errors=True)  # of a run that broke off
+    queries = max(4, round(4 * cfg.world_test * cfg.scale))  # a tenth of them is that long
+    pocket.write_world(str(world), 1000 + seed, 4, queries, LONGER, pocket.MIXED)  # 4: unused
+    truth = read_json(world / "pocket.json")["test"]  # {"PocketWalk/0": 3}: steps
+    embedder = Embedder.from_pretrained(str(folder / "rl"))  # the model that the run ends with
     options = {"max_new_tokens": 64, "batch_size": 64}  # they take more words, too
     evaluation.evaluate(embedder, str(world), str(out), options=options, truth=truth)
 
@@ -125,12 +137,12 @@ def longer_chains(cfg, seed, folder):
 
 
 def interval(values):
-    """Mean and half the 95 % interval; half is None for a single value."""
+    """Mean and half the 95 % interval; half is None for a single value. [1, 2, 3] -> 2, 2.48"""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
-    t = stats.t.ppf(0.975, len(values) - 1)
-    return mean, float(t * np.std(values, ddof=1) / len(values) ** 0.5)
+    t = stats.t.ppf(0.975, len(values) - 1)  # 2.78 for five seeds
+    return mean, float(t * np.std(values, ddof=1) / len(values) ** 0.5)  # ddof=1: n - 1
 
 
 def collect(out):
@@ -138,7 +150,7 @@ def collect(out):
     reports = {}
     for name in VARIANTS:
         for path in sorted(out.glob(f"seed[0-9]*/{name}/report.json")):
-            seed = int(path.parts[-3].removeprefix("seed"))
+            seed = int(path.parts[-3].removeprefix("seed"))  # seed3/full/report.json -> 3
             reports.setdefault(name, {})[seed] = read_json(path)
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
@@ -146,9 +158,12 @@ def collect(out):
 
 
 def measured(reports):
-    """{label: {seed: what one mode of its report says}}: each variant, which is used as it was
-    trained, and the full method's own weights in other modes."""
-    uses = [(name, name, "adaptive") for name in reports]
+    """{label: {seed: scores}}, the scores of one mode in its report: each variant, which is used as
+    it was trained, and the full method's own weights in other modes ("full, never").
+
+    A variant's mode is always "adaptive": its own threshold makes it never or always reason.
+    """
+    uses = [(name, name, "adaptive") for name in reports]  # (label, variant, mode)
     uses += [(f"full, {mode}", "full", mode) for mode in OTHER_MODES]
     rows = {}
     for label, name, mode in uses:
@@ -161,56 +176,79 @@ def measured(reports):
 
 
 def show(values, digits=3):
-    """Of several seeds: "0.966 ± 0.009"."""
+    """Of several seeds: "0.966 ± 0.009"; of one: "0.966"."""
     mean, half = interval(values)
-    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    text = f"{mean:.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
 
 
 def table(columns, rows):
-    """Markdown. The first column is words, the others are numbers."""
-    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
+    """Markdown. The first column is words, the others are numbers, aligned to the right.
+
+    ["mode", "n"], [["full", 5]] -> "| mode | n |\\n| --- | --: |\\n| full | 5 |\\n"
+    """
+    rule = ["---"] + ["--:"] * (len(columns) - 1)
+    lines = []
+    for cells in (columns, rule, *rows):
+        text = " | ".join(map(str, cells))
+        lines.append(f"| {text} |\n")
+    return "".join(lines)
 
 
 def results_table(rows):
-    """Each variant beside the full method. rows: of measured()."""
+    """Each variant beside the full method. rows: of measured(). A line of the result:
+
+    | never | 5 | 0.812 ± 0.016 | 0.00 ± 0.00 | 0.0 ± 0.0 | 0.140 ± 0.014 |
+    """
     lines = []
+    full = rows["full"]  # {seed: scores}
     for label, by_seed in rows.items():
         cells = [label, len(by_seed)]
         for key, digits in SCORES.items():
-            cells.append(show([numbers[key] for numbers in by_seed.values()], digits))
-        differences = []
-        for seed in by_seed:
-            if seed in rows["full"]:
-                differences.append(rows["full"][seed]["overall"] - by_seed[seed]["overall"])
-        lines.append([*cells, "" if label == "full" else show(differences)])
+            values = [scores[key] for scores in by_seed.values()]
+            cells.append(show(values, digits))
+        differences = []  # paired: of the same seed
+        for seed, scores in by_seed.items():
+            if seed in full:
+                differences.append(full[seed]["overall"] - scores["overall"])
+        cells.append("" if label == "full" else show(differences))
+        lines.append(cells)
     names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]
     return table(names, lines)
 
 
 def families_table(rows):
-    """The mean score of each family. rows: of measured(), of variants alone."""
+    """The mean score of each family over seeds, a column for each variant: | Walk | 0.97 | 0.62 |
+    rows: of measured(), of variants alone."""
     lines = []
-    for family in next(iter(rows["full"].values()))["datasets"]:
+    any_seed = next(iter(rows["full"].values()))
+    for family in any_seed["datasets"]:
         cells = [family.removeprefix("Pocket")]
         for by_seed in rows.values():
-            scores = [numbers["datasets"][family] for numbers in by_seed.values()]
-            cells.append(f"{np.mean(scores):.2f}")
+            values = [scores["datasets"][family] for scores in by_seed.values()]
+            cells.append(f"{np.mean(values):.2f}")
         lines.append(cells)
     return table(["family", *rows], lines)
 
 
 def steps_table(adaptivities):
-    """adaptivities: each seed's "adaptivity", see eval.py."""
+    """A line for each family and number of steps: how often adaptive reasons, and the scores of
+    never and always. adaptivities: each seed's "adaptivity".
+
+    | Sum | 0 | 0.84 ± 0.16 | 0.85 ± 0.12 | 0.97 ± 0.03 | 0.860 (0.57 to 0.98) |
+    """
     lines = []
     for name in adaptivities[0]:
         seeds = [adaptivity[name] for adaptivity in adaptivities]
-        auc = [seed["auc"] for seed in seeds if seed["auc"] is not None]
-        auc = f"{np.median(auc):.3f} ({min(auc):.2f} to {max(auc):.2f})" if auc else ""
-        for count in sorted(seeds[0]["reason_rate"], key=int):
+        aucs = [seed["auc"] for seed in seeds if seed["auc"] is not None]
+        auc = ""  # None of all seeds where a family lacks queries of one kind
+        if aucs:
+            auc = f"{np.median(aucs):.3f} ({min(aucs):.2f} to {max(aucs):.2f})"
+        for count in sorted(seeds[0]["reason_rate"], key=int):  # "0", "1" ... steps
             cells = [name.removeprefix("Pocket"), count]
             for key in ("reason_rate", "never", "always"):
-                cells.append(show([seed[key][count] for seed in seeds if count in seed[key]], 2))
+                values = [seed[key][count] for seed in seeds if count in seed[key]]
+                cells.append(show(values, 2))
             lines.append([*cells, auc])
             auc = ""  # stands in the family's first line alone
     return table(["family", "steps", "reason rate", "never", "always", "AUC"], lines)
@@ -218,39 +256,47 @@ def steps_table(adaptivities):
 
 def decision_table(reports):
     """How good are the decisions, and how cheap? A ratio is a mean over the seeds that have one."""
-    ratios = collections.defaultdict(list)
+    ratios = collections.defaultdict(list)  # {name: [of each seed]}
     for report in reports:
         modes = report["modes"]
-        adaptive, oracle, random = [modes[m]["overall"] for m in ("adaptive", "oracle", "random")]
-        if oracle != random:
-            way = (adaptive - random) / (oracle - random)
+        adaptive = modes["adaptive"]
+        random = modes["random"]["overall"]  # a coin at adaptive's rate
+        whole_way = modes["oracle"]["overall"] - random  # oracle: the better mode of each query
+        if whole_way:
+            way = (adaptive["overall"] - random) / whole_way
             ratios["of the way from random to oracle"].append(way)
         for name, (key, mode) in RATIOS.items():
             if modes[mode][key]:
-                ratios[name].append(modes["adaptive"][key] / modes[mode][key])
-    return table(["adaptive", "ratio"], [[name, show(ratios[name], 2)] for name in ratios])
+                ratios[name].append(adaptive[key] / modes[mode][key])
+    lines = [[name, show(values, 2)] for name, values in ratios.items()]
+    return table(["adaptive", "ratio"], lines)
 
 
 def calibration_table(out, seeds):
     """Does p_reason foretell what thinking brings? A line for each bin of p_reason: the number of
     queries of all seeds, the mean p_reason, the mean score of always minus that of never."""
-    rows = []
+    rows = []  # a query each: {"p_reason": 0.9, "never": its score 0.0, "always": 1.0, ...}
     for seed in seeds:
         for path in out.glob(f"seed{seed}/full/eval/*/*_queries.jsonl"):
             rows += Rows(path)
-    p_reason = np.array([row["p_reason"] for row in rows])
+    p_reason = np.array([row["p_reason"] for row in rows])  # (queries,)
     gain = np.array([row["always"] - row["never"] for row in rows])
-    bins = np.digitize(p_reason, BINS[1:-1])
+    bins = np.digitize(p_reason, BINS[1:-1])  # (queries,): i where BINS[i] <= p < BINS[i + 1]
     lines = []
     for i in np.unique(bins):
         here = bins == i
-        means = [f"{p_reason[here].mean():.3f}", f"{gain[here].mean():+.3f}"]
-        lines.append([f"{BINS[i]:.1f} to {BINS[i + 1]:.1f}", here.sum(), *means])
+        cells = [f"{BINS[i]:.1f} to {BINS[i + 1]:.1f}", here.sum()]
+        cells.append(f"{p_reason[here].mean():.3f}")
+        cells.append(f"{gain[here].mean():+.3f}")
+        lines.append(cells)
     return table(["p_reason", "queries", "mean p_reason", "mean gain"], lines)
 
 
 def selection_table(reports):
-    """Selection's audit; empty where nothing is known."""
+    """Selection's audit, see AUDIT; empty where no truth is known.
+
+    reports: {variant: {seed: report}}
+    """
     lines = []
     for name, by_seed in reports.items():
         cells = [name]
@@ -263,12 +309,12 @@ def selection_table(reports):
 
 def summarise(out):
     """study.md and study.png of the runs that are there."""
-    reports = collect(out)
-    rows = measured(reports)
+    reports = collect(out)  # {variant: {seed: report}}
+    rows = measured(reports)  # {label: {seed: scores}}
     full = reports["full"]
-    longer = ""
+    longer = ""  # a section of the page
     paths = sorted(out.glob("seed[0-9]*/full/longer/summary.json"))
-    if paths:
+    if paths:  # what longer_chains() left
         longer = f"Chains of up to {LONGER} steps, new queries. In training none is that long:\n\n"
         longer += steps_table([read_json(path)["adaptivity"] for path in paths]) + "\n"
     page = f"""\
@@ -310,7 +356,7 @@ Queries of all seeds. Gain: the score after thinking minus the score without.
 def draw(rows, full, path):
     """Quality against tokens. Coloured: trained for what it does, with its interval. Grey: the full
     method's own weights, used otherwise; the line is its dial, the threshold."""
-    shown = {  # marker, colour, label
+    shown = {  # label of measured(): (marker, colour, legend)
         "never": ("s", "#0072B2", "never (trained for it)"),
         "always": ("D", "#D55E00", "always (trained for it)"),
         "always_selected": ("d", "#B65A92", "always (on selected rationales)"),
@@ -320,19 +366,22 @@ def draw(rows, full, path):
         "full, random": ("X", "0.45", "random"),
         "full, oracle": ("*", "0.45", "oracle"),
     }
-    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")  # inches
     axes = figure.add_subplot()
-    dials = []
+    dials = []  # (seeds, thresholds, 2)
     for report in full:
-        dials.append([[p["tokens_per_query"], p["overall"]] for p in report["curve"]])
-    axes.plot(*np.mean(dials, axis=0).T, color="#009E73", alpha=0.5, lw=1.5, zorder=1)
+        dial = [(point["tokens_per_query"], point["overall"]) for point in report["curve"]]
+        dials.append(dial)
+    x, y = np.mean(dials, axis=0).T  # mean over seeds at the same threshold
+    axes.plot(x, y, color="#009E73", alpha=0.5, lw=1.5, zorder=1)
     for name, (marker, colour, label) in shown.items():
-        if name not in rows:
+        if name not in rows:  # a variant that was not run
             continue
-        x = np.mean([numbers["tokens_per_query"] for numbers in rows[name].values()])
-        y, half = interval([numbers["overall"] for numbers in rows[name].values()])
+        seeds = rows[name].values()
+        x = np.mean([scores["tokens_per_query"] for scores in seeds])
+        y, half = interval([scores["overall"] for scores in seeds])
         if name.startswith("full,"):
-            half = None
+            half = None  # no error bar
         axes.errorbar(x, y, half, fmt=marker, color=colour, ms=9, capsize=3, label=label)
     axes.set_xlabel("generated tokens per query")
     axes.set_ylabel("mean score of twelve families")
@@ -355,7 +404,7 @@ def main():
     parser.add_argument("--only_summarise", action="store_true", help="tables of what is there")
     args = parser.parse_args()
     try:
-        cfg = train.parse([f"--scale={args.scale}"])
+        cfg = train.parse([f"--scale={args.scale}"])  # the other options are the defaults
         names = [] if args.only_summarise else args.variants
         for name in names:  # a variant on all seeds before the next one
             for seed in args.seeds:
