@@ -159,7 +159,7 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        # Equal to the target is only the target itself, which stays.
+        # A target has one column, which stays: nothing is masked as equal.
         losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
@@ -201,8 +201,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
 
     pairs       "query", "target", "negatives": prompts; "target_key": its prompt_key; "id"
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
-                train.py draws a kept one by its weight or, where none was kept (label 0), one by
-                the author whose rationales were kept most often: so every pair teaches that path
+                train.py draws a kept one by its weight. Where none was kept (label 0) it takes an
+                unselected one of the author with most kept ones, if that author wrote one: such a
+                pair teaches "answer directly", but also how to think if forced
     labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
                 none was, -1 if nobody wrote one, so that selection did not see the pair
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
@@ -228,8 +229,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     #     forward(kind, rows, with_loss) -> vectors, loss of these rows or None, metrics
     #     contrast({kind: vectors of the joined batch, in the order of gather_objects}) -> loss
     # forward on chunks of rows: first for the vectors alone; then, when it knows the gradient of
-    # contrast in each vector, with the token losses. Where all fits in one chunk, it is called once
-    # and does both. Losses and metrics are sums over chunks and processes.
+    # contrast in each vector, with the token losses. Where all rows fit in one budget, each chunk
+    # passes once and does both. Losses and metrics are sums over chunks and processes.
     def forward(kind, rows, with_loss):
         """Some rows' vectors: queries (rows, 2, H), direct and reasoned; documents (rows, 1, H)."""
         if kind == "document":

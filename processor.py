@@ -124,6 +124,7 @@ def append_eos(spec):
 def smart_resize(height, width, min_pixels, max_pixels):
     """The (height, width) in which Qwen looks at an image: multiples of 32, the area within limits.
 
+    With limits of 4,096 and 1,843,200: (750, 1000) -> (736, 992); (3000, 4000) -> (1152, 1536).
     Both sides shrink or grow by one factor, then are rounded down or up. Python's round goes to the
     even number at a tie, as in the original.
     """
@@ -147,9 +148,9 @@ def patchify(frames):
     order, the four patches of a block: what becomes one visual token stands together. Inside a
     patch: channel, frame, row, column.
     """
-    depth = min(len(frames), TEMPORAL)
-    t = len(frames) // depth
-    h = frames.shape[1] // PATCH
+    depth = min(len(frames), TEMPORAL)  # frames of a group
+    t = len(frames) // depth  # groups
+    h = frames.shape[1] // PATCH  # patches
     w = frames.shape[2] // PATCH
     x = frames.reshape(t, depth, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, frame, row, column)

@@ -90,7 +90,7 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
     longest = max((len(p["query"]["ids"]) for p in pairs), default=1)
     # Option chunk_tokens: what fits in a pass with gradients. Without them 4 times as many tokens
-    # do. 64 prompts bound the key-value caches of the answers.
+    # do. At most 64 prompts, because each holds the key-value caches of its answers, too.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
     options = processor.generation  # <think>\n is forced, </think> ends; special ids are banned
     if ask:
@@ -329,7 +329,7 @@ def read_responses(paths, name, accept_cut, asked):
             continue
         if custom_id in answered:  # a response after a mere error is a retry, and accepted
             answers = [("", "a second response")]
-        for k, (text, why) in enumerate(answers):
+        for k, (text, why) in enumerate(answers):  # the k-th answer to one request
             if why:
                 failed.append((custom_id, why))
                 continue
@@ -337,13 +337,17 @@ def read_responses(paths, name, accept_cut, asked):
             proposer = nth(f"{name}-{prompt_number}", k)
             row = {"id": pair, "side": "query", "proposer": proposer, "text": text, "key": key}
             rows.append(row)
-    heard = answered.union(custom_id for custom_id, _ in failed)
+    heard = answered.union(custom_id for custom_id, _ in failed)  # or failed, with a reason
     failed += [(custom_id, "no response") for custom_id in asked if custom_id not in heard]
     return rows, failed
 
 
 def answers_of(response, accept_cut):
-    """[(text, why it cannot be used, or "")] of the choices of one response."""
+    """[(text, why it cannot be used, or "")] of the choices of one response:
+
+    {"custom_id": "OK-VQA/17|1f0c...|0", "response": {"status_code": 200, "body": {"choices": [
+        {"message": {"content": "A red bus, so ..."}, "finish_reason": "stop"}]}}, "error": null}
+    """
     reply = response.get("response") or {}
     body = reply.get("body") or {}
     error = response.get("error") or body.get("error")

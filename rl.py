@@ -15,7 +15,7 @@ after none) finds the query's target t:
 
 The step minimises
 
-    rl_when * when + what + NCE(direct) + mean p_reason * NCE(reasoned)
+    rl_when * when + what + NCE(direct) + mean over the rationales of p_reason * nce(reasoned)
 
 `when` and `what` have a denominator each: in one mean over tokens a decision, one token among
 dozens, would carry a few percent (option rl_one_loss takes that mean).
@@ -26,7 +26,8 @@ dozens, would carry a few percent (option rl_one_loss takes that mean).
                |gain| * cross-entropy of p and [gain > 0],
            whose gradient in the logit is |gain| * (p - [gain > 0]). Over queries that look alike
            its minimum is at p = G+ / (G+ + G-), the sums of what thinking wins and what it costs:
-           p exceeds 1/2 where the mean gain is positive, a threshold x where G+ > G- * x / (1 - x).
+           p exceeds 1/2 where the mean gain is positive; it exceeds a threshold x where
+           G+ > G- * x / (1 - x).
            Without the weight p would be a majority's vote: where thinking wins 1 for three queries
            of ten and costs 0.06 for seven, it would not think. The policy gradient itself has the
            factor p * (1 - p), which vanishes where the model is sure: one that was taught to think
@@ -39,6 +40,7 @@ Which GRPO this is, in six points:
                 business of `when`. The three terms of R are added first, then normalised together
     sigma       one number for the batch, and a scale only: the deviation of R within a query whose
                 K rationales are counted beside K direct answers, as if half had not reasoned.
+                With the gain in it sigma stays large where all rationales are equally good.
                 One sigma for each query would let a tiny price decide wherever the quality ties
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
@@ -46,7 +48,7 @@ Which GRPO this is, in six points:
                 a rationale that ran out of tokens
     deleted     value network, clip, several epochs per rollout, division by each group's deviation,
                 advantages for embeddings (they learn by InfoNCE in the same step)
-From a query whose rationales all have the same reward only its decision learns.
+A query whose rationales all have the same reward teaches the decision, and InfoNCE, alone.
 
 How to run: python train.py --stage rl. The log tells a live run from a dead one: rewards, p_reason,
 its entropy, share of groups without variance, how far sampling and training differ, a rationale.
@@ -212,9 +214,9 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
 
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
-    policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. Unlike plain GRPO
-    it does not divide the decision's gain by sigma, as the main loss does not. There is no
-    importance weight, and rl_when is not read.
+    policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
+    loss, and unlike plain GRPO, the decision's gain is not divided by sigma. There is no importance
+    weight, and rl_when is not read.
     """
     when = -(advantage.shape[1] * gain / 2 * decision).sum()
     return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
@@ -294,6 +296,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         q = vectors["query"]  # (B, 1 + K, H)
         t = vectors["document"][row_of_column, 0]  # (columns, H)
         nce_direct = info_nce(q[:, 0], t, positive, cfg.temperature, dims=dims)
+        # A query's K rationales have one target, so none is another's negative (same_target).
         reasoned = q[:, 1:].flatten(0, 1)  # (B * K, H)
         weights = p_reason.clamp(min=1e-6).repeat_interleave(K)  # their sum must not be 0
         column = positive.repeat_interleave(K)

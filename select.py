@@ -30,9 +30,10 @@ smallest value, among the margin and those g that exceed it, for which
 
     1 + #{g' above the bar}  <=  fdr · #{g above the bar}
 
-Placebos are decoys; their count, and the 1, are the knockoff filter's (Barber & Candès, arXiv
-1404.5609), whose decoys are paired. fdr is the false discovery rate (option select_fdr): the share
-of what is above the bar that may be luck. At 0.1 a bar has at least ten
+Counting decoys plus 1 is the knockoff filter's (Barber & Candès, arXiv 1404.5609). Its guarantee
+asks for decoys that are paired and exchangeable with what they stand for, which is not shown of
+placebos. So fdr (option select_fdr), the share of what is above the bar that may be luck, is a
+target and no proven bound. At 0.1 a bar has at least ten
 rationales above it. Without such a bar the stratum keeps nothing. A stratum that has no placebos
 counts zero of them.
 
@@ -288,7 +289,8 @@ def draw_trials(pairs, texts, rng):
             target = pairs[i]["target_key"]
             foreign = (words for j, _, words in onwards if pairs[j]["target_key"] != target)
             placebo, second = next(foreign, None), next(foreign, None)
-            # In the audit the second is the first one's placebo: the same text cannot serve.
+            # The audit puts the placebo in the rationale's place and the second in the placebo's:
+            # they must differ.
             if second == placebo or rng.random() >= AUDITED:
                 second = None
             trials[i].append(Trial(proposer, text, placebo, second))
@@ -417,7 +419,8 @@ def choose(rows, rule, margin, fdr):
 def audit(rows, kept, rule, margin, fdr, helps=None):
     """What share of whose rationales was kept, and how often a placebo passes for a rationale.
 
-    No independent check of the bar: these placebos were among those that it was set by.
+    No independent check of the bar: these placebos were among those that it was set by. Those of
+    easy pairs count as rejected: whatever is said about such a pair cannot pass.
 
     helps(row) -> True, False, or None for a row that nobody can mark. With it, precision is the
     share of the kept and marked rows that help, 0 without any; recall: of the pairs about which
