@@ -21,8 +21,18 @@ An ablation is a copy of a finished run in which one stage is done again with an
     python train.py --stage rl  --latency_penalty 3 --out runs/dear
     python train.py --stage all --latency_penalty 3 --out runs/dear      whatever follows from it
 
-The run folder holds a folder of each stage, config.json, stages.json (which are done, and how long
-they took), metrics.jsonl, data/ (the pocket world), report.json, report.md and report.html.
+The run folder, when all is done (what each file is for, the stages say):
+
+    config.json  stages.json  metrics.jsonl     options; stages that are done; the log
+    data/                                       the pocket world, unless --data is given
+    base/  embed/  rl/                          checkpoints in the Hugging Face layout
+    propose/rationales.jsonl                    all rationales that were written
+    select/judge0/  judge1/                     the evaluators, checkpoints too
+    select/judged.jsonl  selected.jsonl         all rationales with their gains; those that are kept
+    select/audit.json                           how often selection is right
+    eval/summary.json ...                       scores, see eval.py
+    report.json  report.md  report.html         the same for people
+
     A finished stage is skipped; a folder that was made with other options is refused.
     A stage works in STAGE.part, which takes its place when it is finished: whatever breaks off,
     what was done stays done. With --resume auto the stage goes on from its last checkpoint, and
@@ -81,7 +91,7 @@ from processor import prompt_key
 
 def load_select():
     """select.py as a module. `import select` would give the standard library's; see select.py."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "select.py")
+    path = Path(__file__).with_name("select.py")
     spec = importlib.util.spec_from_file_location("nanommemb_select", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,24 +100,48 @@ def load_select():
 
 selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
-NOTES = {"propose": "training", "eval": "test"}  # tables that a stage has read
-SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")  # a row of selected.jsonl
+# {stage: the tables that it reads}. It notes a hash of them, so that a later change is noticed.
+NOTES = {"propose": "training", "eval": "test"}
+# A row of selected.jsonl: {"id": "PocketWalk/7", "proposer": "careful", "text": "nw red star ...",
+# "gain": 2.1, "gain_placebo": -0.3, "weight": 0.6}. A pair's weights add up to 1.
+SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
 RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares their targets
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
-# Learning rates of the large presets are those of the nearest published recipes: 5e-5 for LoRA
-# (VLM2Vec), 1e-5 for full training between UME-R1's 5e-5 (SFT) and 1e-6 (RL). Factors of a stage
-# are 1 there: the pocket model's were tuned for a model of 1.6 M weights.
+# The presets for Qwen3-VL's own checkpoints. Learning rates are those of the nearest published
+# recipes: 5e-5 for LoRA (VLM2Vec), 1e-5 for full training between UME-R1's 5e-5 (SFT) and 1e-6
+# (RL). VLM2Vec-V2's are batch, sub_batch, embed_steps and the frames, too.
 LARGE = {
-    "dtype": "bfloat16", "optimizer": "adamw", "lr": 1e-5, "warmup": 100, "max_pixels": 501760,
-    "max_frames": 8, "max_new_tokens": 128, "workers": 8, "num_candidates": 4, "select_steps": 500,
-    "select_lr": 1.0, "embed_steps": 5000, "embed_lr": 1.0, "batch": 1024, "sub_batch": 64,
-    "rl_steps": 500, "rl_batch": 64, "rl_lr": 0.1, "rl_holdout": 0.05, "save_every": 200,
-    "checkpointing": True, "compile": True,
-}  # fmt: skip
-LORA = {"lora": 32, "lr": 5e-5, "rl_lr": 0.02}  # 4B in full needs 71 GB before an activation
+    "dtype": "bfloat16",
+    "optimizer": "adamw",
+    "lr": 1e-5,
+    "warmup": 100,
+    "max_pixels": 501760,  # 490 tokens of 32 x 32 pixels
+    "max_frames": 8,
+    "max_new_tokens": 128,
+    "workers": 8,
+    "num_candidates": 4,
+    "select_steps": 500,
+    "select_lr": 1.0,  # factors below 1 were tuned for the pocket model's 1.6 M weights
+    "embed_steps": 5000,
+    "embed_lr": 1.0,
+    "batch": 1024,
+    "sub_batch": 64,
+    "rl_steps": 500,
+    "rl_batch": 64,
+    "rl_lr": 0.1,  # so 1e-6
+    "rl_holdout": 0.05,
+    "save_every": 200,
+    "checkpointing": True,
+    "compile": True,
+}
+LORA = {  # 4B in full needs 71 GB before an activation
+    "lora": 32,
+    "lr": 5e-5,
+    "rl_lr": 0.02,  # so 1e-6
+}
 PRESETS = {
     "pocket": {},
     "qwen3vl-2b": LARGE,
@@ -117,7 +151,10 @@ PRESETS = {
 
 
 def opt(group, default, least=0, choices=None):
-    """A field of Config. least: the smallest number that makes sense."""
+    """A field of Config. least: the smallest number that makes sense; choices: all that do.
+
+    rl_batch: int = opt("rl", 32, 1) is --rl_batch of --help's group "rl", 32 by default.
+    """
     return field(default=default, metadata={"group": group, "least": least, "choices": choices})
 
 
@@ -208,6 +245,8 @@ class Interrupted(Exception):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse prints two lines and exits. Here main() writes one."""
+
     def error(self, message):
         raise UsageError(f"{message}; --help lists the options")
 
@@ -220,24 +259,33 @@ def true_or_false(text):
 
 
 def parse(argv):
-    """Command line -> Config. A preset's values hold unless an option says otherwise."""
-    why = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
-    layout = argparse.RawDescriptionHelpFormatter
+    """Command line -> Config. A preset's values hold unless an option says otherwise.
+
+    parse(["--seed=7", "--rl-lr", "0.1"]) -> Config(seed=7, rl_lr=0.1, out="runs/pocket")
+    """
+    # {"seed": "of the world, the weights, the order and the sampling"}: Config's own comments.
+    source = inspect.getsource(Config)
+    why = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
+    layout = argparse.RawDescriptionHelpFormatter  # leaves the docstring's lines as they are
     parser = Parser("train.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
-    groups = {}
+    groups = {}  # {"run": argparse's group of that title}
     for f in fields(Config):
         title = f.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind = true_or_false if f.type is bool else f.type
-        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"})
-        about = f"{why.get(f.name)} ({f.default!r})"
-        choices, unset = f.metadata["choices"], argparse.SUPPRESS
-        groups[title].add_argument(*names, type=kind, choices=choices, default=unset, help=about)
-    given = vars(parser.parse_args(argv))
+        names = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}  # --rl_lr and --rl-lr
+        groups[title].add_argument(
+            *sorted(names),
+            type=true_or_false if f.type is bool else f.type,
+            choices=f.metadata["choices"],
+            default=argparse.SUPPRESS,  # so `given` has what the caller wrote, and nothing else
+            help=f"{why.get(f.name)} ({f.default!r})",
+        )
+    given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_lr": 0.1}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
-    cfg.out = cfg.out or os.path.join("runs", preset)
+    if not cfg.out:
+        cfg.out = os.path.join("runs", preset)
     check(cfg)
     return cfg
 
@@ -245,16 +293,19 @@ def parse(argv):
 def check(cfg):
     """UsageError for options that cannot be meant."""
     for f in fields(Config):
-        value, least = getattr(cfg, f.name), f.metadata["least"]
-        if f.type in (int, float) and not (math.isfinite(value) and value >= least):
+        if f.type not in (int, float):
+            continue
+        value = getattr(cfg, f.name)
+        least = f.metadata["least"]
+        if not math.isfinite(value) or value < least:
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+    no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
     no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
     cannot_shard = cfg.optimizer == "muon" or cfg.lora or cfg.compile
-    mistakes = {
-        f"--preset {cfg.preset} needs --model and --data": (
-            cfg.preset != "pocket" and not (cfg.model and cfg.data)
-        ),
+    numbers = re.fullmatch(r"([1-9]\d*,?)*", cfg.matryoshka_dims)  # "64,128" or ""
+    mistakes = {  # {what is said: whether it is the case}
+        f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
         "--batch is not a multiple of --sub_batch": cfg.batch % cfg.sub_batch,
         f"--batch is not a multiple of the {processes} processes": cfg.batch % processes,
         f"--rl_batch is not a multiple of the {processes} processes": cfg.rl_batch % processes,
@@ -264,12 +315,10 @@ def check(cfg):
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
         "--fsdp needs torchrun and several processes": cfg.fsdp and processes == 1,
-        "--matryoshka_dims: expected 64,128": not re.fullmatch(
-            r"([1-9]\d*,?)*", cfg.matryoshka_dims
-        ),
+        "--matryoshka_dims: expected 64,128": not numbers,
     }
-    for mistake, made in mistakes.items():
-        if made:
+    for mistake, is_made in mistakes.items():
+        if is_made:
             raise UsageError(mistake)
 
 
