@@ -245,7 +245,7 @@ class Interrupted(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse prints two lines and exits. Here main() writes one."""
+    """argparse would print the usage and exit. Here main() writes one line."""
 
     def error(self, message):
         raise UsageError(f"{message}; --help lists the options")
@@ -329,21 +329,24 @@ def check(cfg):
 class Run:
     """A run folder and its options: which stages are done, the log, and all random numbers.
 
-    stages {name: {"seconds", "tables": a hash}} of those that are done; stopping: True once SIGTERM
-    has come.
+    Every stage gets it as its first argument.
     """
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.stopping = False
-        self.device = scale.join_processes(cfg.device)
-        self.pairs_read = {}
+        self.stopping = False  # True once SIGTERM has come
+        self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
+        self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
+        # Those that are done, in order: {"base": {"seconds": 715.7}, "propose": {"seconds": 43.4,
+        # "tables": the hash of the training tables}}
         self.stages = self.read("stages.json")
         self.data_root = cfg.data or self.path("data")
+        # The folder's options hold for this call, too, but for those of the stage that is wanted.
         self.same_options(("machine", cfg.stage), "config.json")
 
     def path(self, *parts):
+        """run.path("select", "judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
         return os.path.join(self.cfg.out, *parts)
 
     def read(self, *parts):
@@ -352,71 +355,92 @@ class Run:
         return read_json(path) if os.path.exists(path) else {}
 
     def same_options(self, free, *parts):
-        """Refuse what was made with other options, those of the free groups aside. Where no options
-        are noted yet, note ours."""
-        before = self.read(*parts)
+        """Refuse what was made with other options than ours; groups in `free` may differ. Where no
+        options are noted yet, note ours. parts: of the path of a config.json in the folder."""
+        path = self.path(*parts)
+        before = self.read(*parts)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
+            group = f.metadata["group"]
             value = getattr(self.cfg, f.name)
             then = before.get(f.name, value)
-            if f.metadata["group"] not in free and then != value:
-                change = f"was made with {f.name}={then!r}, this call says {value!r}"
-                where = self.path(*parts)
-                group = f.metadata["group"]
-                stage = f" (of --stage {group})" if group in STAGES else ""
-                remedy = f"repeat the option{stage}, or use another --out"
-                raise UsageError(f"{where} {change}: {remedy}")
+            if group in free or then == value:
+                continue
+            change = f"was made with {f.name}={then!r}, this call says {value!r}"
+            stage = f" (of --stage {group})" if group in STAGES else ""
+            remedy = f"repeat the option{stage}, or use another --out"
+            raise UsageError(f"{path} {change}: {remedy}")
         if not before and scale.is_main():
-            write_json(self.path(*parts), asdict(self.cfg))
+            write_json(path, asdict(self.cfg))
 
     def same_tables(self, todo):
-        """Refuse tables that changed since a stage noted them, unless it is to be done: rows are
-        known by their numbers, and the last ones of a dataset are rl's."""
+        """Refuse tables that changed since a stage noted them, unless it is in `todo`. Rows are
+        known by their numbers, and the last ones of a dataset are rl's: a row more moves them."""
         for stage, kind in NOTES.items():
-            noted = self.stages.get(stage, {}).get("tables")
-            if stage in todo or noted is None:
+            if stage in todo or stage not in self.stages:
                 continue
-            if noted != data.fingerprint(self.data_root, kind):
-                change = f"the {kind} table has changed since {stage}"
-                raise UsageError(
-                    f"{self.data_root}: {change}: do --stage {stage} and what follows again"
-                )
+            noted = self.stages[stage].get("tables")  # a hash; older folders have none
+            if noted is None or noted == data.fingerprint(self.data_root, kind):
+                continue
+            change = f"the {kind} table has changed since {stage}"
+            remedy = f"do --stage {stage} and what follows again"
+            raise UsageError(f"{self.data_root}: {change}: {remedy}")
 
     def rng(self, *key):
-        """A generator that depends on seed and key alone: nothing to save, nothing to restore."""
-        digest = hashlib.blake2b(repr((self.cfg.seed, *key)).encode(), digest_size=8).digest()
+        """A generator that depends on seed and key alone: nothing to save, nothing to restore.
+
+        run.rng("embed", 17, "OK-VQA/3") draws the rationale of that pair in embed's step 17.
+        """
+        name = repr((self.cfg.seed, *key))  # "(1, 'embed', 17, 'OK-VQA/3')"
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return np.random.default_rng(int.from_bytes(digest, "little"))
 
     def torch_seed(self, *key):
+        """The same as a number, for what takes a seed."""
         return int(self.rng(*key).integers(2**31))
 
     def generator(self, *key):
         """The same for torch."""
-        return torch.Generator(self.device).manual_seed(int(self.rng(*key).integers(2**62)))
+        seed = int(self.rng(*key).integers(2**62))
+        return torch.Generator(self.device).manual_seed(seed)
 
     def steps(self, n):
         """A step count under --scale: never less than 2, unless it is 0."""
         return max(2, round(n * self.cfg.scale)) if n else 0
 
     def say(self, text):
+        """A line on the screen: of several processes one speaks."""
         if scale.is_main():
             print(text, flush=True)
 
     def log(self, stage, step, steps, metrics):
-        """One line on the screen, one object in metrics.jsonl."""
-        numbers = [f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, (int, float))]
+        """One line on the screen, one object in metrics.jsonl:
+
+        embed 10/400 loss 4.15 nce_direct 0.198
+        {"stage": "embed", "step": 10, "loss": 4.153288722038269, "nce_direct": 0.198076575994491}
+        """
+        numbers = []
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):  # rl's "sample", a text, is in the file alone
+                numbers.append(f"{name} {value:.3g}")
         self.say(f"{stage} {step}/{steps} " + " ".join(numbers))
+        row = {"stage": stage, "step": step, **metrics}
         if scale.is_main():
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+                f.write(json.dumps(row) + "\n")
 
     def forget(self, stage, step=0):
-        """Take a stage's rows after this step out of metrics.jsonl: they will be written again."""
+        """Take a stage's rows after this step out of metrics.jsonl: they will be written again.
+        "base" takes those of "base skills" along."""
         path = self.path("metrics.jsonl")
-        if scale.is_main() and os.path.exists(path):
-            rows = Rows(path)
-            kept = [r for r in rows if r["step"] <= step or not r["stage"].startswith(stage)]
-            write_rows(path, kept)
+        if not scale.is_main() or not os.path.exists(path):
+            return
+        kept = []
+        for row in Rows(path):
+            of_stage = row["stage"].startswith(stage)
+            if not of_stage or row["step"] <= step:
+                kept.append(row)
+        write_rows(path, kept)
 
     def begin(self, stage):
         """-> STAGE.part, the folder in which an unfinished stage works."""
@@ -430,30 +454,40 @@ class Run:
         return part
 
     def finish(self, stage, part, seconds):
-        """Put a finished stage's folder in its place. What follows from it is no longer done."""
-        scale.barrier()
+        """Put a finished stage's folder in its place. What follows from it is no longer done.
+
+        stages.json is never ahead of the folders: a kill between two lines costs a stage at most.
+        """
+        scale.barrier()  # all processes have written into `part`
+        number = STAGES.index(stage)
         done = {"seconds": round(seconds, 1)}
         if stage in NOTES:
             done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
-        earlier = STAGES[: STAGES.index(stage)]
-        self.note({name: self.stages[name] for name in earlier if name in self.stages})
+
+        # 1) Neither this stage nor a later one is done, as long as folders change.
+        earlier = [name for name in STAGES[:number] if name in self.stages]
+        self.note({name: self.stages[name] for name in earlier})
+
+        # 2) The folders
         final = Path(self.path(stage))
         if scale.is_main():
             if final.is_symlink():  # of a study's fork: its parent's stays
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-            for later in STAGES[STAGES.index(stage) + 1 :]:  # begun on what was there before
+            for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
         scale.barrier()
+
+        # 3) This stage is done.
         self.note(self.stages | {stage: done})
         if scale.is_main():
-            for state in final.glob("*.state"):  # only a resumed stage needs it
+            for state in final.glob("*.state"):  # checkpoints, which only a resumed stage needs
                 state.unlink()
 
     def note(self, stages):
-        """Write down which stages are done."""
+        """Write down which stages are done. stages: as self.stages."""
         self.stages = stages
         if scale.is_main():
             write_json(self.path("stages.json"), stages)
@@ -463,22 +497,22 @@ class Run:
         self.stopping = True
 
     def embedder(self, stage, *parts):
-        """The checkpoint that a stage left."""
+        """The checkpoint that a stage left, as a model to use. parts: its folder in the stage's."""
         if stage not in self.stages:
             raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
         c = self.cfg
-        path = os.path.abspath(self.path(stage, *parts))  # owner/name would be one of the hub
+        path = os.path.abspath(self.path(stage, *parts))  # runs/x alone could be a hub's id
         limits = {"max_pixels": c.max_pixels, "max_frames": c.max_frames}
         return Embedder.from_pretrained(path, self.device, c.dtype, **limits)
 
     def trainee(self, stage, parts=()):
-        """The same, ready to be trained. parts: folders of several, whose mean it is."""
+        """The same, ready to be trained. parts: folders of several, whose mean weights it has."""
         c = self.cfg
-        embedder = self.embedder(stage, *parts[:1])
-        for n, part in enumerate(parts[1:], 2):
+        embedder = self.embedder(stage, *parts[:1])  # the first of them, or the stage's only one
+        for n, part in enumerate(parts[1:], 2):  # from the mean of n - 1 to that of n
             other = self.embedder(stage, part).model
             for p, q in zip(embedder.model.parameters(), other.parameters()):
-                p.data.lerp_(q.data, 1 / n)
+                p.data.lerp_(q.data, 1 / n)  # p += (q - p) / n
         torch.manual_seed(self.torch_seed("lora"))
         dtype = getattr(torch, c.dtype)
         scale.prepare(embedder.model, dtype, c.lora, c.checkpointing, c.compile, c.train_vision)
@@ -487,20 +521,22 @@ class Run:
         if c.fsdp:
             scale.shard(embedder.model, dtype)
         if self.device.startswith("cuda"):
-            kernels = [sdpa_kernel(embedder.model, dtype, branches) for branches in (False, True)]
-            self.say(f"attention: {kernels[0]}; with branches {kernels[1]}")
+            plain = sdpa_kernel(embedder.model, dtype, branches=False)
+            branched = sdpa_kernel(embedder.model, dtype, branches=True)
+            self.say(f"attention: {plain}; with branches {branched}")
         return embedder
 
     def pairs(self, processor, for_rl=False, question=None):
         """The training pairs. Stages of a call share what was read: their processors are alike."""
-        kind = for_rl, question
+        kind = (for_rl, question)
         if kind not in self.pairs_read:
             self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
         return self.pairs_read[kind]
 
     def merged(self, model, into=None):
         """What is being trained as a plain model of --dtype, to judge with, to sample from or to
-        save: a copy, or the model itself where it is plain already."""
+        save: a copy, or the model itself where it is plain already. into: an earlier copy, to be
+        written over."""
         c = self.cfg
         if c.lora or c.fsdp or c.compile or c.dtype != "float32":
             return scale.merge(model, getattr(torch, c.dtype), into)
