@@ -548,9 +548,13 @@ class Run:
 
 
 class Pairs(Dataset):
-    """The training pairs of a stage. (source, row) -> {"id", "dataset", "key", "query", "target",
-    "negatives", "target_key"}: items are prompts; key is a hash of the pair, target_key one that
-    equal targets share. question: None, or how a query is put to a proposer (propose.question).
+    """The training pairs of a stage, as prompts: pairs[source, row], the dataset and the row in it.
+
+    A prompt is what the Processor makes of an item: "ids" (S,) and patches. pairs[0, 3] is
+        {"id": "PocketColour/3", "dataset": "PocketColour", "query": prompt, "target": prompt,
+         "negatives": [prompt, ...], "key": a hash of the pair, "target_key": a hash of the target}
+    for_rl: the pairs that rl alone sees. question: None, or how a query is put to a proposer
+    (propose.question).
 
     Where all fits in memory, what was read is kept; else worker processes read it while the model
     computes. The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by
@@ -563,75 +567,116 @@ class Pairs(Dataset):
         self.run = run
         self.processor = processor
         self.question = question
-        self.tables = data.train_sets(run.data_root)
+        self.tables = data.train_sets(run.data_root)  # all datasets; what they hold is text
         if self.tables.missing:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
-        self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
-        self.kept = {}
-        self.keep = sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP
+        # A range of rows of each dataset: [range(0, 300), range(0, 300), ...]
+        self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
+        self.kept = {}  # {(source, row): pair}
+        total = sum(self.bytes(source) for source in range(len(self.rows)))
+        self.keep = total <= self.KEEP
         workers = 0 if self.keep else run.cfg.workers
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
         self.batches = Batches()
-        how = {"num_workers": workers, "persistent_workers": workers > 0}
-        how["worker_init_fn"] = leave_group
-        # Prompts differ in shape: a batch stays a list.
-        self.loader = DataLoader(self, batch_sampler=self.batches, collate_fn=list, **how)
+        self.loader = DataLoader(
+            self,
+            batch_sampler=self.batches,
+            collate_fn=list,  # prompts differ in shape: a batch stays a list
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=leave_group,
+        )
 
     def share_of(self, n, for_rl):
-        """A dataset has n rows: which of them are this stage's?"""
+        """A dataset has n rows: which of them are this stage's?
+
+        With --rl_holdout 0.2, of 375: range(0, 300), and for rl range(300, 375).
+        """
         share = self.run.cfg.rl_holdout
         if not share or n == 1:
             return range(n)
-        first_held = max(1, n - max(1, round(n * share)))
+        num_held = max(1, round(n * share))
+        first_held = max(1, n - num_held)  # at least one pair on either side
         return range(first_held, n) if for_rl else range(first_held)
 
     def bytes(self, source):
         """What the prompts of a dataset would weigh, if all weigh what the first one does."""
         rows = self.rows[source]
         pair = self.tables.fetch(source, rows[0], read=self.prompts)
-        items = (pair["query"], pair["target"], *pair["negatives"])
-        return len(rows) * (1000 + sum(x.nbytes for item in items for x in item["pixel_values"]))
+        size = 1000  # of ids and hashes
+        for prompt in (pair["query"], pair["target"], *pair["negatives"]):
+            size += sum(patches.nbytes for patches in prompt["pixel_values"])
+        return len(rows) * size
 
     def __getitem__(self, ref):
+        """ref (source, row) -> its pair. A broken row's place is taken by the next one."""
         pair = self.kept.get(ref) or self.tables.fetch(*ref, read=self.prompts)
         if self.keep:
             self.kept[ref] = pair
         return pair
 
     def prompts(self, pair):
+        """A pair of items, whose images are files -> the pair as in the docstring above."""
         target = self.processor(pair["target"])
-        prompts = {"id": pair["id"], "dataset": pair["dataset"], "key": data.pair_key(pair)}
-        query = self.question(pair["query"]) if self.question else pair["query"]
-        prompts["query"] = self.processor(query)
-        prompts["target"] = target
-        prompts["negatives"] = [self.processor(item) for item in pair["negatives"]]
-        return prompts | {"target_key": prompt_key(target)}
+        key = data.pair_key(pair)
+        query = pair["query"]
+        if self.question:
+            query = self.question(query)
+        return {
+            "id": pair["id"],
+            "dataset": pair["dataset"],
+            "key": key,  # ties a rationale to the pair
+            "query": self.processor(query),
+            "target": target,
+            "negatives": [self.processor(item) for item in pair["negatives"]],
+            "target_key": prompt_key(target),  # equal targets are no negatives of each other
+        }
 
     def load(self, batches):
-        """Lists of (source, row) -> lists of pairs. An earlier pass ends with this call."""
+        """Lists of (source, row) -> an iterator of lists of pairs. An earlier one then ends."""
         self.batches.lists = batches
         return iter(self.loader)
 
     def windows(self, ids=None):
         """Places of the pairs (of these ids), dataset by dataset, in lists of at most
-        selection.WINDOW."""
-        windows, size = [], selection.WINDOW
+        selection.WINDOW = 1024. Of two datasets with 1500 and 20 pairs:
+
+        [[(0, 0), ... (0, 1023)], [(0, 1024), ... (0, 1499)], [(1, 0), ... (1, 19)]]
+        """
+        size = selection.WINDOW
+        windows = []
         for source, rows in enumerate(self.rows):
-            refs = [(source, row) for row in rows]
-            refs = [ref for ref in refs if ids is None or self.tables.id(*ref) in ids]
-            windows += [refs[i : i + size] for i in range(0, len(refs), size)]
+            refs = []
+            for row in rows:
+                if ids is None or self.tables.id(source, row) in ids:
+                    refs.append((source, row))
+            for start in range(0, len(refs), size):
+                windows.append(refs[start : start + size])
         return windows
 
     def stream(self, name, batch, sub_batch, first):
-        """Endless batches of a stage, from its step `first` on: this process' share of each. A step
-        uses the first hard negative of a pair, so each visit shuffles them."""
-        sizes, starts = [len(rows) for rows in self.rows], [rows.start for rows in self.rows]
-        seed, ranks = self.run.torch_seed(name), (scale.rank(), scale.world_size())
-        sampler = data.Sampler(sizes, self.tables.weights, batch, sub_batch, seed, *ranks, starts)
+        """Endless batches of a stage, from its step `first` on: lists of pairs, this process' share
+        of `batch`, in runs of `sub_batch` pairs of one dataset. A step uses the first hard negative
+        of a pair, so each visit shuffles them."""
+        sampler = data.Sampler(
+            sizes=[len(rows) for rows in self.rows],
+            weights=self.tables.weights,  # of the datasets
+            batch=batch,
+            sub_batch=sub_batch,
+            seed=self.run.torch_seed(name),
+            rank=scale.rank(),
+            world=scale.world_size(),
+            first=[rows.start for rows in self.rows],
+        )
         sampler.skip(first)
         for step, pairs in enumerate(self.load(sampler), first):
-            rngs = [self.run.rng(name, "negatives", step, pair["id"]) for pair in pairs]
-            yield [shuffle_negatives(pair, rng) for pair, rng in zip(pairs, rngs)]
+            shuffled = []
+            for pair in pairs:
+                rng = self.run.rng(name, "negatives", step, pair["id"])
+                negatives = pair["negatives"]
+                order = rng.permutation(len(negatives))
+                shuffled.append(pair | {"negatives": [negatives[i] for i in order]})
+            yield shuffled
 
 
 def leave_group(worker):
@@ -642,15 +687,10 @@ def leave_group(worker):
 class Batches:
     """A batch sampler whose lists may be exchanged between two passes."""
 
-    lists = ()
+    lists = ()  # of (source, row); see Pairs.load
 
     def __iter__(self):
         return iter(self.lists)
-
-
-def shuffle_negatives(pair, rng):
-    negatives = pair["negatives"]
-    return pair | {"negatives": [negatives[i] for i in rng.permutation(len(negatives))]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -661,15 +701,15 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     """The loop of every trained stage -> the number of its steps.
 
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
-    stream(first) yields the batches of the steps first, first + 1 ...
+    stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
     until(step, steps) -> steps may prolong the stage
-    A loss that is not finite stops the run: the weights would be NaN from then on.
+    The checkpoint is PART/NAME.state, from which --resume auto goes on, if it is there. A loss that is not finite stops the run: the weights would be NaN from then on.
     """
     state = os.path.join(part, f"{name}.state")
-    step = scale.load_state(state, model, optimizer)
+    step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
     if step == 0:  # a full disk is noticed now, not hours later
         scale.need_space(part, model)
-    run.forget(name, step)
+    run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
     signal.signal(signal.SIGTERM, run.stop)
@@ -677,7 +717,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     while step < optimizer.steps and not stop:
         batch = next(batches)
         metrics = one_step(step, batch)
-        metrics["grad_norm"] = optimizer.step(step)
+        metrics["grad_norm"] = optimizer.step(step)  # before clipping
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             figures = f"loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
             ids = ", ".join(pair["id"] for pair in batch[:8])
@@ -688,7 +728,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
             run.log(name, step, optimizer.steps, metrics)
         if until:
             optimizer.steps = until(step, optimizer.steps)
-        stop = any(scale.gather_objects([run.stopping]))
+        stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
         if stop or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -699,7 +739,11 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
 
 
 def fit(run, name, part, embedder, pairs, one_step, batch, sub_batch, steps, factor):
-    """Train an Embedder on pairs, and leave it as a model of --dtype. factor: times lr."""
+    """Train an Embedder on pairs, and leave it as a model of --dtype.
+
+    name: of the log's rows and the checkpoint. one_step: as in train_loop. batch and sub_batch: as
+    in Pairs.stream. steps: at --scale 1. factor: times lr.
+    """
     optimizer = scale.Optimizer(embedder.model, run.cfg, run.steps(steps), factor)
     stream = partial(pairs.stream, name, batch, sub_batch)
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
