@@ -497,7 +497,8 @@ class Run:
         self.stopping = True
 
     def embedder(self, stage, *parts):
-        """The checkpoint that a stage left, as a model to use. parts: its folder in the stage's."""
+        """The checkpoint that a stage left. parts: where it lies in the stage's folder, as judge0
+        in that of select."""
         if stage not in self.stages:
             raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
         c = self.cfg
@@ -567,7 +568,7 @@ class Pairs(Dataset):
         self.run = run
         self.processor = processor
         self.question = question
-        self.tables = data.train_sets(run.data_root)  # all datasets; what they hold is text
+        self.tables = data.train_sets(run.data_root)  # all datasets of the root
         if self.tables.missing:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
         # A range of rows of each dataset: [range(0, 300), range(0, 300), ...]
@@ -616,7 +617,7 @@ class Pairs(Dataset):
         return pair
 
     def prompts(self, pair):
-        """A pair of items, whose images are files -> the pair as in the docstring above."""
+        """A pair of items (texts, places of images) -> the pair as the docstring above has it."""
         target = self.processor(pair["target"])
         key = data.pair_key(pair)
         query = pair["query"]
@@ -703,7 +704,9 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
     stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
     until(step, steps) -> steps may prolong the stage
-    The checkpoint is PART/NAME.state, from which --resume auto goes on, if it is there. A loss that is not finite stops the run: the weights would be NaN from then on.
+    It goes on from the checkpoint PART/NAME.state, if there is one: begin() removes it unless the
+    call says --resume auto. A loss that is not finite stops the run: the weights would be NaN from
+    then on.
     """
     state = os.path.join(part, f"{name}.state")
     step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
@@ -751,7 +754,8 @@ def fit(run, name, part, embedder, pairs, one_step, batch, sub_batch, steps, fac
 
 
 # --------------------------------------------------------------------------------------------------
-# The stages. Each works in the folder `part`; an Embedder that it returns is saved there.
+# The stages. Each opens what earlier ones left, loops over batches or windows, and saves into the
+# folder `part`: STAGE.part, which becomes STAGE. An Embedder that it returns is saved there, too.
 
 
 def base_stage(run, part):
@@ -759,7 +763,7 @@ def base_stage(run, part):
     c = run.cfg
     if not c.model:
         return pretrain(run, part)
-    # Opened and checked: a broken checkpoint is refused in a minute, not in an hour.
+    # A copy of --model in the run folder. A broken one is refused in a minute, not in an hour.
     embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
     if not embedder.model.has_head:
         raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales")
@@ -767,12 +771,15 @@ def base_stage(run, part):
 
 
 def pretrain(run, part):
-    """From random weights, until the skills are there that a rationale is made of."""
+    """From random weights, until the skills are there that a rationale is made of: to look things
+    up in a picture, a table, a clip (pocket.STEP_SKILLS)."""
     c = run.cfg
     model, processor = pocket.new_model(run.torch_seed("weights"), run.device)
-    planned, look_first = run.steps(c.base_steps), run.steps(pocket.LOOK_STEPS)
+    planned = run.steps(c.base_steps)
+    look_first = run.steps(pocket.LOOK_STEPS)
+    # The rate falls over the last quarter of the planned steps: with 450 from step 338 on.
     optimizer = scale.Optimizer(model, c, planned, cool=0.25, patches=True)
-    bank = pocket.Bank(run.rng("bank"))
+    bank = pocket.Bank(run.rng("bank"))  # drawings of shapes, digits and words
     probe = pocket.Bank(run.rng("probe bank"))  # other drawings than those it learns from
 
     def one_step(i, _):
@@ -781,14 +788,17 @@ def pretrain(run, part):
         return pocket.pretrain_step(model, processor, bank, rng, look, c.chunk_tokens)
 
     def weakest_skill(step):
+        """The lowest accuracy on held-out drawings, e.g. 0.877."""
         skills = pocket.measure_skills(model, processor, probe, run.rng("skills"))
         run.log("base skills", step, optimizer.steps, skills)
         return min(skills[name] for name in pocket.STEP_SKILLS)
 
     def until(step, steps):
-        """At the end of the flat part: are the skills there? If not, another tenth of it. What is
-        missing by less than 0.05 comes while the learning rate falls."""
-        if step != steps - round(optimizer.cool_steps) or steps >= 2 * planned:
+        """At the end of the flat part: are the skills there? If not, another tenth of the plan:
+        450 steps become 495, 540 ... 900. What is missing by less than 0.05 comes while the
+        learning rate falls."""
+        flat = steps - round(optimizer.cool_steps)
+        if step != flat or steps >= 2 * planned:
             return steps
         if weakest_skill(step) >= pocket.SKILL_WANTED - 0.05:
             return steps
@@ -801,19 +811,26 @@ def pretrain(run, part):
 
 
 def by_window(run, path, pairs, ids, rows_of, title):
-    """Write rows_of(n, window) of all windows, in order, into one file. The windows are dealt out
-    to the processes, which read theirs alone. Each leaves a file, and is not done again when the
-    stage is resumed."""
+    """Write the rows of all windows, in order, into one file of JSON lines.
+
+    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. ids: those of the pairs that
+    take part; None: all. title: of the lines on the screen.
+    The windows are dealt out to the processes, which read theirs alone. Each leaves a file,
+    PATH.windows/000007.jsonl, and is not done again when the stage is resumed.
+    """
     folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
     windows = pairs.windows(ids)
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
-    mine = range(scale.rank(), len(windows), scale.world_size())
-    mine = [n for n in mine if not os.path.exists(paths[n])]
-    for n, window in zip(mine, pairs.load([windows[n] for n in mine])):
+    mine = []  # numbers of the windows that this process has still to do
+    for n in range(scale.rank(), len(windows), scale.world_size()):
+        if not os.path.exists(paths[n]):
+            mine.append(n)
+    loaded = pairs.load([windows[n] for n in mine])
+    for n, window in zip(mine, loaded):
         write_rows(paths[n], rows_of(n, window))
         run.say(f"{title}: window {n + 1} of {len(windows)}")
-    scale.barrier()
+    scale.barrier()  # all windows are there
     if scale.is_main():
         write_rows(path, Rows(*paths))
         shutil.rmtree(folder)
@@ -821,59 +838,88 @@ def by_window(run, path, pairs, ids, rows_of, title):
 
 
 def propose_stage(run, part):
-    """Candidate rationales of every query, window by window. No proposer sees the target."""
+    """Candidate rationales of every query, window by window. No proposer sees the target.
+
+    Two sources add up: a file (--rationales, or the pocket world's own) and the base model, which
+    writes --num_candidates for each query. A row of rationales.jsonl:
+        {"id": "PocketColour/0", "side": "query", "proposer": "careful#2", "text":
+         "mid yellow triangle", "key": "cdc3e1a641d90b4f"}
+    """
     c = run.cfg
     embedder = run.embedder("base")
     model, processor = embedder.model, embedder.processor
-    source = c.rationales or ("" if c.data else run.path("data", "proposers.jsonl"))
+    source = c.rationales
+    if not source and not c.data:
+        source = run.path("data", "proposers.jsonl")
     given = propose.Rationales(source) if source else None
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
 
-    def write(n, window):
+    def rows_of(n, window):
         rows = []
-        for pair in window:
-            for row in given.of(pair["id"]) if given else []:
-                if row.get("key", pair["key"]) != pair["key"]:  # texts and images, by their hash
-                    about = f"{pair['id']}: a rationale of {source!r} is about another pair"
-                    raise ValueError(f"{about}: has the training table changed since?")
-                rows.append(row | {"key": pair["key"]})
+        if given:
+            for pair in window:
+                rows += rows_about(pair, given)
         if c.num_candidates:
             rng = run.generator("propose", n)
             rows += propose.propose(model, processor, window, c, rng, ask)
         return rows
 
     path = os.path.join(part, "rationales.jsonl")
-    by_window(run, path, pairs, None, write, "propose")
+    by_window(run, path, pairs, None, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if given:
-        unused = len(given.places.keys() - written.places.keys())
+        unused = len(given.places.keys() - written.places.keys())  # rl's, or in no table
         run.say(f"propose: not used: those of {unused} pairs, and {given.of_targets} of targets")
 
 
+def rows_about(pair, given):
+    """The rows of a rationales file (propose.Rationales) about one pair, each with the pair's key.
+    ValueError where a row has another key: it was written when this id was another pair's."""
+    rows = []
+    for row in given.of(pair["id"]):
+        if row.get("key", pair["key"]) != pair["key"]:
+            about = f"{pair['id']}: a rationale of {given.path!r} is about another pair"
+            raise ValueError(f"{about}: has the training table changed since?")
+        rows.append(row | {"key": pair["key"]})
+    return rows
+
+
 def select_stage(run, part):
-    """Cross-fitted evaluators judge every rationale; the rule keeps what helps its pair."""
+    """Cross-fitted evaluators judge every rationale; the rule keeps what helps its pair.
+
+    With two folds, judge0 trains on one half of the pairs and judges the other, judge1 the reverse.
+    """
     c = run.cfg
-    written = propose.Rationales(run.path("propose", "rationales.jsonl"))
+    written = propose.Rationales(run.path("propose", "rationales.jsonl"))  # by pair id
+
+    # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [os.path.join(part, f"judged{fold}.jsonl") for fold in range(c.select_folds)]
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
+    # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge
     judged = Rows(*paths)
 
-    rule = c.select_rule, c.select_margin, c.select_fdr
+    # 2) The rule
+    rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
     selected = os.path.join(part, "selected.jsonl")
     if scale.is_main():
-        chosen = selection.choose(judged, *rule)
-        write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
+        chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
+        short = ({key: row[key] for key in SELECTED} for row in chosen)  # some of its columns
+        write_rows(selected, short)
         write_rows(os.path.join(part, "judged.jsonl"), judged)
     scale.barrier()
     kept = Rows(selected)
-    audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
+
+    # 3) The audit: against the truth, where it is known, and against placebos
+    truth = selection.pocket_truth(run.data_root)
+    audit = selection.audit(judged, kept, *rule, truth)
+    figures = {name: x for name, x in audit.items() if not isinstance(x, dict)}  # not by_proposer
     run.forget("select audit")
-    run.log("select audit", 1, 1, {k: v for k, v in audit.items() if not isinstance(v, dict)})
+    run.log("select audit", 1, 1, figures)
     warning = selection.few_kept(judged, kept)
     if warning:
         run.say(warning)
@@ -884,29 +930,41 @@ def select_stage(run, part):
 def judge_fold(run, part, fold, written, path):
     """Train an evaluator on the pairs of the other fold, and judge this fold's rationales with it.
 
-    written: propose.Rationales; path: for the rows of judged.jsonl
+    written: propose.Rationales; its texts(pairs) -> {"PocketWalk/7": {"careful": "nw red star ...",
+    "base": "ne red bar"}, ...}. path: of the file that gets a row for each rationale.
     """
-    c, name = run.cfg, f"select{fold}"
+    c = run.cfg
+    name = f"select{fold}"
     embedder = run.trainee("base")
     processor = embedder.processor
     pairs = run.pairs(processor)
 
+    # 1) The evaluator learns.
     def one_step(i, batch):
-        texts, rng_of = written.texts(batch), partial(run.rng, name, i)
+        texts = written.texts(batch)
+        rng_of = partial(run.rng, name, i)  # rng_of(pair id) -> a generator
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
-
-    def judge(n, window):
-        texts, rng = written.texts(window), run.rng("judge", fold, n)
-        return selection.judge(embedder.model, processor, window, texts, c, rng)
 
     # Half of a batch belongs to the fold that is judged and drops out: draw twice as much.
     twice = 2 if c.select_folds > 1 else 1
-    sizes = twice * c.batch, twice * c.sub_batch
-    fit(run, name, part, embedder, pairs, one_step, *sizes, c.select_steps, c.select_lr)
+    how = {
+        "batch": twice * c.batch,
+        "sub_batch": twice * c.sub_batch,
+        "steps": c.select_steps,
+        "factor": c.select_lr,
+    }
+    fit(run, name, part, embedder, pairs, one_step, **how)
     if scale.is_main():
         embedder.save(os.path.join(part, f"judge{fold}"))
+
+    # 2) It judges.
+    def rows_of(n, window):
+        texts = written.texts(window)
+        rng = run.rng("judge", fold, n)
+        return selection.judge(embedder.model, processor, window, texts, c, rng)
+
     ids = {i for i in written.places if selection.fold_of(i, c.select_folds) == fold}
-    by_window(run, path, pairs, ids, judge, f"judging fold {fold}")
+    by_window(run, path, pairs, ids, rows_of, f"judging fold {fold}")
 
 
 def embed_stage(run, part):
@@ -922,7 +980,8 @@ def embed_stage(run, part):
     lessons = Lessons(run)
 
     def one_step(i, batch):
-        rationales, labels = [], []
+        rationales = []  # of each pair: ids of <think>\n{text}\n</think>..., or None
+        labels = []  # of each pair: 1, 0 or -1, see Lessons.draw
         for pair in batch:
             rng = run.rng("embed", i, pair["id"])
             text, label = lessons.draw(pair, rng)
@@ -930,8 +989,13 @@ def embed_stage(run, part):
             labels.append(label)
         return contrastive_step(embedder.model, processor, batch, rationales, labels, c)
 
-    sizes = c.batch, c.sub_batch
-    fit(run, "embed", part, embedder, pairs, one_step, *sizes, c.embed_steps, c.embed_lr)
+    how = {
+        "batch": c.batch,
+        "sub_batch": c.sub_batch,
+        "steps": c.embed_steps,
+        "factor": c.embed_lr,
+    }
+    fit(run, "embed", part, embedder, pairs, one_step, **how)
     return embedder
 
 
@@ -943,26 +1007,35 @@ class Lessons:
     """
 
     def __init__(self, run):
-        wanted = {name for name in run.cfg.embed_proposers.split(",") if name}
+        wanted = {name for name in run.cfg.embed_proposers.split(",") if name}  # {"careful"}
         self.written = propose.Rationales(run.path("propose", "rationales.jsonl"))
         self.kept = propose.Rationales(run.path("select", "selected.jsonl"), ("weight",), wanted)
-        authors = {"none", *self.written.authors}
+        authors = {"none", *self.written.authors}  # {"none", "base", "careful", "sloppy"}
         if wanted - authors:
             raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
-        self.trusted = max(self.kept.authors, key=self.kept.authors.get, default=None)
+        counts = self.kept.authors  # {"careful": 900, "sloppy": 12}
+        self.trusted = max(counts, key=counts.get, default=None)
 
     def draw(self, pair, rng):
-        """-> a text or None; the right decision: 1 to reason, 0 to answer directly, -1 where the
-        pair was not judged."""
-        written = self.written.of(pair["id"])
+        """-> (a text or None, the right decision: 1 to reason, 0 to answer directly, -1 unknown).
+
+        a rationale was kept           ("nw red star . right n blue moon", 1)
+        some were judged, none kept    ("mid green square", 0), by the trusted author, or
+                                       (None, 0) if that author wrote none about it
+        nobody wrote any               (None, -1)
+        """
+        written = self.written.of(pair["id"])  # rows of rationales.jsonl
         if not written:
             return None, -1
-        kept = self.kept.of(pair["id"])
+        kept = self.kept.of(pair["id"])  # rows of selected.jsonl
         if kept:  # drawn from their posterior
             weights = np.array([row["weight"] for row in kept])
-            return kept[rng.choice(len(kept), p=weights / weights.sum())]["text"], 1
+            drawn = rng.choice(len(kept), p=weights / weights.sum())
+            return kept[drawn]["text"], 1
         rest = [row for row in written if propose.author(row["proposer"]) == self.trusted]
-        return (rest[rng.integers(len(rest))]["text"] if rest else None), 0
+        if not rest:
+            return None, 0
+        return rest[rng.integers(len(rest))]["text"], 0
 
 
 def rl_stage(run, part):
@@ -971,33 +1044,48 @@ def rl_stage(run, part):
     embedder = run.trainee("embed")
     model, processor = embedder.model, embedder.processor
     pairs = run.pairs(processor, for_rl=True)
-    actor = run.merged(model)  # writes the rollouts
-
-    def contrast(i, batch):
-        nothing, unknown = [None] * len(batch), [-1] * len(batch)
-        return contrastive_step(model, processor, batch, nothing, unknown, c)
+    actor = run.merged(model)  # writes the rollouts: a plain copy, or the model itself
 
     def grpo(i, batch):
         rng = run.generator("rl", i, scale.rank())
-        writer = run.merged(model, actor)
+        writer = run.merged(model, actor)  # it gets the weights of this step
         return rl.grpo_step(model, processor, batch, c, rng, writer)
 
-    step = grpo if c.rl_rollouts else contrast
-    fit(run, "rl", part, embedder, pairs, step, c.rl_batch, RL_SUB_BATCH, c.rl_steps, c.rl_lr)
+    def contrast(i, batch):
+        """Ablation: no rationale is written, and no decision is taught."""
+        nothing = [None] * len(batch)
+        unknown = [-1] * len(batch)
+        return contrastive_step(model, processor, batch, nothing, unknown, c)
+
+    one_step = grpo if c.rl_rollouts else contrast
+    how = {
+        "batch": c.rl_batch,
+        "sub_batch": RL_SUB_BATCH,
+        "steps": c.rl_steps,
+        "factor": c.rl_lr,
+    }
+    fit(run, "rl", part, embedder, pairs, one_step, **how)
     return embedder
 
 
 def eval_stage(run, part):
     """Every mode and what it costs (eval.py). The processes share the datasets."""
     c = run.cfg
-    options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}
-    how = {"threshold": c.threshold, "options": options}
+    embedder = run.embedder("rl")
+    options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}  # of Embedder.encode
+    # Steps that each query needs, {"PocketWalk/376": 3, ...}; None: not known
     truth = run.read("data", "pocket.json").get("test")
-    evaluation.evaluate(run.embedder("rl"), run.data_root, part, truth=truth, **how)
+    how = {"threshold": c.threshold, "options": options, "truth": truth}
+    evaluation.evaluate(embedder, run.data_root, part, **how)
 
 
 def write_report(run):
-    """report.json, report.md and report.html -> what is in report.json."""
+    """report.json, report.md and report.html -> what is in report.json.
+
+    {"preset": "pocket", "seed": 1, "seconds": {"base": 715.7, ...}, "selection": audit.json,
+     "modes": {"never": {"overall": 0.818, "tokens_per_query": 0.0, ...}, "adaptive": ...},
+     "curve": [{"threshold", "overall", ...}], "adaptivity": {"PocketWalk": {"auc", ...}}}
+    """
     summary = run.read("eval", "summary.json")
     if "modes" not in summary:  # eval.py wrote there
         raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
@@ -1012,7 +1100,7 @@ def write_report(run):
 
 
 def print_numbers(result, page):
-    """The numbers that matter, one a line, for people and for grep."""
+    """The numbers that matter, one a line, for people and for grep: "adaptive: 0.9487"."""
     print(f"seconds: {sum(result['seconds'].values()):.1f}")
     for mode, numbers in result["modes"].items():
         print(f"{mode}: {numbers['overall']:.4f}")
@@ -1021,8 +1109,9 @@ def print_numbers(result, page):
         print(f"{name}_auc: {numbers['auc']}")
     for key in ("precision", "recall", "placebo_accepted"):
         print(f"selection_{key}: {result['selection'][key]}")
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    print(f"peak_memory_gb: {kilobytes / 2 ** (30 if sys.platform == 'darwin' else 20):.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
+    print(f"peak_memory_gb: {peak / unit:.2f}")
     print(f"report: {page}")
 
 
@@ -1031,19 +1120,21 @@ def print_numbers(result, page):
 
 
 def draw_world(cfg, folder):
-    """The pocket world, drawn once."""
+    """The pocket world, drawn once: training pairs, test sets, rationales and the truth."""
     if scale.is_main() and not os.path.exists(folder):
         part = folder + ".part"
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
-        sizes = [max(4, round(n * cfg.scale)) for n in (cfg.world_train, cfg.world_test)]
-        pocket.write_world(part, cfg.seed, *sizes)
+        train = max(4, round(cfg.world_train * cfg.scale))
+        test = max(4, round(cfg.world_test * cfg.scale))
+        pocket.write_world(part, cfg.seed, train, test)
         os.replace(part, folder)
     scale.barrier()
 
 
 def run_stages(cfg):
-    """The stages that cfg asks for."""
+    """The stages that cfg asks for, and the report."""
+    # 1) What is missing is said before anything is made.
     whole = cfg.stage == "all"
     if not whole and cfg.stage != "base" and not os.path.exists(f"{cfg.out}/stages.json"):
         raise UsageError(f"{cfg.out} holds no run: --stage all makes one")
@@ -1051,22 +1142,33 @@ def run_stages(cfg):
         raise UsageError(f"{cfg.data} has no test set, with which --stage all ends: name a stage")
     if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
         raise UsageError(f"{cfg.data} has no training set")
+
+    # 2) The stages that are done are the first ones: what follows a stage that is done again is
+    # not. So the next one has the number len(run.stages).
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    # The stages that are done are the first ones: what follows a stage that is done again is not.
-    first = len(run.stages) if whole else STAGES.index(cfg.stage)
+    if whole:
+        first = len(run.stages)
+        todo = STAGES[first:]
+    else:
+        first = STAGES.index(cfg.stage)
+        todo = [cfg.stage]
     run.same_tables(STAGES[first:])
-    for stage in STAGES[first:] if whole else [cfg.stage]:
+    for stage in todo:
         started = time.time()
         part = run.begin(stage)
-        embedder = globals()[f"{stage}_stage"](run, part)
+        do_stage = globals()[f"{stage}_stage"]  # embed_stage, ... above
+        embedder = do_stage(run, part)
         if embedder and scale.is_main():
             embedder.save(part)
         run.finish(stage, part, time.time() - started)
         run.say(f"{stage}: {time.time() - started:.0f} s")
+
+    # 3) The report
     if "eval" in run.stages and scale.is_main():
-        print_numbers(write_report(run), run.path("report.html"))
+        result = write_report(run)
+        print_numbers(result, run.path("report.html"))
 
 
 def main(argv):
@@ -1078,10 +1180,10 @@ def main(argv):
         if sys.flags.dev_mode:
             raise
         code = getattr(e, "exit_code", 1)
-        line = " ".join(str(e).split())
+        line = " ".join(str(e).split())  # without line breaks
         if isinstance(e, torch.OutOfMemoryError):
             line += "; lower --chunk_tokens, or --checkpointing true"
-        rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK", 0))  # torchrun's; scale.rank() may not be there yet
         if code == 1 or rank == 0:  # what all processes notice alike, the first one says
             process = f"process {rank}: " if rank else ""
             print(f"train.py: {process}{line}", file=sys.stderr)
