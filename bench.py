@@ -44,7 +44,6 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import pocket
-import propose
 import rl
 import scale
 import train
@@ -213,11 +212,6 @@ class Ours:
             for ids, count in zip(branches, counts):
                 sampled.append(ids[start : start + count])
         return sampled
-
-    def propose(self, pairs):
-        """Candidate rationales, as the stage writes them."""
-        generator = torch.Generator(self.model.device).manual_seed(0)
-        return propose.propose(self.model, self.processor, pairs, self.cfg, generator)
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path."""
@@ -441,13 +435,9 @@ def measure(size, options):
     if options.gpu:
         embedder.model.compile_layers()
         embedder.processor.pad_to = 128  # few lengths are few shapes to compile
-    K, T, B = options.rollouts, options.tokens, options.batch
-    ours = Ours(embedder, train.Config(max_new_tokens=T, num_candidates=K))
-    *tasks, contrastive, _ = make_tasks(embedder.processor, options)  # all but the GRPO step
-    write = Task("propose", f"propose {B}x{K}x{T}", contrastive.inputs, B * K, "rationales/s")
-    tasks += [write, contrastive]
+    ours = Ours(embedder, train.Config())
     rows = []
-    for task in tasks:
+    for task in make_tasks(embedder.processor, options)[:-1]:  # all but the GRPO step
         if task.method == "contrastive":
             scale.prepare(embedder.model, dtype, checkpointing=True)  # this makes the weights fp32
         if options.gpu:
@@ -469,24 +459,20 @@ def measure(size, options):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-COUNTS = {
-    "queries": (64, "queries to write rationales for"),
-    "rollouts": (8, "rationales of each query"),
-    "tokens": (64, "tokens of each rationale"),
-    "items": (48, "items to embed"),
-    "batch": (16, "pairs of the contrastive step"),
-    "repeats": (5, "turns, of which the median counts"),
-}
-
 
 def parse(argv):
+    """Command line -> options; .gpu and .size follow from the machine where they are not given."""
     # Without the usage text a wrong option ends in one line.
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSON file of what is printed")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     parser.add_argument("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
-    for name, (default, text) in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--queries", type=int, default=64, help="to write rationales for (64)")
+    parser.add_argument("--rollouts", type=int, default=8, help="rationales of each query (8)")
+    parser.add_argument("--tokens", type=int, default=64, help="of each rationale (64)")
+    parser.add_argument("--items", type=int, default=48, help="to embed (48)")
+    parser.add_argument("--batch", type=int, default=16, help="pairs of the contrastive step (16)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns, whose median counts (5)")
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")
