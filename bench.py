@@ -158,7 +158,8 @@ def make_tasks(processor, options):
     """The five tasks of one size. Both sides get the same prompts: what the Processor makes of an
     item, token ids and patches."""
     Q, K, T = options.queries, options.rollouts, options.tokens
-    n, B = options.items, options.batch  # B: pairs of the contrastive step
+    n = options.items
+    B = options.batch  # pairs of the contrastive step
     items = make_items(max(n, Q, B), processor, seed=0)
     prompts = [processor(item) for item in items]
     images = [image for item in items[:n] for image in item.get("image", [])]
@@ -345,7 +346,8 @@ class Peer:
         Every rollout is a row of its own, which computes its prompt again. All advantages are 1,
         and nothing is decided: what is left out of rl.py's step are sums over a few numbers.
         """
-        processor, K = self.processor, self.cfg.rl_rollouts
+        processor = self.processor
+        K = self.cfg.rl_rollouts
         # 1) Roll out: K rationales per query.
         queries = [pair["query"] for pair in pairs]
         sampled = self.generate(queries, K, self.cfg.max_new_tokens)

@@ -122,6 +122,7 @@ def verdict(modes, records):
     """-> (title, sentences), whichever way the numbers fall. modes, records: as in difference()."""
     score = {mode: row["overall"] for mode, row in modes.items()}
     tokens = {mode: row["tokens_per_query"] for mode, row in modes.items()}
+    # "beats", "never 0.818 (+0.131 ± 0.016)"
     never, against_never = difference(modes, records, "never")
     always, against_always = difference(modes, records, "always")
     title = f"One model, used three ways: adaptive {never} never and {always} always"
@@ -238,7 +239,8 @@ def make_cards(records, root, reading, room):
             found.append((query_id, [es.cand_ids[c] for c in right]))
         if found != [(row["id"], row["label"]) for row in rows]:
             raise ValueError(f"{root}: its {name} has other queries than the run's eval folder")
-    cards, images = [], {}
+    cards = []
+    images = {}  # shared by all cards
     for i in range(max(len(rows) for rows in records.values())):
         for name, rows in records.items():
             if i < len(rows) and room > 0:

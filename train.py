@@ -21,7 +21,7 @@ An ablation is a copy of a finished run in which one stage is done again with an
     python train.py --stage rl  --latency_penalty 3 --out runs/dear
     python train.py --stage all --latency_penalty 3 --out runs/dear      whatever follows from it
 
-The run folder, when all is done (what each file is for, the stages say):
+The run folder, when all is done:
 
     config.json  stages.json  metrics.jsonl     options; stages that are done; the log
     data/                                       the pocket world, unless --data is given
@@ -112,14 +112,13 @@ RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares the
 
 # The presets for Qwen3-VL's own checkpoints. Learning rates are those of the nearest published
 # recipes: 5e-5 for LoRA (VLM2Vec), 1e-5 for full training between UME-R1's 5e-5 (SFT) and 1e-6
-# (RL). VLM2Vec-V2's are batch, sub_batch, embed_steps and the frames, too.
+# (RL). Batch, sub_batch and embed_steps are VLM2Vec-V2's.
 LARGE = {
     "dtype": "bfloat16",
     "optimizer": "adamw",
     "lr": 1e-5,
     "warmup": 100,
     "max_pixels": 501760,  # 490 tokens of 32 x 32 pixels
-    "max_frames": 8,
     "max_new_tokens": 128,
     "workers": 8,
     "num_candidates": 4,
@@ -342,7 +341,7 @@ class Run:
         # "tables": the hash of the training tables}}
         self.stages = self.read("stages.json")
         self.data_root = cfg.data or self.path("data")
-        # The folder's options hold for this call, too, but for those of the stage that is wanted.
+        # This call must have the folder's options, but for those of the stage that is wanted.
         self.same_options(("machine", cfg.stage), "config.json")
 
     def path(self, *parts):
@@ -847,7 +846,8 @@ def propose_stage(run, part):
     """
     c = run.cfg
     embedder = run.embedder("base")
-    model, processor = embedder.model, embedder.processor
+    model = embedder.model
+    processor = embedder.processor
     source = c.rationales
     if not source and not c.data:
         source = run.path("data", "proposers.jsonl")
@@ -1042,7 +1042,8 @@ def rl_stage(run, part):
     """When to reason, and what to write (rl.py), on pairs held out by --rl_holdout."""
     c = run.cfg
     embedder = run.trainee("embed")
-    model, processor = embedder.model, embedder.processor
+    model = embedder.model
+    processor = embedder.processor
     pairs = run.pairs(processor, for_rl=True)
     actor = run.merged(model)  # writes the rollouts: a plain copy, or the model itself
 
