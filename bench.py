@@ -23,6 +23,12 @@ How to run:
     python bench.py --device cuda                       on a GPU: our rates at 2B in bf16, the peak
                                                         of its memory, and whether it was compiled
 
+FILE.json. A CPU fills rows, a GPU rates:
+    {"device": "CPU, 2 of 2 cores", "versions": {"torch": "2.13.0+cpu", ...},
+     "rows": [{"name": "embed mixed, pocket", "ours": 135.4, "peer": 50.2, "ratio": 2.69,
+               "unit": "items/s", "peer_name": "transformers 5.23.0"}, ...],
+     "rates": [{"name": "embed mixed, 2b", "rate": ..., "unit": "items/s", "peak_gb": ...}, ...]}
+
 Left out: clips; vLLM (another process, other pins); TRL (it generates with transformers); on a GPU
 the GRPO step. Images are noise and weights are random: the speed is real, the content is not.
 """
@@ -44,7 +50,6 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import pocket
-import propose
 import rl
 import scale
 import train
@@ -55,7 +60,7 @@ from processor import Processor, collate, normalize_pixels
 # "large" is a cut of 2B that a CPU can bear: 8 of its 28 layers, a quarter of its width.
 LARGE = dataclasses.replace(
     CONFIGS["2b"],
-    vocab=0,  # the tokenizer's
+    vocab=0,  # make_model puts the tokenizer's here
     hidden=512,
     mlp=1536,
     layers=8,
@@ -65,12 +70,13 @@ LARGE = dataclasses.replace(
     v_mlp=1536,
     v_layers=6,
     v_heads=6,
-    v_deepstack=(1, 3, 5),
+    v_deepstack=(1, 3, 5),  # vision layers whose output also enters the text tower
 )
-SIZES = {**CONFIGS, "large": LARGE}
+SIZES = {**CONFIGS, "large": LARGE}  # {"pocket", "2b", ...}: CONFIGS are model.py's
 
 # --------------------------------------------------------------------------------------------------
-# The same model and the same inputs for both
+# The same model and the same inputs for both. An item is what a user gives: texts and images. A
+# prompt is what the Processor makes of it: "ids" (S,), "pixel_values" and "image_grid" per image.
 
 
 class ReadyProcessor(Processor):
@@ -82,8 +88,11 @@ class ReadyProcessor(Processor):
 
 
 def make_model(size, device, dtype):
-    """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder."""
-    _, reader = pocket.new_model(0)
+    """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder.
+
+    No download is needed: speed depends on shapes, not on what the numbers are.
+    """
+    _, reader = pocket.new_model(0)  # a Processor
     # The shapes are Qwen's, the numbers of the special tokens are those of this vocabulary.
     config = dataclasses.replace(
         SIZES[size],
@@ -96,12 +105,12 @@ def make_model(size, device, dtype):
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3VL(config).to(dtype).init_weights().eval()
-    side = 256 if config.hidden <= 128 else 512
+    side = 256 if config.hidden <= 128 else 512  # pixels: 64 tokens at most, or 256
     return Embedder(model, ReadyProcessor(reader.tokenizer, config, max_pixels=side * side))
 
 
 def make_items(n, processor, seed):
-    """n items: five kinds in turn."""
+    """n items, five kinds in turn: [{"text": "red blue ...", "image": [PIL image]}, ...]."""
     rng = np.random.default_rng(seed)
     side = processor.max_pixels**0.5  # of the largest square
 
@@ -109,16 +118,16 @@ def make_items(n, processor, seed):
         words = rng.choice(list(pocket.COLOURS), length)  # each is one token
         return " ".join(words)
 
-    def image(height, width):
+    def image(height, width):  # as shares of `side`
         shape = (int(height * side), int(width * side), 3)
         return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
 
     items = []
     while len(items) < n:
         items += [
-            {"text": text(10), "image": [image(0.9, 1.2)]},
-            {"text": text(20)},
-            {"text": text(400)},
+            {"text": text(10), "image": [image(0.9, 1.2)]},  # a large image: it is shrunk
+            {"text": text(20)},  # a question
+            {"text": text(400)},  # a passage: beside it short texts are mostly padding
             {"image": [image(0.4, 0.7)]},
             {"text": text(10), "image": [image(0.5, 0.5), image(0.6, 0.3)]},
         ]
@@ -127,16 +136,21 @@ def make_items(n, processor, seed):
 
 @dataclasses.dataclass
 class Task:
-    """What both sides do, each by its method of this name."""
+    """What both sides do, each by its method of this name.
+
+    Task("generate", "generate 64x8x64", (prompts, 8, 64), 32768, "tokens/s"): a side's
+    generate(prompts, 8, 64) writes 32768 tokens, and its rate is 32768 / seconds.
+    """
 
     method: str
     name: str  # of the row
-    inputs: tuple
-    amount: int  # of work
-    unit: str
+    inputs: tuple  # arguments of the method
+    amount: int  # of work, in units
+    unit: str  # of the rate
     tolerance: float | None = None  # of the results, in absolute size; None: nothing to compare
 
     def run(self, side):
+        """side: an Ours or a Peer -> what its method returns."""
         return getattr(side, self.method)(*self.inputs)
 
 
@@ -144,15 +158,16 @@ def make_tasks(processor, options):
     """The five tasks of one size. Both sides get the same prompts: what the Processor makes of an
     item, token ids and patches."""
     Q, K, T = options.queries, options.rollouts, options.tokens
-    n, B = options.items, options.batch
+    n = options.items
+    B = options.batch  # pairs of the contrastive step
     items = make_items(max(n, Q, B), processor, seed=0)
     prompts = [processor(item) for item in items]
     images = [image for item in items[:n] for image in item.get("image", [])]
-    pairs = []
+    pairs = []  # as train.Pairs makes them
     for i, target in enumerate(make_items(B, processor, seed=1)):
         pair = {
             "id": str(i),
-            "key": "",
+            "key": "",  # of rationales' files, which are not used here
             "query": prompts[i],
             "target": processor(target),
             "target_key": str(i),  # all targets differ
@@ -161,10 +176,10 @@ def make_tasks(processor, options):
         pairs.append(pair)
     # The peer keeps the activations of every rollout, and its prompt's: they must fit.
     few = pairs[: max(2, Q // 16)]
-
-    # fp32 sums in another order differ by 1e-6. A loss adds up a batch of them, divided by a
-    # temperature of 0.02.
     b = len(few)
+
+    # The last number is the tolerance. fp32 sums in another order differ by 1e-6. A loss adds up a
+    # batch of them, divided by a temperature of 0.02.
     return [
         Task("embed", "embed mixed", (prompts[:n],), n, "items/s", 1e-4),
         Task("preprocess", "preprocess", (images,), len(images), "images/s", 1e-5),
@@ -207,27 +222,23 @@ class Ours:
         batch = collate(prompts, self.processor, device=self.model.device)
         settings = {**self.processor.generation, "temperature": temperature}
         out = generate(self.model, batch, T, K, **settings)
-        start = len(self.processor.prefix)
+        start = len(self.processor.prefix)  # <think>\n is given, not sampled
         sampled = []
         for branches, counts in zip(out.tokens, out.num_sampled.tolist()):  # a query's K
             for ids, count in zip(branches, counts):
                 sampled.append(ids[start : start + count])
         return sampled
 
-    def propose(self, pairs):
-        """Candidate rationales, as the stage writes them."""
-        generator = torch.Generator(self.model.device).manual_seed(0)
-        return propose.propose(self.model, self.processor, pairs, self.cfg, generator)
-
     def contrastive(self, pairs):
-        """The loss of one step on the direct path."""
-        nothing, unknown = [None] * len(pairs), [-1] * len(pairs)
+        """The loss of one step on the direct path. Gradients are computed, and thrown away."""
+        nothing = [None] * len(pairs)  # rationales
+        unknown = [-1] * len(pairs)  # decisions
         metrics = contrastive_step(self.model, self.processor, pairs, nothing, unknown, self.cfg)
         self.model.zero_grad(set_to_none=True)
         return metrics["loss"]
 
     def grpo(self, pairs):
-        """One step of rl.py."""
+        """One step of rl.py, whose rewards and log are computed, too."""
         rl.grpo_step(self.model, self.processor, pairs, self.cfg, None)
         self.model.zero_grad(set_to_none=True)
 
@@ -245,6 +256,7 @@ class Peer:
         transformers.utils.logging.disable_progress_bar()
         loader = transformers.Qwen3VLForConditionalGeneration
         self.model = loader.from_pretrained(folder, attn_implementation="sdpa")
+        # Pillow resizes, as in ours: torchvision's bicubic differs.
         self.images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.processor = processor
         self.cfg = cfg
@@ -257,18 +269,19 @@ class Peer:
             row = np.concatenate([prompt["ids"], branch])
             rows.append(torch.from_numpy(row))
         ids = pad_sequence(rows, batch_first=True, padding_side=side)  # (B, S)
-        ones = [torch.ones_like(row) for row in rows]
+        ones = [torch.ones_like(row) for row in rows]  # 0 where there is padding
         inputs = {
             "input_ids": ids,
             "attention_mask": pad_sequence(ones, batch_first=True, padding_side=side),
-            "mm_token_type_ids": (ids == self.processor.config.image_token).long(),
+            "mm_token_type_ids": (ids == self.processor.config.image_token).long(),  # 1: image
         }
-        patches, grids = [], []
+        patches = []  # of each image (h * w, 1536)
+        grids = []  # of each image (1, h, w): one frame
         for prompt in prompts:
             patches += prompt["pixel_values"]
             grids += [(1, *grid) for grid in prompt["image_grid"]]
         if patches:
-            inputs["pixel_values"] = normalize_pixels(np.concatenate(patches))
+            inputs["pixel_values"] = normalize_pixels(np.concatenate(patches))  # (N, 1536)
             inputs["image_grid_thw"] = torch.tensor(grids)
         return inputs
 
@@ -277,8 +290,8 @@ class Peer:
         if branches is None:  # the direct path
             branches = [[self.processor.eos_id]] * len(prompts)
         inputs = self.inputs(prompts, branches)
-        h = self.model.model(**inputs).last_hidden_state
-        last = inputs["attention_mask"].sum(1) - 1
+        h = self.model.model(**inputs).last_hidden_state  # (B, S, H)
+        last = inputs["attention_mask"].sum(1) - 1  # (B,) places of <|endoftext|>
         vectors = F.normalize(h[torch.arange(len(h)), last], dim=-1)
         return vectors, h
 
@@ -301,15 +314,15 @@ class Peer:
         processor = self.processor
         # It continues the last column, so all prompts have to end there.
         inputs = self.inputs(prompts, [processor.prefix] * len(prompts), side="left")
-        out = self.model.generate(
+        out = self.model.generate(  # (B * K, S + T)
             **inputs,
             do_sample=temperature > 0,
             top_k=0 if temperature else None,  # the default would be 50
             num_return_sequences=K,
             max_new_tokens=T,
             suppress_tokens=processor.suppress_tokens,
-            eos_token_id=processor.think_end_id,
-            pad_token_id=processor.eos_id,
+            eos_token_id=processor.think_end_id,  # </think> ends a rationale
+            pad_token_id=processor.eos_id,  # behind it
         )
         start = inputs["input_ids"].shape[1]
         sampled = []
@@ -333,7 +346,8 @@ class Peer:
         Every rollout is a row of its own, which computes its prompt again. All advantages are 1,
         and nothing is decided: what is left out of rl.py's step are sums over a few numbers.
         """
-        processor, K = self.processor, self.cfg.rl_rollouts
+        processor = self.processor
+        K = self.cfg.rl_rollouts
         # 1) Roll out: K rationales per query.
         queries = [pair["query"] for pair in pairs]
         sampled = self.generate(queries, K, self.cfg.max_new_tokens)
@@ -342,19 +356,19 @@ class Peer:
         q, _ = self.forward(queries)
         t, _ = self.forward([pair["target"] for pair in pairs])
         column = torch.arange(len(pairs))
-        query = column.repeat_interleave(K)  # of each rollout
+        query = column.repeat_interleave(K)  # of each rollout: 0 0 0 1 1 1 ...
         prompts = [queries[i] for i in query]
         branches = [[*processor.prefix, *ids, *processor.tail] for ids in sampled]
-        reasoned, h = self.forward(prompts, branches)
+        reasoned, h = self.forward(prompts, branches)  # (B * K, H), (B * K, S, H)
 
         # 3) Log-probabilities of the sampled tokens, from the states that predict them.
         states = []
         for row, prompt, ids in zip(h, prompts, sampled):
-            start = len(prompt["ids"]) + len(processor.prefix) - 1
+            start = len(prompt["ids"]) + len(processor.prefix) - 1  # one before the first token
             states.append(row[start : start + len(ids)])
-        logits = self.model.lm_head(torch.cat(states))
-        logits[:, processor.suppress_tokens] = float("-inf")
-        tokens = torch.tensor([token for ids in sampled for token in ids])
+        logits = self.model.lm_head(torch.cat(states))  # (n, vocab), of the sampled tokens alone
+        logits[:, processor.suppress_tokens] = float("-inf")  # as when they were sampled
+        tokens = torch.tensor([token for ids in sampled for token in ids])  # (n,)
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])
 
         # 4) InfoNCE on both paths, and the policy gradient.
@@ -370,9 +384,10 @@ class Peer:
 
 
 def rates(task, sides, repeats):
-    """Units a second of each side, by the medians. The sides take turns.
+    """Units a second of each side, by the medians: [135.4, 50.2].
 
-    A first turn, which is not counted, pays for what happens once: buffers, kernels, compiling.
+    The sides take turns, so that a machine that slows down for a while slows both. A first
+    turn, which is not counted, pays for what happens once: buffers, kernels, compiling.
     """
     turns = np.zeros((1 + repeats, len(sides)))  # seconds
     for turn in turns:
@@ -386,14 +401,14 @@ def rates(task, sides, repeats):
 
 
 def agree(name, ours, peer, tolerance):
-    """ValueError unless both sides have computed the same."""
+    """ValueError unless both sides have computed the same. ours, peer: tensors, or numbers."""
     gap = (torch.as_tensor(ours) - torch.as_tensor(peer)).abs().max()
     if not gap <= tolerance:  # a NaN is not
         raise ValueError(f"{name}: not the same computation: ours and transformers differ by {gap}")
 
 
 def compare(size, options):
-    """All tasks on one size, ours beside transformers', in fp32 on the CPU -> rows."""
+    """All tasks on one size, ours beside transformers', in fp32 on the CPU -> rows of FILE.json."""
     embedder = make_model(size, "cpu", torch.float32)
     cfg = train.Config(max_new_tokens=options.tokens, rl_rollouts=options.rollouts)
     ours = Ours(embedder, cfg)
@@ -408,11 +423,11 @@ def compare(size, options):
         if task.tolerance:
             agree(task.method, task.run(ours), task.run(peer), task.tolerance)
     (prompts,) = tasks[0].inputs
-    greedy = (prompts[:6], 1, 12, 0.0)
+    greedy = (prompts[:6], 1, 12, 0.0)  # one continuation of 12 tokens, at temperature 0
     if ours.generate(*greedy) != peer.generate(*greedy):
         raise ValueError("generate: the greedy tokens differ: not the same computation")
 
-    # 2) Turns
+    # 2) Their times
     rows = []
     for task in tasks:
         our_rate, peer_rate = rates(task, (ours, peer), options.repeats)
@@ -441,23 +456,19 @@ def measure(size, options):
     if options.gpu:
         embedder.model.compile_layers()
         embedder.processor.pad_to = 128  # few lengths are few shapes to compile
-    K, T, B = options.rollouts, options.tokens, options.batch
-    ours = Ours(embedder, train.Config(max_new_tokens=T, num_candidates=K))
-    *tasks, contrastive, _ = make_tasks(embedder.processor, options)  # all but the GRPO step
-    write = Task("propose", f"propose {B}x{K}x{T}", contrastive.inputs, B * K, "rationales/s")
-    tasks += [write, contrastive]
+    ours = Ours(embedder, train.Config())
     rows = []
-    for task in tasks:
+    for task in make_tasks(embedder.processor, options)[:-1]:  # all but the GRPO step
         if task.method == "contrastive":
             scale.prepare(embedder.model, dtype, checkpointing=True)  # this makes the weights fp32
-        if options.gpu:
+        if options.gpu:  # each task has a peak of its own
             torch.cuda.reset_peak_memory_stats()
         (rate,) = rates(task, [ours], options.repeats)
         row = {
             "name": f"{task.name}, {size}",
             "rate": rate,
             "unit": task.unit,
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,  # 0 on a CPU
         }
         print(f"{row['name']}: {rate:.2f} {task.unit}, {row['peak_gb']:.1f} GB", flush=True)
         rows.append(row)
@@ -469,24 +480,20 @@ def measure(size, options):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-COUNTS = {
-    "queries": (64, "queries to write rationales for"),
-    "rollouts": (8, "rationales of each query"),
-    "tokens": (64, "tokens of each rationale"),
-    "items": (48, "items to embed"),
-    "batch": (16, "pairs of the contrastive step"),
-    "repeats": (5, "turns, of which the median counts"),
-}
-
 
 def parse(argv):
+    """Command line -> options; .gpu and .size follow from the machine where they are not given."""
     # Without the usage text a wrong option ends in one line.
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSON file of what is printed")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     parser.add_argument("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
-    for name, (default, text) in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--queries", type=int, default=64, help="to write rationales for (64)")
+    parser.add_argument("--rollouts", type=int, default=8, help="rationales of each query (8)")
+    parser.add_argument("--tokens", type=int, default=64, help="of each rationale (64)")
+    parser.add_argument("--items", type=int, default=48, help="to embed (48)")
+    parser.add_argument("--batch", type=int, default=16, help="pairs of the contrastive step (16)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns, whose median counts (5)")
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")
@@ -500,6 +507,7 @@ def main(argv=None):
     device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if options.gpu:
         device = torch.cuda.get_device_name(options.device)
+    # {"torch": "2.13.0+cpu", "transformers": "5.23.0", "numpy": "2.4.6", "python": "3.11.7"}
     versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
     versions["python"] = platform.python_version()
     out = {"device": device, "versions": versions, "rows": [], "rates": []}

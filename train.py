@@ -21,8 +21,18 @@ An ablation is a copy of a finished run in which one stage is done again with an
     python train.py --stage rl  --latency_penalty 3 --out runs/dear
     python train.py --stage all --latency_penalty 3 --out runs/dear      whatever follows from it
 
-The run folder holds a folder of each stage, config.json, stages.json (which are done, and how long
-they took), metrics.jsonl, data/ (the pocket world), report.json, report.md and report.html.
+The run folder, when all is done:
+
+    config.json  stages.json  metrics.jsonl     options; stages that are done; the log
+    data/                                       the pocket world, unless --data is given
+    base/  embed/  rl/                          checkpoints in the Hugging Face layout
+    propose/rationales.jsonl                    all rationales that were written
+    select/judge0/  judge1/                     the evaluators, checkpoints too
+    select/judged.jsonl  selected.jsonl         all rationales with their gains; those that are kept
+    select/audit.json                           how often selection is right
+    eval/summary.json ...                       scores, see eval.py
+    report.json  report.md  report.html         the same for people
+
     A finished stage is skipped; a folder that was made with other options is refused.
     A stage works in STAGE.part, which takes its place when it is finished. With --resume auto a
     stage that broke off goes on from its last checkpoint or window (eval starts again), and ends
@@ -81,7 +91,7 @@ from processor import prompt_key
 
 def load_select():
     """select.py as a module. `import select` would give the standard library's; see select.py."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "select.py")
+    path = Path(__file__).with_name("select.py")
     spec = importlib.util.spec_from_file_location("nanommemb_select", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,24 +100,47 @@ def load_select():
 
 selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
-NOTES = {"propose": "training", "eval": "test"}  # tables that a stage has read
-SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")  # a row of selected.jsonl
+# {stage: the tables that it reads}. It notes a hash of them, so that a later change is noticed.
+NOTES = {"propose": "training", "eval": "test"}
+# A row of selected.jsonl: {"id": "PocketWalk/7", "proposer": "careful", "text": "nw red star ...",
+# "gain": 2.1, "gain_placebo": -0.3, "weight": 0.6}. A pair's weights add up to 1.
+SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
 RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares their targets
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
-# Learning rates of the large presets are those of the nearest published recipes: 5e-5 for LoRA
-# (VLM2Vec), 1e-5 for full training between UME-R1's 5e-5 (SFT) and 1e-6 (RL). Factors of a stage
-# are 1 there: the pocket model's were tuned for a model of 1.6 M weights.
+# The presets for Qwen3-VL's own checkpoints. Learning rates are those of the nearest published
+# recipes: 5e-5 for LoRA (VLM2Vec), 1e-5 for full training between UME-R1's 5e-5 (SFT) and 1e-6
+# (RL). Batch, sub_batch and embed_steps are VLM2Vec-V2's.
 LARGE = {
-    "dtype": "bfloat16", "optimizer": "adamw", "lr": 1e-5, "warmup": 100, "max_pixels": 501760,
-    "max_frames": 8, "max_new_tokens": 128, "workers": 8, "num_candidates": 4, "select_steps": 500,
-    "select_lr": 1.0, "embed_steps": 5000, "embed_lr": 1.0, "batch": 1024, "sub_batch": 64,
-    "rl_steps": 500, "rl_batch": 64, "rl_lr": 0.1, "rl_holdout": 0.05, "save_every": 200,
-    "checkpointing": True, "compile": True,
-}  # fmt: skip
-LORA = {"lora": 32, "lr": 5e-5, "rl_lr": 0.02}  # 4B in full needs 71 GB before an activation
+    "dtype": "bfloat16",
+    "optimizer": "adamw",
+    "lr": 1e-5,
+    "warmup": 100,
+    "max_pixels": 501760,  # 490 tokens of 32 x 32 pixels
+    "max_new_tokens": 128,
+    "workers": 8,
+    "num_candidates": 4,
+    "select_steps": 500,
+    "select_lr": 1.0,  # factors below 1 were tuned for the pocket model's 1.6 M weights
+    "embed_steps": 5000,
+    "embed_lr": 1.0,
+    "batch": 1024,
+    "sub_batch": 64,
+    "rl_steps": 500,
+    "rl_batch": 64,
+    "rl_lr": 0.1,  # so 1e-6
+    "rl_holdout": 0.05,
+    "save_every": 200,
+    "checkpointing": True,
+    "compile": True,
+}
+LORA = {  # 4B in full needs 71 GB before an activation
+    "lora": 32,
+    "lr": 5e-5,
+    "rl_lr": 0.02,  # so 1e-6
+}
 PRESETS = {
     "pocket": {},
     "qwen3vl-2b": LARGE,
@@ -117,7 +150,10 @@ PRESETS = {
 
 
 def opt(group, default, least=0, choices=None):
-    """A field of Config. least: the smallest number that makes sense."""
+    """A field of Config. least: the smallest number that makes sense; choices: all that do.
+
+    rl_batch: int = opt("rl", 32, 1) is --rl_batch of --help's group "rl", 32 by default.
+    """
     return field(default=default, metadata={"group": group, "least": least, "choices": choices})
 
 
@@ -208,6 +244,8 @@ class Interrupted(Exception):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse would print the usage and exit. Here main() writes one line."""
+
     def error(self, message):
         raise UsageError(f"{message}; --help lists the options")
 
@@ -220,24 +258,33 @@ def true_or_false(text):
 
 
 def parse(argv):
-    """Command line -> Config. A preset's values hold unless an option says otherwise."""
-    why = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
-    layout = argparse.RawDescriptionHelpFormatter
+    """Command line -> Config. A preset's values hold unless an option says otherwise.
+
+    parse(["--seed=7", "--rl-lr", "0.1"]) -> Config(seed=7, rl_lr=0.1, out="runs/pocket")
+    """
+    # {"seed": "of the world, the weights, the order and the sampling"}: Config's own comments.
+    source = inspect.getsource(Config)
+    why = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
+    layout = argparse.RawDescriptionHelpFormatter  # leaves the docstring's lines as they are
     parser = Parser("train.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
-    groups = {}
+    groups = {}  # {"run": argparse's group of that title}
     for f in fields(Config):
         title = f.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind = true_or_false if f.type is bool else f.type
-        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"})
-        about = f"{why.get(f.name)} ({f.default!r})"
-        choices, unset = f.metadata["choices"], argparse.SUPPRESS
-        groups[title].add_argument(*names, type=kind, choices=choices, default=unset, help=about)
-    given = vars(parser.parse_args(argv))
+        names = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}  # --rl_lr and --rl-lr
+        groups[title].add_argument(
+            *sorted(names),
+            type=true_or_false if f.type is bool else f.type,
+            choices=f.metadata["choices"],
+            default=argparse.SUPPRESS,  # so `given` has what the caller wrote, and nothing else
+            help=f"{why.get(f.name)} ({f.default!r})",
+        )
+    given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_lr": 0.1}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
-    cfg.out = cfg.out or os.path.join("runs", preset)
+    if not cfg.out:
+        cfg.out = os.path.join("runs", preset)
     check(cfg)
     return cfg
 
@@ -245,16 +292,19 @@ def parse(argv):
 def check(cfg):
     """UsageError for options that cannot be meant."""
     for f in fields(Config):
-        value, least = getattr(cfg, f.name), f.metadata["least"]
-        if f.type in (int, float) and not (math.isfinite(value) and value >= least):
+        if f.type not in (int, float):
+            continue
+        value = getattr(cfg, f.name)
+        least = f.metadata["least"]
+        if not math.isfinite(value) or value < least:
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+    no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
     no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
     cannot_shard = cfg.optimizer == "muon" or cfg.lora or cfg.compile
-    mistakes = {
-        f"--preset {cfg.preset} needs --model and --data": (
-            cfg.preset != "pocket" and not (cfg.model and cfg.data)
-        ),
+    numbers = re.fullmatch(r"([1-9]\d*,?)*", cfg.matryoshka_dims)  # "64,128" or ""
+    mistakes = {  # {what is said: whether it is the case}
+        f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
         "--batch is not a multiple of --sub_batch": cfg.batch % cfg.sub_batch,
         f"--batch is not a multiple of the {processes} processes": cfg.batch % processes,
         f"--rl_batch is not a multiple of the {processes} processes": cfg.rl_batch % processes,
@@ -264,12 +314,10 @@ def check(cfg):
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
         "--fsdp needs torchrun and several processes": cfg.fsdp and processes == 1,
-        "--matryoshka_dims: expected 64,128": not re.fullmatch(
-            r"([1-9]\d*,?)*", cfg.matryoshka_dims
-        ),
+        "--matryoshka_dims: expected 64,128": not numbers,
     }
-    for mistake, made in mistakes.items():
-        if made:
+    for mistake, is_made in mistakes.items():
+        if is_made:
             raise UsageError(mistake)
 
 
@@ -280,21 +328,24 @@ def check(cfg):
 class Run:
     """A run folder and its options: which stages are done, the log, and all random numbers.
 
-    stages {name: {"seconds", "tables": a hash}} of those that are done; stopping: True once SIGTERM
-    has come.
+    Every stage gets it as its first argument.
     """
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.stopping = False
-        self.device = scale.join_processes(cfg.device)
-        self.pairs_read = {}
+        self.stopping = False  # True once SIGTERM has come
+        self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
+        self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
+        # Those that are done, in order: {"base": {"seconds": 715.7}, "propose": {"seconds": 43.4,
+        # "tables": the hash of the training tables}}
         self.stages = self.read("stages.json")
         self.data_root = cfg.data or self.path("data")
+        # This call must have the folder's options, but for those of the stage that is wanted.
         self.same_options(("machine", cfg.stage), "config.json")
 
     def path(self, *parts):
+        """run.path("select", "judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
         return os.path.join(self.cfg.out, *parts)
 
     def read(self, *parts):
@@ -303,71 +354,92 @@ class Run:
         return read_json(path) if os.path.exists(path) else {}
 
     def same_options(self, free, *parts):
-        """Refuse what was made with other options, those of the free groups aside. Where no options
-        are noted yet, note ours."""
-        before = self.read(*parts)
+        """Refuse what was made with other options than ours; groups in `free` may differ. Where no
+        options are noted yet, note ours. parts: of the path of a config.json in the folder."""
+        path = self.path(*parts)
+        before = self.read(*parts)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
+            group = f.metadata["group"]
             value = getattr(self.cfg, f.name)
             then = before.get(f.name, value)
-            if f.metadata["group"] not in free and then != value:
-                change = f"was made with {f.name}={then!r}, this call says {value!r}"
-                where = self.path(*parts)
-                group = f.metadata["group"]
-                stage = f" (of --stage {group})" if group in STAGES else ""
-                remedy = f"repeat the option{stage}, or use another --out"
-                raise UsageError(f"{where} {change}: {remedy}")
+            if group in free or then == value:
+                continue
+            change = f"was made with {f.name}={then!r}, this call says {value!r}"
+            stage = f" (of --stage {group})" if group in STAGES else ""
+            remedy = f"repeat the option{stage}, or use another --out"
+            raise UsageError(f"{path} {change}: {remedy}")
         if not before and scale.is_main():
-            write_json(self.path(*parts), asdict(self.cfg))
+            write_json(path, asdict(self.cfg))
 
     def same_tables(self, todo):
-        """Refuse tables that changed since a stage noted them, unless it is to be done: rows are
-        known by their numbers, and the last ones of a dataset are rl's."""
+        """Refuse tables that changed since a stage noted them, unless it is in `todo`. Rows are
+        known by their numbers, and the last ones of a dataset are rl's: a row more moves them."""
         for stage, kind in NOTES.items():
-            noted = self.stages.get(stage, {}).get("tables")
-            if stage in todo or noted is None:
+            if stage in todo or stage not in self.stages:
                 continue
-            if noted != data.fingerprint(self.data_root, kind):
-                change = f"the {kind} table has changed since {stage}"
-                raise UsageError(
-                    f"{self.data_root}: {change}: do --stage {stage} and what follows again"
-                )
+            noted = self.stages[stage].get("tables")  # a hash; older folders have none
+            if noted is None or noted == data.fingerprint(self.data_root, kind):
+                continue
+            change = f"the {kind} table has changed since {stage}"
+            remedy = f"do --stage {stage} and what follows again"
+            raise UsageError(f"{self.data_root}: {change}: {remedy}")
 
     def rng(self, *key):
-        """A generator that depends on seed and key alone: nothing to save, nothing to restore."""
-        digest = hashlib.blake2b(repr((self.cfg.seed, *key)).encode(), digest_size=8).digest()
+        """A generator that depends on seed and key alone: nothing to save, nothing to restore.
+
+        run.rng("embed", 17, "OK-VQA/3") draws the rationale of that pair in embed's step 17.
+        """
+        name = repr((self.cfg.seed, *key))  # "(1, 'embed', 17, 'OK-VQA/3')"
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return np.random.default_rng(int.from_bytes(digest, "little"))
 
     def torch_seed(self, *key):
+        """The same as a number, for what takes a seed."""
         return int(self.rng(*key).integers(2**31))
 
     def generator(self, *key):
         """The same for torch."""
-        return torch.Generator(self.device).manual_seed(int(self.rng(*key).integers(2**62)))
+        seed = int(self.rng(*key).integers(2**62))
+        return torch.Generator(self.device).manual_seed(seed)
 
     def steps(self, n):
         """A step count under --scale: never less than 2, unless it is 0."""
         return max(2, round(n * self.cfg.scale)) if n else 0
 
     def say(self, text):
+        """A line on the screen: of several processes one speaks."""
         if scale.is_main():
             print(text, flush=True)
 
     def log(self, stage, step, steps, metrics):
-        """One line on the screen, one object in metrics.jsonl."""
-        numbers = [f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, (int, float))]
+        """One line on the screen, one object in metrics.jsonl:
+
+        embed 10/400 loss 4.15 nce_direct 0.198
+        {"stage": "embed", "step": 10, "loss": 4.153288722038269, "nce_direct": 0.198076575994491}
+        """
+        numbers = []
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):  # rl's "sample", a text, is in the file alone
+                numbers.append(f"{name} {value:.3g}")
         self.say(f"{stage} {step}/{steps} " + " ".join(numbers))
+        row = {"stage": stage, "step": step, **metrics}
         if scale.is_main():
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+                f.write(json.dumps(row) + "\n")
 
     def forget(self, stage, step=0):
-        """Take a stage's rows after this step out of metrics.jsonl: they will be written again."""
+        """Take a stage's rows after this step out of metrics.jsonl: they will be written again.
+        "base" takes those of "base skills" along."""
         path = self.path("metrics.jsonl")
-        if scale.is_main() and os.path.exists(path):
-            rows = Rows(path)
-            kept = [r for r in rows if r["step"] <= step or not r["stage"].startswith(stage)]
-            write_rows(path, kept)
+        if not scale.is_main() or not os.path.exists(path):
+            return
+        kept = []
+        for row in Rows(path):
+            of_stage = row["stage"].startswith(stage)
+            if not of_stage or row["step"] <= step:
+                kept.append(row)
+        write_rows(path, kept)
 
     def begin(self, stage):
         """-> STAGE.part, the folder in which an unfinished stage works."""
@@ -381,30 +453,40 @@ class Run:
         return part
 
     def finish(self, stage, part, seconds):
-        """Put a finished stage's folder in its place. What follows from it is no longer done."""
-        scale.barrier()
+        """Put a finished stage's folder in its place. What follows from it is no longer done.
+
+        stages.json is never ahead of the folders: a kill between two lines costs a stage at most.
+        """
+        scale.barrier()  # all processes have written into `part`
+        number = STAGES.index(stage)
         done = {"seconds": round(seconds, 1)}
         if stage in NOTES:
             done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
-        earlier = STAGES[: STAGES.index(stage)]
-        self.note({name: self.stages[name] for name in earlier if name in self.stages})
+
+        # 1) Neither this stage nor a later one is done, as long as folders change.
+        earlier = [name for name in STAGES[:number] if name in self.stages]
+        self.note({name: self.stages[name] for name in earlier})
+
+        # 2) The folders
         final = Path(self.path(stage))
         if scale.is_main():
             if final.is_symlink():  # of a study's fork: its parent's stays
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-            for later in STAGES[STAGES.index(stage) + 1 :]:  # begun on what was there before
+            for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
         scale.barrier()
+
+        # 3) This stage is done.
         self.note(self.stages | {stage: done})
         if scale.is_main():
-            for state in final.glob("*.state"):  # only a resumed stage needs it
+            for state in final.glob("*.state"):  # checkpoints, which only a resumed stage needs
                 state.unlink()
 
     def note(self, stages):
-        """Write down which stages are done."""
+        """Write down which stages are done. stages: as self.stages."""
         self.stages = stages
         if scale.is_main():
             write_json(self.path("stages.json"), stages)
@@ -414,22 +496,23 @@ class Run:
         self.stopping = True
 
     def embedder(self, stage, *parts):
-        """The checkpoint that a stage left."""
+        """The checkpoint that a stage left. parts: where it lies in the stage's folder, as judge0
+        in that of select."""
         if stage not in self.stages:
             raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
         c = self.cfg
-        path = os.path.abspath(self.path(stage, *parts))  # owner/name would be one of the hub
+        path = os.path.abspath(self.path(stage, *parts))  # runs/x alone could be a hub's id
         limits = {"max_pixels": c.max_pixels, "max_frames": c.max_frames}
         return Embedder.from_pretrained(path, self.device, c.dtype, **limits)
 
     def trainee(self, stage, parts=()):
-        """The same, ready to be trained. parts: folders of several, whose mean it is."""
+        """The same, ready to be trained. parts: folders of several, whose mean weights it has."""
         c = self.cfg
-        embedder = self.embedder(stage, *parts[:1])
-        for n, part in enumerate(parts[1:], 2):
+        embedder = self.embedder(stage, *parts[:1])  # the first of them, or the stage's only one
+        for n, part in enumerate(parts[1:], 2):  # from the mean of n - 1 to that of n
             other = self.embedder(stage, part).model
             for p, q in zip(embedder.model.parameters(), other.parameters()):
-                p.data.lerp_(q.data, 1 / n)
+                p.data.lerp_(q.data, 1 / n)  # p += (q - p) / n
         torch.manual_seed(self.torch_seed("lora"))
         dtype = getattr(torch, c.dtype)
         scale.prepare(embedder.model, dtype, c.lora, c.checkpointing, c.compile, c.train_vision)
@@ -438,20 +521,22 @@ class Run:
         if c.fsdp:
             scale.shard(embedder.model, dtype)
         if self.device.startswith("cuda"):
-            kernels = [sdpa_kernel(embedder.model, dtype, branches) for branches in (False, True)]
-            self.say(f"attention: {kernels[0]}; with branches {kernels[1]}")
+            plain = sdpa_kernel(embedder.model, dtype, branches=False)
+            branched = sdpa_kernel(embedder.model, dtype, branches=True)
+            self.say(f"attention: {plain}; with branches {branched}")
         return embedder
 
     def pairs(self, processor, for_rl=False, question=None):
         """The training pairs. Stages of a call share what was read: their processors are alike."""
-        kind = for_rl, question
+        kind = (for_rl, question)
         if kind not in self.pairs_read:
             self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
         return self.pairs_read[kind]
 
     def merged(self, model, into=None):
         """What is being trained as a plain model of --dtype, to judge with, to sample from or to
-        save: a copy, or the model itself where it is plain already."""
+        save: a copy, or the model itself where it is plain already. into: an earlier copy, to be
+        written over."""
         c = self.cfg
         if c.lora or c.fsdp or c.compile or c.dtype != "float32":
             return scale.merge(model, getattr(torch, c.dtype), into)
@@ -463,9 +548,13 @@ class Run:
 
 
 class Pairs(Dataset):
-    """The training pairs of a stage. (source, row) -> {"id", "dataset", "key", "query", "target",
-    "negatives", "target_key"}: items are prompts; key is a hash of the pair, target_key one that
-    equal targets share. question: None, or how a query is put to a proposer (propose.question).
+    """The training pairs of a stage, as prompts: pairs[source, row], the dataset and the row in it.
+
+    A prompt is what the Processor makes of an item: "ids" (S,) and patches. pairs[0, 3] is
+        {"id": "PocketColour/3", "dataset": "PocketColour", "query": prompt, "target": prompt,
+         "negatives": [prompt, ...], "key": a hash of the pair, "target_key": a hash of the target}
+    for_rl: the pairs that rl alone sees. question: None, or how a query is put to a proposer
+    (propose.question).
 
     Where all fits in memory, what was read is kept; else worker processes read it while the model
     computes. The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by
@@ -478,75 +567,116 @@ class Pairs(Dataset):
         self.run = run
         self.processor = processor
         self.question = question
-        self.tables = data.train_sets(run.data_root)
+        self.tables = data.train_sets(run.data_root)  # all datasets of the root
         if self.tables.missing:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
-        self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]  # a range of each source
-        self.kept = {}
-        self.keep = sum(self.bytes(source) for source in range(len(self.rows))) <= self.KEEP
+        # A range of rows of each dataset: [range(0, 300), range(0, 300), ...]
+        self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
+        self.kept = {}  # {(source, row): pair}
+        total = sum(self.bytes(source) for source in range(len(self.rows)))
+        self.keep = total <= self.KEEP
         workers = 0 if self.keep else run.cfg.workers
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
         self.batches = Batches()
-        how = {"num_workers": workers, "persistent_workers": workers > 0}
-        how["worker_init_fn"] = leave_group
-        # Prompts differ in shape: a batch stays a list.
-        self.loader = DataLoader(self, batch_sampler=self.batches, collate_fn=list, **how)
+        self.loader = DataLoader(
+            self,
+            batch_sampler=self.batches,
+            collate_fn=list,  # prompts differ in shape: a batch stays a list
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=leave_group,
+        )
 
     def share_of(self, n, for_rl):
-        """A dataset has n rows: which of them are this stage's?"""
+        """A dataset has n rows: which of them are this stage's?
+
+        With --rl_holdout 0.2, of 375: range(0, 300), and for rl range(300, 375).
+        """
         share = self.run.cfg.rl_holdout
         if not share or n == 1:
             return range(n)
-        first_held = max(1, n - max(1, round(n * share)))
+        num_held = max(1, round(n * share))
+        first_held = max(1, n - num_held)  # at least one pair on either side
         return range(first_held, n) if for_rl else range(first_held)
 
     def bytes(self, source):
         """What the prompts of a dataset would weigh, if all weigh what the first one does."""
         rows = self.rows[source]
         pair = self.tables.fetch(source, rows[0], read=self.prompts)
-        items = (pair["query"], pair["target"], *pair["negatives"])
-        return len(rows) * (1000 + sum(x.nbytes for item in items for x in item["pixel_values"]))
+        size = 1000  # of ids and hashes
+        for prompt in (pair["query"], pair["target"], *pair["negatives"]):
+            size += sum(patches.nbytes for patches in prompt["pixel_values"])
+        return len(rows) * size
 
     def __getitem__(self, ref):
+        """ref (source, row) -> its pair. A broken row's place is taken by the next one."""
         pair = self.kept.get(ref) or self.tables.fetch(*ref, read=self.prompts)
         if self.keep:
             self.kept[ref] = pair
         return pair
 
     def prompts(self, pair):
+        """A pair of items (texts, places of images) -> the pair as the docstring above has it."""
         target = self.processor(pair["target"])
-        prompts = {"id": pair["id"], "dataset": pair["dataset"], "key": data.pair_key(pair)}
-        query = self.question(pair["query"]) if self.question else pair["query"]
-        prompts["query"] = self.processor(query)
-        prompts["target"] = target
-        prompts["negatives"] = [self.processor(item) for item in pair["negatives"]]
-        return prompts | {"target_key": prompt_key(target)}
+        key = data.pair_key(pair)
+        query = pair["query"]
+        if self.question:
+            query = self.question(query)
+        return {
+            "id": pair["id"],
+            "dataset": pair["dataset"],
+            "key": key,  # ties a rationale to the pair
+            "query": self.processor(query),
+            "target": target,
+            "negatives": [self.processor(item) for item in pair["negatives"]],
+            "target_key": prompt_key(target),  # equal targets are no negatives of each other
+        }
 
     def load(self, batches):
-        """Lists of (source, row) -> lists of pairs. An earlier pass ends with this call."""
+        """Lists of (source, row) -> an iterator of lists of pairs. An earlier one then ends."""
         self.batches.lists = batches
         return iter(self.loader)
 
     def windows(self, ids=None):
         """Places of the pairs (of these ids), dataset by dataset, in lists of at most
-        selection.WINDOW."""
-        windows, size = [], selection.WINDOW
+        selection.WINDOW = 1024. Of two datasets with 1500 and 20 pairs:
+
+        [[(0, 0), ... (0, 1023)], [(0, 1024), ... (0, 1499)], [(1, 0), ... (1, 19)]]
+        """
+        size = selection.WINDOW
+        windows = []
         for source, rows in enumerate(self.rows):
-            refs = [(source, row) for row in rows]
-            refs = [ref for ref in refs if ids is None or self.tables.id(*ref) in ids]
-            windows += [refs[i : i + size] for i in range(0, len(refs), size)]
+            refs = []
+            for row in rows:
+                if ids is None or self.tables.id(source, row) in ids:
+                    refs.append((source, row))
+            for start in range(0, len(refs), size):
+                windows.append(refs[start : start + size])
         return windows
 
     def stream(self, name, batch, sub_batch, first):
-        """Endless batches of a stage, from its step `first` on: this process' share of each. A step
-        uses the first hard negative of a pair, so each visit shuffles them."""
-        sizes, starts = [len(rows) for rows in self.rows], [rows.start for rows in self.rows]
-        seed, ranks = self.run.torch_seed(name), (scale.rank(), scale.world_size())
-        sampler = data.Sampler(sizes, self.tables.weights, batch, sub_batch, seed, *ranks, starts)
+        """Endless batches of a stage, from its step `first` on: lists of pairs, this process' share
+        of `batch`, in runs of `sub_batch` pairs of one dataset. A step uses the first hard negative
+        of a pair, so each visit shuffles them."""
+        sampler = data.Sampler(
+            sizes=[len(rows) for rows in self.rows],
+            weights=self.tables.weights,  # of the datasets
+            batch=batch,
+            sub_batch=sub_batch,
+            seed=self.run.torch_seed(name),
+            rank=scale.rank(),
+            world=scale.world_size(),
+            first=[rows.start for rows in self.rows],
+        )
         sampler.skip(first)
         for step, pairs in enumerate(self.load(sampler), first):
-            rngs = [self.run.rng(name, "negatives", step, pair["id"]) for pair in pairs]
-            yield [shuffle_negatives(pair, rng) for pair, rng in zip(pairs, rngs)]
+            shuffled = []
+            for pair in pairs:
+                rng = self.run.rng(name, "negatives", step, pair["id"])
+                negatives = pair["negatives"]
+                order = rng.permutation(len(negatives))
+                shuffled.append(pair | {"negatives": [negatives[i] for i in order]})
+            yield shuffled
 
 
 def leave_group(worker):
@@ -557,15 +687,10 @@ def leave_group(worker):
 class Batches:
     """A batch sampler whose lists may be exchanged between two passes."""
 
-    lists = ()
+    lists = ()  # of (source, row); see Pairs.load
 
     def __iter__(self):
         return iter(self.lists)
-
-
-def shuffle_negatives(pair, rng):
-    negatives = pair["negatives"]
-    return pair | {"negatives": [negatives[i] for i in rng.permutation(len(negatives))]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -576,15 +701,17 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     """The loop of every trained stage -> the number of its steps.
 
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
-    stream(first) yields the batches of the steps first, first + 1 ...
+    stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
     until(step, steps) -> steps may prolong the stage
-    A loss that is not finite stops the run: the weights would be NaN from then on.
+    It goes on from the checkpoint PART/NAME.state, if there is one: begin() removes it unless the
+    call says --resume auto. A loss that is not finite stops the run: the weights would be NaN from
+    then on.
     """
     state = os.path.join(part, f"{name}.state")
-    step = scale.load_state(state, model, optimizer)
+    step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
     if step == 0:  # a full disk is noticed now, not hours later
         scale.need_space(part, model)
-    run.forget(name, step)
+    run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
     signal.signal(signal.SIGTERM, run.stop)
@@ -592,7 +719,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     while step < optimizer.steps and not stop:
         batch = next(batches)
         metrics = one_step(step, batch)
-        metrics["grad_norm"] = optimizer.step(step)
+        metrics["grad_norm"] = optimizer.step(step)  # before clipping
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             figures = f"loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
             ids = ", ".join(pair["id"] for pair in batch[:8])
@@ -603,7 +730,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
             run.log(name, step, optimizer.steps, metrics)
         if until:
             optimizer.steps = until(step, optimizer.steps)
-        stop = any(scale.gather_objects([run.stopping]))
+        stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
         if stop or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -614,7 +741,11 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
 
 
 def fit(run, name, part, embedder, pairs, one_step, batch, sub_batch, steps, factor):
-    """Train an Embedder on pairs, and leave it as a model of --dtype. factor: times lr."""
+    """Train an Embedder on pairs, and leave it as a model of --dtype.
+
+    name: of the log's rows and the checkpoint. one_step: as in train_loop. batch and sub_batch: as
+    in Pairs.stream. steps: at --scale 1. factor: times lr.
+    """
     optimizer = scale.Optimizer(embedder.model, run.cfg, run.steps(steps), factor)
     stream = partial(pairs.stream, name, batch, sub_batch)
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
@@ -622,7 +753,8 @@ def fit(run, name, part, embedder, pairs, one_step, batch, sub_batch, steps, fac
 
 
 # --------------------------------------------------------------------------------------------------
-# The stages. Each works in the folder `part`; an Embedder that it returns is saved there.
+# The stages. Each opens what earlier ones left, loops over batches or windows, and saves into the
+# folder `part`: STAGE.part, which becomes STAGE. An Embedder that it returns is saved there, too.
 
 
 def base_stage(run, part):
@@ -630,7 +762,7 @@ def base_stage(run, part):
     c = run.cfg
     if not c.model:
         return pretrain(run, part)
-    # Opened and checked: a broken checkpoint is refused in a minute, not in an hour.
+    # A copy of --model in the run folder. A broken one is refused in a minute, not in an hour.
     embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
     if not embedder.model.has_head:
         raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales")
@@ -638,12 +770,15 @@ def base_stage(run, part):
 
 
 def pretrain(run, part):
-    """From random weights, until the skills are there that a rationale is made of."""
+    """From random weights, until the skills are there that a rationale is made of: to look things
+    up in a picture, a table, a clip (pocket.STEP_SKILLS)."""
     c = run.cfg
     model, processor = pocket.new_model(run.torch_seed("weights"), run.device)
-    planned, look_first = run.steps(c.base_steps), run.steps(pocket.LOOK_STEPS)
+    planned = run.steps(c.base_steps)
+    look_first = run.steps(pocket.LOOK_STEPS)
+    # The rate falls over the last quarter of the planned steps: with 450 from step 338 on.
     optimizer = scale.Optimizer(model, c, planned, cool=0.25, patches=True)
-    bank = pocket.Bank(run.rng("bank"))
+    bank = pocket.Bank(run.rng("bank"))  # drawings of shapes, digits and words
     probe = pocket.Bank(run.rng("probe bank"))  # other drawings than those it learns from
 
     def one_step(i, _):
@@ -652,14 +787,17 @@ def pretrain(run, part):
         return pocket.pretrain_step(model, processor, bank, rng, look, c.chunk_tokens)
 
     def weakest_skill(step):
+        """The lowest accuracy on held-out drawings, e.g. 0.877."""
         skills = pocket.measure_skills(model, processor, probe, run.rng("skills"))
         run.log("base skills", step, optimizer.steps, skills)
         return min(skills[name] for name in pocket.STEP_SKILLS)
 
     def until(step, steps):
-        """At the end of the flat part: are the skills there? If not, another tenth of it. What is
-        missing by less than 0.05 comes while the learning rate falls."""
-        if step != steps - round(optimizer.cool_steps) or steps >= 2 * planned:
+        """At the end of the flat part: are the skills there? If not, another tenth of the plan:
+        450 steps become 495, 540 ... 900. What is missing by less than 0.05 comes while the
+        learning rate falls."""
+        flat = steps - round(optimizer.cool_steps)
+        if step != flat or steps >= 2 * planned:
             return steps
         if weakest_skill(step) >= pocket.SKILL_WANTED - 0.05:
             return steps
@@ -672,19 +810,26 @@ def pretrain(run, part):
 
 
 def by_window(run, path, pairs, ids, rows_of, title):
-    """Write rows_of(n, window) of all windows, in order, into one file. The windows are dealt out
-    to the processes, which read theirs alone. Each leaves a file, and is not done again when the
-    stage is resumed."""
+    """Write the rows of all windows, in order, into one file of JSON lines.
+
+    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. ids: those of the pairs that
+    take part; None: all. title: of the lines on the screen.
+    The windows are dealt out to the processes, which read theirs alone. Each leaves a file,
+    PATH.windows/000007.jsonl, and is not done again when the stage is resumed.
+    """
     folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
     windows = pairs.windows(ids)
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
-    mine = range(scale.rank(), len(windows), scale.world_size())
-    mine = [n for n in mine if not os.path.exists(paths[n])]
-    for n, window in zip(mine, pairs.load([windows[n] for n in mine])):
+    mine = []  # numbers of the windows that this process has still to do
+    for n in range(scale.rank(), len(windows), scale.world_size()):
+        if not os.path.exists(paths[n]):
+            mine.append(n)
+    loaded = pairs.load([windows[n] for n in mine])
+    for n, window in zip(mine, loaded):
         write_rows(paths[n], rows_of(n, window))
         run.say(f"{title}: window {n + 1} of {len(windows)}")
-    scale.barrier()
+    scale.barrier()  # all windows are there
     if scale.is_main():
         write_rows(path, Rows(*paths))
         shutil.rmtree(folder)
@@ -692,59 +837,89 @@ def by_window(run, path, pairs, ids, rows_of, title):
 
 
 def propose_stage(run, part):
-    """Candidate rationales of every query, window by window. No proposer sees the target."""
+    """Candidate rationales of every query, window by window. No proposer sees the target.
+
+    Two sources add up: a file (--rationales, or the pocket world's own) and the base model, which
+    writes --num_candidates for each query. A row of rationales.jsonl:
+        {"id": "PocketColour/0", "side": "query", "proposer": "careful#2", "text":
+         "mid yellow triangle", "key": "cdc3e1a641d90b4f"}
+    """
     c = run.cfg
     embedder = run.embedder("base")
-    model, processor = embedder.model, embedder.processor
-    source = c.rationales or ("" if c.data else run.path("data", "proposers.jsonl"))
+    model = embedder.model
+    processor = embedder.processor
+    source = c.rationales
+    if not source and not c.data:
+        source = run.path("data", "proposers.jsonl")
     given = propose.Rationales(source) if source else None
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
 
-    def write(n, window):
+    def rows_of(n, window):
         rows = []
-        for pair in window:
-            for row in given.of(pair["id"]) if given else []:
-                if row.get("key", pair["key"]) != pair["key"]:  # texts and images, by their hash
-                    about = f"{pair['id']}: a rationale of {source!r} is about another pair"
-                    raise ValueError(f"{about}: has the training table changed since?")
-                rows.append(row | {"key": pair["key"]})
+        if given:
+            for pair in window:
+                rows += rows_about(pair, given)
         if c.num_candidates:
             rng = run.generator("propose", n)
             rows += propose.propose(model, processor, window, c, rng, ask)
         return rows
 
     path = os.path.join(part, "rationales.jsonl")
-    by_window(run, path, pairs, None, write, "propose")
+    by_window(run, path, pairs, None, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if given:
-        unused = len(given.places.keys() - written.places.keys())
+        unused = len(given.places.keys() - written.places.keys())  # rl's, or in no table
         run.say(f"propose: not used: those of {unused} pairs, and {given.of_targets} of targets")
 
 
+def rows_about(pair, given):
+    """The rows of a rationales file (propose.Rationales) about one pair, each with the pair's key.
+    ValueError where a row has another key: it was written when this id was another pair's."""
+    rows = []
+    for row in given.of(pair["id"]):
+        if row.get("key", pair["key"]) != pair["key"]:
+            about = f"{pair['id']}: a rationale of {given.path!r} is about another pair"
+            raise ValueError(f"{about}: has the training table changed since?")
+        rows.append(row | {"key": pair["key"]})
+    return rows
+
+
 def select_stage(run, part):
-    """Cross-fitted evaluators judge every rationale; the rule keeps what helps its pair."""
+    """Cross-fitted evaluators judge every rationale; the rule keeps what helps its pair.
+
+    With two folds, judge0 trains on one half of the pairs and judges the other, judge1 the reverse.
+    """
     c = run.cfg
-    written = propose.Rationales(run.path("propose", "rationales.jsonl"))
+    written = propose.Rationales(run.path("propose", "rationales.jsonl"))  # by pair id
+
+    # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [os.path.join(part, f"judged{fold}.jsonl") for fold in range(c.select_folds)]
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
+    # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge
     judged = Rows(*paths)
 
-    rule = c.select_rule, c.select_margin, c.select_fdr
+    # 2) The rule
+    rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
     selected = os.path.join(part, "selected.jsonl")
     if scale.is_main():
-        chosen = selection.choose(judged, *rule)
-        write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
+        chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
+        short = ({key: row[key] for key in SELECTED} for row in chosen)  # some of its columns
+        write_rows(selected, short)
         write_rows(os.path.join(part, "judged.jsonl"), judged)
     scale.barrier()
     kept = Rows(selected)
-    audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
+
+    # 3) The audit: against the truth, where it is known, and against placebos
+    truth = selection.pocket_truth(run.data_root)
+    audit = selection.audit(judged, kept, *rule, truth)
+    figures = {name: x for name, x in audit.items() if not isinstance(x, dict)}  # not by_proposer
     run.forget("select audit")
-    run.log("select audit", 1, 1, {k: v for k, v in audit.items() if not isinstance(v, dict)})
+    run.log("select audit", 1, 1, figures)
     warning = selection.few_kept(judged, kept)
     if warning:
         run.say(warning)
@@ -755,29 +930,41 @@ def select_stage(run, part):
 def judge_fold(run, part, fold, written, path):
     """Train an evaluator on the pairs of the other fold, and judge this fold's rationales with it.
 
-    written: propose.Rationales; path: for the rows of judged.jsonl
+    written: propose.Rationales; its texts(pairs) -> {"PocketWalk/7": {"careful": "nw red star ...",
+    "base": "ne red bar"}, ...}. path: of the file that gets a row for each rationale.
     """
-    c, name = run.cfg, f"select{fold}"
+    c = run.cfg
+    name = f"select{fold}"
     embedder = run.trainee("base")
     processor = embedder.processor
     pairs = run.pairs(processor)
 
+    # 1) The evaluator learns.
     def one_step(i, batch):
-        texts, rng_of = written.texts(batch), partial(run.rng, name, i)
+        texts = written.texts(batch)
+        rng_of = partial(run.rng, name, i)  # rng_of(pair id) -> a generator
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
-
-    def judge(n, window):
-        texts, rng = written.texts(window), run.rng("judge", fold, n)
-        return selection.judge(embedder.model, processor, window, texts, c, rng)
 
     # Half of a batch belongs to the fold that is judged and drops out: draw twice as much.
     twice = 2 if c.select_folds > 1 else 1
-    sizes = twice * c.batch, twice * c.sub_batch
-    fit(run, name, part, embedder, pairs, one_step, *sizes, c.select_steps, c.select_lr)
+    how = {
+        "batch": twice * c.batch,
+        "sub_batch": twice * c.sub_batch,
+        "steps": c.select_steps,
+        "factor": c.select_lr,
+    }
+    fit(run, name, part, embedder, pairs, one_step, **how)
     if scale.is_main():
         embedder.save(os.path.join(part, f"judge{fold}"))
+
+    # 2) It judges.
+    def rows_of(n, window):
+        texts = written.texts(window)
+        rng = run.rng("judge", fold, n)
+        return selection.judge(embedder.model, processor, window, texts, c, rng)
+
     ids = {i for i in written.places if selection.fold_of(i, c.select_folds) == fold}
-    by_window(run, path, pairs, ids, judge, f"judging fold {fold}")
+    by_window(run, path, pairs, ids, rows_of, f"judging fold {fold}")
 
 
 def embed_stage(run, part):
@@ -793,7 +980,8 @@ def embed_stage(run, part):
     lessons = Lessons(run)
 
     def one_step(i, batch):
-        rationales, labels = [], []
+        rationales = []  # of each pair: ids of <think>\n{text}\n</think>..., or None
+        labels = []  # of each pair: 1, 0 or -1, see Lessons.draw
         for pair in batch:
             rng = run.rng("embed", i, pair["id"])
             text, label = lessons.draw(pair, rng)
@@ -801,8 +989,13 @@ def embed_stage(run, part):
             labels.append(label)
         return contrastive_step(embedder.model, processor, batch, rationales, labels, c)
 
-    sizes = c.batch, c.sub_batch
-    fit(run, "embed", part, embedder, pairs, one_step, *sizes, c.embed_steps, c.embed_lr)
+    how = {
+        "batch": c.batch,
+        "sub_batch": c.sub_batch,
+        "steps": c.embed_steps,
+        "factor": c.embed_lr,
+    }
+    fit(run, "embed", part, embedder, pairs, one_step, **how)
     return embedder
 
 
@@ -814,61 +1007,86 @@ class Lessons:
     """
 
     def __init__(self, run):
-        wanted = {name for name in run.cfg.embed_proposers.split(",") if name}
+        wanted = {name for name in run.cfg.embed_proposers.split(",") if name}  # {"careful"}
         self.written = propose.Rationales(run.path("propose", "rationales.jsonl"))
         self.kept = propose.Rationales(run.path("select", "selected.jsonl"), ("weight",), wanted)
-        authors = {"none", *self.written.authors}
+        authors = {"none", *self.written.authors}  # {"none", "base", "careful", "sloppy"}
         if wanted - authors:
             raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
-        self.trusted = max(self.kept.authors, key=self.kept.authors.get, default=None)
+        counts = self.kept.authors  # {"careful": 900, "sloppy": 12}
+        self.trusted = max(counts, key=counts.get, default=None)
 
     def draw(self, pair, rng):
-        """-> a text or None; the right decision: 1 to reason, 0 to answer directly, -1 where the
-        pair was not judged."""
-        written = self.written.of(pair["id"])
+        """-> (a text or None, the right decision: 1 to reason, 0 to answer directly, -1 unknown).
+
+        a rationale was kept           ("nw red star . right n blue moon", 1)
+        some were judged, none kept    ("mid green square", 0), by the trusted author, or
+                                       (None, 0) if that author wrote none about it
+        nobody wrote any               (None, -1)
+        """
+        written = self.written.of(pair["id"])  # rows of rationales.jsonl
         if not written:
             return None, -1
-        kept = self.kept.of(pair["id"])
+        kept = self.kept.of(pair["id"])  # rows of selected.jsonl
         if kept:  # drawn from their posterior
             weights = np.array([row["weight"] for row in kept])
-            return kept[rng.choice(len(kept), p=weights / weights.sum())]["text"], 1
+            drawn = rng.choice(len(kept), p=weights / weights.sum())
+            return kept[drawn]["text"], 1
         rest = [row for row in written if propose.author(row["proposer"]) == self.trusted]
-        return (rest[rng.integers(len(rest))]["text"] if rest else None), 0
+        if not rest:
+            return None, 0
+        return rest[rng.integers(len(rest))]["text"], 0
 
 
 def rl_stage(run, part):
     """When to reason, and what to write (rl.py), on pairs held out by --rl_holdout."""
     c = run.cfg
     embedder = run.trainee("embed")
-    model, processor = embedder.model, embedder.processor
+    model = embedder.model
+    processor = embedder.processor
     pairs = run.pairs(processor, for_rl=True)
-    actor = run.merged(model)  # writes the rollouts
-
-    def contrast(i, batch):
-        nothing, unknown = [None] * len(batch), [-1] * len(batch)
-        return contrastive_step(model, processor, batch, nothing, unknown, c)
+    actor = run.merged(model)  # writes the rollouts: a plain copy, or the model itself
 
     def grpo(i, batch):
         rng = run.generator("rl", i, scale.rank())
-        writer = run.merged(model, actor)
+        writer = run.merged(model, actor)  # it gets the weights of this step
         return rl.grpo_step(model, processor, batch, c, rng, writer)
 
-    step = grpo if c.rl_rollouts else contrast
-    fit(run, "rl", part, embedder, pairs, step, c.rl_batch, RL_SUB_BATCH, c.rl_steps, c.rl_lr)
+    def contrast(i, batch):
+        """Ablation: no rationale is written, and no decision is taught."""
+        nothing = [None] * len(batch)
+        unknown = [-1] * len(batch)
+        return contrastive_step(model, processor, batch, nothing, unknown, c)
+
+    one_step = grpo if c.rl_rollouts else contrast
+    how = {
+        "batch": c.rl_batch,
+        "sub_batch": RL_SUB_BATCH,
+        "steps": c.rl_steps,
+        "factor": c.rl_lr,
+    }
+    fit(run, "rl", part, embedder, pairs, one_step, **how)
     return embedder
 
 
 def eval_stage(run, part):
     """Every mode and what it costs (eval.py). The processes share the datasets."""
     c = run.cfg
-    options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}
-    how = {"threshold": c.threshold, "options": options}
+    embedder = run.embedder("rl")
+    options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}  # of Embedder.encode
+    # Steps that each query needs, {"PocketWalk/376": 3, ...}; None: not known
     truth = run.read("data", "pocket.json").get("test")
-    evaluation.evaluate(run.embedder("rl"), run.data_root, part, truth=truth, **how)
+    how = {"threshold": c.threshold, "options": options, "truth": truth}
+    evaluation.evaluate(embedder, run.data_root, part, **how)
 
 
 def write_report(run):
-    """report.json, report.md and report.html -> what is in report.json."""
+    """report.json, report.md and report.html -> what is in report.json.
+
+    {"preset": "pocket", "seed": 1, "seconds": {"base": 715.7, ...}, "selection": audit.json,
+     "modes": {"never": {"overall": 0.818, "tokens_per_query": 0.0, ...}, "adaptive": ...},
+     "curve": [{"threshold", "overall", ...}], "adaptivity": {"PocketWalk": {"auc", ...}}}
+    """
     summary = run.read("eval", "summary.json")
     if "modes" not in summary:  # eval.py wrote there
         raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
@@ -883,7 +1101,7 @@ def write_report(run):
 
 
 def print_numbers(result, page):
-    """The numbers that matter, one a line, for people and for grep."""
+    """The numbers that matter, one a line, for people and for grep: "adaptive: 0.9487"."""
     print(f"seconds: {sum(result['seconds'].values()):.1f}")
     for mode, numbers in result["modes"].items():
         print(f"{mode}: {numbers['overall']:.4f}")
@@ -892,8 +1110,9 @@ def print_numbers(result, page):
         print(f"{name}_auc: {numbers['auc']}")
     for key in ("precision", "recall", "placebo_accepted"):
         print(f"selection_{key}: {result['selection'][key]}")
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    print(f"peak_memory_gb: {kilobytes / 2 ** (30 if sys.platform == 'darwin' else 20):.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
+    print(f"peak_memory_gb: {peak / unit:.2f}")
     print(f"report: {page}")
 
 
@@ -902,19 +1121,21 @@ def print_numbers(result, page):
 
 
 def draw_world(cfg, folder):
-    """The pocket world, drawn once."""
+    """The pocket world, drawn once: training pairs, test sets, rationales and the truth."""
     if scale.is_main() and not os.path.exists(folder):
         part = folder + ".part"
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
-        sizes = [max(4, round(n * cfg.scale)) for n in (cfg.world_train, cfg.world_test)]
-        pocket.write_world(part, cfg.seed, *sizes)
+        train = max(4, round(cfg.world_train * cfg.scale))
+        test = max(4, round(cfg.world_test * cfg.scale))
+        pocket.write_world(part, cfg.seed, train, test)
         os.replace(part, folder)
     scale.barrier()
 
 
 def run_stages(cfg):
-    """The stages that cfg asks for."""
+    """The stages that cfg asks for, and the report."""
+    # 1) What is missing is said before anything is made.
     whole = cfg.stage == "all"
     if not whole and cfg.stage != "base" and not os.path.exists(f"{cfg.out}/stages.json"):
         raise UsageError(f"{cfg.out} holds no run: --stage all makes one")
@@ -922,22 +1143,33 @@ def run_stages(cfg):
         raise UsageError(f"{cfg.data} has no test set, with which --stage all ends: name a stage")
     if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
         raise UsageError(f"{cfg.data} has no training set")
+
+    # 2) The stages that are done are the first ones: what follows a stage that is done again is
+    # not. So the next one has the number len(run.stages).
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    # The stages that are done are the first ones: what follows a stage that is done again is not.
-    first = len(run.stages) if whole else STAGES.index(cfg.stage)
+    if whole:
+        first = len(run.stages)
+        todo = STAGES[first:]
+    else:
+        first = STAGES.index(cfg.stage)
+        todo = [cfg.stage]
     run.same_tables(STAGES[first:])
-    for stage in STAGES[first:] if whole else [cfg.stage]:
+    for stage in todo:
         started = time.time()
         part = run.begin(stage)
-        embedder = globals()[f"{stage}_stage"](run, part)
+        do_stage = globals()[f"{stage}_stage"]  # embed_stage, ... above
+        embedder = do_stage(run, part)
         if embedder and scale.is_main():
             embedder.save(part)
         run.finish(stage, part, time.time() - started)
         run.say(f"{stage}: {time.time() - started:.0f} s")
+
+    # 3) The report
     if "eval" in run.stages and scale.is_main():
-        print_numbers(write_report(run), run.path("report.html"))
+        result = write_report(run)
+        print_numbers(result, run.path("report.html"))
 
 
 def main(argv):
@@ -949,10 +1181,10 @@ def main(argv):
         if sys.flags.dev_mode:
             raise
         code = getattr(e, "exit_code", 1)
-        line = " ".join(str(e).split())
+        line = " ".join(str(e).split())  # without line breaks
         if isinstance(e, torch.OutOfMemoryError):
             line += "; lower --chunk_tokens, or --checkpointing true"
-        rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK", 0))  # torchrun's; scale.rank() may not be there yet
         if code == 1 or rank == 0:  # what all processes notice alike, the first one says
             process = f"process {rank}: " if rank else ""
             print(f"train.py: {process}{line}", file=sys.stderr)
