@@ -50,6 +50,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import pocket
+import propose
 import rl
 import scale
 import train
@@ -228,6 +229,11 @@ class Ours:
             for ids, count in zip(branches, counts):
                 sampled.append(ids[start : start + count])
         return sampled
+
+    def propose(self, pairs):
+        """Candidate rationales, as the stage writes them."""
+        generator = torch.Generator(self.model.device).manual_seed(0)
+        return propose.propose(self.model, self.processor, pairs, self.cfg, generator)
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path. Gradients are computed, and thrown away."""
@@ -456,9 +462,14 @@ def measure(size, options):
     if options.gpu:
         embedder.model.compile_layers()
         embedder.processor.pad_to = 128  # few lengths are few shapes to compile
-    ours = Ours(embedder, train.Config())
+    K, T, B = options.rollouts, options.tokens, options.batch
+    ours = Ours(embedder, train.Config(max_new_tokens=T, num_candidates=K))
+    tasks = make_tasks(embedder.processor, options)[:-1]  # all but the GRPO step
+    pairs = tasks[-1].inputs  # of the contrastive step
+    write = Task("propose", f"propose {B}x{K}x{T}", pairs, B * K, "rationales/s")
+    tasks.insert(-1, write)
     rows = []
-    for task in make_tasks(embedder.processor, options)[:-1]:  # all but the GRPO step
+    for task in tasks:
         if task.method == "contrastive":
             scale.prepare(embedder.model, dtype, checkpointing=True)  # this makes the weights fp32
         if options.gpu:  # each task has a peak of its own

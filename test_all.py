@@ -1552,7 +1552,9 @@ def test_bench_writes_what_is_promised(tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
         assert row["unit"] and row["peer_name"].startswith("transformers")
     rates = bench.measure("pocket", bench.parse(argv))  # what a GPU prints
-    assert [row["name"] for row in rates] == [row["name"] for row in result["rows"][:4]]
+    *common, write, contrastive = [row["name"] for row in rates]
+    assert [row["name"] for row in result["rows"][:4]] == [*common, contrastive]
+    assert write == "propose 2x2x2, pocket"
     assert "compiled path: not used" in capsys.readouterr().out
 
 
