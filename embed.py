@@ -205,7 +205,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
                 unselected one of the author with most kept ones, if that author wrote one: such a
                 pair teaches "answer directly", but also how to think if forced
     labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
-                none was, -1 if nobody wrote one, so that selection did not see the pair
+                none was, -1 (unknown) if nobody wrote one and the direct vector is not good enough
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (warm-up of select): in the mean
                 NCE(reasoned) each weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)), its posterior against ∅

@@ -39,8 +39,9 @@ counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
-rationales is judged, and the decision it teaches is "direct". The ablations below that could keep
-something of an easy pair judge the rationales of every pair.
+rationales is judged, and the decision it teaches is "direct". Nobody need write about it: what is
+known of the hard pairs says whom to ask about which (propose.py, --hard). The ablations below that
+could keep something of an easy pair judge the rationales of every pair.
 
 Candidate targets. Up to 1024 pairs of one dataset are judged together: a window. Where it has few
 targets, as in the pocket world, C is filled with random ones. Where it has many, random ones are
@@ -164,7 +165,8 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 
 
 def judge(model, processor, pairs, texts, cfg, rng):
-    """The experiment on one window of pairs -> rows, one per rationale.
+    """The experiment on one window of pairs -> rows, one per rationale; for a pair about which
+    nobody wrote one with an empty text.
 
     pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
     fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
@@ -202,6 +204,9 @@ def judge(model, processor, pairs, texts, cfg, rng):
     rows = []
     for p, c, trials_of_pair, score in zip(pairs, candidates, trials, scores):
         direct, _ = score[""]
+        if not trials_of_pair:  # its row says how good the direct vector is, and no more
+            row = {"id": p["id"], "dataset": p["dataset"], "proposer": "", "text": ""}
+            rows.append(row | {"direct": direct, "gain": None})
         for trial in trials_of_pair:
             gains = [with_minus_without(text, score) for text in trial.texts()]
             row = {
@@ -494,7 +499,8 @@ def main():
     parser = argparse.ArgumentParser(description="What the rules would keep of a finished run.")
     parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
     run = parser.parse_args().run
-    rows = list(Rows(os.path.join(run, "select", "judged.jsonl")))
+    judged = Rows(os.path.join(run, "select", "judged.jsonl"))
+    rows = [row for row in judged if row["text"]]
     config = read_json(os.path.join(run, "config.json"))
     helps = pocket_truth(os.path.join(run, "data"))
     for rule in RULES:

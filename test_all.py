@@ -1765,6 +1765,21 @@ def test_run_every_stage_has_its_pairs(finished, own_root):
     assert held == [f"own/{i}" for i in range(21, 26)]
 
 
+def test_run_pairs_without_a_rationale_are_judged_directly(finished, own_root, tmp_path):
+    """So a server can be asked about the hard ones alone; the others learn to answer at once."""
+    out = copy_of(finished, tmp_path / "run", "propose")
+    path = f"{out}/propose/rationales.jsonl"
+    written = [row for row in json_rows(path) if row["id"] in ("own/1", "own/2")]
+    M.write_rows(path, written)
+    assert exit_code(arguments(own_root, out, stage="select")) == 0
+    rows = json_rows(out, "select", "judged.jsonl")
+    assert {row["id"] for row in rows} == {f"own/{i}" for i in range(21)}
+    assert sum(row["text"] != "" for row in rows) == len(written) == 4
+    assert all(row["direct"] < 0 for row in rows)
+    assert read_json(f"{out}/select/audit.json")["candidates"] == 4
+    assert propose.hard_pairs(f"{out}/select/judged.jsonl") <= {row["id"] for row in rows}
+
+
 def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages():
     run = SimpleNamespace(cfg=SimpleNamespace(rl_holdout=0.9))
     rows = [train.Pairs.share_of(SimpleNamespace(run=run), 2, for_rl) for for_rl in (False, True)]
@@ -2041,7 +2056,7 @@ def test_run_without_a_test_set_is_refused_first(own_root, tmp_path, capsys):
 
 def test_train_lessons(tmp_path):
     """A kept rationale by its weight and label 1. Where none was kept: label 0, and what the author
-    of most kept rationales wrote. Never judged: -1."""
+    of most kept rationales wrote. Without a rationale: 0 if the direct vector is good, else -1."""
     rows, kept = [], []
     for i in range(4):
         for author, text in (("good", f"right {i}"), ("good#1", f"again {i}"), ("bad", "so")):
@@ -2054,6 +2069,8 @@ def test_train_lessons(tmp_path):
         (tmp_path / folder).mkdir()
     M.write_rows(tmp_path / "propose" / "rationales.jsonl", rows)
     M.write_rows(tmp_path / "select" / "selected.jsonl", kept)
+    easy, hard = ({"id": f"a/{i}", "text": "", "direct": d} for i, d in ((8, -0.6), (9, -0.8)))
+    M.write_rows(tmp_path / "select" / "judged.jsonl", [easy, hard])  # the margin is 0.7
     lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
     rng = np.random.default_rng(0)
     pairs = [{"id": f"a/{i}"} for i in range(4)]
@@ -2062,6 +2079,7 @@ def test_train_lessons(tmp_path):
     assert np.mean([text == "right 0" for text, _ in drawn]) == pytest.approx(0.75, abs=0.06)
     drawn = {lessons.draw(pairs[3], rng) for _ in range(40)}
     assert drawn == {("right 3", 0), ("again 3", 0)}
+    assert lessons.draw({"id": "a/8"}, rng) == (None, 0)
     assert lessons.draw({"id": "a/9"}, rng) == (None, -1)
     M.write_rows(tmp_path / "select" / "selected.jsonl", [])  # nobody is to be trusted
     lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))

@@ -637,8 +637,8 @@ class Pairs(Dataset):
         self.batches.lists = batches
         return iter(self.loader)
 
-    def windows(self, ids=None):
-        """Places of the pairs (of these ids), dataset by dataset, in lists of at most
+    def windows(self, takes=None):
+        """Places of the pairs (that `takes` takes by id), dataset by dataset, in lists of at most
         selection.WINDOW = 1024. Of two datasets with 1500 and 20 pairs:
 
         [[(0, 0), ... (0, 1023)], [(0, 1024), ... (0, 1499)], [(1, 0), ... (1, 19)]]
@@ -648,7 +648,7 @@ class Pairs(Dataset):
         for source, rows in enumerate(self.rows):
             refs = []
             for row in rows:
-                if ids is None or self.tables.id(source, row) in ids:
+                if takes is None or takes(self.tables.id(source, row)):
                     refs.append((source, row))
             for start in range(0, len(refs), size):
                 windows.append(refs[start : start + size])
@@ -809,17 +809,17 @@ def pretrain(run, part):
     return Embedder(model, processor)
 
 
-def by_window(run, path, pairs, ids, rows_of, title):
+def by_window(run, path, pairs, takes, rows_of, title):
     """Write the rows of all windows, in order, into one file of JSON lines.
 
-    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. ids: those of the pairs that
-    take part; None: all. title: of the lines on the screen.
+    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. takes(pair id) -> whether a
+    pair takes part; None: all do. title: of the lines on the screen.
     The windows are dealt out to the processes, which read theirs alone. Each leaves a file,
     PATH.windows/000007.jsonl, and is not done again when the stage is resumed.
     """
     folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
-    windows = pairs.windows(ids)
+    windows = pairs.windows(takes)
     paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
     mine = []  # numbers of the windows that this process has still to do
     for n in range(scale.rank(), len(windows), scale.world_size()):
@@ -901,7 +901,7 @@ def select_stage(run, part):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
     # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge
-    judged = Rows(*paths)
+    judged = Judged(*paths)
 
     # 2) The rule
     rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
@@ -910,7 +910,7 @@ def select_stage(run, part):
         chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
         short = ({key: row[key] for key in SELECTED} for row in chosen)  # some of its columns
         write_rows(selected, short)
-        write_rows(os.path.join(part, "judged.jsonl"), judged)
+        write_rows(os.path.join(part, "judged.jsonl"), Rows(*paths))
     scale.barrier()
     kept = Rows(selected)
 
@@ -925,6 +925,13 @@ def select_stage(run, part):
         run.say(warning)
     if scale.is_main():
         write_json(os.path.join(part, "audit.json"), audit)
+
+
+class Judged(Rows):
+    """Judged rationales, without the rows of pairs about which nobody wrote."""
+
+    def __iter__(self):
+        return (row for row in super().__iter__() if row["text"])
 
 
 def judge_fold(run, part, fold, written, path):
@@ -963,8 +970,10 @@ def judge_fold(run, part, fold, written, path):
         rng = run.rng("judge", fold, n)
         return selection.judge(embedder.model, processor, window, texts, c, rng)
 
-    ids = {i for i in written.places if selection.fold_of(i, c.select_folds) == fold}
-    by_window(run, path, pairs, ids, rows_of, f"judging fold {fold}")
+    def in_fold(pair_id):
+        return selection.fold_of(pair_id, c.select_folds) == fold
+
+    by_window(run, path, pairs, in_fold, rows_of, f"judging fold {fold}")
 
 
 def embed_stage(run, part):
@@ -1015,6 +1024,11 @@ class Lessons:
             raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
         counts = self.kept.authors  # {"careful": 900, "sloppy": 12}
         self.trusted = max(counts, key=counts.get, default=None)
+        # Pairs about which nobody wrote, because their direct vector is good enough.
+        self.easy = set()
+        for row in Rows(run.path("select", "judged.jsonl")):
+            if not row["text"] and not selection.can_keep(row["direct"], run.cfg):
+                self.easy.add(row["id"])
 
     def draw(self, pair, rng):
         """-> (a text or None, the right decision: 1 to reason, 0 to answer directly, -1 unknown).
@@ -1022,11 +1036,11 @@ class Lessons:
         a rationale was kept           ("nw red star . right n blue moon", 1)
         some were judged, none kept    ("mid green square", 0), by the trusted author, or
                                        (None, 0) if that author wrote none about it
-        nobody wrote any               (None, -1)
+        nobody wrote any               (None, 0) if the pair is easy, else (None, -1)
         """
         written = self.written.of(pair["id"])  # rows of rationales.jsonl
         if not written:
-            return None, -1
+            return None, 0 if pair["id"] in self.easy else -1
         kept = self.kept.of(pair["id"])  # rows of selected.jsonl
         if kept:  # drawn from their posterior
             weights = np.array([row["weight"] for row in kept])
