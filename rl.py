@@ -9,8 +9,7 @@ after none) finds the query's target t:
 
     p(t | q, r)  in [0, 1]: softmax of similarities / temperature over the batch's candidates, the
                  targets and a hard negative of each pair
-    format       0.1 where the rationale closed itself. A direct answer always has it, so this is
-                 a fine of 0.1 on rationales that ran out of tokens
+    format       0.1, but not for a rationale that ran out of tokens
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
 The step minimises
@@ -35,9 +34,8 @@ dozens, would carry a few percent (option rl_one_loss takes that mean).
     what   the policy gradient on the sampled tokens. Each rationale counts by its importance weight
            p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
-Which GRPO this is, in six points:
-    advantage   (R - mean R of the query's rationales) / sigma. Their common part (the mean) is the
-                business of `when`. The three terms of R are added first, then normalised together
+Which GRPO this is, in five points:
+    advantage   (R - mean R of the query's rationales) / sigma. Their mean is the business of `when`
     sigma       one number for the batch, and a scale only: the deviation of R within a query whose
                 K rationales are counted beside K direct answers, as if half had not reasoned.
                 With the gain in it sigma stays large where all rationales are equally good.
@@ -46,14 +44,10 @@ Which GRPO this is, in six points:
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
                 a rationale that ran out of tokens
-    deleted     value network, clip, several epochs per rollout, division by each group's deviation,
-                advantages for embeddings (they learn by InfoNCE in the same step)
 A query whose rationales all have the same reward teaches the decision, and InfoNCE, alone.
 
-How to run: python train.py --stage rl. The log tells a live run from a dead one: rewards, p_reason,
-its entropy, share of groups without variance, how far sampling and training differ, a rationale.
-
-Left out: off-policy updates, asynchronous rollouts, a group size that depends on difficulty.
+How to run: python train.py --stage rl
+Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
 2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. A decision weighted by what it
 wins: outcome weighted learning, Zhao et al., JASA 107 (2012); to use it here is ours.
