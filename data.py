@@ -105,7 +105,7 @@ class Missing(BadData):
 
 
 # What a parser may raise at a row that is not as it should be; BadData is a ValueError.
-ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError)
+ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 def is_text(value):
@@ -348,7 +348,10 @@ def read_row(path, file, i):
         values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
         return Cells(zip(cells, values))
     line = cells["line"].as_py()
-    return Cells(json.loads(line.decode("utf-8-sig")))  # with or without a byte order mark
+    value = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
+    if not isinstance(value, dict):
+        raise BadData(f"a JSON object is wanted, got {short(value)}")
+    return Cells(value)
 
 
 def arrow_value(cell, image):
@@ -375,8 +378,8 @@ def cell(row, column, kind="text"):
     value = row[column]
     if kind == "text?" and value is None:
         return ""
-    if kind == "id" and type(value) in (int, float) and float(value).is_integer():  # no bool
-        return str(int(value))  # 7, 7.0 -> "7"
+    if kind == "id" and (type(value) is int or type(value) is float and value.is_integer()):
+        return str(int(value))  # 7, 7.0 -> "7"; True is no int here
     if not is_text(value):
         raise BadData(f"column {column}", f"text is wanted, got {short(value)}")
     return value
@@ -386,7 +389,8 @@ def text_list(row, column):
     """A row's list of texts, with something in it."""
     values = row[column]
     if not isinstance(values, list) or not values:
-        raise BadData(f"column {column}", f"a list of texts is wanted, got {short(values)}")
+        got = "an empty one" if values == [] else short(values)
+        raise BadData(f"column {column}", f"a list of texts is wanted, got {got}")
     return [cell({column: value}, column) for value in values]  # each as if it were a row's
 
 
@@ -461,9 +465,13 @@ def complete(row, kind):
     if "/" in name:
         raise BadData(name, "a name that can name a file is wanted, without /")
     beir = row["parser"] == "beir"
+    retrieval = beir or row["parser"] in ("pairs", "video_ret")
+    if retrieval and row["scope"] == "local":
+        raise BadData(name, f"scope local: rows of {row['parser']} list no wrong candidates")
     if not row["scope"]:
-        retrieval = beir or row["parser"] in ("pairs", "video_ret")
         row["scope"] = "global" if retrieval else "local"
+    if any(len(listed(part)) != 3 for part in row["fetch"]):
+        raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
     row["media"] = listed(row["media"]) or [row["hub"]]
     table = row["table"] or ("beir" if beir else "hub")
     if isinstance(table, str):
@@ -643,10 +651,12 @@ class Files:
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
-        """The Table of a config, else Missing."""
+        """The Table of a config, else Missing. A dataset without one of its parts is broken."""
         paths = self.paths(config)
         if not paths:
-            raise Missing(self.name, f"no {config or 'table'} in {self.root}")
+            looked = ", ".join(self.spec["table"])
+            error = BadData if self.all_paths() else Missing
+            raise error(self.name, f"no {config or 'table'} in {self.root}, looked for {looked}")
         try:
             check_shards(paths)
             return Table(paths, self.spec["cap"])
@@ -674,7 +684,7 @@ class Files:
         for pattern in self.spec["table"]:
             try:
                 pattern = os.path.normpath("./" + pattern.format(**fill))  # a//b where config is ""
-            except (LookupError, ValueError) as error:
+            except (AttributeError, LookupError, ValueError) as error:
                 raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
             files = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
@@ -710,7 +720,8 @@ def mmeb_pair(files, row):
     Hard negatives (text, image or both; a value, or lists as in mmE5's columns) are kept: VLM2Vec
     reads and drops them. CIRR and others have no such columns.
     """
-    texts, images = listed(row.get("neg_text")), listed(row.get("neg_image_path"))
+    texts = listed(row.get("neg_text") or None)  # "" and null: none
+    images = listed(row.get("neg_image_path") or None)
     if texts and images and len(texts) != len(images):
         raise BadData("negatives", f"{len(texts)} neg_text for {len(images)} neg_image_path")
     negatives = []
@@ -1131,6 +1142,8 @@ def video_cls(es, row):
         options = LABELS[labels]
     else:
         options = listed(labels) or [label]  # a user's list, or what the rows have
+    if label not in options:
+        raise BadData("column pos_text", f"{label!r} is not among its {len(options)} options")
     cands = [es.cand(text, item, text) for text in options]
     query = es.say(" " + es.inst, es.inst, clip=cell(row, "video_id", "id"))
     es.query(query, cands, [cands[options.index(label)]])
@@ -1253,6 +1266,8 @@ def momentseeker(es, row):
     text = cell(row, "query", "text?")
     given = cell(row, "input_frames", "text?")  # "", "1.jpg" or "m/a.mp4"
     kind = os.path.splitext(given)[1]  # "", ".jpg" or ".mp4"
+    if kind not in SEEK:
+        raise BadData("column input_frames", f"{given!r} is no .jpg and no .mp4")
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
     right = seek_targets(es, row, "positive_frames")
@@ -1329,6 +1344,8 @@ def qrel(es, row):
     key, grade = cell(row, "corpus-id", "id"), row["score"]
     if key not in es.index:
         raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
+    if not isinstance(grade, (int, float)) or not -100 < grade < 100:  # NaN is neither
+        raise BadData("column score", f"a grade is wanted, got {short(grade)}")
     if grade > 0:
         grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
         grades[key] = max(grades.get(key, 0), grade)
@@ -1398,8 +1415,9 @@ def check_one(task, root):
                     usable += 1
                 except BadData as error:
                     problems.append(str(BadData(source.id(row), error)))
-    except Missing:
+    except Missing as error:
         status = "missing"
+        looked_for = str(error)
     except BadData as error:
         problems.append(str(error))
     if problems:
@@ -1409,8 +1427,10 @@ def check_one(task, root):
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
     if not usable and len(problems) > 20:  # images that were never fetched
         problems[20:] = [f"... and {len(problems) - 20} more: no row is usable"]
-    commands = downloads(spec, root) if status != "found" else []
-    return status, [line, *problems, *commands]
+    remedy = downloads(spec, root) if status != "found" else []
+    if status == "missing" and not remedy:  # a user's own
+        remedy = [looked_for]
+    return status, [line, *problems, *remedy]
 
 
 def downloads(spec, root):

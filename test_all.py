@@ -4001,7 +4001,8 @@ CHAT = TALK["conversations"]
 # fmt: off
 BAD_ROWS = [
     ("mmeb", SOUND, "{oops", "Expecting property name"),
-    ("mmeb", SOUND, "[1]", "cannot convert dictionary"),
+    ("mmeb", SOUND, "[1]", "a JSON object is wanted, got a list"),
+    ("mmeb", SOUND, "[" * 10**5, "maximum recursion depth"),
     ("mmeb", SOUND, b"\xff{}", ".*utf-8"),
     ("mmeb", SOUND, {"qry": "x"}, "no column qry_image_path: there are qry$"),
     ("mmeb", SOUND, pair(3), "column qry: text is wanted, got 3"),
@@ -4019,14 +4020,15 @@ BAD_ROWS = [
     ("video_qa", TALK, TALK | {"video": "none"}, "clip folder .*none: has no frames"),
     ("image_cls", ASK, ASK | {"tgt_text": None}, "column tgt_text: a list of texts .* got null"),
     ("image_cls", ASK, ASK | {"tgt_text": ["a", None]}, "column tgt_text: .*, got null"),
+    ("image_cls", ASK, ASK | {"tgt_text": []}, "column tgt_text: .*, got an empty one"),
     ("image_cls", ASK, ASK | {"qry_inst": None}, "column qry_inst: text is wanted, got null"),
     ("image_t2i", FIND, FIND | {"tgt_img_path": ["a.png", ""]}, "'': not a path"),
     ("image_t2i", FIND, FIND | {"tgt_text": ["a", "b"]}, "tgt_text: 2 of them for 3"),
-    ("video_cls", CLS, CLS | {"pos_text": "x"}, "'x' is not in list"),
+    ("video_cls", CLS, CLS | {"pos_text": "x"}, "column pos_text: 'x' is not among"),
     ("videomme", MME, MME | {"answer": "D"}, "column answer: 'D' is not among A, B, C"),
     ("video_ret", CLIP, CLIP | {"video_id": "../v"}, "path '../v': leaves the root"),
     ("momentseeker", SEEK, SEEK | {"positive_frames": ["a"]}, "string indices must be integers"),
-    ("momentseeker", SEEK, SEEK | {"input_frames": "x.jpeg"}, "KeyError.'.jpeg'"),
+    ("momentseeker", SEEK, SEEK | {"input_frames": "x.png"}, "column .* is no .jpg"),
     ("pairs", SOUND, pair("", pos_text="b"), "a side: is empty"),
     ("pairs", SOUND, pair("q", "bomb.png"), ".*bomb.png: cannot be read as an image"),
 ]
@@ -4088,6 +4090,9 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed}, what is said
     (listing(parser=["mmeb"]), "^x: parser: a list is not of the type"),
     (listing(labels="K7"), "^x: labels 'K7': one of K700, "),
     (listing(table="{foo}"), "^x: table '{foo}' is no pattern"),
+    (listing(table=[3]), "^x: table 3 is no pattern"),
+    (listing(scope="local", parser="mmeb", fetch=[["x"]]), "^x: fetch: lists of hub id"),
+    (listing(table="gone.jsonl"), "none of its 1 training datasets is there"),
     (listing(table="x-*") | {"x-00001-of-00003.parquet": [SOUND]}, "^x: .*: 1 shards are there"),
     (listing(table="x.*") | {"x.parquet": b"PAR1..."}, "^x: .*x.parquet: cannot be read: Parquet"),
     ({"train.jsonl": [SOUND], "train.parquet": [SOUND], "datasets.json": None},
@@ -4126,11 +4131,13 @@ PAGE_FAULTS = [  # corpus, queries, qrels; what is said, usable queries
     (pages(5), [1, 1], None, "queries row 1: column query-id: '1' occurs twice", 1),
     (pages(5), [1, 2], None, "queries row 1: query: it has no positive", 1),
     (pages(5), [1], rels((5, 1), (6, 1)), "qrels row 1: column corpus-id: '6' names no doc", 1),
+    (pages(5), [1], rels((5, 1.0), (5, math.nan)), "qrels row 1: column score: a grade .* nan", 1),
+    (pages(5), [1], rels((5, 1), (5, 2000)), "qrels row 1: column score: a grade .* 2000", 1),
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize("corpus, ids, qrels, message, usable", PAGE_FAULTS, ids=range(6))
+@pytest.mark.parametrize("corpus, ids, qrels, message, usable", PAGE_FAULTS, ids=range(8))
 def test_data_bad_pages_are_named(tmp_path, capsys, corpus, ids, qrels, message, usable):
     name = "ViDoRe_tatdqa"
     queries = [{"query-id": i, "query": "x"} for i in ids]
@@ -4145,6 +4152,23 @@ def test_data_bad_pages_are_named(tmp_path, capsys, corpus, ids, qrels, message,
 
 # --------------------------------------------------------------------------------------------------
 # data.py: --check
+
+
+def test_data_a_set_without_one_of_its_parts_is_broken(tmp_path, capsys):
+    """Else an evaluation would go on without it, as if it had never been fetched."""
+    name = "ViDoRe_tatdqa"
+    write_beir(tmp_path, "vidore/tatdqa_test_beir", pages(5))
+    shutil.rmtree(tmp_path / "vidore/tatdqa_test_beir/qrels")
+    assert data.check(str(tmp_path), [name]) == 1
+    assert f"{name}: no qrels in" in capsys.readouterr().out
+    with pytest.raises(BadData, match=f"{name}: no qrels in") as error:
+        data.load_eval(str(tmp_path), name)
+    assert not isinstance(error.value, data.Missing)
+
+
+def test_data_a_local_scope_needs_wrong_candidates():
+    with pytest.raises(BadData, match="x: scope local: rows of pairs list no wrong candidates"):
+        data.complete({"name": "x", "scope": "local"}, "eval")
 
 
 def test_data_check_says_found_missing_and_broken(tmp_path, capsys):
