@@ -193,12 +193,16 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
-    name = "image" if isinstance(ref, (Image.Image, bytes)) else str(ref)[:250]  # for messages
+    is_place = isinstance(ref, (str, os.PathLike, TableImage)) and ref != ""
+    name = str(ref)[:250] if is_place else "image"  # for messages
+    if not is_place and not isinstance(ref, (bytes, Image.Image)):
+        wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
+        raise BadData(name, f"{wanted} is wanted, got {short(ref)}")
     try:
         image = ref
         if not isinstance(ref, Image.Image):
             image = Image.open(io.BytesIO(image_bytes(ref)))
-        if max(image.size) > 200 * min(image.size):  # Qwen's processors do not take it either
+        if not 0 < max(image.size) <= 200 * min(image.size):  # Qwen's processors refuse it, too
             size = f"{image.width}x{image.height} pixels"
             raise BadData(name, f"{size}: expected sides that differ by no more than 200 to 1")
         with SHARED if image is ref else contextlib.nullcontext():

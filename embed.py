@@ -31,6 +31,7 @@ import contextlib
 import itertools
 import json
 import math
+import numbers
 import os
 import sys
 import warnings
@@ -403,9 +404,13 @@ class Embedder:
         H, has_head = self.model.c.hidden, self.model.has_head
         require(reason in ("auto", "never", "always"), "reason", reason, "auto, never or always")
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
-        require(not math.isnan(threshold), "threshold", threshold, "a number")
+        is_number = isinstance(threshold, numbers.Real) and not math.isnan(threshold)
+        require(is_number, "threshold", threshold, "a number")
+        is_number = isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf
+        require(is_number, "temperature", temperature, "a finite number, 0 or above")
         require_count(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if dim is not None:
+            require_count(dim=dim)
             require(dim in range(1, H + 1), "dim", dim, f"a whole number from 1 to {H}")
 
         if reason == "auto" and not has_head:
@@ -416,7 +421,7 @@ class Embedder:
         hidden = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=hidden, delay=1)
         generation = reason, threshold, max_new_tokens, temperature, generator
-        order, vectors, infos = [], [torch.zeros(0, H)], []
+        order, vectors, infos = [], [torch.zeros(0, H, dtype=torch.float32)], []
         for prompts in self.windows(items, instruction, batch_size):
             first = len(infos)  # this window's first item
             lengths = [len(prompt["ids"]) + 1 for prompt in prompts]
@@ -621,8 +626,9 @@ def read_items(path):
 def run(model, source, output, opening, encoding):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
     facts = output.removesuffix(".npy") + ".jsonl"
-    in_place = os.path.realpath(source) == os.path.realpath(facts)
-    if in_place or not output.endswith(".npy") or not os.path.isdir(os.path.dirname(output) or "."):
+    written = [os.path.realpath(path) for path in (output, facts)]
+    usable = output.endswith(".npy") and os.path.isdir(os.path.dirname(output) or ".")
+    if not usable or os.path.realpath(source) in written or any(map(os.path.isdir, written)):
         expected = "a .npy file, in a folder that exists, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
     items = read_items(source)
@@ -652,7 +658,8 @@ def main():
     for name in ("model", "input", "output"):
         parser.add_argument(f"--{name}", required=True)
     for name, kind in {**OPENING, **ENCODING}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+        names = {f"--{name.replace('_', '-')}", f"--{name}"}  # train.py's spelling, too
+        parser.add_argument(*sorted(names), type=kind)
     given = vars(parser.parse_args())
     opening = {name: given[name] for name in OPENING if name in given}
     encoding = {name: given[name] for name in ENCODING if name in given}

@@ -233,7 +233,8 @@ class VisionTower(nn.Module):
         """Rotary angles (h * w, d/2): d/4 frequencies turn with the row, d/4 with the column."""
         device = self.pos_embed.weight.device
         quarter = self.c.v_hidden // self.c.v_heads // 4
-        inverse = 1e4 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
+        i = torch.arange(quarter, device=device).float()
+        inverse = 1e4 ** -(i / quarter)  # (d/4,), fp32 whatever torch's default is
         row = torch.arange(h, device=device)
         column = torch.arange(w, device=device)
         places = torch.cartesian_prod(row, column).view(h, w, 2)
@@ -404,7 +405,8 @@ class TextTower(nn.Module):
         is_row = (i % 3 == 1) & (i < 3 * rows)
         is_column = (i % 3 == 2) & (i < 3 * columns)
         axis = is_row + 2 * is_column  # (d/2,): 0 time, 1 row, 2 column
-        angle = positions[axis].permute(1, 2, 0) * self.c.rope_theta ** -(i / half)  # (B, S, d/2)
+        frequency = self.c.rope_theta ** -(i.float() / half)  # (d/2,) in fp32
+        angle = positions[axis].permute(1, 2, 0) * frequency  # (B, S, d/2)
         angle = angle.repeat(1, 1, 2)[:, None]  # (B, 1, S, d)
         return angle.cos().to(dtype), angle.sin().to(dtype)  # the cast is published, too
 

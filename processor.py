@@ -34,7 +34,7 @@ import numbers
 import os
 import unicodedata
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +206,7 @@ class Processor:
     max_pixels: int = 1800 * 32 * 32
     frame_min_pixels: int = 128 * 32 * 32  # area of a frame; see frame_limits
     frame_max_pixels: int = 768 * 32 * 32
-    max_frames: int = 64  # a bare list of more frames is thinned out; frames with fps never are
+    max_frames: int = 64  # without fps more frames are thinned out; frames with fps never are
     fps: float = 2.0  # of frames that come without: what qwen-vl-utils assumes
     max_length: int = 8192  # tokens with <|endoftext|>: text is cut at its end, images never are
     default_instruction: str | None = None  # of items without one; None writes no system turn
@@ -215,13 +215,16 @@ class Processor:
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
 
     def __post_init__(self):
+        require_positive(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         images = self.min_pixels, self.max_pixels
         frames = self.frame_min_pixels, self.frame_max_pixels
+        require_positive(frame_min_pixels=frames[0], frame_max_pixels=frames[1])
         for low, high in (images, frames):
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_positive(fps=self.fps)
         require_count(max_frames=self.max_frames, max_length=self.max_length)
+        as_sentence(self.default_instruction or "")
         special = self.tokenizer.special
         try:
             self.eos_id = special["<|endoftext|>"]
@@ -333,7 +336,7 @@ class Processor:
             if frame is after and isinstance(frame, Image.Image) and frame.tell():
                 copies = "PIL.ImageSequence.all_frames(image)"
                 raise ValueError(f"a video's frames are one image that seeks: expected {copies}")
-        if fps is None and frames is video and len(frames) > self.max_frames:  # a bare list
+        if fps is None and len(frames) > self.max_frames:
             at = np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)
             frames = [frames[i] for i in at]
         fps = self.fps if fps is None else fps
@@ -424,10 +427,10 @@ class Processor:
         spec = read_json(os.path.join(folder, "tokenizer.json"))
         given = {name: value for name, value in settings.items() if value is not None}
         try:
-            tokenizer, saved = Tokenizer(spec), saved_settings(folder)
+            saved = cls(Tokenizer(spec), config, **saved_settings(folder))
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{folder}: not a tokenizer and settings as ours ({e!r})") from None
-        return cls(tokenizer, config, **{**saved, **given})
+        return replace(saved, **given)
 
     def save(self, folder):
         """Writes what from_folder and transformers' AutoProcessor read."""
@@ -436,7 +439,8 @@ class Processor:
         video = {**VISION_CONFIG, "video_processor_type": "Qwen3VLVideoProcessor"}
         video["frame_min_pixels"] = self.frame_min_pixels
         video["frame_max_pixels"] = self.frame_max_pixels
-        # The same in transformers' words: the area of a whole clip, and a cap on each frame.
+        # Nearly the same in transformers' words: the area of a whole clip, and a cap on each frame.
+        # There the least area is the clip's, here each frame's (Qwen's): small frames get less.
         clip_pixels = CLIP_PIXELS * TEMPORAL
         video["size"] = {"shortest_edge": self.frame_min_pixels, "longest_edge": clip_pixels}
         video["max_video_tokens"] = self.frame_max_pixels // FACTOR**2

@@ -1202,13 +1202,28 @@ def test_bad_input_is_one_line(fault, folder, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and (tmp_path / "in.jsonl").read_bytes() == lines
 
 
-BAD_OPTIONS = {"reason": "yes", "dim": -1, "batch_size": "8", "max_new_tokens": 0}
+BAD_OPTIONS = [("reason", "yes"), ("dim", -1), ("dim", 4.0), ("dim", True), ("batch_size", "8")]
+BAD_OPTIONS += [("max_new_tokens", 0), ("threshold", "0.5"), ("threshold", None)]
+BAD_OPTIONS += [("temperature", None), ("temperature", math.inf), ("temperature", -1)]
 
 
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_bad_options(name):
+@pytest.mark.parametrize("name, value", BAD_OPTIONS)
+def test_bad_options(name, value):
     with pytest.raises(ValueError, match=f"^{name}=.*: expected [^\n]*$"):
-        tiny_embedder().encode([], **{name: BAD_OPTIONS[name]})
+        tiny_embedder().encode([], **{name: value})
+
+
+def test_vectors_do_not_depend_on_torchs_default_type():
+    e = tiny_embedder()
+    expected = e.encode(ITEMS)
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            v = e.encode(ITEMS)
+            assert v.dtype == np.float32 and np.allclose(v, expected, atol=1e-6)
+            assert e.encode([]).dtype == np.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("item", [5, "z, longest"])
@@ -1219,7 +1234,7 @@ def test_the_item_at_fault_is_named(item, reason, batch_size):
     with torch.no_grad():
         e.model.text.embed_tokens.weight[e.processor.tokenizer.encode("z")] = math.nan
     items = ["a"] * 40 + [item] + ["a"] * 9
-    fault = "^item 40: [^\n]*(5: cannot be read|not finite in torch.float32)"
+    fault = "^item 40: [^\n]*(got 5|not finite in torch.float32)"
     with pytest.raises(ItemError, match=fault) as error:
         e.encode(items, reason=reason, batch_size=batch_size, temperature=1.0)
     assert error.value.index == 40
@@ -3250,7 +3265,7 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
 
 
 BAD_ITEMS = [
-    (5, "5: cannot be read as an image"),
+    (5, "image: .* got 5"),
     (None, "a NoneType: expected a string"),
     ({"txt": "a", "text": None}, "an item with the keys 'txt': expected text"),
     ({"text": 5}, "text=5: expected a string"),
@@ -3310,6 +3325,8 @@ BAD_SETTINGS = [
     ({"max_length": 0}, "^max_length=0: expected a whole number above 0"),
     ({"fps": math.nan}, "^fps=nan: expected a finite number above 0"),
     ({"min_pixels": 9000}, "expected min <= max"),
+    ({"max_pixels": "9000"}, "^max_pixels='9000': expected a finite number above 0"),
+    ({"default_instruction": 3}, "^instruction=3: expected text"),
     ({"max_pixels": 1023}, "max >= 1024"),
     ({"frame_max_pixels": 1000}, "expected min <= max"),
     ({"config": tiny_config(vocab=9)}, "ids, the model 9"),
@@ -3979,7 +3996,10 @@ BAD_IMAGES = [  # bytes of x.png, or a reference; what the message has
     (bomb(), "x.png: cannot be read as an image .*exceeds limit"),
     ("gone.png", "^gone.png: cannot be read as an image .*No such file"),
     (Image.new("RGB", (3, 900)), "3x900 pixels: expected sides .* no more than 200 to 1"),
-    ({"bytes": None, "path": None}, "cannot be read as an image .*not NoneType"),
+    ({"bytes": None, "path": None}, "^image: a path, bytes or a PIL image .* got null"),
+    (np.zeros((9, 9, 3), np.uint8), "^image: a path, bytes or a PIL image .* got a ndarray"),
+    ("", "^image: .* got ''"),
+    (Image.new("RGB", (0, 0)), "0x0 pixels: expected sides"),
 ]
 
 
