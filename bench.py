@@ -49,6 +49,7 @@ import transformers
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
+import data
 import pocket
 import propose
 import rl
@@ -499,12 +500,20 @@ def parse(argv):
     parser.add_argument("--out", help="JSON file of what is printed")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     parser.add_argument("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
-    parser.add_argument("--queries", type=int, default=64, help="to write rationales for (64)")
-    parser.add_argument("--rollouts", type=int, default=8, help="rationales of each query (8)")
-    parser.add_argument("--tokens", type=int, default=64, help="of each rationale (64)")
-    parser.add_argument("--items", type=int, default=48, help="to embed (48)")
-    parser.add_argument("--batch", type=int, default=16, help="pairs of the contrastive step (16)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns, whose median counts (5)")
+    parser.add_argument(
+        "--queries", type=data.count, default=64, help="to write rationales for (64)"
+    )
+    parser.add_argument(
+        "--rollouts", type=data.count, default=8, help="rationales of each query (8)"
+    )
+    parser.add_argument("--tokens", type=data.count, default=64, help="of each rationale (64)")
+    parser.add_argument("--items", type=data.count, default=48, help="to embed (48)")
+    parser.add_argument(
+        "--batch", type=data.count, default=16, help="pairs of the contrastive step (16)"
+    )
+    parser.add_argument(
+        "--repeats", type=data.count, default=5, help="turns, whose median counts (5)"
+    )
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")

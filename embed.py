@@ -603,11 +603,26 @@ def sentence_transformers_files(hidden):
 # --------------------------------------------------------------------------------------------------
 # The command line. Its options are arguments of from_pretrained and encode, with their defaults.
 
-OPENING = dict.fromkeys("device dtype revision".split(), str)
-OPENING |= dict.fromkeys("min_pixels max_pixels frame_min_pixels frame_max_pixels".split(), int)
-OPENING |= {"max_frames": int, "max_length": int, "fps": float}
-ENCODING = {"reason": str, "threshold": float, "dim": int, "instruction": str}
-ENCODING |= {"batch_size": int, "max_new_tokens": int}
+OPENING = {  # type, help
+    "device": (str, "cpu, cuda or cuda:N; cuda where there is one"),
+    "dtype": (str, "float32, bfloat16 or float16; the checkpoint's"),
+    "revision": (str, "commit or tag of a model on the hub"),
+    "min_pixels": (int, "least area of an image"),
+    "max_pixels": (int, "largest area of an image"),
+    "frame_min_pixels": (int, "least area of a video's frame"),
+    "frame_max_pixels": (int, "largest area of a video's frame"),
+    "max_frames": (int, "of a video without fps"),
+    "max_length": (int, "tokens of an item; text is cut"),
+    "fps": (float, "frames per second of videos that do not say"),
+}
+ENCODING = {
+    "reason": (str, "auto (where p_reason exceeds the threshold), never or always"),
+    "threshold": (float, "0.5; lower reasons more often"),
+    "dim": (int, "keep the first numbers of each vector"),
+    "instruction": (str, "of items without one"),
+    "batch_size": (int, "items at a time (16)"),
+    "max_new_tokens": (int, "longest rationale (128)"),
+}
 
 
 def read_items(path):
@@ -655,11 +670,12 @@ def main():
         argument_default=argparse.SUPPRESS,
         usage=argparse.SUPPRESS,  # without it a wrong option ends in one line
     )
-    for name in ("model", "input", "output"):
-        parser.add_argument(f"--{name}", required=True)
-    for name, kind in {**OPENING, **ENCODING}.items():
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--input", required=True, help="items, one JSON value a line")
+    parser.add_argument("--output", required=True, help="vectors, a .npy file")
+    for name, (kind, about) in {**OPENING, **ENCODING}.items():
         names = {f"--{name.replace('_', '-')}", f"--{name}"}  # train.py's spelling, too
-        parser.add_argument(*sorted(names), type=kind)
+        parser.add_argument(*sorted(names), type=kind, help=about)
     given = vars(parser.parse_args())
     opening = {name: given[name] for name in OPENING if name in given}
     encoding = {name: given[name] for name in ENCODING if name in given}

@@ -883,26 +883,30 @@ def write_rows(path, rows):
 class Rows:
     """Files of JSON lines, read anew each time one goes through them: memory holds one row.
 
-    A kill may leave half a line at the end of a log, which is left out. ValueError names a line
-    that is no JSON.
+    may_be_cut: a kill may have left half a line at the end, as of a log: it is left out. ValueError
+    names any other line that is no JSON object.
     """
 
-    def __init__(self, *paths):
+    def __init__(self, *paths, may_be_cut=False):
         self.paths = paths
+        self.may_be_cut = may_be_cut
 
     def __iter__(self):
         for path in self.paths:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(
-                            f"{path} line {number}: not valid JSON ({error})"
-                        ) from None
-                    yield row
+                    is_cut = self.may_be_cut and not line.endswith(b"\n")
+                    if not is_cut:
+                        yield self.row(f"{path} line {number}", line)
+
+    def row(self, place, line):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object")
+        return row
 
 
 def load_model(folder, dtype=None, device="cpu"):

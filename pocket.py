@@ -1341,8 +1341,9 @@ def main():
         description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
     )
     parser.add_argument("--out", required=True, help="a new folder")
-    for option, default in {"seed": 0, "train": 300, "test": 100}.items():
-        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
+    parser.add_argument("--train", type=int, default=300, help="pairs of a family (300)")
+    parser.add_argument("--test", type=int, default=100, help="queries of a family (100)")
     args = parser.parse_args()
     if args.seed < 0 or min(args.train, args.test) < 1:
         parser.error("--seed wants at least 0, --train and --test want at least 1")

@@ -364,9 +364,11 @@ def answer_of(choice, accept_cut):
     if finish not in usable:
         return "", f"cut off: finish_reason {finish}"
     thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
-    text = without_markers(f"{thoughts}\n{message.get('content') or ''}")
-    if not data.is_text(text):
-        return "", f"expected text, got {data.short(text)}"
+    content = message.get("content") or ""
+    for part in (thoughts, content):
+        if not data.is_text(part):
+            return "", f"expected text, got {data.short(part)}"
+    text = without_markers(f"{thoughts}\n{content}")
     return text, "" if text else "no text"
 
 

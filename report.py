@@ -271,7 +271,7 @@ def write_report(run, data_root):
     for name, about in summary["datasets"].items():
         records[name] = list(Rows(run / "eval" / about["modality"] / f"{name}_queries.jsonl"))
     path = run / "metrics.jsonl"
-    log = list(Rows(path)) if path.exists() else []
+    log = list(Rows(path, may_be_cut=True)) if path.exists() else []
 
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)

@@ -145,9 +145,8 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     folds = cfg.select_folds
     pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
     if not pairs:
-        raise ValueError(
-            f"select: all pairs of a batch are of fold {fold}, to be judged; raise --batch"
-        )
+        why = f"all pairs of a batch are of fold {fold}, which is to be judged"
+        raise ValueError(f"select: {why}; raise --batch, or --select_folds 1")
     drawn = []
     for p in pairs:
         written = list(texts.get(p["id"], {}).values())

@@ -398,7 +398,7 @@ def main():
         description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="1 to 5")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--scale", type=float, default=1.0, help="see train.py")
     parser.add_argument("--only_summarise", action="store_true", help="tables of what is there")

@@ -776,6 +776,7 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (["a list"], [], "line 11: not a response"),
     (response(P0_AGAIN, "max", finish="max_tokens"), [], "max_tokens"),
     (response(P0_AGAIN, status=500), [], "status 500"),
+    (response(P0_AGAIN, [{"type": "text", "text": "x"}]), [], "expected text, got a list"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
 ]
 SILENT = "a|b/9|key|0"
@@ -1994,6 +1995,58 @@ def test_run_full_disk_is_said_before_the_first_step(
     monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
     assert exit_code(arguments(own_root, out, stage="embed")) == 1
     assert "do not fit" in one_line(capsys)
+
+
+def test_run_stages_are_done_in_order(finished, own_root, tmp_path, capsys):
+    """Else a stage would take what an earlier try of the one before it has left."""
+    out = copy_of(finished, tmp_path / "run", "base")
+    shutil.copytree(f"{finished}/propose", f"{out}/propose")
+    assert exit_code(arguments(own_root, out, stage="select")) == 2
+    assert "stage propose is not done" in one_line(capsys)
+
+
+def test_run_two_runs_in_one_folder(finished, own_root, capsys):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{hold}; print(flush=True); input()", f"{finished}/.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert exit_code(arguments(own_root, finished)) == 2
+        assert "another train.py works in this folder" in one_line(capsys)
+        other.communicate(b"\n")
+    assert exit_code(arguments(own_root, finished)) == 0
+
+
+def test_run_a_call_that_made_nothing_leaves_no_options(own_root, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    line = arguments(own_root, out, stage="base")
+    assert exit_code([*line, "--model", f"{own_root}/mistyped/here"]) == 1
+    assert "mistyped/here" in one_line(capsys)
+    assert exit_code(line) == 0
+
+
+def test_run_what_is_missing_is_said_before_anything_is_trained(own_root, tmp_path, capsys):
+    root = shutil.copytree(own_root, tmp_path / "own")
+    with open(root / "test.jsonl", "a") as file:
+        file.write("{}\n")
+    assert exit_code(arguments(str(root), str(tmp_path / "run"))) == 1
+    assert "own/6: no column qry" in one_line(capsys) and not os.path.exists(tmp_path / "run/base")
+    M.write_rows(root / "none.jsonl", [{"id": "own/99", "proposer": "careful", "text": "a"}])
+    none = ["--rationales", str(root / "none.jsonl"), "--num_candidates", "0"]
+    for stage, code in (("base", 0), ("propose", 1)):
+        assert exit_code([*arguments(str(root), str(tmp_path / "run"), stage=stage), *none]) == code
+    assert "nobody wrote a rationale about a pair of" in one_line(capsys)
+
+
+def test_rows_name_a_broken_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for text, message in (('{"a": 1}\n{"b"', "line 2: not valid JSON"), ("[]", "line 1: expected")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            list(M.Rows(path))
+    path.write_text('{"a": 1}\n{"b"')
+    assert list(M.Rows(path, may_be_cut=True)) == [{"a": 1}]
+    path.write_text('{"a": 1}')
+    assert list(M.Rows(path)) == [{"a": 1}]
 
 
 def test_run_damaged_file_is_one_line(finished, own_root, tmp_path, capsys):

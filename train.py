@@ -57,6 +57,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import inspect
@@ -337,11 +339,22 @@ class Run:
         self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
         self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
+        if scale.is_main():
+            lock = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT)
+            try:  # held until this process ends
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{cfg.out}: another train.py works in this folder") from None
         # Those that are done, in order: {"base": {"seconds": 715.7}, "propose": {"seconds": 43.4,
         # "tables": the hash of the training tables}}
         self.stages = self.read("stages.json")
         self.data_root = cfg.data or self.path("data")
-        # This call must have the folder's options, but for those of the stage that is wanted.
+        # This call must have the folder's options, but for those of the stage that is wanted. A
+        # call that made nothing, say with a mistyped --model, left none that count.
+        made = self.stages or os.path.exists(self.path("data"))
+        if scale.is_main() and not made:
+            Path(self.path("config.json")).unlink(missing_ok=True)
+        scale.barrier()
         self.same_options(("machine", cfg.stage), "config.json")
 
     def path(self, *parts):
@@ -349,9 +362,12 @@ class Run:
         return os.path.join(self.cfg.out, *parts)
 
     def read(self, *parts):
-        """A JSON file of the folder; {} where there is none."""
+        """A JSON object of the folder; {} where there is none."""
         path = self.path(*parts)
-        return read_json(path) if os.path.exists(path) else {}
+        value = read_json(path) if os.path.exists(path) else {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: expected a JSON object")
+        return value
 
     def same_options(self, free, *parts):
         """Refuse what was made with other options than ours; groups in `free` may differ. Where no
@@ -435,7 +451,7 @@ class Run:
         if not scale.is_main() or not os.path.exists(path):
             return
         kept = []
-        for row in Rows(path):
+        for row in Rows(path, may_be_cut=True):
             of_stage = row["stage"].startswith(stage)
             if not of_stage or row["step"] <= step:
                 kept.append(row)
@@ -870,6 +886,8 @@ def propose_stage(run, part):
     by_window(run, path, pairs, None, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
+    if not written.places:
+        raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
     if given:
         unused = len(given.places.keys() - written.places.keys())  # rl's, or in no table
         run.say(f"propose: not used: those of {unused} pairs, and {given.of_targets} of targets")
@@ -1102,7 +1120,7 @@ def write_report(run):
      "curve": [{"threshold", "overall", ...}], "adaptivity": {"PocketWalk": {"auc", ...}}}
     """
     summary = run.read("eval", "summary.json")
-    if "modes" not in summary:  # eval.py wrote there
+    if not {"modes", "curve", "adaptivity"} <= set(summary):  # eval.py wrote there
         raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
     result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
     result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
@@ -1123,7 +1141,7 @@ def print_numbers(result, page):
     for name, numbers in result["adaptivity"].items():
         print(f"{name}_auc: {numbers['auc']}")
     for key in ("precision", "recall", "placebo_accepted"):
-        print(f"selection_{key}: {result['selection'][key]}")
+        print(f"selection_{key}: {result['selection'].get(key)}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
     print(f"peak_memory_gb: {peak / unit:.2f}")
@@ -1147,6 +1165,13 @@ def draw_world(cfg, folder):
     scale.barrier()
 
 
+def look_at_tests(root):
+    """Read every test set, so that a broken row is named before anything is trained, not after."""
+    for row in data.tables(root, "eval"):
+        with contextlib.suppress(data.Missing):
+            data.load_eval(root, row)
+
+
 def run_stages(cfg):
     """The stages that cfg asks for, and the report."""
     # 1) What is missing is said before anything is made.
@@ -1157,16 +1182,19 @@ def run_stages(cfg):
         raise UsageError(f"{cfg.data} has no test set, with which --stage all ends: name a stage")
     if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
         raise UsageError(f"{cfg.data} has no training set")
+    if whole and cfg.data:
+        look_at_tests(cfg.data)
 
     # 2) The stages that are done are the first ones: what follows a stage that is done again is
     # not. So the next one has the number len(run.stages).
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    if whole:
-        first = len(run.stages)
-        todo = STAGES[first:]
-    else:
+    first = len(run.stages)
+    todo = STAGES[first:]
+    if not whole:
+        if STAGES.index(cfg.stage) > first:
+            raise UsageError(f"{cfg.out}: stage {STAGES[first]} is not done; --stage all does it")
         first = STAGES.index(cfg.stage)
         todo = [cfg.stage]
     run.same_tables(STAGES[first:])
