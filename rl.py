@@ -100,9 +100,9 @@ def rollouts(actor, processor, prompts, cfg, generator):
     sampling = dict(processor.generation, temperature=cfg.rl_temperature, generator=generator)
     longest = 1 + max(len(prompt["ids"]) for prompt in prompts)
     together = max(1, 4 * cfg.chunk_tokens // longest)  # no activations are kept: 4 times as many
-    # A part has hidden (b, S, H), tokens [b][K] ids, num_sampled (b, K), logprobs (b, K, T),
-    # truncated (b, K) and last (b, K, H), the state of the last token.
-    parts, vectors, logits = [], [], []
+    parts = []  # model.Rollouts
+    vectors = []
+    logits = []
     for start in range(0, len(prompts), together):
         batch = collate(prompts[start : start + together], processor, device=device)
         part = generate(actor, batch, T, K, **sampling)
@@ -224,10 +224,8 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     """One on-policy update; leaves gradients in the model's parameters.
 
     pairs [b]: this process' share of the batch's B pairs, as in embed.contrastive_step.
-    actor: writes the rollouts, for instance a merged copy of the model; by default the model
-    itself.
-    cfg: rl_rollouts K, max_new_tokens T, rl_temperature, latency_penalty, rl_when (weight of the
-    decision's loss), rl_one_loss, temperature, chunk_tokens, matryoshka_dims.
+    actor: writes the rollouts: a merged copy of the model, or None, the model itself.
+    cfg: of train.Config rl_rollouts K, max_new_tokens T, and the options of group rl.
     -> metrics of the joined batch; "sample": a rationale of this process' query with the lowest
     mean reward.
     """
