@@ -259,6 +259,14 @@ def true_or_false(text):
     return text in ("true", "1")
 
 
+def underscored(argument):
+    """--rl-lr=0.1 -> --rl_lr=0.1; what is no option stays as it is."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("-", "_")
+    return name + equals + value
+
+
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
@@ -274,14 +282,14 @@ def parse(argv):
         title = f.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        names = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}  # --rl_lr and --rl-lr
         groups[title].add_argument(
-            *sorted(names),
+            f"--{f.name}",
             type=true_or_false if f.type is bool else f.type,
             choices=f.metadata["choices"],
             default=argparse.SUPPRESS,  # so `given` has what the caller wrote, and nothing else
             help=f"{why.get(f.name)} ({f.default!r})",
         )
+    argv = [underscored(argument) for argument in argv]
     given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_lr": 0.1}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
