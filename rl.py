@@ -36,8 +36,9 @@ dozens, would carry a few percent (option rl_one_loss takes that mean).
 
 Which GRPO this is, in five points:
     advantage   (R - mean R of the query's rationales) / sigma. Their mean is the business of `when`
-    sigma       one number for the batch, and a scale only: the deviation of R within a query whose
-                K rationales are counted beside K direct answers, as if half had not reasoned.
+    sigma       one number for the batch, and a scale only: the deviation of R around each query's
+                mean, over its K rationales and K copies of its direct answer, as if half had not
+                reasoned.
                 With the gain in it sigma stays large where all rationales are equally good.
                 One sigma for each query would let a tiny price decide wherever the quality ties
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
@@ -171,7 +172,8 @@ def credit(reward):
 
     sigma² is the mean over the batch of (R minus the mean of its 2K)², for K rationales and K
     direct answers. The direct ones lie gain / 2 below that mean. The rationales lie gain / 2 above
-    it, plus their `spread`. So half of the squares are gain² / 4, the others gain² / 4 + spread².
+    it, plus their `spread`. So half of the squares are gain² / 4, the others on average gain² / 4 +
+    spread².
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)

@@ -39,9 +39,10 @@ counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
-rationales is judged, and the decision it teaches is "direct". Nobody need write about it: what is
-known of the hard pairs says whom to ask about which (propose.py, --hard). The ablations below that
-could keep something of an easy pair judge the rationales of every pair.
+rationales is judged, and the decision it teaches is "direct". So nobody need write about an easy
+pair: `propose.py --hard` asks about the hard pairs of an earlier run alone. Two ablations below,
+positive_only and none, could keep rationales of easy pairs: under them those of every pair are
+judged.
 
 Candidate targets. Up to 1024 pairs of one dataset are judged together: a window. Where it has few
 targets, as in the pocket world, C is filled with random ones. Where it has many, random ones are
@@ -128,7 +129,8 @@ AUDITED = 0.25
 
 
 def fold_of(pair_id, folds):
-    """The fold that judges this pair. A hash: the same everywhere, whatever else is in the data."""
+    """The fold in which this pair is judged, by an evaluator that did not learn on it. A hash: the
+    same everywhere, whatever else is in the data."""
     return hashlib.blake2b(pair_id.encode(), digest_size=4).digest()[0] % folds
 
 
@@ -164,17 +166,17 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 
 
 def judge(model, processor, pairs, texts, cfg, rng):
-    """The experiment on one window of pairs -> rows, one per rationale; for a pair about which
-    nobody wrote one with an empty text.
+    """The experiment on one window of pairs -> rows, one per rationale. A pair about which nobody
+    wrote has one row, with an empty text: no more than "direct".
 
     pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
     fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
     Candidate targets and placebos come from the window: its rows depend on nothing else, and memory
     does not grow with the data. All is drawn before anything is measured, so which pairs are easy
     (see can_keep) changes no draw.
-    A row has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a placebo and, in
-    an audited quarter, of a second placebo. They are None where there is no such text, and where
-    the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
+    The row of a rationale has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a
+    placebo and, in an audited quarter, of a second placebo. They are None where there is no such
+    text, and where the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
     """
     documents, places = distinct_documents(pairs)
     candidates = candidate_sets(places, rng)  # step 1 may replace them by nearer ones
@@ -399,6 +401,7 @@ def posterior(gains):
 
 def choose(rows, rule, margin, fdr):
     """Judged rows, pair after pair -> yields those that the rule keeps, each with its "weight".
+    All have a text: the caller leaves out the rows of pairs about which nobody wrote.
 
     `rows` is gone through twice; one pair's rows are in memory. Rule none gives a pair's rationales
     equal weights.
@@ -422,6 +425,7 @@ def choose(rows, rule, margin, fdr):
 
 def audit(rows, kept, rule, margin, fdr, helps=None):
     """What share of whose rationales was kept, and how often a placebo passes for a rationale.
+    rows: as of choose; kept: what it keeps of them.
 
     No independent check of the bar: these placebos were among those that it was set by. Those of
     easy pairs count as rejected: whatever is said about such a pair cannot pass.
