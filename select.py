@@ -176,7 +176,8 @@ def judge(model, processor, pairs, texts, cfg, rng):
     (see can_keep) changes no draw.
     The row of a rationale has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a
     placebo and, in an audited quarter, of a second placebo. They are None where there is no such
-    text, and where the pair is easy. "similarity_gain" are the same three of s(q, r; t)/temperature.
+    text, and where the pair is easy. "similarity_gain" are the same three of
+    s(q, r; t)/temperature.
     """
     documents, places = distinct_documents(pairs)
     candidates = candidate_sets(places, rng)  # step 1 may replace them by nearer ones
