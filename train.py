@@ -1114,7 +1114,7 @@ def eval_stage(run, part):
     c = run.cfg
     embedder = run.embedder("rl")
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}  # of Embedder.encode
-    # Steps that each query needs, {"PocketWalk/376": 3, ...}; None: not known
+    # Steps that each query needs, {"PocketWalk/76": 3, ...}; None: not known
     truth = run.read("data", "pocket.json").get("test")
     how = {"threshold": c.threshold, "options": options, "truth": truth}
     evaluation.evaluate(embedder, run.data_root, part, **how)
