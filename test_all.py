@@ -2005,6 +2005,17 @@ def test_run_stages_are_done_in_order(finished, own_root, tmp_path, capsys):
     assert "stage propose is not done" in one_line(capsys)
 
 
+def test_run_a_stage_begins_when_what_was_left_is_gone(finished, own_root, tmp_path, monkeypatch):
+    """Process 0 takes an unfinished stage of other options away; process 1 waits for that."""
+    out = copy_of(finished, tmp_path / "run", "embed")
+    run = train.Run(train.parse(arguments(own_root, out)))
+    os.makedirs(f"{out}/rl.part")
+    write_json(f"{out}/rl.part/config.json", dataclasses.asdict(replace(run.cfg, rl_lr=9.0)))
+    monkeypatch.setattr(train.scale, "is_main", lambda: False)
+    monkeypatch.setattr(train.scale, "barrier", lambda: shutil.rmtree(f"{out}/rl.part", True))
+    assert run.begin("rl") == f"{out}/rl.part"
+
+
 def test_run_two_runs_in_one_folder(finished, own_root, capsys):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
     command = [sys.executable, "-c", f"{hold}; print(flush=True); input()", f"{finished}/.lock"]
