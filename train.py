@@ -353,6 +353,8 @@ class Run:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"{cfg.out}: another train.py works in this folder") from None
+            except OSError as error:  # some clusters' file systems have no locks
+                self.say(f"{cfg.out}: not locked ({error}); let no other run use this folder")
         # Those that are done, in order: {"base": {"seconds": 715.7}, "propose": {"seconds": 43.4,
         # "tables": the hash of the training tables}}
         self.stages = self.read("stages.json")
