@@ -37,10 +37,9 @@ dozens, would carry a few percent (option rl_one_loss takes that mean).
 Which GRPO this is, in five points:
     advantage   (R - mean R of the query's rationales) / sigma. Their mean is the business of `when`
     sigma       one number for the batch, and a scale only: the deviation of R around each query's
-                mean, over its K rationales and K copies of its direct answer, as if half had not
-                reasoned.
-                With the gain in it sigma stays large where all rationales are equally good.
-                One sigma for each query would let a tiny price decide wherever the quality ties
+                mean, over its K rationales and K copies of its direct answer. So it stays large
+                where all rationales are equally good; one sigma for each query would let a tiny
+                price decide there
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
@@ -211,8 +210,7 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
     policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
-    loss, and unlike plain GRPO, the decision's gain is not divided by sigma. There is no importance
-    weight, and rl_when is not read.
+    loss, and unlike plain GRPO, the gain is not divided by sigma. rl_when is not read.
     """
     when = -(advantage.shape[1] * gain / 2 * decision).sum()
     return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
