@@ -1960,6 +1960,8 @@ def test_run_each_process_reads_its_own_windows_alone(finished, own_root, tmp_pa
     monkeypatch.setattr(train.scale, "world_size", lambda: 2)
     monkeypatch.setattr(train.scale, "barrier", lambda: None)
     path, read = str(tmp_path / "rows"), []
+    opened = Mock(side_effect=P.load_image)  # the pictures; one more is read to weigh the data
+    monkeypatch.setattr(P, "load_image", opened)
 
     def ids_of(n, window):
         return [{"id": pair["id"]} for pair in window]
@@ -1969,8 +1971,9 @@ def test_run_each_process_reads_its_own_windows_alone(finished, own_root, tmp_pa
         monkeypatch.setattr(train.scale, "is_main", lambda rank=rank: rank == 0)
         pairs = train.Pairs(run, processor)
         train.by_window(run, path, pairs, None, ids_of, "")
-        read.append(len(pairs.kept))
-    assert read == [4 + 4 + 1, 4 + 4 + 4]
+        read.append((len(pairs.kept), opened.call_count))
+        opened.reset_mock()
+    assert read == [(4 + 4 + 1, 1 + 3), (4 + 4 + 4, 1 + 3)]  # of 21 pairs, 6 with a picture
     assert [row["id"] for row in json_rows(path)] == [f"own/{i}" for i in range(21)]
 
 
@@ -2804,11 +2807,15 @@ def test_model_attention_equals_written_out(dtype, tolerance):
     cases = [(torch.ones(6, 6).tril() > 0, None), (branches, as_bias.repeat(1, 1, 3, 1))]
     for mask, bias in cases:
         want = written_out(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask)
-        assert (M.attend(q, k, v, bias).float() - want).abs().max() < tolerance
+        got = M.attend(q, k, v, bias).float()
+        assert (got - want).abs().max() < tolerance
+        assert F.cosine_similarity(got, want, dim=-1).min() > 0.999
     qkv, lengths = torch.randn(3, 20, 2, 8).to(dtype), torch.tensor([4, 4, 8, 4])
     segment = torch.arange(4).repeat_interleave(lengths)
     want = written_out(*qkv.transpose(1, 2), segment == segment[:, None]).transpose(0, 1)
-    assert (M.attend_segments(*qkv, lengths.tolist()).float() - want).abs().max() < tolerance
+    got = M.attend_segments(*qkv, lengths.tolist()).float()
+    assert (got - want).abs().max() < tolerance
+    assert F.cosine_similarity(got, want, dim=-1).min() > 0.999
     for with_branches in (False, True):
         assert M.sdpa_kernel(tiny_model(), dtype, with_branches) == "FLASH_ATTENTION"
 
