@@ -206,6 +206,7 @@ class Config:
 
     num_candidates: int = opt("propose", 1)  # rationales of a query by the base model
     rationales: str = opt("propose", "")  # a file of rationales that were written elsewhere
+    hard: str = opt("propose", "")  # a run's judged.jsonl: write about its hard pairs alone
 
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
     select_steps: int = opt("select", 200)  # warm-up of each evaluator
@@ -866,7 +867,8 @@ def propose_stage(run, part):
     """Candidate rationales of every query, window by window. No proposer sees the target.
 
     Two sources add up: a file (--rationales, or the pocket world's own) and the base model, which
-    writes --num_candidates for each query. A row of rationales.jsonl:
+    writes --num_candidates for each query. --hard leaves out the pairs for which no rationale can
+    be kept. A row of rationales.jsonl:
         {"id": "PocketColour/0", "side": "query", "proposer": "careful#2", "text":
          "mid yellow triangle", "key": "cdc3e1a641d90b4f"}
     """
@@ -878,6 +880,7 @@ def propose_stage(run, part):
     if not source and not c.data:
         source = run.path("data", "proposers.jsonl")
     given = propose.Rationales(source) if source else None
+    takes = propose.hard_pairs(c.hard).__contains__ if c.hard else None
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
@@ -893,7 +896,7 @@ def propose_stage(run, part):
         return rows
 
     path = os.path.join(part, "rationales.jsonl")
-    by_window(run, path, pairs, None, rows_of, "propose")
+    by_window(run, path, pairs, takes, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if not written.places:
