@@ -107,27 +107,27 @@ def tiny_tokenizer():
 
 def tiny_config(**shape):
     special = tiny_tokenizer().special
-    defaults = {
-        "vocab": tiny_tokenizer().size + 3,
-        "hidden": 64,
-        "mlp": 96,
-        "layers": 3,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "mrope_section": (4, 2, 2),
-        "v_hidden": 48,
-        "v_mlp": 64,
-        "v_layers": 3,
-        "v_heads": 4,
-        "v_positions": 16,
-        "v_deepstack": (0, 2),
-        "image_token": special["<|image_pad|>"],
-        "video_token": special["<|video_pad|>"],
-        "vision_start": special["<|vision_start|>"],
-        "vision_end": special["<|vision_end|>"],
-    }
-    return M.Config(**{**defaults, **shape})
+    config = M.Config(
+        vocab=tiny_tokenizer().size + 3,
+        hidden=64,
+        mlp=96,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mrope_section=(4, 2, 2),
+        v_hidden=48,
+        v_mlp=64,
+        v_layers=3,
+        v_heads=4,
+        v_positions=16,
+        v_deepstack=(0, 2),
+        image_token=special["<|image_pad|>"],
+        video_token=special["<|video_pad|>"],
+        vision_start=special["<|vision_start|>"],
+        vision_end=special["<|vision_end|>"],
+    )
+    return replace(config, **shape)
 
 
 def tiny_model(seed=0, **shape):
@@ -144,9 +144,9 @@ def tiny_processor(config=None, **limits):
     return P.Processor(tiny_tokenizer(), config or tiny_config(), **{**SMALL, **limits})
 
 
-def tiny_embedder(seed=0, limits=None, **shape):
+def tiny_embedder(seed=0, **shape):
     model = tiny_model(seed, **shape)
-    return Embedder(model, tiny_processor(model.c, **(limits or {})))
+    return Embedder(model, tiny_processor(model.c))
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +211,9 @@ def transformers_tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def transformers_inputs(folder, item, config):
-    """The prompt of one of ITEMS with its <|endoftext|> as transformers' model takes it: tokenizer
-    and image processor are theirs, a video's patches are cut here with torch."""
+def transformers_inputs(folder, item):
+    """The ids of one of ITEMS with its <|endoftext|>, and the patches of each image and video:
+    tokenizer and image processor are transformers', a video's patches are cut here with torch."""
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as library
 
     size = {"shortest_edge": SMALL["min_pixels"], "longest_edge": SMALL["max_pixels"]}
@@ -226,14 +226,13 @@ def transformers_inputs(folder, item, config):
         dot = "" if instruction.strip()[-1] in ".!?" else "."
         text = f"<|im_start|>system\n{instruction.strip()}{dot}<|im_end|>\n"
     text += "<|im_start|>user\n"
-    images, videos = [], []
+    patches = []
     for kind, x in parts:
         if kind == "text":
             text += x
         elif kind == "image":
-            image = read(images=[x], return_tensors="pt")
-            images.append((image["pixel_values"], image["image_grid_thw"]))
-            pads = "<|image_pad|>" * (len(image["pixel_values"]) // 4)
+            patches.append(read(images=[x], return_tensors="pt")["pixel_values"])
+            pads = "<|image_pad|>" * (len(patches[-1]) // 4)
             text += f"<|vision_start|>{pads}<|vision_end|>"
         else:
             frames, fps = (x["frames"], x["fps"]) if isinstance(x, dict) else (x, 2.0)
@@ -245,20 +244,12 @@ def transformers_inputs(folder, item, config):
             v = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float()
             v = (v / 255 - 0.5) / 0.5
             v = v.view(-1, 2, 3, 2, 2, 16, 2, 2, 16).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-            videos.append((v.reshape(-1, 1536), torch.tensor([[len(frames) // 2, 4, 4]])))
+            patches.append(v.reshape(-1, 1536))
             for start, stop in zip(times[::2], times[1::2]):
                 pads = "<|video_pad|>" * 4
                 text += f"<{(start + stop) / 2:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
     text += "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-    ids = transformers_tokenizer(folder)(text, add_special_tokens=False).input_ids
-    ids = torch.tensor([ids])
-    kinds = (ids == config.image_token).long() + 2 * (ids == config.video_token).long()
-    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
-    if images:
-        out["pixel_values"], out["image_grid_thw"] = map(torch.cat, zip(*images))
-    if videos:
-        out["pixel_values_videos"], out["video_grid_thw"] = map(torch.cat, zip(*videos))
-    return out
+    return transformers_tokenizer(folder)(text, add_special_tokens=False).input_ids, patches
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3156,13 +3147,11 @@ def test_processor_prompts_equal_transformers(folder):
     """Ids and patches of every kind of item, by transformers' tokenizer and image processor."""
     processor = tiny_processor()
     for item in ITEMS:
-        inputs, prompt = transformers_inputs(folder, item, processor.config), processor(item)
-        assert inputs["input_ids"][0].tolist() == [*prompt["ids"], processor.eos_id]
-        # Videos come before images in a prompt.
-        names = [name for name in ("pixel_values_videos", "pixel_values") if name in inputs]
-        if names:
-            patches = P.normalize_pixels(np.concatenate(prompt["pixel_values"]))
-            assert (patches - torch.cat([inputs[name] for name in names])).abs().max() < 1e-6
+        (ids, patches), prompt = transformers_inputs(folder, item), processor(item)
+        assert ids == [*prompt["ids"], processor.eos_id]
+        if patches:
+            ours = P.normalize_pixels(np.concatenate(prompt["pixel_values"]))
+            assert (ours - torch.cat(patches)).abs().max() < 1e-6
 
 
 CONTENTS = [
