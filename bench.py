@@ -222,8 +222,8 @@ class Ours:
     def generate(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         batch = collate(prompts, self.processor, device=self.model.device)
-        settings = {**self.processor.generation, "temperature": temperature}
-        out = generate(self.model, batch, T, K, **settings)
+        settings = self.processor.generation
+        out = generate(self.model, batch, T, K, **settings, temperature=temperature)
         start = len(self.processor.prefix)  # <think>\n is given, not sampled
         sampled = []
         for branches, counts in zip(out.tokens, out.num_sampled.tolist()):  # a query's K

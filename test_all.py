@@ -2769,7 +2769,7 @@ def test_model_prefill_is_continued_and_shared(monkeypatch):
             assert part.tokens[i] == greedy.tokens[b] * 4
             assert (part.last[i] - greedy.last[b]).abs().max() < 1e-5
     columns = batch["ids"].shape[1] + 2 + 4 * (5 + 3)  # prompt, prefix, all else four times
-    assert caches[0].keys[0].shape == (2, model.c.kv_heads, columns, model.c.head_dim)
+    assert caches[0].layers[0][0].shape == (2, model.c.kv_heads, columns, model.c.head_dim)
 
 
 def test_model_sampling_is_the_softmax():
