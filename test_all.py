@@ -657,7 +657,6 @@ def test_propose_refuses_before_it_writes(proposing, first_root, tmp_path, monke
         ("{broken", ""),
         ('{"id": "\udcff"}', "decode"),  # written as a byte that is not UTF-8
         ('"text"', "AttributeError"),
-        (GOOD.replace('"a/1"', "3"), "'id'"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
         (GOOD.replace("café", "\\ud83d"), "'text': expected text, got"),
         (GOOD.replace('"n"', '"m"'), "KeyError: 'n'"),
@@ -758,33 +757,29 @@ def response(custom_id, *contents, finish="stop", status=200, **more):
 ASKED = [f"a|b/{pair}|key|{prompt}" for pair in range(3) for prompt in range(2)]
 P0, P0_AGAIN, P1, P1_AGAIN, P2, P2_AGAIN = ASKED
 RESPONSES = [  # what the server sends, what is used of it, what is said about it
-    (response(P2, "<think>\né</think> b", "", "c"), ["é b", "c"], f"{P2}: no text"),
+    (response(P2, "<think>\né</think> b", None, "c"), ["é b", "c"], f"{P2}: no text"),
     (response(P0_AGAIN, "cut", finish="length"), [], f"{P0_AGAIN}: cut off"),
     (response(P0, "b", reasoning_content="a"), ["a\nb"], ""),
     (response(P0, "again"), [], f"{P0}: a second response"),
     ({"custom_id": P1, "error": {"message": "too long"}}, [], "too long"),
     (response(P1, "a retry", reasoning="why"), ["why\na retry"], ""),
-    (response(P1_AGAIN, None), [], f"{P1_AGAIN}: no text"),
     (response(P2_AGAIN, "\ud83d"), [], "got '\\ud83d'"),
-    (response("no bars", "x"), [], "line 9: not a response"),
-    ({"custom_id": P2_AGAIN, "response": {"body": "x"}}, [], "line 10: not a response"),
-    (["a list"], [], "line 11: not a response"),
-    (response(P0_AGAIN, "max", finish="max_tokens"), [], "max_tokens"),
+    (response("no bars", "x"), [], "line 8: not a response"),
+    ({"custom_id": P2_AGAIN, "response": {"body": "x"}}, [], "line 9: not a response"),
+    (["a list"], [], "line 10: not a response"),
     (response(P0_AGAIN, status=500), [], "status 500"),
-    (response(P0_AGAIN, [{"type": "text", "text": "x"}]), [], "expected text, got a list"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
 ]
-SILENT = "a|b/9|key|0"
 
 
 def test_propose_reads_responses(proposing, tmp_path):
     """In any order; what cannot be used is counted and named, and the rest is used."""
     asked, answers, out = (tmp_path / name for name in ("q.jsonl", "a.jsonl", "r.jsonl"))
-    write_jsonl(asked, [{"custom_id": custom_id} for custom_id in (*ASKED, SILENT)])
+    write_jsonl(asked, [{"custom_id": custom_id} for custom_id in ASKED])
     write_jsonl(answers, [line for line, _, _ in RESPONSES])
     read = ["--read-responses", answers, "--proposer", "big", "--out", out]
     code, shown = proposing(*read, "--requests", asked)
-    said = [why for _, _, why in RESPONSES if why] + [f"{SILENT}: no response"]
+    said = [why for _, _, why in RESPONSES if why] + [f"{P1_AGAIN}: no response"]
     assert len(shown.err.splitlines()) == len(said)
     assert all(why in shown.err for why in said), shown.err
     assert code is None and f"rationales: 4\nfailed: {len(said)}\n" in shown.out
@@ -823,9 +818,9 @@ def states_of(model, processor, prompt, branch):
     return model(batch)[0]
 
 
-def logprobs_of(model, processor, prompt, branch):
+def logprobs_of(model, processor, prompt, branch, temperature=1.0):
     """log π of the tokens of a rationale after <think>\\n, up to </think>: (n,)."""
-    logits = model.logits(states_of(model, processor, prompt, branch))
+    logits = model.logits(states_of(model, processor, prompt, branch)) / temperature
     logits[:, processor.suppress_tokens] = -math.inf
     first, last = len(processor.prefix), branch.index(processor.think_end_id)
     before = len(prompt["ids"]) - 1  # the place that predicts a branch's first token
@@ -1303,29 +1298,13 @@ def test_decision_is_learnt_by_what_is_at_stake():
 # rl.py: the step on a model
 
 
-def ordinary_row(model, processor, prompt, branch):
-    """A prompt and what follows it as one row without branches -> states (S, H)."""
-    assert branch[-1] == processor.eos_id  # collate appends it
-    row = {**prompt, "ids": np.concatenate([prompt["ids"], branch[:-1]])}
-    return model(P.collate([row], processor))[0]
-
-
 def ordinary_vector(model, processor, prompt, branch):
-    return F.normalize(ordinary_row(model, processor, prompt, branch)[-1], dim=0)
+    return F.normalize(states_of(model, processor, prompt, branch)[-1], dim=0)
 
 
 def ordinary_p_reason(model, processor, prompt):
-    h = ordinary_row(model, processor, prompt, [processor.eos_id])
+    h = states_of(model, processor, prompt, [processor.eos_id])
     return model.logits(h[-2])[[processor.eos_id, processor.think_id]].softmax(0)[1]
-
-
-def ordinary_logprobs(model, processor, prompt, branch, temperature):
-    """Of the branch's tokens, the opening left out."""
-    h = ordinary_row(model, processor, prompt, branch)
-    logits = model.logits(h[len(prompt["ids"]) - 1 : -1]) / temperature
-    logits[:, processor.suppress_tokens] = float("-inf")
-    logprobs = logits.log_softmax(-1).gather(1, torch.tensor(branch)[:, None])[:, 0]
-    return logprobs[len(processor.prefix) :]
 
 
 def rl_pairs(prompts, targets):
@@ -1404,7 +1383,7 @@ def naive_step(model, case, cfg, old):
         for k in range(K):
             n = int(num_sampled[b, k])
             args = prompts[b], tokens[b][k], cfg.rl_temperature
-            ratio = (ordinary_logprobs(model, processor, *args)[:n] - old[b, k, :n]).exp()
+            ratio = (logprobs_of(model, processor, *args)[:n] - old[b, k, :n]).exp()
             centre = group[b].mean() if cfg.rl_one_loss else reward[b, 1:].mean()
             weight = 1.0 if cfg.rl_one_loss else p[b].detach()
             what -= weight * (reward[b, 1 + k] - centre) / sigma * ratio.sum()
@@ -1510,7 +1489,7 @@ def test_rollouts_carry_what_ordinary_rows_say(temperature, chunk_tokens):
         for k, branch in enumerate(roll.tokens[b]):
             n = int(roll.num_sampled[b, k])
             expected = torch.zeros(5)
-            expected[:n] = ordinary_logprobs(model, processor, prompt, branch, temperature)[:n]
+            expected[:n] = logprobs_of(model, processor, prompt, branch, temperature)[:n]
             torch.testing.assert_close(roll.old_logprobs[b, k], expected, atol=1e-4, rtol=0)
             stopped = branch[len(processor.prefix) + n - 1] == processor.think_end_id
             assert bool(roll.truncated[b, k]) != stopped
@@ -2637,25 +2616,6 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_model_positions_by_hand():
-    c = tiny_config()
-    ids = np.array([11, c.vision_start, *[c.image_token] * 6, c.vision_end])
-    assert M.rope_positions(ids, [(4, 6)], c).tolist() == [
-        [0, 1, 2, 2, 2, 2, 2, 2, 5],
-        [0, 1, 2, 2, 2, 3, 3, 3, 5],
-        [0, 1, 2, 3, 4, 2, 3, 4, 5],
-    ]
-
-
-def test_model_tree_mask_by_hand():
-    branch = torch.tensor([[0, 0, 1, 1, 2, -1]])
-    mask = M.tree_mask(branch)
-    rows = "100000 110000 111000 111100 110010 110000".split()
-    assert mask[0, 0].int().tolist() == [[int(x) for x in row] for row in rows]
-    columns = torch.tensor([4, 1])
-    assert torch.equal(M.tree_mask(branch, columns), mask[:, :, columns])
-
-
 def test_model_norm_is_bitwise_transformers():
     """In bf16 the order of cast and weight shows in the last bit."""
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
@@ -2713,15 +2673,19 @@ def test_model_greedy_tokens_equal_transformers(checkpoint):
         assert unit_gap(rollouts.last[i, 0], want) < 1e-5
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
-def test_model_branches_equal_separate_rows():
-    model = tiny_model(4)
+def test_model_branches_equal_separate_rows(dtype, tolerance):
+    """With three query heads to a key head."""
+    model = tiny_model(4, **MODEL_SHAPES["4b"]).to(dtype)
     processor, prompts, batch = model_case(model, rationales=RATIONALES)
     h = model(batch)
     for i, prompt in enumerate(prompts):
         for k, tokens in enumerate([[processor.eos_id], *RATIONALES[i]], start=1):
             want = states_of(model, processor, prompt, tokens)[len(prompt["ids"]) :]
-            assert (h[i, batch["branch"][i] == k] - want).abs().max() < 1e-5
+            assert unit_gap(h[i, batch["branch"][i] == k], want) < tolerance
+    for with_branches in (False, True):
+        assert M.sdpa_kernel(model, dtype, with_branches) == "FLASH_ATTENTION"
 
 
 @torch.no_grad()
@@ -2763,7 +2727,7 @@ def test_model_prefill_is_continued_and_shared(monkeypatch):
     extended = M.Cache.extended
     monkeypatch.setattr(M.Cache, "extended", lambda *a: caches.append(extended(*a)) or caches[-1])
     how = {"num_return": 4, "stop_ids": [20], "prefill": prefill}
-    for rows in ([3, 1], None, torch.tensor([3, 1])):
+    for rows in ([3, 1], None):
         part = M.generate(model, batch, 5, rows=rows, **how, **AROUND)
         for i, b in enumerate(range(4) if rows is None else rows):
             assert part.tokens[i] == greedy.tokens[b] * 4
@@ -2785,34 +2749,6 @@ def test_model_sampling_is_the_softmax():
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 27.9  # 9 degrees of freedom
     ids, logp = M.sample(logits.clone(), torch.tensor([], dtype=torch.long), 0.0, None)
     assert ids == logits.argmax() and torch.allclose(logp, logits.log_softmax(-1).max())
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_model_attention_equals_written_out(dtype, tolerance):
-    """Causal and with branches, three query heads to a key head; segments of several lengths."""
-
-    def written_out(q, k, v, mask):
-        scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.float()
-
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 6, 8).to(dtype) for heads in (6, 2, 2))
-    branches = M.tree_mask(torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 0, 0, 1, 2]]))
-    as_bias = torch.zeros(branches.shape, dtype=dtype).masked_fill(~branches, -torch.inf)
-    cases = [(torch.ones(6, 6).tril() > 0, None), (branches, as_bias.repeat(1, 1, 3, 1))]
-    for mask, bias in cases:
-        want = written_out(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask)
-        got = M.attend(q, k, v, bias).float()
-        assert (got - want).abs().max() < tolerance
-        assert F.cosine_similarity(got, want, dim=-1).min() > 0.999
-    qkv, lengths = torch.randn(3, 20, 2, 8).to(dtype), torch.tensor([4, 4, 8, 4])
-    segment = torch.arange(4).repeat_interleave(lengths)
-    want = written_out(*qkv.transpose(1, 2), segment == segment[:, None]).transpose(0, 1)
-    got = M.attend_segments(*qkv, lengths.tolist()).float()
-    assert (got - want).abs().max() < tolerance
-    assert F.cosine_similarity(got, want, dim=-1).min() > 0.999
-    for with_branches in (False, True):
-        assert M.sdpa_kernel(tiny_model(), dtype, with_branches) == "FLASH_ATTENTION"
 
 
 def states_and_gradients(model, batch):
@@ -2944,12 +2880,10 @@ def test_model_json_is_json_or_not_written(tmp_path):
     assert M.read_json(path) == {"é": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
-NORM, BIAS = "model.language_model.norm.weight", "model.visual.merger.norm.bias"
+BIAS = "model.visual.merger.norm.bias"
 WEIGHTS = "model.safetensors"
 BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"tensors": {BIAS: None}}, f"Missing key.*{BIAS}"),
-    ({"tensors": {"more": torch.zeros(1)}}, "Unexpected key.*model.more"),
-    ({"tensors": {NORM: torch.zeros(3)}}, "size mismatch for model.language_model.norm.weight"),
     ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete safetensors file"),
     ({"files": {WEIGHTS: None, "pytorch_model.bin": ""}}, "copy: no model.* never opened"),
     ({"files": {"adapter_config.json": "{}"}}, "copy: an adapter .LoRA.: merge it"),
@@ -2962,7 +2896,6 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
             ("text_config.vocab_size", None, "expected int"),
             ("text_config.rms_norm_eps", "x", "expected float"),
             ("text_config.rope_parameters.rope_type", "yarn", "this code implements 'default'"),
-            ("vision_config.patch_size", 14, "this code implements 16"),
         ]
     ],
 ]
