@@ -503,7 +503,6 @@ class Qwen3VL(nn.Module):
         for layer in self.text.layers:
             layer.compile(**options)
         self.compiled = True
-        return self
 
     def forward(self, batch, cache=None):
         """-> (B, S, H) states after the final norm; those before it look plausible, but differ.

@@ -2773,7 +2773,8 @@ def test_model_compiled_equals_eager():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager = tiny_model(5, **shape)
-    compiled = tiny_model(5, **shape).compile_layers(backend="eager")
+    compiled = tiny_model(5, **shape)
+    compiled.compile_layers(backend="eager")
     graphs = []
     for numbers in ([6, 9], [9, 6, 11], [11, 9, 6, 9]):
         _, _, batch = model_case(eager, [ITEMS[i] for i in numbers])
