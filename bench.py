@@ -157,8 +157,8 @@ class Task:
 
 
 def make_tasks(processor, options):
-    """The five tasks of one size. Both sides get the same prompts: what the Processor makes of an
-    item, token ids and patches."""
+    """The tasks of one size. Both sides get the same prompts: what the Processor makes of an item,
+    token ids and patches."""
     Q, K, T = options.queries, options.rollouts, options.tokens
     n = options.items
     B = options.batch  # pairs of the contrastive step
@@ -186,6 +186,7 @@ def make_tasks(processor, options):
         Task("embed", "embed mixed", (prompts[:n],), n, "items/s", 1e-4),
         Task("preprocess", "preprocess", (images,), len(images), "images/s", 1e-5),
         Task("generate", f"generate {Q}x{K}x{T}", (prompts[:Q], K, T), Q * K * T, "tokens/s"),
+        Task("propose", f"propose {B}x{K}x{T}", (pairs,), B * K, "rationales/s"),
         Task("contrastive", f"contrastive {B} pairs", (pairs,), B, "pairs/s", 1e-3),
         Task("grpo", f"grpo {b}x{K}x{T}", (few,), b, "queries/s"),
     ]
@@ -222,8 +223,8 @@ class Ours:
     def generate(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         batch = collate(prompts, self.processor, device=self.model.device)
-        settings = {**self.processor.generation, "temperature": temperature}
-        out = generate(self.model, batch, T, K, **settings)
+        settings = self.processor.generation
+        out = generate(self.model, batch, T, K, **settings, temperature=temperature)
         start = len(self.processor.prefix)  # <think>\n is given, not sampled
         sampled = []
         for branches, counts in zip(out.tokens, out.num_sampled.tolist()):  # a query's K
@@ -423,6 +424,7 @@ def compare(size, options):
         embedder.save(folder)
         peer = Peer(folder, embedder.processor, cfg)
     tasks = make_tasks(embedder.processor, options)
+    tasks = [task for task in tasks if task.method != "propose"]  # transformers has no such stage
 
     # 1) Both must agree, or their times say nothing. Losses are not compared for grpo: each side
     # samples rationales of its own. Greedy tokens are equal unless two logits are.
@@ -463,12 +465,9 @@ def measure(size, options):
     if options.gpu:
         embedder.model.compile_layers()
         embedder.processor.pad_to = 128  # few lengths are few shapes to compile
-    K, T, B = options.rollouts, options.tokens, options.batch
-    ours = Ours(embedder, train.Config(max_new_tokens=T, num_candidates=K))
+    cfg = train.Config(max_new_tokens=options.tokens, num_candidates=options.rollouts)
+    ours = Ours(embedder, cfg)
     tasks = make_tasks(embedder.processor, options)[:-1]  # all but the GRPO step
-    pairs = tasks[-1].inputs  # of the contrastive step
-    write = Task("propose", f"propose {B}x{K}x{T}", pairs, B * K, "rationales/s")
-    tasks.insert(-1, write)
     rows = []
     for task in tasks:
         if task.method == "contrastive":

@@ -33,8 +33,8 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
-from glob import glob
-from itertools import groupby, product
+from itertools import chain, groupby, product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -428,8 +428,7 @@ class TextTower(nn.Module):
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x, k, v = layer(x, cos, sin, bias, past[i] if past else None)
             if cache is not None:
-                cache.keys.append(k)
-                cache.values.append(v)
+                cache.layers.append((k, v))
             if i < len(deep):  # only after the first layers, only at visual places
                 flat = x.flatten(0, 1)  # (B * S, H)
                 x = flat.index_add(0, where, deep[i].to(x.dtype)).view_as(x)
@@ -504,7 +503,6 @@ class Qwen3VL(nn.Module):
         for layer in self.text.layers:
             layer.compile(**options)
         self.compiled = True
-        return self
 
     def forward(self, batch, cache=None):
         """-> (B, S, H) states after the final norm; those before it look plausible, but differ.
@@ -543,23 +541,16 @@ def rope_positions(ids, image_grid, config):
         column   0 1   2 3 4 2 3 4   5
     """
     visual = (ids == config.image_token) | (ids == config.video_token)
-    parts = []  # (3, tokens) each
-    start, position = 0, 0  # of the next token
+    positions = np.tile(np.arange(len(ids)), (3, 1))  # as if all were text
+    end = 0  # of the last segment
     for h, w in image_grid:
-        text = int(visual[start:].argmax())  # tokens before the segment
-        parts.append(text_positions(position, text))
-        position += text
         rows, columns = h // MERGE, w // MERGE
-        parts.append(position + np.indices((1, rows, columns)).reshape(3, -1))
-        position += max(rows, columns)
-        start += text + rows * columns
-    parts.append(text_positions(position, len(ids) - start))
-    return np.concatenate(parts, axis=1)
-
-
-def text_positions(first, count):
-    """(3, count): text counts up on all three axes."""
-    return np.tile(first + np.arange(count), (3, 1))
+        start = end + int(visual[end:].argmax())
+        end = start + rows * columns
+        place = np.indices((1, rows, columns)).reshape(3, -1)
+        positions[:, start:end] = positions[0, start] + place
+        positions[:, end:] += max(rows, columns) - rows * columns
+    return positions
 
 
 def sdpa_kernel(model, dtype, branches):
@@ -590,21 +581,21 @@ def sdpa_kernel(model, dtype, branches):
 class Cache:
     """What has been read. `model(batch, cache)` fills an empty one with the prompts."""
 
-    keys: list = field(default_factory=list)  # of each layer (B, C, N, d)
-    values: list = field(default_factory=list)
+    layers: list = field(default_factory=list)  # of each the keys and the values (B, C, N, d)
     branch: torch.Tensor | None = None  # (B, N) of each column
     used: int = 0  # columns that are written
 
     def extended(self, rows, lengths, branch):
         """A copy of the rows (B,), cut after `lengths` (B,) tokens, and new columns of `branch`."""
-        S = self.keys[0].shape[2]
         room = (0, 0, 0, len(branch))  # behind the last column
-        keys = [F.pad(keys[rows], room) for keys in self.keys]
-        values = [F.pad(values[rows], room) for values in self.values]
+        layers = []
+        for keys, values in self.layers:
+            layers.append((F.pad(keys[rows], room), F.pad(values[rows], room)))
+        S = keys.shape[2]
         place = torch.arange(S, device=lengths.device)
         prompt = torch.where(place < lengths[:, None], 0, -1)  # (B, S)
         branch = torch.cat((prompt, branch.expand(len(rows), -1)), dim=1)
-        return Cache(keys, values, branch, S)
+        return Cache(layers, branch, S)
 
 
 def step(model, cache, ids, positions, columns, width):
@@ -614,7 +605,7 @@ def step(model, cache, ids, positions, columns, width):
     columns, None: at all. All that changes from step to step are tensors: so it can be compiled.
     """
     past = []
-    for keys, values in zip(cache.keys, cache.values):
+    for keys, values in cache.layers:
         past.append((keys[:, :, :width], values[:, :, :width], columns))
     mask = tree_mask(cache.branch[:, :width], columns)
     x = model.text.embed_tokens(ids)  # (B, Q, H)
@@ -633,7 +624,7 @@ def read(model, cache, ids, positions, advance=step):
 def graphed_step(cache):
     """`step` as a CUDA graph: one launch instead of hundreds that small batches would wait for."""
     # `step` writes to the cache in place.
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in chain(*cache.layers):
         torch._dynamo.mark_static_address(tensor)  # a graph may only write to what stays in place
     return torch.compile(step, mode="reduce-overhead")
 
@@ -805,10 +796,9 @@ def config_from_hf(path):
 
     ValueError names what is missing, of the wrong type, or not implemented here.
     """
-    given = flatten(read_json(path))
-    # Version 4 has other names for the rope.
-    older = {key.replace("rope_scaling", "rope_parameters"): value for key, value in given.items()}
-    flat = older | given
+    flat = flatten(read_json(path))
+    for key in list(flat):  # version 4 has another name for the rope
+        flat.setdefault(key.replace("rope_scaling", "rope_parameters"), flat[key])
     theta = "text_config.rope_parameters.rope_theta"
     flat.setdefault(theta, flat.get("text_config.rope_theta"))
     flat.setdefault("tie_word_embeddings", flat.get("text_config.tie_word_embeddings", False))
@@ -855,8 +845,7 @@ def config_to_hf(c, dtype, eos_id, pad_id):
 def read_json(path):
     """The value in a JSON file. ValueError names the file and what is wrong with it."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:  # no JSON, or no UTF-8
@@ -866,8 +855,7 @@ def read_json(path):
 def write_json(path, value):
     """Written aside and renamed: nobody reads half a file. ValueError for NaN and infinities."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(text)
+    Path(f"{path}.tmp").write_bytes(text)
     os.replace(f"{path}.tmp", path)
 
 
@@ -878,6 +866,14 @@ def write_rows(path, rows):
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     os.replace(f"{path}.part", path)
+
+
+def numbered_lines(paths):
+    """(place, line) of files, as bytes: a line that is no UTF-8 can be named by its number, too."""
+    for path in paths:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield f"{path} line {number}", line
 
 
 class Rows:
@@ -892,21 +888,16 @@ class Rows:
         self.may_be_cut = may_be_cut
 
     def __iter__(self):
-        for path in self.paths:
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    is_cut = self.may_be_cut and not line.endswith(b"\n")
-                    if not is_cut:
-                        yield self.row(f"{path} line {number}", line)
-
-    def row(self, place, line):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected a JSON object")
-        return row
+        for place, line in numbered_lines(self.paths):
+            if self.may_be_cut and not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place}: not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected a JSON object")
+            yield row
 
 
 def load_model(folder, dtype=None, device="cpu"):
@@ -915,13 +906,12 @@ def load_model(folder, dtype=None, device="cpu"):
     ValueError names what is missing, unexpected, of another shape or not implemented. Tensors are
     memory-mapped and move one by one: there are never two copies of the weights.
     """
-    if glob("adapter_*", root_dir=folder):
+    if any(Path(folder).glob("adapter_*")):
         how = "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
         raise ValueError(f"{folder}: an adapter (LoRA): {how}")
-    c = config_from_hf(os.path.join(folder, "config.json"))
+    c = config_from_hf(Path(folder, "config.json"))
     state = {}
-    for name in sorted(glob("model*.safetensors", root_dir=folder)):  # one file, or shards
-        path = os.path.join(folder, name)
+    for path in sorted(Path(folder).glob("model*.safetensors")):  # one file, or shards
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
@@ -958,7 +948,7 @@ def save_model(model, folder, eos_id, pad_id):
     reads half of it, and a memory map of the old one stays valid.
     """
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "model.safetensors")
+    path = Path(folder, "model.safetensors")
     state = {}
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or (model.has_head and not model.c.tie):
@@ -970,10 +960,10 @@ def save_model(model, folder, eos_id, pad_id):
     os.replace(f"{path}.tmp", path)
     # Shards, their index or an adapter of an earlier save would be taken for a part of this one.
     for pattern in ("model-*.safetensors", "model.safetensors.index.json", "adapter_*"):
-        for name in glob(pattern, root_dir=folder):
-            os.remove(os.path.join(folder, name))
+        for stale in Path(folder).glob(pattern):
+            stale.unlink()
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_to_hf(model.c, dtype, eos_id, pad_id)
-    write_json(os.path.join(folder, "config.json"), config)
+    write_json(Path(folder, "config.json"), config)
     generation = {"eos_token_id": [eos_id, pad_id], "pad_token_id": pad_id, "do_sample": False}
-    write_json(os.path.join(folder, "generation_config.json"), generation)
+    write_json(Path(folder, "generation_config.json"), generation)

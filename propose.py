@@ -49,7 +49,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import generate, write_rows
+from model import generate, numbered_lines, write_rows
 from processor import collate
 
 # Of sampling: above 0, because several answers of one proposer have to differ. The number is ours.
@@ -88,7 +88,7 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     empty rationale is left out: it says no more than the direct embedding.
     """
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
-    longest = max((len(p["query"]["ids"]) for p in pairs), default=1)
+    longest = max(len(p["query"]["ids"]) for p in pairs)
     # Option chunk_tokens: what fits in a pass with gradients. Without them 4 times as many tokens
     # do. At most 64 prompts, because each holds the key-value caches of its answers, too.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
@@ -190,14 +190,6 @@ class Rationales:
 def author(proposer):
     """Whose words: "careful#2" is the second try of "careful" for the same pair."""
     return proposer.split("#")[0]
-
-
-def numbered_lines(paths):
-    """(place, line) of files, as bytes: a line that is no UTF-8 can be named by its number, too."""
-    for path in paths:
-        with open(path, "rb") as f:
-            for n, line in enumerate(f, 1):
-                yield f"{path} line {n}", line
 
 
 @contextlib.contextmanager
@@ -309,21 +301,21 @@ def image_url(ref, options):
 # Any server: responses
 
 
-def read_responses(paths, name, accept_cut, asked):
+def read_responses(options, asked):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
     asked: the custom ids of all requests, as far as they are known. Failures are a request without
     a response, a second response, an error, an answer without text and one that did not come to its
-    end: a rationale without its conclusion. accept_cut takes those that were cut off at max_tokens.
+    end: a rationale without its conclusion. --accept-cut takes what was cut off at max_tokens.
     One failure costs nothing else.
     """
     rows, failed, answered = [], [], set()
-    for place, line in numbered_lines(paths):
+    for place, line in numbered_lines(options.read_responses):
         try:
             response = json.loads(line)
             custom_id = response["custom_id"]
             pair, key, prompt_number = custom_id.rsplit("|", 2)
-            answers = answers_of(response, accept_cut)
+            answers = answers_of(response, options.accept_cut)
         except BROKEN as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
             continue
@@ -334,7 +326,7 @@ def read_responses(paths, name, accept_cut, asked):
                 failed.append((custom_id, why))
                 continue
             answered.add(custom_id)
-            proposer = nth(f"{name}-{prompt_number}", k)
+            proposer = nth(f"{options.proposer}-{prompt_number}", k)
             row = {"id": pair, "side": "query", "proposer": proposer, "text": text, "key": key}
             rows.append(row)
     heard = answered.union(custom_id for custom_id, _ in failed)  # or failed, with a reason
@@ -414,8 +406,7 @@ def main():
     for place, line in numbered_lines(options.requests):
         with naming(place):
             asked.append(json.loads(line)["custom_id"])
-    how = options.proposer, options.accept_cut, asked
-    rows, failed = read_responses(options.read_responses, *how)
+    rows, failed = read_responses(options, asked)
     for custom_id, why in failed:
         line = " ".join(f"no rationale for {custom_id}: {why}".split())  # a server's words
         print(line, file=sys.stderr)

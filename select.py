@@ -100,19 +100,6 @@ else:
     from propose import author
     from scale import chunks_of
 
-    @dataclasses.dataclass
-    class Trial:
-        """One rationale and its placebos, None where there is none."""
-
-        proposer: str
-        text: str
-        placebo: str | None
-        second_placebo: str | None
-
-        def texts(self):
-            return self.text, self.placebo, self.second_placebo
-
-
 # From here on only `def` and constants: in the first case nothing above is imported.
 
 RULES = ("full", "positive_only", "no_placebo", "none")
@@ -151,12 +138,12 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
         raise ValueError(f"select: {why}; raise --batch, or --select_folds 1")
     drawn = []
     for p in pairs:
-        written = list(texts.get(p["id"], {}).values())
+        written = list(texts[p["id"]].values())
         if written:
             text = written[rng_of(p["id"]).integers(len(written))]
         drawn.append(processor.rationale(text) if written else None)  # <think> ... <|endoftext|>
     # NCE(direct) + NCE(reasoned) alone. No decision is taught, so all labels are unknown.
-    cfg = dataclasses.replace(cfg, lm_weight=0.0, decision_weight=0.0)
+    cfg = dataclasses.replace(cfg, lm_weight=0.0)
     labels = [-1] * len(pairs)
     return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
 
@@ -191,15 +178,14 @@ def judge(model, processor, pairs, texts, cfg, rng):
     # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of those that can keep any. There
     # logp(q, ∅) is measured again beside the texts: both sides of a gain then have the same batch
     # shape and rounding. A score is {text: [logp, similarity]}, with "" for ∅.
-    cases = [(p["query"], c) for p, c in zip(pairs, candidates)]
-    scores = log_probs(model, processor, cases, [[] for _ in cases], t, cfg)
+    cases = [(p["query"], c, []) for p, c in zip(pairs, candidates)]
+    scores = log_probs(model, processor, cases, t, cfg)
     hard = [i for i, score in enumerate(scores) if can_keep(score[""][0], cfg)]
-    hard_cases = [cases[i] for i in hard]
-    hard_texts = []
+    hard_cases = []
     for i in hard:
-        texts_of_case = {text for trial in trials[i] for text in trial.texts() if text}
-        hard_texts.append(sorted(texts_of_case))
-    for i, score in zip(hard, log_probs(model, processor, hard_cases, hard_texts, t, cfg)):
+        words = {text for _, *trial in trials[i] for text in trial if text}
+        hard_cases.append((pairs[i]["query"], candidates[i], sorted(words)))
+    for i, score in zip(hard, log_probs(model, processor, hard_cases, t, cfg)):
         scores[i] = score
 
     # 3) with minus without
@@ -209,20 +195,20 @@ def judge(model, processor, pairs, texts, cfg, rng):
         if not trials_of_pair:  # its row says how good the direct vector is, and no more
             row = {"id": p["id"], "dataset": p["dataset"], "proposer": "", "text": ""}
             rows.append(row | {"direct": direct, "gain": None})
-        for trial in trials_of_pair:
-            gains = [with_minus_without(text, score) for text in trial.texts()]
+        for proposer, *trial in trials_of_pair:
+            gains = [with_minus_without(text, score) for text in trial]
             row = {
                 "id": p["id"],
                 "dataset": p["dataset"],
-                "proposer": trial.proposer,
-                "text": trial.text,
+                "proposer": proposer,
+                "text": trial[0],
                 "direct": direct,
                 "gain": gains[0][0],
                 "gain_placebo": gains[1][0],
                 "gain_second": gains[2][0],
                 "gain_guess": -math.log(len(c)) - direct,
                 "similarity_gain": [similarity for _, similarity in gains],
-                "audited": trial.second_placebo is not None,
+                "audited": trial[2] is not None,
             }
             rows.append(row)
     return rows
@@ -255,38 +241,36 @@ def distinct_documents(pairs):
     return documents, places
 
 
-def candidate_sets(places, rng, t=None, size=CANDIDATES):
+def candidate_sets(places, rng, t=None):
     """C of every pair: its target, then hard negatives (half of C at most), then other targets:
     random ones or, where t (N, H), the documents' vectors, is given, those nearest to its own.
 
-    places: [n] lists, the target first, all different -> [n] lists likewise, of at most `size`.
+    places: [n] lists, the target first, all different -> [n] lists likewise.
     """
     targets = np.unique([target for target, *_ in places])
     sets = []
     for of_pair in places:
-        chosen = of_pair[: 1 + size // 2]
+        chosen = of_pair[: 1 + CANDIDATES // 2]
         rest = np.setdiff1d(targets, chosen)
-        rest = rng.permutation(rest) if t is None else nearest_first(rest, t[of_pair[0]], t)
-        sets.append(chosen + rest[: size - len(chosen)].tolist())
+        if t is None:
+            rest = rng.permutation(rest)
+        else:
+            near = (t[rest].float() @ t[of_pair[0]].float()).cpu().numpy()
+            near[near > COPY] -= 2.0  # behind all others
+            rest = rest[np.argsort(-near)]
+        sets.append(chosen + rest[: CANDIDATES - len(chosen)].tolist())
     return sets
 
 
-def nearest_first(targets, own, t):
-    """Targets by their similarity to one of their number, whose vector is `own`."""
-    near = (t[targets].float() @ own.float()).cpu().numpy()
-    near[near > COPY] -= 2.0  # behind all others
-    return targets[np.argsort(-near)]
-
-
 def draw_trials(pairs, texts, rng):
-    """-> [n] lists of Trial.
+    """-> [n] lists of (proposer, text, placebo, second placebo): None where there is none.
 
     An author's rationales (propose.author) are laid out in a random circle. The next one in it that
     is about another target is the placebo: words about the same target may well fit.
     """
     written = collections.defaultdict(list)
     for i, p in enumerate(pairs):
-        for proposer, text in texts.get(p["id"], {}).items():
+        for proposer, text in texts[p["id"]].items():
             written[author(proposer)].append((i, proposer, text))
     trials = [[] for _ in pairs]
     for rationales in written.values():
@@ -300,24 +284,23 @@ def draw_trials(pairs, texts, rng):
             # they must differ.
             if second == placebo or rng.random() >= AUDITED:
                 second = None
-            trials[i].append(Trial(proposer, text, placebo, second))
+            trials[i].append((proposer, text, placebo, second))
     return trials
 
 
-def log_probs(model, processor, cases, texts, t, cfg):
+def log_probs(model, processor, cases, t, cfg):
     """-> for every case {text: [logp(q, r), s(q, r; t)/temperature]}, where "" stands for ∅.
 
-    cases: (query prompt, places of its candidates in t, the target first); texts: a list for each
-    case; t: (N, H).
+    cases: (query prompt, places of its candidates in t, the target first, texts); t: (N, H).
     """
-    branches = [[processor.rationale(text) for text in texts_of_case] for texts_of_case in texts]
-    queries = [query for query, _ in cases]
+    queries = [query for query, _, _ in cases]
+    branches = [[processor.rationale(text) for text in texts] for _, _, texts in cases]
     vectors = encode(model, processor, queries, branches, cfg.chunk_tokens)
     scores = []
-    for (_, c), texts_of_case, q in zip(cases, texts, vectors):
+    for (_, c, texts), q in zip(cases, vectors):
         s = q @ t[c].T / cfg.temperature  # (1+K, |C|)
         table = torch.stack((s.log_softmax(-1)[:, 0], s[:, 0]), dim=1)  # (1+K, 2)
-        scores.append(dict(zip(["", *texts_of_case], table.double().tolist())))
+        scores.append(dict(zip(["", *texts], table.double().tolist())))
     return scores
 
 
@@ -346,23 +329,25 @@ def encode(model, processor, prompts, branches, budget):
 
 
 def gains_above_guess(row, rule):
-    """(gain, gain_placebo, gain_second), each less max(0, gain_guess); None where not measured.
+    """(gain, gain_placebo, gain_second), each less max(0, gain_guess); -inf where not measured.
 
     positive_only sees those of the similarity, which has no candidates to guess among.
     """
-    if rule == "positive_only":
-        return row["similarity_gain"]
     gains = (row["gain"], row["gain_placebo"], row["gain_second"])
-    return [None if gain is None else gain - max(0.0, row["gain_guess"]) for gain in gains]
+    guess = max(0.0, row["gain_guess"])
+    if rule == "positive_only":
+        gains = row["similarity_gain"]
+        guess = 0.0
+    return [-math.inf if gain is None else gain - guess for gain in gains]
 
 
 def keeps(gain, gain_placebo, bar, rule):
     """The rule for one rationale. Where there is no placebo, none has to be beaten."""
     if rule == "none":
         return True
-    if gain is None or gain <= bar:
-        return False
-    return rule == "no_placebo" or gain_placebo is None or gain > gain_placebo
+    if rule == "no_placebo":
+        return gain > bar
+    return gain > bar and gain > gain_placebo
 
 
 def stratum(row):
@@ -374,8 +359,8 @@ def bars(rows, rule, margin, fdr):
     gains, placebos = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
         gain, placebo, _ = gains_above_guess(row, rule)
-        gains[stratum(row)].append(-math.inf if gain is None else gain)
-        placebos[stratum(row)].append(-math.inf if placebo is None else placebo)
+        gains[stratum(row)].append(gain)
+        placebos[stratum(row)].append(placebo)
     if rule in ("no_placebo", "none"):
         return dict.fromkeys(gains, margin)
     return {k: stratum_bar(gains[k], placebos[k], margin, fdr) for k in gains}

@@ -41,7 +41,7 @@ import types
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import make_dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,27 +107,27 @@ def tiny_tokenizer():
 
 def tiny_config(**shape):
     special = tiny_tokenizer().special
-    defaults = {
-        "vocab": tiny_tokenizer().size + 3,
-        "hidden": 64,
-        "mlp": 96,
-        "layers": 3,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "mrope_section": (4, 2, 2),
-        "v_hidden": 48,
-        "v_mlp": 64,
-        "v_layers": 3,
-        "v_heads": 4,
-        "v_positions": 16,
-        "v_deepstack": (0, 2),
-        "image_token": special["<|image_pad|>"],
-        "video_token": special["<|video_pad|>"],
-        "vision_start": special["<|vision_start|>"],
-        "vision_end": special["<|vision_end|>"],
-    }
-    return M.Config(**{**defaults, **shape})
+    config = M.Config(
+        vocab=tiny_tokenizer().size + 3,
+        hidden=64,
+        mlp=96,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mrope_section=(4, 2, 2),
+        v_hidden=48,
+        v_mlp=64,
+        v_layers=3,
+        v_heads=4,
+        v_positions=16,
+        v_deepstack=(0, 2),
+        image_token=special["<|image_pad|>"],
+        video_token=special["<|video_pad|>"],
+        vision_start=special["<|vision_start|>"],
+        vision_end=special["<|vision_end|>"],
+    )
+    return replace(config, **shape)
 
 
 def tiny_model(seed=0, **shape):
@@ -144,9 +144,9 @@ def tiny_processor(config=None, **limits):
     return P.Processor(tiny_tokenizer(), config or tiny_config(), **{**SMALL, **limits})
 
 
-def tiny_embedder(seed=0, limits=None, **shape):
+def tiny_embedder(seed=0, **shape):
     model = tiny_model(seed, **shape)
-    return Embedder(model, tiny_processor(model.c, **(limits or {})))
+    return Embedder(model, tiny_processor(model.c))
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +211,9 @@ def transformers_tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def transformers_inputs(folder, item, config):
-    """The prompt of one of ITEMS with its <|endoftext|> as transformers' model takes it: tokenizer
-    and image processor are theirs, a video's patches are cut here with torch."""
+def transformers_inputs(folder, item):
+    """The ids of one of ITEMS with its <|endoftext|>, and the patches of each image and video:
+    tokenizer and image processor are transformers', a video's patches are cut here with torch."""
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as library
 
     size = {"shortest_edge": SMALL["min_pixels"], "longest_edge": SMALL["max_pixels"]}
@@ -226,14 +226,13 @@ def transformers_inputs(folder, item, config):
         dot = "" if instruction.strip()[-1] in ".!?" else "."
         text = f"<|im_start|>system\n{instruction.strip()}{dot}<|im_end|>\n"
     text += "<|im_start|>user\n"
-    images, videos = [], []
+    patches = []
     for kind, x in parts:
         if kind == "text":
             text += x
         elif kind == "image":
-            image = read(images=[x], return_tensors="pt")
-            images.append((image["pixel_values"], image["image_grid_thw"]))
-            pads = "<|image_pad|>" * (len(image["pixel_values"]) // 4)
+            patches.append(read(images=[x], return_tensors="pt")["pixel_values"])
+            pads = "<|image_pad|>" * (len(patches[-1]) // 4)
             text += f"<|vision_start|>{pads}<|vision_end|>"
         else:
             frames, fps = (x["frames"], x["fps"]) if isinstance(x, dict) else (x, 2.0)
@@ -245,20 +244,12 @@ def transformers_inputs(folder, item, config):
             v = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float()
             v = (v / 255 - 0.5) / 0.5
             v = v.view(-1, 2, 3, 2, 2, 16, 2, 2, 16).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-            videos.append((v.reshape(-1, 1536), torch.tensor([[len(frames) // 2, 4, 4]])))
+            patches.append(v.reshape(-1, 1536))
             for start, stop in zip(times[::2], times[1::2]):
                 pads = "<|video_pad|>" * 4
                 text += f"<{(start + stop) / 2:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
     text += "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-    ids = transformers_tokenizer(folder)(text, add_special_tokens=False).input_ids
-    ids = torch.tensor([ids])
-    kinds = (ids == config.image_token).long() + 2 * (ids == config.video_token).long()
-    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
-    if images:
-        out["pixel_values"], out["image_grid_thw"] = map(torch.cat, zip(*images))
-    if videos:
-        out["pixel_values_videos"], out["video_grid_thw"] = map(torch.cat, zip(*videos))
-    return out
+    return transformers_tokenizer(folder)(text, add_special_tokens=False).input_ids, patches
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,13 +258,9 @@ def transformers_inputs(folder, item, config):
 selection = train.selection
 
 
-def select_config(**changes):
-    defaults = {"temperature": 1.0, "chunk_tokens": 4096, "select_margin": 0.7}
-    return SimpleNamespace(**{**defaults, "select_rule": "full", **changes})
-
-
 def test_select_rules_by_hand():
-    cases = [(0.69, -1.0), (0.70, 0.70), (0.70, 0.0), (2.0, None), (2.0, 3.0), (None, None)]
+    no = -math.inf  # not measured
+    cases = [(0.69, -1.0), (0.70, 0.70), (0.70, 0.0), (2.0, no), (2.0, 3.0), (no, no)]
     expected = {
         "full": [False, False, True, True, False, False],
         "positive_only": [False, False, True, True, False, False],
@@ -293,9 +280,10 @@ def judged(pair_id, gain, placebo=None, proposer="w", **changes):
 
 def test_select_must_beat_a_guess():
     row = judged("A/1", 2.0, 1.0, gain_guess=1.4)
-    assert selection.gains_above_guess(row, "full") == pytest.approx([0.6, -0.4, None])
-    assert selection.gains_above_guess(row | {"gain_guess": -5.0}, "full") == [2.0, 1.0, None]
-    assert selection.gains_above_guess(row, "positive_only") == [7.0, 6.0, None]
+    no = -math.inf
+    assert selection.gains_above_guess(row, "full") == pytest.approx([0.6, -0.4, no])
+    assert selection.gains_above_guess(row | {"gain_guess": -5.0}, "full") == [2.0, 1.0, no]
+    assert selection.gains_above_guess(row, "positive_only") == [7.0, 6.0, no]
 
 
 def test_select_threshold_by_hand():
@@ -305,7 +293,6 @@ def test_select_threshold_by_hand():
     assert at(gains, placebos, 1.1, fdr=0.2) == 3.0
     assert at(gains, placebos, 1.1, fdr=0.25) == 1.1
     assert at(gains[:4], placebos, 1.1, fdr=0.2) == math.inf  # too few to tell from luck
-    assert at(gains, gains, 1.1, fdr=0.2) == math.inf
     assert at(gains, [], 1.1, fdr=0.2) == 1.1
     assert at(10 * [2.0], [], 2.0, fdr=0.2) == math.inf  # a gain has to exceed it
     assert at([2.0 + i for i in range(12)], [3.0, 3.0], 1.1, fdr=0.12) == 3.0  # at 3 is not above 3
@@ -389,15 +376,15 @@ def test_select_placebo_never_shares_the_target():
     texts = {p["id"]: {name: f"{p['id']}|{p['target_key']}|{name}" for name in "vw"} for p in pairs}
     texts["P/0"]["alone"] = "nobody else"
     texts["P/1"]["w#2"] = "P/1|1|w"
-    del texts["P/11"]
+    texts["P/11"] = {}
     seen, num_second = collections.Counter(), 0
     for seed in range(20):
         trials = selection.draw_trials(pairs, texts, np.random.default_rng(seed))
         assert trials[11] == []
-        assert selection.Trial("alone", "nobody else", None, None) in trials[0]
-        assert sorted(trial.proposer for trial in trials[1]) == ["v", "w", "w#2"]
+        assert ("alone", "nobody else", None, None) in trials[0]
+        assert sorted(proposer for proposer, *_ in trials[1]) == ["v", "w", "w#2"]
         for p, trial in ((p, t) for p, ts in zip(pairs, trials) for t in ts):
-            proposer, text, *placebos = dataclasses.astuple(trial)
+            proposer, text, *placebos = trial
             assert text == texts[p["id"]][proposer]
             assert placebos[0] != placebos[1] or placebos == [None, None]
             num_second += placebos[1] is not None
@@ -409,12 +396,13 @@ def test_select_placebo_never_shares_the_target():
     assert 0.15 < num_second / (20 * 23) < 0.35
 
 
-def test_select_candidate_sets():
+def test_select_candidate_sets(monkeypatch):
+    monkeypatch.setattr(selection, "CANDIDATES", 8)
     numbers = [[i % 9, 20 + i, 40] for i in range(18)] + [[9, 3, 50]]
     numbers += [[63, *range(70, 90)]]  # more negatives than fit
     possible = {target for target, *_ in numbers}
     for seed in range(5):
-        sets = selection.candidate_sets(numbers, np.random.default_rng(seed), size=8)
+        sets = selection.candidate_sets(numbers, np.random.default_rng(seed))
         for of_pair, chosen in zip(numbers, sets):
             assert len(chosen) == len(set(chosen)) == 8 and set(chosen) <= possible | set(of_pair)
             assert chosen[: len(of_pair[:5])] == of_pair[:5]
@@ -422,16 +410,17 @@ def test_select_candidate_sets():
     assert few == [[1, 2], [2, 1], [1, 2]]
 
 
-def test_select_mined_candidates_are_near_but_no_copies():
+def test_select_mined_candidates_are_near_but_no_copies(monkeypatch):
     """Targets on a circle, a degree apart, and a copy of the first: 0.95 is the cosine of 18."""
+    monkeypatch.setattr(selection, "CANDIDATES", 5)
     angles = torch.deg2rad(torch.tensor([*range(0, 360, 1), 0.5]))
     t = torch.stack((angles.cos(), angles.sin()), dim=1)
     numbers = [[i] for i in range(361)]
-    first, *rest = selection.candidate_sets(numbers, None, t, size=5)
+    first, *rest = selection.candidate_sets(numbers, None, t)
     assert first[0] == 0 and sorted(first[1:]) == [19, 20, 340, 341]
     assert len(rest) == 360 and rest[99][0] == 100
     assert sorted(rest[99][1:]) == [80, 81, 119, 120]
-    own = selection.candidate_sets([[0, 7, 19], *numbers[1:]], None, t, size=5)[0]
+    own = selection.candidate_sets([[0, 7, 19], *numbers[1:]], None, t)[0]
     assert own[:4] == [0, 7, 19, 341] and own[4] in (20, 340)  # its hard negatives come first
 
 
@@ -454,9 +443,9 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
     """Every prompt and text in a forward pass of its own, over candidates of the same draws. Where
     targets are many (these are nine) candidates are mined."""
     monkeypatch.setattr(selection, "MANY", many)
-    monkeypatch.setattr(selection.candidate_sets, "__defaults__", (None, 4))
+    monkeypatch.setattr(selection, "CANDIDATES", 4)
     model, (pairs, texts, processor) = tiny_model(3), text_pairs(12)
-    cfg = select_config(temperature=0.05, select_rule="none", chunk_tokens=200)
+    cfg = train.Config(temperature=0.05, select_rule="none", chunk_tokens=200)
     rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
     rng = np.random.default_rng(0)
     prompts, numbers = selection.distinct_documents(pairs)
@@ -486,15 +475,15 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
     for row, (i, trial) in zip(rows, expected):
         direct = score(i)
         gains = []
-        for text in trial.texts():
+        for text in trial[1:]:
             gains.append((None, None) if text is None else score(i, text) - direct)
-        assert (row["id"], row["proposer"], row["text"]) == (f"A/{i}", trial.proposer, trial.text)
+        assert (row["id"], row["proposer"], row["text"]) == (f"A/{i}", *trial[:2])
         assert row["direct"] == pytest.approx(direct[0], abs=1e-4)
         assert row["gain_guess"] == pytest.approx(-math.log(4) - direct[0], abs=1e-4)
         measured = row["gain"], row["gain_placebo"], row["gain_second"]
         assert measured == pytest.approx([gain for gain, _ in gains], abs=1e-3)
         assert row["similarity_gain"] == pytest.approx([gain for _, gain in gains], abs=1e-3)
-        assert row["audited"] == (trial.second_placebo is not None)
+        assert row["audited"] == (trial[3] is not None)
 
 
 @pytest.mark.parametrize("rule", ["full", "no_placebo"])
@@ -502,7 +491,7 @@ def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
     model, (pairs, texts, processor) = tiny_model(3), text_pairs(40)
     kept, reports = [], []
     for judged_under in ("none", rule):
-        cfg = select_config(temperature=0.02, select_rule=judged_under, select_margin=1.0)
+        cfg = train.Config(select_rule=judged_under, select_margin=1.0)
         rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
         chosen = list(selection.choose(rows, rule, 1.0, 0.8))
         kept.append({(row["id"], row["proposer"]): row["weight"] for row in chosen})
@@ -512,22 +501,20 @@ def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
         assert (len(easy) == 0) if judged_under == "none" else (20 < len(easy) < 60)
     assert kept[0] == pytest.approx(kept[1], abs=1e-3) and len(kept[0]) > 3
     assert reports[0] == reports[1]  # easy pairs stay in the denominators
-    assert selection.can_keep(-0.1, select_config(select_rule="positive_only"))  # not exact there
+    assert selection.can_keep(-0.1, train.Config(select_rule="positive_only"))  # not exact there
 
 
 @pytest.mark.parametrize("folds", [1, 2])
 def test_select_evaluator_never_trains_on_the_pairs_that_it_judges(monkeypatch, folds):
     pairs, texts, processor = text_pairs(24)
-    del texts["A/5"]
-    fields = {"select_folds": folds, "lm_weight": 1.0, "decision_weight": 1.0}
-    cfg = make_dataclass("Config", fields)(**fields)
-    seen = {}
+    texts["A/5"] = {}
+    cfg, seen = train.Config(select_folds=folds), {}
 
     def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior_weights):
-        assert posterior_weights and (cfg.lm_weight, cfg.decision_weight) == (0, 0)
+        assert posterior_weights and cfg.lm_weight == 0
         assert labels == [-1] * len(pairs)
         for p, rationale in zip(pairs, rationales):
-            written = [processor.rationale(text) for text in texts.get(p["id"], {}).values()]
+            written = [processor.rationale(text) for text in texts[p["id"]].values()]
             assert rationale in (written or [None])
             seen[p["id"]] = rationale
 
@@ -642,7 +629,6 @@ GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
 @pytest.mark.parametrize(
     "more, why",
     [
-        (["--k", "0"], "argument --k: 0 is less than 1"),
         (["--hard", "none.jsonl"], "no pair to ask about"),
         (["--read-responses", "a.jsonl", "--out", "./a.jsonl"], "would take the place"),
     ],
@@ -662,7 +648,6 @@ def test_propose_refuses_before_it_writes(proposing, first_root, tmp_path, monke
         ("{broken", ""),
         ('{"id": "\udcff"}', "decode"),  # written as a byte that is not UTF-8
         ('"text"', "AttributeError"),
-        (GOOD.replace('"a/1"', "3"), "'id'"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
         (GOOD.replace("café", "\\ud83d"), "'text': expected text, got"),
         (GOOD.replace('"n"', '"m"'), "KeyError: 'n'"),
@@ -763,33 +748,29 @@ def response(custom_id, *contents, finish="stop", status=200, **more):
 ASKED = [f"a|b/{pair}|key|{prompt}" for pair in range(3) for prompt in range(2)]
 P0, P0_AGAIN, P1, P1_AGAIN, P2, P2_AGAIN = ASKED
 RESPONSES = [  # what the server sends, what is used of it, what is said about it
-    (response(P2, "<think>\né</think> b", "", "c"), ["é b", "c"], f"{P2}: no text"),
+    (response(P2, "<think>\né</think> b", None, "c"), ["é b", "c"], f"{P2}: no text"),
     (response(P0_AGAIN, "cut", finish="length"), [], f"{P0_AGAIN}: cut off"),
     (response(P0, "b", reasoning_content="a"), ["a\nb"], ""),
     (response(P0, "again"), [], f"{P0}: a second response"),
     ({"custom_id": P1, "error": {"message": "too long"}}, [], "too long"),
     (response(P1, "a retry", reasoning="why"), ["why\na retry"], ""),
-    (response(P1_AGAIN, None), [], f"{P1_AGAIN}: no text"),
     (response(P2_AGAIN, "\ud83d"), [], "got '\\ud83d'"),
-    (response("no bars", "x"), [], "line 9: not a response"),
-    ({"custom_id": P2_AGAIN, "response": {"body": "x"}}, [], "line 10: not a response"),
-    (["a list"], [], "line 11: not a response"),
-    (response(P0_AGAIN, "max", finish="max_tokens"), [], "max_tokens"),
+    (response("no bars", "x"), [], "line 8: not a response"),
+    ({"custom_id": P2_AGAIN, "response": {"body": "x"}}, [], "line 9: not a response"),
+    (["a list"], [], "line 10: not a response"),
     (response(P0_AGAIN, status=500), [], "status 500"),
-    (response(P0_AGAIN, [{"type": "text", "text": "x"}]), [], "expected text, got a list"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
 ]
-SILENT = "a|b/9|key|0"
 
 
 def test_propose_reads_responses(proposing, tmp_path):
     """In any order; what cannot be used is counted and named, and the rest is used."""
     asked, answers, out = (tmp_path / name for name in ("q.jsonl", "a.jsonl", "r.jsonl"))
-    write_jsonl(asked, [{"custom_id": custom_id} for custom_id in (*ASKED, SILENT)])
+    write_jsonl(asked, [{"custom_id": custom_id} for custom_id in ASKED])
     write_jsonl(answers, [line for line, _, _ in RESPONSES])
     read = ["--read-responses", answers, "--proposer", "big", "--out", out]
     code, shown = proposing(*read, "--requests", asked)
-    said = [why for _, _, why in RESPONSES if why] + [f"{SILENT}: no response"]
+    said = [why for _, _, why in RESPONSES if why] + [f"{P1_AGAIN}: no response"]
     assert len(shown.err.splitlines()) == len(said)
     assert all(why in shown.err for why in said), shown.err
     assert code is None and f"rationales: 4\nfailed: {len(said)}\n" in shown.out
@@ -828,9 +809,9 @@ def states_of(model, processor, prompt, branch):
     return model(batch)[0]
 
 
-def logprobs_of(model, processor, prompt, branch):
+def logprobs_of(model, processor, prompt, branch, temperature=1.0):
     """log π of the tokens of a rationale after <think>\\n, up to </think>: (n,)."""
-    logits = model.logits(states_of(model, processor, prompt, branch))
+    logits = model.logits(states_of(model, processor, prompt, branch)) / temperature
     logits[:, processor.suppress_tokens] = -math.inf
     first, last = len(processor.prefix), branch.index(processor.think_end_id)
     before = len(prompt["ids"]) - 1  # the place that predicts a branch's first token
@@ -1269,12 +1250,8 @@ def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
 
 
 def rl_config(**changes):
-    cfg = SimpleNamespace(rl_rollouts=2, max_new_tokens=5, rl_temperature=1.0, rl_one_loss=False)
-    cfg.matryoshka_dims = ""
-    cfg.rl_when, cfg.latency_penalty = 0.7, 0.2
-    cfg.temperature, cfg.chunk_tokens = 0.5, 10**6
-    vars(cfg).update(changes)
-    return cfg
+    cfg = train.Config(rl_rollouts=2, max_new_tokens=5, rl_when=0.7, latency_penalty=0.2)
+    return replace(cfg, **{"temperature": 0.5, "chunk_tokens": 10**6, **changes})
 
 
 def test_group_without_variance_teaches_no_token_but_its_decision():
@@ -1308,29 +1285,13 @@ def test_decision_is_learnt_by_what_is_at_stake():
 # rl.py: the step on a model
 
 
-def ordinary_row(model, processor, prompt, branch):
-    """A prompt and what follows it as one row without branches -> states (S, H)."""
-    assert branch[-1] == processor.eos_id  # collate appends it
-    row = {**prompt, "ids": np.concatenate([prompt["ids"], branch[:-1]])}
-    return model(P.collate([row], processor))[0]
-
-
 def ordinary_vector(model, processor, prompt, branch):
-    return F.normalize(ordinary_row(model, processor, prompt, branch)[-1], dim=0)
+    return F.normalize(states_of(model, processor, prompt, branch)[-1], dim=0)
 
 
 def ordinary_p_reason(model, processor, prompt):
-    h = ordinary_row(model, processor, prompt, [processor.eos_id])
+    h = states_of(model, processor, prompt, [processor.eos_id])
     return model.logits(h[-2])[[processor.eos_id, processor.think_id]].softmax(0)[1]
-
-
-def ordinary_logprobs(model, processor, prompt, branch, temperature):
-    """Of the branch's tokens, the opening left out."""
-    h = ordinary_row(model, processor, prompt, branch)
-    logits = model.logits(h[len(prompt["ids"]) - 1 : -1]) / temperature
-    logits[:, processor.suppress_tokens] = float("-inf")
-    logprobs = logits.log_softmax(-1).gather(1, torch.tensor(branch)[:, None])[:, 0]
-    return logprobs[len(processor.prefix) :]
 
 
 def rl_pairs(prompts, targets):
@@ -1409,7 +1370,7 @@ def naive_step(model, case, cfg, old):
         for k in range(K):
             n = int(num_sampled[b, k])
             args = prompts[b], tokens[b][k], cfg.rl_temperature
-            ratio = (ordinary_logprobs(model, processor, *args)[:n] - old[b, k, :n]).exp()
+            ratio = (logprobs_of(model, processor, *args)[:n] - old[b, k, :n]).exp()
             centre = group[b].mean() if cfg.rl_one_loss else reward[b, 1:].mean()
             weight = 1.0 if cfg.rl_one_loss else p[b].detach()
             what -= weight * (reward[b, 1 + k] - centre) / sigma * ratio.sum()
@@ -1443,9 +1404,7 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
     case = processor, pairs, *_ = rl_case(5)
     roll = rl_experience(model, case, cfg)
     monkeypatch.setattr(rl, "rollouts", lambda *args: roll)
-    before = copy.deepcopy((pairs, vars(roll)))
     metrics = rl.grpo_step(model, processor, pairs, cfg, None)
-    assert str(before) == str((pairs, vars(roll)))  # inputs are unchanged
     fast = gradients_of(model)
 
     model.zero_grad()
@@ -1497,12 +1456,11 @@ def test_step_of_two_processes_equals_one(tmp_path):
     assert_same_gradients(both, gradient)
 
 
-@pytest.mark.parametrize("temperature, chunk_tokens", [(1.0, 10**6), (0.7, 1)])
-def test_rollouts_carry_what_ordinary_rows_say(temperature, chunk_tokens):
-    """All in one part, or each query alone: vectors, decisions, and the log-probabilities of the
-    sampled distribution, at temperature 0.7 those of logits / 0.7."""
+def test_rollouts_carry_what_ordinary_rows_say():
+    """Vectors, decisions, and the log-probabilities of the sampled distribution: those of
+    logits / 0.7."""
     model, processor = tiny_model(1), tiny_processor()
-    cfg = rl_config(rl_rollouts=3, rl_temperature=temperature, chunk_tokens=chunk_tokens)
+    cfg = rl_config(rl_rollouts=3, rl_temperature=0.7, chunk_tokens=1)  # each query alone
     prompts = [processor(ITEMS[i]) for i in (0, 5, 9)]
     roll = rl.rollouts(model, processor, prompts, cfg, torch.Generator().manual_seed(0))
     assert roll.old_logprobs.shape == (3, 3, 5) and roll.vectors.shape == (3, 4, 64)
@@ -1515,7 +1473,7 @@ def test_rollouts_carry_what_ordinary_rows_say(temperature, chunk_tokens):
         for k, branch in enumerate(roll.tokens[b]):
             n = int(roll.num_sampled[b, k])
             expected = torch.zeros(5)
-            expected[:n] = ordinary_logprobs(model, processor, prompt, branch, temperature)[:n]
+            expected[:n] = logprobs_of(model, processor, prompt, branch, 0.7)[:n]
             torch.testing.assert_close(roll.old_logprobs[b, k], expected, atol=1e-4, rtol=0)
             stopped = branch[len(processor.prefix) + n - 1] == processor.think_end_id
             assert bool(roll.truncated[b, k]) != stopped
@@ -1577,15 +1535,13 @@ def test_bench_writes_what_is_promised(tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, word",
     [
-        ("--size huge", "argument --size: invalid choice: 'huge'"),
         ("--device cuda:9", "cuda:9"),
         ("--out /nowhere/x.json", "/nowhere"),
     ],
 )
-def test_bench_refuses(argv, word, capsys):
-    with pytest.raises((SystemExit, ValueError, OSError)) as e:
+def test_bench_refuses(argv, word):
+    with pytest.raises((ValueError, OSError), match=word):
         bench.main(["--device", "cpu", *argv.split()])
-    assert word in (capsys.readouterr().err or str(e.value))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2625,8 +2581,8 @@ def transformers_model(folder, dtype=torch.float32):
     return Judge.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def transformers_batch(config, prompt, tokens=()):
-    ids = torch.tensor([[*prompt["ids"], *tokens]])
+def transformers_batch(config, prompt):
+    ids = torch.from_numpy(prompt["ids"])[None]
     types = (ids == config.image_token) + 2 * (ids == config.video_token)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
     # The token behind <|vision_start|> says what a segment is.
@@ -2651,25 +2607,6 @@ def checkpoint(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
     M.save_model(tiny_model(3), path, eos_id=1, pad_id=2)
     return path
-
-
-def test_model_positions_by_hand():
-    c = tiny_config()
-    ids = np.array([11, c.vision_start, *[c.image_token] * 6, c.vision_end])
-    assert M.rope_positions(ids, [(4, 6)], c).tolist() == [
-        [0, 1, 2, 2, 2, 2, 2, 2, 5],
-        [0, 1, 2, 2, 2, 3, 3, 3, 5],
-        [0, 1, 2, 3, 4, 2, 3, 4, 5],
-    ]
-
-
-def test_model_tree_mask_by_hand():
-    branch = torch.tensor([[0, 0, 1, 1, 2, -1]])
-    mask = M.tree_mask(branch)
-    rows = "100000 110000 111000 111100 110010 110000".split()
-    assert mask[0, 0].int().tolist() == [[int(x) for x in row] for row in rows]
-    columns = torch.tensor([4, 1])
-    assert torch.equal(M.tree_mask(branch, columns), mask[:, :, columns])
 
 
 def test_model_norm_is_bitwise_transformers():
@@ -2713,31 +2650,19 @@ def test_model_parity(shape, tmp_path):
             assert (p - judge.lm_head(want).softmax(-1)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
-def test_model_greedy_tokens_equal_transformers(checkpoint):
-    """12 tokens of each row of a batch equal transformers' generate; so do the last states."""
-    model, judge = M.load_model(checkpoint), transformers_model(checkpoint)
-    _, prompts, batch = model_case(model)
-    rollouts = M.generate(model, batch, 12, stop_ids=[20], **AROUND)
-    how = {"suppress_tokens": [3, 4], "eos_token_id": 20, "pad_token_id": 2, "do_sample": False}
-    for i, prompt in enumerate(prompts):
-        start = transformers_batch(model.c, prompt, [5, 6])
-        ids = judge.generate(**start, **how, max_new_tokens=12)[0, len(prompt["ids"]) :].tolist()
-        tokens = rollouts.tokens[i][0]
-        assert tokens[: len(ids)] == ids and len(ids) == 2 + rollouts.num_sampled[i]
-        want = judge.model(**transformers_batch(model.c, prompt, tokens)).last_hidden_state[0, -1]
-        assert unit_gap(rollouts.last[i, 0], want) < 1e-5
-
-
-@torch.no_grad()
-def test_model_branches_equal_separate_rows():
-    model = tiny_model(4)
+def test_model_branches_equal_separate_rows(dtype, tolerance):
+    """With three query heads to a key head."""
+    model = tiny_model(4, **MODEL_SHAPES["4b"]).to(dtype)
     processor, prompts, batch = model_case(model, rationales=RATIONALES)
     h = model(batch)
     for i, prompt in enumerate(prompts):
         for k, tokens in enumerate([[processor.eos_id], *RATIONALES[i]], start=1):
             want = states_of(model, processor, prompt, tokens)[len(prompt["ids"]) :]
-            assert (h[i, batch["branch"][i] == k] - want).abs().max() < 1e-5
+            assert unit_gap(h[i, batch["branch"][i] == k], want) < tolerance
+    for with_branches in (False, True):
+        assert M.sdpa_kernel(model, dtype, with_branches) == "FLASH_ATTENTION"
 
 
 @torch.no_grad()
@@ -2779,13 +2704,13 @@ def test_model_prefill_is_continued_and_shared(monkeypatch):
     extended = M.Cache.extended
     monkeypatch.setattr(M.Cache, "extended", lambda *a: caches.append(extended(*a)) or caches[-1])
     how = {"num_return": 4, "stop_ids": [20], "prefill": prefill}
-    for rows in ([3, 1], None, torch.tensor([3, 1])):
+    for rows in ([3, 1], None):
         part = M.generate(model, batch, 5, rows=rows, **how, **AROUND)
         for i, b in enumerate(range(4) if rows is None else rows):
             assert part.tokens[i] == greedy.tokens[b] * 4
             assert (part.last[i] - greedy.last[b]).abs().max() < 1e-5
     columns = batch["ids"].shape[1] + 2 + 4 * (5 + 3)  # prompt, prefix, all else four times
-    assert caches[0].keys[0].shape == (2, model.c.kv_heads, columns, model.c.head_dim)
+    assert caches[0].layers[0][0].shape == (2, model.c.kv_heads, columns, model.c.head_dim)
 
 
 def test_model_sampling_is_the_softmax():
@@ -2801,34 +2726,6 @@ def test_model_sampling_is_the_softmax():
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 27.9  # 9 degrees of freedom
     ids, logp = M.sample(logits.clone(), torch.tensor([], dtype=torch.long), 0.0, None)
     assert ids == logits.argmax() and torch.allclose(logp, logits.log_softmax(-1).max())
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_model_attention_equals_written_out(dtype, tolerance):
-    """Causal and with branches, three query heads to a key head; segments of several lengths."""
-
-    def written_out(q, k, v, mask):
-        scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.float()
-
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 6, 8).to(dtype) for heads in (6, 2, 2))
-    branches = M.tree_mask(torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 0, 0, 1, 2]]))
-    as_bias = torch.zeros(branches.shape, dtype=dtype).masked_fill(~branches, -torch.inf)
-    cases = [(torch.ones(6, 6).tril() > 0, None), (branches, as_bias.repeat(1, 1, 3, 1))]
-    for mask, bias in cases:
-        want = written_out(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask)
-        got = M.attend(q, k, v, bias).float()
-        assert (got - want).abs().max() < tolerance
-        assert F.cosine_similarity(got, want, dim=-1).min() > 0.999
-    qkv, lengths = torch.randn(3, 20, 2, 8).to(dtype), torch.tensor([4, 4, 8, 4])
-    segment = torch.arange(4).repeat_interleave(lengths)
-    want = written_out(*qkv.transpose(1, 2), segment == segment[:, None]).transpose(0, 1)
-    got = M.attend_segments(*qkv, lengths.tolist()).float()
-    assert (got - want).abs().max() < tolerance
-    assert F.cosine_similarity(got, want, dim=-1).min() > 0.999
-    for with_branches in (False, True):
-        assert M.sdpa_kernel(tiny_model(), dtype, with_branches) == "FLASH_ATTENTION"
 
 
 def states_and_gradients(model, batch):
@@ -2853,7 +2750,8 @@ def test_model_compiled_equals_eager():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager = tiny_model(5, **shape)
-    compiled = tiny_model(5, **shape).compile_layers(backend="eager")
+    compiled = tiny_model(5, **shape)
+    compiled.compile_layers(backend="eager")
     graphs = []
     for numbers in ([6, 9], [9, 6, 11], [11, 9, 6, 9]):
         _, _, batch = model_case(eager, [ITEMS[i] for i in numbers])
@@ -2932,7 +2830,7 @@ def test_model_keeps_the_widest_type_unless_another_is_given(checkpoint, copied)
     state = load_file(copied / "model.safetensors")
     half = {name: x.bfloat16() for name, x in state.items()}
     first = min(half)
-    cases = [({}, torch.float32), ({first: half[first]}, torch.float32), (half, torch.bfloat16)]
+    cases = [({first: half[first]}, torch.float32), (half, torch.bfloat16)]
     for tensors, dtype in cases:
         change_checkpoint(copied, tensors=tensors)
         assert M.load_model(copied).dtype == dtype
@@ -2960,12 +2858,10 @@ def test_model_json_is_json_or_not_written(tmp_path):
     assert M.read_json(path) == {"é": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
-NORM, BIAS = "model.language_model.norm.weight", "model.visual.merger.norm.bias"
+BIAS = "model.visual.merger.norm.bias"
 WEIGHTS = "model.safetensors"
 BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"tensors": {BIAS: None}}, f"Missing key.*{BIAS}"),
-    ({"tensors": {"more": torch.zeros(1)}}, "Unexpected key.*model.more"),
-    ({"tensors": {NORM: torch.zeros(3)}}, "size mismatch for model.language_model.norm.weight"),
     ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete safetensors file"),
     ({"files": {WEIGHTS: None, "pytorch_model.bin": ""}}, "copy: no model.* never opened"),
     ({"files": {"adapter_config.json": "{}"}}, "copy: an adapter .LoRA.: merge it"),
@@ -2978,7 +2874,6 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
             ("text_config.vocab_size", None, "expected int"),
             ("text_config.rms_norm_eps", "x", "expected float"),
             ("text_config.rope_parameters.rope_type", "yarn", "this code implements 'default'"),
-            ("vision_config.patch_size", 14, "this code implements 16"),
         ]
     ],
 ]
@@ -3167,13 +3062,11 @@ def test_processor_prompts_equal_transformers(folder):
     """Ids and patches of every kind of item, by transformers' tokenizer and image processor."""
     processor = tiny_processor()
     for item in ITEMS:
-        inputs, prompt = transformers_inputs(folder, item, processor.config), processor(item)
-        assert inputs["input_ids"][0].tolist() == [*prompt["ids"], processor.eos_id]
-        # Videos come before images in a prompt.
-        names = [name for name in ("pixel_values_videos", "pixel_values") if name in inputs]
-        if names:
-            patches = P.normalize_pixels(np.concatenate(prompt["pixel_values"]))
-            assert (patches - torch.cat([inputs[name] for name in names])).abs().max() < 1e-6
+        (ids, patches), prompt = transformers_inputs(folder, item), processor(item)
+        assert ids == [*prompt["ids"], processor.eos_id]
+        if patches:
+            ours = P.normalize_pixels(np.concatenate(prompt["pixel_values"]))
+            assert (ours - torch.cat(patches)).abs().max() < 1e-6
 
 
 CONTENTS = [
