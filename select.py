@@ -183,7 +183,10 @@ def judge(model, processor, pairs, texts, cfg, rng):
     hard = [i for i, score in enumerate(scores) if can_keep(score[""][0], cfg)]
     hard_cases = []
     for i in hard:
-        words = {text for _, *trial in trials[i] for text in trial if text}
+        words = set()
+        for _, text, placebo, second_placebo in trials[i]:
+            words |= {text, placebo, second_placebo}
+        words -= {None, ""}  # "" is measured in every case
         hard_cases.append((pairs[i]["query"], candidates[i], sorted(words)))
     for i, score in zip(hard, log_probs(model, processor, hard_cases, t, cfg)):
         scores[i] = score
@@ -195,20 +198,21 @@ def judge(model, processor, pairs, texts, cfg, rng):
         if not trials_of_pair:  # its row says how good the direct vector is, and no more
             row = {"id": p["id"], "dataset": p["dataset"], "proposer": "", "text": ""}
             rows.append(row | {"direct": direct, "gain": None})
-        for proposer, *trial in trials_of_pair:
-            gains = [with_minus_without(text, score) for text in trial]
+        for proposer, text, placebo, second_placebo in trials_of_pair:
+            rationales = (text, placebo, second_placebo)
+            gains = [with_minus_without(r, score) for r in rationales]
             row = {
                 "id": p["id"],
                 "dataset": p["dataset"],
                 "proposer": proposer,
-                "text": trial[0],
+                "text": text,
                 "direct": direct,
                 "gain": gains[0][0],
                 "gain_placebo": gains[1][0],
                 "gain_second": gains[2][0],
                 "gain_guess": -math.log(len(c)) - direct,
                 "similarity_gain": [similarity for _, similarity in gains],
-                "audited": trial[2] is not None,
+                "audited": second_placebo is not None,
             }
             rows.append(row)
     return rows
