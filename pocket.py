@@ -382,8 +382,7 @@ def make_colour(bank, rng):
     colour = pick(COLOURS, rng)
     scene = []
     for shape in rng.choice(SHAPES, 9).tolist():
-        thing = (colour, shape)
-        scene.append(thing if rng.random() < 0.8 else None)
+        scene.append((colour, shape) if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
     stranger = pick(KINDS, rng)
     scene[pick(range(4), rng)] = stranger  # nw, n, ne or w
@@ -456,11 +455,11 @@ def make_sum(bank, rng, steps):
     """
     start = pick(range(9), rng)
     way = [(start + i) % 9 for i in range(steps + 2)]  # cells; the last one has no number
-    scene = []
-    for cell, thing in enumerate(draw_things(9, rng)):
+    scene = draw_things(9, rng)
+    for cell in range(9):
         distracts = cell not in way and rng.random() < 0.5  # a number that does not count
-        is_number = distracts or cell in way[:-1]
-        scene.append(pick(range(10), rng) if is_number else thing)
+        if distracts or cell in way[:-1]:
+            scene[cell] = pick(range(10), rng)
     kinds = [scene[cell] for cell in way]  # [5, 9, ("red", "star")]
     labels = [CELLS[cell] for cell in way]  # ["n", "ne", "w"]
     text = f"add the numbers from {labels[0]} on , {labels[1]} and so on"
@@ -649,8 +648,7 @@ def new_file(*parts):
 def write_table(columns, rows, *path):
     """A parquet file, named as the hub's. columns: "qry pos_text"; rows: tuples in that order;
     path: its parts without the ending."""
-    names = columns.split()
-    table = pa.Table.from_pylist([dict(zip(names, row)) for row in rows])
+    table = pa.table(list(zip(*rows)), columns.split())
     pq.write_table(table, f"{new_file(*path)}-00000-of-00001.parquet")
 
 
@@ -1191,7 +1189,7 @@ def read_document(processor, item, parts, summary):
        skills  [("at", places in the row of one text that is learnt)]
        learn   all these places
        ends    places of <|endoftext|>, or [] without a summary
-       words   {ids of the words that these sum up}
+       words   [ids of the words that these sum up]
     """
     prompt = processor({"text": "describe"} | item)  # an item's own text takes its place
     encode, special = processor.tokenizer.encode, processor.tokenizer.special
@@ -1211,7 +1209,7 @@ def read_document(processor, item, parts, summary):
         "skills": skills,
         "learn": [place for _, places in skills for place in places],
         "ends": ends if summary else [],
-        "words": {*encode(summary), *inside[:1]},
+        "words": list({*encode(summary), *inside[:1]}),
     }
 
 
@@ -1259,8 +1257,7 @@ def document_losses(model, processor, documents):
     # What the summary's softmax should be: each of an answer's words counts alike.
     share = torch.zeros(len(documents), model.c.vocab, device=h.device)  # (n, vocab)
     for i, document in enumerate(documents):
-        words = list(document["words"])
-        share[i, words] = 1 / len(words)
+        share[i, document["words"]] = 1 / len(document["words"])
     row, column = places_of(documents, "ends", ids)
     logits = model.logits(h[row, column])  # (ends, vocab)
     logp = logits.float().log_softmax(-1)
@@ -1292,13 +1289,13 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     counts = torch.zeros(3, 2).index_add(1, kind, counts).clamp(min=1)  # (3, 2)
     factors = [[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]
     weight = torch.tensor(factors) / counts[:2]  # (2, 2): of one token, of one summary
+    weight = weight[:, kind].to(model.device)  # (2, 48)
     # 2) gradients, chunk by chunk
     sums = torch.zeros(3, len(drawn))  # what document_losses says of each
     lengths = [document["length"] for document in documents]  # in tokens
     for rows in scale.chunks_of(lengths, chunk_tokens):  # rows: indices of documents
         part = document_losses(model, processor, [documents[i] for i in rows])  # (3, n)
-        shares = weight[:, kind[rows]].to(part.device)  # (2, n)
-        loss = (part[:2] * shares).sum()
+        loss = (part[:2] * weight[:, rows]).sum()
         (loss / scale.world_size()).backward()  # gradients of all processes are added up
         sums[:, rows] = part.detach().cpu()
     # 3) means over what was counted
