@@ -4660,7 +4660,7 @@ def first_run(first_root, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     got = evaluation.evaluate(Fake(), first_root, f"{run}/eval", truth=TRUTH)
     result = {key: got[key] for key in ("modes", "curve", "adaptivity")}
-    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0})
+    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0, "seconds": {}})
     write_jsonl(run / "metrics.jsonl", [{"stage": "embed", "step": 10, "nce_direct": 0.1}])
     return run
 
@@ -4712,8 +4712,7 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
 def test_without_steps_or_images(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     write_jsonl(f"{root}/easy.jsonl", rows)
-    result = read_json(run / "report.json")
-    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
+    write_json(run / "report.json", read_json(run / "report.json") | {"adaptivity": {}})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
@@ -4750,10 +4749,8 @@ def test_queries_of_other_data_are_refused(root, run):
 
 
 VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and random have 0.6
-    (0.80, 0.9, "adaptive beats never and beats always", "adaptive went 67% of that way"),
     (0.55, 0.9, "adaptive beats never and loses to always", "adaptive went -17% of that way"),
     (0.50, 0.6, "adaptive is level with never and loses to always", "nothing to decide"),
-    (0.40, 0.9, "adaptive loses to never and loses to always", "adaptive went -67% of that way"),
 ]
 
 
