@@ -4746,28 +4746,22 @@ def test_queries_of_other_data_are_refused(root, run):
             report.write_report(run, root)
 
 
-VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and random have 0.6
-    (0.55, 0.9, "adaptive beats never and loses to always", "adaptive went -17% of that way"),
-    (0.50, 0.6, "adaptive is level with never and loses to always", "nothing to decide"),
-]
-
-
-@pytest.mark.parametrize("adaptive, oracle, title, decision", VERDICTS)
-def test_the_verdict_goes_every_way(adaptive, oracle, title, decision):
-    scores = {"never": 0.5, "always": 0.6, "random": 0.6}
-    scores |= {"adaptive": adaptive, "per_task": adaptive, "oracle": oracle}
+@pytest.mark.parametrize(
+    "more, word, oracle, decision",
+    [(0.5, "loses to", 0.9, "adaptive went 42% of that way"), (-0.5, "beats", 0.5, "nothing to")],
+)
+def test_the_verdict_goes_every_way(more, word, oracle, decision):
+    """Adaptive against never: of three queries two are won and one is lost, in two datasets."""
+    records = [{"never": x, "adaptive": 1 - x, "always": 1 - x + more} for x in (0, 1, 0)]
+    scores = {"never": 1 / 3, "adaptive": 2 / 3, "always": 2 / 3 + more}
+    scores |= {"random": 0.5, "oracle": oracle, "per_task": 0.5}
     costs = {"tokens_per_query": 4.0, "reason_rate": 0.4}
     modes = {mode: {"overall": score, **costs} for mode, score in scores.items()}
-    got, sentences = report.verdict(modes, {"a": [scores]})
-    assert got.endswith(title) and decision in sentences[2]
-
-
-def test_the_error_of_a_difference():
-    records = {"a": [{"never": x, "adaptive": 1 - x} for x in (0, 1, 0)]}
-    modes = {"never": {"overall": 1 / 3}, "adaptive": {"overall": 2 / 3}}
-    error = 2 * np.std([1, -1, 1], ddof=1) / 3**0.5
-    want = ("is level with", f"never 0.333 (+0.333 ± {error:.3f})")
-    assert report.difference(modes, records, "never") == want
+    title, sentences = report.verdict(modes, {"a": records, "b": records})
+    assert title.endswith(f"adaptive is level with never and {word} always")
+    error = 2 * np.std([1, -1, 1], ddof=1) / 6**0.5
+    assert f"never 0.333 (+0.333 ± {error:.3f})" in sentences[0]
+    assert decision in sentences[2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4874,15 +4868,14 @@ def test_pretraining_reads_a_document_as_one_text():
     model, processor = pocket.new_model(0)
     parts = pocket.thinks([("five", "account")], "rent", "answer")
     document = pocket.read_document(processor, {"text": "rent five"}, parts, "rent")
-    ids = document["prompt"]["ids"].tolist()
-    row = torch.tensor([[*ids, *document["branch"]]])
-    batch = {"ids": row, "positions": torch.arange(row.shape[1]).expand(3, 1, -1)}
-    h = model(batch)[0]
-    logp = model.logits(h).log_softmax(-1)
-    learnt = [place - 1 for place in document["learn"]]  # without that <|endoftext|>
-    loss = -sum(logp[place - 1, row[0, place]] for place in learnt)
+    prompt = document["prompt"]
+    row = np.append(prompt["ids"], document["branch"])
+    h = model(P.collate([prompt | {"ids": row}], processor))[0]
+    learnt = np.array(document["learn"]) - 1  # places without that <|endoftext|>
+    logits = model.logits(h[learnt - 1])
+    loss = F.cross_entropy(logits, torch.from_numpy(row[learnt]), reduction="sum")
     # Every <|endoftext|> sums up: the direct one, which follows the prompt, and that of the branch.
-    direct = model(P.collate([document["prompt"]], processor))[0, -1]
+    direct = model(P.collate([prompt], processor))[0, -1]
     ends = torch.stack([direct, h[document["ends"][1] - 1]])
     summary = -model.logits(ends).log_softmax(-1)[:, document["words"]].mean(1).sum()
     sums = pocket.document_losses(model, processor, [document])[:, 0]
