@@ -831,10 +831,12 @@ def write_rationales(pair, rng):
         if text == right or not pair.end or pair.end not in text:
             texts.append(("careful", text))
     one_error = Eyes(rng, wrong=rng.integers(sharp.readings))
-    texts.append(("captioner", pair.caption))
-    texts.append(("sloppy", pair.explain(one_error)))
-    texts.append(("parrot", pick(PARROT, rng)))
-    return texts
+    return [
+        *texts,
+        ("captioner", pair.caption),
+        ("sloppy", pair.explain(one_error)),
+        ("parrot", pick(PARROT, rng)),
+    ]
 
 
 def write_world(root, seed, train, test, longest=LONGEST, names=None):
@@ -1104,8 +1106,7 @@ def vocabulary_texts():
             texts += [field for field in fields if isinstance(field, str)]
             texts.append(pair.explain(SHARP))
     for _ in range(50):
-        documents = [base_document(bank, rng, 0.35), text_document(rng)]
-        for item, parts, _ in documents:
+        for item, parts, _ in (base_document(bank, rng, 0.35), text_document(rng)):
             texts.append(item.get("text", ""))
             texts.append("".join(text for text, _ in parts))
     return texts
@@ -1250,7 +1251,7 @@ def document_losses(model, processor, documents):
     row, column = places_of(documents, "learn", ids)
     logits = model.logits(h[row, before[row, column]])  # (tokens, vocab)
     wanted = ids[row, column]  # (tokens,)
-    losses = F.cross_entropy(logits.float(), wanted, reduction="none")  # (tokens,)
+    losses = F.cross_entropy(logits, wanted, reduction="none")  # (tokens,)
     hits = logits.argmax(-1) == wanted  # (tokens,)
     loss = zeros.index_add(0, row, losses)  # (n,): sums over each document's tokens
     right = zeros.index_add(0, row, hits.float())
@@ -1259,8 +1260,7 @@ def document_losses(model, processor, documents):
     for i, document in enumerate(documents):
         share[i, document["words"]] = 1 / len(document["words"])
     row, column = places_of(documents, "ends", ids)
-    logits = model.logits(h[row, column])  # (ends, vocab)
-    logp = logits.float().log_softmax(-1)
+    logp = model.logits(h[row, column]).log_softmax(-1)  # (ends, vocab)
     losses = -(logp * share[row]).sum(-1)  # (ends,): cross-entropy with the share
     summary = zeros.index_add(0, row, losses)
     return torch.stack([loss, summary, right])
@@ -1277,7 +1277,6 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
 
     Rows of the tables are tokens, summaries, right tokens; columns are documents or the two kinds.
     """
-    model.train()
     drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
     drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]  # [(item, parts, summary)]
     documents = [read_document(processor, *document) for document in drawn]
@@ -1313,7 +1312,6 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
 @torch.no_grad()
 def measure_skills(model, processor, bank, rng):
     """Held-out token accuracy of each skill: {"account": 0.98, "answer": 0.99, "at": 0.97, ...}."""
-    model.eval()
     drawn = [base_document(bank, rng, 1.0) for _ in range(48)]  # described
     drawn += [base_document(bank, rng, 0.0) for _ in range(48)]  # asked about
     drawn += [text_document(rng) for _ in range(48)]
@@ -1328,7 +1326,7 @@ def measure_skills(model, processor, bank, rng):
             for skill, places in document["skills"][:-1]:  # all but <|im_end|>
                 accuracy = right[i, list(places)].float().mean()
                 scores.setdefault(skill, []).append(accuracy.item())
-    return {skill: float(np.mean(values)) for skill, values in sorted(scores.items())}
+    return {skill: np.mean(values) for skill, values in sorted(scores.items())}
 
 
 def main():

@@ -122,13 +122,12 @@ def longer_chains(cfg, seed, folder):
     world, out = folder / "longer_data", folder / "longer"
     if (out / "summary.json").exists():
         return
-    shutil.rmtree(world, ignore_errors=True)  # of a run that broke off
     queries = max(4, round(4 * cfg.world_test * cfg.scale))  # a tenth of them is that long
-    pocket.write_world(str(world), 1000 + seed, 4, queries, LONGER, pocket.MIXED)  # 4: unused
+    pocket.write_world(world, 1000 + seed, 4, queries, LONGER, pocket.MIXED)  # 4: unused
     truth = read_json(world / "pocket.json")["test"]  # {"PocketWalk/0": 3}: steps
-    embedder = Embedder.from_pretrained(str(folder / "rl"))  # the model that the run ends with
+    embedder = Embedder.from_pretrained(folder / "rl")  # the model that the run ends with
     options = {"max_new_tokens": 64, "batch_size": 64}  # they take more words, too
-    evaluation.evaluate(embedder, str(world), str(out), options=options, truth=truth)
+    evaluation.evaluate(embedder, world, out, options=options, truth=truth)
 
 
 # --------------------------------------------------------------------------------------------------
