@@ -638,25 +638,24 @@ TEST_CLIPS = "TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls"
 TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
 
 
-def new_file(*parts):
-    """A path whose folder is there."""
-    path = Path(*parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def new_file(path):
+    """The path, whose folder is there now."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def write_table(columns, rows, *path):
+def write_table(columns, rows, path):
     """A parquet file, named as the hub's. columns: "qry pos_text"; rows: tuples in that order;
-    path: its parts without the ending."""
+    path: without the ending."""
     table = pa.table(list(zip(*rows)), columns.split())
-    pq.write_table(table, f"{new_file(*path)}-00000-of-00001.parquet")
+    pq.write_table(table, f"{new_file(path)}-00000-of-00001.parquet")
 
 
 def save(value, folder, name):
     """An image -> its name, relative to the folder that the layout joins to. A text stays."""
     if isinstance(value, str):
         return value
-    value.save(new_file(folder, name), compress_level=1)
+    value.save(new_file(f"{folder}/{name}"), compress_level=1)
     return name
 
 
@@ -671,10 +670,10 @@ def save_images(pair, folder, name, i, most=None):
     return image, list(dict.fromkeys(options))  # the wrong texts may include the target
 
 
-def save_clip(pair, *folder):
+def save_clip(pair, folder):
     """A clip's frames, as frame_0001.png and so on."""
-    for i, frame in enumerate(pair.video):
-        save(frame, Path(*folder), f"frame_{i + 1:04d}.png")
+    for i, frame in enumerate(pair.video, 1):
+        save(frame, folder, f"frame_{i:04d}.png")
 
 
 def draw_pages(pairs, bank, rng):
@@ -712,7 +711,7 @@ def write_images(root, family, learn, held_out, bank, rng):
     rows = []
     folder = f"images/{family.name}/Train"  # under TRAIN_HUB, as in MMEB-train
     for i, pair in enumerate(learn):
-        image, options = save_images(pair, Path(root, TRAIN_HUB), folder, i, most)
+        image, options = save_images(pair, f"{root}/{TRAIN_HUB}", folder, i, most)
         answer, *wrong = options  # image names, or texts
         query = f"{asks}{pair.text}\n"
         target = (marked, answer) if family.wants else (answer, "")  # text, image
@@ -720,13 +719,13 @@ def write_images(root, family, learn, held_out, bank, rng):
     # `wrong` fills the column of images or that of texts, [marked, ...] the other one.
     negatives = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
     columns = f"qry qry_image_path pos_text pos_image_path {negatives}"
-    write_table(columns, rows, root, TRAIN_HUB, family.name, "original")
+    write_table(columns, rows, f"{root}/{TRAIN_HUB}/{family.name}/original")
     # data.py fills in {hub}, {name} and {split}.
     train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": "{hub}/{name}/{split}-*.parquet"}
 
     stored = []  # [(the query's image, [target, wrong ...])]
     for i, pair in enumerate(held_out):
-        stored.append(save_images(pair, Path(root, TEST_IMAGES), family.name, i))
+        stored.append(save_images(pair, f"{root}/{TEST_IMAGES}", family.name, i))
     pool = dict.fromkeys(options[0] for _, options in stored)  # all answers, each once
     rows = []
     for pair, (image, options) in zip(held_out, stored):
@@ -736,7 +735,7 @@ def write_images(root, family, learn, held_out, bank, rng):
         targets = (blank, options) if family.wants else (options, blank)  # texts, images
         rows.append((asks.strip(), pair.text, image, marked.strip(), *targets))
     columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
-    write_table(columns, rows, root, TEST_HUB, family.name, "test")
+    write_table(columns, rows, f"{root}/{TEST_HUB}/{family.name}/test")
     return train, train | {"parser": family.parser, "hub": TEST_HUB, "media": TEST_IMAGES}
 
 
@@ -751,21 +750,21 @@ def write_clips(root, family, learn, held_out, bank, rng):
     rows = []
     for i, pair in enumerate(learn):
         video = f"{family.name}_{i}"  # the clip's folder
-        save_clip(pair, root, TRAIN_CLIPS, video)
+        save_clip(pair, f"{root}/{TRAIN_CLIPS}/{video}")
         asks = {"from": "human", "value": f"<video> {family.asks}"}
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
-    write_rows(new_file(root, CLIP_HUB, f"{family.name}.jsonl"), rows)
+    write_rows(new_file(f"{root}/{CLIP_HUB}/{family.name}.jsonl"), rows)
     train = {"parser": "video_caption", "hub": CLIP_HUB, "table": "{hub}/{name}.jsonl"}
     train["media"] = TRAIN_CLIPS
 
     hub, media = f"VLM2Vec/{family.name}", f"{TEST_CLIPS}/{family.name}"
     rows = []
     for i, pair in enumerate(held_out):
-        save_clip(pair, root, media, f"clip_{i}")
+        save_clip(pair, f"{root}/{media}/clip_{i}")
         options = list(dict.fromkeys([pair.answer, *pair.wrong]))
         rows.append((f"clip_{i}", pair.answer, options))
-    write_table("video_id pos_text neg_text", rows, root, hub, "data/test")
+    write_table("video_id pos_text neg_text", rows, f"{root}/{hub}/data/test")
     test = {"parser": family.parser, "hub": hub, "modality": "video", "media": media}
     return train, test | {"inst": family.asks}
 
@@ -780,7 +779,7 @@ def write_pages(root, family, learn, held_out, bank, rng):
     hub = f"pocket/{family.name}-train"  # the source "pocket" has no prompt of its own in data.py
     pages = draw_pages(learn, bank, rng)
     rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
-    write_table("query image source", rows, root, hub, "data/train")
+    write_table("query image source", rows, f"{root}/{hub}/data/train")
     train = {"parser": "page", "hub": hub, "split": "train"}
 
     hub = f"pocket/{family.name}-test"
@@ -790,9 +789,9 @@ def write_pages(root, family, learn, held_out, bank, rng):
     for i, pair in enumerate(held_out):
         queries.append((i, pair.text))
         qrels.append((i, corpus.index(pair.page), 1))  # 1: relevant
-    write_table("query-id query", queries, root, hub, "queries/test")
-    write_table("corpus-id image", enumerate(pages.values()), root, hub, "corpus/test")
-    write_table("query-id corpus-id score", qrels, root, hub, "qrels/test")
+    write_table("query-id query", queries, f"{root}/{hub}/queries/test")
+    write_table("corpus-id image", enumerate(pages.values()), f"{root}/{hub}/corpus/test")
+    write_table("query-id corpus-id score", qrels, f"{root}/{hub}/qrels/test")
     test = {"parser": family.parser, "hub": hub, "modality": "visdoc"}
     return train, test | {"inst": family.asks.strip(), "tgt": family.wants}
 
