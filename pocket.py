@@ -129,7 +129,7 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
     behind it."""
     shade = COLOURS[colour] + rng.integers(-18, 19, 3)
     ink = tuple(shade.tolist())  # (r, g, b)
-    r = int(rng.integers(8, 12))  # radius, pixels
+    r = rng.integers(8, 12)  # radius, pixels
     box = (x - r, y - r, x + r, y + r)  # left, top, right, bottom
     if shape in CORNERS:
         corners = [(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]]
@@ -159,7 +159,7 @@ def draw_tile(kind, rng):
     middle = 16 + rng.integers(-2, 3, 2)  # at most two pixels from the tile's
     x, y = middle.tolist()
     if isinstance(kind, int):
-        font = ImageFont.load_default(int(rng.integers(20, 25)))
+        font = ImageFont.load_default(rng.integers(20, 25))
         pen.text((x, y), str(kind), INK, font, anchor="mm")  # mm: (x, y) is the text's middle
     elif isinstance(kind, str):
         font = ImageFont.load_default(14)
@@ -212,7 +212,7 @@ class Bank:
         blank = [None] * (9 - len(words))
         page = self.grid([*words, *blank, *marks, None], rng)
         for y in range(TILE + 6, 3 * TILE, 8):
-            end = int(rng.integers(50, 90))  # of a line, in pixels
+            end = rng.integers(50, 90)  # of a line, in pixels
             page.paste((120, 120, 120), (6, y, end, y + 3))
         return page
 
@@ -385,7 +385,7 @@ def make_colour(bank, rng):
         scene.append((colour, shape) if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
     stranger = pick(KINDS, rng)
-    scene[pick(range(4), rng)] = stranger  # nw, n, ne or w
+    scene[rng.integers(4)] = stranger  # nw, n, ne or w
     explain = look_at("mid", scene[4])
     return shown(bank, scene, rng, explain, answer=colour)
 
@@ -396,7 +396,7 @@ def make_at(bank, rng):
     "what is at nw ?" -> "red star"; rationale: "nw red star"
     """
     scene = draw_things(9, rng)
-    cell = pick(range(9), rng)
+    cell = rng.integers(9)
     names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
     text = f"what is at {CELLS[cell]} ?"
     explain = look_at(CELLS[cell], scene[cell])
@@ -408,7 +408,7 @@ def draw_way(rng, steps):
 
     steps = 2, and red and green are drawn: 0, {0: "red", 1: "green"}, 4
     """
-    start = cell = pick(range(9), rng)
+    start = cell = rng.integers(9)
     way = {}  # cells that the walk has left
     for colour in rng.choice(list(RULE), steps).tolist():
         way[cell] = colour
@@ -453,7 +453,7 @@ def make_sum(bank, rng, steps):
     "add the numbers from n on , ne and so on" -> "four"
     rationale of one step: "n five . ne nine makes fourteen keep four . w red star . four"
     """
-    start = pick(range(9), rng)
+    start = rng.integers(9)
     way = [(start + i) % 9 for i in range(steps + 2)]  # cells; the last one has no number
     scene = draw_things(9, rng)
     for cell in range(9):
@@ -548,7 +548,7 @@ def make_point(bank, rng):
     "the thing at nw"; rationale: "nw red star"
     """
     scene = draw_things(9, rng)
-    cell = pick(range(9), rng)
+    cell = rng.integers(9)
     crops = [bank.tile(thing, rng) for thing in scene]  # other drawings than in the image
     answer = crops.pop(cell)
     text = f"the thing at {CELLS[cell]}"
@@ -785,10 +785,8 @@ def write_pages(root, family, learn, held_out, bank, rng):
     hub = f"pocket/{family.name}-test"
     pages = draw_pages(held_out, bank, rng)
     corpus = list(pages)  # a page's corpus-id is its place in here
-    queries, qrels = [], []
-    for i, pair in enumerate(held_out):
-        queries.append((i, pair.text))
-        qrels.append((i, corpus.index(pair.page), 1))  # 1: relevant
+    queries = enumerate(pair.text for pair in held_out)
+    qrels = [(i, corpus.index(pair.page), 1) for i, pair in enumerate(held_out)]  # 1: relevant
     write_table("query-id query", queries, f"{root}/{hub}/queries/test")
     write_table("corpus-id image", enumerate(pages.values()), f"{root}/{hub}/corpus/test")
     write_table("query-id corpus-id score", qrels, f"{root}/{hub}/qrels/test")
@@ -933,7 +931,7 @@ def base_document(bank, rng, look):
     kind = rng.random()
     if kind < 0.05:  # what the image shows after a change
         scene = few_things(rng)
-        cell = pick(range(9), rng)
+        cell = rng.integers(9)
         thing = draw_things(1, rng)[0]
         item = {"image": bank.grid(scene, rng), "text": f"put a {name(thing)} at {CELLS[cell]}"}
         return says(item, describe(put(scene, cell, thing)), "change")
@@ -1081,7 +1079,7 @@ def repeat_document(rng):
         return says({"text": phrase}, phrase, "repeat")
     # What may stand before the end: a thing, five numbers, or an addition.
     names = [DIGITS[digit] for digit in digits[3:]]
-    addition = f"{names[0]} . {names[1]} {makes(pick(range(19), rng))}"
+    addition = f"{names[0]} . {names[1]} {makes(rng.integers(19))}"
     steps = [name(things[1]), " . ".join(names), addition]
     before = (f"{pick(steps, rng)} . {phrase}", None)
     return {"text": "repeat the end"}, thinks([before], phrase, "repeat"), phrase
@@ -1321,9 +1319,9 @@ def measure_skills(model, processor, bank, rng):
         ids, h, before = read_batch(model, processor, documents)
         guesses = model.logits(h).argmax(-1)  # (B, S): the token that each place foretells
         right = guesses.gather(1, before) == ids
-        for i, document in enumerate(documents):
+        for document, hits in zip(documents, right.float()):
             for skill, places in document["skills"][:-1]:  # all but <|im_end|>
-                accuracy = right[i, list(places)].float().mean()
+                accuracy = hits[list(places)].mean()
                 scores.setdefault(skill, []).append(accuracy.item())
     return {skill: np.mean(values) for skill, values in sorted(scores.items())}
 
