@@ -4748,7 +4748,10 @@ def test_queries_of_other_data_are_refused(root, run):
 
 @pytest.mark.parametrize(
     "more, word, oracle, decision",
-    [(0.5, "loses to", 0.9, "adaptive went 42% of that way"), (-0.5, "beats", 0.5, "nothing to")],
+    [
+        (0.5, "loses to", 0.9, "adaptive went 42% of that way"),
+        (-0.5, "beats", 0.5, "there was nothing to decide"),
+    ],
 )
 def test_the_verdict_goes_every_way(more, word, oracle, decision):
     """Adaptive against never: of three queries two are won and one is lost, in two datasets."""
