@@ -4869,7 +4869,7 @@ def test_a_world_is_a_function_of_its_seed(tmp_path):
 def test_pretraining_reads_a_document_as_one_text():
     """Its branch continues the prompt: the direct <|endoftext|> between them is not seen."""
     model, processor = pocket.new_model(0)
-    parts = pocket.thinks([("five", "account")], "rent", "answer")
+    parts = [("red", "at"), *pocket.thinks([("five", "account")], "rent", "answer")]
     document = pocket.read_document(processor, {"text": "rent five"}, parts, "rent")
     prompt = document["prompt"]
     row = np.append(prompt["ids"], document["branch"])
