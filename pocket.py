@@ -129,7 +129,7 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
     behind it."""
     shade = COLOURS[colour] + rng.integers(-18, 19, 3)
     ink = tuple(shade.tolist())  # (r, g, b)
-    r = int(rng.integers(8, 12))  # radius, pixels
+    r = rng.integers(8, 12)  # radius, pixels
     box = (x - r, y - r, x + r, y + r)  # left, top, right, bottom
     if shape in CORNERS:
         corners = [(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]]
@@ -159,7 +159,7 @@ def draw_tile(kind, rng):
     middle = 16 + rng.integers(-2, 3, 2)  # at most two pixels from the tile's
     x, y = middle.tolist()
     if isinstance(kind, int):
-        font = ImageFont.load_default(int(rng.integers(20, 25)))
+        font = ImageFont.load_default(rng.integers(20, 25))
         pen.text((x, y), str(kind), INK, font, anchor="mm")  # mm: (x, y) is the text's middle
     elif isinstance(kind, str):
         font = ImageFont.load_default(14)
@@ -212,7 +212,7 @@ class Bank:
         blank = [None] * (9 - len(words))
         page = self.grid([*words, *blank, *marks, None], rng)
         for y in range(TILE + 6, 3 * TILE, 8):
-            end = int(rng.integers(50, 90))  # of a line, in pixels
+            end = rng.integers(50, 90)  # of a line, in pixels
             page.paste((120, 120, 120), (6, y, end, y + 3))
         return page
 
@@ -382,11 +382,10 @@ def make_colour(bank, rng):
     colour = pick(COLOURS, rng)
     scene = []
     for shape in rng.choice(SHAPES, 9).tolist():
-        thing = (colour, shape)
-        scene.append(thing if rng.random() < 0.8 else None)
+        scene.append((colour, shape) if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
     stranger = pick(KINDS, rng)
-    scene[pick(range(4), rng)] = stranger  # nw, n, ne or w
+    scene[rng.integers(4)] = stranger  # nw, n, ne or w
     explain = look_at("mid", scene[4])
     return shown(bank, scene, rng, explain, answer=colour)
 
@@ -397,7 +396,7 @@ def make_at(bank, rng):
     "what is at nw ?" -> "red star"; rationale: "nw red star"
     """
     scene = draw_things(9, rng)
-    cell = pick(range(9), rng)
+    cell = rng.integers(9)
     names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
     text = f"what is at {CELLS[cell]} ?"
     explain = look_at(CELLS[cell], scene[cell])
@@ -409,7 +408,7 @@ def draw_way(rng, steps):
 
     steps = 2, and red and green are drawn: 0, {0: "red", 1: "green"}, 4
     """
-    start = cell = pick(range(9), rng)
+    start = cell = rng.integers(9)
     way = {}  # cells that the walk has left
     for colour in rng.choice(list(RULE), steps).tolist():
         way[cell] = colour
@@ -454,13 +453,13 @@ def make_sum(bank, rng, steps):
     "add the numbers from n on , ne and so on" -> "four"
     rationale of one step: "n five . ne nine makes fourteen keep four . w red star . four"
     """
-    start = pick(range(9), rng)
+    start = rng.integers(9)
     way = [(start + i) % 9 for i in range(steps + 2)]  # cells; the last one has no number
-    scene = []
-    for cell, thing in enumerate(draw_things(9, rng)):
+    scene = draw_things(9, rng)
+    for cell in range(9):
         distracts = cell not in way and rng.random() < 0.5  # a number that does not count
-        is_number = distracts or cell in way[:-1]
-        scene.append(pick(range(10), rng) if is_number else thing)
+        if distracts or cell in way[:-1]:
+            scene[cell] = pick(range(10), rng)
     kinds = [scene[cell] for cell in way]  # [5, 9, ("red", "star")]
     labels = [CELLS[cell] for cell in way]  # ["n", "ne", "w"]
     text = f"add the numbers from {labels[0]} on , {labels[1]} and so on"
@@ -549,7 +548,7 @@ def make_point(bank, rng):
     "the thing at nw"; rationale: "nw red star"
     """
     scene = draw_things(9, rng)
-    cell = pick(range(9), rng)
+    cell = rng.integers(9)
     crops = [bank.tile(thing, rng) for thing in scene]  # other drawings than in the image
     answer = crops.pop(cell)
     text = f"the thing at {CELLS[cell]}"
@@ -639,26 +638,24 @@ TEST_CLIPS = "TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls"
 TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
 
 
-def new_file(*parts):
-    """A path whose folder is there."""
-    path = Path(*parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def new_file(path):
+    """The path, whose folder is there now."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def write_table(columns, rows, *path):
+def write_table(columns, rows, path):
     """A parquet file, named as the hub's. columns: "qry pos_text"; rows: tuples in that order;
-    path: its parts without the ending."""
-    names = columns.split()
-    table = pa.Table.from_pylist([dict(zip(names, row)) for row in rows])
-    pq.write_table(table, f"{new_file(*path)}-00000-of-00001.parquet")
+    path: without the ending."""
+    table = pa.table(list(zip(*rows)), columns.split())
+    pq.write_table(table, f"{new_file(path)}-00000-of-00001.parquet")
 
 
 def save(value, folder, name):
     """An image -> its name, relative to the folder that the layout joins to. A text stays."""
     if isinstance(value, str):
         return value
-    value.save(new_file(folder, name), compress_level=1)
+    value.save(new_file(f"{folder}/{name}"), compress_level=1)
     return name
 
 
@@ -673,10 +670,10 @@ def save_images(pair, folder, name, i, most=None):
     return image, list(dict.fromkeys(options))  # the wrong texts may include the target
 
 
-def save_clip(pair, *folder):
+def save_clip(pair, folder):
     """A clip's frames, as frame_0001.png and so on."""
-    for i, frame in enumerate(pair.video):
-        save(frame, Path(*folder), f"frame_{i + 1:04d}.png")
+    for i, frame in enumerate(pair.video, 1):
+        save(frame, folder, f"frame_{i:04d}.png")
 
 
 def draw_pages(pairs, bank, rng):
@@ -714,7 +711,7 @@ def write_images(root, family, learn, held_out, bank, rng):
     rows = []
     folder = f"images/{family.name}/Train"  # under TRAIN_HUB, as in MMEB-train
     for i, pair in enumerate(learn):
-        image, options = save_images(pair, Path(root, TRAIN_HUB), folder, i, most)
+        image, options = save_images(pair, f"{root}/{TRAIN_HUB}", folder, i, most)
         answer, *wrong = options  # image names, or texts
         query = f"{asks}{pair.text}\n"
         target = (marked, answer) if family.wants else (answer, "")  # text, image
@@ -722,13 +719,13 @@ def write_images(root, family, learn, held_out, bank, rng):
     # `wrong` fills the column of images or that of texts, [marked, ...] the other one.
     negatives = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
     columns = f"qry qry_image_path pos_text pos_image_path {negatives}"
-    write_table(columns, rows, root, TRAIN_HUB, family.name, "original")
+    write_table(columns, rows, f"{root}/{TRAIN_HUB}/{family.name}/original")
     # data.py fills in {hub}, {name} and {split}.
     train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": "{hub}/{name}/{split}-*.parquet"}
 
     stored = []  # [(the query's image, [target, wrong ...])]
     for i, pair in enumerate(held_out):
-        stored.append(save_images(pair, Path(root, TEST_IMAGES), family.name, i))
+        stored.append(save_images(pair, f"{root}/{TEST_IMAGES}", family.name, i))
     pool = dict.fromkeys(options[0] for _, options in stored)  # all answers, each once
     rows = []
     for pair, (image, options) in zip(held_out, stored):
@@ -738,7 +735,7 @@ def write_images(root, family, learn, held_out, bank, rng):
         targets = (blank, options) if family.wants else (options, blank)  # texts, images
         rows.append((asks.strip(), pair.text, image, marked.strip(), *targets))
     columns = "qry_inst qry_text qry_img_path tgt_inst tgt_text tgt_img_path"
-    write_table(columns, rows, root, TEST_HUB, family.name, "test")
+    write_table(columns, rows, f"{root}/{TEST_HUB}/{family.name}/test")
     return train, train | {"parser": family.parser, "hub": TEST_HUB, "media": TEST_IMAGES}
 
 
@@ -753,21 +750,21 @@ def write_clips(root, family, learn, held_out, bank, rng):
     rows = []
     for i, pair in enumerate(learn):
         video = f"{family.name}_{i}"  # the clip's folder
-        save_clip(pair, root, TRAIN_CLIPS, video)
+        save_clip(pair, f"{root}/{TRAIN_CLIPS}/{video}")
         asks = {"from": "human", "value": f"<video> {family.asks}"}
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
-    write_rows(new_file(root, CLIP_HUB, f"{family.name}.jsonl"), rows)
+    write_rows(new_file(f"{root}/{CLIP_HUB}/{family.name}.jsonl"), rows)
     train = {"parser": "video_caption", "hub": CLIP_HUB, "table": "{hub}/{name}.jsonl"}
     train["media"] = TRAIN_CLIPS
 
     hub, media = f"VLM2Vec/{family.name}", f"{TEST_CLIPS}/{family.name}"
     rows = []
     for i, pair in enumerate(held_out):
-        save_clip(pair, root, media, f"clip_{i}")
+        save_clip(pair, f"{root}/{media}/clip_{i}")
         options = list(dict.fromkeys([pair.answer, *pair.wrong]))
         rows.append((f"clip_{i}", pair.answer, options))
-    write_table("video_id pos_text neg_text", rows, root, hub, "data/test")
+    write_table("video_id pos_text neg_text", rows, f"{root}/{hub}/data/test")
     test = {"parser": family.parser, "hub": hub, "modality": "video", "media": media}
     return train, test | {"inst": family.asks}
 
@@ -782,19 +779,17 @@ def write_pages(root, family, learn, held_out, bank, rng):
     hub = f"pocket/{family.name}-train"  # the source "pocket" has no prompt of its own in data.py
     pages = draw_pages(learn, bank, rng)
     rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
-    write_table("query image source", rows, root, hub, "data/train")
+    write_table("query image source", rows, f"{root}/{hub}/data/train")
     train = {"parser": "page", "hub": hub, "split": "train"}
 
     hub = f"pocket/{family.name}-test"
     pages = draw_pages(held_out, bank, rng)
     corpus = list(pages)  # a page's corpus-id is its place in here
-    queries, qrels = [], []
-    for i, pair in enumerate(held_out):
-        queries.append((i, pair.text))
-        qrels.append((i, corpus.index(pair.page), 1))  # 1: relevant
-    write_table("query-id query", queries, root, hub, "queries/test")
-    write_table("corpus-id image", enumerate(pages.values()), root, hub, "corpus/test")
-    write_table("query-id corpus-id score", qrels, root, hub, "qrels/test")
+    queries = enumerate(pair.text for pair in held_out)
+    qrels = [(i, corpus.index(pair.page), 1) for i, pair in enumerate(held_out)]  # 1: relevant
+    write_table("query-id query", queries, f"{root}/{hub}/queries/test")
+    write_table("corpus-id image", enumerate(pages.values()), f"{root}/{hub}/corpus/test")
+    write_table("query-id corpus-id score", qrels, f"{root}/{hub}/qrels/test")
     test = {"parser": family.parser, "hub": hub, "modality": "visdoc"}
     return train, test | {"inst": family.asks.strip(), "tgt": family.wants}
 
@@ -833,10 +828,12 @@ def write_rationales(pair, rng):
         if text == right or not pair.end or pair.end not in text:
             texts.append(("careful", text))
     one_error = Eyes(rng, wrong=rng.integers(sharp.readings))
-    texts.append(("captioner", pair.caption))
-    texts.append(("sloppy", pair.explain(one_error)))
-    texts.append(("parrot", pick(PARROT, rng)))
-    return texts
+    return [
+        *texts,
+        ("captioner", pair.caption),
+        ("sloppy", pair.explain(one_error)),
+        ("parrot", pick(PARROT, rng)),
+    ]
 
 
 def write_world(root, seed, train, test, longest=LONGEST, names=None):
@@ -934,7 +931,7 @@ def base_document(bank, rng, look):
     kind = rng.random()
     if kind < 0.05:  # what the image shows after a change
         scene = few_things(rng)
-        cell = pick(range(9), rng)
+        cell = rng.integers(9)
         thing = draw_things(1, rng)[0]
         item = {"image": bank.grid(scene, rng), "text": f"put a {name(thing)} at {CELLS[cell]}"}
         return says(item, describe(put(scene, cell, thing)), "change")
@@ -1082,7 +1079,7 @@ def repeat_document(rng):
         return says({"text": phrase}, phrase, "repeat")
     # What may stand before the end: a thing, five numbers, or an addition.
     names = [DIGITS[digit] for digit in digits[3:]]
-    addition = f"{names[0]} . {names[1]} {makes(pick(range(19), rng))}"
+    addition = f"{names[0]} . {names[1]} {makes(rng.integers(19))}"
     steps = [name(things[1]), " . ".join(names), addition]
     before = (f"{pick(steps, rng)} . {phrase}", None)
     return {"text": "repeat the end"}, thinks([before], phrase, "repeat"), phrase
@@ -1106,8 +1103,7 @@ def vocabulary_texts():
             texts += [field for field in fields if isinstance(field, str)]
             texts.append(pair.explain(SHARP))
     for _ in range(50):
-        documents = [base_document(bank, rng, 0.35), text_document(rng)]
-        for item, parts, _ in documents:
+        for item, parts, _ in (base_document(bank, rng, 0.35), text_document(rng)):
             texts.append(item.get("text", ""))
             texts.append("".join(text for text, _ in parts))
     return texts
@@ -1191,7 +1187,7 @@ def read_document(processor, item, parts, summary):
        skills  [("at", places in the row of one text that is learnt)]
        learn   all these places
        ends    places of <|endoftext|>, or [] without a summary
-       words   {ids of the words that these sum up}
+       words   [ids of the words that these sum up]
     """
     prompt = processor({"text": "describe"} | item)  # an item's own text takes its place
     encode, special = processor.tokenizer.encode, processor.tokenizer.special
@@ -1211,7 +1207,7 @@ def read_document(processor, item, parts, summary):
         "skills": skills,
         "learn": [place for _, places in skills for place in places],
         "ends": ends if summary else [],
-        "words": {*encode(summary), *inside[:1]},
+        "words": list({*encode(summary), *inside[:1]}),
     }
 
 
@@ -1252,18 +1248,16 @@ def document_losses(model, processor, documents):
     row, column = places_of(documents, "learn", ids)
     logits = model.logits(h[row, before[row, column]])  # (tokens, vocab)
     wanted = ids[row, column]  # (tokens,)
-    losses = F.cross_entropy(logits.float(), wanted, reduction="none")  # (tokens,)
+    losses = F.cross_entropy(logits, wanted, reduction="none")  # (tokens,)
     hits = logits.argmax(-1) == wanted  # (tokens,)
     loss = zeros.index_add(0, row, losses)  # (n,): sums over each document's tokens
     right = zeros.index_add(0, row, hits.float())
     # What the summary's softmax should be: each of an answer's words counts alike.
     share = torch.zeros(len(documents), model.c.vocab, device=h.device)  # (n, vocab)
     for i, document in enumerate(documents):
-        words = list(document["words"])
-        share[i, words] = 1 / len(words)
+        share[i, document["words"]] = 1 / len(document["words"])
     row, column = places_of(documents, "ends", ids)
-    logits = model.logits(h[row, column])  # (ends, vocab)
-    logp = logits.float().log_softmax(-1)
+    logp = model.logits(h[row, column]).log_softmax(-1)  # (ends, vocab)
     losses = -(logp * share[row]).sum(-1)  # (ends,): cross-entropy with the share
     summary = zeros.index_add(0, row, losses)
     return torch.stack([loss, summary, right])
@@ -1280,7 +1274,6 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
 
     Rows of the tables are tokens, summaries, right tokens; columns are documents or the two kinds.
     """
-    model.train()
     drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
     drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]  # [(item, parts, summary)]
     documents = [read_document(processor, *document) for document in drawn]
@@ -1292,13 +1285,13 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
     counts = torch.zeros(3, 2).index_add(1, kind, counts).clamp(min=1)  # (3, 2)
     factors = [[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]
     weight = torch.tensor(factors) / counts[:2]  # (2, 2): of one token, of one summary
+    weight = weight[:, kind].to(model.device)  # (2, 48)
     # 2) gradients, chunk by chunk
     sums = torch.zeros(3, len(drawn))  # what document_losses says of each
     lengths = [document["length"] for document in documents]  # in tokens
     for rows in scale.chunks_of(lengths, chunk_tokens):  # rows: indices of documents
         part = document_losses(model, processor, [documents[i] for i in rows])  # (3, n)
-        shares = weight[:, kind[rows]].to(part.device)  # (2, n)
-        loss = (part[:2] * shares).sum()
+        loss = (part[:2] * weight[:, rows]).sum()
         (loss / scale.world_size()).backward()  # gradients of all processes are added up
         sums[:, rows] = part.detach().cpu()
     # 3) means over what was counted
@@ -1316,7 +1309,6 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
 @torch.no_grad()
 def measure_skills(model, processor, bank, rng):
     """Held-out token accuracy of each skill: {"account": 0.98, "answer": 0.99, "at": 0.97, ...}."""
-    model.eval()
     drawn = [base_document(bank, rng, 1.0) for _ in range(48)]  # described
     drawn += [base_document(bank, rng, 0.0) for _ in range(48)]  # asked about
     drawn += [text_document(rng) for _ in range(48)]
@@ -1327,11 +1319,11 @@ def measure_skills(model, processor, bank, rng):
         ids, h, before = read_batch(model, processor, documents)
         guesses = model.logits(h).argmax(-1)  # (B, S): the token that each place foretells
         right = guesses.gather(1, before) == ids
-        for i, document in enumerate(documents):
+        for document, hits in zip(documents, right.float()):
             for skill, places in document["skills"][:-1]:  # all but <|im_end|>
-                accuracy = right[i, list(places)].float().mean()
+                accuracy = hits[list(places)].mean()
                 scores.setdefault(skill, []).append(accuracy.item())
-    return {skill: float(np.mean(values)) for skill, values in sorted(scores.items())}
+    return {skill: np.mean(values) for skill, values in sorted(scores.items())}
 
 
 def main():

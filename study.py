@@ -108,10 +108,9 @@ def run_variant(cfg, name, seed, out):
     if not (folder / "report.json").exists():
         if parent:
             run_variant(cfg, parent, seed, out)  # what is forked has to be there
-            # Rules read the same judgements, but positive_only wants those of easy pairs, too.
-            options = {option for option in changes if option.startswith("select_")}
-            same = options == {"select_rule"} and changes["select_rule"] != "positive_only"
-            fork(folder.with_name(parent), folder, first, first == "select" and same)
+            # These rules read the same judgements as full; positive_only those of easy pairs, too.
+            same_judge = changes.get("select_rule") in ("none", "no_placebo")
+            fork(folder.with_name(parent), folder, first, same_judge)
         print(f"study: seed {seed}, {name}", flush=True)
         train.run_stages(replace(cfg, seed=seed, out=str(folder), resume="auto", **changes))
     if name == "full":
@@ -123,13 +122,12 @@ def longer_chains(cfg, seed, folder):
     world, out = folder / "longer_data", folder / "longer"
     if (out / "summary.json").exists():
         return
-    shutil.rmtree(world, ignore_errors=True)  # of a run that broke off
     queries = max(4, round(4 * cfg.world_test * cfg.scale))  # a tenth of them is that long
-    pocket.write_world(str(world), 1000 + seed, 4, queries, LONGER, pocket.MIXED)  # 4: unused
+    pocket.write_world(world, 1000 + seed, 4, queries, LONGER, pocket.MIXED)  # 4: unused
     truth = read_json(world / "pocket.json")["test"]  # {"PocketWalk/0": 3}: steps
-    embedder = Embedder.from_pretrained(str(folder / "rl"))  # the model that the run ends with
+    embedder = Embedder.from_pretrained(folder / "rl")  # the model that the run ends with
     options = {"max_new_tokens": 64, "batch_size": 64}  # they take more words, too
-    evaluation.evaluate(embedder, str(world), str(out), options=options, truth=truth)
+    evaluation.evaluate(embedder, world, out, options=options, truth=truth)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,15 +140,15 @@ def interval(values):
     if len(values) < 2:
         return mean, None
     t = stats.t.ppf(0.975, len(values) - 1)  # 2.78 for five seeds
-    return mean, float(t * np.std(values, ddof=1) / len(values) ** 0.5)  # ddof=1: n - 1
+    return mean, float(t * stats.sem(values))  # sem: s / sqrt(n)
 
 
 def collect(out):
-    """{variant: {seed: report}} of the reports that are there."""
+    """{"full": {"seed1": report}} of the reports that are there."""
     reports = {}
     for name in VARIANTS:
         for path in sorted(out.glob(f"seed[0-9]*/{name}/report.json")):
-            seed = int(path.parts[-3].removeprefix("seed"))  # seed3/full/report.json -> 3
+            seed = path.parts[-3]  # seed3/full/report.json -> "seed3"
             reports.setdefault(name, {})[seed] = read_json(path)
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
@@ -209,26 +207,25 @@ def results_table(rows):
             cells.append(show(values, digits))
         differences = []  # paired: of the same seed
         for seed, scores in by_seed.items():
-            if seed in full:
-                differences.append(full[seed]["overall"] - scores["overall"])
+            differences.append(full[seed]["overall"] - scores["overall"])
         cells.append("" if label == "full" else show(differences))
         lines.append(cells)
     names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]
     return table(names, lines)
 
 
-def families_table(rows):
+def families_table(rows, variants):
     """The mean score of each family over seeds, a column for each variant: | Walk | 0.97 | 0.62 |
-    rows: of measured(), of variants alone."""
+    rows: of measured()."""
     lines = []
     any_seed = next(iter(rows["full"].values()))
     for family in any_seed["datasets"]:
         cells = [family.removeprefix("Pocket")]
-        for by_seed in rows.values():
-            values = [scores["datasets"][family] for scores in by_seed.values()]
+        for name in variants:
+            values = [scores["datasets"][family] for scores in rows[name].values()]
             cells.append(f"{np.mean(values):.2f}")
         lines.append(cells)
-    return table(["family", *rows], lines)
+    return table(["family", *variants], lines)
 
 
 def steps_table(adaptivities):
@@ -272,13 +269,11 @@ def decision_table(reports):
     return table(["adaptive", "ratio"], lines)
 
 
-def calibration_table(out, seeds):
+def calibration_table(out):
     """Does p_reason foretell what thinking brings? A line for each bin of p_reason: the number of
     queries of all seeds, the mean p_reason, the mean score of always minus that of never."""
-    rows = []  # a query each: {"p_reason": 0.9, "never": its score 0.0, "always": 1.0, ...}
-    for seed in seeds:
-        for path in out.glob(f"seed{seed}/full/eval/*/*_queries.jsonl"):
-            rows += Rows(path)
+    # A row is a query: {"p_reason": 0.9, "never": its score 0.0, "always": 1.0, ...}
+    rows = list(Rows(*out.glob("seed[0-9]*/full/eval/*/*_queries.jsonl")))
     p_reason = np.array([row["p_reason"] for row in rows])  # (queries,)
     gain = np.array([row["always"] - row["never"] for row in rows])
     bins = np.digitize(p_reason, BINS[1:-1])  # (queries,): i where BINS[i] <= p < BINS[i + 1]
@@ -293,15 +288,12 @@ def calibration_table(out, seeds):
 
 
 def selection_table(reports):
-    """Selection's audit, see AUDIT; empty where no truth is known.
-
-    reports: {variant: {seed: report}}
-    """
+    """Selection's audit, see AUDIT. reports: of collect()."""
     lines = []
     for name, by_seed in reports.items():
         cells = [name]
         for key in AUDIT:
-            values = [report["selection"].get(key) for report in by_seed.values()]
+            values = [report["selection"][key] for report in by_seed.values()]
             cells.append("" if None in values else show(values))
         lines.append(cells)
     return table(["variant", *AUDIT], lines)
@@ -309,7 +301,7 @@ def selection_table(reports):
 
 def summarise(out):
     """study.md and study.png of the runs that are there."""
-    reports = collect(out)  # {variant: {seed: report}}
+    reports = collect(out)
     rows = measured(reports)  # {label: {seed: scores}}
     full = reports["full"]
     longer = ""  # a section of the page
@@ -327,7 +319,7 @@ Intervals are not corrected for the number of rows.
 {results_table(rows)}
 ## By family
 
-{families_table({name: rows[name] for name in reports})}
+{families_table(rows, reports)}
 ## By the number of steps a query needs
 
 Full method. The prompt is the same for all queries of a family. AUC: the chance that a
@@ -344,7 +336,7 @@ Adaptive of the full method, beside its own other modes.
 
 Queries of all seeds. Gain: the score after thinking minus the score without.
 
-{calibration_table(out, full)}
+{calibration_table(out)}
 ## Selection against the truth
 
 {selection_table(reports)}

@@ -4564,7 +4564,7 @@ def first_run(first_root, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     got = evaluation.evaluate(Fake(), first_root, f"{run}/eval", truth=TRUTH)
     result = {key: got[key] for key in ("modes", "curve", "adaptivity")}
-    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0})
+    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0, "seconds": {}})
     write_jsonl(run / "metrics.jsonl", [{"stage": "embed", "step": 10, "nce_direct": 0.1}])
     return run
 
@@ -4616,8 +4616,7 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
 def test_without_steps_or_images(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     write_jsonl(f"{root}/easy.jsonl", rows)
-    result = read_json(run / "report.json")
-    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
+    write_json(run / "report.json", read_json(run / "report.json") | {"adaptivity": {}})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
@@ -4632,9 +4631,7 @@ def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatc
     assert bool(payload["datasets"]) == (limit > 10)
 
 
-@pytest.mark.parametrize(
-    "name", ["report.json", "metrics.jsonl", "summary.json", "easy_queries.jsonl"]
-)
+@pytest.mark.parametrize("name", ["report.json", "easy_queries.jsonl"])
 def test_a_damaged_file_is_named(first_root, run, name):
     [path] = run.rglob(name)
     path.write_text('{"a\n')
@@ -4653,30 +4650,25 @@ def test_queries_of_other_data_are_refused(root, run):
             report.write_report(run, root)
 
 
-VERDICTS = [  # quality of adaptive and oracle, where never has 0.5, always and random have 0.6
-    (0.80, 0.9, "adaptive beats never and beats always", "adaptive went 67% of that way"),
-    (0.55, 0.9, "adaptive beats never and loses to always", "adaptive went -17% of that way"),
-    (0.50, 0.6, "adaptive is level with never and loses to always", "nothing to decide"),
-    (0.40, 0.9, "adaptive loses to never and loses to always", "adaptive went -67% of that way"),
-]
-
-
-@pytest.mark.parametrize("adaptive, oracle, title, decision", VERDICTS)
-def test_the_verdict_goes_every_way(adaptive, oracle, title, decision):
-    scores = {"never": 0.5, "always": 0.6, "random": 0.6}
-    scores |= {"adaptive": adaptive, "per_task": adaptive, "oracle": oracle}
+@pytest.mark.parametrize(
+    "more, word, oracle, decision",
+    [
+        (0.5, "loses to", 0.9, "adaptive went 42% of that way"),
+        (-0.5, "beats", 0.5, "there was nothing to decide"),
+    ],
+)
+def test_the_verdict_goes_every_way(more, word, oracle, decision):
+    """Adaptive against never: of three queries two are won and one is lost, in two datasets."""
+    records = [{"never": x, "adaptive": 1 - x, "always": 1 - x + more} for x in (0, 1, 0)]
+    scores = {"never": 1 / 3, "adaptive": 2 / 3, "always": 2 / 3 + more}
+    scores |= {"random": 0.5, "oracle": oracle, "per_task": 0.5}
     costs = {"tokens_per_query": 4.0, "reason_rate": 0.4}
     modes = {mode: {"overall": score, **costs} for mode, score in scores.items()}
-    got, sentences = report.verdict(modes, {"a": [scores]})
-    assert got.endswith(title) and decision in sentences[2]
-
-
-def test_the_error_of_a_difference():
-    records = {"a": [{"never": x, "adaptive": 1 - x} for x in (0, 1, 0)]}
-    modes = {"never": {"overall": 1 / 3}, "adaptive": {"overall": 2 / 3}}
-    error = 2 * np.std([1, -1, 1], ddof=1) / 3**0.5
-    want = ("is level with", f"never 0.333 (+0.333 ± {error:.3f})")
-    assert report.difference(modes, records, "never") == want
+    title, sentences = report.verdict(modes, {"a": records, "b": records})
+    assert title.endswith(f"adaptive is level with never and {word} always")
+    error = 2 * np.std([1, -1, 1], ddof=1) / 6**0.5
+    assert f"never 0.333 (+0.333 ± {error:.3f})" in sentences[0]
+    assert decision in sentences[2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4734,7 +4726,6 @@ def test_readme():
     assert "pip install -q -r requirements.txt" in script
     for command in ("python -m pytest -q test_all.py", "python train.py --stage all"):
         assert command in script and command in readme
-    assert "python train.py --stage all\n" in readme
     links = re.findall(r"\]\(([^)#]+)\)", readme)
     assert len(links) > 15
     for link in links:
@@ -4747,7 +4738,6 @@ def test_readme():
     for name, diff in diffs:
         for line in re.findall(r"^-(.*\n)", diff, re.M):
             assert line in text_of(name), line
-    assert len(readme.splitlines()) <= 250
     assert len(readme.split()) <= 2400
 
 
@@ -4780,33 +4770,21 @@ def test_a_world_is_a_function_of_its_seed(tmp_path):
     assert texts[0] == texts[1] != texts[2]
 
 
-SUMS = {  # modulo ten; what ends one is named
-    "nw three . three": [3],
-    "nw three . n red star . three": [3, ("red", "star")],
-    "nw three . n five makes eight . ne nine makes seventeen keep seven . seven": [3, 5, 9],
-}
-
-
 def test_pretraining_reads_a_document_as_one_text():
     """Its branch continues the prompt: the direct <|endoftext|> between them is not seen."""
     model, processor = pocket.new_model(0)
-    parts = pocket.thinks([("five", "account")], "rent", "answer")
+    parts = [("red", "at"), *pocket.thinks([("five", "account")], "rent", "answer")]
     document = pocket.read_document(processor, {"text": "rent five"}, parts, "rent")
-    ids = document["prompt"]["ids"].tolist()
-    row = torch.tensor([[*ids, *document["branch"]]])
-    batch = {"ids": row, "positions": torch.arange(row.shape[1]).expand(3, 1, -1)}
-    h = model(batch)[0]
-    logp = model.logits(h).log_softmax(-1)
-    learnt = [place - 1 for place in document["learn"]]  # without that <|endoftext|>
-    loss = -sum(logp[place - 1, row[0, place]] for place in learnt)
+    prompt = document["prompt"]
+    row = np.append(prompt["ids"], document["branch"])
+    h = model(P.collate([prompt | {"ids": row}], processor))[0]
+    learnt = np.array(document["learn"]) - 1  # places without that <|endoftext|>
+    logits = model.logits(h[learnt - 1])
+    loss = F.cross_entropy(logits, torch.from_numpy(row[learnt]), reduction="sum")
     # Every <|endoftext|> sums up: the direct one, which follows the prompt, and that of the branch.
-    direct = model.text.embed_tokens(torch.tensor([[*ids, processor.eos_id]]))
-    last = model.text(direct, torch.arange(len(ids) + 1).expand(3, 1, -1))[0, -1]
-    words = sorted(document["words"])
-    summary = sum(
-        -model.logits(state).log_softmax(-1)[words].mean()
-        for state in (last, h[document["ends"][1] - 1])
-    )
+    direct = model(P.collate([prompt], processor))[0, -1]
+    ends = torch.stack([direct, h[document["ends"][1] - 1]])
+    summary = -model.logits(ends).log_softmax(-1)[:, document["words"]].mean(1).sum()
     sums = pocket.document_losses(model, processor, [document])[:, 0]
     torch.testing.assert_close(sums[:2], torch.stack([loss, summary]), atol=1e-4, rtol=1e-5)
 
@@ -4814,12 +4792,14 @@ def test_pretraining_reads_a_document_as_one_text():
 def test_rationales_of_the_pocket_world():
     """Worked examples. Red leads right, green down, blue left; purple ends a walk. A misread digit
     changes all that follows."""
-    for rationale, kinds in SUMS.items():
-        assert pocket.explain_sum(pocket.CELLS, kinds, pocket.Eyes()) == rationale
+    kinds = [3, 5, 9, ("red", "star")]  # modulo ten; what ends a sum is named
+    rationale = pocket.explain_sum(pocket.CELLS, kinds, pocket.SHARP)
+    added = "n five makes eight . ne nine makes seventeen keep seven"
+    assert rationale == f"nw three . {added} . w red star . seven"
     scene = [("red", "star"), ("green", "bar"), None, None, ("purple", "ring")]
     walk = "nw red star . right n green bar . down mid purple ring . stay"
-    assert pocket.explain_walk(scene, 0, pocket.Eyes()) == walk
-    assert pocket.explain_walk([("blue", "ring")], 0, pocket.Eyes()) == "nw blue ring . left out"
+    assert pocket.explain_walk(scene, 0, pocket.SHARP) == walk
+    assert pocket.explain_walk([("blue", "ring")], 0, pocket.SHARP) == "nw blue ring . left out"
     eyes = pocket.Eyes(np.random.default_rng(0), wrong=1)
     wrong = pocket.explain_sum(pocket.CELLS, [3, 5, 9], eyes)
     assert wrong.startswith("nw three . n ") and " n five " not in wrong
@@ -4843,10 +4823,10 @@ def test_mixed_families_need_from_none_to_four_steps(name):
     count = collections.Counter(pair.steps for pair in pairs)
     assert sorted(count) == [0, 1, 2, 3, 4] and 160 < count[0] < 240
     assert all(25 < count[n] < 80 for n in (1, 2, 3, 4))
-    after = {"PocketWalk": ["stay"], "PocketTotal": ["sum"]}.get(name, ["what ended it", "sum"])
+    after = 1 if name in ("PocketWalk", "PocketTotal") else 2  # "stay"; the sum; what ended it
     for pair in pairs:
-        statements = pair.explain(pocket.Eyes()).split(" . ")
-        assert len(statements) == pair.steps + 1 + len(after)
+        statements = pair.explain(pocket.SHARP).split(" . ")
+        assert len(statements) == pair.steps + 1 + after
         answer = pair.answer or "no " + pocket.DIGITS[pair.page[1][1]]
         assert statements[-2 if name == "PocketWalk" else -1].endswith(answer)
 
@@ -4855,7 +4835,7 @@ def test_four_tries_err_independently():
     """Each statement is wrong with chance 0.1, so four steps are right in 0.9^5 = 0.59 of tries."""
     rng = np.random.default_rng(0)
     explain = functools.partial(pocket.explain_sum, "abcde", [1, 2, 3, 4, 5])
-    right = explain(pocket.Eyes())
+    right = explain(pocket.SHARP)
     tries = [explain(pocket.Eyes(rng, 0.1)) for _ in range(1000)]
     assert abs(np.mean([text == right for text in tries]) - 0.9**5) < 0.05
     texts = pocket.write_rationales(pocket.Pair(explain, "caption"), rng)
@@ -4866,18 +4846,11 @@ def test_four_tries_err_independently():
 def test_truth_of_the_pocket_world(tmp_path):
     """Two steps or more and every statement right: it helps. One step: nobody can say."""
     pairs = {f"F/{n}": {"steps": n, "rationale": "right"} for n in range(4)}
-    write_json(str(tmp_path / "pocket.json"), {"train": pairs, "test": {}})
-    helps = selection.pocket_truth(str(tmp_path))
-    marks = [helps({"id": id, "text": "right"}) for id in pairs]
-    assert marks == [False, None, True, True]
-    assert not any(helps({"id": id, "text": "wrong"}) for id in pairs)
-    assert selection.pocket_truth(str(tmp_path / "elsewhere")) is None
-
-
-def test_study_interval():
-    """One to three: half = t(0.975, 2) / sqrt 3."""
-    assert study.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / 3**0.5))
-    assert study.interval([0.5]) == (0.5, None)
+    write_json(tmp_path / "pocket.json", {"train": pairs})
+    helps = selection.pocket_truth(tmp_path)
+    assert [helps({"id": id, "text": "right"}) for id in pairs] == [False, None, True, True]
+    assert helps({"id": "F/3", "text": "wrong"}) is False
+    assert selection.pocket_truth(tmp_path / "elsewhere") is None
 
 
 def write_report(folder, score, seed):
@@ -4887,7 +4860,7 @@ def write_report(folder, score, seed):
     modes = dict.fromkeys(("never", "always", "adaptive", "per_task"), mode)
     modes["random"] = mode | {"overall": score - 0.2}
     modes["oracle"] = mode | {"overall": score + 0.05, "tokens_per_query": 2.0}
-    walk = dict.fromkeys(("reason_rate", "never", "always"), {"0": 0.1 * seed, "2": 1.0})
+    walk = dict.fromkeys(("reason_rate", "never", "always"), {"0": 0.1 * seed})
     report = {
         "modes": modes,
         "adaptivity": {"PocketWalk": walk | {"auc": 0.9 + 0.02 * seed}},
@@ -4896,17 +4869,16 @@ def write_report(folder, score, seed):
     }
     queries = folder / "eval" / "image" / "PocketWalk_queries.jsonl"
     queries.parent.mkdir(parents=True)
-    write_json(str(folder / "report.json"), report)
-    records = []
-    for p_reason in (0.0, 0.2, 0.95, 1.0):
-        records.append({"p_reason": p_reason, "never": 0.0, "always": float(p_reason > 0.5)})
-    M.write_rows(queries, records)
+    write_json(folder / "report.json", report)
+    gains = {0.2: 0.0, 0.95: 1.0, 1.0: 1.0}  # of queries, by p_reason
+    write_jsonl(queries, [{"p_reason": p, "never": 0.0, "always": x} for p, x in gains.items()])
 
 
-# Full is 0.91 and 0.92, never 0.5: 0.415 ± t(0.975, 1) * 0.005 apart, and t(0.975, 1) is 12.7.
+# Full is 0.91 and 0.92: 0.915 ± t(0.975, 1) * 0.005, and t(0.975, 1) is 12.7. Never, which has one
+# seed, is compared with the second.
 STUDY = """
 | full | 2 | 0.915 ± 0.064 | 0.50 ± 0.00 | 4.5 ± 6.4 |  |
-| never | 2 | 0.500 ± 0.000 | 0.50 ± 0.00 | 4.5 ± 6.4 | 0.415 ± 0.064 |
+| never | 1 | 0.500 | 0.50 | 5.0 | 0.420 |
 | full, oracle | 2 | 0.965 ± 0.064 | 0.50 ± 0.00 | 2.0 ± 0.0 | -0.050 ± 0.000 |
 | Walk | 0.92 | 0.50 |
 | Walk | 0 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.930 (0.92 to 0.94) |
@@ -4924,7 +4896,7 @@ def test_study_page(tmp_path):
         study.summarise(tmp_path)
     for seed in (1, 2):
         write_report(tmp_path / f"seed{seed}" / "full", 0.9 + 0.01 * seed, seed)
-        write_report(tmp_path / f"seed{seed}" / "never", 0.5, seed)
+    write_report(tmp_path / "seed2" / "never", 0.5, 2)
     study.summarise(tmp_path)
     page = (tmp_path / "study.md").read_text(encoding="utf-8").splitlines()
     assert set(STUDY.split("\n")) <= {*page, ""}
