@@ -57,7 +57,7 @@ PANELS = [
     "rl tokens",
     "rl reason_rate p_reason",
 ]
-SHOWN = ("preset", "seed", "modes", "curve", "seconds", "adaptivity")  # of report.json
+NEEDED = ("preset", "seed", "modes", "curve")  # of report.json
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
 BYTES = 2_800_000  # of the JSON in the page; the template takes some 30 kB more
 SIDE = 144  # pixels of a thumbnail
@@ -74,7 +74,7 @@ def training_curves(log):
     [{"stage": "embed", "step": 10, "nce_direct": 0.1}, ...]
     -> [{"title": "embed: nce direct", "series": [{"name": "nce direct", "points": [[10, 0.1]]}]}]
 
-    A panel without a point is left out.
+    A panel without a point is left out, and so is a value that is not finite.
     """
     curves = []
     for panel in PANELS:
@@ -83,8 +83,9 @@ def training_curves(log):
         for field in fields:
             points = []
             for row in log:
-                if row["stage"] == stage and field in row:
-                    points.append([row["step"], row[field]])
+                value = row.get(field, math.nan)
+                if row["stage"] == stage and math.isfinite(value):
+                    points.append([row["step"], value])
             if points:
                 series.append({"name": field.replace("_", " "), "points": points})
         if series:
@@ -112,7 +113,7 @@ def difference(modes, records, mode):
     score = modes[mode]["overall"]
     gap = modes["adaptive"]["overall"] - score
     word = "beats" if gap > 0 else "loses to"
-    if abs(gap) <= sure:
+    if abs(gap) <= max(sure, 1e-9):  # equal scores without spread are level, too
         word = "is level with"
     return word, f"{mode} {score:.3f} ({gap:+.3f} ± {sure:.3f})"
 
@@ -147,7 +148,7 @@ def verdict(modes, records):
 def what_is_missing(report, log):
     """-> sentences about what this run does not have, in place of empty figures and zeros."""
     sentences = []
-    if not report["adaptivity"]:
+    if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
     logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}
     for stage in ("base", "embed", "rl"):
@@ -211,7 +212,8 @@ def make_card(es, i, record, images):
     {"text", "images", "right"}.
     """
     card = {"dataset": es.name, "row": i, "id": str(record["id"])}
-    card |= {"rationale": record["rationale"], **show(es.queries[i], images)}
+    card |= show(es.queries[i], images)
+    card["rationale"] = record["rationale"] or ""
     for mode in ("never", "always"):
         card[mode] = []
         for key in record["top3"][mode]:
@@ -261,6 +263,9 @@ def write_report(run, data_root):
 
     # 1) What the stages left
     report = read_json(run / "report.json")
+    for key in NEEDED:
+        if key not in report:
+            raise ValueError(f"{run}/report.json: has no {key!r}")
     summary = read_json(run / "eval" / "summary.json")
     records = {}  # {dataset: its records}
     for name, about in summary["datasets"].items():
@@ -271,22 +276,24 @@ def write_report(run, data_root):
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)
     sentences += what_is_missing(report, log)
-    payload = {key: report[key] for key in SHOWN}
-    payload |= {
-        "title": title,
-        "threshold": summary["threshold"],
-        "training": training_curves(log),
-        "datasets": {},
-    }
+    payload = {key: report[key] for key in NEEDED}
+    for key in ("seconds", "adaptivity"):
+        payload[key] = report.get(key, {})
+    payload["title"] = title
+    payload["threshold"] = summary["threshold"]
+    payload["training"] = training_curves(log)
+    payload["datasets"] = {}
     for name, rows in records.items():
         payload["datasets"][name] = {key: [row[key] for row in rows] for key in COLUMNS}
     room = BYTES - len(json.dumps(payload))
     if room <= 0:
         payload["datasets"] = {}  # the page then has no slider
         sentences.append("There are too many queries for the page: report.md has the numbers.")
-    cards, images = make_cards(records, data_root, summary["reading"], room)
+    cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
     sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")
-    payload |= {"sentences": sentences, "cards": cards, "images": list(images.values())}
+    payload["sentences"] = sentences
+    payload["cards"] = cards
+    payload["images"] = list(images.values())
 
     # 3) Both files
     text = markdown(report, title, sentences)

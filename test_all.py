@@ -4564,7 +4564,7 @@ def first_run(first_root, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     got = evaluation.evaluate(Fake(), first_root, f"{run}/eval", truth=TRUTH)
     result = {key: got[key] for key in ("modes", "curve", "adaptivity")}
-    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0, "seconds": {}})
+    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0})
     write_jsonl(run / "metrics.jsonl", [{"stage": "embed", "step": 10, "nce_direct": 0.1}])
     return run
 
@@ -4616,7 +4616,8 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
 def test_without_steps_or_images(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     write_jsonl(f"{root}/easy.jsonl", rows)
-    write_json(run / "report.json", read_json(run / "report.json") | {"adaptivity": {}})
+    result = read_json(run / "report.json")
+    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
