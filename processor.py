@@ -44,7 +44,16 @@ import torch
 from PIL import Image
 
 from data import is_text, listed, load_image, short
-from model import FACTOR, MERGE, PATCH, PATCH_DIM, TEMPORAL, read_json, rope_positions, write_json
+from model import (
+    FACTOR,
+    MERGE,
+    PATCH,
+    TEMPORAL,
+    read_json,
+    rope_positions,
+    text_positions,
+    write_json,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Text -> ids
@@ -155,7 +164,7 @@ def patchify(frames):
     x = frames.reshape(t, depth, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, channel, frame, row, column)
     x = np.broadcast_to(x, (*x.shape[:6], TEMPORAL, PATCH, PATCH))  # a single frame becomes two
-    return x.reshape(t * h * w, PATCH_DIM), (h, w)
+    return x.reshape(t * h * w, -1), (h, w)
 
 
 def read_pixels(images, min_pixels, max_pixels):
@@ -215,32 +224,35 @@ class Processor:
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
 
     def __post_init__(self):
-        require_positive(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         images = self.min_pixels, self.max_pixels
         frames = self.frame_min_pixels, self.frame_max_pixels
+        require_positive(min_pixels=images[0], max_pixels=images[1], fps=self.fps)
         require_positive(frame_min_pixels=frames[0], frame_max_pixels=frames[1])
         for low, high in (images, frames):
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
-        require_positive(fps=self.fps)
         require_count(max_frames=self.max_frames, max_length=self.max_length)
         as_sentence(self.default_instruction or "")
-        special = self.tokenizer.special
-        try:
-            self.eos_id = special["<|endoftext|>"]
-            self.im_start_id = special["<|im_start|>"]
-            self.im_end_id = special["<|im_end|>"]
-            self.think_id = special["<think>"]
-            self.think_end_id = special["</think>"]
-        except KeyError as e:
-            raise ValueError(f"the tokenizer lacks {e.args[0]}, which Qwen3's has") from None
-        self.check_vocabulary()
+        config, special, size = self.config, self.tokenizer.special, self.tokenizer.size
+        self.eos_id = special["<|endoftext|>"]
+        self.im_start_id = special["<|im_start|>"]
+        self.im_end_id = special["<|im_end|>"]
+        self.think_id = special["<think>"]
+        self.think_end_id = special["</think>"]
+        # Tokenizer and model must be of one checkpoint.
+        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+        ids = [special.get(name) for name in names]
+        model = [config.image_token, config.video_token, config.vision_start, config.vision_end]
+        if ids != model:
+            raise ValueError(f"{', '.join(names)}: tokenizer says {ids}, model {model}")
+        if size > config.vocab:
+            raise ValueError(f"tokenizer has {size} ids, the model {config.vocab}")
         # A rationale is prefix, sampled tokens, </think>, tail; closing ends one that was cut off.
         self.prefix = [self.think_id, *self.tokenizer.encode("\n")]
         self.tail = [*self.tokenizer.encode("\n\n"), self.eos_id]
         self.closing = [*self.tokenizer.encode("\n"), self.think_end_id]
         # Never sampled: image markers, padding, ids without a token. </think> ends a rationale.
-        unused = range(self.tokenizer.size, self.config.vocab)
+        unused = range(size, config.vocab)
         self.suppress_tokens = sorted({*special.values(), *unused} - {self.think_end_id})
         self.generation = {
             "prefix": self.prefix,
@@ -263,13 +275,12 @@ class Processor:
         """
         item = as_dict(item)
         messages = messages_of(item)
-        given = [item.get("instruction"), instruction, self.default_instruction]
-        instruction = next((text for text in given if text is not None), "")
+        given = item.get("instruction", instruction)
         if messages[0]["role"] != "system":
-            text = as_sentence(instruction)
+            text = as_sentence(given if given is not None else self.default_instruction or "")
             if text:
                 messages.insert(0, {"role": "system", "content": text})
-        elif any(given[:2]):  # Python shows a warning once
+        elif given:  # Python shows a warning once
             warnings.warn("an instruction is not read: messages have a system turn", stacklevel=2)
         pieces = []
         for message in messages:
@@ -289,8 +300,6 @@ class Processor:
         video, image, text. TEMPLATE does the same.
         """
         part = {"text": part} if isinstance(part, str) else part
-        if not isinstance(part, dict):
-            raise ValueError(f"a part of content is a {type(part).__name__}, expected a dict")
         part = checked("a part of content", part, PART_KEYS)
         pieces = []
         if "video" in part:
@@ -301,17 +310,15 @@ class Processor:
                 pixels = read_pixels([image], self.min_pixels, self.max_pixels)
                 pieces += self.segment(self.config.image_token, *pixels)
         if "text" in part:
-            pieces.append(self.text(part["text"]))
+            text = part["text"]
+            require(is_text(text), "text", text, "a string")
+            # It is never opened as a file, but the name of one is most likely a mistake.
+            if os.path.isfile(text):  # Python shows a warning once
+                warnings.warn(f"read as text: to show the image, give Path({text!r})", stacklevel=2)
+            pieces.append(UserText(text))
         if not pieces:
             raise ValueError("a part of content: expected text, video or image")
         return pieces
-
-    def text(self, text):
-        """Text is never opened as a file, but the name of one is most likely a mistake."""
-        require(is_text(text), "text", text, "a string")
-        if os.path.isfile(text):  # Python shows a warning once
-            warnings.warn(f"read as text: to show the image, give Path({text!r})", stacklevel=2)
-        return UserText(text)
 
     def segment(self, token, patches, grid):
         """An id for every 2 x 2 patches, between markers; behind them what they stand for."""
@@ -405,17 +412,6 @@ class Processor:
         end = ids.index(self.think_end_id)
         return self.tokenizer.decode(ids[len(self.prefix) : end]).strip()
 
-    def check_vocabulary(self):
-        """Tokenizer and model must be of one checkpoint."""
-        tokenizer, config = self.tokenizer, self.config
-        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-        ids = [tokenizer.special.get(name) for name in names]
-        model = [config.image_token, config.video_token, config.vision_start, config.vision_end]
-        if ids != model:
-            raise ValueError(f"{', '.join(names)}: tokenizer says {ids}, model {model}")
-        if tokenizer.size > config.vocab:
-            raise ValueError(f"tokenizer has {tokenizer.size} ids, the model {config.vocab}")
-
     def padded(self, lengths):
         """How long `collate` makes rows of so many tokens."""
         return [-(-n // self.pad_to) * self.pad_to for n in lengths]
@@ -424,7 +420,7 @@ class Processor:
     def from_folder(cls, folder, config, **settings):
         """The processor of a checkpoint. Each setting is the argument unless that is None, else
         what a checkpoint of ours says, else Qwen's, which has a default instruction."""
-        spec = read_json(os.path.join(folder, "tokenizer.json"))
+        spec = read_json(Path(folder, "tokenizer.json"))
         given = {name: value for name, value in settings.items() if value is not None}
         try:
             saved = cls(Tokenizer(spec), config, **saved_settings(folder))
@@ -456,7 +452,7 @@ class Processor:
         for name in OLDER_FILES:
             Path(folder, name).unlink(missing_ok=True)
         for name, value in files.items():
-            write_json(os.path.join(folder, name), value)
+            write_json(Path(folder, name), value)
         instruction = as_sentence(self.default_instruction or "")
         # A string of JSON is one of Jinja, too.
         template = TEMPLATE.replace("DEFAULT", json.dumps(instruction))
@@ -484,11 +480,11 @@ def messages_of(item):
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError('messages: expected a list of {"role": ..., "content": ...}')
     for i, message in enumerate(messages):
-        has_role = isinstance(message, dict) and message.get("role") in ROLES
-        if not has_role or not isinstance(message.get("content"), (str, list, tuple)):
+        message = checked(f"message {i}", message, ("role", "content"))
+        is_content = isinstance(message.get("content"), (str, list, tuple))
+        if message.get("role") not in ROLES or not is_content:
             wanted = f"a role ({', '.join(ROLES)}) and a content of text or parts"
             raise ValueError(f"message {i}: expected {wanted}")
-        checked(f"message {i}", message, ("role", "content"))
     return list(messages)
 
 
@@ -499,9 +495,11 @@ def content_of(item):
     """
     video = item.get("video")
     clips = [] if video is None else [video]
-    # Its first element is a clip or a frame. A frame may be a dict, too: {"bytes", "path"}.
-    if isinstance(video, (list, tuple)) and video and is_clip(video[0]):
-        clips = video
+    if isinstance(video, (list, tuple)) and video:
+        first = video[0]  # a clip or a frame. A frame may be a dict, too: {"bytes", "path"}
+        has_frames = isinstance(first, dict) and "frames" in first
+        if has_frames or isinstance(first, (list, tuple)):
+            clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
     texts = listed(item.get("text"))
@@ -533,14 +531,11 @@ def decode_reference(name, ref):
         raise ValueError(f"{short(ref)}: not an image in base64 ({e})") from None
 
 
-def is_clip(video):
-    """A list of frames or {"frames", "fps"}."""
-    return isinstance(video, (list, tuple)) or (isinstance(video, dict) and "frames" in video)
-
-
 def checked(what, given, known):
     """A dict without what is None, as Arrow tables fill every column of a struct. Keys that nobody
     reads are typing mistakes, or ids: they are named."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{what} is a {type(given).__name__}, expected a dict")
     given = {name: value for name, value in given.items() if value is not None}
     unread = [name for name in given if name not in known]
     if unread:
@@ -619,12 +614,12 @@ def saved_settings(folder):
 
     An Instruct model's limits are for chatting. So Qwen3-VL-Embedding's hold where we did not save.
     """
-    path = os.path.join(folder, "embedder_config.json")  # which only Processor.save writes
-    if not os.path.exists(path):
+    path = Path(folder, "embedder_config.json")  # which only Processor.save writes
+    if not path.exists():
         return {"default_instruction": DEFAULT_INSTRUCTION, "trained_here": False}
     embedder = read_json(path)
-    image = read_json(os.path.join(folder, "preprocessor_config.json"))
-    video = read_json(os.path.join(folder, "video_preprocessor_config.json"))
+    image = read_json(Path(folder, "preprocessor_config.json"))
+    video = read_json(Path(folder, "video_preprocessor_config.json"))
     return {
         **{name: embedder[name] for name in OUR_SETTINGS},
         "min_pixels": image["size"]["shortest_edge"],
@@ -689,17 +684,11 @@ def lay_out(prompt, branches, config):
     ids = prompt["ids"]
     positions = rope_positions(ids, prompt["image_grid"], config)  # (3, n)
     first = positions.max() + 1
-    branch = np.zeros_like(ids)
-    table = [np.stack([ids, *positions, branch])]
-    ends = []
-    n = len(ids)
+    table = [np.stack([ids, *positions, np.zeros_like(ids)])]
     for k, tokens in enumerate(branches, 1):
-        step = np.arange(len(tokens))
-        position = first + step
-        branch = np.full_like(step, k)
-        table.append(np.stack([tokens, position, position, position, branch]))
-        n += len(tokens)
-        ends.append(n - 1)
+        position = text_positions(first, len(tokens))  # (3, n)
+        table.append(np.stack([tokens, *position, np.full(len(tokens), k)]))
+    ends = np.cumsum([part.shape[1] for part in table])[1:] - 1
     return np.concatenate(table, axis=1), ends
 
 

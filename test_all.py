@@ -3280,7 +3280,7 @@ BAD_FOLDERS = [
     ("tokenizer.json", {"normalizer": None}, "expected the normalizer NFC"),
     ("tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel"}}, "one pattern that splits text"),
     ("tokenizer.json", {"model": {"type": "WordPiece", "vocab": {}}}, "KeyError.'merges'"),
-    ("tokenizer.json", {"added_tokens": []}, r"the tokenizer lacks <\|endoftext\|>"),
+    ("tokenizer.json", {"added_tokens": []}, r"KeyError.'<\|endoftext\|>'"),
     ("preprocessor_config.json", {"size": 3}, "TypeError"),
     ("embedder_config.json", {"max_frames": "x"}, "max_frames='x': expected a whole number"),
 ]
