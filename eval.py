@@ -119,9 +119,7 @@ def score_ranks(ranks, grades=None):
 
 def grid_scores(queries, candidates):
     """(n, d), (m, d) -> (n, m) int64: dot products in units of 2^-25. ValueError for NaN."""
-    queries = np.asarray(queries, np.float64)
-    candidates = np.asarray(candidates, np.float64)
-    product = queries @ candidates.T
+    product = np.asarray(queries, np.float64) @ np.asarray(candidates, np.float64).T
     if not np.isfinite(product).all():  # NaN would sort anywhere
         raise ValueError("a vector with NaN or infinity is not ranked")
     return np.rint(product * GRID).astype(np.int64)
@@ -229,15 +227,14 @@ def measure(embedder, es, modes, threshold, options):
             rows = []  # nothing is left to compute
             for direct, reasoned in zip(results["never"], results["always"]):
                 rows.append(reasoned if direct["p_reason"] > threshold else direct)
-            results[mode] = rows
-            continue
-        how["reason"] = "auto" if mode == "adaptive" else mode
-        vectors, rows = embed(embedder, es.queries, f"{es.name} query", es.query_ids, **how)
-        ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
-        for i, row in enumerate(rows):
-            grades = es.grades[i] if es.grades else None
-            row["scores"] = score_ranks(ranks[i], grades)
-            row["top"] = [es.cand_ids[c] for c in top[i]]
+        else:
+            how["reason"] = "auto" if mode == "adaptive" else mode
+            vectors, rows = embed(embedder, es.queries, f"{es.name} query", es.query_ids, **how)
+            ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
+            for i, row in enumerate(rows):
+                grades = es.grades[i] if es.grades else None
+                row["scores"] = score_ranks(ranks[i], grades)
+                row["top"] = [es.cand_ids[c] for c in top[i]]
         results[mode] = rows
     return results
 
@@ -329,7 +326,7 @@ def summarise(table, modality, share):
     }
 
 
-def mode_table(records, modality, threshold=0.5):
+def mode_table(records, modality, threshold):
     """Records of never and always -> (modes, curve), as report.json has them.
 
     records, modality: {dataset: rows of its queries.jsonl}, {dataset: "image", "video" or "visdoc"}
@@ -371,14 +368,6 @@ def mode_table(records, modality, threshold=0.5):
     return modes, curve
 
 
-def chance_of_more(high, low):
-    """The chance that a number of `high` (n,) is above one of `low` (m,), ties counting half."""
-    gap = np.subtract.outer(high, low)  # each against each
-    if gap.size == 0:
-        return None
-    return np.mean((gap > 0) + 0.5 * (gap == 0))
-
-
 def adaptivity(records, truth):
     """Does the decision follow the content within a dataset? -> {dataset: {auc, ...}}.
 
@@ -396,7 +385,9 @@ def adaptivity(records, truth):
         if not len(known):
             continue
         p_reason = column(rows, "p_reason")
-        out[name] = {"auc": chance_of_more(p_reason[steps >= 2], p_reason[steps == 0])}
+        gap = np.subtract.outer(p_reason[steps >= 2], p_reason[steps == 0])  # each against each
+        auc = np.mean((gap > 0) + 0.5 * (gap == 0)) if gap.size else None
+        out[name] = {"auc": auc}
         for title, key in (("reason_rate", "reasoned"), ("never", "never"), ("always", "always")):
             values = column(rows, key)
             out[name][title] = {str(n): values[steps == n].mean() for n in known}
@@ -454,14 +445,18 @@ def evaluate(
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
 
     # 2) What they say together, in the order of the table.
-    names = [row["name"] for row in asked if row["name"] in measured]
-    datasets = {name: measured[name][0] for name in names}
-    records = {name: measured[name][1] for name in names}
+    datasets, records, missing = {}, {}, []
+    for row in asked:
+        name = row["name"]
+        if name in measured:
+            datasets[name], records[name] = measured[name]
+        else:
+            missing.append(name)
     modality = {name: about["modality"] for name, about in datasets.items()}
     scores = {name: about["score"] for name, about in datasets.items()}
     summary = {
         **plain_means(scores, modality),
-        "missing": [row["name"] for row in asked if row["name"] not in measured],
+        "missing": missing,
         "datasets": datasets,
         "mode": primary,
         "threshold": threshold,
