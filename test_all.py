@@ -168,6 +168,19 @@ def make_clip(n, fps=None, seed=5):
     return frames if fps is None else {"frames": frames, "fps": fps}
 
 
+def one_of_two(rank, work, folder, *more):
+    """A process of its own: joins the other one and does work(rank, folder, ...)."""
+    group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
+    work(rank, folder, *more)
+    scale.barrier()
+    os._exit(0)  # without pytest's own ending
+
+
+def in_two_processes(work, folder, *more):
+    start_processes(one_of_two, (work, folder, *more), nprocs=2, start_method="fork")
+
+
 # One item of every kind.
 ITEMS = [
     "What is this?",
@@ -858,7 +871,7 @@ def nce_by_loops(q, t, positive, temperature, weights):
     return total / float(weights.sum())
 
 
-@pytest.mark.parametrize("dims", [(), (2, 4), (6,)])
+@pytest.mark.parametrize("dims", [(), (2, 6)])
 def test_info_nce_against_a_double_loop(dims):
     generator = torch.Generator().manual_seed(0)
     t = F.normalize(torch.randn(7, 6, generator=generator, dtype=torch.double), dim=-1)
@@ -927,17 +940,19 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
         weights = p_reason / (p_reason + p_direct)
         assert weights.max() - weights.min() > 0.05  # else they would prove nothing
 
-    labels = torch.tensor(labels)
+    labels, logits = torch.tensor(labels), torch.stack(logits)
+    right = (logits.argmax(1) == labels)[labels >= 0].float().mean()
     parts = {
         "nce_direct": embed.info_nce(direct, t, positive, cfg.temperature),
         "nce_reason": embed.info_nce(reasoned, t, positive[has], cfg.temperature, weights),
         "lm": -torch.cat(logp).mean(),
-        "decision": F.cross_entropy(torch.stack(logits)[labels >= 0], labels[labels >= 0]),
+        "decision": F.cross_entropy(logits, labels, ignore_index=-1),
     }
     weights = {"lm": cfg.lm_weight, "decision": cfg.decision_weight}
     loss = sum(weights.get(name, 1.0) * value for name, value in parts.items())
     loss.backward()
-    return {"loss": loss.item(), **{name: value.item() for name, value in parts.items()}}
+    parts |= {"loss": loss, "decision_right": right}
+    return {name: value.item() for name, value in parts.items()}
 
 
 def take_gradient(model):
@@ -962,7 +977,6 @@ def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkey
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4), name
         assert (take_gradient(e.model) - gradient).norm() / gradient.norm() < 2e-5
-        assert 0 <= metrics["decision_right"] <= 1
 
 
 def test_contrastive_step_without_rationales_is_the_direct_loss():
@@ -976,20 +990,16 @@ def test_contrastive_step_without_rationales_is_the_direct_loss():
 
 def step_of_a_process(rank, folder):
     """Six of the ten pairs in one process, four in the other."""
-    group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
     e = tiny_embedder(5)
     case = [part[6 * rank : 6 + 4 * rank] for part in step_case(e.processor)]
     cfg = step_config(chunk_tokens=99)
     metrics = embed.contrastive_step(e.model, e.processor, *case, cfg, True)
     torch.save((metrics, take_gradient(e.model)), f"{folder}/{rank}.pt")
-    scale.barrier()
-    os._exit(0)  # without pytest's own ending
 
 
 def test_contrastive_step_of_two_processes_equals_one(tmp_path):
     """The columns of the joined batch are found, though equal targets are in both processes."""
-    start_processes(step_of_a_process, (str(tmp_path),), nprocs=2, start_method="fork")
+    in_two_processes(step_of_a_process, tmp_path)
     e = tiny_embedder(5)
     case = step_case(e.processor)
     expected = embed.contrastive_step(e.model, e.processor, *case, step_config(), True)
@@ -1158,9 +1168,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
 
 BAD_RUNS = {  # lines, options, what is said
     "no image": (b'"a"\n\n{"image": "no.png"}', "", "in.jsonl, line 3: item 1: .*no.png"),
-    "no item": (b'"a"\n7', "", "in.jsonl, line 2: item 1: "),
-    "not JSON": (b'"a"\n{', "", "in.jsonl, line 2: not valid JSON"),
-    "not UTF-8": (b'"\xff"', "", "line 1: not valid JSON .*utf-8"),
+    "not UTF-8": (b'"a"\n"\xff"', "", "in.jsonl, line 2: not valid JSON .*utf-8"),
     "nowhere": (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
     "no input": (b'"a"', "--input no.jsonl", "no.jsonl"),
     "no folder": (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder"),
@@ -1171,7 +1179,6 @@ BAD_RUNS = {  # lines, options, what is said
     "dim": (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     "device": (b'"a"', "--device no", "device no"),
     "dtype": (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
-    "batch": (b'"a"', "--batch-size 0", "batch_size=0: expected a whole number above 0"),
 }
 
 
@@ -1184,9 +1191,9 @@ def test_bad_input_is_one_line(fault, folder, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and (tmp_path / "in.jsonl").read_bytes() == lines
 
 
-BAD_OPTIONS = [("reason", "yes"), ("dim", -1), ("dim", 4.0), ("dim", True), ("batch_size", "8")]
-BAD_OPTIONS += [("max_new_tokens", 0), ("threshold", "0.5"), ("threshold", None)]
-BAD_OPTIONS += [("temperature", None), ("temperature", math.inf), ("temperature", -1)]
+BAD_OPTIONS = [("reason", "yes"), ("dim", -1), ("dim", True), ("batch_size", "8")]
+BAD_OPTIONS += [("max_new_tokens", 0), ("threshold", None), ("temperature", None)]
+BAD_OPTIONS += [("temperature", math.inf), ("temperature", -1)]
 
 
 @pytest.mark.parametrize("name, value", BAD_OPTIONS)
@@ -1199,11 +1206,9 @@ def test_vectors_do_not_depend_on_torchs_default_type():
     e = tiny_embedder()
     expected = e.encode(ITEMS)
     try:
-        for dtype in (torch.bfloat16, torch.float64):
-            torch.set_default_dtype(dtype)
-            v = e.encode(ITEMS)
-            assert v.dtype == np.float32 and np.allclose(v, expected, atol=1e-6)
-            assert e.encode([]).dtype == np.float32
+        torch.set_default_dtype(torch.bfloat16)
+        v = e.encode(ITEMS)
+        assert v.dtype == e.encode([]).dtype == np.float32 and np.allclose(v, expected, atol=1e-6)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -2910,7 +2915,6 @@ FRAMES = "<|vision_start|><|video_pad|><|vision_end|>"
 def test_processor_prompt_by_hand():
     processor, image = tiny_processor(), make_image(70, 45)
     for item, text in (
-        ("hi", USER + "hi" + END),
         ({"text": ["", ""]}, USER + "NULL" + END),
         ({"image": image, "text": ""}, USER + IMAGE + END),
         (
@@ -3045,14 +3049,12 @@ def test_processor_tokenizer_equals_tokenizers():
         assert_equals_tokenizers(official, 10000, 0xD7FF, seed=1)
 
 
-SIZES = [(17, 400), (400, 30), (1000, 777), (50, 51), (31, 6000), (2000, 2000)]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_processor_smart_resize_equals_transformers(size):
+def test_processor_smart_resize_equals_transformers():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    for low, high in ((4096, 1843200), (1024, 8192), (65536, 65536)):
+    sizes = [(17, 400), (400, 30), (1000, 777), (50, 51), (31, 6000), (2000, 2000)]
+    limits = [(4096, 1843200), (1024, 8192), (65536, 65536)]
+    for size, (low, high) in itertools.product(sizes, limits):
         expected = smart_resize(*size, factor=32, min_pixels=low, max_pixels=high)
         assert P.smart_resize(*size, low, high) == expected
     assert P.smart_resize(1, 1, 1024, 8192) == (32, 32)  # transformers refuses it
@@ -3100,10 +3102,7 @@ def test_processor_chat_template_equals_ours(default, opening, tmp_path):
         assert text == re.sub(clip, "<|video_pad|>", ours)
 
 
-PARTS = [{}, {"image": None}, {"type": "text"}, {"type": "audio", "audio": "a"}]
-
-
-@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("part", [{"image": None}, {"type": "audio", "audio": "a"}], ids=str)
 def test_processor_chat_template_refuses_what_we_refuse(folder, part):
     library, messages = transformers_tokenizer(folder), said(part)["messages"]
     for kind in ("image", "video"):  # for who hands over images apart
@@ -3243,17 +3242,14 @@ BAD_ITEMS = [
     (5, "image: .* got 5"),
     (None, "a NoneType: expected a string"),
     ({"txt": "a", "text": None}, "an item with the keys 'txt': expected text"),
-    ({"text": 5}, "text=5: expected a string"),
     ({"text": "a", "instruction": 3}, "instruction=3: expected text"),
     ("half \ud83d an emoji", r"text='half .ud83d an emoji': expected a string"),
-    (b"no image", "image: cannot be read as an image"),
     ({"image": "/no/such.png"}, "such.png: cannot be read as an image"),
     ({"image": "data:image/png;base64,abc"}, "'abc': not an image in base64"),
     ({**said("a"), "text": "b"}, "not both"),
     ({"video": [make_image(64, 64), make_image(900, 2)]}, "900x2 pixels.*200 to 1"),
     ({"video": []}, "a video without frames"),
     ({"video": "film.mp4"}, "a video without frames"),
-    ({"video": {"fps": 2}}, "a video without frames"),
     ({"video": make_clip(2, 0)}, "fps=0: expected a finite number"),
     ({"messages": []}, "messages: expected a list"),
     (said("x", role="tool"), "message 0: expected a role"),
@@ -3279,7 +3275,6 @@ def change_json(path, **change):
 BAD_FOLDERS = [
     ("tokenizer.json", {"normalizer": None}, "expected the normalizer NFC"),
     ("tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel"}}, "one pattern that splits text"),
-    ("tokenizer.json", {"model": {"type": "WordPiece", "vocab": {}}}, "KeyError.'merges'"),
     ("tokenizer.json", {"added_tokens": []}, r"KeyError.'<\|endoftext\|>'"),
     ("preprocessor_config.json", {"size": 3}, "TypeError"),
     ("embedder_config.json", {"max_frames": "x"}, "max_frames='x': expected a whole number"),
@@ -4437,10 +4432,9 @@ def root(first_root, tmp_path):
 def test_a_run_and_its_files(first_root, tmp_path):
     got = evaluation.evaluate(Fake(), first_root, str(tmp_path), truth=TRUTH)
     modes = got["modes"]
-    few = evaluation.evaluate(
-        Fake(), first_root, str(tmp_path / "few"), modes=["adaptive", "never"]
-    )
-    assert few["mode"] == "adaptive" and few["overall"] == 1
+    # A further call, with other tasks: all that is there is in the leaderboard.
+    few = evaluation.evaluate(Fake(), first_root, str(tmp_path), ["easy"], ["adaptive", "never"])
+    assert few["mode"] == "adaptive" and few["overall"] == 1 and list(few["datasets"]) == ["easy"]
     assert got["missing"] == ["absent"]
     assert got["overall"] == modes["adaptive"]["overall"] == modes["oracle"]["overall"] == 1
     assert modes["never"]["datasets"] == {"easy": 1, "hard": 0}
@@ -4454,18 +4448,15 @@ def test_a_run_and_its_files(first_root, tmp_path):
     assert (first["never"], first["always"], first["rationale"]) == (0, 1, "see <b>")
     assert first["top3"]["always"][0] == KEY != first["top3"]["never"][0]
     board = read_json(tmp_path / "leaderboard.json")["metrics"]
-    assert board["image"]["easy"]["hit@1"] == 1 and board["video"] == {"absent": "DIR_N/A"}
+    assert board["image"]["easy"]["hit@1"] == board["image"]["hard"]["hit@1"] == 1
+    assert board["video"] == {"absent": "DIR_N/A"}
 
 
-def evaluation_of_a_process(rank, root, folder):
+def evaluation_of_a_process(rank, folder, root):
     """The first measures absent and hard, the second easy."""
-    group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
     fake = Fake()
     summary = evaluation.evaluate(fake, root, f"{folder}/two", truth=TRUTH)
     write_json(f"{folder}/{rank}.json", [summary, fake.calls])
-    scale.barrier()
-    os._exit(0)  # without pytest's own ending
 
 
 def test_an_evaluation_by_two_processes_equals_one(first_root, tmp_path, monkeypatch):
@@ -4473,8 +4464,7 @@ def test_an_evaluation_by_two_processes_equals_one(first_root, tmp_path, monkeyp
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: 0))
     one, two = tmp_path / "one", tmp_path / "two"
     evaluation.evaluate(Fake(), first_root, str(one), truth=TRUTH)
-    where = (first_root, str(tmp_path))
-    start_processes(evaluation_of_a_process, where, nprocs=2, start_method="fork")
+    in_two_processes(evaluation_of_a_process, tmp_path, first_root)
     expected = read_json(one / "summary.json")
     assert list(expected["datasets"]) == ["easy", "hard"]
     for process in range(2):
@@ -4486,14 +4476,6 @@ def test_an_evaluation_by_two_processes_equals_one(first_root, tmp_path, monkeyp
     for file in files:
         same = (two / file).read_bytes() == (one / file).read_bytes()
         assert same or file.name == "leaderboard.json"  # the time, and the summary's metrics
-
-
-def test_calls_with_other_tasks_fill_one_leaderboard(first_root, tmp_path):
-    for task in ("easy", "hard"):
-        got = evaluation.evaluate(Fake(), first_root, str(tmp_path), [task])
-        assert list(got["datasets"]) == [task]
-    board = read_json(tmp_path / "leaderboard.json")["metrics"]["image"]
-    assert "FILE_N/A" not in (board["easy"], board["hard"])
 
 
 def test_grades_of_pages_are_written(tmp_path):
@@ -4537,7 +4519,6 @@ def test_the_command_line_hands_its_options_over(monkeypatch, first_root):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ("--threshold x", "--threshold"),
         ("--reason often", "--reason"),
         ("--limit 0", "--limit: 0 is less than 1"),
         ("--data nowhere", "nowhere"),
