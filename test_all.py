@@ -838,20 +838,27 @@ def test_pool_takes_the_state_at_each_end():
     assert vectors.tolist() == [[pytest.approx([0.6, 0.8]), [0.0, 1.0], [0.0, 0.0]]]
 
 
+@torch.no_grad()
 def test_one_prefill_gives_the_direct_vector_and_the_decision():
-    """A model that decides costs as many forward passes and tokens as one that cannot."""
-    e = tiny_embedder(3)
+    """A model that decides costs as many forward passes and tokens as one that cannot. The
+    reasoned vector is that of prompt and rationale."""
+    e, prompt = tiny_embedder(3), tiny_processor()(ITEMS[5])
     e.model.forward = Mock(wraps=e.model.forward)
-    v, info = e.encode(ITEMS[5:6], threshold=1.0, return_info=True)
-    prompt = e.processor(ITEMS[5])
+    v, info = e.encode(ITEMS[5], threshold=1.0, return_info=True)
     n = len(prompt["ids"])
     e.model.forward.assert_called_once()
     assert e.model.forward.call_args.args[0]["ids"].shape == (1, n + 1)
-    with torch.no_grad():
-        h = states_of(e.model, e.processor, prompt, [e.processor.eos_id])
-        logits = e.model.logits(h[n - 1])[[e.processor.eos_id, e.processor.think_id]]
+    h = states_of(e.model, e.processor, prompt, [e.processor.eos_id])
+    logits = e.model.logits(h[n - 1])[[e.processor.eos_id, e.processor.think_id]]
     assert np.allclose(v[0], F.normalize(h[n], dim=-1), atol=1e-6)
     assert info[0]["p_reason"] == pytest.approx(logits.softmax(-1)[1].item(), abs=1e-6)
+    v, info = e.encode(ITEMS[5], reason="always", return_info=True, max_new_tokens=4)
+    rollouts = M.generate(e.model, P.collate([prompt], e.processor), 4, **e.processor.generation)
+    rationale = rollouts.tokens[0][0]
+    h = states_of(e.model, e.processor, prompt, rationale)
+    assert np.allclose(v[0], F.normalize(h[-1], dim=0), atol=1e-5)
+    assert info[0]["rationale"] == e.processor.rationale_text(rationale)
+    assert info[0]["new_tokens"] == rollouts.num_sampled.item()
 
 
 # The losses
@@ -1014,11 +1021,10 @@ def test_contrastive_step_of_two_processes_equals_one(tmp_path):
 
 @pytest.mark.parametrize("reason", ["never", "always", "auto"])
 def test_a_mixed_batch_equals_its_items_alone(reason):
-    """Vectors, decisions and greedy rationales do not depend on what shares the batch; items and
-    weights stay as they are."""
+    """Vectors, decisions and greedy rationales do not depend on what shares the batch; items stay
+    as they are."""
     e = tiny_embedder(2)
     before = repr(ITEMS), ITEMS[5]["image"].tobytes()
-    weights = copy.deepcopy(e.model.state_dict())
     options = {"reason": reason, "max_new_tokens": 6, "return_info": True, "threshold": 0.48}
     alone = [e.encode(item, **options) for item in ITEMS]
     v, infos = e.encode(ITEMS, batch_size=5, **options)
@@ -1030,32 +1036,17 @@ def test_a_mixed_batch_equals_its_items_alone(reason):
     reasoned = {info["reasoned"] for info in infos}
     assert reasoned == {"never": {False}, "always": {True}, "auto": {True, False}}[reason]
     assert (repr(ITEMS), ITEMS[5]["image"].tobytes()) == before
-    assert all(torch.equal(x, weights[name]) for name, x in e.model.state_dict().items())
-
-
-def test_the_reasoned_vector_is_that_of_prompt_and_rationale():
-    e = tiny_embedder(2)
-    v, info = e.encode([ITEMS[5]], reason="always", return_info=True, max_new_tokens=4)
-    prompt = e.processor(ITEMS[5])
-    rollouts = M.generate(e.model, P.collate([prompt], e.processor), 4, **e.processor.generation)
-    with torch.no_grad():
-        h = states_of(e.model, e.processor, prompt, rollouts.tokens[0][0])
-    assert np.allclose(v[0], F.normalize(h[-1], dim=0), atol=1e-5)
-    assert info[0]["rationale"] == e.processor.rationale_text(rollouts.tokens[0][0])
-    assert 1 <= info[0]["new_tokens"] <= 4
 
 
 def test_encode_options():
     e, items = tiny_embedder(), ITEMS[:3]
     v = e.encode_document(items)
     assert np.array_equal(e.encode((x for x in items), reason="never", show_progress=True), v)
-    assert np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-6)
-    raw = e.encode(items, reason="never", normalize=False, convert_to_numpy=False)
+    raw = e.encode_document(items, normalize=False, convert_to_numpy=False)
     assert torch.allclose(F.normalize(raw, dim=-1), torch.from_numpy(v)) and raw.norm() > 4
-    short = e.encode(items, reason="never", dim=8)
+    short = e.encode_document(items, dim=8)
     assert np.allclose(short, F.normalize(raw[:, :8], dim=-1), atol=1e-6)
-    assert e.encode("alone").shape == (1, 64)
-    assert e.encode(make_image(40, 40)).shape == (1, 64)
+    assert e.encode("alone").shape == e.encode(make_image(40, 40)).shape == (1, 64)
     assert e.encode([]).shape == (0, 64) and e.encode([], return_info=True)[1] == []
     assert torch.allclose(e.process(items), torch.from_numpy(v))
     assert torch.allclose(e.similarity(v, torch.tensor(v) * 3), torch.tensor(v @ v.T), atol=1e-6)
@@ -1064,8 +1055,8 @@ def test_encode_options():
     assert info[0]["reasoned"] and info[0]["new_tokens"] == 1
     options = {"reason": "always", "temperature": 2.0, "max_new_tokens": 4}
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    sampled = [e.encode(items, **options, generator=generator) for generator in generators]
-    assert np.array_equal(sampled[0], sampled[1]) and not np.array_equal(sampled[0], sampled[2])
+    a, b, c = (e.encode(items, **options, generator=generator) for generator in generators)
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
 def test_tau_is_still_taken():
@@ -2942,23 +2933,20 @@ def test_processor_collate_by_hand():
     processor = tiny_processor()
     eos = processor.eos_id
     prompts = []
-    for ids in ([7, 8], [7, 8, 9, 10, 11]):
+    for ids in ([7, 8], [7, 8, 9]):
         prompts.append({"ids": np.array(ids), "pixel_values": [], "image_grid": []})
-    processor.pad_to = 4
     batch = P.collate(prompts, processor, [[[1, 2, eos]], []])
-    assert batch["ids"].tolist() == [
-        [7, 8, eos, 1, 2, eos, eos, eos],
-        [7, 8, 9, 10, 11, eos, eos, eos],
-    ]
-    assert batch["branch"].tolist() == [[0, 0, 1, 2, 2, 2, -1, -1], [0, 0, 0, 0, 0, 1, -1, -1]]
-    assert batch["positions"][0].tolist() == [[0, 1, 2, 2, 3, 4, 1, 1], [0, 1, 2, 3, 4, 5, 1, 1]]
-    assert batch["ends"].tolist() == [[2, 5], [5, -1]]
-    assert batch["lengths"].tolist() == [6, 6]
+    assert batch["ids"].tolist() == [[7, 8, eos, 1, 2, eos], [7, 8, 9, eos, eos, eos]]
+    assert batch["branch"].tolist() == [[0, 0, 1, 2, 2, 2], [0, 0, 0, 1, -1, -1]]
+    assert batch["positions"][0].tolist() == [[0, 1, 2, 2, 3, 4], [0, 1, 2, 3, 1, 1]]
+    assert batch["ends"].tolist() == [[2, 5], [3, -1]]
+    assert batch["lengths"].tolist() == [6, 4]
     assert batch["pixel_values"] is None
-    direct = P.collate(prompts, tiny_processor())
+    processor.pad_to = 3
+    direct = P.collate(prompts, processor)
     assert direct["branch"] is None
     assert direct["ids"].shape == (2, 6)
-    assert direct["ends"].tolist() == [[2], [5]]
+    assert direct["ends"].tolist() == [[2], [3]]
 
 
 def test_processor_instruction_precedence():
@@ -4265,8 +4253,6 @@ def test_ties_count_against_the_model_and_nan_is_refused(monkeypatch):
     c = np.repeat(c[:1], 1000, 0)
     ranks, top = evaluation.rank(q, c, [[0], [5], [999]])
     assert np.concatenate(ranks).tolist() == [1000] * 3 and top[0][0] == 1
-    for m in (2, 17):
-        assert evaluation.rank(q[:1], c[:m], [[0]])[0][0] == m
     c[2, 1] = np.nan
     for local in (None, [np.arange(5)] * 3):
         with pytest.raises(ValueError, match="NaN"):
@@ -4344,14 +4330,11 @@ def test_adaptivity_by_hand():
 
 
 def test_the_overall_is_a_mean_over_datasets():
-    """Any scores with VLM2Vec-V2.0's published means give its published overall: not the mean of
-    three modalities."""
+    """VLM2Vec-V2.0's published means give its published overall: not the mean of three
+    modalities."""
     published = {"image": 64.85, "video": 34.58, "visdoc": 65.36}
     modality = {row["name"]: row["modality"] for row in data.EVAL}
-    scores = {}
-    for kind, mean in published.items():
-        names = [name for name in modality if modality[name] == kind]
-        scores |= dict(zip(names, mean + np.linspace(-9, 9, len(names))))
+    scores = {name: published[kind] for name, kind in modality.items()}
     got = evaluation.plain_means(scores, modality)
     assert {key: round(mean, 2) for key, mean in got.items()} == published | {"overall": 58.02}
 
