@@ -36,6 +36,7 @@ import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scale
-from model import Cache, generate, load_model, save_model, write_json
+from model import Cache, generate, load_model, save_model, write_json, write_rows
 from processor import Processor, collate, prompt_key, require, require_count
 
 # --------------------------------------------------------------------------------------------------
@@ -411,7 +412,7 @@ class Embedder:
         require_count(batch_size=batch_size, max_new_tokens=max_new_tokens)
         if dim is not None:
             require_count(dim=dim)
-            require(dim in range(1, H + 1), "dim", dim, f"a whole number from 1 to {H}")
+            require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
 
         if reason == "auto" and not has_head:
             warnings.warn("no lm_head: this checkpoint only embeds directly", stacklevel=2)
@@ -426,11 +427,9 @@ class Embedder:
             first = len(infos)  # this window's first item
             lengths = [len(prompt["ids"]) + 1 for prompt in prompts]
             for rows in self.batches(lengths, batch_size):
-                try:
-                    v, info = self.embed_prompts([prompts[row] for row in rows], *generation)
-                except ItemError as e:
-                    raise ItemError(first + rows[e.index], e.why) from e
-                order += [first + row for row in rows]
+                places = [first + row for row in rows]
+                v, info = self.embed_prompts([prompts[row] for row in rows], places, *generation)
+                order += places
                 vectors.append(v.cpu())
                 infos += info
 
@@ -470,37 +469,41 @@ class Embedder:
                 yield rows[i : i + batch_size]
 
     @torch.no_grad()
-    def embed_prompts(self, prompts, reason, threshold, max_new_tokens, temperature, generator):
+    def embed_prompts(
+        self, prompts, places, reason, threshold, max_new_tokens, temperature, generator
+    ):
         """One batch of n prompts -> final states (n, H), fp32, not yet of length 1, and infos.
 
         One prefill gives the direct vector and the decision; rows that reason continue its cache.
-        Raises ItemError, with the index of the row, where a number is not finite.
+        Raises ItemError, with the place of the item, where a number is not finite.
         """
         model, processor = self.model, self.processor
         batch = collate(prompts, processor, device=model.device)
         cache = Cache() if model.has_head and reason != "never" else None
         h = model(batch, cache)
         v = states_at(h, batch["ends"])[:, 0].float()
-        p_reason = [None] * len(prompts)
+        p_reason, rows = [None] * len(prompts), []
         if model.has_head:
             p = decision_logits(model, h, batch, processor).softmax(-1)
-            require_finite(p, model.dtype)
+            require_finite(p, model.dtype, places)
             p_reason = p[:, 1].tolist()
-        direct = {"reasoned": False, "p_reason": None, "rationale": None, "new_tokens": 0}
-        infos = [{**direct, "p_reason": p} for p in p_reason]
-        least = {"never": math.inf, "always": -1.0, "auto": threshold}[reason]
-        rows = [row for row, p in enumerate(p_reason) if p is not None and p > least]
+            least = {"never": math.inf, "always": -1.0, "auto": threshold}[reason]
+            rows = [row for row, p in enumerate(p_reason) if p > least]
+        infos = []
+        for p in p_reason:
+            infos.append({"reasoned": False, "p_reason": p, "rationale": None, "new_tokens": 0})
         if rows:
             # The keys of the prompt are in the cache: only the rationale's tokens are computed.
             sampling = {"temperature": temperature, "generator": generator, **processor.generation}
-            prompt = {"prefill": (h, cache), "rows": rows}
-            rollouts = generate(model, batch, max_new_tokens, **prompt, **sampling)
+            rollouts = generate(
+                model, batch, max_new_tokens, prefill=(h, cache), rows=rows, **sampling
+            )
             v[rows] = rollouts.last[:, 0].float()
             for i, row in enumerate(rows):
                 text = processor.rationale_text(rollouts.tokens[i][0])
                 count = int(rollouts.num_sampled[i, 0])
                 infos[row].update(reasoned=True, rationale=text, new_tokens=count)
-        require_finite(v, model.dtype)
+        require_finite(v, model.dtype, places)
         return v, infos
 
     def encode_query(self, items, instruction=None, **options):
@@ -528,19 +531,18 @@ class Embedder:
         save_model(self.model, folder, self.processor.im_end_id, self.processor.eos_id)
         self.processor.save(folder)
         for name, value in sentence_transformers_files(self.model.c.hidden).items():
-            path = os.path.join(folder, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            path = Path(folder, name)
+            path.parent.mkdir(exist_ok=True)
             write_json(path, value)
 
 
-def require_finite(values, dtype):
-    """values (n, d): raises ItemError for the first row that has no direction, because a number or
-    the sum of the squares is not finite, or because all are zero."""
-    length = values.norm(dim=1)
-    bad = (~length.isfinite() | (length < 1e-12)).nonzero().flatten().tolist()
-    if bad:
-        why = f"its vector or p_reason is zero or not finite in {dtype}; use bfloat16 or float32"
-        raise ItemError(bad[0], why)
+def require_finite(values, dtype, places):
+    """values (n, d) of the items at these places: raises ItemError for the first that has no
+    direction, because a number or the sum of the squares is not finite, or because all are zero."""
+    for length, place in zip(values.norm(dim=1).tolist(), places):
+        if not 1e-12 <= length < math.inf:
+            why = f"its vector or p_reason is zero or not finite in {dtype}"
+            raise ItemError(place, f"{why}; use bfloat16 or float32")
 
 
 def find_folder(path_or_id, revision=None):
@@ -571,15 +573,15 @@ def sentence_transformers_files(hidden):
     tokenizer.json appends <|endoftext|> by itself, and the chat template opens the answer: so the
     last token is the one to pool.
     """
-    package = "sentence_transformers"
-    transformer = f"{package}.base.modules.transformer.Transformer"
-    pooling = f"{package}.sentence_transformer.modules.pooling.Pooling"
-    normalize = f"{package}.base.modules.normalize.Normalize"
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": transformer},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": pooling},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": normalize},
-    ]
+    kinds = {
+        "": "base.modules.transformer.Transformer",
+        "1_Pooling": "sentence_transformer.modules.pooling.Pooling",
+        "2_Normalize": "base.modules.normalize.Normalize",
+    }
+    modules = []
+    for i, (path, name) in enumerate(kinds.items()):
+        kind = f"sentence_transformers.{name}"
+        modules.append({"idx": i, "name": str(i), "path": path, "type": kind})
     state = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities = dict.fromkeys(("text", "image", "image+text"), state)
     modalities["message"] = {**state, "format": "structured"}
@@ -651,13 +653,12 @@ def run(model, source, output, opening, encoding):
         raise ValueError(f"{source}: no items")
     embedder = Embedder.from_pretrained(model, **opening)
     try:
-        with contextlib.chdir(os.path.dirname(source) or "."):  # there the paths of images start
+        with contextlib.chdir(Path(source).parent):  # there the paths of images start
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
         raise ValueError(f"{source}, line {list(items)[e.index]}: {e}") from e
     np.save(output, v)
-    with open(facts, "w", encoding="ascii") as f:  # json escapes the rest: half an emoji, too
-        f.writelines(json.dumps(info, allow_nan=False) + "\n" for info in infos)
+    write_rows(facts, infos)
     reasoned = sum(info["reasoned"] for info in infos)
     print(f"{output}: {v.shape[0]} vectors of {v.shape[1]} numbers; {reasoned} reasoned")
 

@@ -51,7 +51,6 @@ from model import (
     TEMPORAL,
     read_json,
     rope_positions,
-    text_positions,
     write_json,
 )
 
@@ -686,8 +685,9 @@ def lay_out(prompt, branches, config):
     first = positions.max() + 1
     table = [np.stack([ids, *positions, np.zeros_like(ids)])]
     for k, tokens in enumerate(branches, 1):
-        position = text_positions(first, len(tokens))  # (3, n)
-        table.append(np.stack([tokens, *position, np.full(len(tokens), k)]))
+        position = first + np.arange(len(tokens))
+        branch = np.full(len(tokens), k)
+        table.append(np.stack([tokens, position, position, position, branch]))
     ends = np.cumsum([part.shape[1] for part in table])[1:] - 1
     return np.concatenate(table, axis=1), ends
 
