@@ -44,7 +44,6 @@ Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; comments say where the referen
 """
 
 import argparse
-import contextlib
 import functools
 import glob
 import hashlib
@@ -77,7 +76,8 @@ TABLE_FILES = (".parquet", ".jsonl", ".json")
 # labels: class names of test sets whose candidates are all classes, also those that no clip shows:
 #     {"K700": ["abseiling", "acting_in_play", ...]}, from VLM2Vec's video_classification_utils.py.
 # visrag: VLM2Vec's prompts for VisRAG's training pages, {source: [before query, before page]}.
-# tables: lists of patterns that a row may name, {"hub": ["{hub}/{config}/{split}-*.parquet", ...]}.
+# tables: patterns of rows that name no table, {"hub": ["{hub}/{config}/{split}-*.parquet", ...],
+# "beir": those of sets of pages}.
 # train, eval: the rows, in groups (see expand()).
 WORDS = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
 LABELS = WORDS["labels"]
@@ -154,8 +154,9 @@ def refs(item):
 
 def look(*items):
     """Open every image of these items; BadData names the first that is broken."""
-    for ref in itertools.chain(*map(refs, items)):
-        load_image(ref)
+    for item in items:
+        for ref in refs(item):
+            load_image(ref)
 
 
 @dataclass(frozen=True)
@@ -193,20 +194,23 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
-    is_place = isinstance(ref, (str, os.PathLike, TableImage)) and ref != ""
-    name = str(ref)[:250] if is_place else "image"  # for messages
-    if not is_place and not isinstance(ref, (bytes, Image.Image)):
+    name = "image"  # for messages
+    if isinstance(ref, (str, os.PathLike, TableImage)) and ref != "":
+        name = str(ref)
+    elif not isinstance(ref, (bytes, Image.Image)):
         wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
         raise BadData(name, f"{wanted} is wanted, got {short(ref)}")
     try:
-        image = ref
-        if not isinstance(ref, Image.Image):
+        if isinstance(ref, Image.Image):
+            image = ref
+            with SHARED:
+                image.load()
+        else:
             image = Image.open(io.BytesIO(image_bytes(ref)))
+            image.load()  # Image.open() has read the header only
         if not 0 < max(image.size) <= 200 * min(image.size):  # Qwen's processors refuse it, too
             size = f"{image.width}x{image.height} pixels"
-            raise BadData(name, f"{size}: expected sides that differ by no more than 200 to 1")
-        with SHARED if image is ref else contextlib.nullcontext():
-            image.load()  # Image.open() has read the header only
+            raise BadData(f"{size}: expected sides that differ by no more than 200 to 1")
         return to_rgb(image)
     except BadData as error:
         raise BadData(name, error) from error
@@ -241,7 +245,7 @@ def to_rgb(image):
     if image.has_transparency_data:  # alpha, a transparent colour, a palette with alpha
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def visible(folder):
@@ -299,17 +303,15 @@ def _open_table(path, changed):
             gen_kwargs={"path": path, "changed": changed},  # hashed: the name of the Arrow copy
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
-        # An empty file is to `datasets` a split that "corresponds to no data". Its own errors hide
-        # the one that explains them in __cause__.
-        why = "no rows" if "to no data" in str(error) else error.__cause__ or error
-        raise BadData(path, f"cannot be read: {why}") from error
+        # The errors of `datasets` hide the one that explains them in __cause__.
+        raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
 
 
 def json_lines(path, changed):
     """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes:
     {"line": b'{"qry": "a cat"}'}, ... `changed` only makes another name in the cache."""
     with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark, white space
         file.seek(0)
         lines = file
         if start.startswith(b"["):
@@ -346,16 +348,16 @@ class Table:
 
 def read_row(path, file, i):
     """Row i of a file that open_table() gave -> Cells({"qry": "a cat", "neg_text": None, ...})."""
+    if not path.endswith(".parquet"):
+        value = json.loads(file[i]["line"])  # with or without a byte order mark
+        if not isinstance(value, dict):
+            raise BadData(f"a JSON object is wanted, got {short(value)}")
+        return Cells(value)
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
-    cells = {name: row.column(name)[0] for name in row.column_names}  # of pyarrow's types
-    if path.endswith(".parquet"):
-        values = [arrow_value(cells[name], TableImage(path, i, name)) for name in cells]
-        return Cells(zip(cells, values))
-    line = cells["line"].as_py()
-    value = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
-    if not isinstance(value, dict):
-        raise BadData(f"a JSON object is wanted, got {short(value)}")
-    return Cells(value)
+    cells = Cells()
+    for name in row.column_names:
+        cells[name] = arrow_value(row.column(name)[0], TableImage(path, i, name))
+    return cells
 
 
 def arrow_value(cell, image):
@@ -414,9 +416,9 @@ class Row:
     parser: str  # of TRAIN_PARSERS (default mmeb) or EVAL_PARSERS (default pairs)
     split: str  # "original" (default in training), "test" (default) ...
     hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
-    # Where in ROOT the rows lie: patterns of which the first that matches wins, or the name of a
-    # list of them in mmeb.json. In "{hub}/{config}/{split}-*.parquet" and the like Files.paths()
-    # fills in {hub} {repo} {name} {lower} {under} {split} {config} {part}.
+    # Where in ROOT the rows lie: patterns of which the first that matches wins (default: a list in
+    # mmeb.json). In "{hub}/{config}/{split}-*.parquet" and the like Files.paths() fills in
+    # {hub} {repo} {name} {lower} {under} {split} {config} {part}.
     table: str | list | None = None
     config: str | list = ""  # the hub's config; a test set may have several, read in turn (MVBench)
     cap: int | None = None  # only so many first rows are used, as in train_alltasks.yaml
@@ -432,7 +434,6 @@ class Row:
     family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
     scope: str | None = None  # "local": the row lists its candidates, "global": all are
     queries: int | None = None  # published
-    ood: bool | None = None  # out of distribution: MMEB-train has no such set
     inst: str = ""  # the parser's prompt before a query, e.g. "Select a video that fits ...:"
     tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
     tail: str = "\n"  # what ends a query of an image set; two in VisDial
@@ -453,9 +454,8 @@ def complete(row, kind):
     "parser": "pairs", "split": "test", "scope": "global", "media": [""], ...}. A typing mistake
     must not become a default: BadData names it.
     """
-    given = {key: value for key, value in row.items() if value is not None}
     try:
-        row = asdict(Row(**DEFAULTS[kind] | given))
+        row = asdict(Row(**DEFAULTS[kind] | row))
     except TypeError as error:  # a key that no Row has, or no name
         raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
     name = row["name"]
@@ -463,27 +463,25 @@ def complete(row, kind):
         value = row[key.name]
         if not isinstance(value, key.type):  # of table: str | list | None
             raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
-        # In Python a bool is an int: ood may be False.
-        if isinstance(value, (int, float)) and value <= 0 and key.name != "ood":
+        if isinstance(value, (int, float)) and value <= 0:
             raise BadData(name, f"{key.name}: {value} is not above 0")
     if "/" in name:
         raise BadData(name, "a name that can name a file is wanted, without /")
-    beir = row["parser"] == "beir"
-    retrieval = beir or row["parser"] in ("pairs", "video_ret")
+    parser = row["parser"]
+    retrieval = parser in ("pairs", "video_ret", "beir")
+    row["scope"] = row["scope"] or ("global" if retrieval else "local")
     if retrieval and row["scope"] == "local":
-        raise BadData(name, f"scope local: rows of {row['parser']} list no wrong candidates")
-    if not row["scope"]:
-        row["scope"] = "global" if retrieval else "local"
+        raise BadData(name, f"scope local: rows of {parser} list no wrong candidates")
     if any(len(listed(part)) != 3 for part in row["fetch"]):
         raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
     row["media"] = listed(row["media"]) or [row["hub"]]
-    table = row["table"] or ("beir" if beir else "hub")
-    if isinstance(table, str):
-        table = WORDS["tables"].get(table, [table])  # a list of mmeb.json, or a pattern
-    row["table"] = table
-    choices = {"modality": ["image", "video", "visdoc"], "scope": ["local", "global"]}
-    choices["parser"] = TRAIN_PARSERS if kind == "train" else EVAL_PARSERS
-    choices["labels"] = LABELS
+    row["table"] = listed(row["table"]) or WORDS["tables"]["beir" if parser == "beir" else "hub"]
+    choices = {
+        "modality": ["image", "video", "visdoc"],
+        "scope": ["local", "global"],
+        "parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS,
+        "labels": LABELS,
+    }
     for key, values in choices.items():
         if isinstance(row[key], str) and row[key] not in values:
             raise BadData(name, f"{key} {row[key]!r}: one of {', '.join(values)} is wanted")
@@ -512,8 +510,7 @@ USER_FILES = {
 
 
 def read_listing(path, kind):
-    """The rows of a kind in datasets.json: {"train": [rows], "eval": [rows]}; either may be
-    absent."""
+    """The rows of a kind in datasets.json; either kind may be absent."""
     try:
         listing = json.loads(Path(path).read_bytes())
         unknown = set(listing) - {"train", "eval"}
@@ -677,22 +674,20 @@ class Files:
         "{hub}/{config}/{split}-*.parquet" for the config "MC" of NExTQA
         -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
         """
-        lower = self.name.lower()
         fill = self.spec | {"part": config}  # "corpus", "qrels" or "queries" of a set of pages
         fill["repo"] = os.path.basename(self.spec["hub"])  # "vidore/x_beir" -> "x_beir"
-        fill["lower"] = lower  # "Charades-STA" -> "charades-sta"
-        fill["under"] = lower.replace("-", "_")  # -> "charades_sta"
+        fill["lower"] = self.name.lower()  # "Charades-STA" -> "charades-sta"
+        fill["under"] = fill["lower"].replace("-", "_")  # -> "charades_sta"
         if self.parser != "beir":
             fill["config"] = config
         fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
         for pattern in self.spec["table"]:
             try:
-                pattern = os.path.normpath("./" + pattern.format(**fill))  # a//b where config is ""
+                pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
             except (AttributeError, LookupError, ValueError) as error:
                 raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
             files = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
-            files = [path for path in files if os.path.isfile(path)]
             if files:
                 return files
         return []
@@ -1456,10 +1451,9 @@ def check(root, names=None):
     """Print a line per dataset, and every broken row. Exit code: 1 = something is broken, 2 = no
     dataset at all is there, 0 = else, also if some are missing."""
     todo = [(spec, kind) for kind in USER_FILES for spec in tables(root, kind)]
-    unknown = set(names or []) - {spec["name"] for spec, _ in todo}
-    if unknown:
-        raise BadData(root, f"no dataset {min(unknown)!r} in the table")
-    todo = [(spec, kind) for spec, kind in todo if not names or spec["name"] in names]
+    if names:
+        wanted([spec for spec, _ in todo], names)  # an unknown name is an error
+        todo = [(spec, kind) for spec, kind in todo if spec["name"] in names]
     verdict = functools.partial(check_one, root=root)
     count = {"found": 0, "missing": 0, "broken": 0}
     with ThreadPoolExecutor() as pool:
