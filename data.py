@@ -905,64 +905,45 @@ def train_sets(root):
     return data
 
 
-class Sampler:
-    """Endless batches [(source, row), ...]. The state is the step: skip(n) leaves n batches out.
+def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
+    """Endless batches [(source, row), ...]. The state is the step: islice() skips what is done.
 
     Every rank draws the global batch and takes every world-th sub-batch, or an equal part of one
     where ranks are more. A walk that ends inside a sub-batch goes on with the next epoch's order; a
     source smaller than a sub-batch repeats rows in it (the loss masks equal targets). In VLM2Vec
     the make-up of a batch depends on the number of data workers and on the version; not here.
 
-    next(Sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
+    next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
+    batch: pairs of all ranks; this rank gets batch / world of them.
     first: where in each source its `sizes` rows begin, so that stages can have rows of their own.
     """
-
-    def __init__(self, sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
-        if min(sizes) < 1 or not sum(weights) > 0:
-            raise ValueError(f"sizes {list(sizes)}, weights {list(weights)}: nothing to draw")
-        if sub_batch < 1 or batch % sub_batch or batch % world:
-            raise ValueError(f"batch {batch} is no multiple of {sub_batch}, or of {world} ranks")
-        self.p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
-        self.batch = batch  # pairs of all ranks
-        self.sub_batch = sub_batch
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.step = 0
-        self.walks = []  # a generator per source
-        for source, size in enumerate(sizes):
-            start = first[source] if first else 0
-            self.walks.append(self.walk(source, size, start))
-
-    def walk(self, source, size, start):
-        """The rows of a source without end, in each epoch in another order."""
-        for epoch in itertools.count():
-            rng = np.random.default_rng([1, self.seed, source, epoch])
-            for row in rng.permutation(size).astype(np.int32):  # 4 bytes a row
-                yield source, start + int(row)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        """This rank's batch / world pairs of the next global batch."""
-        rng = np.random.default_rng([0, self.seed, self.step])  # walk() has the streams of 1
-        drawn = rng.choice(len(self.p), self.batch // self.sub_batch, p=self.p)  # (sub-batches,)
-        self.step += 1
+    if min(sizes) < 1 or not sum(weights) > 0:
+        raise ValueError(f"sizes {list(sizes)}, weights {list(weights)}: nothing to draw")
+    if sub_batch < 1 or batch % sub_batch or batch % world:
+        raise ValueError(f"batch {batch} is no multiple of {sub_batch}, or of {world} ranks")
+    p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
+    starts = first or [0] * len(sizes)
+    walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
+    # Parts are dealt to ranks in turn. A part is a sub-batch, or less where a rank's share is
+    # less: a batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
+    part = math.gcd(sub_batch, batch // world)
+    for step in itertools.count():
+        rng = np.random.default_rng([0, seed, step])  # walk() has the streams of 1
+        drawn = rng.choice(len(p), batch // sub_batch, p=p)  # (sub-batches,)
         pairs = []  # of the global batch
         for source in drawn:
-            pairs += itertools.islice(self.walks[source], self.sub_batch)
-        # Parts are dealt to ranks in turn. A part is a sub-batch, or less where a rank's share is
-        # less: a batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
-        size = math.gcd(self.sub_batch, self.batch // self.world)
-        parts = [pairs[at : at + size] for at in range(0, self.batch, size)]
-        return list(itertools.chain(*parts[self.rank :: self.world]))
+            pairs += itertools.islice(walks[source], sub_batch)
+        parts = [pairs[at : at + part] for at in range(0, batch, part)]
+        yield list(itertools.chain(*parts[rank::world]))
 
-    def skip(self, steps):
-        """Draw so many batches, and forget them."""
-        for _ in range(steps):
-            next(self)
+
+def walk(source, size, start, seed):
+    """The rows of a source without end, in each epoch in another order."""
+    for epoch in itertools.count():
+        rng = np.random.default_rng([1, seed, source, epoch])
+        for row in rng.permutation(size).astype(np.int32):  # 4 bytes a row
+            yield source, start + int(row)
 
 
 # --------------------------------------------------------------------------------------------------

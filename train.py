@@ -685,7 +685,7 @@ class Pairs(Dataset):
         """Endless batches of a stage, from its step `first` on: lists of pairs, this process' share
         of `batch`, in runs of `sub_batch` pairs of one dataset. A step uses the first hard negative
         of a pair, so each visit shuffles them."""
-        sampler = data.Sampler(
+        sampler = data.sampler(
             sizes=[len(rows) for rows in self.rows],
             weights=self.tables.weights,  # of the datasets
             batch=batch,
@@ -695,7 +695,7 @@ class Pairs(Dataset):
             world=scale.world_size(),
             first=[rows.start for rows in self.rows],
         )
-        sampler.skip(first)
+        sampler = itertools.islice(sampler, first, None)  # without the steps that are done
         for step, pairs in enumerate(self.load(sampler), first):
             shuffled = []
             for pair in pairs:
