@@ -915,13 +915,9 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
 
     next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
-    batch: pairs of all ranks; this rank gets batch / world of them.
+    batch: pairs of all ranks, a multiple of sub_batch and of world; a rank gets batch / world.
     first: where in each source its `sizes` rows begin, so that stages can have rows of their own.
     """
-    if min(sizes) < 1 or not sum(weights) > 0:
-        raise ValueError(f"sizes {list(sizes)}, weights {list(weights)}: nothing to draw")
-    if sub_batch < 1 or batch % sub_batch or batch % world:
-        raise ValueError(f"batch {batch} is no multiple of {sub_batch}, or of {world} ranks")
     p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
     starts = first or [0] * len(sizes)
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]

@@ -3825,13 +3825,6 @@ def test_data_sampler_moves():
     assert next(moved) == [(s, row + [7, 0, 100][s]) for s, row in next(stream)]
 
 
-@pytest.mark.parametrize("change", [{"sub_batch": 3}, {"world": 3}, {"weights": [0, 0]}], ids=str)
-def test_data_sampler_refuses_what_it_cannot_draw(change):
-    good = {"sizes": [5, 5], "weights": [1, 1], "batch": 8, "sub_batch": 4}
-    with pytest.raises(ValueError, match="nothing to draw|no multiple"):
-        next(data.sampler(**good | change))
-
-
 class Fetch(torch.utils.data.Dataset):
     def __init__(self, train):
         self.train = train
