@@ -69,7 +69,6 @@ from tqdm import tqdm
 # Phi-3.5-V's token in MMEB's text: "<|image_1|>\nWhat?\n". In WebQA it stands where no image
 # follows, in the split diverse_instruction in the middle of a sentence.
 IMG = "<|image_1|>"
-FRAMES, FPS = 8, 2.0  # VLM2Vec looks at 8 frames of a video; 2 per second is what Qwen assumes
 FRAME_FILES = (".jpg", ".jpeg", ".png")  # the endings that the reference accepts
 TABLE_FILES = (".parquet", ".jsonl", ".json")
 
@@ -90,7 +89,7 @@ class BadData(ValueError):
 
     def __init__(self, where, why=""):
         text = str(why or where)
-        if isinstance(why, (KeyError, IndexError)):
+        if isinstance(why, KeyError):
             text = repr(why)  # str(KeyError("qry")) is only 'qry'
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
@@ -331,7 +330,11 @@ class Cells(dict):
 class Table:
     """The first `cap` rows of some files by number: table[i] -> Cells, images as TableImage."""
 
-    def __init__(self, paths, cap=None):
+    def __init__(self, paths, cap):
+        # NAME-00000-of-00003.parquet without its siblings is refused.
+        match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
+        if match and int(match[1]) != len(paths):
+            raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
         self.files = [(path, open_table(path)) for path in paths]
         rows = sum(len(file) for _, file in self.files)
         self.length = min(rows, cap or rows)
@@ -423,8 +426,8 @@ class Row:
     config: str | list = ""  # the hub's config; a test set may have several, read in turn (MVBench)
     cap: int | None = None  # only so many first rows are used, as in train_alltasks.yaml
     media: str | list | None = None  # folders where images and clips are looked for, in this order
-    frames: int | None = None  # frames per video
-    fps: int | float = FPS  # what the item says of their rate
+    frames: int = 8  # frames per video: VLM2Vec looks at 8
+    fps: int | float = 2.0  # what the item says of their rate; Qwen assumes 2 per second
     fetch: list = field(default_factory=list)  # [[hub id, pattern, command to unpack]]
     # Training only: published rows (None where they are known to about 1 %), weight of a draw.
     rows: int | None = None
@@ -592,11 +595,11 @@ class Files:
         self.spec = spec
         self.name = spec["name"]
         self.parser = spec["parser"]  # its name
-        self.configs = listed(spec["config"]) or [""]
+        self.configs = listed(spec["config"])
         if self.parser == "beir":  # a set of pages is read part by part
             self.configs = ["corpus", "qrels", "queries"]
         self.root = os.path.realpath(root)
-        self.frames = frames or spec["frames"] or FRAMES  # the caller's, the row's, VLM2Vec's
+        self.frames = frames or spec["frames"]
 
     def inside(self, name, folder=""):
         """A name in a folder of ROOT -> its path. None leads out of ROOT, also through a symbolic
@@ -630,7 +633,7 @@ class Files:
         """
         if isinstance(value, list):
             return [self.image(part) for part in value if part not in (None, "")] or None
-        if value is None or value == "":
+        if value in (None, ""):
             return None
         return value if isinstance(value, TableImage) else self.find(value)
 
@@ -659,7 +662,6 @@ class Files:
             error = BadData if self.all_paths() else Missing
             raise error(self.name, f"no {config or 'table'} in {self.root}, looked for {looked}")
         try:
-            check_shards(paths)
             return Table(paths, self.spec["cap"])
         except BadData as error:
             raise BadData(self.name, error) from error
@@ -675,12 +677,11 @@ class Files:
         -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
         """
         fill = self.spec | {"part": config}  # "corpus", "qrels" or "queries" of a set of pages
-        fill["repo"] = os.path.basename(self.spec["hub"])  # "vidore/x_beir" -> "x_beir"
+        fill["repo"] = os.path.basename(fill["hub"])  # "vidore/x_beir" -> "x_beir"
         fill["lower"] = self.name.lower()  # "Charades-STA" -> "charades-sta"
         fill["under"] = fill["lower"].replace("-", "_")  # -> "charades_sta"
         if self.parser != "beir":
             fill["config"] = config
-        fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
         for pattern in self.spec["table"]:
             try:
                 pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
@@ -691,13 +692,6 @@ class Files:
             if files:
                 return files
         return []
-
-
-def check_shards(paths):
-    """Refuse NAME-00000-of-00003.parquet without its siblings."""
-    match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
-    if match and int(match[1]) != len(paths):
-        raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -816,12 +810,12 @@ class Source(Files):
     def pair(self, row):
         """Usable row -> {"id", "dataset", "query": item, "target": item, "negatives": [items]}. No
         image is read yet."""
+        pair = {"id": self.id(row), "dataset": self.name}
         try:
-            query, target, negatives = self.parse(self, self.rows[int(self.keep[row])])
+            sides = self.parse(self, self.rows[int(self.keep[row])])
         except ROW_FAULTS as error:
-            raise BadData(self.id(row), error) from error
-        pair = {"id": self.id(row), "dataset": self.name, "query": query, "target": target}
-        return pair | {"negatives": negatives}
+            raise BadData(pair["id"], error) from error
+        return pair | dict(zip(["query", "target", "negatives"], sides))
 
 
 def pair_key(pair):
@@ -954,7 +948,7 @@ class EvalSet(Files):
     candidates [{"text": "yes"}, {"text": "no"}], local [[0, 1], [0, 1]], positives [[0], [1]].
     """
 
-    def __init__(self, spec, root, frames=None, prompts="vlm2vec", problems=None):
+    def __init__(self, spec, root, frames, prompts, problems):
         super().__init__(spec, root, frames)
         self.prompts = prompts
         self.inst = spec["inst"]
@@ -971,16 +965,13 @@ class EvalSet(Files):
         self.local = []  # per query an array of candidate numbers (repeats kept), or None: all
         self.positives = []  # per query candidate numbers
         self.grades = []  # per query the positives' grades, or None
-        self.rows = 0  # of the table of queries
         # While it is filled:
-        self.where = self.name  # the row being read, "NExTQA/7"
-        self.config = ""  # and the config it is in
         self.asked = {}  # of pairs(): query -> its positives
         self.relevant = {}  # of pages: {query id: {page id: grade}}
 
     def read(self, parse, configs, limit=None):
         """The rows of these configs through a parser. What goes wrong is wrong with that row."""
-        self.rows = 0
+        self.rows = 0  # of these configs: at the end those of the queries
         for self.config in configs:
             table = self.table(self.config)
             for i in range(len(table)):
@@ -1176,8 +1167,8 @@ def video_qa(es, row):
 def bare(option):
     """'C. Berries.' -> 'Berries'. Upstream takes the last letter of an option without '. ', we the
     option."""
-    start = max(0, option.find(". "))
-    return option[start:].strip(". ")
+    _, _, text = option.partition(". ")
+    return (text or option).strip(". ")
 
 
 def stem(path):
@@ -1211,14 +1202,13 @@ def moment(es, row):
     """
     text = cell(row, "query")
     video = stem(cell(row, "video_path", "id"))
-    folder = es.find(video, clip=True)
     cands, right = [], []
+    folder = es.find(video, clip=True)
     for name in visible(folder):
-        clip = os.path.join(folder, name)
-        if name == "query" or not os.path.isdir(clip):
+        if name == "query" or not os.path.isdir(os.path.join(folder, name)):
             continue
-        key = os.path.relpath(clip, es.root)
-        cands.append(es.cand(key, es.say, " " + es.tgt, clip=f"{video}/{name}"))
+        clip = f"{video}/{name}"
+        cands.append(es.cand(clip, es.say, " " + es.tgt, clip=clip))
         if name.startswith("positive"):
             right.append(cands[-1])  # of several VLM2Vec takes the last alone
     query = es.say(f" {es.inst} {text}", es.inst, text, clip=f"{video}/query")
@@ -1360,7 +1350,8 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
         es.read(EVAL_PARSERS[es.parser], es.configs, limit)
         es.grades = None  # only pages are graded
     es.cand_ids = list(es.index)  # in the order of .candidates
-    es.local = es.local if spec["scope"] == "local" else None
+    if spec["scope"] == "global":
+        es.local = None
     es.protocol = f"{prompts} prompts"
     if es.modality == "video":
         es.protocol = f"{es.frames} frames, {es.protocol}"  # "8 frames, vlm2vec prompts"
@@ -1375,9 +1366,9 @@ def check_one(task, root):
     """A dataset from end to end, every image and frame -> (status, lines for the reader), e.g.
     ("found", ["found    train CIRR   26,116 of    26116 rows, ..."]). task: (spec, "train")."""
     spec, kind = task
-    problems = []
-    rows = usable = 0
     status = "found"
+    rows = usable = 0
+    problems, remedy = [], []
     try:
         if kind == "eval":
             es = load_eval(root, spec, frames=sys.maxsize, problems=problems)  # every frame
@@ -1393,7 +1384,7 @@ def check_one(task, root):
                     problems.append(str(BadData(source.id(row), error)))
     except Missing as error:
         status = "missing"
-        looked_for = str(error)
+        remedy = [str(error)]  # for a user's own, which has no download
     except BadData as error:
         problems.append(str(error))
     if problems:
@@ -1403,9 +1394,8 @@ def check_one(task, root):
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
     if not usable and len(problems) > 20:  # images that were never fetched
         problems[20:] = [f"... and {len(problems) - 20} more: no row is usable"]
-    remedy = downloads(spec, root) if status != "found" else []
-    if status == "missing" and not remedy:  # a user's own
-        remedy = [looked_for]
+    if status != "found":
+        remedy = downloads(spec, root) or remedy
     return status, [line, *problems, *remedy]
 
 
