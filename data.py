@@ -296,10 +296,9 @@ def _open_table(path, changed):
         if path.endswith(".parquet"):
             pattern = glob.escape(path)  # a folder may be called run[1]
             return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
+        # The arguments are hashed: that is the name of the Arrow copy.
         return datasets.Dataset.from_generator(
-            json_lines,
-            features=datasets.Features({"line": datasets.Value("binary")}),
-            gen_kwargs={"path": path, "changed": changed},  # hashed: the name of the Arrow copy
+            json_lines, gen_kwargs={"path": path, "changed": changed}
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
         # The errors of `datasets` hide the one that explains them in __cause__.
@@ -398,8 +397,7 @@ def text_list(row, column):
     """A row's list of texts, with something in it."""
     values = row[column]
     if not isinstance(values, list) or not values:
-        got = "an empty one" if values == [] else short(values)
-        raise BadData(f"column {column}", f"a list of texts is wanted, got {got}")
+        raise BadData(f"column {column}", f"a list of texts is wanted, got {str(values)[:60]}")
     return [cell({column: value}, column) for value in values]  # each as if it were a row's
 
 
@@ -429,14 +427,12 @@ class Row:
     frames: int = 8  # frames per video: VLM2Vec looks at 8
     fps: int | float = 2.0  # what the item says of their rate; Qwen assumes 2 per second
     fetch: list = field(default_factory=list)  # [[hub id, pattern, command to unpack]]
-    # Training only: published rows (None where they are known to about 1 %), weight of a draw.
-    rows: int | None = None
-    weight: int | float = 1.0
+    rows: int | None = None  # published; of a test set queries. None: known to about 1 %
+    weight: int | float = 1.0  # of a draw in training
     # Test sets only.
     modality: str = "image"  # or video, visdoc (pages of documents)
     family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
     scope: str | None = None  # "local": the row lists its candidates, "global": all are
-    queries: int | None = None  # published
     inst: str = ""  # the parser's prompt before a query, e.g. "Select a video that fits ...:"
     tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
     tail: str = "\n"  # what ends a query of an image set; two in VisDial
@@ -1151,9 +1147,12 @@ def video_qa(es, row):
     if answer not in names:
         raise BadData("column answer", f"{answer!r} is not among {', '.join(names)}")
     lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]  # "(A) Apples."
-    forms = {"lines": "\n".join(options), "words": " ".join(options)}
-    forms["lettered"] = "\n".join(lettered).rstrip()
-    question = form.format(question=cell(row, "question"), **forms)
+    question = form.format(
+        question=cell(row, "question"),
+        lines="\n".join(options),
+        words=" ".join(options),
+        lettered="\n".join(lettered).rstrip(),
+    )
     keys = lettered if es.parser == "mvbench" else options
     text = bare if es.parser in ("videomme", "egoschema") else str
     cands = [es.cand(key, item, text(key)) for key in keys]
@@ -1389,7 +1388,7 @@ def check_one(task, root):
         problems.append(str(error))
     if problems:
         status = "broken"
-    published = spec["rows" if kind == "train" else "queries"] or "?"
+    published = spec["rows"] or "?"
     line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {published:>8} rows"
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
     if not usable and len(problems) > 20:  # images that were never fetched
@@ -1422,15 +1421,16 @@ def check(root, names=None):
         wanted([spec for spec, _ in todo], names)  # an unknown name is an error
         todo = [(spec, kind) for spec, kind in todo if spec["name"] in names]
     verdict = functools.partial(check_one, root=root)
-    count = {"found": 0, "missing": 0, "broken": 0}
+    statuses = []
     with ThreadPoolExecutor() as pool:
         for status, lines in tqdm(pool.map(verdict, todo), total=len(todo), disable=None):
-            count[status] += 1
+            statuses.append(status)
             tqdm.write("\n         ".join(lines))
-    print(", ".join(f"{status}: {n}" for status, n in count.items()))
-    if count["broken"]:
+    count = statuses.count
+    print(f"found: {count('found')}, missing: {count('missing')}, broken: {count('broken')}")
+    if "broken" in statuses:
         return 1
-    return 2 if count["missing"] == len(todo) else 0
+    return 0 if "found" in statuses else 2
 
 
 def main():
