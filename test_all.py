@@ -3293,8 +3293,7 @@ VIDEOS = f"{V2}/video-tasks/frames"
 def write_table(path, rows):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if path.endswith(".parquet"):
-        columns = dict.fromkeys(column for row in rows for column in row)
-        pq.write_table(pa.table({c: [row.get(c) for row in rows] for c in columns}), path)
+        pq.write_table(pa.Table.from_pylist(rows), path)
         return
     lines = "\n".join(json.dumps(row) for row in rows)
     with open(path, "w", encoding="utf-8") as file:
@@ -3368,13 +3367,12 @@ FAMILIES += " ViDoRe-V2 4 VisRAG 6 VisDoc-OOD 4"
 PLOT = data.WORDS["visrag"]["PlotQA"]
 
 
-def test_data_tables_are_complete():
-    rows = [data.complete(row, "train") for row in data.TRAIN]
-    assert len({row["name"] for row in rows}) == 25
+def test_data_tables_are_complete(tmp_path):
+    rows = data.tables(str(tmp_path), "train")
+    assert len(rows) == 25
     assert sum(row["weight"] for row in rows) == 52  # image 15, pages 22, video 15
     assert sum(row["cap"] or 0 for row in rows[:20]) == 1_103_000
-    rows = [data.complete(row, "eval") for row in data.EVAL]
-    assert len({row["name"] for row in rows}) == 78
+    rows = data.tables(str(tmp_path), "eval")
     modalities = ["image"] * 36 + ["video"] * 18 + ["visdoc"] * 24
     assert [row["modality"] for row in rows] == modalities
     assert sum(row["rows"] for row in rows) == 36_000 + 34_940 + 12_590
@@ -3477,56 +3475,56 @@ def clips(paths):
     return [(" It.", ("clip", path)) for path in paths]
 
 
+ANSWERS = YES_NO, WORDS, [0, 1, 2, 1], [0]
+MOMENTS = clips(AB), AB, [0, 0, 1], [0]
 # fmt: off
 EVALUATION = [
-    ("image_cls", ASK, ("\nAbout:  why?\n", A), YES_NO, WORDS, [0, 1, 2, 1], [0], {}),
-    ("image_i2t", ASK | {"qry_text": ""}, ("\nAbout: \n", A), YES_NO, WORDS, [0, 1, 2, 1], [0],
-     {}),
-    ("image_qa", ASK, ("\nAbout: why?\n", A), YES_NO, WORDS, [0, 1, 2, 1], [0], {}),
+    ("image_cls", ASK, ("\nAbout:  why?\n", A), *ANSWERS),
+    ("image_i2t", ASK | {"qry_text": ""}, ("\nAbout: \n", A), *ANSWERS),
+    ("image_qa", ASK, ("\nAbout: why?\n", A), *ANSWERS),
     ("image_t2i", FIND, ("\nFind: A.\n",), [("\nIt:\n", A), ("\nIt:\n", B)],
-     ["a.png", "b.png"], [0, 1, 0], [0], {}),
+     ["a.png", "b.png"], [0, 1, 0], [0]),
     # A path with another caption collapses.
     ("image_t2i", CAPTIONS, ("\nFind: A.\n\n",), [('\nIt: "1"\n', A), ("\nIt: 2\n", B)],
      ["a.png", "b.png"], [0, 1, 0], [0], {"tail": "\n\n"}),
     ("image_i2i_vg", CAPTIONS, ("\nFind: A.\n", B),
      [('\nIt: "1"\n', A), ("\nIt: 2\n", B), ("\nIt: 3\n", A)],
-     ["a.png:1", "b.png:2", "a.png:3"], [0, 1, 2], [0], {}),
+     ["a.png:1", "b.png:2", "a.png:3"], [0, 1, 2], [0]),
     ("image_i2i_vg", FIND | {"tgt_text": [""] * 3}, ("\nFind: A.\n", B),
-     [("\nIt:", A), ("\nIt:", B)], ["a.png:", "b.png:"], [0, 1, 0], [0], {}),
-    ("video_cls", CLS, (" do?", V), [("A",), ("B",)], ["A", "B"], [0, 1], [1], {}),
+     [("\nIt:", A), ("\nIt:", B)], ["a.png:", "b.png:"], [0, 1, 0], [0]),
+    ("video_cls", CLS, (" do?", V), [("A",), ("B",)], ["A", "B"], [0, 1], [1]),
     ("video_cls", CLS, (" do?", V), [("A",), ("B",), ("C",)], ["A", "B", "C"], None, [1],
      {"scope": "global", "labels": ["A", "B", "C"]}),
     ("videomme", MME, (" do? Q\nA. Apples.\nB. Mr. B.\nC. Figs", V),
-     [("Apples",), ("Mr. B",), ("Figs",)], MME["options"], [0, 1, 2], [2], {}),
-    ("egoschema", EGO, (" do? QA. o B. p", V), [("o",), ("p",)], ["A. o", "B. p"], [0, 1], [1], {}),
+     [("Apples",), ("Mr. B",), ("Figs",)], MME["options"], [0, 1, 2], [2]),
+    ("egoschema", EGO, (" do? QA. o B. p", V), [("o",), ("p",)], ["A. o", "B. p"], [0, 1], [1]),
     ("nextqa", NEXT, (" do? Q\nOptions:\n(A) no\n(B) yes\n(C) no\n(D) d\n(E) e", V),
-     [("no",), ("yes",), ("d",), ("e",)], ["no", "yes", "d", "e"], [0, 1, 0, 2, 3], [1], {}),
+     [("no",), ("yes",), ("d",), ("e",)], ["no", "yes", "d", "e"], [0, 1, 0, 2, 3], [1]),
     # An answer that stands there twice: the last, as upstream.
     ("mvbench", MV, (" do? Q\nOptions:\n(A) 3\n(B) 2\n(C) 3", ("clip", "c/v")),
      [("(A) 3",), ("(B) 2",), ("(C) 3",)], ["(A) 3", "(B) 2", "(C) 3"], [0, 1, 2], [2],
      {"config": "c"}),
     ("activitynetqa", QA | {"answer": "no"}, (" do? Q? (A) yes; (B) no.", ("clip", "v_v")),
-     [("yes",), ("no",)], ["yes", "no"], [0, 1], [1], {}),
-    ("video_ret", CLIP, ("do? c",), clips(["w.x"]), ["w.x"], None, [0], {}),
+     [("yes",), ("no",)], ["yes", "no"], [0, 1], [1]),
+    ("video_ret", CLIP, ("do? c",), clips(["w.x"]), ["w.x"], None, [0]),
     ("video_ret", CLIP, ("do? c",), clips(["v"]), ["v"], None, [0],
      {"columns": ["video", "caption"]}),
-    ("moment", MOMENT, (" do? q", ("clip", "AB_210.0/query")),
-     clips(CLIPS), CLIPS, [0, 1, 2], [2], {}),
-    ("momentseeker", SEEK, (f"{GIVEN} text: q",), clips(AB), AB, [0, 0, 1], [0], {}),
+    ("moment", MOMENT, (" do? q", ("clip", "AB_210.0/query")), clips(CLIPS), CLIPS, [0, 1, 2], [2]),
+    ("momentseeker", SEEK, (f"{GIVEN} text: q",), *MOMENTS),
     ("momentseeker", SEEK | {"input_frames": "1.jpg", "query": ""},
-     (SHOWN, ("image", "query_1.jpg")), clips(AB), AB, [0, 0, 1], [0], {}),
+     (SHOWN, ("image", "query_1.jpg")), *MOMENTS),
     ("momentseeker", SEEK | {"input_frames": "m/b.mp4"},
-     (f" {GIVEN} sentence and video segment: q", ("clip", AB[1])),
-     clips(AB), AB, [0, 0, 1], [0], {}),
-    ("pairs", pair(f"{IMG}\nWhat?", "a.png"), ("\nWhat?", A), [("a",)], ['["a", ""]'], None, [0],
-     {}),
+     (f" {GIVEN} sentence and video segment: q", ("clip", AB[1])), *MOMENTS),
+    ("pairs", pair(f"{IMG}\nWhat?", "a.png"), ("\nWhat?", A), [("a",)], ['["a", ""]'], None, [0]),
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize("parser, row, query, candidates, keys, local, positives, spec", EVALUATION)
-def test_data_test_strings(tmp_path, parser, row, query, candidates, keys, local, positives, spec):
-    root = write_root(tmp_path, "eval", [row], parser=parser, inst="do?", tgt="It.", **spec)
+@pytest.mark.parametrize("case", EVALUATION)
+def test_data_test_strings(tmp_path, case):
+    parser, row, query, candidates, keys, local, positives, *spec = case
+    about = {"parser": parser, "inst": "do?", "tgt": "It."}
+    root = write_root(tmp_path, "eval", [row], **about, **dict(*spec))
     write_image(f"{root}/query_1.jpg")
     es = data.load_eval(root, "d")
     assert shape(es.queries[0], root) == query
@@ -3631,10 +3629,8 @@ PAGES = [
 def test_data_published_layouts(tmp_path, name, file, row, media):
     """The training split lies next to it and is not taken; nor are AppleDouble files."""
     root, (folder, base) = str(tmp_path), os.path.split(file)
+    write_table(f"{root}/{folder}/{base.replace('test', 'train')}", [row, row])
     write_table(f"{root}/{file}", [row])
-    train = base.replace("val" if name == "YouCook2" else "test", "train")
-    if train != base:
-        write_table(f"{root}/{folder}/{train}", [row, row])
     open(f"{root}/{folder}/._{base}", "w").close()
     if media.endswith(".png"):
         write_image(f"{root}/{media}")
@@ -3729,7 +3725,6 @@ CELLS = [  # an image column as writers leave it: type and cell; how many images
     (pa.binary(len(RED_PNG)), RED_PNG, 1),
     (pa.binary_view(), RED_PNG, 1),
     (pa.struct({"file": pa.string()}), {"file": "a.png"}, "a dict: not a path"),
-    (pa.int64(), 3, "3: not a path"),
 ]
 
 
@@ -3744,8 +3739,6 @@ def test_data_image_columns_as_other_writers_leave_them(tmp_path, column, value,
     if isinstance(want, str):
         with pytest.raises(BadData, match=f"the first: own/0: {want}"):
             data.train_sets(root)
-        with pytest.raises(BadData, match=f"^own/0: {want}"):
-            data.load_eval(root, "own")
         return
     got = data.train_sets(root).pair(0, 0)
     for query in (got["query"], data.load_eval(root, "own").queries[0]):
@@ -3870,12 +3863,10 @@ IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
     (new("LA", (0, 128)), HALF),
     (new("La", (0, 128)), None),
     (new("RGBA", (0, 0, 0, 0)), WHITE),
-    (new("RGBa", (0, 0, 0, 0)), WHITE),
     (new("PA", (0, 0)), WHITE),
     (new("P", 0, transparency=0), WHITE),
     (new("RGB", RED, transparency=RED), WHITE),
     (new("CMYK", (0, 255, 255, 0)), RED),
-    (new("LAB", (255, 128, 128)), WHITE),
     (new("I;16", 32768), HALF),
     (new("I", 200), None),
     (new("F", 0.5), None),
@@ -3923,7 +3914,6 @@ BAD_IMAGES = [  # bytes of x.png, or a reference; what the message has
     (bomb(), "x.png: cannot be read as an image .*exceeds limit"),
     ("gone.png", "^gone.png: cannot be read as an image .*No such file"),
     (Image.new("RGB", (3, 900)), "3x900 pixels: expected sides .* no more than 200 to 1"),
-    ({"bytes": None, "path": None}, "^image: a path, bytes or a PIL image .* got null"),
     (np.zeros((9, 9, 3), np.uint8), "^image: a path, bytes or a PIL image .* got a ndarray"),
     ("", "^image: .* got ''"),
     (Image.new("RGB", (0, 0)), "0x0 pixels: expected sides"),
@@ -3962,18 +3952,14 @@ BAD_ROWS = [
     ("mmeb", SOUND, pair("q", "bomb.png"), ".*bomb.png: cannot be read as an image"),
     ("mmeb", SOUND, pair(neg_text=["x", "y"], neg_image_path=["a.png"]), "negatives: 2 neg_text"),
     ("video_qa", TALK, TALK | {"conversations": CHAT[:1]}, "not enough values"),
-    ("video_qa", TALK, TALK | {"video": ["v"]}, "column video: text is wanted, got a list"),
     ("video_qa", TALK, TALK | {"video": "linked"}, "path .*linked/2.png': leaves the root"),
     ("video_qa", TALK, TALK | {"video": "none"}, "clip folder .*none: has no frames"),
-    ("image_cls", ASK, ASK | {"tgt_text": None}, "column tgt_text: a list of texts .* got None"),
     ("image_cls", ASK, ASK | {"tgt_text": ["a", None]}, "column tgt_text: .*, got null"),
-    ("image_cls", ASK, ASK | {"tgt_text": []}, "column tgt_text: .*, got \\[\\]"),
-    ("image_cls", ASK, ASK | {"qry_inst": None}, "column qry_inst: text is wanted, got null"),
+    ("image_cls", ASK, ASK | {"tgt_text": []}, "column tgt_text: a list of texts .* got \\[\\]"),
     ("image_t2i", FIND, FIND | {"tgt_img_path": ["a.png", ""]}, "'': not a path"),
     ("image_t2i", FIND, FIND | {"tgt_text": ["a", "b"]}, "tgt_text: 2 of them for 3"),
     ("video_cls", CLS, CLS | {"pos_text": "x"}, "column pos_text: 'x' is not among"),
     ("videomme", MME, MME | {"answer": "D"}, "column answer: 'D' is not among A, B, C"),
-    ("video_ret", CLIP, CLIP | {"video_id": "../v"}, "path '../v': leaves the root"),
     ("momentseeker", SEEK, SEEK | {"positive_frames": ["a"]}, "string indices must be integers"),
     ("momentseeker", SEEK, SEEK | {"input_frames": "x.png"}, "column .* is no .jpg"),
     ("pairs", SOUND, pair("", pos_text="b"), "a side: is empty"),
@@ -3993,7 +3979,6 @@ def test_data_a_listing_outside_the_root_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("parser, good, bad, message", BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_data_bad_rows_are_named(tmp_path, capsys, parser, good, bad, message):
-    """By --check, which exits with 1; evaluation stops with them, training goes on without."""
     kind = "train" if parser in data.TRAIN_PARSERS else "eval"
     root = write_root(tmp_path / "root", kind, [good], parser=parser)
     bad = json.dumps(bad) if isinstance(bad, dict) else bad
@@ -4008,13 +3993,6 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, good, bad, message):
     out = capsys.readouterr().out
     assert re.search(f"^broken +{kind} +d .* 2 of +. rows, 1 usable", out, re.M)
     assert re.search(f"^ +d/1: {message}", out, re.M)
-    if kind == "train":
-        train = data.train_sets(root)
-        assert {train.fetch(0, i)["id"] for i in range(2)} == {"d/0"} and train.skipped == 1
-        assert re.search(f"^skipped .1 so far.: d/1: {message}", capsys.readouterr().out, re.M)
-    elif "bomb" not in message:  # images are opened when they are embedded
-        with pytest.raises(BadData, match=f"^d/1: {message}"):
-            data.load_eval(root, "d")
 
 
 def listing(**row):
@@ -4025,7 +4003,6 @@ def listing(**row):
 ROOTS = [  # {file: its bytes, JSON or rows; None: removed}, what is said
     ({"t.jsonl": b""}, "d: .*t.jsonl: cannot be read: "),
     ({"t.jsonl": LFS}, "d: .*t.jsonl: is a git-lfs pointer"),
-    ({"t.jsonl": b"[1, 2"}, "d: .*t.jsonl: cannot be read: "),
     ({"datasets.json": b"{"}, "datasets.json: expected JSON of the form"),
     ({"datasets.json": b"[]"}, "datasets.json: expected JSON of the form"),
     ({"datasets.json": {"train": [{"name": "x"}] * 2}}, "train dataset 'x' is there twice"),
@@ -4150,8 +4127,7 @@ def test_data_command_line(tmp_path):
 
     def check(folder):
         command = [sys.executable, os.path.join(HERE, "data.py"), "--check", folder]
-        env = os.environ | {"HF_HUB_OFFLINE": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=env)
+        return subprocess.run(command, capture_output=True, text=True)
 
     broken, absent = check(root), check(f"{root}/nowhere")
     assert broken.returncode == absent.returncode == 1
