@@ -171,10 +171,9 @@ class TableImage:
     def read(self):
         """The encoded bytes (of a JPEG, PNG ...)."""
         # data: the pyarrow Table behind it; a slice of it copies nothing.
-        value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0]
+        value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0].as_py()
         if self.index is not None:
-            value = value.values[self.index]
-        value = value.as_py()
+            value = value[self.index]
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
@@ -502,10 +501,7 @@ def expand(groups):
 
 
 TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])  # 25 and 78 short rows
-USER_FILES = {
-    "train": ["train.jsonl", "train.parquet"],
-    "eval": ["test.jsonl", "test.parquet"],
-}
+USER_FILES = {"train.jsonl", "train.parquet", "test.jsonl", "test.parquet"}
 
 
 def read_listing(path, kind):
@@ -522,24 +518,19 @@ def read_listing(path, kind):
         raise BadData(path, f"expected JSON of the form {form} ({error})") from error
 
 
-def own_files(root, kind):
-    """A user's tables that are there: [], or ["train.jsonl"] ..."""
-    return [name for name in USER_FILES[kind] if os.path.exists(os.path.join(root, name))]
-
-
 def tables(root, kind):
     """A root's datasets of kind "train" or "eval" -> their specs: those of its datasets.json, else
     its train.jsonl and test.jsonl (or .parquet), else those of mmeb.json, there or not."""
-    if not os.path.isdir(root):
-        raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
+    own = sorted(USER_FILES & set(os.listdir(root)))
     rows = TRAIN if kind == "train" else EVAL
     if os.path.exists(listing):
         if not Path(os.path.realpath(listing)).is_relative_to(os.path.realpath(root)):
             raise BadData(listing, "leaves the root")
         rows = read_listing(listing, kind)
-    elif own_files(root, "train") or own_files(root, "eval"):
-        files = own_files(root, kind)
+    elif own:
+        part = "train." if kind == "train" else "test."
+        files = [file for file in own if file.startswith(part)]
         if len(files) > 1:
             raise BadData(root, f"{' and '.join(files)}: expected one of them")
         rows = [{"name": "own", "table": file} for file in files]  # of train.jsonl alone: no test
@@ -1416,14 +1407,14 @@ def downloads(spec, root):
 def check(root, names=None):
     """Print a line per dataset, and every broken row. Exit code: 1 = something is broken, 2 = no
     dataset at all is there, 0 = else, also if some are missing."""
-    todo = [(spec, kind) for kind in USER_FILES for spec in tables(root, kind)]
+    todo = [(spec, kind) for kind in DEFAULTS for spec in tables(root, kind)]
     if names:
         wanted([spec for spec, _ in todo], names)  # an unknown name is an error
         todo = [(spec, kind) for spec, kind in todo if spec["name"] in names]
-    verdict = functools.partial(check_one, root=root)
     statuses = []
     with ThreadPoolExecutor() as pool:
-        for status, lines in tqdm(pool.map(verdict, todo), total=len(todo), disable=None):
+        verdicts = pool.map(check_one, todo, itertools.repeat(root))
+        for status, lines in tqdm(verdicts, total=len(todo), disable=None):
             statuses.append(status)
             tqdm.write("\n         ".join(lines))
     count = statuses.count
