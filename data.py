@@ -75,8 +75,8 @@ TABLE_FILES = (".parquet", ".jsonl", ".json")
 # labels: class names of test sets whose candidates are all classes, also those that no clip shows:
 #     {"K700": ["abseiling", "acting_in_play", ...]}, from VLM2Vec's video_classification_utils.py.
 # visrag: VLM2Vec's prompts for VisRAG's training pages, {source: [before query, before page]}.
-# tables: patterns of rows that name no table, {"hub": ["{hub}/{config}/{split}-*.parquet", ...],
-# "beir": those of sets of pages}.
+# tables: where a row that names no table has it, {"hub": ["{hub}/{config}/{split}-*.parquet", ...],
+#     "beir": the same of sets of pages}.
 # train, eval: the rows, in groups (see expand()).
 WORDS = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
 LABELS = WORDS["labels"]
