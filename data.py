@@ -349,12 +349,12 @@ class Table:
 
 def read_row(path, file, i):
     """Row i of a file that open_table() gave -> Cells({"qry": "a cat", "neg_text": None, ...})."""
+    row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     if not path.endswith(".parquet"):
-        value = json.loads(file[i]["line"])  # with or without a byte order mark
+        value = json.loads(row.column("line")[0].as_py())  # with or without a byte order mark
         if not isinstance(value, dict):
             raise BadData(f"a JSON object is wanted, got {short(value)}")
         return Cells(value)
-    row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     cells = Cells()
     for name in row.column_names:
         cells[name] = arrow_value(row.column(name)[0], TableImage(path, i, name))
@@ -446,7 +446,7 @@ DEFAULTS = {
 
 
 def complete(row, kind):
-    """A short row of kind "train" or "eval" -> a dict of all keys of Row, here called spec.
+    """A short row of kind "train" or "eval" -> its spec, a dict of all keys of Row.
 
     {"name": "own", "table": "test.jsonl"} -> {"name": "own", "table": ["test.jsonl"],
     "parser": "pairs", "split": "test", "scope": "global", "media": [""], ...}. A typing mistake
