@@ -521,6 +521,8 @@ def read_listing(path, kind):
 def tables(root, kind):
     """A root's datasets of kind "train" or "eval" -> their specs: those of its datasets.json, else
     its train.jsonl and test.jsonl (or .parquet), else those of mmeb.json, there or not."""
+    if not os.path.isdir(root):
+        raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
     own = sorted(USER_FILES & set(os.listdir(root)))
     rows = TRAIN if kind == "train" else EVAL
@@ -1192,8 +1194,8 @@ def moment(es, row):
     """
     text = cell(row, "query")
     video = stem(cell(row, "video_path", "id"))
-    cands, right = [], []
     folder = es.find(video, clip=True)
+    cands, right = [], []
     for name in visible(folder):
         if name == "query" or not os.path.isdir(os.path.join(folder, name)):
             continue
