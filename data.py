@@ -671,6 +671,7 @@ class Files:
         fill["under"] = fill["lower"].replace("-", "_")  # -> "charades_sta"
         if self.parser != "beir":
             fill["config"] = config
+        fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
         for pattern in self.spec["table"]:
             try:
                 pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
@@ -1199,8 +1200,8 @@ def moment(es, row):
     for name in visible(folder):
         if name == "query" or not os.path.isdir(os.path.join(folder, name)):
             continue
-        clip = f"{video}/{name}"
-        cands.append(es.cand(clip, es.say, " " + es.tgt, clip=clip))
+        key = os.path.relpath(os.path.join(folder, name), es.root)
+        cands.append(es.cand(key, es.say, " " + es.tgt, clip=f"{video}/{name}"))
         if name.startswith("positive"):
             right.append(cands[-1])  # of several VLM2Vec takes the last alone
     query = es.say(f" {es.inst} {text}", es.inst, text, clip=f"{video}/query")
