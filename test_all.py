@@ -2521,14 +2521,6 @@ def test_gradients_are_clipped_together():
     assert same(gradients_of(clipped), gradients_of(model), atol=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():
-    model = Toy()
-    toy_step(model)
-    model.norm.bias.grad[0] = float("inf")
-    assert not np.isfinite(optimizer_of(model).step(3))
-    assert same(weights_of(model), weights_of(Toy()))
-
-
 # --------------------------------------------------------------------------------------------------
 # scale.py: states inside a stage
 
@@ -2571,8 +2563,6 @@ def test_a_kill_while_writing_leaves_the_state_before(tmp_path, monkeypatch):
 def test_a_damaged_state_is_one_line(tmp_path):
     train_toy(tmp_path, 2, save_at=(2,))
     path = tmp_path / "toy.state"
-    with pytest.raises(ValueError, match=rf"\A{path}: belongs to a model with other .*\Z"):
-        scale.load_state(path, nn.Linear(2, 2), None)
     os.truncate(path, 99)
     with pytest.raises(ValueError, match=rf"\A{path}: damaged.*\Z"):
         train_toy(tmp_path, 3)
