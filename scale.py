@@ -387,9 +387,8 @@ class Optimizer:
         rest = [p for name, p in trained.items() if name not in matrices]
         self.parts = []
         if rest:
-            # The fused kernel takes no mixture of shards and complete tensors.
-            fused = rest[0].is_cuda and not any(is_sharded(p) for p in rest)
-            how = {"betas": (0.9, 0.98), "weight_decay": 0.0, "foreach": False, "fused": fused}
+            # foreach would take no mixture of shards and complete tensors.
+            how = {"betas": (0.9, 0.98), "weight_decay": 0.0, "foreach": False}
             self.parts.append(torch.optim.AdamW(rest, self.peak, **how))
         if matrices:
             self.parts.append(Muon(matrices.values(), self.peak))
