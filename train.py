@@ -259,14 +259,6 @@ def true_or_false(text):
     return text in ("true", "1")
 
 
-def underscored(argument):
-    """--rl-lr=0.1 -> --rl_lr=0.1; what is no option stays as it is."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--"):
-        name = "--" + name[2:].replace("-", "_")
-    return name + equals + value
-
-
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
@@ -277,19 +269,17 @@ def parse(argv):
     why = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
     layout = argparse.RawDescriptionHelpFormatter  # leaves the docstring's lines as they are
     parser = Parser("train.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
-    groups = {}  # {"run": argparse's group of that title}
-    for f in fields(Config):
-        title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(
-            f"--{f.name}",
-            type=true_or_false if f.type is bool else f.type,
-            choices=f.metadata["choices"],
-            default=argparse.SUPPRESS,  # so `given` has what the caller wrote, and nothing else
-            help=f"{why.get(f.name)} ({f.default!r})",
-        )
-    argv = [underscored(argument) for argument in argv]
+    for title, options in itertools.groupby(fields(Config), lambda f: f.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for f in options:
+            group.add_argument(
+                *sorted({f"--{f.name.replace('_', '-')}", f"--{f.name}"}),  # --rl-lr and --rl_lr
+                dest=f.name,
+                type=true_or_false if f.type is bool else f.type,
+                choices=f.metadata["choices"],
+                default=argparse.SUPPRESS,  # so `given` has what the caller wrote, nothing else
+                help=f"{why.get(f.name)} ({f.default!r})",
+            )
     given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_lr": 0.1}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
