@@ -90,17 +90,12 @@ from embed import Embedder, contrastive_step
 from model import Rows, read_json, sdpa_kernel, write_json, write_rows
 from processor import prompt_key
 
+# select.py as a module. `import select` would give the standard library's; see select.py.
+path = Path(__file__).with_name("select.py")
+spec = importlib.util.spec_from_file_location("nanommemb_select", path)
+selection = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(selection)
 
-def load_select():
-    """select.py as a module. `import select` would give the standard library's; see select.py."""
-    path = Path(__file__).with_name("select.py")
-    spec = importlib.util.spec_from_file_location("nanommemb_select", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
 # {stage: the tables that it reads}. It notes a hash of them, so that a later change is noticed.
 NOTES = {"propose": "training", "eval": "test"}
@@ -333,7 +328,6 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.stopping = False  # True once SIGTERM has come
         self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
         self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
@@ -357,23 +351,20 @@ class Run:
         scale.barrier()
         self.same_options(("machine", cfg.stage), "config.json")
 
-    def path(self, *parts):
-        """run.path("select", "judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
-        return os.path.join(self.cfg.out, *parts)
+    def path(self, name):
+        """run.path("select/judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
+        return os.path.join(self.cfg.out, name)
 
-    def read(self, *parts):
+    def read(self, name):
         """A JSON object of the folder; {} where there is none."""
-        path = self.path(*parts)
-        value = read_json(path) if os.path.exists(path) else {}
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: expected a JSON object")
-        return value
+        path = self.path(name)
+        return read_json(path) if os.path.exists(path) else {}
 
-    def same_options(self, free, *parts):
+    def same_options(self, free, name):
         """Refuse what was made with other options than ours; groups in `free` may differ. Where no
-        options are noted yet, note ours. parts: of the path of a config.json in the folder."""
-        path = self.path(*parts)
-        before = self.read(*parts)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
+        options are noted yet, note ours. name: of a config.json in the folder."""
+        path = self.path(name)
+        before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
             group = f.metadata["group"]
@@ -439,10 +430,9 @@ class Run:
             if isinstance(value, (int, float)):  # rl's "sample", a text, is in the file alone
                 numbers.append(f"{name} {value:.3g}")
         self.say(f"{stage} {step}/{steps} " + " ".join(numbers))
-        row = {"stage": stage, "step": step, **metrics}
         if scale.is_main():
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
 
     def forget(self, stage, step=0):
         """Take a stage's rows after this step out of metrics.jsonl: they will be written again.
@@ -452,8 +442,7 @@ class Run:
             return
         kept = []
         for row in Rows(path, may_be_cut=True):
-            of_stage = row["stage"].startswith(stage)
-            if not of_stage or row["step"] <= step:
+            if not row["stage"].startswith(stage) or row["step"] <= step:
                 kept.append(row)
         write_rows(path, kept)
 
@@ -465,7 +454,7 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
         scale.barrier()  # what is left of an earlier try is gone, before anybody looks
-        self.same_options(("machine",), f"{stage}.part", "config.json")
+        self.same_options(("machine",), f"{stage}.part/config.json")
         return part
 
     def finish(self, stage, part, seconds):
@@ -480,14 +469,11 @@ class Run:
             done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
 
         # 1) Neither this stage nor a later one is done, as long as folders change.
-        earlier = [name for name in STAGES[:number] if name in self.stages]
-        self.note({name: self.stages[name] for name in earlier})
+        self.note({name: self.stages[name] for name in STAGES[:number]})
 
         # 2) The folders
         final = Path(self.path(stage))
         if scale.is_main():
-            if final.is_symlink():  # of a study's fork: its parent's stays
-                final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for later in STAGES[number + 1 :]:  # begun on what was there before
@@ -507,26 +493,19 @@ class Run:
         if scale.is_main():
             write_json(self.path("stages.json"), stages)
 
-    def stop(self, *_):
-        """What SIGTERM does in the training loop. Elsewhere it ends the process, as kill -9."""
-        self.stopping = True
-
-    def embedder(self, stage, *parts):
-        """The checkpoint that a stage left. parts: where it lies in the stage's folder, as judge0
-        in that of select."""
-        if stage not in self.stages:
-            raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
+    def embedder(self, folder):
+        """The checkpoint that a stage left: in "base", "select/judge0" ..."""
         c = self.cfg
-        path = os.path.abspath(self.path(stage, *parts))  # runs/x alone could be a hub's id
+        path = os.path.abspath(self.path(folder))  # runs/x alone could be a hub's id
         limits = {"max_pixels": c.max_pixels, "max_frames": c.max_frames}
         return Embedder.from_pretrained(path, self.device, c.dtype, **limits)
 
-    def trainee(self, stage, parts=()):
-        """The same, ready to be trained. parts: folders of several, whose mean weights it has."""
+    def trainee(self, *folders):
+        """The same, ready to be trained. Of several it has the mean weights."""
         c = self.cfg
-        embedder = self.embedder(stage, *parts[:1])  # the first of them, or the stage's only one
-        for n, part in enumerate(parts[1:], 2):  # from the mean of n - 1 to that of n
-            other = self.embedder(stage, part).model
+        embedder = self.embedder(folders[0])
+        for n, folder in enumerate(folders[1:], 2):  # from the mean of n - 1 to that of n
+            other = self.embedder(folder).model
             for p, q in zip(embedder.model.parameters(), other.parameters()):
                 p.data.lerp_(q.data, 1 / n)  # p += (q - p) / n
         torch.manual_seed(self.torch_seed("lora"))
@@ -714,23 +693,25 @@ class Batches:
 
 
 def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=None):
-    """The loop of every trained stage -> the number of its steps.
+    """The loop of every trained stage.
 
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
     stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
-    until(step, steps) -> steps may prolong the stage
+    until(step) may prolong the stage: optimizer.steps
     It goes on from the checkpoint PART/NAME.state, if there is one: begin() removes it unless the
     call says --resume auto. A loss that is not finite stops the run: the weights would be NaN from
     then on.
     """
-    state = os.path.join(part, f"{name}.state")
+    state = f"{part}/{name}.state"
     step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
     if step == 0:  # a full disk is noticed now, not hours later
         scale.need_space(part, model)
     run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
-    signal.signal(signal.SIGTERM, run.stop)
+    # SIGTERM ends the loop after this step. Elsewhere it ends the process, as kill -9.
+    signals = []
+    signal.signal(signal.SIGTERM, lambda *signal: signals.append(signal))
     stop = False
     while step < optimizer.steps and not stop:
         batch = next(batches)
@@ -745,25 +726,23 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
             metrics["seconds"] = round(time.time() - started, 1)
             run.log(name, step, optimizer.steps, metrics)
         if until:
-            optimizer.steps = until(step, optimizer.steps)
-        stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
+            until(step)
+        stop = bool(scale.gather_objects(signals))  # all processes after the same step
         if stop or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop or run.stopping:  # or it came just now
+    if stop or signals:  # or it came just now
         raise Interrupted(f"stopped by SIGTERM after step {step} of {name}; --resume auto goes on")
     model.eval()
-    return step
 
 
-def fit(run, name, part, embedder, pairs, one_step, batch, sub_batch, steps, factor):
+def fit(run, name, part, embedder, stream, one_step, steps, factor):
     """Train an Embedder on pairs, and leave it as a model of --dtype.
 
-    name: of the log's rows and the checkpoint. one_step: as in train_loop. batch and sub_batch: as
-    in Pairs.stream. steps: at --scale 1. factor: times lr.
+    name: of the log's rows and the checkpoint. stream, one_step: as in train_loop. steps: at
+    --scale 1. factor: times lr.
     """
     optimizer = scale.Optimizer(embedder.model, run.cfg, run.steps(steps), factor)
-    stream = partial(pairs.stream, name, batch, sub_batch)
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
     embedder.model = run.merged(embedder.model)
 
@@ -808,19 +787,18 @@ def pretrain(run, part):
         run.log("base skills", step, optimizer.steps, skills)
         return min(skills[name] for name in pocket.STEP_SKILLS)
 
-    def until(step, steps):
+    def until(step):
         """At the end of the flat part: are the skills there? If not, another tenth of the plan:
         450 steps become 495, 540 ... 900. What is missing by less than 0.05 comes while the
         learning rate falls."""
-        flat = steps - round(optimizer.cool_steps)
-        if step != flat or steps >= 2 * planned:
-            return steps
-        if weakest_skill(step) >= pocket.SKILL_WANTED - 0.05:
-            return steps
-        return min(2 * planned, steps + planned // 10)
+        steps = optimizer.steps
+        if step != steps - round(optimizer.cool_steps) or steps >= 2 * planned:
+            return
+        if weakest_skill(step) < pocket.SKILL_WANTED - 0.05:
+            optimizer.steps = min(2 * planned, steps + planned // 10)
 
-    last = train_loop(run, "base", part, model, optimizer, one_step, until=until)
-    if weakest_skill(last) < pocket.SKILL_WANTED:
+    train_loop(run, "base", part, model, optimizer, one_step, until=until)
+    if weakest_skill(optimizer.steps) < pocket.SKILL_WANTED:
         run.say(f"base: a skill is below {pocket.SKILL_WANTED}; expect weak rationales")
     return Embedder(model, processor)
 
@@ -836,11 +814,9 @@ def by_window(run, path, pairs, takes, rows_of, title):
     folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
     windows = pairs.windows(takes)
-    paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
-    mine = []  # numbers of the windows that this process has still to do
-    for n in range(scale.rank(), len(windows), scale.world_size()):
-        if not os.path.exists(paths[n]):
-            mine.append(n)
+    paths = [f"{folder}/{n:06d}.jsonl" for n in range(len(windows))]
+    share = range(scale.rank(), len(windows), scale.world_size())
+    mine = [n for n in share if not os.path.exists(paths[n])]  # windows that are still to do
     loaded = pairs.load([windows[n] for n in mine])
     for n, window in zip(mine, loaded):
         write_rows(paths[n], rows_of(n, window))
@@ -866,7 +842,7 @@ def propose_stage(run, part):
     processor = embedder.processor
     source = c.rationales
     if not source and not c.data:
-        source = run.path("data", "proposers.jsonl")
+        source = run.path("data/proposers.jsonl")
     given = propose.Rationales(source) if source else None
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
@@ -882,7 +858,7 @@ def propose_stage(run, part):
             rows += propose.propose(model, processor, window, c, rng, ask)
         return rows
 
-    path = os.path.join(part, "rationales.jsonl")
+    path = f"{part}/rationales.jsonl"
     by_window(run, path, pairs, None, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
@@ -911,10 +887,10 @@ def select_stage(run, part):
     With two folds, judge0 trains on one half of the pairs and judges the other, judge1 the reverse.
     """
     c = run.cfg
-    written = propose.Rationales(run.path("propose", "rationales.jsonl"))  # by pair id
+    written = propose.Rationales(run.path("propose/rationales.jsonl"))  # by pair id
 
     # 1) The experiment: judged0.jsonl, judged1.jsonl
-    paths = [os.path.join(part, f"judged{fold}.jsonl") for fold in range(c.select_folds)]
+    paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
@@ -923,12 +899,12 @@ def select_stage(run, part):
 
     # 2) The rule
     rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
-    selected = os.path.join(part, "selected.jsonl")
+    selected = f"{part}/selected.jsonl"
     if scale.is_main():
         chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
         short = ({key: row[key] for key in SELECTED} for row in chosen)  # some of its columns
         write_rows(selected, short)
-        write_rows(os.path.join(part, "judged.jsonl"), Rows(*paths))
+        write_rows(f"{part}/judged.jsonl", Rows(*paths))
     scale.barrier()
     kept = Rows(selected)
 
@@ -942,7 +918,7 @@ def select_stage(run, part):
     if warning:
         run.say(warning)
     if scale.is_main():
-        write_json(os.path.join(part, "audit.json"), audit)
+        write_json(f"{part}/audit.json", audit)
 
 
 class Judged(Rows):
@@ -972,15 +948,10 @@ def judge_fold(run, part, fold, written, path):
 
     # Half of a batch belongs to the fold that is judged and drops out: draw twice as much.
     twice = 2 if c.select_folds > 1 else 1
-    how = {
-        "batch": twice * c.batch,
-        "sub_batch": twice * c.sub_batch,
-        "steps": c.select_steps,
-        "factor": c.select_lr,
-    }
-    fit(run, name, part, embedder, pairs, one_step, **how)
+    stream = partial(pairs.stream, name, twice * c.batch, twice * c.sub_batch)
+    fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr)
     if scale.is_main():
-        embedder.save(os.path.join(part, f"judge{fold}"))
+        embedder.save(f"{part}/judge{fold}")
 
     # 2) It judges.
     def rows_of(n, window):
@@ -1001,7 +972,7 @@ def embed_stage(run, part):
     learnt to find targets, which the base model has not.
     """
     c = run.cfg
-    embedder = run.trainee("select", [f"judge{fold}" for fold in range(c.select_folds)])
+    embedder = run.trainee(*[f"select/judge{fold}" for fold in range(c.select_folds)])
     processor = embedder.processor
     pairs = run.pairs(processor)
     lessons = Lessons(run)
@@ -1016,13 +987,8 @@ def embed_stage(run, part):
             labels.append(label)
         return contrastive_step(embedder.model, processor, batch, rationales, labels, c)
 
-    how = {
-        "batch": c.batch,
-        "sub_batch": c.sub_batch,
-        "steps": c.embed_steps,
-        "factor": c.embed_lr,
-    }
-    fit(run, "embed", part, embedder, pairs, one_step, **how)
+    stream = partial(pairs.stream, "embed", c.batch, c.sub_batch)
+    fit(run, "embed", part, embedder, stream, one_step, c.embed_steps, c.embed_lr)
     return embedder
 
 
@@ -1035,8 +1001,8 @@ class Lessons:
 
     def __init__(self, run):
         wanted = {name for name in run.cfg.embed_proposers.split(",") if name}  # {"careful"}
-        self.written = propose.Rationales(run.path("propose", "rationales.jsonl"))
-        self.kept = propose.Rationales(run.path("select", "selected.jsonl"), ("weight",), wanted)
+        self.written = propose.Rationales(run.path("propose/rationales.jsonl"))
+        self.kept = propose.Rationales(run.path("select/selected.jsonl"), ("weight",), wanted)
         authors = {"none", *self.written.authors}  # {"none", "base", "careful", "sloppy"}
         if wanted - authors:
             raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
@@ -1044,7 +1010,7 @@ class Lessons:
         self.trusted = max(counts, key=counts.get, default=None)
         # Pairs about which nobody wrote, because their direct vector is good enough.
         self.easy = set()
-        for row in Rows(run.path("select", "judged.jsonl")):
+        for row in Rows(run.path("select/judged.jsonl")):
             if not row["text"] and not selection.can_keep(row["direct"], run.cfg):
                 self.easy.add(row["id"])
 
@@ -1091,13 +1057,8 @@ def rl_stage(run, part):
         return contrastive_step(model, processor, batch, nothing, unknown, c)
 
     one_step = grpo if c.rl_rollouts else contrast
-    how = {
-        "batch": c.rl_batch,
-        "sub_batch": RL_SUB_BATCH,
-        "steps": c.rl_steps,
-        "factor": c.rl_lr,
-    }
-    fit(run, "rl", part, embedder, pairs, one_step, **how)
+    stream = partial(pairs.stream, "rl", c.rl_batch, RL_SUB_BATCH)
+    fit(run, "rl", part, embedder, stream, one_step, c.rl_steps, c.rl_lr)
     return embedder
 
 
@@ -1107,7 +1068,7 @@ def eval_stage(run, part):
     embedder = run.embedder("rl")
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}  # of Embedder.encode
     # Steps that each query needs, {"PocketWalk/76": 3, ...}; None: not known
-    truth = run.read("data", "pocket.json").get("test")
+    truth = run.read("data/pocket.json").get("test")
     how = {"threshold": c.threshold, "options": options, "truth": truth}
     evaluation.evaluate(embedder, run.data_root, part, **how)
 
@@ -1119,12 +1080,12 @@ def write_report(run):
      "modes": {"never": {"overall": 0.818, "tokens_per_query": 0.0, ...}, "adaptive": ...},
      "curve": [{"threshold", "overall", ...}], "adaptivity": {"PocketWalk": {"auc", ...}}}
     """
-    summary = run.read("eval", "summary.json")
+    summary = run.read("eval/summary.json")
     if not {"modes", "curve", "adaptivity"} <= set(summary):  # eval.py wrote there
         raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
     result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
     result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
-    result["selection"] = run.read("select", "audit.json")
+    result["selection"] = run.read("select/audit.json")
     for key in ("modes", "curve", "adaptivity"):
         result[key] = summary[key]
     write_json(run.path("report.json"), result)
