@@ -329,6 +329,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg = cfg
         self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
+        self.dtype = getattr(torch, cfg.dtype)
         self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
         if scale.is_main():
@@ -509,15 +510,15 @@ class Run:
             for p, q in zip(embedder.model.parameters(), other.parameters()):
                 p.data.lerp_(q.data, 1 / n)  # p += (q - p) / n
         torch.manual_seed(self.torch_seed("lora"))
-        dtype = getattr(torch, c.dtype)
-        scale.prepare(embedder.model, dtype, c.lora, c.checkpointing, c.compile, c.train_vision)
+        options = (c.lora, c.checkpointing, c.compile, c.train_vision)
+        scale.prepare(embedder.model, self.dtype, *options)
         if c.compile:
             embedder.processor.pad_to = 128  # few lengths to compile for
         if c.fsdp:
-            scale.shard(embedder.model, dtype)
+            scale.shard(embedder.model, self.dtype)
         if self.device.startswith("cuda"):
-            plain = sdpa_kernel(embedder.model, dtype, branches=False)
-            branched = sdpa_kernel(embedder.model, dtype, branches=True)
+            plain = sdpa_kernel(embedder.model, self.dtype, branches=False)
+            branched = sdpa_kernel(embedder.model, self.dtype, branches=True)
             self.say(f"attention: {plain}; with branches {branched}")
         return embedder
 
@@ -527,15 +528,6 @@ class Run:
         if kind not in self.pairs_read:
             self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
         return self.pairs_read[kind]
-
-    def merged(self, model, into=None):
-        """What is being trained as a plain model of --dtype, to judge with, to sample from or to
-        save: a copy, or the model itself where it is plain already. into: an earlier copy, to be
-        written over."""
-        c = self.cfg
-        if c.lora or c.fsdp or c.compile or c.dtype != "float32":
-            return scale.merge(model, getattr(torch, c.dtype), into)
-        return model.eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -744,7 +736,7 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
     """
     optimizer = scale.Optimizer(embedder.model, run.cfg, run.steps(steps), factor)
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
-    embedder.model = run.merged(embedder.model)
+    embedder.model = scale.merge(embedder.model, run.dtype)  # to judge with, or to save
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1043,12 +1035,12 @@ def rl_stage(run, part):
     model = embedder.model
     processor = embedder.processor
     pairs = run.pairs(processor, for_rl=True)
-    actor = run.merged(model)  # writes the rollouts: a plain copy, or the model itself
+    actor = scale.merge(model, run.dtype)  # a plain copy, which writes the rollouts
 
     def grpo(i, batch):
         rng = run.generator("rl", i, scale.rank())
-        writer = run.merged(model, actor)  # it gets the weights of this step
-        return rl.grpo_step(model, processor, batch, c, rng, writer)
+        scale.merge(model, run.dtype, into=actor)  # it gets the weights of this step
+        return rl.grpo_step(model, processor, batch, c, rng, actor)
 
     def contrast(i, batch):
         """Ablation: no rationale is written, and no decision is taught."""
