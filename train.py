@@ -77,7 +77,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import data
 import eval as evaluation
@@ -91,8 +91,8 @@ from model import Rows, read_json, sdpa_kernel, write_json, write_rows
 from processor import prompt_key
 
 # select.py as a module. `import select` would give the standard library's; see select.py.
-path = Path(__file__).with_name("select.py")
-spec = importlib.util.spec_from_file_location("nanommemb_select", path)
+select_path = Path(__file__).with_name("select.py")
+spec = importlib.util.spec_from_file_location("nanommemb_select", select_path)
 selection = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(selection)
 
@@ -291,7 +291,7 @@ def check(cfg):
             continue
         value = getattr(cfg, f.name)
         least = f.metadata["least"]
-        if not math.isfinite(value) or value < least:
+        if not least <= value < math.inf:  # nor is NaN
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
@@ -384,7 +384,7 @@ class Run:
         """Refuse tables that changed since a stage noted them, unless it is in `todo`. Rows are
         known by their numbers, and the last ones of a dataset are rl's: a row more moves them."""
         for stage, kind in NOTES.items():
-            if stage in todo or stage not in self.stages:
+            if stage in todo:
                 continue
             noted = self.stages[stage].get("tables")  # a hash; older folders have none
             if noted is None or noted == data.fingerprint(self.data_root, kind):
@@ -465,7 +465,7 @@ class Run:
         """
         scale.barrier()  # all processes have written into `part`
         number = STAGES.index(stage)
-        done = {"seconds": round(seconds, 1)}
+        done = {"seconds": seconds}
         if stage in NOTES:
             done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
 
@@ -534,7 +534,7 @@ class Run:
 # Training pairs
 
 
-class Pairs(Dataset):
+class Pairs:
     """The training pairs of a stage, as prompts: pairs[source, row], the dataset and the row in it.
 
     A prompt is what the Processor makes of an item: "ids" (S,) and patches. pairs[0, 3] is
@@ -605,14 +605,13 @@ class Pairs(Dataset):
     def prompts(self, pair):
         """A pair of items (texts, places of images) -> the pair as the docstring above has it."""
         target = self.processor(pair["target"])
-        key = data.pair_key(pair)
         query = pair["query"]
         if self.question:
             query = self.question(query)
         return {
             "id": pair["id"],
             "dataset": pair["dataset"],
-            "key": key,  # ties a rationale to the pair
+            "key": data.pair_key(pair),  # ties a rationale to the pair
             "query": self.processor(query),
             "target": target,
             "negatives": [self.processor(item) for item in pair["negatives"]],
@@ -703,7 +702,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     started = time.time()
     # SIGTERM ends the loop after this step. Elsewhere it ends the process, as kill -9.
     signals = []
-    signal.signal(signal.SIGTERM, lambda *signal: signals.append(signal))
+    signal.signal(signal.SIGTERM, lambda *about: signals.append(about[0]))
     stop = False
     while step < optimizer.steps and not stop:
         batch = next(batches)
@@ -830,7 +829,6 @@ def propose_stage(run, part):
     """
     c = run.cfg
     embedder = run.embedder("base")
-    model = embedder.model
     processor = embedder.processor
     source = c.rationales
     if not source and not c.data:
@@ -847,7 +845,7 @@ def propose_stage(run, part):
                 rows += rows_about(pair, given)
         if c.num_candidates:
             rng = run.generator("propose", n)
-            rows += propose.propose(model, processor, window, c, rng, ask)
+            rows += propose.propose(embedder.model, processor, window, c, rng, ask)
         return rows
 
     path = f"{part}/rationales.jsonl"
@@ -1044,9 +1042,8 @@ def rl_stage(run, part):
 
     def contrast(i, batch):
         """Ablation: no rationale is written, and no decision is taught."""
-        nothing = [None] * len(batch)
-        unknown = [-1] * len(batch)
-        return contrastive_step(model, processor, batch, nothing, unknown, c)
+        n = len(batch)
+        return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
 
     one_step = grpo if c.rl_rollouts else contrast
     stream = partial(pairs.stream, "rl", c.rl_batch, RL_SUB_BATCH)
@@ -1061,8 +1058,9 @@ def eval_stage(run, part):
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}  # of Embedder.encode
     # Steps that each query needs, {"PocketWalk/76": 3, ...}; None: not known
     truth = run.read("data/pocket.json").get("test")
-    how = {"threshold": c.threshold, "options": options, "truth": truth}
-    evaluation.evaluate(embedder, run.data_root, part, **how)
+    evaluation.evaluate(
+        embedder, run.data_root, part, threshold=c.threshold, options=options, truth=truth
+    )
 
 
 def write_report(run):
@@ -1158,8 +1156,9 @@ def run_stages(cfg):
         embedder = do_stage(run, part)
         if embedder and scale.is_main():
             embedder.save(part)
-        run.finish(stage, part, time.time() - started)
-        run.say(f"{stage}: {time.time() - started:.0f} s")
+        seconds = round(time.time() - started, 1)
+        run.finish(stage, part, seconds)
+        run.say(f"{stage}: {seconds} s")
 
     # 3) The report
     if "eval" in run.stages and scale.is_main():
