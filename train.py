@@ -389,9 +389,10 @@ class Run:
             noted = self.stages[stage].get("tables")  # a hash; older folders have none
             if noted is None or noted == data.fingerprint(self.data_root, kind):
                 continue
-            change = f"the {kind} table has changed since {stage}"
             remedy = f"do --stage {stage} and what follows again"
-            raise UsageError(f"{self.data_root}: {change}: {remedy}")
+            raise UsageError(
+                f"{self.data_root}: the {kind} table has changed since {stage}: {remedy}"
+            )
 
     def rng(self, *key):
         """A generator that depends on seed and key alone: nothing to save, nothing to restore.
@@ -1073,11 +1074,16 @@ def write_report(run):
     summary = run.read("eval/summary.json")
     if not {"modes", "curve", "adaptivity"} <= set(summary):  # eval.py wrote there
         raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
-    result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
-    result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
-    result["selection"] = run.read("select/audit.json")
-    for key in ("modes", "curve", "adaptivity"):
-        result[key] = summary[key]
+    result = {
+        "preset": run.cfg.preset,
+        "seed": run.cfg.seed,
+        "revision": run.cfg.revision,
+        "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
+        "selection": run.read("select/audit.json"),
+        "modes": summary["modes"],
+        "curve": summary["curve"],
+        "adaptivity": summary["adaptivity"],
+    }
     write_json(run.path("report.json"), result)
     report.write_report(run.cfg.out, run.data_root)
     return result
@@ -1118,7 +1124,10 @@ def draw_world(cfg, folder):
 
 def look_at_tests(root):
     """Read every test set, so that a broken row is named before anything is trained, not after."""
-    for row in data.tables(root, "eval"):
+    rows = data.tables(root, "eval")
+    if not rows:
+        raise UsageError(f"{root} has no test set, with which --stage all ends: name a stage")
+    for row in rows:
         with contextlib.suppress(data.Missing):
             data.load_eval(root, row)
 
@@ -1127,29 +1136,24 @@ def run_stages(cfg):
     """The stages that cfg asks for, and the report."""
     # 1) What is missing is said before anything is made.
     whole = cfg.stage == "all"
-    if not whole and cfg.stage != "base" and not os.path.exists(f"{cfg.out}/stages.json"):
+    if cfg.stage not in ("all", "base") and not os.path.exists(f"{cfg.out}/stages.json"):
         raise UsageError(f"{cfg.out} holds no run: --stage all makes one")
-    if whole and cfg.data and not data.tables(cfg.data, "eval"):
-        raise UsageError(f"{cfg.data} has no test set, with which --stage all ends: name a stage")
     if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
         raise UsageError(f"{cfg.data} has no training set")
     if whole and cfg.data:
         look_at_tests(cfg.data)
 
     # 2) The stages that are done are the first ones: what follows a stage that is done again is
-    # not. So the next one has the number len(run.stages).
+    # not. So the next one has the number `done`.
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    first = len(run.stages)
-    todo = STAGES[first:]
-    if not whole:
-        if STAGES.index(cfg.stage) > first:
-            raise UsageError(f"{cfg.out}: stage {STAGES[first]} is not done; --stage all does it")
-        first = STAGES.index(cfg.stage)
-        todo = [cfg.stage]
+    done = len(run.stages)
+    first = done if whole else STAGES.index(cfg.stage)
+    if first > done:
+        raise UsageError(f"{cfg.out}: stage {STAGES[done]} is not done; --stage all does it")
     run.same_tables(STAGES[first:])
-    for stage in todo:
+    for stage in STAGES[first:] if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
         do_stage = globals()[f"{stage}_stage"]  # embed_stage, ... above
