@@ -442,10 +442,8 @@ class Run:
         path = self.path("metrics.jsonl")
         if not scale.is_main() or not os.path.exists(path):
             return
-        kept = []
-        for row in Rows(path, may_be_cut=True):
-            if not row["stage"].startswith(stage) or row["step"] <= step:
-                kept.append(row)
+        rows = Rows(path, may_be_cut=True)
+        kept = [r for r in rows if not r["stage"].startswith(stage) or r["step"] <= step]
         write_rows(path, kept)
 
     def begin(self, stage):
@@ -506,20 +504,20 @@ class Run:
         """The same, ready to be trained. Of several it has the mean weights."""
         c = self.cfg
         embedder = self.embedder(folders[0])
+        model = embedder.model
         for n, folder in enumerate(folders[1:], 2):  # from the mean of n - 1 to that of n
             other = self.embedder(folder).model
-            for p, q in zip(embedder.model.parameters(), other.parameters()):
+            for p, q in zip(model.parameters(), other.parameters()):
                 p.data.lerp_(q.data, 1 / n)  # p += (q - p) / n
         torch.manual_seed(self.torch_seed("lora"))
-        options = (c.lora, c.checkpointing, c.compile, c.train_vision)
-        scale.prepare(embedder.model, self.dtype, *options)
+        scale.prepare(model, self.dtype, c.lora, c.checkpointing, c.compile, c.train_vision)
         if c.compile:
             embedder.processor.pad_to = 128  # few lengths to compile for
         if c.fsdp:
-            scale.shard(embedder.model, self.dtype)
+            scale.shard(model, self.dtype)
         if self.device.startswith("cuda"):
-            plain = sdpa_kernel(embedder.model, self.dtype, branches=False)
-            branched = sdpa_kernel(embedder.model, self.dtype, branches=True)
+            plain = sdpa_kernel(model, self.dtype, branches=False)
+            branched = sdpa_kernel(model, self.dtype, branches=True)
             self.say(f"attention: {plain}; with branches {branched}")
         return embedder
 
