@@ -72,6 +72,8 @@ def barrier():
 def gather(x):
     """x (n, ...), n may differ between processes -> the rows of all processes (N, ...) in process
     order, and a LongTensor (n,) of the places where this process' rows are. Carries no gradient."""
+    if world_size() == 1:
+        return x.detach(), torch.arange(len(x), device=x.device)
     parts = gather_objects([x.detach().cpu()])
     start = sum(len(part) for part in parts[: rank()])
     rows = torch.arange(start, start + len(x), device=x.device)
