@@ -42,7 +42,7 @@ from torch import nn
 
 def world_size():
     """How many processes train together; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
@@ -84,19 +84,19 @@ def gather(x):
 # GradCache
 
 
-def chunks_of(lengths, budget, waste=1.25):
+def chunks_of(lengths, budget):
     """Cut rows into chunks that one forward pass can take.
 
     lengths: tokens of each row. A chunk is padded to its longest row, so rows are sorted by length,
     longest first. A new chunk begins where the padded tokens would exceed the budget, or where
-    the longest row is more than `waste` times the shortest. A row above the budget is alone.
+    the longest row is more than 1.25 times the shortest. A row above the budget is alone.
     -> lists of row numbers. chunks_of([5, 9, 5], budget=10) -> [[1], [0, 2]]
     """
     chunks = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         longest = lengths[chunks[-1][0]] if chunks else 0
         fits = chunks and (len(chunks[-1]) + 1) * longest <= budget
-        if fits and lengths[row] * waste >= longest:
+        if fits and lengths[row] * 1.25 >= longest:
             chunks[-1].append(row)
         else:
             chunks.append([row])
@@ -128,10 +128,10 @@ def backward(lengths, forward, loss, budget):
     # chunks repeat their last with weight zero.
     passes = [(name, rows) for name in lengths for rows in chunks_of(lengths[name], budget)]
     count = len(passes)
-    fits = count == 1 or sum(sum(tokens) for tokens in lengths.values()) <= budget
-    everywhere = gather_objects([(count, fits)])
-    passes += passes[-1:] * (max(count for count, _ in everywhere) - count)
-    keep = all(fits for _, fits in everywhere)
+    fits = sum(sum(tokens) for tokens in lengths.values()) <= budget
+    counts, fits = zip(*gather_objects([(count, fits)]))  # of all processes
+    passes += passes[-1:] * (max(counts) - count)
+    keep = all(fits)
 
     # 2) Vectors v_i
     with torch.set_grad_enabled(keep):
@@ -159,10 +159,10 @@ def backward(lengths, forward, loss, budget):
         surrogate = (v * g[name][rows]).sum()
         if further is not None:
             surrogate = surrogate + further
-            numbers = {**numbers, "further": float(further.detach())}
-        weight = 1.0 if i < count else 0.0
-        (weight * surrogate).backward()
-        if weight:
+            numbers["further"] = float(further.detach())
+        is_own = i < count
+        (surrogate * is_own).backward()
+        if is_own:
             metrics.append(numbers)
 
     total = collections.Counter()
@@ -174,8 +174,6 @@ def backward(lengths, forward, loss, budget):
 
 # ---------------------------------------------------------------------------------------------
 # Large models in training: LoRA, shards, and the way back to an ordinary model
-
-LORA_ALPHA = 64.0  # an update counts alpha / rank times: twice at rank 32
 
 
 class LoRALinear(nn.Module):
@@ -189,11 +187,10 @@ class LoRALinear(nn.Module):
         device = linear.weight.device
         self.weight = linear.weight
         self.bias = linear.bias
-        self.scale = LORA_ALPHA / rank
+        self.scale = 64.0 / rank  # alpha = 64: an update counts twice at rank 32
         # fp32 whatever W is: steps of 1e-5 are lost in bf16. B = 0: training starts at W.
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_a = nn.Linear(in_features, rank, bias=False, device=device).weight
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear starts
 
     def forward(self, x):
         update = F.linear(F.linear(x, self.lora_a), self.lora_b)
@@ -206,8 +203,12 @@ def add_lora(model, rank):
     for name, layer in list(model.named_modules()):
         in_block = ".layers." in name or ".blocks." in name
         if in_block and isinstance(layer, nn.Linear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoRALinear(layer, rank))
+            model.set_submodule(name, LoRALinear(layer, rank))
+
+
+def trainable(model):
+    """{name: weight} of what is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def prepare(model, dtype, lora=0, checkpointing=False, compile=False, train_vision=True):
@@ -217,17 +218,17 @@ def prepare(model, dtype, lora=0, checkpointing=False, compile=False, train_visi
         add_lora(model, lora)
     if not train_vision:
         model.visual.requires_grad_(False)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+    for p in trainable(model).values():
+        p.data = p.data.float()
     model.set_checkpointing(checkpointing)
     if compile:
         model.compile_layers()
     if dtype != torch.float32:
         # Each call is an autocast of its own: autocast keeps the weights it has cast, and those
         # of a pass without gradients must not serve the pass with gradients.
-        model.forward = torch.autocast(model.device.type, dtype)(model.forward)
-        model.logits = torch.autocast(model.device.type, dtype)(model.logits)
+        cast = torch.autocast(model.device.type, dtype)
+        model.forward = cast(model.forward)
+        model.logits = cast(model.logits)
     return model
 
 
@@ -238,11 +239,9 @@ def shard(model, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes 1.2 s to import
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in model.text.layers:
-        fully_shard(layer, mp_policy=policy)
     embedding = model.text.embed_tokens.weight
-    fully_shard(model.text, mp_policy=policy, ignored_params={embedding})
-    for module in (model.text, *model.text.layers):
+    for module in (*model.text.layers, model.text):
+        fully_shard(module, mp_policy=policy, ignored_params={embedding})
         # A sum, not a mean: each process has the gradient of its rows alone.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -252,6 +251,11 @@ def shard(model, dtype):
 def is_sharded(tensor):
     """FSDP2's tensors are DTensors, on which full_tensor() gathers all parts on every process."""
     return hasattr(tensor, "full_tensor")
+
+
+def complete(tensor):
+    """The same in one piece."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
@@ -265,13 +269,10 @@ def merge(model, dtype=torch.float32, into=None):
         with torch.device("meta"):
             merged = type(model)(model.c)
         merged.to(dtype).to_empty(device=model.device).requires_grad_(False)
-        merged.has_head = model.has_head
-        if "lm_head.weight" not in trained:  # tied (named once), or absent and never used
+        if "lm_head.weight" not in trained:  # it is tied: a tensor is named once
             merged.lm_head.weight = merged.text.embed_tokens.weight
     for name, p in merged.named_parameters():
-        weight = trained[name]
-        if is_sharded(weight):
-            weight = weight.full_tensor()
+        weight = complete(trained[name])
         parent, _, kind = name.rpartition(".")
         layer = model.get_submodule(parent)
         if isinstance(layer, LoRALinear) and kind == "weight":
@@ -301,8 +302,7 @@ def add_gradients(params):
 def clip_gradients(params, limit):
     """Scale all gradients so that their joint norm is at most `limit` -> the norm before."""
     grads = [p.grad for p in params if p.grad is not None]
-    norms = [grad.norm() for grad in grads]
-    norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    norms = [complete(grad.norm()) for grad in grads]
     norm = float(torch.stack(norms).norm())
     factor = min(1.0, limit / (norm + 1e-6))
     for grad in grads:
@@ -347,10 +347,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                if not state:
-                    state["average"] = torch.zeros_like(p)
-                average = state["average"].lerp_(p.grad, 1 - self.MOMENTUM)
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - self.MOMENTUM)
                 update = p.grad.lerp(average, self.MOMENTUM).flatten(1)
                 size = 0.2 * math.sqrt(max(update.shape))
                 p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * size)
@@ -378,14 +376,12 @@ class Optimizer:
     with AdamW: a row of theirs is a token, and most tokens are not in a batch.
     """
 
-    CLIP = 1.0  # norm of all gradients together
-
     def __init__(self, model, cfg, steps, factor=1.0, cool=0.4, patches=False):
         self.steps = steps
         self.warmup = min(cfg.warmup, steps // 4)
         self.cool_steps = cool * steps
         self.peak = cfg.lr * factor
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = trainable(model)
         self.params = list(trained.values())
         matrices = {}
         if cfg.optimizer == "muon":
@@ -393,26 +389,22 @@ class Optimizer:
         rest = [p for name, p in trained.items() if name not in matrices]
         self.parts = []
         if rest:
-            # The fused kernel takes no mixture of shards and complete tensors.
-            fused = rest[0].is_cuda and not any(is_sharded(p) for p in rest)
-            how = {"betas": (0.9, 0.98), "weight_decay": 0.0, "foreach": False, "fused": fused}
+            # foreach would take no mixture of shards and complete tensors.
+            how = {"betas": (0.9, 0.98), "weight_decay": 0.0, "foreach": False}
             self.parts.append(torch.optim.AdamW(rest, self.peak, **how))
         if matrices:
             self.parts.append(Muon(matrices.values(), self.peak))
 
     def step(self, i):
         """Update number i (from 0) -> norm of the gradient before clipping. Where it is not finite
-        nothing moves, and the caller stops."""
+        the weights are lost, and the caller stops."""
         add_gradients(self.params)
-        norm = clip_gradients(self.params, self.CLIP)
-        if not math.isfinite(norm):
-            return norm
+        norm = clip_gradients(self.params, limit=1.0)
         rate = self.peak * schedule(i, self.steps, self.warmup, self.cool_steps)
         for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
+            part.param_groups[0]["lr"] = rate
             part.step()
-            part.zero_grad(set_to_none=True)
+            part.zero_grad()
         return norm
 
     def state_dict(self):
@@ -421,7 +413,7 @@ class Optimizer:
     def load_state_dict(self, saved):
         self.steps = saved["steps"]
         for part, state in zip(self.parts, saved["parts"]):
-            params = [p for group in part.param_groups for p in group["params"]]
+            params = part.param_groups[0]["params"]
             for i, moments in state["state"].items():
                 state["state"][i] = {key: like(x, params[i]) for key, x in moments.items()}
             part.load_state_dict(state)
@@ -454,17 +446,16 @@ def for_file(value):
         return [for_file(x) for x in value]
     if not is_sharded(value):
         return value
-    complete = value.full_tensor()
-    return complete.cpu() if is_main() else None
+    value = value.full_tensor()
+    return value.cpu() if is_main() else None
 
 
 def need_space(folder, model):
     """OSError, in one line, unless the disk has room for two states, the last one and the one that
     is being written: of each trained weight, itself and at most two moments."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    size = 2 * 3 * sum(p.numel() * p.element_size() for p in trained)
+    size = 2 * 3 * sum(p.nbytes for p in trainable(model).values())
     free = shutil.disk_usage(folder).free
-    if free < size + 2**20:
+    if free < size:
         room = f"{size / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free"
         raise OSError(f"{folder}: checkpoints of {room}")
 
@@ -473,8 +464,8 @@ def save_state(path, step, model, optimizer):
     """Write what is trained, the optimizer and its schedule. The order of the data and all random
     numbers follow from the step. Written aside and renamed, so that a kill at any moment leaves
     the state before as it is. All processes call it."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = for_file({"step": step, "model": trained, "optimizer": optimizer.state_dict()})
+    parts = {"step": step, "model": trainable(model), "optimizer": optimizer.state_dict()}
+    state = for_file(parts)
     if is_main():
         with open(f"{path}.part", "wb") as f:
             torch.save(state, f)
@@ -484,7 +475,7 @@ def save_state(path, step, model, optimizer):
 @torch.no_grad()
 def load_state(path, model, optimizer):
     """Put a state into model and optimizer -> its step; 0 where there is none. ValueError names a
-    file that is damaged or belongs to another model."""
+    file that is damaged. (train.py refuses a state of other options.)"""
     if not os.path.exists(path):
         return 0
     try:
@@ -492,10 +483,7 @@ def load_state(path, model, optimizer):
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         remedy = "without --resume the stage starts again"
         raise ValueError(f"{path}: damaged ({type(e).__name__}); {remedy}") from None
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if trained.keys() != saved["model"].keys():
-        raise ValueError(f"{path}: belongs to a model with other trained weights")
-    for name, p in trained.items():
+    for name, p in trainable(model).items():
         p.copy_(like(saved["model"][name], p))
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]

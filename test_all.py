@@ -1541,15 +1541,11 @@ def test_train_options_and_presets():
 
 BAD_TRAIN_OPTIONS = [
     (["--sede", "3"], "--sede"),
-    (["seed=3"], "seed=3"),
-    (["--seed=three"], "three"),
-    (["--seed"], "expected one argument"),
     (["--rl_one_loss=maybe"], "maybe"),
     (["--stage", "embedd"], "embedd"),
     (["--preset", "qwen3vl-2b"], "--model"),
     (["--scale=nan"], "--scale nan"),
     (["--scale=0"], "--scale 0"),
-    (["--select_folds=0"], "--select_folds 0"),
     (["--rl_rollouts=1"], "--rl_rollouts 1"),
     (["--batch=60"], "--sub_batch"),
     (["--rl_batch=12"], "--rl_batch"),
@@ -1632,36 +1628,45 @@ def own_root(tmp_path_factory):
     return str(own_root)
 
 
-def arguments(own_root, out, *more, stage="all"):
-    files = [
-        "--data",
-        own_root,
-        "--model",
-        f"{own_root}/model",
-        "--rationales",
-        f"{own_root}/rationales.jsonl",
-    ]
+def arguments(root, out, *more, stage="all"):
+    files = f"--data {root} --model {root}/model --rationales {root}/rationales.jsonl".split()
     return [*files, *TINY_SIZES, "--out", str(out), "--stage", stage, *more]
 
 
 @pytest.fixture(scope="session")
-def finished(own_root, tmp_path_factory):
+def call(own_root):
+    """call(out, *options, stage="embed") -> the exit code of train.py on own_root."""
+    return lambda out, *more, stage="all": exit_code(arguments(own_root, out, *more, stage=stage))
+
+
+@pytest.fixture(scope="session")
+def finished(call, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "run")
-    assert exit_code(arguments(own_root, out)) == 0
+    assert call(out) == 0
     return out
 
 
-def copy_of(finished, to, last="eval"):
-    """A copy of the run in which the stages after `last` are not done."""
-    shutil.copytree(finished, to)
-    stages = train.STAGES[: train.STAGES.index(last) + 1]
-    for name in set(train.STAGES) - set(stages):
-        shutil.rmtree(to / name)
-    done = read_json(os.path.join(to, "stages.json"))
-    write_json(os.path.join(to, "stages.json"), {name: done[name] for name in stages})
-    rows = json_rows(to, "metrics.jsonl")
-    M.write_rows(to / "metrics.jsonl", [r for r in rows if r["stage"][:4] <= last[:4]])
-    return str(to)
+@pytest.fixture
+def copy_of(finished, tmp_path):
+    """copy_of("embed") -> a copy of the run in which the stages after embed are not done."""
+
+    def copy_of(last="eval", name="run"):
+        out = str(shutil.copytree(finished, tmp_path / name))
+        stages = train.STAGES[: train.STAGES.index(last) + 1]
+        for stage in set(train.STAGES) - set(stages):
+            shutil.rmtree(f"{out}/{stage}")
+        done = read_json(f"{out}/stages.json")
+        write_json(f"{out}/stages.json", {stage: done[stage] for stage in stages})
+        return out
+
+    return copy_of
+
+
+@pytest.fixture
+def opened(finished, own_root):
+    """The finished run and the processor of its stages."""
+    run = train.Run(train.parse(arguments(own_root, finished, "--workers", "1")))
+    return run, run.embedder("base").processor
 
 
 def contents(folder, *skipped):
@@ -1671,11 +1676,12 @@ def contents(folder, *skipped):
     return {name: value for name, value in files.items() if not name.startswith(skipped)}
 
 
-def weights(*path):
-    return load_file(os.path.join(*path, "model.safetensors"))
+def weights(folder):
+    return load_file(f"{folder}/model.safetensors")
 
 
-def equal_files(a, b, atol=0.0):
+def same(a, b, atol=0.0):
+    """Equal names and tensors; in every bit, or nearly."""
     return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a)
 
 
@@ -1695,15 +1701,15 @@ def test_run_folder(finished, own_root):
     assert report["curve"] and not [name for name in os.listdir(finished) if "part" in name]
     assert os.path.getsize(f"{finished}/report.md") and os.path.getsize(f"{finished}/report.html")
     # An fp32 checkpoint under --dtype float32 stays what it is; every later stage trains.
-    given = weights(own_root, "model")
-    base, embed, rl = (weights(finished, stage) for stage in ("base", "embed", "rl"))
-    assert equal_files(given, base) and not equal_files(base, embed) and not equal_files(embed, rl)
+    base, embed, rl = (weights(f"{finished}/{stage}") for stage in ("base", "embed", "rl"))
+    assert same(weights(f"{own_root}/model"), base) and not same(base, embed)
+    assert not same(embed, rl)
     logged = {(row["stage"], row["step"]) for row in metrics(finished)}
     expected = {("select0", 2), ("select1", 2), ("select audit", 1), ("embed", 5), ("rl", 2)}
     assert logged == expected
 
 
-def test_run_every_stage_has_its_pairs(finished, own_root):
+def test_run_every_stage_has_its_pairs(finished, opened):
     """rl has the last fifth for itself. A fold is judged by the evaluator that never saw it."""
     rationales = json_rows(finished, "propose", "rationales.jsonl")
     assert {r["id"] for r in rationales} == {f"own/{i}" for i in range(21)}
@@ -1714,19 +1720,18 @@ def test_run_every_stage_has_its_pairs(finished, own_root):
     assert sum(map(len, judged)) == len(rationales)
     kept = json_rows(finished, "select", "selected.jsonl")
     assert kept and list(kept[0]) == ["id", "proposer", "text", "gain", "gain_placebo", "weight"]
-    run = train.Run(train.parse(arguments(own_root, finished)))
-    pairs = train.Pairs(run, run.embedder("base").processor, for_rl=True)
+    pairs = train.Pairs(*opened, for_rl=True)
     held = [pair["id"] for window in pairs.load(pairs.windows()) for pair in window]
     assert held == [f"own/{i}" for i in range(21, 26)]
 
 
-def test_run_pairs_without_a_rationale_are_judged_directly(finished, own_root, tmp_path):
+def test_run_pairs_without_a_rationale_are_judged_directly(call, copy_of):
     """So a server can be asked about the hard ones alone; the others learn to answer at once."""
-    out = copy_of(finished, tmp_path / "run", "propose")
+    out = copy_of("propose")
     path = f"{out}/propose/rationales.jsonl"
     written = [row for row in json_rows(path) if row["id"] in ("own/1", "own/2")]
     M.write_rows(path, written)
-    assert exit_code(arguments(own_root, out, stage="select")) == 0
+    assert call(out, stage="select") == 0
     rows = json_rows(out, "select", "judged.jsonl")
     assert {row["id"] for row in rows} == {f"own/{i}" for i in range(21)}
     assert sum(row["text"] != "" for row in rows) == len(written) == 4
@@ -1741,26 +1746,19 @@ def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages():
     assert rows == [range(1), range(1, 2)]
 
 
-def test_run_revision_is_fetched_and_written_down(own_root, tmp_path, monkeypatch):
-    asked = []
-
-    def from_pretrained(path, device, dtype, revision=None):
-        asked.append((path, revision))
-        return tiny_embedder()
-
-    monkeypatch.setattr(train.Embedder, "from_pretrained", from_pretrained)
-    out = str(tmp_path / "run")
-    own = ["--data", own_root, "--model", "a/b", "--out", out, "--revision", "v1"]
-    assert exit_code([*own, "--stage", "base"]) == 0
-    assert asked == [("a/b", "v1")] and read_json(f"{out}/config.json")["revision"] == "v1"
+def test_run_revision_is_fetched_and_written_down(call, tmp_path, monkeypatch):
+    fetch = Mock(return_value=tiny_embedder())
+    monkeypatch.setattr(train.Embedder, "from_pretrained", fetch)
+    out = tmp_path / "run"
+    assert call(out, "--model", "a/b", "--revision", "v1", stage="base") == 0
+    fetch.assert_called_once_with("a/b", "cpu", "float32", "v1")
+    assert read_json(f"{out}/config.json")["revision"] == "v1"
 
 
-def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
-    run = train.Run(train.parse(arguments(own_root, finished, "--workers", "1")))
-    processor = run.embedder("base").processor
-    kept = train.Pairs(run, processor)
+def test_run_pairs_by_workers_equal_those_kept(opened, monkeypatch):
+    kept = train.Pairs(*opened)
     monkeypatch.setattr(train.Pairs, "KEEP", 0)
-    read = train.Pairs(run, processor)
+    read = train.Pairs(*opened)
     stream = kept.stream("x", 8, 4, first=0)
     third = [next(stream) for _ in range(3)][2]
     assert len(kept.kept) == 21 and not read.kept
@@ -1775,39 +1773,40 @@ def test_run_pairs_by_workers_equal_those_kept(finished, own_root, monkeypatch):
     assert multiprocessing.active_children() == [crew]
 
 
-def test_run_finished_stages_are_skipped(finished, own_root, monkeypatch, capsys):
+def test_run_finished_stages_are_skipped(finished, call, monkeypatch, capsys):
     before = contents(finished, "report.html")
     for stage in train.STAGES:
         monkeypatch.setattr(train, f"{stage}_stage", None)
-    assert exit_code(arguments(own_root, finished)) == 0
+    assert call(finished) == 0
     assert contents(finished, "report.html") == before
     assert "never: " in capsys.readouterr().out
 
 
-def test_run_fork(finished, own_root, tmp_path, capsys):
+def test_run_fork(finished, call, copy_of, capsys):
     """Another price: rl and what follows are done again. Other options are refused."""
-    out = copy_of(finished, tmp_path / "fork")
-    assert exit_code(arguments(own_root, out, "--latency_penalty", "3", stage="rl")) == 0
+    out = copy_of()
+    os.makedirs(f"{out}/eval.part")  # begun on what rl was before
+    assert call(out, "--latency_penalty", "3", stage="rl") == 0
     assert "eval" not in read_json(f"{out}/stages.json")
+    assert not os.path.exists(f"{out}/eval.part")
     assert read_json(f"{out}/config.json")["latency_penalty"] == 3
-    assert equal_files(weights(out, "embed"), weights(finished, "embed"))
-    assert not equal_files(weights(out, "rl"), weights(finished, "rl"))
+    assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
+    assert not same(weights(f"{out}/rl"), weights(f"{finished}/rl"))
     capsys.readouterr()
     for more in ([], ["--latency_penalty", "3", "--lr", "1"]):
-        assert exit_code(arguments(own_root, out, *more)) == 2
+        assert call(out, *more) == 2
         assert "config.json was made with l" in one_line(capsys)
-    assert exit_code(arguments(own_root, out, "--latency_penalty", "3")) == 0
+    assert call(out, "--latency_penalty", "3") == 0
     assert "eval" in read_json(f"{out}/stages.json")
 
 
-def test_run_other_rule_on_the_same_judgements(finished, own_root, tmp_path, monkeypatch):
+def test_run_other_rule_on_the_same_judgements(finished, call, tmp_path, monkeypatch):
     """A study's fork brings the judgements: nothing is judged again."""
-    out = str(tmp_path / "fork")
-    os.makedirs(f"{out}/select.part")  # an earlier try was killed
-    study.fork(Path(finished), Path(out), "select", True)
+    out = tmp_path / "fork"
+    os.makedirs(out / "select.part")  # an earlier try was killed
+    study.fork(Path(finished), out, "select", True)
     monkeypatch.setattr(train, "judge_fold", None)
-    more = ("--select_rule", "none", "--resume", "auto")
-    assert exit_code(arguments(own_root, out, *more, stage="select")) == 0
+    assert call(out, "--select_rule", "none", "--resume", "auto", stage="select") == 0
     kept, judged = (json_rows(out, "select", f"{name}.jsonl") for name in ("selected", "judged"))
     assert len(kept) == len(judged) and judged == json_rows(finished, "select", "judged.jsonl")
 
@@ -1816,9 +1815,9 @@ def test_run_other_rule_on_the_same_judgements(finished, own_root, tmp_path, mon
 # train.py: whatever breaks off
 
 
-def test_run_sigterm_and_resume(finished, own_root, tmp_path, monkeypatch, capsys):
+def test_run_sigterm_and_resume(finished, call, copy_of, monkeypatch, capsys):
     """SIGTERM in the third step leaves a checkpoint. Resumed, the stage ends with equal bits."""
-    out = copy_of(finished, tmp_path / "run", "select")
+    out = copy_of("select")
     step, calls = train.contrastive_step, []
 
     def interrupted(*args):
@@ -1828,17 +1827,17 @@ def test_run_sigterm_and_resume(finished, own_root, tmp_path, monkeypatch, capsy
         return step(*args)
 
     monkeypatch.setattr(train, "contrastive_step", interrupted)
-    more = ("--save_every", "100")
-    assert exit_code(arguments(own_root, out, *more, stage="embed")) == 143
+    more = ("--save_every", "100", "--resume", "auto")
+    assert call(out, *more, stage="embed") == 143
     assert "after step 3 of embed" in one_line(capsys)
-    assert exit_code(arguments(own_root, out, *more, "--resume", "auto", stage="embed")) == 0
+    assert call(out, *more, stage="embed") == 0
     assert len(calls) == 5
-    assert equal_files(weights(out, "embed"), weights(finished, "embed"))
+    assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
 
 
-def test_run_kill_9_and_resume(finished, own_root, tmp_path):
+def test_run_kill_9_and_resume(finished, own_root, call, copy_of):
     """Killed at a random moment: weights, judgements and log are those of the undisturbed run."""
-    out = copy_of(finished, tmp_path / "run", "propose")
+    out = copy_of("propose")
     os.unlink(f"{out}/metrics.jsonl")
     command = [sys.executable, "train.py", *arguments(own_root, out, "--resume", "auto")]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -1848,7 +1847,7 @@ def test_run_kill_9_and_resume(finished, own_root, tmp_path):
     time.sleep(2 * np.random.default_rng().random())
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert exit_code(arguments(own_root, out, "--resume", "auto")) == 0
+    assert call(out, "--resume", "auto") == 0
     assert metrics(out) == metrics(finished)
     files = ("embed/model.safetensors", "rl/model.safetensors", "select/judged.jsonl")
     a, b = contents(out), contents(finished)
@@ -1869,18 +1868,18 @@ def train_in_two(argv):
     start_processes(train_of_a_process, (argv, port), nprocs=2, start_method="fork")
 
 
-def test_run_two_processes_equal_one(finished, own_root, tmp_path):
-    out = copy_of(finished, tmp_path / "run", "select")
+def test_run_two_processes_equal_one(finished, own_root, copy_of):
+    out = copy_of("select")
     train_in_two(arguments(own_root, out, stage="embed"))
-    assert equal_files(weights(out, "embed"), weights(finished, "embed"), atol=2e-3)
-    assert not equal_files(weights(out, "embed"), weights(finished, "base"), atol=1e-2)
+    assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"), atol=2e-3)
+    assert not same(weights(f"{out}/embed"), weights(f"{finished}/base"), atol=1e-2)
 
 
-def test_run_two_processes_select_as_one(finished, own_root, tmp_path, monkeypatch):
+def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monkeypatch):
     """The windows are dealt out, and their rows come back in order."""
     monkeypatch.setattr(train.selection, "WINDOW", 4)  # several of each fold
-    one, two = (copy_of(finished, tmp_path / name, "propose") for name in ("one", "two"))
-    assert exit_code(arguments(own_root, one, stage="select")) == 0
+    one, two = copy_of("propose", "one"), copy_of("propose", "two")
+    assert call(one, stage="select") == 0
     train_in_two(arguments(own_root, two, stage="select"))
     a, b = (json_rows(out, "select", "judged.jsonl") for out in (one, two))
     assert len(a) == len(b) == len(json_rows(finished, "select", "judged.jsonl"))
@@ -1892,15 +1891,13 @@ def test_run_two_processes_select_as_one(finished, own_root, tmp_path, monkeypat
     assert [r["weight"] for r in a] == pytest.approx([r["weight"] for r in b], abs=1e-2)
 
 
-def test_run_each_process_reads_its_own_windows_alone(finished, own_root, tmp_path, monkeypatch):
-    run = train.Run(train.parse(arguments(own_root, finished)))
-    processor = run.embedder("base").processor
+def test_run_each_process_reads_its_own_windows_alone(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(train.selection, "WINDOW", 4)
     monkeypatch.setattr(train.scale, "world_size", lambda: 2)
     monkeypatch.setattr(train.scale, "barrier", lambda: None)
     path, read = str(tmp_path / "rows"), []
-    opened = Mock(side_effect=P.load_image)  # the pictures; one more is read to weigh the data
-    monkeypatch.setattr(P, "load_image", opened)
+    load_image = Mock(side_effect=P.load_image)  # one more is read to weigh the data
+    monkeypatch.setattr(P, "load_image", load_image)
 
     def ids_of(n, window):
         return [{"id": pair["id"]} for pair in window]
@@ -1908,48 +1905,43 @@ def test_run_each_process_reads_its_own_windows_alone(finished, own_root, tmp_pa
     for rank in (1, 0):  # process 0 joins what both have written
         monkeypatch.setattr(train.scale, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(train.scale, "is_main", lambda rank=rank: rank == 0)
-        pairs = train.Pairs(run, processor)
-        train.by_window(run, path, pairs, None, ids_of, "")
-        read.append((len(pairs.kept), opened.call_count))
-        opened.reset_mock()
+        pairs = train.Pairs(*opened)
+        train.by_window(opened[0], path, pairs, None, ids_of, "")
+        read.append((len(pairs.kept), load_image.call_count))
+        load_image.reset_mock()
     assert read == [(4 + 4 + 1, 1 + 3), (4 + 4 + 4, 1 + 3)]  # of 21 pairs, 6 with a picture
     assert [row["id"] for row in json_rows(path)] == [f"own/{i}" for i in range(21)]
 
 
-def test_run_broken_stage_leaves_what_was_done(finished, own_root, tmp_path, monkeypatch, capsys):
-    out = copy_of(finished, tmp_path / "run")
+def test_run_broken_stage_leaves_what_was_done(call, copy_of, monkeypatch, capsys):
+    out = copy_of()
     before = contents(out, "metrics")
-
-    def broken(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
-
+    broken = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried"))
     monkeypatch.setattr(train.rl, "grpo_step", broken)
-    assert exit_code(arguments(own_root, out, "--latency_penalty", "2", stage="rl")) == 1
+    assert call(out, "--latency_penalty", "2", stage="rl") == 1
     assert "out of memory. Tried; lower --chunk_tokens" in one_line(capsys)
     assert contents(out, "rl.part", "metrics") == before
 
 
-def test_run_full_disk_is_said_before_the_first_step(
-    finished, own_root, tmp_path, monkeypatch, capsys
-):
-    out = copy_of(finished, tmp_path / "run", "select")
+def test_run_full_disk_is_said_before_the_first_step(call, copy_of, monkeypatch, capsys):
+    out = copy_of("select")
     monkeypatch.setattr(train, "contrastive_step", None)
     monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
-    assert exit_code(arguments(own_root, out, stage="embed")) == 1
+    assert call(out, stage="embed") == 1
     assert "do not fit" in one_line(capsys)
 
 
-def test_run_stages_are_done_in_order(finished, own_root, tmp_path, capsys):
+def test_run_stages_are_done_in_order(finished, call, copy_of, capsys):
     """Else a stage would take what an earlier try of the one before it has left."""
-    out = copy_of(finished, tmp_path / "run", "base")
+    out = copy_of("base")
     shutil.copytree(f"{finished}/propose", f"{out}/propose")
-    assert exit_code(arguments(own_root, out, stage="select")) == 2
+    assert call(out, stage="select") == 2
     assert "stage propose is not done" in one_line(capsys)
 
 
-def test_run_a_stage_begins_when_what_was_left_is_gone(finished, own_root, tmp_path, monkeypatch):
+def test_run_a_stage_begins_when_what_was_left_is_gone(own_root, copy_of, monkeypatch):
     """Process 0 takes an unfinished stage of other options away; process 1 waits for that."""
-    out = copy_of(finished, tmp_path / "run", "embed")
+    out = copy_of("embed")
     run = train.Run(train.parse(arguments(own_root, out)))
     os.makedirs(f"{out}/rl.part")
     write_json(f"{out}/rl.part/config.json", dataclasses.asdict(replace(run.cfg, rl_lr=9.0)))
@@ -1958,35 +1950,33 @@ def test_run_a_stage_begins_when_what_was_left_is_gone(finished, own_root, tmp_p
     assert run.begin("rl") == f"{out}/rl.part"
 
 
-def test_run_two_runs_in_one_folder(finished, own_root, capsys):
+def test_run_two_runs_in_one_folder(finished, call, capsys):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
     command = [sys.executable, "-c", f"{hold}; print(flush=True); input()", f"{finished}/.lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        assert exit_code(arguments(own_root, finished)) == 2
+        assert call(finished) == 2
         assert "another train.py works in this folder" in one_line(capsys)
         other.communicate(b"\n")
-    assert exit_code(arguments(own_root, finished)) == 0
+    assert call(finished) == 0
 
 
-def test_run_a_call_that_made_nothing_leaves_no_options(own_root, tmp_path, capsys):
-    out = str(tmp_path / "run")
-    line = arguments(own_root, out, stage="base")
-    assert exit_code([*line, "--model", f"{own_root}/mistyped/here"]) == 1
+def test_run_a_call_that_made_nothing_leaves_no_options(own_root, call, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert call(out, "--model", f"{own_root}/mistyped/here", stage="base") == 1
     assert "mistyped/here" in one_line(capsys)
-    assert exit_code(line) == 0
+    assert call(out, stage="base") == 0
 
 
 def test_run_what_is_missing_is_said_before_anything_is_trained(own_root, tmp_path, capsys):
-    root = shutil.copytree(own_root, tmp_path / "own")
+    root, out = shutil.copytree(own_root, tmp_path / "own"), tmp_path / "run"
     with open(root / "test.jsonl", "a") as file:
         file.write("{}\n")
-    assert exit_code(arguments(str(root), str(tmp_path / "run"))) == 1
-    assert "own/6: no column qry" in one_line(capsys) and not os.path.exists(tmp_path / "run/base")
-    M.write_rows(root / "none.jsonl", [{"id": "own/99", "proposer": "careful", "text": "a"}])
-    none = ["--rationales", str(root / "none.jsonl"), "--num_candidates", "0"]
+    assert exit_code(arguments(root, out)) == 1
+    assert "own/6: no column qry" in one_line(capsys) and not os.path.exists(out / "base")
+    M.write_rows(root / "rationales.jsonl", [{"id": "own/99", "proposer": "a", "text": "a"}])
     for stage, code in (("base", 0), ("propose", 1)):
-        assert exit_code([*arguments(str(root), str(tmp_path / "run"), stage=stage), *none]) == code
+        assert exit_code(arguments(root, out, "--num_candidates", "0", stage=stage)) == code
     assert "nobody wrote a rationale about a pair of" in one_line(capsys)
 
 
@@ -2013,61 +2003,51 @@ def test_rows_name_a_broken_line(tmp_path):
     assert list(M.Rows(path)) == [{"a": 1}]
 
 
-def test_run_damaged_file_is_one_line(finished, own_root, tmp_path, capsys):
-    out = copy_of(finished, tmp_path / "run", "select")
-    path = f"{out}/select/selected.jsonl"
-    row = json_rows(path)[0]
-    row.pop("weight")
-    M.write_rows(path, [row])
-    assert exit_code(arguments(own_root, out, stage="embed")) == 1
+def test_run_damaged_file_is_one_line(call, copy_of, capsys):
+    out = copy_of("select")
+    M.write_rows(f"{out}/select/selected.jsonl", [{"id": "own/1", "proposer": "a", "text": "a"}])
+    assert call(out, stage="embed") == 1
     assert "selected.jsonl line 1: KeyError: 'weight'" in one_line(capsys)
 
 
 @pytest.mark.parametrize("stage, table", [("all", "training"), ("all", "test"), ("rl", "test")])
-def test_run_finished_run_knows_its_tables(stage, table, finished, own_root, tmp_path, capsys):
+def test_run_finished_run_knows_its_tables(stage, table, own_root, copy_of, tmp_path, capsys):
     """Nothing is left to do, and yet what was reported is of another table. rl begins anew.
     Rows are known by their numbers: each id is now another pair's, and rl's pairs are others."""
     own = shutil.copytree(own_root, tmp_path / "own")
-    out = copy_of(finished, tmp_path / "run")
+    out = copy_of()
     moved = {"data": str(own), "model": f"{own}/model", "rationales": f"{own}/rationales.jsonl"}
     write_json(f"{out}/config.json", read_json(f"{out}/config.json") | moved)
-    assert exit_code(arguments(str(own), out)) == 0  # moved, and the same
+    assert exit_code(arguments(own, out)) == 0  # moved, and the same
     file = "train.jsonl" if table == "training" else "test.jsonl"
     M.write_rows(own / file, json_rows(own, file)[1:])
     capsys.readouterr()
-    code = exit_code(arguments(str(own), out, stage=stage))
+    code = exit_code(arguments(own, out, stage=stage))
     if stage == "rl":
         assert code == 0
-        return
-    assert code == 2 and f"the {table} table has changed" in one_line(capsys)
+    else:
+        assert code == 2 and f"the {table} table has changed" in one_line(capsys)
 
 
-def test_run_rationales_of_targets_replace_none_of_a_query(finished, own_root, tmp_path, capsys):
-    out = copy_of(finished, tmp_path / "run", "base")
+def test_run_rationales_of_targets_replace_none_of_a_query(
+    own_root, call, copy_of, tmp_path, capsys
+):
+    out = copy_of("base")
     rows = json_rows(own_root, "rationales.jsonl")
     both_sides = str(tmp_path / "rationales.jsonl")
     about_targets = [row | {"side": "target", "text": "of a target"} for row in rows]
     M.write_rows(both_sides, rows + about_targets)
-    assert exit_code(arguments(own_root, out, "--rationales", both_sides, stage="propose")) == 0
+    assert call(out, "--rationales", both_sides, stage="propose") == 0
     texts = [row["text"] for row in json_rows(out, "propose/rationales.jsonl")]
     assert "of a target" not in texts and rows[0]["text"] in texts
     assert f"{len(rows)} of targets" in capsys.readouterr().out
 
 
-def test_run_a_stage_done_again_discards_what_was_begun_after_it(finished, own_root, tmp_path):
-    """Its checkpoints and judgements were made from what was there before."""
-    out = copy_of(finished, tmp_path / "run", "propose")
-    os.makedirs(f"{out}/select.part")
-    assert exit_code(arguments(own_root, out, stage="propose")) == 0
-    assert not os.path.exists(f"{out}/select.part")
-
-
-def test_run_rationales_of_another_table_are_refused(finished, own_root, tmp_path, capsys):
-    out = copy_of(finished, tmp_path / "run", "base")
-    rows = json_rows(finished, "propose", "rationales.jsonl")
+def test_run_rationales_of_another_table_are_refused(call, copy_of, tmp_path, capsys):
     older = str(tmp_path / "older.jsonl")
-    M.write_rows(older, [row | {"key": "0" * 16} for row in rows])
-    assert exit_code(arguments(own_root, out, "--rationales", older, stage="propose")) == 1
+    row = {"id": "own/1", "proposer": "a", "text": "a", "key": "0" * 16}
+    M.write_rows(older, [row])
+    assert call(copy_of("base"), "--rationales", older, stage="propose") == 1
     assert "older.jsonl' is about another pair" in one_line(capsys)
 
 
@@ -2075,10 +2055,10 @@ def test_run_without_a_test_set_is_refused_first(own_root, tmp_path, capsys):
     own = tmp_path / "own"
     own.mkdir()
     shutil.copy(f"{own_root}/train.jsonl", own)
-    assert exit_code(arguments(str(own), tmp_path / "run")) == 2
+    assert exit_code(arguments(own, tmp_path / "run")) == 2
     assert "no test set" in one_line(capsys)
     (own / "train.jsonl").rename(own / "test.jsonl")
-    assert exit_code(arguments(str(own), tmp_path / "run")) == 2
+    assert exit_code(arguments(own, tmp_path / "run")) == 2
     assert "no training set" in one_line(capsys)
 
 
@@ -2093,50 +2073,44 @@ def test_train_lessons(tmp_path):
     for i in range(4):
         for author, text in (("good", f"right {i}"), ("good#1", f"again {i}"), ("bad", "so")):
             rows.append({"id": f"a/{i}", "proposer": author, "text": text})
-    for i, author, weight in ((0, "good", 0.6), (0, "bad", 0.2), (1, "good#1", 1.0)):
-        text = next(r["text"] for r in rows if r["id"] == f"a/{i}" and r["proposer"] == author)
-        row = {"id": f"a/{i}", "proposer": author, "text": text, "weight": weight}
-        kept.append(row | {"gain": 1.0, "gain_placebo": 0.0})
+    for row, weight in ((rows[0], 0.6), (rows[2], 0.2), (rows[4], 1.0)):
+        kept.append(row | {"weight": weight})
+    easy, hard = ({"id": f"a/{i}", "text": "", "direct": d} for i, d in ((8, -0.6), (9, -0.8)))
     for folder in ("propose", "select"):
         (tmp_path / folder).mkdir()
-    M.write_rows(tmp_path / "propose" / "rationales.jsonl", rows)
-    M.write_rows(tmp_path / "select" / "selected.jsonl", kept)
-    easy, hard = ({"id": f"a/{i}", "text": "", "direct": d} for i, d in ((8, -0.6), (9, -0.8)))
-    M.write_rows(tmp_path / "select" / "judged.jsonl", [easy, hard])  # the margin is 0.7
-    lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
-    rng = np.random.default_rng(0)
-    pairs = [{"id": f"a/{i}"} for i in range(4)]
-    drawn = [lessons.draw(pairs[0], rng) for _ in range(400)]
+    M.write_rows(tmp_path / "propose/rationales.jsonl", rows)
+    M.write_rows(tmp_path / "select/selected.jsonl", kept)
+    M.write_rows(tmp_path / "select/judged.jsonl", [easy, hard])  # the margin is 0.7
+    run = train.Run(train.parse(["--out", str(tmp_path)]))
+    lessons, rng = train.Lessons(run), np.random.default_rng(0)
+    drawn = [lessons.draw({"id": "a/0"}, rng) for _ in range(400)]
     assert {label for _, label in drawn} == {1}
     assert np.mean([text == "right 0" for text, _ in drawn]) == pytest.approx(0.75, abs=0.06)
-    drawn = {lessons.draw(pairs[3], rng) for _ in range(40)}
+    drawn = {lessons.draw({"id": "a/3"}, rng) for _ in range(40)}
     assert drawn == {("right 3", 0), ("again 3", 0)}
     assert lessons.draw({"id": "a/8"}, rng) == (None, 0)
     assert lessons.draw({"id": "a/9"}, rng) == (None, -1)
-    M.write_rows(tmp_path / "select" / "selected.jsonl", [])  # nobody is to be trusted
-    lessons = train.Lessons(train.Run(train.parse(["--out", str(tmp_path)])))
-    assert lessons.draw(pairs[0], rng) == (None, 0)
+    M.write_rows(tmp_path / "select/selected.jsonl", [])  # nobody is to be trusted
+    assert train.Lessons(run).draw({"id": "a/0"}, rng) == (None, 0)
 
 
-def test_embed_starts_from_the_mean_of_the_evaluators(finished, own_root, tmp_path):
-    out = copy_of(finished, tmp_path / "run", "select")
-    assert exit_code(arguments(own_root, out, "--embed_steps", "0", stage="embed")) == 0
-    judges = [weights(out, "select", f"judge{fold}") for fold in (0, 1)]
-    embed = weights(out, "embed")
-    assert not equal_files(judges[0], judges[1])
-    mean = {name: (judges[0][name] + judges[1][name]) / 2 for name in embed}
-    assert equal_files(embed, mean, atol=1e-6)
+def test_embed_starts_from_the_mean_of_the_evaluators(call, copy_of):
+    out = copy_of("select")
+    assert call(out, "--embed_steps", "0", stage="embed") == 0
+    a, b = (weights(f"{out}/select/judge{fold}") for fold in (0, 1))
+    assert not same(a, b)
+    mean = {name: (a[name] + b[name]) / 2 for name in a}
+    assert same(weights(f"{out}/embed"), mean, atol=1e-6)
 
 
-def test_run_matryoshka_and_chosen_proposers(finished, own_root, tmp_path, capsys):
-    out = copy_of(finished, tmp_path / "run", "select")
+def test_run_matryoshka_and_chosen_proposers(call, copy_of, capsys):
+    out = copy_of("select")
     more = ["--matryoshka_dims", "16,32", "--embed_proposers", "careful", "--embed_steps", "2"]
-    assert exit_code(arguments(own_root, out, *more, stage="embed")) == 0
+    assert call(out, *more, stage="embed") == 0
     more += ["--rl_rollouts", "0"]
-    assert exit_code(arguments(own_root, out, *more, stage="rl")) == 0
+    assert call(out, *more, stage="rl") == 0
     capsys.readouterr()
-    more += ["--embed_proposers", "nobody"]
-    assert exit_code(arguments(own_root, out, *more, stage="embed")) == 2
+    assert call(out, *more, "--embed_proposers", "nobody", stage="embed") == 2
     assert "there are base, careful, none" in one_line(capsys)
 
 
@@ -2150,25 +2124,24 @@ def test_train_base_goes_on_until_the_skills_are_there(skill, steps, tmp_path, m
         model.text.norm.weight.grad = torch.ones_like(model.text.norm.weight)
         return {"loss": 1.0}
 
-    skills = dict.fromkeys(train.pocket.STEP_SKILLS, skill)
     fakes = {
         "new_model": lambda *_: (embedder.model, embedder.processor),
         "Bank": lambda rng: None,
         "pretrain_step": pretrain_step,
-        "measure_skills": lambda *_: skills,
+        "measure_skills": lambda *_: dict.fromkeys(train.pocket.STEP_SKILLS, skill),
         "LOOK_STEPS": 20,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(train.pocket, name, fake)
-    c = dataclasses.replace(train.Config(), base_steps=400, scale=0.1, out=str(tmp_path / "run"))
-    run = train.Run(dataclasses.replace(c, device="cpu"))
+    c = train.Config(base_steps=400, scale=0.1, out=str(tmp_path / "run"), device="cpu")
+    run = train.Run(c)
     assert isinstance(train.pretrain(run, run.begin("base")), type(embedder))
     assert taken == [1.0] * 2 + [0.3] * (steps - 2)
 
 
 @pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (1.0, math.inf)])
 def test_train_non_finite_numbers_stop_with_step_and_ids(loss, gradient, tmp_path):
-    run = train.Run(dataclasses.replace(train.Config(), out=str(tmp_path), device="cpu"))
+    run = train.Run(train.Config(out=str(tmp_path), device="cpu"))
     model = torch.nn.Linear(3, 2)
     optimizer = train.scale.Optimizer(model, run.cfg, 4)
 
@@ -2177,8 +2150,7 @@ def test_train_non_finite_numbers_stop_with_step_and_ids(loss, gradient, tmp_pat
         return {"loss": loss if i == 1 else 1.0}
 
     def stream(first):
-        while True:
-            yield [{"id": "toy/7"}]
+        return itertools.repeat([{"id": "toy/7"}])
 
     with pytest.raises(ValueError, match="toy, step 1: .*toy/7"):
         train.train_loop(run, "toy", str(tmp_path), model, optimizer, one_step, stream)
@@ -2246,11 +2218,6 @@ def gradients_of(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same(a, b, atol=0.0):
-    """Equal names and tensors; in every bit, or nearly."""
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a)
-
-
 def test_chunks_are_cut_by_padded_tokens_and_by_ragged_lengths():
     assert scale.chunks_of([5, 9, 5], budget=10) == [[1], [0, 2]]
     assert scale.chunks_of([10] * 5, budget=20) == [[0, 1], [2, 3], [4]]
@@ -2292,11 +2259,11 @@ def work(rank, folder):
     out["tensors"] = scale.gather(torch.full((rank + 1, 2), rank, dtype=torch.bfloat16))
     share = [[0, 1], [2, 3, 4, 5]][rank]  # a budget of 9 cuts them into unequally many chunks
     for budget in (1000, 9):
-        for name in ("muon", "adamw", "shards"):
+        for name in ("muon", "adamw"):
             model = Toy()
-            if name == "shards":
+            if name == "adamw":
                 scale.shard(model, torch.float32)
-            optimizer = optimizer_of(model, "muon" if name == "muon" else "adamw")
+            optimizer = optimizer_of(model, name)
             loss, metrics = toy_step(model, budget, share)
             norm = optimizer.step(2)
             out[name, budget] = loss, metrics, norm, scale.for_file(weights_of(model))
@@ -2341,17 +2308,17 @@ def test_two_processes_gather_in_their_order(two_processes):
     assert rows.tolist() == [0]  # the first process has the first row
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw", "shards"])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize("budget", [1000, 9])
 def test_two_processes_equal_one(two_processes, name, budget):
-    """Loss, metrics, norm of the gradient and updated weights, of unequal shares."""
+    """Loss, metrics, norm of the gradient and updated weights, of unequal shares. Muon in whole
+    tensors (and AdamW, of what is no matrix), AdamW in shards."""
     loss, metrics, norm, weights = two_processes[1][name, budget]
     model = Toy()
-    optimizer = optimizer_of(model, "muon" if name == "muon" else "adamw")
-    expected, expected_metrics = toy_step(model)
-    assert loss == pytest.approx(expected, abs=1e-5)
-    assert metrics == expected_metrics
-    assert norm == pytest.approx(optimizer.step(2), rel=1e-5)
+    expected = toy_step(model)
+    assert loss == pytest.approx(expected[0], abs=1e-5)
+    assert metrics == expected[1]
+    assert norm == pytest.approx(optimizer_of(model, name).step(2), rel=1e-5)
     assert same(weights, weights_of(model), atol=1e-5)
     assert not same(weights, weights_of(Toy()), atol=5e-3)
 
@@ -2361,7 +2328,7 @@ def test_a_state_of_shards_fits_where_there_are_none(two_processes):
     assert out["resumed"]
     model = Toy(seed=1)
     assert scale.load_state(folder / "toy.state", model, optimizer_of(model)) == 3
-    assert same(out["shards", 9][3], weights_of(model))
+    assert same(out["adamw", 9][3], weights_of(model))
 
 
 def test_a_model_in_shards_equals_the_model(two_processes):
@@ -2471,22 +2438,14 @@ def test_gradients_are_clipped_together():
     assert same(gradients_of(clipped), gradients_of(model), atol=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():
-    model = Toy()
-    toy_step(model)
-    model.norm.bias.grad[0] = float("inf")
-    assert not np.isfinite(optimizer_of(model).step(3))
-    assert same(weights_of(model), weights_of(Toy()))
-
-
 # --------------------------------------------------------------------------------------------------
 # scale.py: states inside a stage
 
 
-def train_toy(folder, steps, save_at=(), seed=0, name="adamw"):
+def train_toy(folder, steps, save_at=(), seed=0):
     """Go on from the folder's state, or from the start -> weights after so many steps."""
     model = Toy(seed)
-    optimizer = optimizer_of(model, name)
+    optimizer = optimizer_of(model, "muon")  # and AdamW, of the embedding and the norm
     path = folder / "toy.state"
     for i in range(scale.load_state(path, model, optimizer), steps):
         toy_step(model)
@@ -2498,37 +2457,31 @@ def train_toy(folder, steps, save_at=(), seed=0, name="adamw"):
     return weights_of(model)
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_resumed_run_is_the_same_in_every_bit(tmp_path, name):
-    expected = train_toy(tmp_path, 6, save_at=(1, 2, 4), name=name)
+def test_a_resumed_run_is_the_same_in_every_bit(tmp_path):
+    expected = train_toy(tmp_path, 6, save_at=(1, 2, 4))
     assert os.listdir(tmp_path) == ["toy.state"]
-    assert same(train_toy(tmp_path, 6, seed=1, name=name), expected)
+    assert same(train_toy(tmp_path, 6, seed=1), expected)
 
 
-def test_a_kill_while_writing_leaves_the_state_before(tmp_path, monkeypatch):
+def test_a_kill_while_writing_leaves_the_state_before(tmp_path):
     expected = train_toy(tmp_path, 4, save_at=(2,))
 
     def kill(_, file):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch, "save", kill)
+    with patch("torch.save", kill), pytest.raises(KeyboardInterrupt):
         train_toy(tmp_path, 4, save_at=(3,))
     assert same(train_toy(tmp_path, 4, seed=1), expected)
 
 
 def test_a_damaged_state_is_one_line(tmp_path):
-    train_toy(tmp_path, 2, save_at=(2,))
     path = tmp_path / "toy.state"
-    with pytest.raises(ValueError, match=rf"\A{path}: belongs to a model with other .*\Z"):
-        scale.load_state(path, nn.Linear(2, 2), None)
-    os.truncate(path, 99)
-    with pytest.raises(ValueError, match=rf"\A{path}: damaged.*\Z"):
-        train_toy(tmp_path, 3)
     torch.save({"step": SimpleNamespace()}, path)  # it would run code
-    with pytest.raises(ValueError, match=rf"\A{path}: damaged.*\Z"):
-        train_toy(tmp_path, 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"\A{path}: damaged.*\Z"):
+            train_toy(tmp_path, 3)
+        os.truncate(path, 99)
 
 
 @pytest.mark.parametrize("name", ["gpu7", "cuda:99"])

@@ -77,7 +77,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import data
 import eval as evaluation
@@ -90,17 +90,12 @@ from embed import Embedder, contrastive_step
 from model import Rows, read_json, sdpa_kernel, write_json, write_rows
 from processor import prompt_key
 
+# select.py as a module. `import select` would give the standard library's; see select.py.
+select_path = Path(__file__).with_name("select.py")
+spec = importlib.util.spec_from_file_location("nanommemb_select", select_path)
+selection = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(selection)
 
-def load_select():
-    """select.py as a module. `import select` would give the standard library's; see select.py."""
-    path = Path(__file__).with_name("select.py")
-    spec = importlib.util.spec_from_file_location("nanommemb_select", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-selection = load_select()
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
 # {stage: the tables that it reads}. It notes a hash of them, so that a later change is noticed.
 NOTES = {"propose": "training", "eval": "test"}
@@ -260,14 +255,6 @@ def true_or_false(text):
     return text in ("true", "1")
 
 
-def underscored(argument):
-    """--rl-lr=0.1 -> --rl_lr=0.1; what is no option stays as it is."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--"):
-        name = "--" + name[2:].replace("-", "_")
-    return name + equals + value
-
-
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
@@ -278,19 +265,17 @@ def parse(argv):
     why = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
     layout = argparse.RawDescriptionHelpFormatter  # leaves the docstring's lines as they are
     parser = Parser("train.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
-    groups = {}  # {"run": argparse's group of that title}
-    for f in fields(Config):
-        title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(
-            f"--{f.name}",
-            type=true_or_false if f.type is bool else f.type,
-            choices=f.metadata["choices"],
-            default=argparse.SUPPRESS,  # so `given` has what the caller wrote, and nothing else
-            help=f"{why.get(f.name)} ({f.default!r})",
-        )
-    argv = [underscored(argument) for argument in argv]
+    for title, options in itertools.groupby(fields(Config), lambda f: f.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for f in options:
+            group.add_argument(
+                *sorted({f"--{f.name.replace('_', '-')}", f"--{f.name}"}),  # --rl-lr and --rl_lr
+                dest=f.name,
+                type=true_or_false if f.type is bool else f.type,
+                choices=f.metadata["choices"],
+                default=argparse.SUPPRESS,  # so `given` has what the caller wrote, nothing else
+                help=f"{why.get(f.name)} ({f.default!r})",
+            )
     given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_lr": 0.1}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
@@ -307,7 +292,7 @@ def check(cfg):
             continue
         value = getattr(cfg, f.name)
         least = f.metadata["least"]
-        if not math.isfinite(value) or value < least:
+        if not least <= value < math.inf:  # nor is NaN
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
@@ -346,6 +331,7 @@ class Run:
         self.cfg = cfg
         self.stopping = False  # True once SIGTERM has come
         self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
+        self.dtype = getattr(torch, cfg.dtype)
         self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
         if scale.is_main():
@@ -368,23 +354,20 @@ class Run:
         scale.barrier()
         self.same_options(("machine", cfg.stage), "config.json")
 
-    def path(self, *parts):
-        """run.path("select", "judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
-        return os.path.join(self.cfg.out, *parts)
+    def path(self, name):
+        """run.path("select/judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
+        return os.path.join(self.cfg.out, name)
 
-    def read(self, *parts):
+    def read(self, name):
         """A JSON object of the folder; {} where there is none."""
-        path = self.path(*parts)
-        value = read_json(path) if os.path.exists(path) else {}
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: expected a JSON object")
-        return value
+        path = self.path(name)
+        return read_json(path) if os.path.exists(path) else {}
 
-    def same_options(self, free, *parts):
+    def same_options(self, free, name):
         """Refuse what was made with other options than ours; groups in `free` may differ. Where no
-        options are noted yet, note ours. parts: of the path of a config.json in the folder."""
-        path = self.path(*parts)
-        before = self.read(*parts)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
+        options are noted yet, note ours. name: of a config.json in the folder."""
+        path = self.path(name)
+        before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
             group = f.metadata["group"]
@@ -403,14 +386,15 @@ class Run:
         """Refuse tables that changed since a stage noted them, unless it is in `todo`. Rows are
         known by their numbers, and the last ones of a dataset are rl's: a row more moves them."""
         for stage, kind in NOTES.items():
-            if stage in todo or stage not in self.stages:
+            if stage in todo:
                 continue
             noted = self.stages[stage].get("tables")  # a hash; older folders have none
             if noted is None or noted == data.fingerprint(self.data_root, kind):
                 continue
-            change = f"the {kind} table has changed since {stage}"
             remedy = f"do --stage {stage} and what follows again"
-            raise UsageError(f"{self.data_root}: {change}: {remedy}")
+            raise UsageError(
+                f"{self.data_root}: the {kind} table has changed since {stage}: {remedy}"
+            )
 
     def rng(self, *key):
         """A generator that depends on seed and key alone: nothing to save, nothing to restore.
@@ -450,10 +434,9 @@ class Run:
             if isinstance(value, (int, float)):  # rl's "sample", a text, is in the file alone
                 numbers.append(f"{name} {value:.3g}")
         self.say(f"{stage} {step}/{steps} " + " ".join(numbers))
-        row = {"stage": stage, "step": step, **metrics}
         if scale.is_main():
             with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
 
     def forget(self, stage, step=0):
         """Take a stage's rows after this step out of metrics.jsonl: they will be written again.
@@ -461,11 +444,8 @@ class Run:
         path = self.path("metrics.jsonl")
         if not scale.is_main() or not os.path.exists(path):
             return
-        kept = []
-        for row in Rows(path, may_be_cut=True):
-            of_stage = row["stage"].startswith(stage)
-            if not of_stage or row["step"] <= step:
-                kept.append(row)
+        rows = Rows(path, may_be_cut=True)
+        kept = [r for r in rows if not r["stage"].startswith(stage) or r["step"] <= step]
         write_rows(path, kept)
 
     def begin(self, stage):
@@ -476,7 +456,7 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
         scale.barrier()  # what is left of an earlier try is gone, before anybody looks
-        self.same_options(("machine",), f"{stage}.part", "config.json")
+        self.same_options(("machine",), f"{stage}.part/config.json")
         return part
 
     def finish(self, stage, part, seconds):
@@ -486,19 +466,16 @@ class Run:
         """
         scale.barrier()  # all processes have written into `part`
         number = STAGES.index(stage)
-        done = {"seconds": round(seconds, 1)}
+        done = {"seconds": seconds}
         if stage in NOTES:
             done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
 
         # 1) Neither this stage nor a later one is done, as long as folders change.
-        earlier = [name for name in STAGES[:number] if name in self.stages]
-        self.note({name: self.stages[name] for name in earlier})
+        self.note({name: self.stages[name] for name in STAGES[:number]})
 
         # 2) The folders
         final = Path(self.path(stage))
         if scale.is_main():
-            if final.is_symlink():  # of a study's fork: its parent's stays
-                final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for later in STAGES[number + 1 :]:  # begun on what was there before
@@ -522,34 +499,31 @@ class Run:
         """What SIGTERM does in the training loop. Elsewhere it ends the process, as kill -9."""
         self.stopping = True
 
-    def embedder(self, stage, *parts):
-        """The checkpoint that a stage left. parts: where it lies in the stage's folder, as judge0
-        in that of select."""
-        if stage not in self.stages:
-            raise UsageError(f"{self.cfg.out}: stage {stage} is not done; --stage all does it")
+    def embedder(self, folder):
+        """The checkpoint that a stage left: in "base", "select/judge0" ..."""
         c = self.cfg
-        path = os.path.abspath(self.path(stage, *parts))  # runs/x alone could be a hub's id
+        path = os.path.abspath(self.path(folder))  # runs/x alone could be a hub's id
         limits = {"max_pixels": c.max_pixels, "max_frames": c.max_frames}
         return Embedder.from_pretrained(path, self.device, c.dtype, **limits)
 
-    def trainee(self, stage, parts=()):
-        """The same, ready to be trained. parts: folders of several, whose mean weights it has."""
+    def trainee(self, *folders):
+        """The same, ready to be trained. Of several it has the mean weights."""
         c = self.cfg
-        embedder = self.embedder(stage, *parts[:1])  # the first of them, or the stage's only one
-        for n, part in enumerate(parts[1:], 2):  # from the mean of n - 1 to that of n
-            other = self.embedder(stage, part).model
-            for p, q in zip(embedder.model.parameters(), other.parameters()):
+        embedder = self.embedder(folders[0])
+        model = embedder.model
+        for n, folder in enumerate(folders[1:], 2):  # from the mean of n - 1 to that of n
+            other = self.embedder(folder).model
+            for p, q in zip(model.parameters(), other.parameters()):
                 p.data.lerp_(q.data, 1 / n)  # p += (q - p) / n
         torch.manual_seed(self.torch_seed("lora"))
-        dtype = getattr(torch, c.dtype)
-        scale.prepare(embedder.model, dtype, c.lora, c.checkpointing, c.compile, c.train_vision)
+        scale.prepare(model, self.dtype, c.lora, c.checkpointing, c.compile, c.train_vision)
         if c.compile:
             embedder.processor.pad_to = 128  # few lengths to compile for
         if c.fsdp:
-            scale.shard(embedder.model, dtype)
+            scale.shard(model, self.dtype)
         if self.device.startswith("cuda"):
-            plain = sdpa_kernel(embedder.model, dtype, branches=False)
-            branched = sdpa_kernel(embedder.model, dtype, branches=True)
+            plain = sdpa_kernel(model, self.dtype, branches=False)
+            branched = sdpa_kernel(model, self.dtype, branches=True)
             self.say(f"attention: {plain}; with branches {branched}")
         return embedder
 
@@ -560,21 +534,12 @@ class Run:
             self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
         return self.pairs_read[kind]
 
-    def merged(self, model, into=None):
-        """What is being trained as a plain model of --dtype, to judge with, to sample from or to
-        save: a copy, or the model itself where it is plain already. into: an earlier copy, to be
-        written over."""
-        c = self.cfg
-        if c.lora or c.fsdp or c.compile or c.dtype != "float32":
-            return scale.merge(model, getattr(torch, c.dtype), into)
-        return model.eval()
-
 
 # --------------------------------------------------------------------------------------------------
 # Training pairs
 
 
-class Pairs(Dataset):
+class Pairs:
     """The training pairs of a stage, as prompts: pairs[source, row], the dataset and the row in it.
 
     A prompt is what the Processor makes of an item: "ids" (S,) and patches. pairs[0, 3] is
@@ -645,14 +610,13 @@ class Pairs(Dataset):
     def prompts(self, pair):
         """A pair of items (texts, places of images) -> the pair as the docstring above has it."""
         target = self.processor(pair["target"])
-        key = data.pair_key(pair)
         query = pair["query"]
         if self.question:
             query = self.question(query)
         return {
             "id": pair["id"],
             "dataset": pair["dataset"],
-            "key": key,  # ties a rationale to the pair
+            "key": data.pair_key(pair),  # ties a rationale to the pair
             "query": self.processor(query),
             "target": target,
             "negatives": [self.processor(item) for item in pair["negatives"]],
@@ -725,16 +689,16 @@ class Batches:
 
 
 def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=None):
-    """The loop of every trained stage -> the number of its steps.
+    """The loop of every trained stage.
 
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
     stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
-    until(step, steps) -> steps may prolong the stage
+    until(step) may prolong the stage: optimizer.steps
     It goes on from the checkpoint PART/NAME.state, if there is one: begin() removes it unless the
     call says --resume auto. A loss that is not finite stops the run: the weights would be NaN from
     then on.
     """
-    state = os.path.join(part, f"{name}.state")
+    state = f"{part}/{name}.state"
     step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
     if step == 0:  # a full disk is noticed now, not hours later
         scale.need_space(part, model)
@@ -756,7 +720,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
             metrics["seconds"] = round(time.time() - started, 1)
             run.log(name, step, optimizer.steps, metrics)
         if until:
-            optimizer.steps = until(step, optimizer.steps)
+            until(step)
         stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
         if stop or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
@@ -764,19 +728,17 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
     if stop or run.stopping:  # or it came just now
         raise Interrupted(f"stopped by SIGTERM after step {step} of {name}; --resume auto goes on")
     model.eval()
-    return step
 
 
-def fit(run, name, part, embedder, pairs, one_step, batch, sub_batch, steps, factor):
+def fit(run, name, part, embedder, stream, one_step, steps, factor):
     """Train an Embedder on pairs, and leave it as a model of --dtype.
 
-    name: of the log's rows and the checkpoint. one_step: as in train_loop. batch and sub_batch: as
-    in Pairs.stream. steps: at --scale 1. factor: times lr.
+    name: of the log's rows and the checkpoint. stream, one_step: as in train_loop. steps: at
+    --scale 1. factor: times lr.
     """
     optimizer = scale.Optimizer(embedder.model, run.cfg, run.steps(steps), factor)
-    stream = partial(pairs.stream, name, batch, sub_batch)
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
-    embedder.model = run.merged(embedder.model)
+    embedder.model = scale.merge(embedder.model, run.dtype)  # to judge with, or to save
 
 
 # --------------------------------------------------------------------------------------------------
@@ -819,19 +781,18 @@ def pretrain(run, part):
         run.log("base skills", step, optimizer.steps, skills)
         return min(skills[name] for name in pocket.STEP_SKILLS)
 
-    def until(step, steps):
+    def until(step):
         """At the end of the flat part: are the skills there? If not, another tenth of the plan:
         450 steps become 495, 540 ... 900. What is missing by less than 0.05 comes while the
         learning rate falls."""
-        flat = steps - round(optimizer.cool_steps)
-        if step != flat or steps >= 2 * planned:
-            return steps
-        if weakest_skill(step) >= pocket.SKILL_WANTED - 0.05:
-            return steps
-        return min(2 * planned, steps + planned // 10)
+        steps = optimizer.steps
+        if step != steps - round(optimizer.cool_steps) or steps >= 2 * planned:
+            return
+        if weakest_skill(step) < pocket.SKILL_WANTED - 0.05:
+            optimizer.steps = min(2 * planned, steps + planned // 10)
 
-    last = train_loop(run, "base", part, model, optimizer, one_step, until=until)
-    if weakest_skill(last) < pocket.SKILL_WANTED:
+    train_loop(run, "base", part, model, optimizer, one_step, until=until)
+    if weakest_skill(optimizer.steps) < pocket.SKILL_WANTED:
         run.say(f"base: a skill is below {pocket.SKILL_WANTED}; expect weak rationales")
     return Embedder(model, processor)
 
@@ -847,11 +808,9 @@ def by_window(run, path, pairs, takes, rows_of, title):
     folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
     windows = pairs.windows(takes)
-    paths = [os.path.join(folder, f"{n:06d}.jsonl") for n in range(len(windows))]
-    mine = []  # numbers of the windows that this process has still to do
-    for n in range(scale.rank(), len(windows), scale.world_size()):
-        if not os.path.exists(paths[n]):
-            mine.append(n)
+    paths = [f"{folder}/{n:06d}.jsonl" for n in range(len(windows))]
+    share = range(scale.rank(), len(windows), scale.world_size())
+    mine = [n for n in share if not os.path.exists(paths[n])]  # windows that are still to do
     loaded = pairs.load([windows[n] for n in mine])
     for n, window in zip(mine, loaded):
         write_rows(paths[n], rows_of(n, window))
@@ -874,11 +833,10 @@ def propose_stage(run, part):
     """
     c = run.cfg
     embedder = run.embedder("base")
-    model = embedder.model
     processor = embedder.processor
     source = c.rationales
     if not source and not c.data:
-        source = run.path("data", "proposers.jsonl")
+        source = run.path("data/proposers.jsonl")
     given = propose.Rationales(source) if source else None
     takes = propose.hard_pairs(c.hard).__contains__ if c.hard else None
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
@@ -892,10 +850,10 @@ def propose_stage(run, part):
                 rows += rows_about(pair, given)
         if c.num_candidates:
             rng = run.generator("propose", n)
-            rows += propose.propose(model, processor, window, c, rng, ask)
+            rows += propose.propose(embedder.model, processor, window, c, rng, ask)
         return rows
 
-    path = os.path.join(part, "rationales.jsonl")
+    path = f"{part}/rationales.jsonl"
     by_window(run, path, pairs, takes, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
@@ -924,10 +882,10 @@ def select_stage(run, part):
     With two folds, judge0 trains on one half of the pairs and judges the other, judge1 the reverse.
     """
     c = run.cfg
-    written = propose.Rationales(run.path("propose", "rationales.jsonl"))  # by pair id
+    written = propose.Rationales(run.path("propose/rationales.jsonl"))  # by pair id
 
     # 1) The experiment: judged0.jsonl, judged1.jsonl
-    paths = [os.path.join(part, f"judged{fold}.jsonl") for fold in range(c.select_folds)]
+    paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
@@ -936,12 +894,12 @@ def select_stage(run, part):
 
     # 2) The rule
     rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
-    selected = os.path.join(part, "selected.jsonl")
+    selected = f"{part}/selected.jsonl"
     if scale.is_main():
         chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
         short = ({key: row[key] for key in SELECTED} for row in chosen)  # some of its columns
         write_rows(selected, short)
-        write_rows(os.path.join(part, "judged.jsonl"), Rows(*paths))
+        write_rows(f"{part}/judged.jsonl", Rows(*paths))
     scale.barrier()
     kept = Rows(selected)
 
@@ -955,7 +913,7 @@ def select_stage(run, part):
     if warning:
         run.say(warning)
     if scale.is_main():
-        write_json(os.path.join(part, "audit.json"), audit)
+        write_json(f"{part}/audit.json", audit)
 
 
 class Judged(Rows):
@@ -985,15 +943,10 @@ def judge_fold(run, part, fold, written, path):
 
     # Half of a batch belongs to the fold that is judged and drops out: draw twice as much.
     twice = 2 if c.select_folds > 1 else 1
-    how = {
-        "batch": twice * c.batch,
-        "sub_batch": twice * c.sub_batch,
-        "steps": c.select_steps,
-        "factor": c.select_lr,
-    }
-    fit(run, name, part, embedder, pairs, one_step, **how)
+    stream = partial(pairs.stream, name, twice * c.batch, twice * c.sub_batch)
+    fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr)
     if scale.is_main():
-        embedder.save(os.path.join(part, f"judge{fold}"))
+        embedder.save(f"{part}/judge{fold}")
 
     # 2) It judges.
     def rows_of(n, window):
@@ -1014,7 +967,7 @@ def embed_stage(run, part):
     learnt to find targets, which the base model has not.
     """
     c = run.cfg
-    embedder = run.trainee("select", [f"judge{fold}" for fold in range(c.select_folds)])
+    embedder = run.trainee(*[f"select/judge{fold}" for fold in range(c.select_folds)])
     processor = embedder.processor
     pairs = run.pairs(processor)
     lessons = Lessons(run)
@@ -1029,13 +982,8 @@ def embed_stage(run, part):
             labels.append(label)
         return contrastive_step(embedder.model, processor, batch, rationales, labels, c)
 
-    how = {
-        "batch": c.batch,
-        "sub_batch": c.sub_batch,
-        "steps": c.embed_steps,
-        "factor": c.embed_lr,
-    }
-    fit(run, "embed", part, embedder, pairs, one_step, **how)
+    stream = partial(pairs.stream, "embed", c.batch, c.sub_batch)
+    fit(run, "embed", part, embedder, stream, one_step, c.embed_steps, c.embed_lr)
     return embedder
 
 
@@ -1048,8 +996,8 @@ class Lessons:
 
     def __init__(self, run):
         wanted = {name for name in run.cfg.embed_proposers.split(",") if name}  # {"careful"}
-        self.written = propose.Rationales(run.path("propose", "rationales.jsonl"))
-        self.kept = propose.Rationales(run.path("select", "selected.jsonl"), ("weight",), wanted)
+        self.written = propose.Rationales(run.path("propose/rationales.jsonl"))
+        self.kept = propose.Rationales(run.path("select/selected.jsonl"), ("weight",), wanted)
         authors = {"none", *self.written.authors}  # {"none", "base", "careful", "sloppy"}
         if wanted - authors:
             raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
@@ -1057,7 +1005,7 @@ class Lessons:
         self.trusted = max(counts, key=counts.get, default=None)
         # Pairs about which nobody wrote, because their direct vector is good enough.
         self.easy = set()
-        for row in Rows(run.path("select", "judged.jsonl")):
+        for row in Rows(run.path("select/judged.jsonl")):
             if not row["text"] and not selection.can_keep(row["direct"], run.cfg):
                 self.easy.add(row["id"])
 
@@ -1090,27 +1038,21 @@ def rl_stage(run, part):
     model = embedder.model
     processor = embedder.processor
     pairs = run.pairs(processor, for_rl=True)
-    actor = run.merged(model)  # writes the rollouts: a plain copy, or the model itself
+    actor = scale.merge(model, run.dtype)  # a plain copy, which writes the rollouts
 
     def grpo(i, batch):
         rng = run.generator("rl", i, scale.rank())
-        writer = run.merged(model, actor)  # it gets the weights of this step
-        return rl.grpo_step(model, processor, batch, c, rng, writer)
+        scale.merge(model, run.dtype, into=actor)  # it gets the weights of this step
+        return rl.grpo_step(model, processor, batch, c, rng, actor)
 
     def contrast(i, batch):
         """Ablation: no rationale is written, and no decision is taught."""
-        nothing = [None] * len(batch)
-        unknown = [-1] * len(batch)
-        return contrastive_step(model, processor, batch, nothing, unknown, c)
+        n = len(batch)
+        return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
 
     one_step = grpo if c.rl_rollouts else contrast
-    how = {
-        "batch": c.rl_batch,
-        "sub_batch": RL_SUB_BATCH,
-        "steps": c.rl_steps,
-        "factor": c.rl_lr,
-    }
-    fit(run, "rl", part, embedder, pairs, one_step, **how)
+    stream = partial(pairs.stream, "rl", c.rl_batch, RL_SUB_BATCH)
+    fit(run, "rl", part, embedder, stream, one_step, c.rl_steps, c.rl_lr)
     return embedder
 
 
@@ -1120,9 +1062,10 @@ def eval_stage(run, part):
     embedder = run.embedder("rl")
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}  # of Embedder.encode
     # Steps that each query needs, {"PocketWalk/76": 3, ...}; None: not known
-    truth = run.read("data", "pocket.json").get("test")
-    how = {"threshold": c.threshold, "options": options, "truth": truth}
-    evaluation.evaluate(embedder, run.data_root, part, **how)
+    truth = run.read("data/pocket.json").get("test")
+    evaluation.evaluate(
+        embedder, run.data_root, part, threshold=c.threshold, options=options, truth=truth
+    )
 
 
 def write_report(run):
@@ -1132,14 +1075,19 @@ def write_report(run):
      "modes": {"never": {"overall": 0.818, "tokens_per_query": 0.0, ...}, "adaptive": ...},
      "curve": [{"threshold", "overall", ...}], "adaptivity": {"PocketWalk": {"auc", ...}}}
     """
-    summary = run.read("eval", "summary.json")
+    summary = run.read("eval/summary.json")
     if not {"modes", "curve", "adaptivity"} <= set(summary):  # eval.py wrote there
         raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
-    result = {name: getattr(run.cfg, name) for name in ("preset", "seed", "revision")}
-    result["seconds"] = {stage: done["seconds"] for stage, done in run.stages.items()}
-    result["selection"] = run.read("select", "audit.json")
-    for key in ("modes", "curve", "adaptivity"):
-        result[key] = summary[key]
+    result = {
+        "preset": run.cfg.preset,
+        "seed": run.cfg.seed,
+        "revision": run.cfg.revision,
+        "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
+        "selection": run.read("select/audit.json"),
+        "modes": summary["modes"],
+        "curve": summary["curve"],
+        "adaptivity": summary["adaptivity"],
+    }
     write_json(run.path("report.json"), result)
     report.write_report(run.cfg.out, run.data_root)
     return result
@@ -1180,7 +1128,10 @@ def draw_world(cfg, folder):
 
 def look_at_tests(root):
     """Read every test set, so that a broken row is named before anything is trained, not after."""
-    for row in data.tables(root, "eval"):
+    rows = data.tables(root, "eval")
+    if not rows:
+        raise UsageError(f"{root} has no test set, with which --stage all ends: name a stage")
+    for row in rows:
         with contextlib.suppress(data.Missing):
             data.load_eval(root, row)
 
@@ -1189,37 +1140,33 @@ def run_stages(cfg):
     """The stages that cfg asks for, and the report."""
     # 1) What is missing is said before anything is made.
     whole = cfg.stage == "all"
-    if not whole and cfg.stage != "base" and not os.path.exists(f"{cfg.out}/stages.json"):
+    if cfg.stage not in ("all", "base") and not os.path.exists(f"{cfg.out}/stages.json"):
         raise UsageError(f"{cfg.out} holds no run: --stage all makes one")
-    if whole and cfg.data and not data.tables(cfg.data, "eval"):
-        raise UsageError(f"{cfg.data} has no test set, with which --stage all ends: name a stage")
     if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
         raise UsageError(f"{cfg.data} has no training set")
     if whole and cfg.data:
         look_at_tests(cfg.data)
 
     # 2) The stages that are done are the first ones: what follows a stage that is done again is
-    # not. So the next one has the number len(run.stages).
+    # not. So the next one has the number `done`.
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    first = len(run.stages)
-    todo = STAGES[first:]
-    if not whole:
-        if STAGES.index(cfg.stage) > first:
-            raise UsageError(f"{cfg.out}: stage {STAGES[first]} is not done; --stage all does it")
-        first = STAGES.index(cfg.stage)
-        todo = [cfg.stage]
+    done = len(run.stages)
+    first = done if whole else STAGES.index(cfg.stage)
+    if first > done:
+        raise UsageError(f"{cfg.out}: stage {STAGES[done]} is not done; --stage all does it")
     run.same_tables(STAGES[first:])
-    for stage in todo:
+    for stage in STAGES[first:] if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
         do_stage = globals()[f"{stage}_stage"]  # embed_stage, ... above
         embedder = do_stage(run, part)
         if embedder and scale.is_main():
             embedder.save(part)
-        run.finish(stage, part, time.time() - started)
-        run.say(f"{stage}: {time.time() - started:.0f} s")
+        seconds = round(time.time() - started, 1)
+        run.finish(stage, part, seconds)
+        run.say(f"{stage}: {seconds} s")
 
     # 3) The report
     if "eval" in run.stages and scale.is_main():
