@@ -1980,14 +1980,13 @@ def test_run_what_is_missing_is_said_before_anything_is_trained(own_root, tmp_pa
     assert "nobody wrote a rationale about a pair of" in one_line(capsys)
 
 
-def test_run_proposes_for_hard_pairs_alone(finished, own_root, tmp_path):
+def test_run_proposes_for_hard_pairs_alone(call, copy_of):
     """Those of the run's own judged.jsonl, whose stage then has to be done again."""
-    out = copy_of(finished, tmp_path / "run", "select")
+    out = copy_of("select")
     row = {"proposer": "w", "text": "t", "gain": None}
     rows = [row | {"id": "own/0", "direct": -0.6}, row | {"id": "own/1", "direct": -0.7}]
     M.write_rows(f"{out}/select/judged.jsonl", rows)  # log 2 is 0.693
-    more = ["--hard", f"{out}/select/judged.jsonl"]
-    assert exit_code([*arguments(own_root, out, stage="propose"), *more]) == 0
+    assert call(out, "--hard", f"{out}/select/judged.jsonl", stage="propose") == 0
     assert {row["id"] for row in json_rows(f"{out}/propose/rationales.jsonl")} == {"own/1"}
 
 
