@@ -51,6 +51,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 import pocket
+import pretrain
 import propose
 import rl
 import scale
@@ -94,7 +95,7 @@ def make_model(size, device, dtype):
 
     No download is needed: speed depends on shapes, not on what the numbers are.
     """
-    _, reader = pocket.new_model(0)  # a Processor
+    _, reader = pretrain.new_model(0)  # a Processor
     # The shapes are Qwen's, the numbers of the special tokens are those of this vocabulary.
     config = dataclasses.replace(
         SIZES[size],

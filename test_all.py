@@ -65,6 +65,7 @@ import embed
 import eval as evaluation
 import model as M
 import pocket
+import pretrain
 import processor as P
 import propose
 import report
@@ -101,7 +102,7 @@ def tiny_tokenizer():
     with open(os.path.join(HERE, "LICENSE"), encoding="utf-8") as f:
         texts = f.read().split("\n")
     texts += ["system user assistant seconds 你好，世界 naïve café 🙂"] * 9
-    return P.Tokenizer(pocket.train_tokenizer(texts))
+    return P.Tokenizer(pretrain.train_tokenizer(texts))
 
 
 def tiny_config(**shape):
@@ -2125,16 +2126,15 @@ def test_train_base_goes_on_until_the_skills_are_there(skill, steps, tmp_path, m
 
     fakes = {
         "new_model": lambda *_: (embedder.model, embedder.processor),
-        "Bank": lambda rng: None,
         "pretrain_step": pretrain_step,
-        "measure_skills": lambda *_: dict.fromkeys(train.pocket.STEP_SKILLS, skill),
+        "measure_skills": lambda *_: dict.fromkeys(train.pretrain.STEP_SKILLS, skill),
         "LOOK_STEPS": 20,
     }
     for name, fake in fakes.items():
-        monkeypatch.setattr(train.pocket, name, fake)
+        monkeypatch.setattr(train.pretrain, name, fake)
     c = train.Config(base_steps=400, scale=0.1, out=str(tmp_path / "run"), device="cpu")
     run = train.Run(c)
-    assert isinstance(train.pretrain(run, run.begin("base")), type(embedder))
+    assert isinstance(train.pretrain_base(run, run.begin("base")), type(embedder))
     assert taken == [1.0] * 2 + [0.3] * (steps - 2)
 
 
@@ -2958,7 +2958,7 @@ def assert_equals_tokenizers(tokenizer, count, letters, seed):
 
 def test_processor_tokenizer_equals_tokenizers():
     """The official file is compared, too, where QWEN_TOKENIZER names one (10,000 strings)."""
-    published = [151643 + pocket.SPECIALS.index(name) for name in ("<|image_pad|>", "</think>")]
+    published = [151643 + pretrain.SPECIALS.index(name) for name in ("<|image_pad|>", "</think>")]
     assert published == [151655, 151668]
     assert_equals_tokenizers(tiny_tokenizer(), 100, 0x2FFF, seed=0)
     spec = copy.deepcopy(tiny_tokenizer().spec)
@@ -4542,7 +4542,8 @@ ARROWS = {  # who knows of whom; everything else would be an arrow upwards or a 
     "rl": "embed model processor scale",
     "eval": "data embed model scale",
     "report": "data eval model",
-    "pocket": "model processor scale",
+    "pocket": "model",
+    "pretrain": "model pocket processor scale",
 }
 
 
@@ -4600,7 +4601,7 @@ def test_readme():
 
 
 def test_every_word_of_the_pocket_world_is_one_token():
-    tokenizer = pocket.new_model(0)[1].tokenizer
+    tokenizer = pretrain.new_model(0)[1].tokenizer
     for word in (*pocket.CELLS, *pocket.NUMBERS, *pocket.WORDS):
         assert len(tokenizer.encode(" " + word)) == 1, word
 
@@ -4627,9 +4628,9 @@ def test_a_world_is_a_function_of_its_seed(tmp_path):
 
 def test_pretraining_reads_a_document_as_one_text():
     """Its branch continues the prompt: the direct <|endoftext|> between them is not seen."""
-    model, processor = pocket.new_model(0)
-    parts = [("red", "at"), *pocket.thinks([("five", "account")], "rent", "answer")]
-    document = pocket.read_document(processor, {"text": "rent five"}, parts, "rent")
+    model, processor = pretrain.new_model(0)
+    parts = [("red", "at"), *pretrain.thinks([("five", "account")], "rent", "answer")]
+    document = pretrain.read_document(processor, {"text": "rent five"}, parts, "rent")
     prompt = document["prompt"]
     row = np.append(prompt["ids"], document["branch"])
     h = model(P.collate([prompt | {"ids": row}], processor))[0]
@@ -4640,7 +4641,7 @@ def test_pretraining_reads_a_document_as_one_text():
     direct = model(P.collate([prompt], processor))[0, -1]
     ends = torch.stack([direct, h[document["ends"][1] - 1]])
     summary = -model.logits(ends).log_softmax(-1)[:, document["words"]].mean(1).sum()
-    sums = pocket.document_losses(model, processor, [document])[:, 0]
+    sums = pretrain.document_losses(model, processor, [document])[:, 0]
     torch.testing.assert_close(sums[:2], torch.stack([loss, summary]), atol=1e-4, rtol=1e-5)
 
 

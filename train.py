@@ -82,6 +82,7 @@ from torch.utils.data import DataLoader
 import data
 import eval as evaluation
 import pocket
+import pretrain
 import propose
 import report
 import rl
@@ -747,10 +748,10 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
 
 
 def base_stage(run, part):
-    """A tiny Qwen3-VL, pretrained on "describe what you see" (pocket.py), or --model."""
+    """A tiny Qwen3-VL, pretrained on "describe what you see" (pretrain.py), or --model."""
     c = run.cfg
     if not c.model:
-        return pretrain(run, part)
+        return pretrain_base(run, part)
     # A copy of --model in the run folder. A broken one is refused in a minute, not in an hour.
     embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
     if not embedder.model.has_head:
@@ -758,13 +759,13 @@ def base_stage(run, part):
     return embedder
 
 
-def pretrain(run, part):
+def pretrain_base(run, part):
     """From random weights, until the skills are there that a rationale is made of: to look things
-    up in a picture, a table, a clip (pocket.STEP_SKILLS)."""
+    up in a picture, a table, a clip (pretrain.STEP_SKILLS)."""
     c = run.cfg
-    model, processor = pocket.new_model(run.torch_seed("weights"), run.device)
+    model, processor = pretrain.new_model(run.torch_seed("weights"), run.device)
     planned = run.steps(c.base_steps)
-    look_first = run.steps(pocket.LOOK_STEPS)
+    look_first = run.steps(pretrain.LOOK_STEPS)
     # The rate falls over the last quarter of the planned steps: with 450 from step 338 on.
     optimizer = scale.Optimizer(model, c, planned, cool=0.25, patches=True)
     bank = pocket.Bank(run.rng("bank"))  # drawings of shapes, digits and words
@@ -773,13 +774,13 @@ def pretrain(run, part):
     def one_step(i, _):
         look = 1.0 if i < look_first else 0.3  # first learn to see, then to look things up
         rng = run.rng("base", i)
-        return pocket.pretrain_step(model, processor, bank, rng, look, c.chunk_tokens)
+        return pretrain.pretrain_step(model, processor, bank, rng, look, c.chunk_tokens)
 
     def weakest_skill(step):
         """The lowest accuracy on held-out drawings, e.g. 0.877."""
-        skills = pocket.measure_skills(model, processor, probe, run.rng("skills"))
+        skills = pretrain.measure_skills(model, processor, probe, run.rng("skills"))
         run.log("base skills", step, optimizer.steps, skills)
-        return min(skills[name] for name in pocket.STEP_SKILLS)
+        return min(skills[name] for name in pretrain.STEP_SKILLS)
 
     def until(step):
         """At the end of the flat part: are the skills there? If not, another tenth of the plan:
@@ -788,12 +789,12 @@ def pretrain(run, part):
         steps = optimizer.steps
         if step != steps - round(optimizer.cool_steps) or steps >= 2 * planned:
             return
-        if weakest_skill(step) < pocket.SKILL_WANTED - 0.05:
+        if weakest_skill(step) < pretrain.SKILL_WANTED - 0.05:
             optimizer.steps = min(2 * planned, steps + planned // 10)
 
     train_loop(run, "base", part, model, optimizer, one_step, until=until)
-    if weakest_skill(optimizer.steps) < pocket.SKILL_WANTED:
-        run.say(f"base: a skill is below {pocket.SKILL_WANTED}; expect weak rationales")
+    if weakest_skill(optimizer.steps) < pretrain.SKILL_WANTED:
+        run.say(f"base: a skill is below {pretrain.SKILL_WANTED}; expect weak rationales")
     return Embedder(model, processor)
 
 

@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-import pocket  # noqa: E402
+import pretrain  # noqa: E402
 from embed import Embedder  # noqa: E402
 from model import Config, Qwen3VL, read_json  # noqa: E402
 from processor import Processor, Tokenizer, byte_letters  # noqa: E402
@@ -56,7 +56,7 @@ ON = {"cpu": ["--device", "cpu", "--dtype", "float32"], "cuda": ["--device", "cu
 def full_tokenizer():
     texts = (REPO / "LICENSE").read_text("utf-8").split("\n")
     texts.append("system user assistant Represent the user's input. what follows it is add to?")
-    spec = pocket.train_tokenizer(texts)
+    spec = pretrain.train_tokenizer(texts)
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for pair in itertools.product(list(vocab), byte_letters()):
         if len(vocab) < FIRST_MARKER and "".join(pair) not in vocab:
