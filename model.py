@@ -16,9 +16,10 @@ Two things serve embedding and reinforcement learning:
   * `generate` continues a prompt K times. The prompt's keys and values are stored and read once.
 
 Shapes, in all files:
-  B rows (queries or targets)   K branches of a row   S tokens of a row   T generated tokens
+  B rows (queries or targets)   S tokens of a row   K rationales of a row   T generated tokens
   H text width   A heads   C key heads   d head size   V vocabulary
   D vision width   N patches   M = N / 4 visual tokens
+  In attention Q tokens look at L columns: keys and values that stand side by side in a cache.
   A segment is one image or one group of two video frames: a grid of (h, w) patches.
 
 How to run: nothing runs here. `pytest test_all.py -k parity` compares it with transformers.
@@ -67,9 +68,9 @@ class Config:
     # d; heads * head_dim need not equal hidden (4B: 4096 and 2560).
     head_dim: int = hf("text_config.head_dim", 128)
     tie: bool = hf("tie_word_embeddings", True)  # the output head is the input embedding
-    # The slowest rotary angle takes 2 pi times this many tokens to turn.
+    # The slowest rotary angle takes almost 2 pi times this many tokens to turn.
     rope_theta: float = hf("text_config.rope_parameters.rope_theta", 5e6)
-    # Rotary frequencies of time, row, column; their sum is d / 2.
+    # How many of the d / 2 rotary frequencies turn with time, row, column.
     mrope_section: tuple = hf("text_config.rope_parameters.mrope_section", (24, 20, 20))
     eps: float = hf("text_config.rms_norm_eps", 1e-6)
     v_hidden: int = hf("vision_config.hidden_size", 1024)  # D
@@ -78,7 +79,7 @@ class Config:
     v_heads: int = hf("vision_config.num_heads", 16)
     # A learned table of 48 x 48 positions, stretched over any grid.
     v_positions: int = hf("vision_config.num_position_embeddings", 2304)
-    # Vision layers whose features go to text layers 0, 1, 2.
+    # Vision layers whose features are added after text layers 0, 1, 2.
     v_deepstack: tuple = hf("vision_config.deepstack_visual_indexes", (5, 11, 17))
     image_token: int = hf("image_token_id", 151655)  # <|image_pad|>, a visual token of an image
     video_token: int = hf("video_token_id", 151656)  # <|video_pad|>, one of a video frame
@@ -92,7 +93,8 @@ MERGE = 2  # patches per side of a visual token
 FACTOR = PATCH * MERGE  # image sides are multiples of this
 PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH  # 1536 numbers in a patch
 
-# The pocket model reads images of 3 x 3 tiles. Its vocabulary and four ids come with its tokenizer.
+# The pocket model reads images of 3 x 3 tiles. Its vocabulary size and the ids of its image tokens
+# come with its tokenizer.
 POCKET_TEXT = {"vocab": 0, "hidden": 128, "mlp": 384, "layers": 4, "heads": 4, "kv_heads": 2}
 POCKET_ROPE = {"head_dim": 32, "rope_theta": 1e4, "mrope_section": (8, 4, 4)}
 POCKET_VISION = {"v_hidden": 128, "v_mlp": 256, "v_layers": 2, "v_heads": 4, "v_positions": 144}
@@ -214,7 +216,7 @@ class VisionTower(nn.Module):
         self.c = c
         size = (TEMPORAL, PATCH, PATCH)
         proj = nn.Conv3d(3, c.v_hidden, size, stride=size)
-        self.patch_embed = nn.ModuleDict({"proj": proj})
+        self.patch_embed = nn.ModuleDict({"proj": proj})  # Conv3d: the checkpoint's shape
         self.pos_embed = nn.Embedding(c.v_positions, c.v_hidden)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.v_layers))
         self.merger = Merger(c, deepstack=False)
@@ -234,11 +236,12 @@ class VisionTower(nn.Module):
         device = self.pos_embed.weight.device
         quarter = self.c.v_hidden // self.c.v_heads // 4
         i = torch.arange(quarter, device=device).float()
-        inverse = 1e4 ** -(i / quarter)  # (d/4,), fp32 whatever torch's default is
+        frequency = 1e4 ** -(i / quarter)  # (d/4,)
         row = torch.arange(h, device=device)
         column = torch.arange(w, device=device)
         places = torch.cartesian_prod(row, column).view(h, w, 2)
-        return (merge_order(places)[..., None] * inverse).flatten(1)
+        angles = merge_order(places)[..., None] * frequency  # (h * w, 2, d/4)
+        return angles.flatten(1)
 
     def forward(self, pixel_values, image_grid):
         """pixel_values (N, 1536), image_grid [(h, w)] -> tokens (M, H), DeepStack's [(M, H)]."""
@@ -270,11 +273,13 @@ class VisionTower(nn.Module):
 
 
 def tree_mask(branch, columns=None):
-    """Who may look at whom: branch (B, N) -> bool (B, 1, Q, N), one row per token that looks.
+    """Who may look at whom: branch (B, L) -> bool (B, 1, Q, L), one row per token that looks.
 
-    branch is 0 for the prompt, k >= 1 for its k-th branch, -1 for padding. A token looks at itself
-    and at what comes before it in the prompt or in its own branch. Nobody looks at padding, which
-    itself looks at the prompt: the softmax over nothing would be NaN. For branch = 0 0 1 1 2 -1:
+    branch is 0 for the prompt, k >= 1 for its k-th branch, -1 for padding. (The first branch of a
+    training batch is <|endoftext|>, the others are rationales; in generate all are.) A token looks
+    at itself and at what comes before it in the prompt or in its own branch. Nobody looks at
+    padding, which itself looks at the prompt: the softmax over nothing would be NaN. For branch =
+    0 0 1 1 2 -1:
 
         1 . . . . .     prompt
         1 1 . . . .
@@ -283,15 +288,15 @@ def tree_mask(branch, columns=None):
         1 1 . . 1 .     branch 2: the prompt and itself
         1 1 . . . .     padding
 
-    columns (Q,): the tokens that look, by default all N.
+    columns (Q,): the tokens that look, by default all L.
     """
     place = torch.arange(branch.shape[1], device=branch.device)
     if columns is None:
         columns = place
     looking = branch[:, columns, None]  # (B, Q, 1)
-    seen = branch[:, None, :]  # (B, 1, N)
-    related = (seen == 0) | ((seen == looking) & (seen > 0))  # (B, Q, N)
-    earlier = place <= columns[:, None]  # (Q, N)
+    seen = branch[:, None, :]  # (B, 1, L)
+    related = (seen == 0) | ((seen == looking) & (seen > 0))  # (B, Q, L)
+    earlier = place <= columns[:, None]  # (Q, L)
     return (related & earlier)[:, None]
 
 
@@ -305,7 +310,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def attend(q, k, v, bias):
-    """q (B, A, S, d); k, v (B, C, N, d); bias None (causal) or (B, 1, A/C * S, N) -> as q.
+    """q (B, A, S, d); k, v (B, C, L, d); bias None (causal) or (B, 1, A/C * S, L) -> as q.
 
     A/C query heads share a key head. With a bias and `enable_gqa`, SDPA on CUDA would silently take
     its slow kernel, "math". So the query heads of a key head become one longer list of queries:
@@ -336,7 +341,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, bias, past):
         """x (B, S, H); cos, sin (B, 1, S, d) -> (B, S, H), and the keys and values looked at.
 
-        past: None, or a cache's keys and values (B, C, N, d) and the columns (S,) to write to.
+        past: None, or a cache's keys and values (B, C, L, d) and the columns (S,) to write to.
         """
         by_head = (-1, self.head_dim)
         q = self.q_norm(self.q_proj(x).unflatten(2, by_head))  # (B, S, A, d)
@@ -346,8 +351,8 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), cos, sin)  # (B, C, S, d)
         v = v.transpose(1, 2)
         if past is not None:
-            keys, values, columns = past  # in place: the cache is written, not copied
-            k = keys.index_copy_(2, columns, k)
+            keys, values, columns = past
+            k = keys.index_copy_(2, columns, k)  # in place: the cache is written, not copied
             v = values.index_copy_(2, columns, v)
         y = attend(q, k, v, bias)
         return self.o_proj(y.transpose(1, 2).flatten(2)), k, v
@@ -406,14 +411,14 @@ class TextTower(nn.Module):
         is_column = (i % 3 == 2) & (i < 3 * columns)
         axis = is_row + 2 * is_column  # (d/2,): 0 time, 1 row, 2 column
         frequency = self.c.rope_theta ** -(i.float() / half)  # (d/2,) in fp32
-        angle = positions[axis].permute(1, 2, 0) * frequency  # (B, S, d/2)
+        angle = positions[axis].permute(1, 2, 0) * frequency  # from (d/2, B, S) to (B, S, d/2)
         angle = angle.repeat(1, 1, 2)[:, None]  # (B, 1, S, d)
-        return angle.cos().to(dtype), angle.sin().to(dtype)  # the cast is published, too
+        return angle.cos().to(dtype), angle.sin().to(dtype)  # the published code casts here, too
 
     def forward(self, x, positions, mask=None, past=None, cache=None, deep=(), where=None):
         """Embedded tokens x (B, S, H), positions (3, B, S) -> (B, S, H) after the final norm.
 
-        mask: None (causal) or bool (B, 1, S, N).
+        mask: None (causal) or bool (B, 1, S, L).
         past: for each layer what `Attention` takes.
         cache: a Cache that is to keep the keys and values.
         deep: DeepStack features [(M, H)] for the places `where` (M,) of the flattened batch.
@@ -422,7 +427,7 @@ class TextTower(nn.Module):
         bias = None
         if mask is not None:  # made once for all layers, in the form that `attend` wants
             bias = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-            bias = bias.repeat(1, 1, self.c.heads // self.c.kv_heads, 1)  # (B, 1, A/C * S, N)
+            bias = bias.repeat(1, 1, self.c.heads // self.c.kv_heads, 1)  # (B, 1, A/C * S, L)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and self.training:
                 layer = partial(checkpoint, layer, use_reentrant=False)
@@ -505,9 +510,9 @@ class Qwen3VL(nn.Module):
         self.compiled = True
 
     def forward(self, batch, cache=None):
-        """-> (B, S, H) states after the final norm; those before it look plausible, but differ.
+        """-> (B, S, H) states after the final norm.
 
-        cache: an empty Cache to be filled.
+        cache: an empty Cache, to be given the keys and values of every layer.
         """
         ids, branch = batch["ids"], batch.get("branch")
         x = self.text.embed_tokens(ids)
@@ -545,7 +550,7 @@ def rope_positions(ids, image_grid, config):
     end = 0  # of the last segment
     for h, w in image_grid:
         rows, columns = h // MERGE, w // MERGE
-        start = end + int(visual[end:].argmax())
+        start = end + int(visual[end:].argmax())  # the first visual token from there on
         end = start + rows * columns
         place = np.indices((1, rows, columns)).reshape(3, -1)
         positions[:, start:end] = positions[0, start] + place
@@ -570,31 +575,33 @@ def sdpa_kernel(model, dtype, branches):
 # The K continuations of a row are read in one step, as if they were one longer row. The columns of
 # the cache, by branch (0: the prompt, seen by all), for 3 prompt tokens, a prefix of 2 and K = 2:
 #
-#     prompt   prefix   step 0   step 1   step 2 ...   ending
-#     0 0 0    0 0      1 2      1 2      1 2          1 2 1 2 1 2 ...
+#     prompt   extra   prefix   step 0   step 1   step 2 ...   ending
+#     0 0 0    -1      0 0      1 2      1 2      1 2          1 2 1 2 1 2 ...
 #
-# `tree_mask` says who looks at whom, as in training. Columns that are not written yet come later
-# than any token that looks: no further mask is needed.
+# The extra tokens, <|endoftext|> and padding, are seen by nobody. `tree_mask` says who looks at
+# whom, as in training. Columns that are not written yet come later than any token that looks: no
+# further mask is needed.
 
 
 @dataclass
 class Cache:
-    """What has been read. `model(batch, cache)` fills an empty one with the prompts."""
+    """What has been read. `model(batch, cache)` puts the prompts' layers into an empty one."""
 
-    layers: list = field(default_factory=list)  # of each the keys and the values (B, C, N, d)
-    branch: torch.Tensor | None = None  # (B, N) of each column
+    layers: list = field(default_factory=list)  # of each the keys and the values (B, C, L, d)
+    branch: torch.Tensor | None = None  # (B, L) of each column; set by `extended`
     used: int = 0  # columns that are written
 
-    def extended(self, rows, lengths, branch):
-        """A copy of the rows (B,), cut after `lengths` (B,) tokens, and new columns of `branch`."""
-        room = (0, 0, 0, len(branch))  # behind the last column
+    def extended(self, rows, lengths, new):
+        """A copy of the rows (B,) that hides what follows their first `lengths` (B,) tokens, with
+        room for new columns. new: their branches."""
+        room = (0, 0, 0, len(new))  # behind the last column
         layers = []
         for keys, values in self.layers:
             layers.append((F.pad(keys[rows], room), F.pad(values[rows], room)))
         S = keys.shape[2]
         place = torch.arange(S, device=lengths.device)
         prompt = torch.where(place < lengths[:, None], 0, -1)  # (B, S)
-        branch = torch.cat((prompt, branch.expand(len(rows), -1)), dim=1)
+        branch = torch.cat((prompt, new.expand(len(rows), -1)), dim=1)
         return Cache(layers, branch, S)
 
 
@@ -602,7 +609,8 @@ def step(model, cache, ids, positions, columns, width):
     """Read ids (B, Q) at positions (B, Q), alike on all axes -> their states (B, Q, H).
 
     Their keys and values go to the columns (Q,) of the cache. They look at its first `width`
-    columns, None: at all. All that changes from step to step are tensors: so it can be compiled.
+    columns; width None: at all of them. Only tensors change from step to step: so it can be
+    compiled.
     """
     past = []
     for keys, values in cache.layers:
@@ -612,28 +620,27 @@ def step(model, cache, ids, positions, columns, width):
     return model.text(x, positions.expand(3, -1, -1), mask, past)
 
 
-def read(model, cache, ids, positions, advance=step):
+def read(model, cache, ids, positions, step_fn=step):
     """Read ids (B, Q) at positions (B, Q) into the next Q columns of the cache -> (B, Q, H)."""
     start = cache.used
     cache.used += ids.shape[1]
     columns = torch.arange(start, cache.used, device=ids.device)
     width = None if model.compiled else cache.used  # compiled code wants one shape
-    return advance(model, cache, ids, positions, columns, width)
+    return step_fn(model, cache, ids, positions, columns, width)
 
 
 def graphed_step(cache):
     """`step` as a CUDA graph: one launch instead of hundreds that small batches would wait for."""
-    # `step` writes to the cache in place.
     for tensor in chain(*cache.layers):
         torch._dynamo.mark_static_address(tensor)  # a graph may only write to what stays in place
     return torch.compile(step, mode="reduce-overhead")
 
 
 def sample(logits, suppress, temperature, generator):
-    """logits (B, K, V) -> ids (B, K) and their log-probabilities (B, K) under what is sampled from.
+    """logits (B, K, V) -> ids (B, K) and their log-probabilities (B, K) when sampled.
 
-    That is softmax(logits / temperature) without the suppressed ids. Temperature 0 takes the
-    likeliest id, and its log-probability at temperature 1.
+    They are drawn from softmax(logits / temperature) without the suppressed ids. Temperature 0
+    takes the likeliest id, and its log-probability at temperature 1.
     """
     logits[..., suppress] = float("-inf")
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
@@ -651,7 +658,7 @@ class Rollouts:
 
     hidden: torch.Tensor  # (B, S, H) states of the prefill
     tokens: list  # [B][K] lists of ids: prefix, sampled ones, closing where truncated, tail
-    num_sampled: torch.Tensor  # (B, K) int64, on the CPU
+    num_sampled: torch.Tensor  # (B, K) int64, on the CPU; a stop token counts
     logprobs: torch.Tensor  # (B, K, T) of the sampled tokens (see `sample`), zero after them
     truncated: torch.Tensor  # (B, K) bool, on the CPU: no stop token came
     last: torch.Tensor  # (B, K, H) state of the last token
@@ -696,11 +703,12 @@ def generate(
 
     # 1) Make room, and read the prefix once per row.
     lengths = batch["lengths"][rows] - 1  # without the extra token
-    owner = arange(1, K + 1).repeat(T + len(closing) + len(tail))
-    cache = cache.extended(rows, lengths, F.pad(owner, (len(prefix), 0)))
+    new = arange(1, K + 1).repeat(T + len(closing) + len(tail))  # K columns for each token
+    new = F.pad(new, (len(prefix), 0))  # branch 0: the prefix is seen by all K
+    cache = cache.extended(rows, lengths, new)
     position = batch["positions"][0, rows, lengths][:, None]  # (B, 1), of the next token
     h = hidden[arange(B), lengths - 1][:, None]
-    if prefix:  # without an owner: seen by all K
+    if prefix:
         ids = as_ids(prefix).expand(B, -1)
         h = read(model, cache, ids, position + arange(len(prefix)))[:, -1:]
         position = position + len(prefix)
@@ -711,10 +719,10 @@ def generate(
     stop = as_ids(stop_ids)
     suppress = as_ids(suppress_tokens)
     live = torch.ones(B, K, dtype=torch.bool, device=device)  # no stop token so far
-    num_sampled = torch.zeros(B, K, dtype=torch.long, device=device)  # counts the stop token
+    num_sampled = torch.zeros(B, K, dtype=torch.long, device=device)
     tokens = []  # (B, K) each
     logprobs = torch.zeros(B, K, T, device=device)
-    advance = graphed_step(cache) if model.compiled and device.type == "cuda" else step
+    step_fn = graphed_step(cache) if model.compiled and device.type == "cuda" else step
     for t in range(T):
         ids, logp = sample(model.logits(h), suppress, temperature, generator)
         tokens.append(ids)
@@ -723,14 +731,14 @@ def generate(
         live = live & ~torch.isin(ids, stop)
         if t == T - 1 or not live.any():
             break
-        h = read(model, cache, ids, (position + t).expand(B, K), advance)
+        h = read(model, cache, ids, (position + t).expand(B, K), step_fn)
     tokens = torch.stack(tokens, dim=1)  # (B, t + 1, K)
-
-    # Now t is the number of steps that were read: the last token sampled is read with the ending.
+    steps_read = t  # the tokens of step t are not read yet
 
     # 3) Read all endings in one forward: the last sampled token, `closing` where it is due, `tail`.
-    # What was read idly is hidden, and so is a last token that was read already.
-    idle = arange(t)[:, None] >= num_sampled[:, None] - 1  # (B, t, K)
+    # Hide what was read idly, and a last token that was read already. K = 2, sampled [a </think>]
+    # and [b c d]: steps 0 and 1 were read. </think> of step 1 comes again in the ending.
+    idle = arange(steps_read)[:, None] >= num_sampled[:, None] - 1  # (B, steps_read, K)
     cache.branch[:, first : cache.used].masked_fill_(idle.flatten(1), -1)
     ended = [*tail, *[0] * len(closing)]  # as long as the other; what follows `tail` is not used
     cut_off = [*closing, *tail]
@@ -797,7 +805,7 @@ def config_from_hf(path):
     ValueError names what is missing, of the wrong type, or not implemented here.
     """
     flat = flatten(read_json(path))
-    for key in list(flat):  # version 4 has another name for the rope
+    for key in list(flat):  # version 4 says rope_scaling for rope_parameters
         flat.setdefault(key.replace("rope_scaling", "rope_parameters"), flat[key])
     theta = "text_config.rope_parameters.rope_theta"
     flat.setdefault(theta, flat.get("text_config.rope_theta"))
@@ -806,19 +814,19 @@ def config_from_hf(path):
         if flat.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
     values = {}
-    for place in fields(Config):
-        key = place.metadata["key"]
+    for f in fields(Config):
+        key = f.metadata["key"]
         try:
-            values[place.name] = place.type(flat.get(key))
+            values[f.name] = f.type(flat.get(key))  # int("5"), tuple([24, 20, 20]) ...
         except (TypeError, ValueError):
-            kind = place.type.__name__
+            kind = f.type.__name__
             raise ValueError(f"{path}: {key} is {flat.get(key)!r}, expected {kind}") from None
     return Config(**values)
 
 
 def config_to_hf(c, dtype, eos_id, pad_id):
     """Config -> a config.json for transformers 4.57 and 5; it has both spellings of the rope."""
-    flat = {place.metadata["key"]: getattr(c, place.name) for place in fields(c)}
+    flat = {f.metadata["key"]: getattr(c, f.name) for f in fields(c)}
     flat |= FIXED
     for key in ("rope_type", "mrope_interleaved", "mrope_section"):
         flat[f"text_config.rope_scaling.{key}"] = flat[f"text_config.rope_parameters.{key}"]
@@ -830,7 +838,7 @@ def config_to_hf(c, dtype, eos_id, pad_id):
         "text_config.rope_theta": c.rope_theta,
         "text_config.max_position_embeddings": 262144,
         "text_config.tie_word_embeddings": c.tie,
-        "text_config.bos_token_id": pad_id,
+        "text_config.bos_token_id": pad_id,  # as Qwen's config has it
         "text_config.eos_token_id": eos_id,
         "vision_config.model_type": "qwen3_vl_vision",
         "vision_config.out_hidden_size": c.hidden,

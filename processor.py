@@ -1,11 +1,17 @@
 r"""An item becomes tokens and patches: everything that happens before the network runs.
 
 The idea. An item is any mix of instruction, text, images and video frames. It is written as a chat
-in Qwen3-VL's format; embed.py shows it, and the two ways in which the model goes on.
+in Qwen3-VL's format (without line breaks; \n is one):
+
+    <|im_start|>system\nRepresent the user's input.<|im_end|>\n                     if instructed
+    <|im_start|>user\n<|vision_start|><|image_pad|>...<|vision_end|>What is this?<|im_end|>\n
+    <|im_start|>assistant\n
+
+embed.py shows the two ways in which the model goes on.
 
 The arithmetic. A patch is 16 x 16 pixels of two frames; an image counts as two equal ones. 2 x 2
 patches make one visual token. So an image of h x w pixels costs h * w / 1024 tokens. Its sides are
-multiples of 32, its area is within limits: 1000 x 750 pixels are read as 992 x 736, 713 tokens.
+multiples of 32, its area is within limits: 750 x 1000 pixels are read as 736 x 992, 713 tokens.
 
     Tokenizer   text -> ids
     Processor   item -> prompt: ids, patches and their grids; the files of a checkpoint folder
@@ -102,8 +108,8 @@ class Tokenizer:
         self.nfc = tokenizers.normalizers.NFC()
 
     def encode(self, text):
-        """Text -> list of ids. NFC first: without it 15 % of hard strings get other ids. Half an
-        emoji ("\\ud83d" is legal JSON, but no text) is a ValueError of the normalizer."""
+        """Text -> list of ids. NFC first, as for Qwen. Half an emoji ("\\ud83d" is legal JSON, but
+        no text) is a ValueError of the normalizer."""
         return self.bpe.encode_ordinary(self.nfc.normalize_str(text))
 
     def decode(self, ids):
@@ -139,13 +145,13 @@ def smart_resize(height, width, min_pixels, max_pixels):
     h = max(1, round(height / FACTOR))  # h and w count visual tokens
     w = max(1, round(width / FACTOR))
     if h * w * FACTOR**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels) * FACTOR
-        h = max(1, math.floor(height / shrink))
-        w = max(1, math.floor(width / shrink))
+        pixels = math.sqrt(height * width / max_pixels) * FACTOR  # that become one token's side
+        h = max(1, math.floor(height / pixels))
+        w = max(1, math.floor(width / pixels))
     elif h * w * FACTOR**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width)) / FACTOR
-        h = math.ceil(height * grow)
-        w = math.ceil(width * grow)
+        tokens = math.sqrt(min_pixels / (height * width)) / FACTOR  # for each pixel
+        h = math.ceil(height * tokens)
+        w = math.ceil(width * tokens)
     return h * FACTOR, w * FACTOR
 
 
@@ -204,7 +210,8 @@ class Processor:
     """Turns items into prompts. Whatever cannot be read is a ValueError of one line.
 
     The fields are settings; beside them it knows the ids of the chat format:
-        eos_id (<|endoftext|>), im_start_id, im_end_id, think_id, think_end_id
+        eos_id (<|endoftext|>, where vectors are; the tokenizer's eos_token is <|im_end|>, a turn's
+        end), im_start_id, im_end_id, think_id, think_end_id
         generation: what model.generate has to know of a rationale
     """
 
@@ -214,12 +221,15 @@ class Processor:
     max_pixels: int = 1800 * 32 * 32
     frame_min_pixels: int = 128 * 32 * 32  # area of a frame; see frame_limits
     frame_max_pixels: int = 768 * 32 * 32
-    max_frames: int = 64  # without fps more frames are thinned out; frames with fps never are
-    fps: float = 2.0  # of frames that come without: what qwen-vl-utils assumes
+    max_frames: int = 64  # a video without fps is thinned to so many; one with fps never is
+    fps: float = 2.0  # assumed where a video has none, as in qwen-vl-utils
     max_length: int = 8192  # tokens with <|endoftext|>: text is cut at its end, images never are
     default_instruction: str | None = None  # of items without one; None writes no system turn
-    trained_here: bool = True  # False: opened from a folder that no code of ours wrote
+    trained_here: bool = (
+        True  # False: opened from a folder that no code of ours wrote (train.py asks)
+    )
 
+    # No annotation: it is no setting.
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
 
     def __post_init__(self):
@@ -231,7 +241,7 @@ class Processor:
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_count(max_frames=self.max_frames, max_length=self.max_length)
-        as_sentence(self.default_instruction or "")
+        as_sentence(self.default_instruction or "")  # an error if it is no text
         config, special, size = self.config, self.tokenizer.special, self.tokenizer.size
         self.eos_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]
@@ -250,7 +260,7 @@ class Processor:
         self.prefix = [self.think_id, *self.tokenizer.encode("\n")]
         self.tail = [*self.tokenizer.encode("\n\n"), self.eos_id]
         self.closing = [*self.tokenizer.encode("\n"), self.think_end_id]
-        # Never sampled: image markers, padding, ids without a token. </think> ends a rationale.
+        # Never sampled: special tokens but </think>, which ends a rationale, and ids of no token.
         unused = range(size, config.vocab)
         self.suppress_tokens = sorted({*special.values(), *unused} - {self.think_end_id})
         self.generation = {
@@ -296,7 +306,7 @@ class Processor:
             {"url" or "path" or "base64": ref}    {"video": clip, "fps": f}
 
         Each may have a "type", which is not read. All that is not None is shown, in the order
-        video, image, text. TEMPLATE does the same.
+        video, image, text.
         """
         part = {"text": part} if isinstance(part, str) else part
         part = checked("a part of content", part, PART_KEYS)
@@ -320,7 +330,7 @@ class Processor:
         return pieces
 
     def segment(self, token, patches, grid):
-        """An id for every 2 x 2 patches, between markers; behind them what they stand for."""
+        """-> [<|vision_start|>, an id for every 2 x 2 patches, <|vision_end|>, (patches, grid)]."""
         visual = [token] * (len(patches) // MERGE**2)
         return [self.config.vision_start, *visual, self.config.vision_end, (patches, grid)]
 
@@ -329,8 +339,7 @@ class Processor:
 
             <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.2 seconds>...
 
-        Frames are never resampled where their fps is known. Not copied from qwen-vl-utils: it first
-        rounds frames to multiples of 64 pixels, and its time goes on at a repeated last frame.
+        Frames are never resampled where their fps is known.
         """
         clip = {"frames": video}
         if isinstance(video, dict):
@@ -339,6 +348,7 @@ class Processor:
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
         for frame, after in itertools.pairwise(frames):
+            # list(gif) is one PIL object many times, left at its last frame.
             if frame is after and isinstance(frame, Image.Image) and frame.tell():
                 copies = "PIL.ImageSequence.all_frames(image)"
                 raise ValueError(f"a video's frames are one image that seeks: expected {copies}")
@@ -364,7 +374,8 @@ class Processor:
         """(min, max) area of each of n frames.
 
         A long video's frames shrink to their share of CLIP_PIXELS, but not below 1.05 times the
-        least area. By default 20 frames may have 768 tokens each, 64 have 240.
+        least area (qwen-vl-utils' numbers). By default 20 frames are 10 segments of at most 768
+        tokens each, 64 frames 32 segments of 240.
         """
         share = max(CLIP_PIXELS * TEMPORAL / n, int(1.05 * self.frame_min_pixels))
         return self.frame_min_pixels, min(self.frame_max_pixels, share)
@@ -383,7 +394,7 @@ class Processor:
                 continue
             tokens = self.tokenizer.encode("".join(group))
             user = [i for i, text in enumerate(group) if isinstance(text, UserText)]
-            if user:
+            if user:  # tokens of the template before and after the user's text
                 before = self.tokenizer.encode("".join(group[: user[0]]))
                 after = self.tokenizer.encode("".join(group[user[-1] + 1 :]))
                 stop = len(ids) + len(tokens) - len(after)
@@ -417,8 +428,8 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder, config, **settings):
-        """The processor of a checkpoint. Each setting is the argument unless that is None, else
-        what a checkpoint of ours says, else Qwen's, which has a default instruction."""
+        """The processor of a checkpoint. A setting is the argument, or where that is None what the
+        checkpoint says, if it is ours, or else Qwen's."""
         spec = read_json(Path(folder, "tokenizer.json"))
         given = {name: value for name, value in settings.items() if value is not None}
         try:
@@ -435,7 +446,7 @@ class Processor:
         video["frame_min_pixels"] = self.frame_min_pixels
         video["frame_max_pixels"] = self.frame_max_pixels
         # Nearly the same in transformers' words: the area of a whole clip, and a cap on each frame.
-        # There the least area is the clip's, here each frame's (Qwen's): small frames get less.
+        # Its least area is a whole clip's, ours is each frame's: small frames are smaller there.
         clip_pixels = CLIP_PIXELS * TEMPORAL
         video["size"] = {"shortest_edge": self.frame_min_pixels, "longest_edge": clip_pixels}
         video["max_video_tokens"] = self.frame_max_pixels // FACTOR**2
@@ -453,7 +464,7 @@ class Processor:
         for name, value in files.items():
             write_json(Path(folder, name), value)
         instruction = as_sentence(self.default_instruction or "")
-        # A string of JSON is one of Jinja, too.
+        # A JSON string is a Jinja string, too.
         template = TEMPLATE.replace("DEFAULT", json.dumps(instruction))
         Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
 
@@ -532,7 +543,7 @@ def decode_reference(name, ref):
 
 def checked(what, given, known):
     """A dict without what is None, as Arrow tables fill every column of a struct. Keys that nobody
-    reads are typing mistakes, or ids: they are named."""
+    reads may be typing mistakes: a warning names them. If there are no others, it is an error."""
     if not isinstance(given, dict):
         raise ValueError(f"{what} is a {type(given).__name__}, expected a dict")
     given = {name: value for name, value in given.items() if value is not None}
@@ -580,8 +591,8 @@ VISION_CONFIG |= {"processor_class": "Qwen3VLProcessor"}
 OLDER_FILES = ["processor_config.json", "chat_template.json", "special_tokens_map.json"]
 OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
-# Processor.__call__ for other programs, which hand over images apart: type "image" or "video" may
-# stand alone.
+# Processor.__call__ for other programs. They hand over images apart, so that a part may be no more
+# than its type, "image" or "video", and they add the markers around a video's frames.
 TEMPLATE = r"""
 {%- set instruction = DEFAULT -%}
 {%- if instruction and messages[0].role != 'system' -%}
@@ -645,13 +656,13 @@ def collate(prompts, processor, rationales=None, device="cpu"):
     """
     rationales = rationales or [[]] * len(prompts)
     rows = []
-    for prompt, texts in zip(prompts, rationales):
-        rows.append(lay_out(prompt, [[processor.eos_id], *texts], processor.config))
+    for prompt, branches in zip(prompts, rationales):
+        rows.append(lay_out(prompt, [[processor.eos_id], *branches], processor.config))
     # The five lines of a row are padded together: ids, three positions, branch.
     lengths = [table.shape[1] for table, _ in rows]
     S = max(processor.padded(lengths))
-    K = max(len(texts) for texts in rationales)
-    padding = np.array([processor.eos_id, 1, 1, 1, -1])
+    K = max(len(branches) for branches in rationales)
+    padding = np.array([processor.eos_id, 1, 1, 1, -1])  # at any position: nobody looks at it
     batch = np.tile(padding[:, None, None], (1, len(rows), S))  # (5, B, S)
     ends = np.full((len(rows), 1 + K), -1)
     for b, (table, last) in enumerate(rows):
@@ -693,7 +704,8 @@ def lay_out(prompt, branches, config):
 
 
 def prompt_key(prompt):
-    """Equal prompts have equal keys. White images of 2 x 4 and 4 x 2 patches differ in the grid."""
+    """Equal prompts have equal keys. White images of 2 x 4 and 4 x 2 patches have the same bytes
+    and differ in the grid."""
     digest = hashlib.blake2b(prompt["ids"], digest_size=12)
     digest.update(str(prompt["image_grid"]).encode())
     for patches in prompt["pixel_values"]:
