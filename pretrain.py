@@ -87,7 +87,8 @@ def thinks(steps, answer, skill):
 
 def answers(item, facts, rng):
     """facts [(question, cue, statement, answer, skill)], of which the user asks the last: it is
-    answered at once, before the other look-ups, or after a <think> block that looks up all of them.
+    answered at once, and the other look-ups follow as practice, or after a <think> block that looks
+    up all of them.
 
     ("what is right of nw ?", "nw red star . right", "n blue moon", "blue moon", "move")
     """
@@ -103,8 +104,9 @@ def answers(item, facts, rng):
     return item | {"text": question}, parts, answer
 
 
-def base_document(bank, rng, look):
-    """About something seen. look: the share of images that are described, not asked about.
+def base_document(bank, rng, described):
+    """About something seen. described: the share of scenes (images of nine cells) that are
+    described, not asked about.
 
     of a hundred  5  an image and "put a red star at nw"  ->  what it then shows
                  55  an image: described, or asked about
@@ -120,7 +122,7 @@ def base_document(bank, rng, look):
         item = {"image": bank.grid(scene, rng), "text": f"put a {name(thing)} at {CELLS[cell]}"}
         return says(item, describe(put(scene, cell, thing)), "change")
     if kind < 0.60:
-        return scene_document(bank, rng, look)
+        return scene_document(bank, rng, described)
     if kind < 0.86:
         return clip_document(bank, rng)
     if kind < 0.97:  # a page
@@ -136,7 +138,7 @@ def base_document(bank, rng, look):
     return says(item, name(thing), "crop")
 
 
-def scene_document(bank, rng, look):
+def scene_document(bank, rng, described):
     """Nine things, or things, digits and blanks: described, or asked about.
 
     an image                         ->  "nw red star n three ne blue moon ..."
@@ -146,7 +148,7 @@ def scene_document(bank, rng, look):
     scene = draw_things(9, rng)
     if rng.random() < 0.4:
         scene = [mixed_kind(rng, 0.4, 0.4) for _ in range(9)]  # 0.2 for a blank
-    asked = rng.random() > look  # look = 1: never
+    asked = rng.random() > described
     if asked and rng.random() < 0.6:  # few things are easier to find than nine
         kept = rng.permutation(9)[: rng.integers(1, 6)]  # cells
         scene = [kind if cell in kept else None for cell, kind in enumerate(scene)]
@@ -168,9 +170,9 @@ def mixed_kind(rng, things, digits):
 def scene_facts(scene, rng):
     """Up to eight look-ups, as answers() wants them:
 
-    at      what is at a cell                 nw -> "red star"
-    follow  where the thing there sends one   nw red star . -> "right n blue moon"
-    move    what is next to it                nw red star . down -> "w green bar"
+    at      what is at a cell               nw -> "red star"
+    follow  where the thing's colour leads  nw red star . -> "right n blue moon" (pocket.RULE)
+    move    what is next to it              nw red star . down -> "w green bar"
     """
     cells = [cell for cell, kind in enumerate(scene) if kind is not None]
     facts = []
@@ -219,7 +221,8 @@ def clip_document(bank, rng):
 
 
 def text_document(rng):
-    """Without an image: look things up in an account, add, or repeat. No summary but the last's.
+    """Without an image: look things up in an account, add, or repeat. Only a repeated phrase has a
+    summary.
 
     "rent three , food five"  ->  " . food" " five" " . rent" " three" ...
     "add"                     ->  " . three five" " makes eight" ...
@@ -240,7 +243,7 @@ def text_document(rng):
 
 
 def repeat_document(rng):
-    """A phrase is repeated, and summed up: what a target's or a rationale's end says.
+    """A phrase is repeated, and summed up.
 
     "red star"        ->  "red star"
     "repeat the end"  ->  <think> three . five makes eight . red star </think> red star
@@ -261,7 +264,8 @@ def repeat_document(rng):
     phrase = pick(phrases, rng)
     if rng.random() < 0.5:
         return says({"text": phrase}, phrase, "repeat")
-    # What may stand before the end: a thing, five numbers, or an addition.
+    # What may stand before the end: a thing, five numbers, or an addition, mostly a wrong one. It
+    # is not learnt: it only stands there.
     names = [DIGITS[digit] for digit in digits[3:]]
     addition = f"{names[0]} . {names[1]} {makes(rng.integers(19))}"
     steps = [name(things[1]), " . ".join(names), addition]
@@ -362,7 +366,7 @@ SUMMARY_WEIGHT = 0.5  # of "<|endoftext|> sums up the answer"
 # What steps of reasoning are made of. The other skills come on the way.
 STEP_SKILLS = ("at", "move", "follow", "clip", "table", "account")
 SKILL_WANTED = 0.93  # held-out token accuracy of each of them
-LOOK_STEPS = 240  # first updates: nothing but description, before anything is asked
+DESCRIBE_STEPS = 240  # first updates, in which scenes are described, and none is asked about
 
 
 def read_document(processor, item, parts, summary):
@@ -371,7 +375,7 @@ def read_document(processor, item, parts, summary):
         prompt <|endoftext|> <think> nw red star </think> <|endoftext|> red star <|im_end|>
 
     -> prompt  of the Processor
-       branch  its ids
+       branch  the ids that follow the direct <|endoftext|>
        length  of the row
        skills  [("at", places in the row of one text that is learnt)]
        learn   all these places
@@ -441,7 +445,7 @@ def document_losses(model, processor, documents):
     hits = logits.argmax(-1) == wanted  # (tokens,)
     loss = zeros.index_add(0, row, losses)  # (n,): sums over each document's tokens
     right = zeros.index_add(0, row, hits.float())
-    # What the summary's softmax should be: each of an answer's words counts alike.
+    # What the summary's softmax should be: each id counts alike, and the first word has two.
     share = torch.zeros(len(documents), model.c.vocab, device=h.device)  # (n, vocab)
     for i, document in enumerate(documents):
         share[i, document["words"]] = 1 / len(document["words"])
@@ -452,26 +456,26 @@ def document_losses(model, processor, documents):
     return torch.stack([loss, summary, right])
 
 
-def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
-    """Gradients of one update, left in the parameters -> metrics: {"loss": 0.9, ...}. look: see
-    base_document.
+def pretrain_step(model, processor, bank, rng, described, chunk_tokens):
+    """Gradients of one update, left in the parameters -> metrics: {"loss": 0.9, ...}. described:
+    see base_document.
 
     Documents about something seen and documents of text alone are two kinds: the loss is a mean
     over the tokens of each, and over the summaries of each.
 
         L = token + TEXT_WEIGHT * text_token + SUMMARY_WEIGHT * (summary + text_summary)
 
-    Rows of the tables are tokens, summaries, right tokens; columns are documents or the two kinds.
     """
-    drawn = [base_document(bank, rng, look) for _ in range(DOCUMENTS)]
+    drawn = [base_document(bank, rng, described) for _ in range(DOCUMENTS)]
     drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]  # [(item, parts, summary)]
     documents = [read_document(processor, *document) for document in drawn]
-    # 1) how much each document's tokens and summaries weigh
+    # 1) how much each document's tokens and summaries weigh. Rows of the tables are tokens,
+    # summaries, right tokens; columns are documents, then the two kinds.
     kind = torch.arange(len(drawn)) // DOCUMENTS  # (48,): 0 seen, 1 text
     tokens = [len(document["learn"]) for document in documents]
     summaries = [len(document["ends"]) for document in documents]
-    counts = torch.tensor([tokens, summaries, tokens], dtype=torch.float)  # (3, 48)
-    counts = torch.zeros(3, 2).index_add(1, kind, counts).clamp(min=1)  # (3, 2)
+    of_each = torch.tensor([tokens, summaries, tokens], dtype=torch.float)  # (3, 48)
+    counts = torch.zeros(3, 2).index_add(1, kind, of_each).clamp(min=1)  # (3, 2)
     factors = [[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]
     weight = torch.tensor(factors) / counts[:2]  # (2, 2): of one token, of one summary
     weight = weight[:, kind].to(model.device)  # (2, 48)
@@ -498,7 +502,7 @@ def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
 @torch.no_grad()
 def measure_skills(model, processor, bank, rng):
     """Held-out token accuracy of each skill: {"account": 0.98, "answer": 0.99, "at": 0.97, ...}."""
-    drawn = [base_document(bank, rng, 1.0) for _ in range(48)]  # described
+    drawn = [base_document(bank, rng, 1.0) for _ in range(48)]  # scenes described
     drawn += [base_document(bank, rng, 0.0) for _ in range(48)]  # asked about
     drawn += [text_document(rng) for _ in range(48)]
     scores = {}  # {skill: [accuracy of one text]}

@@ -12,7 +12,7 @@ and checkpoints, and nothing of prompts, rationales or rewards.
     Optimizer   Muon for the layers' matrices, AdamW for the rest; warm-up, flat, linear cool-down
     save_state  what is trained, inside a stage; a kill at any moment leaves a good file
 
-How to run. Alone, every function here is the identity or the textbook formula. On a node:
+How to run. In one process every function here is the identity or the textbook formula. On a node:
     torchrun --nproc_per_node=8 train.py --preset qwen3vl-2b ...
 
 The contract of several processes: each holds its share of the batch's rows; all compute the same
@@ -115,8 +115,8 @@ def backward(lengths, forward, loss, budget):
 
     lengths  {name: [tokens of each row]} of this process; at least one row of each name
     forward  (name, rows, with_loss) -> vectors (len(rows), k, H), a further loss of these rows
-             (a scalar tensor, or None) and {metric: float}; a function of the weights alone, and
-             k is the same for all rows of a name
+             (a scalar tensor, or None) and {metric: float}; a function of the weights alone. A row
+             has k vectors: a target one, a query perhaps two (direct, reasoned)
     loss     {name: (n, k, H)} of all processes, in process order, then row order -> scalar
     budget   padded tokens of a pass. Where all rows of every process fit in one budget, the first
              pass keeps its activations, and there is no second
@@ -189,7 +189,7 @@ class LoRALinear(nn.Module):
         self.bias = linear.bias
         self.scale = 64.0 / rank  # alpha = 64: an update counts twice at rank 32
         # fp32 whatever W is: steps of 1e-5 are lost in bf16. B = 0: training starts at W.
-        self.lora_a = nn.Linear(in_features, rank, bias=False, device=device).weight
+        self.lora_a = nn.Linear(in_features, rank, bias=False, device=device).weight  # its start
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
 
     def forward(self, x):
@@ -287,7 +287,7 @@ def merge(model, dtype=torch.float32, into=None):
 
 def add_gradients(params):
     """Add each gradient up over the processes; shards were added up by their backward pass.
-    A gradient that no process has stays None: AdamW's moments then rest, as they do alone."""
+    A gradient that no process has stays None: AdamW's moments then rest, as in one process."""
     if world_size() == 1:
         return
     params = [p for p in params if not is_sharded(p)]
@@ -315,8 +315,7 @@ def orthogonalise(update):
 
     A step maps each singular value s to a s + b s³ + c s⁵, which drives what lies in (0, 1] towards
     1. Muon's coefficients rise steeply from 0 and settle between 0.7 and 1.2 instead of at 1.
-    In fp32: torch.optim.Muon casts to bfloat16, which takes 12 of the 13 seconds of a step on a
-    CPU without bf16 instructions.
+    In fp32: torch.optim.Muon's bfloat16 is slow on a CPU without instructions for it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update / update.norm().clamp(min=1e-7)  # no singular value is above the norm, now 1
@@ -330,7 +329,7 @@ def orthogonalise(update):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum made orthogonal: a step as long in every direction of a matrix.
+    """Nesterov momentum made orthogonal: a step equally long in every direction of a matrix.
 
     Times 0.2 sqrt(max(rows, columns)) its entries are as large as those of AdamW's steps, so the
     learning rate is the same (arXiv 2502.16982). A convolution's kernel is a matrix (out, rest).

@@ -1758,12 +1758,12 @@ def test_run_revision_is_fetched_and_written_down(call, tmp_path, monkeypatch):
 
 def test_run_pairs_by_workers_equal_those_kept(opened, monkeypatch):
     kept = train.Pairs(*opened)
-    monkeypatch.setattr(train.Pairs, "KEEP", 0)
+    monkeypatch.setattr(train.Pairs, "MAX_BYTES", 0)
     read = train.Pairs(*opened)
-    stream = kept.stream("x", 8, 4, first=0)
+    stream = kept.stream("x", 8, 4, first_step=0)
     third = [next(stream) for _ in range(3)][2]
-    assert len(kept.kept) == 21 and not read.kept
-    for a, b in zip(third, next(read.stream("x", 8, 4, first=2))):
+    assert len(kept.cache) == 21 and not read.cache
+    for a, b in zip(third, next(read.stream("x", 8, 4, first_step=2))):
         assert (a["id"], a["key"], a["target_key"]) == (b["id"], b["key"], b["target_key"])
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
     # The next pass, windows instead of an endless stream, is read by the same process.
@@ -1908,7 +1908,7 @@ def test_run_each_process_reads_its_own_windows_alone(opened, tmp_path, monkeypa
         monkeypatch.setattr(train.scale, "is_main", lambda rank=rank: rank == 0)
         pairs = train.Pairs(*opened)
         train.by_window(opened[0], path, pairs, None, ids_of, "")
-        read.append((len(pairs.kept), load_image.call_count))
+        read.append((len(pairs.cache), load_image.call_count))
         load_image.reset_mock()
     assert read == [(4 + 4 + 1, 1 + 3), (4 + 4 + 4, 1 + 3)]  # of 21 pairs, 6 with a picture
     assert [row["id"] for row in json_rows(path)] == [f"own/{i}" for i in range(21)]
@@ -2119,8 +2119,8 @@ def test_train_base_goes_on_until_the_skills_are_there(skill, steps, tmp_path, m
     """40 steps are planned, 30 of them at the full rate; twice as many at most."""
     taken, embedder = [], tiny_embedder()
 
-    def pretrain_step(model, processor, bank, rng, look, chunk_tokens):
-        taken.append(look)
+    def pretrain_step(model, processor, bank, rng, described, chunk_tokens):
+        taken.append(described)
         model.text.norm.weight.grad = torch.ones_like(model.text.norm.weight)
         return {"loss": 1.0}
 
@@ -2128,7 +2128,7 @@ def test_train_base_goes_on_until_the_skills_are_there(skill, steps, tmp_path, m
         "new_model": lambda *_: (embedder.model, embedder.processor),
         "pretrain_step": pretrain_step,
         "measure_skills": lambda *_: dict.fromkeys(train.pretrain.STEP_SKILLS, skill),
-        "LOOK_STEPS": 20,
+        "DESCRIBE_STEPS": 20,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(train.pretrain, name, fake)

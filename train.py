@@ -33,11 +33,10 @@ The run folder, when all is done:
     eval/summary.json ...                       scores, see eval.py
     report.json  report.md  report.html         the same for people
 
-    A finished stage is skipped; a folder that was made with other options is refused.
-    A stage works in STAGE.part, which takes its place when it is finished. With --resume auto a
-    stage that broke off goes on from its last checkpoint or window (eval starts again), and ends
-    with the same weights, to the last bit, as if nothing had happened.
-    SIGTERM writes a checkpoint and ends the run with code 143.
+A finished stage is skipped; a folder that was made with other options is refused. A stage works in
+STAGE.part, which takes its place when it is finished. With --resume auto a stage that broke off
+goes on from its last checkpoint or window (eval starts again), and ends with the same weights, to
+the last bit, as if nothing had happened. SIGTERM writes a checkpoint; the exit code is 143.
 An error is one line. `python -X dev train.py ...` shows where it came from.
 
 Randomness: every draw has a generator of its own, made from --seed and what is drawn (Run.rng). So
@@ -45,7 +44,7 @@ nothing has to be saved, and a stage does not depend on what was drawn before it
 Precision: trained weights are fp32; frozen ones and all arithmetic are in --dtype (autocast).
 
 Left out: experiment trackers (metrics.jsonl is open to any), sweeps, a "best" checkpoint (no stage
-holds anything out, and the loss of a batch depends on the batch).
+keeps pairs for validation, and the loss of a batch depends on the batch).
 """
 
 import os
@@ -98,8 +97,8 @@ selection = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(selection)
 
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
-# {stage: the tables that it reads}. It notes a hash of them, so that a later change is noticed.
-NOTES = {"propose": "training", "eval": "test"}
+# {the first stage that reads some tables: which}. It notes their hash: a later change is noticed.
+NOTED_TABLES = {"propose": "training", "eval": "test"}
 # A row of selected.jsonl: {"id": "PocketWalk/7", "proposer": "careful", "text": "nw red star ...",
 # "gain": 2.1, "gain_placebo": -0.3, "weight": 0.6}. A pair's weights add up to 1.
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
@@ -121,7 +120,8 @@ LARGE = {
     "workers": 8,
     "num_candidates": 4,
     "select_steps": 500,
-    "select_lr": 1.0,  # factors below 1 were tuned for the pocket model's 1.6 M weights
+    # select_lr, embed_lr and rl_lr multiply lr. Below 1 they were tuned for the pocket model.
+    "select_lr": 1.0,
     "embed_steps": 5000,
     "embed_lr": 1.0,
     "batch": 1024,
@@ -202,7 +202,7 @@ class Config:
 
     num_candidates: int = opt("propose", 1)  # rationales of a query by the base model
     rationales: str = opt("propose", "")  # a file of rationales that were written elsewhere
-    hard: str = opt("propose", "")  # a run's judged.jsonl: write about its hard pairs alone
+    hard: str = opt("propose", "")  # a judged.jsonl: only its pairs with p(target) < 1/2
 
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
     select_steps: int = opt("select", 200)  # warm-up of each evaluator
@@ -213,7 +213,7 @@ class Config:
 
     embed_steps: int = opt("embed", 400)  # updates
     embed_lr: float = opt("embed", 0.5)  # times lr
-    embed_proposers: str = opt("embed", "")  # learn from these alone (commas); none: from nobody
+    embed_proposers: str = opt("embed", "")  # learn from these authors (a,b or none); empty: all
     lm_weight: float = opt("embed", 1.0)  # of the rationale's cross-entropy
     decision_weight: float = opt("embed", 0.5)  # of the decision's cross-entropy
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
@@ -293,7 +293,7 @@ def check(cfg):
             continue
         value = getattr(cfg, f.name)
         least = f.metadata["least"]
-        if not least <= value < math.inf:  # nor is NaN
+        if not least <= value < math.inf:  # refuses NaN, too
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
@@ -333,6 +333,7 @@ class Run:
         self.stopping = False  # True once SIGTERM has come
         self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
         self.dtype = getattr(torch, cfg.dtype)
+        self.data_root = cfg.data or self.path("data")
         self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
         if scale.is_main():
@@ -346,13 +347,13 @@ class Run:
         # Those that are done, in order: {"base": {"seconds": 715.7}, "propose": {"seconds": 43.4,
         # "tables": the hash of the training tables}}
         self.stages = self.read("stages.json")
-        self.data_root = cfg.data or self.path("data")
-        # This call must have the folder's options, but for those of the stage that is wanted. A
-        # call that made nothing, say with a mistyped --model, left none that count.
+        # Where no stage is done and no world is drawn, an earlier call failed at once, say at a
+        # mistyped --model. Its options do not count.
         made = self.stages or os.path.exists(self.path("data"))
         if scale.is_main() and not made:
             Path(self.path("config.json")).unlink(missing_ok=True)
         scale.barrier()
+        # This call must have the folder's options, but for those of the stage that is wanted.
         self.same_options(("machine", cfg.stage), "config.json")
 
     def path(self, name):
@@ -386,7 +387,7 @@ class Run:
     def same_tables(self, todo):
         """Refuse tables that changed since a stage noted them, unless it is in `todo`. Rows are
         known by their numbers, and the last ones of a dataset are rl's: a row more moves them."""
-        for stage, kind in NOTES.items():
+        for stage, kind in NOTED_TABLES.items():
             if stage in todo:
                 continue
             noted = self.stages[stage].get("tables")  # a hash; older folders have none
@@ -407,11 +408,11 @@ class Run:
         return np.random.default_rng(int.from_bytes(digest, "little"))
 
     def torch_seed(self, *key):
-        """The same as a number, for what takes a seed."""
+        """A number that depends on seed and key alone, for what takes a seed."""
         return int(self.rng(*key).integers(2**31))
 
     def generator(self, *key):
-        """The same for torch."""
+        """torch's generator in place of rng()."""
         seed = int(self.rng(*key).integers(2**62))
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -468,8 +469,8 @@ class Run:
         scale.barrier()  # all processes have written into `part`
         number = STAGES.index(stage)
         done = {"seconds": seconds}
-        if stage in NOTES:
-            done["tables"] = data.fingerprint(self.data_root, NOTES[stage])
+        if stage in NOTED_TABLES:
+            done["tables"] = data.fingerprint(self.data_root, NOTED_TABLES[stage])
 
         # 1) Neither this stage nor a later one is done, as long as folders change.
         self.note({name: self.stages[name] for name in STAGES[:number]})
@@ -508,7 +509,7 @@ class Run:
         return Embedder.from_pretrained(path, self.device, c.dtype, **limits)
 
     def trainee(self, *folders):
-        """The same, ready to be trained. Of several it has the mean weights."""
+        """A stage's checkpoint, ready to be trained. Of several it has the mean weights."""
         c = self.cfg
         embedder = self.embedder(folders[0])
         model = embedder.model
@@ -554,7 +555,7 @@ class Pairs:
     heart the direct embedding is so good that thinking never seems to pay.
     """
 
-    KEEP = 2**30  # bytes of prompts
+    MAX_BYTES = 2**30  # of prompts that are kept in memory
 
     def __init__(self, run, processor, for_rl=False, question=None):
         self.run = run
@@ -565,10 +566,10 @@ class Pairs:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
         # A range of rows of each dataset: [range(0, 300), range(0, 300), ...]
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
-        self.kept = {}  # {(source, row): pair}
+        self.cache = {}  # {(source, row): pair}
         total = sum(self.bytes(source) for source in range(len(self.rows)))
-        self.keep = total <= self.KEEP
-        workers = 0 if self.keep else run.cfg.workers
+        self.fits_in_memory = total <= self.MAX_BYTES
+        workers = 0 if self.fits_in_memory else run.cfg.workers
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
         self.batches = Batches()
         self.loader = DataLoader(
@@ -603,9 +604,9 @@ class Pairs:
 
     def __getitem__(self, ref):
         """ref (source, row) -> its pair. A broken row's place is taken by the next one."""
-        pair = self.kept.get(ref) or self.tables.fetch(*ref, read=self.prompts)
-        if self.keep:
-            self.kept[ref] = pair
+        pair = self.cache.get(ref) or self.tables.fetch(*ref, read=self.prompts)
+        if self.fits_in_memory:
+            self.cache[ref] = pair
         return pair
 
     def prompts(self, pair):
@@ -629,9 +630,9 @@ class Pairs:
         self.batches.lists = batches
         return iter(self.loader)
 
-    def windows(self, takes=None):
-        """Places of the pairs (that `takes` takes by id), dataset by dataset, in lists of at most
-        selection.WINDOW = 1024. Of two datasets with 1500 and 20 pairs:
+    def windows(self, is_wanted=None):
+        """(source, row) of the pairs whose id is_wanted(id) accepts, dataset by dataset, in lists
+        of at most selection.WINDOW = 1024. Of two datasets with 1500 and 20 pairs:
 
         [[(0, 0), ... (0, 1023)], [(0, 1024), ... (0, 1499)], [(1, 0), ... (1, 19)]]
         """
@@ -640,14 +641,14 @@ class Pairs:
         for source, rows in enumerate(self.rows):
             refs = []
             for row in rows:
-                if takes is None or takes(self.tables.id(source, row)):
+                if is_wanted is None or is_wanted(self.tables.id(source, row)):
                     refs.append((source, row))
             for start in range(0, len(refs), size):
                 windows.append(refs[start : start + size])
         return windows
 
-    def stream(self, name, batch, sub_batch, first):
-        """Endless batches of a stage, from its step `first` on: lists of pairs, this process' share
+    def stream(self, name, batch, sub_batch, first_step):
+        """Endless batches of a stage, from this step on: lists of pairs, this process' share
         of `batch`, in runs of `sub_batch` pairs of one dataset. A step uses the first hard negative
         of a pair, so each visit shuffles them."""
         sampler = data.sampler(
@@ -660,8 +661,8 @@ class Pairs:
             world=scale.world_size(),
             first=[rows.start for rows in self.rows],
         )
-        sampler = itertools.islice(sampler, first, None)  # without the steps that are done
-        for step, pairs in enumerate(self.load(sampler), first):
+        sampler = itertools.islice(sampler, first_step, None)  # without the steps that are done
+        for step, pairs in enumerate(self.load(sampler), first_step):
             shuffled = []
             for pair in pairs:
                 rng = self.run.rng(name, "negatives", step, pair["id"])
@@ -672,7 +673,8 @@ class Pairs:
 
 
 def leave_group(worker):
-    """SIGTERM to the whole process group ends the workers only when the main process has saved."""
+    """A worker leaves the process group, so that SIGTERM to the group reaches the main process
+    alone, which saves first."""
     os.setpgrp()
 
 
@@ -689,12 +691,12 @@ class Batches:
 # The training loop
 
 
-def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=None):
+def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_step=None):
     """The loop of every trained stage.
 
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
     stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
-    until(step) may prolong the stage: optimizer.steps
+    after_step(step) may prolong the stage, by optimizer.steps
     It goes on from the checkpoint PART/NAME.state, if there is one: begin() removes it unless the
     call says --resume auto. A loss that is not finite stops the run: the weights would be NaN from
     then on.
@@ -720,8 +722,8 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, until=N
         if step % 10 == 0 or step == optimizer.steps:
             metrics["seconds"] = round(time.time() - started, 1)
             run.log(name, step, optimizer.steps, metrics)
-        if until:
-            until(step)
+        if after_step:
+            after_step(step)
         stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
         if stop or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
@@ -761,20 +763,20 @@ def base_stage(run, part):
 
 def pretrain_base(run, part):
     """From random weights, until the skills are there that a rationale is made of: to look things
-    up in a picture, a table, a clip (pretrain.STEP_SKILLS)."""
+    up in a picture, a clip or an account, and to add two digits (pretrain.STEP_SKILLS)."""
     c = run.cfg
     model, processor = pretrain.new_model(run.torch_seed("weights"), run.device)
     planned = run.steps(c.base_steps)
-    look_first = run.steps(pretrain.LOOK_STEPS)
+    describe_steps = run.steps(pretrain.DESCRIBE_STEPS)
     # The rate falls over the last quarter of the planned steps: with 450 from step 338 on.
     optimizer = scale.Optimizer(model, c, planned, cool=0.25, patches=True)
     bank = pocket.Bank(run.rng("bank"))  # drawings of shapes, digits and words
     probe = pocket.Bank(run.rng("probe bank"))  # other drawings than those it learns from
 
     def one_step(i, _):
-        look = 1.0 if i < look_first else 0.3  # first learn to see, then to look things up
-        rng = run.rng("base", i)
-        return pretrain.pretrain_step(model, processor, bank, rng, look, c.chunk_tokens)
+        described = 1.0 if i < describe_steps else 0.3  # first learn to see, then to look things up
+        rng = run.rng("base", i)  # of all processes: they read the same documents
+        return pretrain.pretrain_step(model, processor, bank, rng, described, c.chunk_tokens)
 
     def weakest_skill(step):
         """The lowest accuracy on held-out drawings, e.g. 0.877."""
@@ -782,7 +784,7 @@ def pretrain_base(run, part):
         run.log("base skills", step, optimizer.steps, skills)
         return min(skills[name] for name in pretrain.STEP_SKILLS)
 
-    def until(step):
+    def after_step(step):
         """At the end of the flat part: are the skills there? If not, another tenth of the plan:
         450 steps become 495, 540 ... 900. What is missing by less than 0.05 comes while the
         learning rate falls."""
@@ -792,23 +794,23 @@ def pretrain_base(run, part):
         if weakest_skill(step) < pretrain.SKILL_WANTED - 0.05:
             optimizer.steps = min(2 * planned, steps + planned // 10)
 
-    train_loop(run, "base", part, model, optimizer, one_step, until=until)
+    train_loop(run, "base", part, model, optimizer, one_step, after_step=after_step)
     if weakest_skill(optimizer.steps) < pretrain.SKILL_WANTED:
         run.say(f"base: a skill is below {pretrain.SKILL_WANTED}; expect weak rationales")
     return Embedder(model, processor)
 
 
-def by_window(run, path, pairs, takes, rows_of, title):
+def by_window(run, path, pairs, is_wanted, rows_of, title):
     """Write the rows of all windows, in order, into one file of JSON lines.
 
-    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. takes(pair id) -> whether a
+    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. is_wanted(pair id) -> whether a
     pair takes part; None: all do. title: of the lines on the screen.
     The windows are dealt out to the processes, which read theirs alone. Each leaves a file,
     PATH.windows/000007.jsonl, and is not done again when the stage is resumed.
     """
     folder = f"{path}.windows"
     os.makedirs(folder, exist_ok=True)
-    windows = pairs.windows(takes)
+    windows = pairs.windows(is_wanted)
     paths = [f"{folder}/{n:06d}.jsonl" for n in range(len(windows))]
     share = range(scale.rank(), len(windows), scale.world_size())
     mine = [n for n in share if not os.path.exists(paths[n])]  # windows that are still to do
@@ -835,11 +837,11 @@ def propose_stage(run, part):
     c = run.cfg
     embedder = run.embedder("base")
     processor = embedder.processor
-    source = c.rationales
-    if not source and not c.data:
-        source = run.path("data/proposers.jsonl")
-    given = propose.Rationales(source) if source else None
-    takes = propose.hard_pairs(c.hard).__contains__ if c.hard else None
+    given_path = c.rationales
+    if not given_path and not c.data:
+        given_path = run.path("data/proposers.jsonl")
+    given = propose.Rationales(given_path) if given_path else None
+    is_hard = propose.hard_pairs(c.hard).__contains__ if c.hard else None
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
@@ -855,13 +857,13 @@ def propose_stage(run, part):
         return rows
 
     path = f"{part}/rationales.jsonl"
-    by_window(run, path, pairs, takes, rows_of, "propose")
+    by_window(run, path, pairs, is_hard, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if not written.places:
         raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
     if given:
-        unused = len(given.places.keys() - written.places.keys())  # rl's, or in no table
+        unused = len(given.places.keys() - written.places.keys())  # held out for rl, or unknown
         run.say(f"propose: not used: those of {unused} pairs, and {given.of_targets} of targets")
 
 
@@ -890,7 +892,8 @@ def select_stage(run, part):
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
-    # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge
+    # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge. A pair
+    # without rationales has a row, too, whose text is "".
     judged = Judged(*paths)
 
     # 2) The rule
@@ -918,7 +921,7 @@ def select_stage(run, part):
 
 
 class Judged(Rows):
-    """Judged rationales, without the rows of pairs about which nobody wrote."""
+    """The rows of rationales alone."""
 
     def __iter__(self):
         return (row for row in super().__iter__() if row["text"])
@@ -1004,7 +1007,7 @@ class Lessons:
             raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
         counts = self.kept.authors  # {"careful": 900, "sloppy": 12}
         self.trusted = max(counts, key=counts.get, default=None)
-        # Pairs about which nobody wrote, because their direct vector is good enough.
+        # Pairs without a rationale, whose direct vector is so good that none could be kept.
         self.easy = set()
         for row in Rows(run.path("select/judged.jsonl")):
             if not row["text"] and not selection.can_keep(row["direct"], run.cfg):
@@ -1148,15 +1151,14 @@ def run_stages(cfg):
     if whole and cfg.data:
         look_at_tests(cfg.data)
 
-    # 2) The stages that are done are the first ones: what follows a stage that is done again is
-    # not. So the next one has the number `done`.
+    # 2) Stages that are done are always the first ones: finish() drops those that follow.
     run = Run(cfg)
     if not cfg.data:
         draw_world(cfg, run.path("data"))
-    done = len(run.stages)
-    first = done if whole else STAGES.index(cfg.stage)
-    if first > done:
-        raise UsageError(f"{cfg.out}: stage {STAGES[done]} is not done; --stage all does it")
+    next_stage = len(run.stages)
+    first = next_stage if whole else STAGES.index(cfg.stage)
+    if first > next_stage:
+        raise UsageError(f"{cfg.out}: stage {STAGES[next_stage]} is not done; --stage all does it")
     run.same_tables(STAGES[first:])
     for stage in STAGES[first:] if whole else [cfg.stage]:
         started = time.time()
@@ -1188,7 +1190,7 @@ def main(argv):
         if isinstance(e, torch.OutOfMemoryError):
             line += "; lower --chunk_tokens, or --checkpointing true"
         rank = int(os.environ.get("RANK", 0))  # torchrun's; scale.rank() may not be there yet
-        if code == 1 or rank == 0:  # what all processes notice alike, the first one says
+        if code == 1 or rank == 0:  # 2 and 143 are all processes'
             process = f"process {rank}: " if rank else ""
             print(f"train.py: {process}{line}", file=sys.stderr)
     if "RANK" in os.environ:
