@@ -8,14 +8,14 @@ turns, and a row compares the medians: ratio > 1 means that ours is faster.
 
     embed        direct vectors of mixed items: short and long texts, one image, two images
     preprocess   images -> patches
-    generate     rationales: Q queries x K rollouts x T tokens
+    generate     rationales: Q queries x K rollouts x T tokens at most
+    propose      candidate rationales, as the stage writes them (on a GPU alone)
     contrastive  one contrastive step: queries and targets, InfoNCE, backward
     grpo         one GRPO step: rollouts, policy gradient and InfoNCE, backward
 
 The peer is what users of transformers write: batches of 16 as they come, padded, SDPA, `generate`
-with a KV cache and num_return_sequences, logits of the sampled tokens only. It is spared what would
-cost it next to nothing: it gets our token ids and patches, and its GRPO step has no rewards to
-compute.
+with a KV cache and num_return_sequences, logits of the sampled tokens only. Cheap work is done for
+it: it gets our token ids and patches, and its GRPO step has no rewards to compute.
 
 How to run:
     python bench.py --out FILE.json                     on a CPU: pocket and large size
@@ -95,21 +95,21 @@ def make_model(size, device, dtype):
 
     No download is needed: speed depends on shapes, not on what the numbers are.
     """
-    _, reader = pretrain.new_model(0)  # a Processor
+    _, small = pretrain.new_model(0)  # the Processor of the pocket model
     # The shapes are Qwen's, the numbers of the special tokens are those of this vocabulary.
     config = dataclasses.replace(
         SIZES[size],
-        vocab=SIZES[size].vocab or reader.config.vocab,
-        image_token=reader.config.image_token,
-        video_token=reader.config.video_token,
-        vision_start=reader.config.vision_start,
-        vision_end=reader.config.vision_end,
+        vocab=SIZES[size].vocab or small.config.vocab,
+        image_token=small.config.image_token,
+        video_token=small.config.video_token,
+        vision_start=small.config.vision_start,
+        vision_end=small.config.vision_end,
     )
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3VL(config).to(dtype).init_weights().eval()
-    side = 256 if config.hidden <= 128 else 512  # pixels: 64 tokens at most, or 256
-    return Embedder(model, ReadyProcessor(reader.tokenizer, config, max_pixels=side * side))
+    side = 256 if size == "pocket" else 512  # pixels: 64 tokens at most, or 256
+    return Embedder(model, ReadyProcessor(small.tokenizer, config, max_pixels=side * side))
 
 
 def make_items(n, processor, seed):
@@ -142,7 +142,7 @@ class Task:
     """What both sides do, each by its method of this name.
 
     Task("generate", "generate 64x8x64", (prompts, 8, 64), 32768, "tokens/s"): a side's
-    generate(prompts, 8, 64) writes 32768 tokens, and its rate is 32768 / seconds.
+    generate(prompts, 8, 64) writes 32768 tokens at most, and its rate is 32768 / seconds.
     """
 
     method: str
@@ -222,7 +222,7 @@ class Ours:
         return normalize_pixels(np.concatenate(patches))
 
     def generate(self, prompts, K, T, temperature=1.0):
-        """Ids [B * K] of the sampled tokens, query by query."""
+        """B * K lists of ids, the sampled ones, query by query."""
         batch = collate(prompts, self.processor, device=self.model.device)
         settings = self.processor.generation
         out = generate(self.model, batch, T, K, **settings, temperature=temperature)

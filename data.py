@@ -11,8 +11,8 @@ a parser of a few lines, and the model only ever sees items:
     e.g.   {"text": "\nWhat is the man by the bags awaiting?\n", "image": "/ROOT/.../image_0.jpg"}
 
 Strings are VLM2Vec's to the byte, without its visual placeholder (our chat template puts images
-first) and with all other white space: that is worth 1.7 points on VisDial. prompts="qwen" moves
-the instruction of a test query to item["instruction"].
+first) and with all other white space. prompts="qwen" moves the instruction of a test query to
+item["instruction"].
 
 The way of a dataset through this file. Two things are called a row: a dataset's row of mmeb.json
 (complete, with every default filled in, it is called spec), and a row of the dataset's own files.
@@ -78,8 +78,8 @@ TABLE_FILES = (".parquet", ".jsonl", ".json")
 # tables: where a row that names no table has it, {"hub": ["{hub}/{config}/{split}-*.parquet", ...],
 #     "beir": the same of sets of pages}.
 # train, eval: the rows, in groups (see expand()).
-WORDS = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
-LABELS = WORDS["labels"]
+MMEB = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
+LABELS = MMEB["labels"]
 
 
 class BadData(ValueError):
@@ -120,7 +120,7 @@ def count(text):
 
 
 def short(value):
-    """A value as it may stand in a message: null, 3, 'a text', or "a list" for what is longer."""
+    """A value as it may stand in a message: null, 3, 'a text', else its type: "a list"."""
     if value is None:
         return "null"
     if not isinstance(value, (str, int, float)):
@@ -151,7 +151,7 @@ def refs(item):
     return listed(item.get("image")) + listed(item.get("video", {}).get("frames"))
 
 
-def look(*items):
+def open_images(*items):
     """Open every image of these items; BadData names the first that is broken."""
     for item in items:
         for ref in refs(item):
@@ -406,8 +406,8 @@ def text_list(row, column):
 
 @dataclass
 class Row:
-    """A dataset. mmeb.json and ROOT/datasets.json = {"train": [rows], "eval": [rows]}, which takes
-    its place where it exists, need only the name and what differs from these defaults:
+    """A dataset, as mmeb.json describes it. ROOT/datasets.json, where it exists, takes the place of
+    mmeb.json. It gives of each dataset the name and what differs from these defaults:
 
     {"train": [{"name": "shop", "table": "shop.jsonl", "media": ["photos"], "weight": 2}]}
     """
@@ -426,7 +426,7 @@ class Row:
     frames: int = 8  # frames per video: VLM2Vec looks at 8
     fps: int | float = 2.0  # what the item says of their rate; Qwen assumes 2 per second
     fetch: list = field(default_factory=list)  # [[hub id, pattern, command to unpack]]
-    rows: int | None = None  # published; of a test set queries. None: known to about 1 %
+    rows: int | None = None  # as published; of a test set queries. None: only roughly known
     weight: int | float = 1.0  # of a draw in training
     # Test sets only.
     modality: str = "image"  # or video, visdoc (pages of documents)
@@ -473,7 +473,7 @@ def complete(row, kind):
     if any(len(listed(part)) != 3 for part in row["fetch"]):
         raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
     row["media"] = listed(row["media"]) or [row["hub"]]
-    row["table"] = listed(row["table"]) or WORDS["tables"]["beir" if parser == "beir" else "hub"]
+    row["table"] = listed(row["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
     choices = {
         "modality": ["image", "video", "visdoc"],
         "scope": ["local", "global"],
@@ -489,18 +489,18 @@ def complete(row, kind):
 def expand(groups):
     """mmeb.json's groups -> short rows: what a group has in common, then each one's own keys.
 
-    [{"common": {"hub": "VLM2Vec/{name}"}, "rows": [{"name": "MSVD", "queries": 670}]}]
-    -> [{"hub": "VLM2Vec/MSVD", "name": "MSVD", "queries": 670}]
+    [{"common": {"hub": "VLM2Vec/{name}"}, "datasets": [{"name": "MSVD", "rows": 670}]}]
+    -> [{"hub": "VLM2Vec/MSVD", "name": "MSVD", "rows": 670}]
     """
     rows = []
     for group in groups:
-        for row in group["rows"]:
+        for row in group["datasets"]:
             common = json.dumps(group["common"]).replace("{name}", row["name"])  # in all texts
             rows.append({**json.loads(common), **row})
     return rows
 
 
-TRAIN, EVAL = expand(WORDS["train"]), expand(WORDS["eval"])  # 25 and 78 short rows
+TRAIN, EVAL = expand(MMEB["train"]), expand(MMEB["eval"])  # 25 and 78 short rows
 USER_FILES = {"train.jsonl", "train.parquet", "test.jsonl", "test.parquet"}
 
 
@@ -630,8 +630,7 @@ class Files:
         """Name of a video, whose frames are a folder's files -> {"frames": [paths], "fps": 2.0}.
 
         n frames at np.linspace(0, last, n), all of MomentSeeker's. Fewer are taken as they are:
-        padding with the last one, as VLM2Vec does since 63ee24a (June 2026), costs Qwen3 2.3 points
-        on HMDB51.
+        VLM2Vec pads with the last one since 63ee24a (June 2026).
         """
         folder = self.find(name, clip=True)
         frames = [file for file in visible(folder) if file.lower().endswith(FRAME_FILES)]
@@ -742,8 +741,7 @@ def video_pair(files, row):
 
 
 def page_pair(files, row):
-    """Pages. The odd spaces are VLM2Vec's f"{prompt} {query} {token}" of a prompt that ends in a
-    space, token or query empty.
+    """Pages. The odd spaces are VLM2Vec's: it joins prompt, query and token, which may be empty.
 
     page_qa  colpali_train_set: page and question -> answer, without its own long prompts, as in
              VLM2Vec. {"image", "query": "what?", "answer": "7"} -> page and " what?"; "7"
@@ -754,7 +752,7 @@ def page_pair(files, row):
     query, page = cell(row, "query", "text?"), files.image(row["image"])
     if files.parser == "page_qa":
         return item(" " + query, page), item(cell(row, "answer", "text?")), []
-    before, after = WORDS["visrag"].get(str(row.get("source")), ("", ""))
+    before, after = MMEB["visrag"].get(str(row.get("source")), ("", ""))
     query = f"{before}  {query} " if before else f"{query} "
     return item(query), item(f"{after}  " if after else " ", page), []
 
@@ -821,9 +819,9 @@ def pair_key(pair):
     return digest.hexdigest()[:16]
 
 
-def sound(pair):
+def opened(pair):
     """The pair, if every image of it can be opened."""
-    look(pair["query"], pair["target"], *pair["negatives"])
+    open_images(pair["query"], pair["target"], *pair["negatives"])
     return pair
 
 
@@ -845,9 +843,9 @@ class TrainData:
     def pair(self, source, row):
         return self.sources[source].pair(row)
 
-    def fetch(self, source, row, read=sound):
-        """read(pair). The next row that can be read takes the place of one that cannot
-        (ValueError), which is named once, whichever process meets it.
+    def fetch(self, source, row, read=opened):
+        """read() of this row's pair, or of the next one that can be read. A row that cannot
+        (ValueError) is named once, whichever process meets it.
 
         read: e.g. of train.py, pair -> its prompts of tokens and patches, which opens the images.
         """
@@ -894,8 +892,7 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
 
     Every rank draws the global batch and takes every world-th sub-batch, or an equal part of one
     where ranks are more. A walk that ends inside a sub-batch goes on with the next epoch's order; a
-    source smaller than a sub-batch repeats rows in it (the loss masks equal targets). In VLM2Vec
-    the make-up of a batch depends on the number of data workers and on the version; not here.
+    source smaller than a sub-batch repeats rows in it (the loss masks equal targets).
 
     next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
@@ -905,8 +902,8 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
     starts = first or [0] * len(sizes)
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
-    # Parts are dealt to ranks in turn. A part is a sub-batch, or less where a rank's share is
-    # less: a batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
+    # Parts are dealt to ranks in turn. A part divides a sub-batch and a rank's share: a batch of 32
+    # in sub-batches of 8 is dealt to 8 ranks in parts of 4.
     part = math.gcd(sub_batch, batch // world)
     for step in itertools.count():
         rng = np.random.default_rng([0, seed, step])  # walk() has the streams of 1
@@ -981,9 +978,9 @@ class EvalSet(Files):
     def say(self, full, inst="", content="", image=None, clip=None):
         r"""The item of a query or a candidate, with the image and the clip of these names.
 
-        say(full="\nAbout: why?\n", inst="\nAbout: ", content="why?"), prompts="vlm2vec"
-        -> {"text": "\nAbout: why?\n"}: the whole string. prompts="qwen"
-        -> {"text": "why?", "instruction": "About:"}: for the system turn; candidates have none.
+        VLM2Vec's prompts take `full` alone, Qwen's take `inst`, for the system turn, and `content`:
+        say(full="\nAbout: why?\n", inst="\nAbout: ", content="why?")
+        -> {"text": "\nAbout: why?\n"} or {"text": "why?", "instruction": "About:"}
         """
         image = self.find(image) if isinstance(image, str) else image  # or a TableImage, or None
         video = clip and self.clip(clip)
@@ -1015,7 +1012,7 @@ class EvalSet(Files):
     def checked(self, item):
         """--check opens every image; a run does when it embeds them."""
         if self.problems is not None:
-            look(item)
+            open_images(item)
         return item
 
 
@@ -1116,7 +1113,7 @@ def video_cls(es, row):
 LETTERED = "{question}\nOptions:\n{lettered}"
 VIDEO_QA = {
     "videomme": ("videoID", "", ["options"], "ABCDEFGH", "{question}\n{lines}"),
-    "egoschema": ("video_idx", "", ["option"], "01234567", "{question}{words}"),  # "?A.": theirs
+    "egoschema": ("video_idx", "", ["option"], "01234567", "{question}{words}"),  # no space
     "nextqa": ("video", "", ["a0", "a1", "a2", "a3", "a4"], "01234567", LETTERED),
     "mvbench": ("video", "{config}/", ["candidates"], "", LETTERED),
     "activitynetqa": ("video_name", "v_", [], "", "{question}? (A) yes; (B) no."),
@@ -1303,7 +1300,7 @@ def qrel(es, row):
     key, grade = cell(row, "corpus-id", "id"), row["score"]
     if key not in es.index:
         raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
-    if not isinstance(grade, (int, float)) or not -100 < grade < 100:  # NaN is neither
+    if not isinstance(grade, (int, float)) or not -100 < grade < 100:  # refuses NaN, too
         raise BadData("column score", f"a grade is wanted, got {short(grade)}")
     if grade > 0:
         grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
@@ -1371,7 +1368,7 @@ def check_one(task, root):
             rows = len(source.rows)
             for row in range(len(source.keep)):
                 try:
-                    sound(source.pair(row))
+                    opened(source.pair(row))
                     usable += 1
                 except BadData as error:
                     problems.append(str(BadData(source.id(row), error)))

@@ -1,5 +1,5 @@
 """
-Evaluation: MMEB-V2's 26 numbers per dataset, and every mode of reasoning with what it costs.
+Evaluation: MMEB-V2's 24 metrics per dataset, and every mode of reasoning with what it costs.
 
 The idea. A test set is queries, candidates and the right ones among them. Candidates are ranked by
 the dot product of unit vectors, and each query is measured twice: never reasoning and always
@@ -9,11 +9,12 @@ reasoning. The other modes follow without another run, because rationales are gr
                (direct on ties): the best that a policy can do that sees only the task's name
     random     a coin per query, with adaptive's rate
     oracle     the better of the two results, with hindsight (direct on ties)
-Adaptive must beat never AND always; what it has above per_task comes from the query's content.
+Adaptive should reach always and per_task at fewer tokens; what it has above per_task comes from
+the query's content.
 
 The maths. The rank of a positive p is pessimistic: 1 + #{wrong candidates with s >= s_p}
 + #{positives before it}. A collapsed model so scores 0, not 100 % (the reference's argsort returns
-index 0, which is the answer in 36 image sets). With L positives and k = 1, 5, 10:
+index 0, which is the answer in 36 image sets). With L the set of positives and k = 1, 5, 10:
     hit         1 if any rank <= k
     precision   |hits|/k
     recall      |hits|/|L|, 1 if L is empty
@@ -24,7 +25,7 @@ index 0, which is the answer in 36 image sets). With L positives and k = 1, 5, 1
 where g = grade (linear) or 2^grade - 1 (exponential), grade 1 where there is none. A dataset is the
 mean over its queries; a modality and the overall are plain means over datasets. The coin's
 expectation is exact: (1 - rate) never + rate always. Scores are float64 products rounded to 2^-25,
-the resolution of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
+the largest error of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
 
 How to run:
     python eval.py --model runs/pocket/rl --data runs/pocket/data --out DIR --threshold 0.5
@@ -32,8 +33,8 @@ How to run:
         --reason never --prompts qwen --frames 64 --tasks CIRR,MSVD
     torchrun --nproc_per_node=8 eval.py ...     deals the datasets out to 8 processes
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/summary.json of this
-call, and DIR/leaderboard.json of all score files in DIR: what broke off is finished with --tasks,
-and each model and setting has a DIR of its own.
+call, and DIR/leaderboard.json of all score files in DIR. So --tasks can finish what broke off, and
+each model and setting has a DIR of its own.
 
 The numbers and the leaderboard's file are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590).
 Left out: ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's
@@ -60,7 +61,7 @@ DISCOUNT = 1 / np.log2(PLACES + 1)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # num_pred and num_data make 26
 MODALITIES = ("image", "video", "visdoc")
-MODES = ("never", "always", "adaptive")  # the measured ones; mode_table() derives the others
+MODES = ("never", "always", "adaptive")  # what --reason asks for; mode_table() adds the others
 # The leaderboard adds "-fixed" to their names since their labels were corrected in November 2025.
 RELABELLED = ("ViDoSeek-page", "MMLongBench-page")
 LEADERBOARD_FIELDS = (  # of its "metadata"
@@ -84,7 +85,7 @@ def ndcg(gain, at, k):
     ideal = best @ DISCOUNT[: len(best)]
     if ideal <= 0:
         return 0.0
-    reached = gain @ at * DISCOUNT  # (10,)
+    reached = (gain @ at) * DISCOUNT  # (10,)
     return reached[:k].sum() / ideal
 
 
@@ -114,7 +115,7 @@ def score_ranks(ranks, grades=None):
         gains = [ndcg(linear, at, k), ndcg(exponential, at, k)]
         # In the order of METRICS.
         columns.append([hit, *gains, precision, recall, f1, average, reciprocal])
-    return np.array(columns, float).T.flatten()  # metric by metric
+    return np.array(columns, float).T.flatten()  # from (3, 8), metric by metric
 
 
 def grid_scores(queries, candidates):
@@ -142,7 +143,7 @@ def blocks(queries, candidates, local):
         yield everyone, numbers[first : first + size]
 
 
-def rank(queries, candidates, positives, grades=None, local=None):
+def rank_candidates(queries, candidates, positives, grades=None, local=None):
     """(n, d), (m, d) unit vectors, per query its positives' numbers -> (ranks, top), per query.
 
     ranks: of its positives, 1 = first. top: numbers of the first TOP candidates.
@@ -178,9 +179,10 @@ def rank(queries, candidates, positives, grades=None, local=None):
         order = np.lexsort((grade, -scores[i]))
         places = np.empty_like(ahead[i])
         places[order] = 1 + ahead[i][order] + np.arange(len(right))
-        merged = (LAST - (best[i][::-1] & LAST)).tolist()  # wrong ones, the best first
+        wrong = LAST - (best[i] & LAST)  # their numbers, the best one last
+        merged = wrong[::-1].tolist()
         for place, number in sorted(zip(places, right)):
-            merged.insert(place - 1, number)
+            merged.insert(place - 1, number)  # a place beyond the list appends; it is cut below
         ranks.append(places)
         top.append(merged[:TOP])
     return ranks, top
@@ -206,7 +208,7 @@ def embed(embedder, items, title, names, **how):
         vectors, infos = embedder.encode(items, return_info=True, **how)
     except ItemError as error:
         raise data.BadData(f"{title} {names[error.index]}: {error.why}") from error
-    ms = 1000 * (time.perf_counter() - start) / len(items)
+    ms = 1000 * (time.perf_counter() - start) / len(items)  # the mean, the same for all
     for info in infos:
         info["ms"] = ms
     return vectors, infos
@@ -230,7 +232,7 @@ def measure(embedder, es, modes, threshold, options):
         else:
             how["reason"] = "auto" if mode == "adaptive" else mode
             vectors, rows = embed(embedder, es.queries, f"{es.name} query", es.query_ids, **how)
-            ranks, top = rank(vectors, targets, es.positives, es.grades, es.local)
+            ranks, top = rank_candidates(vectors, targets, es.positives, es.grades, es.local)
             for i, row in enumerate(rows):
                 grades = es.grades[i] if es.grades else None
                 row["scores"] = score_ranks(ranks[i], grades)
@@ -246,14 +248,14 @@ def write_dataset(es, results, primary, out):
     MMEB-V2. queries.jsonl is ours: per query the decision, the rationale, and per mode the score,
     the first three candidates and ms, which is all that report.py and mode_table() need.
     """
-    counting = results[primary]
+    of_primary = results[primary]
     # A rationale is of interest where adaptive did not ask for it, too.
-    thoughts = results.get("always", counting)
+    thoughts = results.get("always", of_primary)
     number = KEYS.index(es.metric)
 
     # 1) Query by query.
     predictions, records = [], []
-    for i, row in enumerate(counting):
+    for i, row in enumerate(of_primary):
         label = [es.cand_ids[c] for c in es.positives[i]]
         grades = es.grades[i] if es.grades else None
         predictions.append({"prediction": row["top"], "label": label, "rel_scores": grades})
@@ -273,7 +275,7 @@ def write_dataset(es, results, primary, out):
         records.append(record)
 
     # 2) All together.
-    means = column(counting, "scores").mean(0)  # (24,)
+    means = column(of_primary, "scores").mean(0)  # (24,)
     score = dict(zip(KEYS, means.tolist()))
     score["num_pred"] = score["num_data"] = len(records)
     about = {
@@ -282,8 +284,8 @@ def write_dataset(es, results, primary, out):
         "metric": es.metric,
         "queries": len(records),
         "score": score[es.metric],
-        "reason_rate": column(counting, "reasoned").mean(),
-        "tokens_per_query": column(counting, "new_tokens").mean(),
+        "reason_rate": column(of_primary, "reasoned").mean(),
+        "tokens_per_query": column(of_primary, "new_tokens").mean(),
     }
 
     # 3) The files.
@@ -311,8 +313,8 @@ def plain_means(scores, modality):
 def summarise(table, modality, share):
     """One mode. share: the probability that a query reasons, (n,) or one number for all.
 
-    It is 0 or 1 but for the coin, whose expectation is exact so. Scores are means over datasets of
-    means over queries, costs are means over all queries.
+    It is 0 or 1, but for the coin the rate: so the expectation is exact. Scores are means over
+    datasets of means over queries, costs are means over all queries.
     """
     score = (1 - share) * table["never"] + share * table["always"]
     ms = (1 - share) * table["ms_never"] + share * table["ms_always"]

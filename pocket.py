@@ -17,9 +17,10 @@ Scripted proposers of known quality write rationales, see write_rationales. The 
 is marked against: a rationale whose statements are all right helps a query of two or more steps;
 one step is left unmarked; every other text does not help.
 
-Words of this file. A tile shows a *kind*: a thing ("red", "star"), a digit 3, a word "tea", a flat
-patch (r, g, b), or None, which is blank. A *scene* is the list of an image's nine kinds in reading
-order; a *cell* is an index 0 to 8 into it, and its name is CELLS[cell].
+Words of this file. A *step* is a move of a walk, or an addition: three numbers are two steps. A
+tile shows a *kind*: a thing ("red", "star"), a digit 3, a word "tea", a flat patch (r, g, b), or
+None, which is blank. A *scene* is the list of an image's nine kinds in reading order; a *cell* is
+an index 0 to 8 into it, and its name is CELLS[cell].
 
 How to run (training pairs and test queries of a family):
     python pocket.py --out DIR [--seed 0] [--train 300] [--test 100]
@@ -221,14 +222,14 @@ def name(kind):
 
 
 def number(tens, ones):
-    """The number on a page: (4, 4) -> "forty four", (0, 8) -> "no eight". Its two words say which
-    digit they are, for the summary loss asks for a text's words without their order."""
+    """The number on a page: (4, 4) -> "forty four", (0, 8) -> "no eight". Tens and ones have other
+    words, because pretraining learns a page's words without their order: 48 is not 84."""
     return f"{TENS[tens]} {DIGITS[ones]}"
 
 
 def makes(total):
-    """8 -> "makes eight"; 17 -> "makes seventeen keep seven". The full sum comes first: the last
-    digit alone cannot be learnt from either summand, and training would wait on a plateau."""
+    """8 -> "makes eight"; 17 -> "makes seventeen keep seven". The full sum comes first: one summand
+    alone says something about it, but nothing about the last digit, which is slow to learn."""
     keep = f" keep {DIGITS[total - 10]}" if total >= 10 else ""
     return f"makes {NUMBERS[total]}{keep}"
 
@@ -247,8 +248,8 @@ def confuse(kind, rng):
 
 @dataclass
 class Eyes:
-    """Through which a rationale's writer reads one kind after the other. So an error is made where
-    it is read, and what is written next follows from it."""
+    """A rationale's writer reads the kinds one by one through these. So an error is made where it
+    is read, and what is written next follows from it."""
 
     rng: np.random.Generator = None  # not needed where nothing errs
     errors: float = 0.0  # chance that a reading errs
@@ -296,7 +297,7 @@ def explain_walk(scene, start, eyes):
         kind = eyes.read(scene[cell])
         text.append(f"{move} {CELLS[cell]} {name(kind)}".strip())  # the start has no move
         move, cell = onwards(cell, kind)
-    return " . ".join([*text, move])  # "stay", or "left out" after a misread colour
+    return " . ".join([*text, move])  # "stay"; after a misread colour "left out", or a move
 
 
 def explain_sum(places, kinds, eyes, tens=""):
@@ -360,7 +361,7 @@ def look_at(place, kind):
     return partial(describe, [kind], [place])
 
 
-def shown(bank, scene, rng, explain, text="", **more):
+def image_pair(bank, scene, rng, explain, text="", **more):
     """A pair whose query has an image of nine cells. more: other fields of Pair."""
     image = bank.grid(scene, rng)
     return Pair(explain, describe(scene), text, image=image, **more)
@@ -377,7 +378,7 @@ def make_colour(bank, rng):
     stranger = pick(KINDS, rng)
     scene[rng.integers(4)] = stranger  # nw, n, ne or w
     explain = look_at("mid", scene[4])
-    return shown(bank, scene, rng, explain, answer=colour)
+    return image_pair(bank, scene, rng, explain, answer=colour)
 
 
 def make_at(bank, rng):
@@ -390,7 +391,7 @@ def make_at(bank, rng):
     names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
     text = f"what is at {CELLS[cell]} ?"
     explain = look_at(CELLS[cell], scene[cell])
-    return shown(bank, scene, rng, explain, text, answer=names[cell], wrong=names)
+    return image_pair(bank, scene, rng, explain, text, answer=names[cell], wrong=names)
 
 
 def draw_way(rng, steps):
@@ -409,8 +410,8 @@ def draw_way(rng, steps):
 
 
 def make_walk(bank, rng, steps):
-    """A purple thing ends a walk. So is half of what is not on the way: the end cannot be
-    recognised without walking.
+    """A purple thing ends a walk. More than half of what is off the way is purple, too: the end
+    cannot be recognised without walking. No step: the start is purple.
 
     "start at nw and follow the colours . what is at the end ?" -> "purple ring"
     rationale of one step: "nw red star . right n purple ring . stay"
@@ -427,7 +428,7 @@ def make_walk(bank, rng, steps):
     text = f"start at {CELLS[start]} and follow the colours . what is at the end ?"
     explain = partial(explain_walk, scene, start)
     answer = names[end]
-    return shown(bank, scene, rng, explain, text, answer=answer, wrong=names, end=answer)
+    return image_pair(bank, scene, rng, explain, text, answer=answer, wrong=names, end=answer)
 
 
 def summed(digits):
@@ -454,7 +455,7 @@ def make_sum(bank, rng, steps):
     labels = [CELLS[cell] for cell in way]  # ["n", "ne", "w"]
     text = f"add the numbers from {labels[0]} on , {labels[1]} and so on"
     explain = partial(explain_sum, labels, kinds)
-    return shown(bank, scene, rng, explain, text, **summed(kinds[:-1]))
+    return image_pair(bank, scene, rng, explain, text, **summed(kinds[:-1]))
 
 
 def make_tally(bank, rng, steps):
@@ -464,7 +465,7 @@ def make_tally(bank, rng, steps):
     "first left two . first right three makes five . second left blank . five"
     """
     digits = draw_digits(steps + 1, rng)
-    blank = [None] * (len(PLACES) - len(digits))  # one at least; none after five steps
+    blank = [None] * (len(PLACES) - len(digits))  # none after five steps, which only study.py draws
     video = bank.clip(digits + blank, rng)
     # The first blank is read, too, if there is one. It is a word here, so that it can be misread.
     explain = partial(explain_sum, PLACES, [*digits, "blank"])
@@ -504,7 +505,7 @@ def make_caption(bank, rng):
     """
     scene = few_things(rng)
     explain = partial(describe, scene, CELLS, between=" , ")
-    return shown(bank, scene, rng, explain, answer=explain())
+    return image_pair(bank, scene, rng, explain, answer=explain())
 
 
 def make_search(bank, rng):
@@ -527,8 +528,8 @@ def make_change(bank, rng):
     wrong.append(bank.grid(put(scene, cell, another), rng))
     text = f"put a {name(thing)} at {CELLS[cell]}"
     explain = look_at(CELLS[cell], thing)
-    pair = shown(bank, scene, rng, explain, text, answer=answer, wrong=wrong)
-    wrong.append(bank.grid(scene, rng))  # no change, drawn anew
+    pair = image_pair(bank, scene, rng, explain, text, answer=answer, wrong=wrong)
+    wrong.append(bank.grid(scene, rng))  # no change, drawn anew; the pair holds this list
     return pair
 
 
@@ -543,18 +544,18 @@ def make_point(bank, rng):
     answer = crops.pop(cell)
     text = f"the thing at {CELLS[cell]}"
     explain = look_at(CELLS[cell], scene[cell])
-    return shown(bank, scene, rng, explain, text, answer=answer, wrong=crops)
+    return image_pair(bank, scene, rng, explain, text, answer=answer, wrong=crops)
 
 
 def make_twin(bank, rng):
-    """Nine flat patches of any colour, which no words carry: the rationale is "nine patches". The
-    twin is a little darker or brighter; two wrong images are further off."""
+    """Nine flat patches of any colour, beyond words: the rationale is "nine patches". The twin is a
+    little darker or brighter; two wrong images are further off."""
     rgb = rng.integers(40, 230, (9, 3))
-    darker = rng.integers(-12, 13)  # the same for all patches
-    tinted = rgb + darker + rng.integers(-6, 7, (9, 3))
-    near = rgb + rng.integers(-45, 46, (2, 9, 3))
+    shift = rng.integers(-12, 13)  # the same for all patches
+    twin = rgb + shift + rng.integers(-6, 7, (9, 3))
+    further = rgb + rng.integers(-45, 46, (2, 9, 3))
     images = []
-    for patches in np.clip([rgb, tinted, *near], 0, 255).tolist():
+    for patches in np.clip([rgb, twin, *further], 0, 255).tolist():
         kinds = [tuple(patch) for patch in patches]
         images.append(bank.grid(kinds, rng))
     image, answer, *wrong = images
@@ -628,7 +629,7 @@ TEST_CLIPS = "TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls"
 TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
 
 
-def new_file(path):
+def with_folder(path):
     """The path, whose folder is there now."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -638,14 +639,14 @@ def write_table(columns, rows, path):
     """A parquet file, named as the hub's. columns: "qry pos_text"; rows: tuples in that order;
     path: without the ending."""
     table = pa.table(list(zip(*rows)), columns.split())
-    pq.write_table(table, f"{new_file(path)}-00000-of-00001.parquet")
+    pq.write_table(table, f"{with_folder(path)}-00000-of-00001.parquet")
 
 
 def save(value, folder, name):
     """An image -> its name, relative to the folder that the layout joins to. A text stays."""
     if isinstance(value, str):
         return value
-    value.save(new_file(f"{folder}/{name}"), compress_level=1)
+    value.save(with_folder(f"{folder}/{name}"), compress_level=1)
     return name
 
 
@@ -706,7 +707,7 @@ def write_images(root, family, learn, held_out, bank, rng):
         query = f"{asks}{pair.text}\n"
         target = (marked, answer) if family.wants else (answer, "")  # text, image
         rows.append((query, image, *target, wrong, [marked] * len(wrong)))
-    # `wrong` fills the column of images or that of texts, [marked, ...] the other one.
+    # `wrong` fills the column that targets use, [marked, ...] the other one.
     negatives = "neg_image_path neg_text" if family.wants else "neg_text neg_image_path"
     columns = f"qry qry_image_path pos_text pos_image_path {negatives}"
     write_table(columns, rows, f"{root}/{TRAIN_HUB}/{family.name}/original")
@@ -744,7 +745,7 @@ def write_clips(root, family, learn, held_out, bank, rng):
         asks = {"from": "human", "value": f"<video> {family.asks}"}
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
-    write_rows(new_file(f"{root}/{CLIP_HUB}/{family.name}.jsonl"), rows)
+    write_rows(with_folder(f"{root}/{CLIP_HUB}/{family.name}.jsonl"), rows)
     train = {"parser": "video_caption", "hub": CLIP_HUB, "table": "{hub}/{name}.jsonl"}
     train["media"] = TRAIN_CLIPS
 
@@ -815,7 +816,8 @@ def write_rationales(pair, rng):
     while len(texts) < TRIES:
         text = pair.explain(Eyes(rng, ERRORS))
         # What errs and yet comes to the right end is drawn again: who can say whether it helps?
-        if text == right or not pair.end or pair.end not in text:
+        by_luck = text != right and pair.end and pair.end in text
+        if not by_luck:
             texts.append(("careful", text))
     one_error = Eyes(rng, wrong=rng.integers(sharp.readings))
     return [

@@ -49,7 +49,7 @@ from model import Rows, read_json
 PANELS = [
     "base loss",
     "base accuracy text_accuracy",
-    "select0 loss",
+    "select0 loss",  # the two evaluators
     "select1 loss",
     "embed nce_direct nce_reason",
     "embed decision_right",
@@ -141,7 +141,7 @@ def verdict(modes, records):
         f"Decision: from a coin of the same rate ({score['random']:.3f}) to hindsight "
         f"({score['oracle']:.3f}), {reached}. Who decides by the task's name alone gets "
         f"{score['per_task']:.3f} at best.",
-        "Never and always are this same model, forced: one trained for them is not measured here.",
+        "Never and always are this same model, forced. None was trained for one of them here.",
     ]
 
 
@@ -183,7 +183,7 @@ def markdown(report, title, sentences):
 def show(item, images):
     """An item -> {"text": "what is it ?", "images": [0, 3]}; of a video four frames.
 
-    images {reference: data: URI} takes the new ones. A number is a place in it, so an image that
+    images {reference: data: URI} grows by the new ones; 0 and 3 are places in it, so an image that
     occurs twice is stored once. A data: URI is the image itself and needs no file beside it.
     """
     refs = data.listed(item.get("image"))
@@ -227,9 +227,9 @@ def make_cards(records, root, reading, room):
     """-> (cards, {reference: data: URI} of their images), as long as there is room (bytes).
 
     The first query of each dataset, then the second ...: chosen by a rule, not by hand. So what is
-    seen of a dataset is a fair sample of it, failures included. reading: how the evaluation read
-    the data, so that queries and candidates are the same. ValueError if they are not: the run
-    belongs to other data.
+    seen of a dataset is a fair sample of it, failures included. reading: the options of load_eval
+    in the evaluation, so that queries and candidates are the same. ValueError if they are not: the
+    run belongs to other data.
     """
     sets = {name: data.load_eval(root, name, **reading) for name in records}
     for name, rows in records.items():

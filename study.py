@@ -43,8 +43,9 @@ import train
 from embed import Embedder
 from model import Rows, read_json, write_json
 
-# Options of train.py. A query reasons if p_reason exceeds the threshold: never above 1, always
-# above -1. Without rollouts the RL stage goes on with the contrastive loss alone.
+# Options of train.py. A query reasons if p_reason exceeds the threshold: 1 is never exceeded, -1
+# always. Without rollouts the RL stage goes on with the contrastive loss alone; rl_when weighs the
+# decision's loss there.
 NEVER = {"embed_proposers": "none", "decision_weight": 0.0, "rl_rollouts": 0, "threshold": 1.0}
 THINK = {"rl_when": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
 # Trained to think always, on all that the best proposer wrote. Selection has to find out who that
@@ -55,6 +56,7 @@ VARIANTS = {
     "full": (None, "base", {}),
     "never": ("full", "embed", NEVER),  # contrastive without a rationale, as VLM2Vec
     "always": ("full", "select", ALWAYS),  # a rationale on every query, as UME-R1
+    # Here the labels differ: they must not teach a decision. Above all of them say "reason".
     "always_selected": ("full", "embed", THINK | {"decision_weight": 0.0}),
     "no_selection": ("full", "select", {"select_rule": "none"}),  # all that was written is learnt
     "positive_only": ("full", "select", {"select_rule": "positive_only"}),  # similarity alone
@@ -72,10 +74,10 @@ OTHER_MODES = ("never", "always", "per_task", "random", "oracle")  # of the full
 # helpful one, the share that kept one; how often a placebo (about another pair) passes.
 AUDIT = ("precision", "recall", "placebo_accepted")
 RATIOS = {  # name: (figure, mode): adaptive's figure divided by that mode's
-    "tokens, to the oracle's": ("tokens_per_query", "oracle"),
-    "tokens, to per task's": ("tokens_per_query", "per_task"),
-    "tokens, to always'": ("tokens_per_query", "always"),
-    "reason rate, to per task's": ("reason_rate", "per_task"),
+    "tokens / the oracle's": ("tokens_per_query", "oracle"),
+    "tokens / those of per task": ("tokens_per_query", "per_task"),
+    "tokens / those of always": ("tokens_per_query", "always"),
+    "reason rate / that of per task": ("reason_rate", "per_task"),
 }
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # edges, of p_reason
 
@@ -123,7 +125,9 @@ def longer_chains(cfg, seed, folder):
     if (out / "summary.json").exists():
         return
     queries = max(4, round(4 * cfg.world_test * cfg.scale))  # a tenth of them is that long
-    pocket.write_world(world, 1000 + seed, 4, queries, LONGER, pocket.MIXED)  # 4: unused
+    names = pocket.MIXED
+    # Nobody trains on its training pairs.
+    pocket.write_world(world, 1000 + seed, train=4, test=queries, longest=LONGER, names=names)
     truth = read_json(world / "pocket.json")["test"]  # {"PocketWalk/0": 3}: steps
     embedder = Embedder.from_pretrained(folder / "rl")  # the model that the run ends with
     options = {"max_new_tokens": 64, "batch_size": 64}  # they take more words, too
@@ -238,7 +242,7 @@ def steps_table(adaptivities):
     for name in adaptivities[0]:
         seeds = [adaptivity[name] for adaptivity in adaptivities]
         aucs = [seed["auc"] for seed in seeds if seed["auc"] is not None]
-        auc = ""  # None of all seeds where a family lacks queries of one kind
+        auc = ""  # where no seed has queries of both kinds
         if aucs:
             auc = f"{np.median(aucs):.3f} ({min(aucs):.2f} to {max(aucs):.2f})"
         for count in sorted(seeds[0]["reason_rate"], key=int):  # "0", "1" ... steps

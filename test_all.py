@@ -3315,7 +3315,7 @@ def pair(qry="q", image="", **more):
 
 FAMILIES = "I-CLS 10 I-QA 10 I-RET 12 I-VG 4 V-CLS 5 V-QA 5 V-RET 5 V-MRET 3 ViDoRe-V1 10"
 FAMILIES += " ViDoRe-V2 4 VisRAG 6 VisDoc-OOD 4"
-PLOT = data.WORDS["visrag"]["PlotQA"]
+PLOT = data.MMEB["visrag"]["PlotQA"]
 
 
 def test_data_tables_are_complete(tmp_path):
@@ -4121,7 +4121,7 @@ def test_rank_equals_sorting_however_the_corpus_is_cut(budget, each_its_own_corp
     local = None
     if each_its_own_corpus:
         local = [rng.permutation(57)[:30].tolist() + p for p in positives]
-    ranks, top = evaluation.rank(q, c, positives, grades, local)
+    ranks, top = evaluation.rank_candidates(q, c, positives, grades, local)
     for i, right in enumerate(positives):
         members = range(57)
         if local:
@@ -4139,12 +4139,12 @@ def test_ties_count_against_the_model_and_nan_is_refused(monkeypatch):
     monkeypatch.setattr(evaluation, "BUDGET", 97)
     q, c = np.random.default_rng(0).standard_normal((2, 3, 256)).astype(np.float32)
     c = np.repeat(c[:1], 1000, 0)
-    ranks, top = evaluation.rank(q, c, [[0], [5], [999]])
+    ranks, top = evaluation.rank_candidates(q, c, [[0], [5], [999]])
     assert np.concatenate(ranks).tolist() == [1000] * 3 and top[0][0] == 1
     c[2, 1] = np.nan
     for local in (None, [np.arange(5)] * 3):
         with pytest.raises(ValueError, match="NaN"):
-            evaluation.rank(q, c, [[0], [1], [3]], local=local)
+            evaluation.rank_candidates(q, c, [[0], [1], [3]], local=local)
 
 
 def test_memory_does_not_grow_with_the_corpus(monkeypatch):
@@ -4159,7 +4159,7 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch):
 
     corpus = np.random.default_rng(0).standard_normal((40000, 16))
     corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
-    ranks, _ = evaluation.rank(corpus[:20], corpus.view(Spy), [[i] for i in range(20)])
+    ranks, _ = evaluation.rank_candidates(corpus[:20], corpus.view(Spy), [[i] for i in range(20)])
     assert max(sizes) == 1000 * 16 and np.concatenate(ranks).tolist() == [1] * 20
 
 
@@ -4257,7 +4257,7 @@ class Fake:
         vectors, infos = [], []
         for i, item in enumerate(items):
             try:
-                data.look(item)
+                data.open_images(item)
             except BadData as error:
                 raise ItemError(i, error) from None
             hard = "hard" in item["text"]
@@ -4739,7 +4739,7 @@ STUDY = """
 | Walk | 0.92 | 0.50 |
 | Walk | 0 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.930 (0.92 to 0.94) |
 | of the way from random to oracle | 0.80 ± 0.00 |
-| tokens, to the oracle's | 2.25 ± 3.18 |
+| tokens / the oracle's | 2.25 ± 3.18 |
 | 0.1 to 0.3 | 2 | 0.200 | +0.000 |
 | 0.9 to 1.0 | 4 | 0.975 | +1.000 |
 | full | 0.500 ± 0.000 | 0.375 ± 1.588 | 0.000 ± 0.000 |
