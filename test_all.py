@@ -2357,6 +2357,10 @@ def test_lora_merged_equals_unmerged():
         nn.init.normal_(model.get_parameter(name), std=0.02)
     unmerged = last_states(model)
     merged = scale.merge(model)
+    name = "text.layers.0.mlp.up_proj"
+    old, layer, new = (m.get_submodule(name) for m in (base, model, merged))
+    expected = old.weight + 64 / 4 * layer.lora_b @ layer.lora_a  # alpha / rank
+    torch.testing.assert_close(new.weight, expected.detach())
     assert (unmerged - start).abs().max() > 0.05
     assert (last_states(merged) - unmerged).abs().max() < 1e-4
     assert torch.equal(last_states(model), unmerged)  # merging leaves it as it is
