@@ -499,6 +499,17 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
         assert row["audited"] == (trial[3] is not None)
 
 
+def test_select_an_empty_rationale_is_the_direct_vector():
+    model, (pairs, texts, processor) = tiny_model(3), text_pairs(4)
+    cfg, direct = train.Config(select_rule="none"), []
+    for name in ("a candle", ""):
+        texts = {pair["id"]: {"w": name} for pair in pairs}
+        rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
+        direct.append([row["direct"] for row in rows])
+    assert direct[0] == pytest.approx(direct[1], abs=1e-4)
+    assert [row["gain"] for row in rows] == [0.0] * 4
+
+
 @pytest.mark.parametrize("rule", ["full", "no_placebo"])
 def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
     model, (pairs, texts, processor) = tiny_model(3), text_pairs(40)
@@ -1754,6 +1765,24 @@ def test_run_revision_is_fetched_and_written_down(call, tmp_path, monkeypatch):
     assert call(out, "--model", "a/b", "--revision", "v1", stage="base") == 0
     fetch.assert_called_once_with("a/b", "cpu", "float32", "v1")
     assert read_json(f"{out}/config.json")["revision"] == "v1"
+
+
+def test_run_embed_starts_from_the_mean_of_the_judges(opened):
+    run, _ = opened
+    folders = [f"select/judge{fold}" for fold in (0, 1)]
+    first, second = (run.embedder(folder).model.state_dict() for folder in folders)
+    for name, weight in run.trainee(*folders).model.state_dict().items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
+
+
+def test_run_hard_negatives_come_in_another_order_at_each_visit(opened, monkeypatch):
+    pairs = train.Pairs(*opened)
+    batch = [{"id": "a", "negatives": list(range(9))}]
+    monkeypatch.setattr(pairs, "load", lambda batches: itertools.repeat(batch))
+    [first], [second] = itertools.islice(pairs.stream("x", 8, 4, first_step=0), 2)
+    assert first["negatives"] != second["negatives"]
+    assert sorted(second["negatives"]) == list(range(9))
+    assert next(pairs.stream("x", 8, 4, first_step=1)) == [second]  # of a resumed run, too
 
 
 def test_run_pairs_by_workers_equal_those_kept(opened, monkeypatch):
