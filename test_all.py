@@ -1767,14 +1767,6 @@ def test_run_revision_is_fetched_and_written_down(call, tmp_path, monkeypatch):
     assert read_json(f"{out}/config.json")["revision"] == "v1"
 
 
-def test_run_embed_starts_from_the_mean_of_the_judges(opened):
-    run, _ = opened
-    folders = [f"select/judge{fold}" for fold in (0, 1)]
-    first, second = (run.embedder(folder).model.state_dict() for folder in folders)
-    for name, weight in run.trainee(*folders).model.state_dict().items():
-        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
-
-
 def test_run_hard_negatives_come_in_another_order_at_each_visit(opened, monkeypatch):
     pairs = train.Pairs(*opened)
     batch = [{"id": "a", "negatives": list(range(9))}]
