@@ -4771,6 +4771,21 @@ STUDY = """
 """
 
 
+def test_study_shares_judgements_where_only_the_rule_differs(tmp_path, monkeypatch):
+    """positive_only wants those of easy pairs, too; no_crossfit has another evaluator."""
+    shared = {}
+    monkeypatch.setattr(study, "fork", lambda _, folder, first, same: shared.update({folder: same}))
+    monkeypatch.setattr(train, "run_stages", lambda cfg: None)
+    for name in ("report.json", "longer/summary.json"):
+        os.makedirs((tmp_path / "seed1/full" / name).parent, exist_ok=True)
+        write_json(tmp_path / "seed1/full" / name, {})
+    for name in study.VARIANTS:
+        study.run_variant(train.Config(), name, 1, tmp_path)
+    assert len(shared) == 11
+    names = {folder.name for folder, same in shared.items() if same}
+    assert names == {"always", "no_selection", "no_placebo"}
+
+
 def test_study_page(tmp_path):
     """Two seeds of two variants: a worked row of every table."""
     with pytest.raises(ValueError, match="no finished run"):
