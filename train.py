@@ -256,6 +256,14 @@ def true_or_false(text):
     return text in ("true", "1")
 
 
+def underscored(argument):
+    """--rl-lr=0.1 -> --rl_lr=0.1; what is no option stays as it is."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = name.replace("-", "_").replace("__", "--", 1)
+    return name + equals + value
+
+
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
@@ -270,13 +278,13 @@ def parse(argv):
         group = parser.add_argument_group(title)
         for f in options:
             group.add_argument(
-                *sorted({f"--{f.name.replace('_', '-')}", f"--{f.name}"}),  # --rl-lr and --rl_lr
-                dest=f.name,
+                f"--{f.name}",
                 type=true_or_false if f.type is bool else f.type,
                 choices=f.metadata["choices"],
                 default=argparse.SUPPRESS,  # so `given` has what the caller wrote, nothing else
                 help=f"{why.get(f.name)} ({f.default!r})",
             )
+    argv = [underscored(argument) for argument in argv]
     given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_lr": 0.1}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
