@@ -171,9 +171,10 @@ class TableImage:
     def read(self):
         """The encoded bytes (of a JPEG, PNG ...)."""
         # data: the pyarrow Table behind it; a slice of it copies nothing.
-        value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0].as_py()
+        value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0]
         if self.index is not None:
-            value = value[self.index]
+            value = value.values[self.index]  # the others of a list are not copied
+        value = value.as_py()
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
@@ -295,13 +296,16 @@ def _open_table(path, changed):
         if path.endswith(".parquet"):
             pattern = glob.escape(path)  # a folder may be called run[1]
             return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
-        # The arguments are hashed: that is the name of the Arrow copy.
         return datasets.Dataset.from_generator(
-            json_lines, gen_kwargs={"path": path, "changed": changed}
+            json_lines,
+            features=datasets.Features({"line": datasets.Value("binary")}),
+            gen_kwargs={"path": path, "changed": changed},  # hashed: the name of the Arrow copy
         )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
-        # The errors of `datasets` hide the one that explains them in __cause__.
-        raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
+        # An empty file is to `datasets` a split that "corresponds to no data". Its own errors hide
+        # the one that explains them in __cause__.
+        why = "no rows" if "to no data" in str(error) else error.__cause__ or error
+        raise BadData(path, f"cannot be read: {why}") from error
 
 
 def json_lines(path, changed):
@@ -351,7 +355,8 @@ def read_row(path, file, i):
     """Row i of a file that open_table() gave -> Cells({"qry": "a cat", "neg_text": None, ...})."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     if not path.endswith(".parquet"):
-        value = json.loads(row.column("line")[0].as_py())  # with or without a byte order mark
+        line = row.column("line")[0].as_py()
+        value = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
         if not isinstance(value, dict):
             raise BadData(f"a JSON object is wanted, got {short(value)}")
         return Cells(value)
@@ -452,8 +457,9 @@ def complete(row, kind):
     "parser": "pairs", "split": "test", "scope": "global", "media": [""], ...}. A typing mistake
     must not become a default: BadData names it.
     """
+    given = {key: value for key, value in row.items() if value is not None}
     try:
-        row = asdict(Row(**DEFAULTS[kind] | row))
+        row = asdict(Row(**{**DEFAULTS[kind], **given}))
     except TypeError as error:  # a key that no Row has, or no name
         raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
     name = row["name"]
@@ -584,7 +590,7 @@ class Files:
         self.spec = spec
         self.name = spec["name"]
         self.parser = spec["parser"]  # its name
-        self.configs = listed(spec["config"])
+        self.configs = listed(spec["config"]) or [""]
         if self.parser == "beir":  # a set of pages is read part by part
             self.configs = ["corpus", "qrels", "queries"]
         self.root = os.path.realpath(root)
@@ -678,6 +684,7 @@ class Files:
                 raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
             files = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
+            files = [path for path in files if os.path.isfile(path)]  # no link that leads nowhere
             if files:
                 return files
         return []

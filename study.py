@@ -211,7 +211,8 @@ def results_table(rows):
             cells.append(show(values, digits))
         differences = []  # paired: of the same seed
         for seed, scores in by_seed.items():
-            differences.append(full[seed]["overall"] - scores["overall"])
+            if seed in full:
+                differences.append(full[seed]["overall"] - scores["overall"])
         cells.append("" if label == "full" else show(differences))
         lines.append(cells)
     names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]

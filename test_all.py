@@ -1558,6 +1558,7 @@ BAD_TRAIN_OPTIONS = [
     (["--preset", "qwen3vl-2b"], "--model"),
     (["--scale=nan"], "--scale nan"),
     (["--scale=0"], "--scale 0"),
+    (["--threshold=-inf"], "--threshold -inf"),
     (["--rl_rollouts=1"], "--rl_rollouts 1"),
     (["--batch=60"], "--sub_batch"),
     (["--rl_batch=12"], "--rl_batch"),
@@ -1951,6 +1952,16 @@ def test_run_full_disk_is_said_before_the_first_step(call, copy_of, monkeypatch,
     monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
     assert call(out, stage="embed") == 1
     assert "do not fit" in one_line(capsys)
+
+
+def test_run_a_linked_stage_is_replaced_and_what_it_leads_to_stays(call, copy_of, tmp_path):
+    """A fork of study.py links to the stages of its parent."""
+    out = copy_of("embed")
+    os.rename(f"{out}/embed", tmp_path / "parent")
+    os.symlink(tmp_path / "parent", f"{out}/embed")
+    before = contents(tmp_path / "parent")
+    assert call(out, "--embed_lr", "0.1", stage="embed") == 0
+    assert contents(tmp_path / "parent") == before and not os.path.islink(f"{out}/embed")
 
 
 def test_run_stages_are_done_in_order(finished, call, copy_of, capsys):
@@ -3975,7 +3986,7 @@ def listing(**row):
 
 # fmt: off
 ROOTS = [  # {file: its bytes, JSON or rows; None: removed}, what is said
-    ({"t.jsonl": b""}, "d: .*t.jsonl: cannot be read: "),
+    ({"t.jsonl": b" "}, "d: .*t.jsonl: cannot be read: no rows"),
     ({"t.jsonl": LFS}, "d: .*t.jsonl: is a git-lfs pointer"),
     ({"datasets.json": b"{"}, "datasets.json: expected JSON of the form"),
     ({"datasets.json": b"[]"}, "datasets.json: expected JSON of the form"),
@@ -4012,6 +4023,12 @@ def test_data_bad_roots_are_named(tmp_path, files, message):
             (tmp_path / name).write_bytes(raw)
     with pytest.raises(BadData, match=message):
         data.train_sets(root)
+
+
+def test_data_defaults_take_the_place_of_null_and_nothing(tmp_path, capsys):
+    root = write_root(tmp_path, "eval", [SOUND], config=[], cap=None, parser=None)
+    (tmp_path / "train.jsonl").symlink_to("gone")  # a link that leads nowhere is no table
+    assert data.check(root) == 0 and "1 of        ? rows" in capsys.readouterr().out
 
 
 def rels(*rows):

@@ -301,7 +301,7 @@ def check(cfg):
             continue
         value = getattr(cfg, f.name)
         least = f.metadata["least"]
-        if not least <= value < math.inf:  # refuses NaN, too
+        if not math.isfinite(value) or value < least:
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
@@ -371,7 +371,10 @@ class Run:
     def read(self, name):
         """A JSON object of the folder; {} where there is none."""
         path = self.path(name)
-        return read_json(path) if os.path.exists(path) else {}
+        value = read_json(path) if os.path.exists(path) else {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: expected a JSON object")
+        return value
 
     def same_options(self, free, name):
         """Refuse what was made with other options than ours; groups in `free` may differ. Where no
@@ -486,6 +489,8 @@ class Run:
         # 2) The folders
         final = Path(self.path(stage))
         if scale.is_main():
+            if final.is_symlink():  # of a study's fork: its parent's stays
+                final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for later in STAGES[number + 1 :]:  # begun on what was there before
@@ -837,8 +842,8 @@ def propose_stage(run, part):
     """Candidate rationales of every query, window by window. No proposer sees the target.
 
     Two sources add up: a file (--rationales, or the pocket world's own) and the base model, which
-    writes --num_candidates for each query. --hard leaves out the pairs for which no rationale can
-    be kept. A row of rationales.jsonl:
+    writes --num_candidates for each query. --hard leaves out the pairs for which, at select's
+    default margin and rule, no rationale can be kept. A row of rationales.jsonl:
         {"id": "PocketColour/0", "side": "query", "proposer": "careful#2", "text":
          "mid yellow triangle", "key": "cdc3e1a641d90b4f"}
     """
@@ -869,9 +874,10 @@ def propose_stage(run, part):
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if not written.places:
-        raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
+        where = f"{run.data_root} in {c.hard}" if c.hard else run.data_root
+        raise ValueError(f"nobody wrote a rationale about a pair of {where}")
     if given:
-        unused = len(given.places.keys() - written.places.keys())  # held out for rl, or unknown
+        unused = len(given.places.keys() - written.places.keys())  # rl's, easy or unknown
         run.say(f"propose: not used: those of {unused} pairs, and {given.of_targets} of targets")
 
 
