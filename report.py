@@ -141,7 +141,7 @@ def verdict(modes, records):
         f"Decision: from a coin of the same rate ({score['random']:.3f}) to hindsight "
         f"({score['oracle']:.3f}), {reached}. Who decides by the task's name alone gets "
         f"{score['per_task']:.3f} at best.",
-        "Never and always are this same model, forced. None was trained for one of them here.",
+        "Never and always are this same model, forced: none was trained for one mode alone.",
     ]
 
 
