@@ -244,7 +244,7 @@ def to_rgb(image):
     if image.has_transparency_data:  # alpha, a transparent colour, a palette with alpha
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def visible(folder):
