@@ -86,7 +86,7 @@ LOGITS_AT_ONCE = 1024  # tokens: with Qwen's vocabulary 0.6 GB in fp32
 
 
 def rationale_logprobs(model, h, batch, processor, temperature=1.0):
-    r"""log π of the tokens that are the policy's choice: after <think>\n, up to </think> inclusive.
+    r"""log π of a rationale's tokens: after <think>\n, up to </think> inclusive.
 
     h (B, S, H) -> (n,) in the order of rows, then of their text. At least one row has a rationale.
     π is the sampled distribution: of that temperature, and without the ids that are never sampled.
@@ -95,7 +95,7 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
 
     # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ..., -1 in
     # padding. ends (B, 1+K): the last place of each branch. The places of rationale k are
-    #     ends[k-1] + 1: prefix <think>\n | text </think> | tail \n\n<|endoftext|> :ends[k]
+    #     ends[k-1] + 1 -> prefix <think>\n | text </think> | tail \n\n<|endoftext|> <- ends[k]
     # column (B, S): the column of `ends` that belongs to each token's branch; outside rationales
     # its value does not matter, since `chosen` drops those tokens.
     column = (branch - 1).clamp(min=1)
@@ -145,7 +145,7 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     """InfoNCE in both directions: a query among all candidates, its target among all queries.
 
     q (n, H), t (m, H) unit vectors, no two rows of t of equal candidates; positive (n,) the row of
-    t that is each query's target; weights (n,) of the queries, scaled to sum 1.
+    t that is each query's target; weights (n,) of the queries, of any sum.
     dims: the loss is summed over the full vectors and over these prefixes of them, each scaled to
     length 1 again. So a vector's first numbers are a vector too (Matryoshka). -> scalar
     """
@@ -161,7 +161,7 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        # A target has one column, which stays: nothing is masked as equal.
+        # No other column equals the target, whose own one_direction() keeps.
         losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:

@@ -13,7 +13,7 @@ at test time would teach nothing.
 
 A file of rationales has one object a line:
 
-    {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus, so ...", "key": ""}
+    {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus, so", "key": "0b7e"}
 
 The id is that of the pair. The key is a hash of the pair's content, which ties the text to it: a
 row number alone would fit another table, too. The second text of one proposer about one pair goes

@@ -44,7 +44,7 @@ Which GRPO this is, in five points:
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
                 a rationale that ran out of tokens
-A query whose rationales all have the same reward teaches the decision, and InfoNCE, alone.
+A query whose rationales all have the same reward teaches only the decision and InfoNCE.
 
 How to run: python train.py --stage rl
 Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
@@ -109,7 +109,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
         parts.append(part)
         # The prefill ends in <|endoftext|>: it holds the direct vector and the decision.
         direct = pool(part.hidden, batch["ends"])  # (b, 1, H)
-        reasoned = F.normalize(part.last.float(), dim=-1)  # (b, K, H)
+        reasoned = F.normalize(part.last.float(), dim=-1)  # (b, K, H), at each <|endoftext|>
         vectors.append(torch.cat((direct, reasoned), dim=1))
         logits.append(decision_logits(actor, part.hidden, batch, processor))  # (b, 2)
     return Experience(
@@ -186,7 +186,8 @@ def credit(reward):
 
 
 def decision_loss(decision, gain):
-    """Right or wrong (gain > 0), each query weighted by |gain|. decision (b,): p_reason's logit."""
+    """Cross-entropy with [gain > 0], each query weighted by |gain|. decision (b,): p_reason's
+    logit."""
     right = (gain > 0).float()
     losses = F.binary_cross_entropy_with_logits(decision, right, reduction="none")
     return (gain.abs() * losses).sum()
@@ -196,8 +197,8 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, weight):
     """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and weight (b, K).
 
     On-policy the ratio is 1 and its gradient that of logprobs. It stays, because the actor may be
-    a bf16 copy of the model, whose log-probabilities are up to 0.03 off (one step of the pocket
-    model in bf16). DAPO's clip, 0.8 ... 1.28, would never act.
+    a bf16 copy of the model, whose log-probabilities are up to 0.03 off (measured in one update
+    of the pocket model). DAPO's clip, 0.8 ... 1.28, would never act.
     """
     mask = leading(num_sampled, logprobs.shape[2])
     ratio = (logprobs - old_logprobs).exp()
@@ -210,7 +211,7 @@ def one_mean_loss(decision, gain, policy, advantage, sigma):
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
     policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
-    loss, and unlike plain GRPO, the gain is not divided by sigma. rl_when is not read.
+    loss, and unlike plain GRPO, the decision's gain is not divided by sigma. rl_when is not read.
     """
     when = -(advantage.shape[1] * gain / 2 * decision).sum()
     return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
@@ -224,7 +225,8 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     """One on-policy update; leaves gradients in the model's parameters.
 
     pairs [b]: this process' share of the batch's B pairs, as in embed.contrastive_step.
-    actor: writes the rollouts: a merged copy of the model, or None, the model itself.
+    actor: writes the rollouts: a copy with LoRA merged in and shards joined, or None, the model
+    itself.
     cfg: of train.Config rl_rollouts K, max_new_tokens T, and the options of group rl.
     -> metrics of the joined batch; "sample": a rationale of this process' query with the lowest
     mean reward.
@@ -257,7 +259,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     rolled_out = time.time()
 
     # 4) Both losses of some queries, beside the vectors of queries or candidates for InfoNCE.
-    # scale.backward asks for the vectors first, without the losses (see contrastive_step).
+    # scale.backward may ask for the vectors first, without the losses (see contrastive_step).
     train_logprobs = torch.zeros_like(roll.old_logprobs)  # for the log
 
     def forward(kind, rows, with_loss):

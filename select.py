@@ -14,8 +14,8 @@ target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q
     weight  = softmax of gain over the pair's kept rationales
 
 The weight is the posterior p(r | q, t) among them: r was drawn from π(r | q), so what is left is
-p(t | q, r), which is exp(gain) times a constant. ∅ has no weight: embed learns the direct vector of
-every pair, and whether to reason by the label "was any kept?".
+p(t | q, r), which is exp(gain) times a constant. ∅ has no weight: embed learns every
+pair's direct vector and, from the label "was any kept?", whether to reason.
 
 The words must help (gain), and help because they are about this pair (placebo). An author is a
 proposer, whichever of its tries a text is. Where the direct vector is confidently wrong, any words
@@ -153,8 +153,8 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 
 
 def judge(model, processor, pairs, texts, cfg, rng):
-    """The experiment on one window of pairs -> rows, one per rationale. A pair about which nobody
-    wrote has one row, with an empty text: no more than "direct".
+    """The experiment, by an evaluator, on one window of pairs -> rows, one per rationale. A pair
+    about which nobody wrote has one row, with an empty text: no more than "direct".
 
     pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
     fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
@@ -162,7 +162,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
     does not grow with the data. All is drawn before anything is measured, so which pairs are easy
     (see can_keep) changes no draw.
     The row of a rationale has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a
-    placebo and, in an audited quarter, of a second placebo. They are None where there is no such
+    placebo and, in an audited quarter, of a second placebo. These are None where there is no such
     text, and where the pair is easy. "similarity_gain" are the same three of
     s(q, r; t)/temperature.
     """
