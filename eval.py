@@ -2,8 +2,9 @@
 Evaluation: MMEB-V2's 24 metrics per dataset, and every mode of reasoning with what it costs.
 
 The idea. A test set is queries, candidates and the right ones among them. Candidates are ranked by
-the dot product of unit vectors, and each query is measured twice: never reasoning and always
-reasoning. The other modes follow without another run, because rationales are greedy:
+the dot product of unit vectors. With --reason all, as in train.py, each query is measured twice:
+never reasoning and always reasoning. The other modes follow without another run, because
+rationales are greedy:
     adaptive   the always-result of a query with p_reason > threshold, else its never-result
     per_task   all or none of a dataset's queries reason, whichever scores higher on the test itself
                (direct on ties): the best that a policy can do that sees only the task's name
@@ -28,7 +29,7 @@ expectation is exact: (1 - rate) never + rate always. Scores are float64 product
 the largest error of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
 
 How to run:
-    python eval.py --model runs/pocket/rl --data runs/pocket/data --out DIR --threshold 0.5
+    python eval.py --model runs/pocket/rl --data runs/pocket/data --out DIR --reason all
     python eval.py --model Qwen/Qwen3-VL-Embedding-2B --data MMEB_V2_ROOT --out DIR \\
         --reason never --prompts qwen --frames 64 --tasks CIRR,MSVD
     torchrun --nproc_per_node=8 eval.py ...     deals the datasets out to 8 processes

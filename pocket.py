@@ -438,8 +438,7 @@ def summed(digits):
 
 
 def make_sum(bank, rng, steps):
-    """steps + 1 numbers in reading order (after se comes nw), then a cell without one; elsewhere
-    numbers that do not count.
+    """steps + 1 numbers in reading order (after se comes nw); the other cells show things.
 
     "add the numbers from n on , ne and so on" -> "four"
     rationale of one step: "n five . ne nine makes fourteen keep four . w red star . four"
@@ -447,10 +446,8 @@ def make_sum(bank, rng, steps):
     start = rng.integers(9)
     way = [(start + i) % 9 for i in range(steps + 2)]  # cells; the last one has no number
     scene = draw_things(9, rng)
-    for cell in range(9):
-        distracts = cell not in way and rng.random() < 0.5  # a number that does not count
-        if distracts or cell in way[:-1]:
-            scene[cell] = pick(range(10), rng)
+    for cell in way[:-1]:
+        scene[cell] = pick(range(10), rng)
     kinds = [scene[cell] for cell in way]  # [5, 9, ("red", "star")]
     labels = [CELLS[cell] for cell in way]  # ["n", "ne", "w"]
     text = f"add the numbers from {labels[0]} on , {labels[1]} and so on"

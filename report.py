@@ -59,7 +59,7 @@ PANELS = [
 ]
 NEEDED = ("preset", "seed", "modes", "curve")  # of report.json
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
-BYTES = 2_800_000  # of the JSON in the page; the template takes some 30 kB more
+BYTES = 2_800_000  # of the JSON in the page; the template takes some 24 kB more
 SIDE = 144  # pixels of a thumbnail
 LONGEST = 600  # characters of a text
 
@@ -107,8 +107,9 @@ def difference(modes, records, mode):
     variance = 0.0  # Σ_d var_d / n_d
     for rows in records.values():
         gaps = [row["adaptive"] - row[mode] for row in rows]
-        if len(gaps) > 1:  # one query has no spread
-            variance += np.var(gaps, ddof=1) / len(gaps)
+        # One query shows no spread: a large one is assumed.
+        spread = np.var(gaps, ddof=1) if len(gaps) > 1 else 1.0
+        variance += spread / len(gaps)
     sure = 2 * math.sqrt(variance) / len(records)  # two standard errors
     score = modes[mode]["overall"]
     gap = modes["adaptive"]["overall"] - score
@@ -181,7 +182,8 @@ def markdown(report, title, sentences):
 
 
 def show(item, images):
-    """An item -> {"text": "what is it ?", "images": [0, 3]}; of a video four frames.
+    """An item -> {"text": "what is it ?", "images": [0, 3]}; of a video at most
+    four frames.
 
     images {reference: data: URI} grows by the new ones; 0 and 3 are places in it, so an image that
     occurs twice is stored once. A data: URI is the image itself and needs no file beside it.
@@ -267,6 +269,9 @@ def write_report(run, data_root):
         if key not in report:
             raise ValueError(f"{run}/report.json: has no {key!r}")
     summary = read_json(run / "eval" / "summary.json")
+    if summary.get("modes") != report["modes"]:
+        remedy = "train.py --stage eval makes both again"
+        raise ValueError(f"{run}: report.json and eval/ are of different evaluations; {remedy}")
     records = {}  # {dataset: its records}
     for name, about in summary["datasets"].items():
         records[name] = list(Rows(run / "eval" / about["modality"] / f"{name}_queries.jsonl"))
@@ -287,7 +292,7 @@ def write_report(run, data_root):
         payload["datasets"][name] = {key: [row[key] for row in rows] for key in COLUMNS}
     room = BYTES - len(json.dumps(payload))
     if room <= 0:
-        payload["datasets"] = {}  # the page then has no slider
+        payload["datasets"] = {}  # the page then has neither slider nor cards
         sentences.append("There are too many queries for the page: report.md has the numbers.")
     cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
     sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")

@@ -73,7 +73,7 @@ from embed import (
 from model import generate
 from processor import collate
 
-FORMAT_BONUS = 0.1  # a third of what T tokens cost at the default penalty
+FORMAT_BONUS = 0.1  # a sixth of what T tokens cost at the default penalty
 EPSILON = 1e-4  # on sigma, whose usual size is 0.1, for a batch without any variance
 
 # --------------------------------------------------------------------------------------------------

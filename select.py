@@ -105,7 +105,7 @@ else:
 RULES = ("full", "positive_only", "no_placebo", "none")
 WINDOW = 1024  # pairs of one dataset that are judged against each other, and in memory together
 CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
-MANY = 512  # different targets in a window: from here on C is mined
+MANY = 768  # different targets in a window: from here on C is mined
 COPY = 0.95  # cosine of two targets that may be the same one in other words (arXiv 2407.15831)
 # Share of the placebos that are put through the rule themselves, with a second placebo as theirs.
 AUDITED = 0.25

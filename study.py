@@ -64,7 +64,7 @@ VARIANTS = {
     "no_crossfit": ("full", "select", {"select_folds": 1}),  # the judge has trained on the pair
     "supervised": ("full", "rl", {"rl_steps": 0}),  # the decision as selection labelled it
     "no_penalty": ("full", "rl", {"latency_penalty": 0.0}),
-    "dear_penalty": ("full", "rl", {"latency_penalty": 3.0}),  # ten times the default
+    "dear_penalty": ("full", "rl", {"latency_penalty": 1.2}),  # twice the default
     "one_loss": ("full", "rl", {"rl_one_loss": True}),  # decision and words in one mean
 }
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw

@@ -4547,6 +4547,21 @@ def test_queries_of_other_data_are_refused(root, run):
             report.write_report(run, root)
 
 
+def test_another_evaluation_is_refused(first_root, run):
+    """eval.py has written into the run's eval/ since."""
+    summary = read_json(run / "eval" / "summary.json")
+    del summary["modes"]  # as of --reason never
+    write_json(run / "eval" / "summary.json", summary)
+    with pytest.raises(ValueError, match="of different evaluations"):
+        report.write_report(run, first_root)
+
+
+def test_one_query_proves_nothing():
+    modes = {mode: {"overall": score} for mode, score in (("never", 0.0), ("adaptive", 1.0))}
+    word, numbers = report.difference(modes, {"a": [{"never": 0, "adaptive": 1}]}, "never")
+    assert word == "is level with" and "± 2.000" in numbers
+
+
 @pytest.mark.parametrize(
     "more, word, oracle, decision",
     [

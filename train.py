@@ -11,9 +11,10 @@ Everything in order: base -> propose -> select -> embed -> rl -> eval. A stage i
 The maths stands in those files. This one opens, loops and saves.
 
     python train.py --stage all                         the pocket world, from nothing to a report
-    python train.py --stage all --scale 0.05            every size and step count times 0.05
+    python train.py --stage all --scale 0.05            the world's size and all steps times 0.05
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data ROOT
-    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --fsdp true --lora 0
+    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 \
+        --fsdp true --compile false
 
 An ablation is a copy of a finished run in which one stage is done again with another option:
 
@@ -41,7 +42,8 @@ An error is one line. `python -X dev train.py ...` shows where it came from.
 
 Randomness: every draw has a generator of its own, made from --seed and what is drawn (Run.rng). So
 nothing has to be saved, and a stage does not depend on what was drawn before it.
-Precision: trained weights are fp32; frozen ones and all arithmetic are in --dtype (autocast).
+Precision: trained weights are fp32; frozen ones and all arithmetic are in --dtype (autocast). A
+base from nothing is all fp32.
 
 Left out: experiment trackers (metrics.jsonl is open to any), sweeps, a "best" checkpoint (no stage
 keeps pairs for validation, and the loss of a batch depends on the batch).
@@ -185,7 +187,7 @@ class Config:
     compile: bool = opt("machine", False)  # torch.compile of the layers
     fsdp: bool = opt("machine", False)  # shard the text layers over the GPUs
 
-    world_train: int = opt("world", 375, 4)  # training pairs of each pocket family
+    world_train: int = opt("world", 750, 4)  # training pairs of each pocket family
     world_test: int = opt("world", 100, 4)  # test queries of each pocket family
 
     optimizer: str = opt("training", "muon", choices=("muon", "adamw"))  # of matrices; AdamW: rest
@@ -223,7 +225,7 @@ class Config:
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_temperature: float = opt("rl", 1.0, 0.01)  # of sampling
     rl_lr: float = opt("rl", 0.05)  # times lr
-    latency_penalty: float = opt("rl", 0.3)  # reward charged for max_new_tokens tokens
+    latency_penalty: float = opt("rl", 0.6)  # reward charged for max_new_tokens tokens
     rl_when: float = opt("rl", 1.0)  # weight of the decision's loss
     rl_one_loss: bool = opt("rl", False)  # ablation: decision and rationale in one mean
 
@@ -577,7 +579,7 @@ class Pairs:
         self.tables = data.train_sets(run.data_root)  # all datasets of the root
         if self.tables.missing:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
-        # A range of rows of each dataset: [range(0, 300), range(0, 300), ...]
+        # A range of rows of each dataset: [range(0, 600), range(0, 600), ...]
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
         self.cache = {}  # {(source, row): pair}
         total = sum(self.bytes(source) for source in range(len(self.rows)))
@@ -597,7 +599,7 @@ class Pairs:
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?
 
-        With --rl_holdout 0.2, of 375: range(0, 300), and for rl range(300, 375).
+        With --rl_holdout 0.2, of 750: range(0, 600), and for rl range(600, 750).
         """
         share = self.run.cfg.rl_holdout
         if not share or n == 1:

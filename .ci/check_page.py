@@ -5,7 +5,7 @@ Opens a run's report.html in a headless Chromium and uses it as a reader would.
 
 The slider's numbers are compared with report.json's curve; a guess reveals a card; filters leave
 the cards that fit; nothing was loaded from elsewhere; no error reached the console; at 390 pixels
-nothing sticks out. The steps are a script that is appended to a copy of the page.
+nothing sticks out, all cards open. The steps are a script that is appended to a copy of the page.
 """
 
 import json
@@ -49,13 +49,26 @@ set("family", "", "change");
 for (const decision of ["think", "direct"]) {
   set("decision", decision, "change");
   const shown = [...document.querySelectorAll("#cards .card")];
-  const thinks = shown.map(c => facts(DATA.cards[c.id.slice(4)]).thinks);
-  expect(thinks.every(yes => yes === (decision === "think")), "filter " + decision);
+  const decisions = shown.map(c => facts(DATA.cards[c.id.slice(4)]).thinks ? "think" : "direct");
+  expect(decisions.length && decisions.every(d => d === decision), "filter " + decision);
 }
+set("decision", "", "change");
+for (const result of ["right", "wrong"]) {
+  set("result", result, "change");
+  const shown = [...document.querySelectorAll("#cards .card")];
+  const results = shown.map(c => facts(DATA.cards[c.id.slice(4)]).right ? "right" : "wrong");
+  expect(results.length && results.every(r => r === result), "filter " + result);
+}
+set("result", "", "change");
 const loaded = performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:"));
 expect(!loaded.length, "a request left the page");
-expect(document.documentElement.scrollWidth <= window.innerWidth + 1, "wider than the window");
-document.body.innerHTML = "CHECK[" + JSON.stringify(failures.concat(errors)) + "]CHECK";
+const main = document.querySelector("main");
+main.style.width = "WIDTHpx";  // headless Chromium has no window below 500 pixels
+get("reveal").checked = true;
+drawCards();
+turn();
+expect(main.scrollWidth <= WIDTH + 1, "wider than WIDTH px");
+document.body.innerHTML = "CHECK" + JSON.stringify(failures.concat(errors)) + "CHECK";
 </script>
 """
 
@@ -66,13 +79,14 @@ def main(run):
     page = (run / "report.html").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "page.html")
-        copy.write_text(page.replace("</body>", STEPS.replace("CURVE", curve) + "</body>"), "utf-8")
         for width in (1200, 390):
+            steps = STEPS.replace("CURVE", curve).replace("WIDTH", str(width))
+            copy.write_text(page.replace("</body>", steps + "</body>"), "utf-8")
             flags = f"--headless=new --no-sandbox --disable-gpu --window-size={width},900"
             flags += f" --user-data-dir={folder}/{width} --enable-logging=stderr --dump-dom"
             command = ["chromium", *flags.split(), f"file://{copy}"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            found = re.search(r"CHECK\[(.*)\]CHECK", done.stdout)
+            found = re.search(r"CHECK(\[.*\])CHECK", done.stdout)
             assert found, f"{width} px: the page's script did not end; {done.stderr[-500:]}"
             assert found[1] == "[]", f"{width} px: {found[1]}"
             console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
