@@ -347,13 +347,27 @@ class Embedder:
         self.model, self.processor = model, processor
 
     @classmethod
-    def from_pretrained(cls, path_or_id, device=None, dtype=None, revision=None, **settings):
+    def from_pretrained(
+        cls,
+        path_or_id,
+        device=None,
+        dtype=None,
+        revision=None,
+        max_pixels=None,
+        min_pixels=None,
+        frame_max_pixels=None,
+        frame_min_pixels=None,
+        max_frames=None,
+        fps=None,
+        max_length=None,
+        default_instruction=None,
+    ):
         """Any dense Qwen3-VL or Qwen3-VL-Embedding, and ours: a folder, or owner/name on the hub.
 
         device    "cpu", "cuda:1" ...; CUDA where there is one
         dtype     "bfloat16", torch.float32 ...; None: the file's
         revision  branch, tag or commit of a hub repository
-        settings  of the Processor; None, or none given: what a checkpoint of ours says, else Qwen's
+        The others are settings of the Processor. None: what a checkpoint of ours says, else Qwen's.
         Raises ValueError, one line, for what cannot be opened.
         """
         if dtype is not None:
@@ -364,7 +378,19 @@ class Embedder:
         device = scale.find_device(device)
         folder = find_folder(path_or_id, revision)
         model = load_model(folder, dtype, device)
-        return cls(model, Processor.from_folder(folder, model.c, **settings))
+        processor = Processor.from_folder(
+            folder,
+            model.c,
+            max_pixels=max_pixels,
+            min_pixels=min_pixels,
+            frame_max_pixels=frame_max_pixels,
+            frame_min_pixels=frame_min_pixels,
+            max_frames=max_frames,
+            fps=fps,
+            max_length=max_length,
+            default_instruction=default_instruction,
+        )
+        return cls(model, processor)
 
     def encode(
         self,
@@ -542,7 +568,8 @@ def require_finite(values, dtype, places):
     for length, place in zip(values.norm(dim=1).tolist(), places):
         if not 1e-12 <= length < math.inf:
             why = f"its vector or p_reason is zero or not finite in {dtype}"
-            raise ItemError(place, f"{why}; use bfloat16 or float32")
+            remedy = "are its weights?" if dtype == torch.float32 else "try float32"
+            raise ItemError(place, f"{why}; {remedy}")
 
 
 def find_folder(path_or_id, revision=None):
@@ -656,7 +683,7 @@ def run(model, source, output, opening, encoding):
         with contextlib.chdir(Path(source).parent):  # there the paths of images start
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
-        raise ValueError(f"{source}, line {list(items)[e.index]}: {e}") from e
+        raise ValueError(f"{source}, line {list(items)[e.index]}: {e.why}") from e
     np.save(output, v)
     write_rows(facts, infos)
     reasoned = sum(info["reasoned"] for info in infos)

@@ -225,9 +225,7 @@ class Processor:
     fps: float = 2.0  # assumed where a video has none, as in qwen-vl-utils
     max_length: int = 8192  # tokens with <|endoftext|>: text is cut at its end, images never are
     default_instruction: str | None = None  # of items without one; None writes no system turn
-    trained_here: bool = (
-        True  # False: opened from a folder that no code of ours wrote (train.py asks)
-    )
+    trained_here: bool = True  # False: no code of ours has trained it (propose asks it in words)
 
     # No annotation: it is no setting.
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
@@ -320,7 +318,7 @@ class Processor:
                 pieces += self.segment(self.config.image_token, *pixels)
         if "text" in part:
             text = part["text"]
-            require(is_text(text), "text", text, "a string")
+            require(is_text(text), "text", text, "a string, without half an emoji")
             # It is never opened as a file, but the name of one is most likely a mistake.
             if os.path.isfile(text):  # Python shows a warning once
                 warnings.warn(f"read as text: to show the image, give Path({text!r})", stacklevel=2)
@@ -580,7 +578,7 @@ def require_count(**options):
 # --------------------------------------------------------------------------------------------------
 # The files of a checkpoint folder
 
-OUR_SETTINGS = ("max_frames", "fps", "max_length", "default_instruction")
+OUR_SETTINGS = ("max_frames", "fps", "max_length", "default_instruction", "trained_here")
 TOKENIZER_CONFIG = {"tokenizer_class": "Qwen2Tokenizer", "padding_side": "right"}
 TOKENIZER_CONFIG |= {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 VISION_CONFIG = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL, "merge_size": MERGE}
@@ -631,7 +629,7 @@ def saved_settings(folder):
     image = read_json(Path(folder, "preprocessor_config.json"))
     video = read_json(Path(folder, "video_preprocessor_config.json"))
     return {
-        **{name: embedder[name] for name in OUR_SETTINGS},
+        **{name: embedder[name] for name in OUR_SETTINGS if name in embedder},
         "min_pixels": image["size"]["shortest_edge"],
         "max_pixels": image["size"]["longest_edge"],
         "frame_min_pixels": video["frame_min_pixels"],

@@ -245,7 +245,7 @@ def requests(options):
                 key = data.pair_key(pair)
                 images = [image_url(ref, options) for ref in data.refs(pair["query"])]
             except (ValueError, OSError) as error:  # training will not use this row either
-                tqdm.write(f"skipped: {train.id(source, row)}: {error}")
+                tqdm.write(f"skipped: {data.BadData(train.id(source, row), error)}")
                 continue
             content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
             asked += 1
@@ -305,12 +305,16 @@ def read_responses(options, asked):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
     asked: the custom ids of all requests, as far as they are known. Failures are a request without
-    a response, a second response, an error, an answer without text and one that did not come to its
-    end: a rationale without its conclusion. --accept-cut takes what was cut off at max_tokens.
-    One failure costs nothing else.
+    a response, an error, an answer without text and one that did not come to its end: a rationale
+    without its conclusion. --accept-cut takes what was cut off at max_tokens. A response after one
+    of which nothing could be used is a retry, and counts in its place; any other second response
+    is a failure. One failure costs nothing else.
     """
     rows, failed, answered = [], [], set()
+    unusable = {}  # {custom id: [why]}, of responses without any usable answer
     for place, line in numbered_lines(options.read_responses):
+        if not line.strip():
+            continue
         try:
             response = json.loads(line)
             custom_id = response["custom_id"]
@@ -319,17 +323,27 @@ def read_responses(options, asked):
         except BROKEN as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
             continue
-        if custom_id in answered:  # a response after a mere error is a retry, and accepted
-            answers = [("", "a second response")]
+        if custom_id in answered:
+            failed.append((custom_id, "a second response"))
+            continue
+        if asked and custom_id not in asked:
+            failed.append((custom_id, "was not asked for"))
+            continue
+        if all(why for _, why in answers):
+            unusable.setdefault(custom_id, []).extend(why for _, why in answers)
+            continue
+        answered.add(custom_id)
         for k, (text, why) in enumerate(answers):  # the k-th answer to one request
             if why:
                 failed.append((custom_id, why))
                 continue
-            answered.add(custom_id)
             proposer = nth(f"{options.proposer}-{prompt_number}", k)
             row = {"id": pair, "side": "query", "proposer": proposer, "text": text, "key": key}
             rows.append(row)
-    heard = answered.union(custom_id for custom_id, _ in failed)  # or failed, with a reason
+    for custom_id, reasons in unusable.items():
+        if custom_id not in answered:
+            failed += [(custom_id, why) for why in reasons]
+    heard = answered | set(unusable)
     failed += [(custom_id, "no response") for custom_id in asked if custom_id not in heard]
     return rows, failed
 
@@ -402,10 +416,10 @@ def main():
         write_rows(options.write_requests, requests(options))
         print(f"written: {options.write_requests}")
         return
-    asked = []
+    asked = {}  # custom ids, in order
     for place, line in numbered_lines(options.requests):
         with naming(place):
-            asked.append(json.loads(line)["custom_id"])
+            asked[json.loads(line)["custom_id"]] = True
     rows, failed = read_responses(options, asked)
     for custom_id, why in failed:
         line = " ".join(f"no rationale for {custom_id}: {why}".split())  # a server's words

@@ -317,5 +317,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         write_report(args.run, args.data or Path(args.run, "data"))
+    except KeyError as error:
+        older = "of an older layout; train.py --stage eval measures it again"
+        sys.exit(f"report.py: {args.run}: no {error} in its evaluation, {older}")
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")

@@ -225,8 +225,8 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     """One on-policy update; leaves gradients in the model's parameters.
 
     pairs [b]: this process' share of the batch's B pairs, as in embed.contrastive_step.
-    actor: writes the rollouts: a copy with LoRA merged in and shards joined, or None, the model
-    itself.
+    actor: writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
+    None, the model itself.
     cfg: of train.Config rl_rollouts K, max_new_tokens T, and the options of group rl.
     -> metrics of the joined batch; "sample": a rationale of this process' query with the lowest
     mean reward.

@@ -499,7 +499,7 @@ def find_device(name=""):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"device {name}: {str(e).splitlines()[0][:120]}") from None
     return name
 
 

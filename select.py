@@ -493,7 +493,8 @@ def main():
     parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
     run = parser.parse_args().run
     judged = Rows(os.path.join(run, "select", "judged.jsonl"))
-    rows = [row for row in judged if row["text"]]
+    # Older files say "worker" for "proposer".
+    rows = [{"proposer": row.get("worker")} | row for row in judged if row["text"]]
     config = read_json(os.path.join(run, "config.json"))
     helps = pocket_truth(os.path.join(run, "data"))
     for rule in RULES:

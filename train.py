@@ -207,7 +207,7 @@ class Config:
     hard: str = opt("propose", "")  # a judged.jsonl: only its pairs with p(target) < 1/2
 
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
-    select_steps: int = opt("select", 200)  # warm-up of each evaluator
+    select_steps: int = opt("select", 300)  # warm-up of each evaluator
     select_lr: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
     select_margin: float = opt("select", 0.7, -math.inf)  # least gain; log 2 doubles p(target)
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
@@ -363,8 +363,10 @@ class Run:
         if scale.is_main() and not made:
             Path(self.path("config.json")).unlink(missing_ok=True)
         scale.barrier()
-        # This call must have the folder's options, but for those of the stage that is wanted.
-        self.same_options(("machine", cfg.stage), "config.json")
+        # This call must have the folder's options, but for those of the stage that is wanted and
+        # of stages that are still to do.
+        todo = set(STAGES) - set(self.stages)
+        self.same_options({"machine", cfg.stage, *todo}, "config.json")
 
     def path(self, name):
         """run.path("select/judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
@@ -757,6 +759,7 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
     optimizer = scale.Optimizer(embedder.model, run.cfg, run.steps(steps), factor)
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
     embedder.model = scale.merge(embedder.model, run.dtype)  # to judge with, or to save
+    embedder.processor.trained_here = True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1166,6 +1169,9 @@ def run_stages(cfg):
         raise UsageError(f"{cfg.data} has no training set")
     if whole and cfg.data:
         look_at_tests(cfg.data)
+    for path in (cfg.rationales, cfg.hard):
+        if path and not os.path.isfile(path):
+            raise UsageError(f"{path}: no such file")
 
     # 2) Stages that are done are always the first ones: finish() drops those that follow.
     run = Run(cfg)
