@@ -193,6 +193,8 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
+    if isinstance(ref, str) and ref.startswith(("http://", "https://")):
+        raise BadData(ref, "images from the web are not fetched")
     name = "image"  # for messages
     if isinstance(ref, (str, os.PathLike, TableImage)) and ref != "":
         name = str(ref)

@@ -50,6 +50,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 import scale
@@ -526,5 +527,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"eval.py: out of memory: lower --batch_size ({error})")
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")

@@ -1169,7 +1169,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
 
 
 BAD_RUNS = {  # lines, options, what is said
-    "no image": (b'"a"\n\n{"image": "no.png"}', "", "in.jsonl, line 3: item 1: .*no.png"),
+    "no image": (b'"a"\n\n{"image": "no.png"}', "", "in.jsonl, line 3: no.png: cannot be read"),
     "not UTF-8": (b'"a"\n"\xff"', "", "in.jsonl, line 2: not valid JSON .*utf-8"),
     "nowhere": (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
     "no input": (b'"a"', "--input no.jsonl", "no.jsonl"),
@@ -3844,6 +3844,7 @@ BAD_IMAGES = [  # bytes of x.png, or a reference; what the message has
     (LFS, "x.png: is a git-lfs pointer"),
     (bomb(), "x.png: cannot be read as an image .*exceeds limit"),
     ("gone.png", "^gone.png: cannot be read as an image .*No such file"),
+    ("https://x.org/a.png", "^https://x.org/a.png: images from the web are not fetched"),
     (Image.new("RGB", (3, 900)), "3x900 pixels: expected sides .* no more than 200 to 1"),
     (np.zeros((9, 9, 3), np.uint8), "^image: a path, bytes or a PIL image .* got a ndarray"),
     ("", "^image: .* got ''"),
