@@ -649,6 +649,7 @@ GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
     "more, why",
     [
         (["--hard", "none.jsonl"], "no pair to ask about"),
+        (["--data", ""], "--write-requests needs --data"),
         (["--read-responses", "a.jsonl", "--out", "./a.jsonl"], "would take the place"),
     ],
 )
@@ -1181,6 +1182,7 @@ BAD_RUNS = {  # lines, options, what is said
     "dim": (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     "device": (b'"a"', "--device no", "device no"),
     "dtype": (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
+    "revision": (b'"a"', "--revision v1", "a local folder has no revisions"),
 }
 
 
@@ -1188,9 +1190,13 @@ BAD_RUNS = {  # lines, options, what is said
 def test_bad_input_is_one_line(fault, folder, tmp_path, monkeypatch):
     lines, options, message = BAD_RUNS[fault]
     more = options.replace("IN/", f"{tmp_path}/").split()
+    earlier = {"in.jsonl": lines, "v.npy": b"of an earlier run", "v.jsonl": b"too"}
+    for name in ("v.npy", "v.jsonl"):
+        (tmp_path / name).write_bytes(earlier[name])
     with pytest.raises(SystemExit, match=f"^embed.py: .*{message}") as error:
         run_embed(monkeypatch, folder, tmp_path, lines, *more)
-    assert "\n" not in str(error.value) and (tmp_path / "in.jsonl").read_bytes() == lines
+    assert "\n" not in str(error.value)
+    assert {name: (tmp_path / name).read_bytes() for name in earlier} == earlier
 
 
 BAD_OPTIONS = [("reason", "yes"), ("dim", -1), ("dim", True), ("batch_size", "8")]
@@ -1547,6 +1553,8 @@ BAD_TRAIN_OPTIONS = [
     (["--rl_rollouts=1"], "--rl_rollouts 1"),
     (["--batch=60"], "--sub_batch"),
     (["--rl_batch=12"], "--rl_batch"),
+    (["--rl_holdout=1"], "--rl_holdout leaves no pair"),
+    (["--fsdp=1", "--optimizer=adamw"], "--fsdp needs torchrun"),
     (["--matryoshka_dims=64,x"], "--matryoshka_dims"),
     (["--fsdp", "true"], "--optimizer adamw"),
     (["--data", ".", "--num_candidates", "0"], "--rationales"),
