@@ -861,6 +861,8 @@ class TrainData:
         size = self.sizes[source]
         errors = {}  # {row: BadData}
         for i in itertools.chain(range(row, size), range(row)):  # on from row, then from the start
+            if self.named[source][i]:  # a run of broken rows is not read again at every visit
+                continue
             try:
                 pair = read(self.pair(source, i))
             except ValueError as error:
@@ -871,7 +873,7 @@ class TrainData:
                     self.named[source][broken] = 1
                     tqdm.write(f"skipped ({self.skipped} so far): {error}")
             return pair
-        first = f"none of its {size} rows can be read; the first: {errors[row]}"
+        first = f"none of its {size} rows can be read; the first: {errors.get(row, 'see above')}"
         raise BadData(self.names[source], first)
 
     @property

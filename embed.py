@@ -412,7 +412,8 @@ class Embedder:
         """An item, or any iterable of n items (a generator is not read at once) -> (n, d) float32.
 
         instruction    for items without one; None: the processor's default_instruction
-        reason         "auto": where p_reason > threshold; "never"; "always"
+        reason         "auto": where p_reason > threshold, but never with a checkpoint that we have
+                       not trained, whose decision means nothing; "never"; "always"
         dim            keep the first dim numbers
         batch_size     at most; a batch holds at most `budget` tokens, too
         normalize      to length 1; False: the final states as they are
@@ -440,8 +441,10 @@ class Embedder:
             require_count(dim=dim)
             require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
 
-        if reason == "auto" and not has_head:
-            warnings.warn("no lm_head: this checkpoint only embeds directly", stacklevel=2)
+        if reason == "auto" and not (has_head and self.processor.trained_here):
+            why = "this checkpoint never learnt to decide: it embeds directly"
+            warnings.warn(why, stacklevel=2)
+            reason = "never"
 
         if isinstance(items, (str, bytes, dict)) or not hasattr(items, "__iter__"):
             items = [items]
@@ -479,7 +482,7 @@ class Embedder:
 
         numbered = enumerate(items)
         # Threads help: Pillow decodes and resizes outside Python's lock.
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             while window := list(itertools.islice(numbered, 8 * batch_size)):
                 yield list(threads.map(read, *zip(*window)))
 

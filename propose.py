@@ -75,8 +75,10 @@ PROMPTS = (
 
 
 def question(item, prompt_number=0):
-    """The query's item with an instruction behind its text, for a model that follows them."""
-    return item | {"text": f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]}".strip()}
+    """The query's item with an instruction behind its text, for a model that follows them. It has
+    no system turn by default: Qwen's default asks for an embedding."""
+    text = f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]}".strip()
+    return {"instruction": "", **item, "text": text}
 
 
 def propose(model, processor, pairs, cfg, generator, ask=False):

@@ -126,7 +126,8 @@ def rollouts(actor, processor, prompts, cfg, generator):
 def document_vectors(actor, processor, documents, budget):
     """Direct vectors (n, H) of the candidates, by the actor like those of the rollouts."""
     vectors = torch.zeros(len(documents), actor.c.hidden, device=actor.device)
-    for rows in scale.chunks_of([len(document["ids"]) + 1 for document in documents], budget):
+    lengths = processor.padded([len(document["ids"]) + 1 for document in documents])
+    for rows in scale.chunks_of(lengths, budget):
         vectors[rows] = embed_direct(actor, processor, [documents[i] for i in rows])
     return vectors
 

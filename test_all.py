@@ -1074,8 +1074,12 @@ def test_encode_options():
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
-def test_a_model_without_a_head_embeds_directly():
+def test_a_model_that_never_learnt_to_decide_embeds_directly():
     e = tiny_embedder()
+    e.processor.trained_here = False
+    with pytest.warns(UserWarning, match="never learnt to decide"):
+        _, info = e.encode("a", threshold=-1.0, return_info=True)
+    assert not info[0]["reasoned"] and 0 < info[0]["p_reason"] < 1
     e.model.has_head = False
     _, info = e.encode("a", return_info=True)
     assert info == [{"reasoned": False, "p_reason": None, "rationale": None, "new_tokens": 0}]

@@ -13,7 +13,7 @@ The maths stands in those files. This one opens, loops and saves.
     python train.py --stage all                         the pocket world, from nothing to a report
     python train.py --stage all --scale 0.05            the world's size and all steps times 0.05
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data ROOT
-    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 \
+    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 --rl_lr 0.1 \
         --fsdp true --compile false
 
 An ablation is a copy of a finished run in which one stage is done again with another option:
@@ -58,8 +58,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import collections
 import contextlib
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -139,7 +141,7 @@ LARGE = {
 LORA = {  # 4B in full needs 71 GB before an activation
     "lora": 32,
     "lr": 5e-5,
-    "rl_lr": 0.02,  # so 1e-6
+    "rl_lr": 0.2,  # so 1e-5: the update of a merged bf16 copy gets lost in rounding below that
 }
 PRESETS = {
     "pocket": {},
@@ -173,7 +175,7 @@ class Config:
     scale: float = opt("run", 1.0, 1e-6)  # times the world's sizes and all step counts
     dtype: str = opt("run", "float32", choices=("float32", "bfloat16"))  # arithmetic, saved weights
     max_pixels: int = opt("run", 65536, 1024)  # area of an image; a token covers 32 x 32
-    max_frames: int = opt("run", 8, 1)  # frames of a video
+    max_frames: int = opt("run", 8, 1)  # of a user's video without fps; datasets have their own
     max_new_tokens: int = opt("run", 48, 1)  # longest rationale; T of the latency penalty
 
     stage: str = opt("machine", "all", choices=("all", *STAGES))  # one of them, or all not done
@@ -573,6 +575,7 @@ class Pairs:
     """
 
     MAX_BYTES = 2**30  # of prompts that are kept in memory
+    PART = 32  # pairs that a worker reads at a time
 
     def __init__(self, run, processor, for_rl=False, question=None):
         self.run = run
@@ -635,17 +638,33 @@ class Pairs:
         return {
             "id": pair["id"],
             "dataset": pair["dataset"],
-            "key": data.pair_key(pair),  # ties a rationale to the pair
             "query": self.processor(query),
             "target": target,
             "negatives": [self.processor(item) for item in pair["negatives"]],
             "target_key": prompt_key(target),  # equal targets are no negatives of each other
+            "key": data.pair_key(pair),  # ties a rationale to the pair
         }
 
-    def load(self, batches):
-        """Lists of (source, row) -> an iterator of lists of pairs. An earlier one then ends."""
-        self.batches.lists = batches
-        return iter(self.loader)
+    def load(self, lists):
+        """Lists of (source, row) -> yields lists of pairs. An earlier one then ends.
+
+        Each worker reads two parts of PART pairs ahead: whole windows of pages would take 3 GB.
+        """
+        counts = collections.deque()  # parts of each list that is being read
+
+        def parts():
+            for refs in lists:
+                cut = [refs[i : i + self.PART] for i in range(0, len(refs), self.PART)]
+                counts.append(len(cut))
+                yield from cut
+
+        self.batches.lists = parts()
+        loaded = iter(self.loader)
+        for first in loaded:
+            pairs = list(first)
+            for _ in range(counts.popleft() - 1):
+                pairs += next(loaded)
+            yield pairs
 
     def windows(self, is_wanted=None):
         """(source, row) of the pairs whose id is_wanted(id) accepts, dataset by dataset, in lists
@@ -760,6 +779,8 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
     embedder.model = scale.merge(embedder.model, run.dtype)  # to judge with, or to save
     embedder.processor.trained_here = True
+    embedder.processor.pad_to = 1  # it is not compiled
+    gc.collect()  # of what was trained: autocast's wrapper is in a circle with its model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1154,9 +1175,13 @@ def look_at_tests(root):
     rows = data.tables(root, "eval")
     if not rows:
         raise UsageError(f"{root} has no test set, with which --stage all ends: name a stage")
+    found = 0
     for row in rows:
         with contextlib.suppress(data.Missing):
             data.load_eval(root, row)
+            found += 1
+    if not found:
+        raise UsageError(f"{root}: none of its {len(rows)} test sets is there")
 
 
 def run_stages(cfg):
@@ -1189,6 +1214,7 @@ def run_stages(cfg):
         embedder = do_stage(run, part)
         if embedder and scale.is_main():
             embedder.save(part)
+        embedder = None  # before the next stage opens its own
         seconds = round(time.time() - started, 1)
         run.finish(stage, part, seconds)
         run.say(f"{stage}: {seconds} s")
