@@ -458,21 +458,20 @@ def compare(size, options):
 def measure(size, options):
     """Our rates, with nothing beside them -> [{name, rate, unit, peak_gb}].
 
-    On a GPU in bf16 and compiled, as the large presets run. dynamo counts the graphs that it has
-    compiled: none means that all of this ran eagerly, whatever the options say.
+    On a GPU in bf16, as the large presets run: what is trained is compiled, all else is eager.
+    dynamo counts the graphs that it has compiled: none means that training ran eagerly, too.
     """
     dtype = torch.bfloat16 if options.gpu else torch.float32
     embedder = make_model(size, options.device, dtype)
-    if options.gpu:
-        embedder.model.compile_layers()
-        embedder.processor.pad_to = 128  # few lengths are few shapes to compile
     cfg = train.Config(max_new_tokens=options.tokens, num_candidates=options.rollouts)
     ours = Ours(embedder, cfg)
     tasks = make_tasks(embedder.processor, options)[:-1]  # all but the GRPO step
     rows = []
     for task in tasks:
         if task.method == "contrastive":
-            scale.prepare(embedder.model, dtype, checkpointing=True)  # this makes the weights fp32
+            # This makes the weights fp32.
+            scale.prepare(embedder.model, dtype, checkpointing=True, compile=options.gpu)
+            embedder.processor.pad_to = 128 if options.gpu else 1  # few shapes to compile
         if options.gpu:  # each task has a peak of its own
             torch.cuda.reset_peak_memory_stats()
         (rate,) = rates(task, [ours], options.repeats)
@@ -526,6 +525,7 @@ def main(argv=None):
     options = parse(argv)
     device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if options.gpu:
+        torch.cuda.set_device(torch.device(options.device).index or 0)
         device = torch.cuda.get_device_name(options.device)
     # {"torch": "2.13.0+cpu", "transformers": "5.23.0", "numpy": "2.4.6", "python": "3.11.7"}
     versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}

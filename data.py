@@ -816,9 +816,8 @@ class Source(Files):
 
 
 def pair_key(pair):
-    """A short hash of a pair's texts and images' bytes. Unlike its row number it stays when rows
-    are inserted, or the root is moved. Rationales, which may come from files, find their pair by
-    it."""
+    """A short hash of a pair's texts and images' bytes. A rationale finds its pair by the id, which
+    has a row's number; by this hash it is checked to be the same pair still."""
     digest = hashlib.sha256()
     for side in (pair["query"], pair["target"], *pair["negatives"]):
         texts = {key: value for key, value in side.items() if key in ("text", "instruction")}

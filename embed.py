@@ -461,6 +461,7 @@ class Embedder:
                 order += places
                 vectors.append(v.cpu())
                 infos += info
+            prompts = None  # before the next window is read
 
         back = np.argsort(order)  # of each item the place where it was computed
         infos = [infos[i] for i in back]

@@ -44,6 +44,7 @@ metadata. Not followed: the reference pairs labels and grades wrongly where grad
 
 import argparse
 import json
+import os
 import sys
 import time
 from datetime import datetime
@@ -504,8 +505,11 @@ def main(argv=None):
     data.wanted(data.tables(args.data, "eval"), tasks)  # before a model is opened
 
     device = scale.join_processes()
+    embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
+    if not embedder.processor.trained_here:
+        args.threshold = 1.0  # its decision means nothing: adaptive answers directly
     summary = evaluate(
-        Embedder.from_pretrained(args.model, device, revision=args.revision),
+        embedder,
         args.data,
         args.out,
         tasks,
@@ -531,3 +535,6 @@ if __name__ == "__main__":
         sys.exit(f"eval.py: out of memory: lower --batch_size ({error})")
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
+    if "RANK" in os.environ:  # see the end of train.py
+        sys.stdout.flush()
+        os._exit(0)

@@ -24,7 +24,8 @@ by the name of "base#2", and so on.
     vllm run-batch -i xaa -o xaa.responses --model NAME --runner generate
     python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
---image-urls file writes paths in place of images: kilobytes a request, not megabytes. The server
+--image-urls file writes paths in place of images: kilobytes a request, not megabytes, but for
+images inside tables and those above --max-pixels. The server
 must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
 missing, doubled, broken or cut off is counted and named, and the rest is used.
 
@@ -69,6 +70,8 @@ PROMPTS = (
     "Work out the answer to the query. Show every intermediate result. End with the answer alone.",
 )
 
+BRIEFLY = "Use at most 60 words."  # so that it ends before --max_new_tokens
+
 
 # --------------------------------------------------------------------------------------------------
 # The model itself
@@ -77,7 +80,7 @@ PROMPTS = (
 def question(item, prompt_number=0):
     """The query's item with an instruction behind its text, for a model that follows them. It has
     no system turn by default: Qwen's default asks for an embedding."""
-    text = f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]}".strip()
+    text = f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]} {BRIEFLY}".strip()
     return {"instruction": "", **item, "text": text}
 
 
@@ -400,7 +403,7 @@ def main():
     add("--prompts", type=int, choices=(1, 2, 3, 4), default=1, help="ways to ask, a request each")
     add("--limit", type=data.count, help="at most so many pairs per dataset")
     add("--hard", metavar="JUDGED", help="only hard pairs, as a run's select/judged.jsonl has them")
-    add("--max-tokens", type=data.count, default=256, help="of an answer")
+    add("--max-tokens", type=data.count, default=128, help="of an answer (128)")
     add("--max-pixels", type=data.count, default=1003520, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
     add("--requests", metavar="FILE", nargs="+", default=[], help="to name what has no response")

@@ -709,9 +709,9 @@ def test_propose_writes_requests(proposing, first_root, tmp_path, urls, max_pixe
     assert len({row["custom_id"] for row in rows}) == 2 * 5 * 2
     assert "answer" not in str(rows[3]["body"]).replace(propose.PROMPTS[3], "")
     body = rows[3]["body"]
-    assert (body["n"], body["max_tokens"], body["temperature"]) == (3, 256, 0.7)
+    assert (body["n"], body["max_tokens"], body["temperature"]) == (3, 128, 0.7)
     image, text = body["messages"][0]["content"]
-    assert text["text"] == f"easy 1 </script>\n\n{propose.PROMPTS[1]}"
+    assert text["text"] == f"easy 1 </script>\n\n{propose.PROMPTS[1]} {propose.BRIEFLY}"
     url = image["image_url"]["url"]
     if urls == "file" and max_pixels == 64:
         assert url == Path(first_root, "1.png").as_uri()
@@ -4366,17 +4366,21 @@ def test_a_broken_row_stops_the_run_with_one_line(root, tmp_path):
         evaluation.evaluate(Fake(), root, str(tmp_path / "out"), ["hard"])
 
 
-def test_the_command_line_hands_its_options_over(monkeypatch, first_root):
+@pytest.mark.parametrize("ours, threshold", [(True, 0.2), (False, 1.0)])
+def test_the_command_line_hands_its_options_over(monkeypatch, first_root, ours, threshold):
+    """The decision of a checkpoint that is not ours means nothing: it never reasons."""
+    embedder = SimpleNamespace(processor=SimpleNamespace(trained_here=ours))
     summary = dict.fromkeys(("image", "video", "visdoc", "overall", "missing"))
     evaluate = Mock(return_value=summary)
-    monkeypatch.setattr(Embedder, "from_pretrained", lambda path, _, revision: (path, revision))
+    monkeypatch.setattr(Embedder, "from_pretrained", opened := Mock(return_value=embedder))
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     line = "--model a/m --revision r --out o --tasks easy,hard --reason never --threshold 0.2"
     evaluation.main(["--data", first_root, *line.split(), "--dim", "8", "--limit", "3"])
     options = {"batch_size": 16, "max_new_tokens": 128, "dim": 8}
-    where = (("a/m", "r"), first_root, "o", ["easy", "hard"])
+    assert opened.call_args.args[0] == "a/m" and opened.call_args.kwargs == {"revision": "r"}
+    where = (embedder, first_root, "o", ["easy", "hard"])
     reading = {"limit": 3, "frames": None, "prompts": "vlm2vec"}
-    evaluate.assert_called_once_with(*where, ["never"], 0.2, options, **reading)
+    evaluate.assert_called_once_with(*where, ["never"], threshold, options, **reading)
 
 
 @pytest.mark.parametrize(

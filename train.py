@@ -1104,7 +1104,8 @@ def eval_stage(run, part):
     """Every mode and what it costs (eval.py). The processes share the datasets."""
     c = run.cfg
     embedder = run.embedder("rl")
-    options = {"max_new_tokens": c.max_new_tokens, "batch_size": 64}  # of Embedder.encode
+    # Of Embedder.encode, which holds eight batches: 128 clips of 720p take 2 GB.
+    options = {"max_new_tokens": c.max_new_tokens, "batch_size": 16 if c.model else 64}
     # Steps that each query needs, {"PocketWalk/76": 3, ...}; None: not known
     truth = run.read("data/pocket.json").get("test")
     evaluation.evaluate(

@@ -158,7 +158,7 @@ def interrupted(root, device):
     expect(143, process, log)
     expect(0, start(root, out.name, *more), log)
     # A GPU adds up in no fixed order: there the weights are only close.
-    limit = 0 if device == "cpu" else 2e-3
+    limit = 0 if device == "cpu" else 3e-2  # bf16's step near 1 is 0.008
     for stage in ("embed", "rl"):
         a, b = weights(root, "eager", stage), weights(root, out.name, stage)
         if not all(torch.allclose(a[name], b[name], rtol=0, atol=limit) for name in a):
