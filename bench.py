@@ -216,7 +216,7 @@ class Ours:
 
     def preprocess(self, images):
         """Patches (N, 1536), read by threads as in Embedder.encode."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             prompts = list(threads.map(self.processor, images))
         patches = [prompt["pixel_values"][0] for prompt in prompts]
         return normalize_pixels(np.concatenate(patches))

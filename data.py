@@ -872,8 +872,8 @@ class TrainData:
                     self.named[source][broken] = 1
                     tqdm.write(f"skipped ({self.skipped} so far): {error}")
             return pair
-        first = f"none of its {size} rows can be read; the first: {errors.get(row, 'see above')}"
-        raise BadData(self.names[source], first)
+        why = next(iter(errors.values()), "all are named above")
+        raise BadData(self.names[source], f"none of its {size} rows can be read; the first: {why}")
 
     @property
     def skipped(self):

@@ -507,7 +507,8 @@ def main(argv=None):
     device = scale.join_processes()
     embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
     if not embedder.processor.trained_here:
-        args.threshold = 1.0  # its decision means nothing: adaptive answers directly
+        args.threshold = 1.0
+        print("this checkpoint never learnt to decide: adaptive answers directly")
     summary = evaluate(
         embedder,
         args.data,

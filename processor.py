@@ -225,7 +225,7 @@ class Processor:
     fps: float = 2.0  # assumed where a video has none, as in qwen-vl-utils
     max_length: int = 8192  # tokens with <|endoftext|>: text is cut at its end, images never are
     default_instruction: str | None = None  # of items without one; None writes no system turn
-    trained_here: bool = True  # False: no code of ours has trained it (propose asks it in words)
+    trained_here: bool = True  # False: not by our code. propose asks in words, "auto" never reasons
 
     # No annotation: it is no setting.
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes

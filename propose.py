@@ -24,10 +24,9 @@ by the name of "base#2", and so on.
     vllm run-batch -i xaa -o xaa.responses --model NAME --runner generate
     python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
---image-urls file writes paths in place of images: kilobytes a request, not megabytes, but for
-images inside tables and those above --max-pixels. The server
-must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
-missing, doubled, broken or cut off is counted and named, and the rest is used.
+--image-urls file writes paths, kilobytes a request, for images that are files within --max-pixels.
+The server must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order;
+what is missing, doubled, broken or cut off is counted and named, and the rest is used.
 
 Left out: rationales about targets, tools, retries (send the requests of the failures again).
 Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts are ours.
@@ -309,11 +308,11 @@ def image_url(ref, options):
 def read_responses(options, asked):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
-    asked: the custom ids of all requests, as far as they are known. Failures are a request without
-    a response, an error, an answer without text and one that did not come to its end: a rationale
-    without its conclusion. --accept-cut takes what was cut off at max_tokens. A response after one
-    of which nothing could be used is a retry, and counts in its place; any other second response
-    is a failure. One failure costs nothing else.
+    asked: the custom ids of all requests; empty: not known. Failures are a request without a
+    response, a response that nobody asked for, an error, an answer without text and one that did
+    not come to its end: a rationale without its conclusion. --accept-cut takes what was cut off at
+    max_tokens. A response after one of which nothing could be used is a retry, and counts in its
+    place; any other second response is a failure. One failure costs nothing else.
     """
     rows, failed, answered = [], [], set()
     unusable = {}  # {custom id: [why]}, of responses without any usable answer
@@ -406,7 +405,13 @@ def main():
     add("--max-tokens", type=data.count, default=128, help="of an answer (128)")
     add("--max-pixels", type=data.count, default=1003520, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
-    add("--requests", metavar="FILE", nargs="+", default=[], help="to name what has no response")
+    add(
+        "--requests",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="the requests: what is missing is named",
+    )
     add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
     add("--proposer", default="model", help="its name in the rationales")
     add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")

@@ -182,8 +182,7 @@ def markdown(report, title, sentences):
 
 
 def show(item, images):
-    """An item -> {"text": "what is it ?", "images": [0, 3]}; of a video at most
-    four frames.
+    """An item -> {"text": "what is it ?", "images": [0, 3]}; of a video at most four frames.
 
     images {reference: data: URI} grows by the new ones; 0 and 3 are places in it, so an image that
     occurs twice is stored once. A data: URI is the image itself and needs no file beside it.
@@ -318,7 +317,7 @@ if __name__ == "__main__":
     try:
         write_report(args.run, args.data or Path(args.run, "data"))
     except KeyError as error:
-        older = "of an older layout; train.py --stage eval measures it again"
+        older = "of an older layout, or a bug; train.py --stage eval measures it again"
         sys.exit(f"report.py: {args.run}: no {error} in its evaluation, {older}")
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")

@@ -98,7 +98,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
     actor.eval()
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
     sampling = dict(processor.generation, temperature=cfg.rl_temperature, generator=generator)
-    longest = 1 + max(len(prompt["ids"]) for prompt in prompts)
+    longest = max(processor.padded([1 + len(prompt["ids"]) for prompt in prompts]))
     together = max(1, 4 * cfg.chunk_tokens // longest)  # no activations are kept: 4 times as many
     parts = []  # model.Rollouts
     vectors = []

@@ -142,8 +142,9 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
         if written:
             text = written[rng_of(p["id"]).integers(len(written))]
         drawn.append(processor.rationale(text) if written else None)  # <think> ... <|endoftext|>
-    # NCE(direct) + NCE(reasoned) alone. No decision is taught, so all labels are unknown.
-    cfg = dataclasses.replace(cfg, lm_weight=0.0)
+    # NCE(direct) + NCE(reasoned) alone, of whole vectors. No decision is taught, so all labels are
+    # unknown.
+    cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")
     labels = [-1] * len(pairs)
     return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
 

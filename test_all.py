@@ -1080,7 +1080,7 @@ def test_a_model_that_never_learnt_to_decide_embeds_directly():
     with pytest.warns(UserWarning, match="never learnt to decide"):
         _, info = e.encode("a", threshold=-1.0, return_info=True)
     assert not info[0]["reasoned"] and 0 < info[0]["p_reason"] < 1
-    e.model.has_head = False
+    e.processor.trained_here, e.model.has_head = True, False
     _, info = e.encode("a", return_info=True)
     assert info == [{"reasoned": False, "p_reason": None, "rationale": None, "new_tokens": 0}]
     with pytest.raises(ValueError, match="reason='always': expected .* lm_head"):
@@ -1796,6 +1796,7 @@ def test_run_hard_negatives_come_in_another_order_at_each_visit(opened, monkeypa
 def test_run_pairs_by_workers_equal_those_kept(opened, monkeypatch):
     kept = train.Pairs(*opened)
     monkeypatch.setattr(train.Pairs, "MAX_BYTES", 0)
+    monkeypatch.setattr(train.Pairs, "PART", 4)  # lists are read in parts, and joined
     read = train.Pairs(*opened)
     stream = kept.stream("x", 8, 4, first_step=0)
     third = [next(stream) for _ in range(3)][2]
@@ -3196,7 +3197,7 @@ def test_processor_bad_items(item, message):
     assert len(str(error.value)) < 320
 
 
-BAD_HERES = [
+BAD_FOLDERS = [
     ("tokenizer.json", {"normalizer": None}, "expected the normalizer NFC"),
     ("tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel"}}, "one pattern that splits text"),
     ("tokenizer.json", {"added_tokens": []}, r"KeyError.'<\|endoftext\|>'"),
@@ -3205,7 +3206,7 @@ BAD_HERES = [
 ]
 
 
-@pytest.mark.parametrize("name, change, message", BAD_HERES)
+@pytest.mark.parametrize("name, change, message", BAD_FOLDERS)
 def test_processor_bad_folders(name, change, message, tmp_path):
     tiny_processor().save(tmp_path)
     M.write_json(tmp_path / name, M.read_json(tmp_path / name) | change)

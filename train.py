@@ -13,7 +13,7 @@ The maths stands in those files. This one opens, loops and saves.
     python train.py --stage all                         the pocket world, from nothing to a report
     python train.py --stage all --scale 0.05            the world's size and all steps times 0.05
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data ROOT
-    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 --rl_lr 0.1 \
+    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 --rl_lr 0.1 \\
         --fsdp true --compile false
 
 An ablation is a copy of a finished run in which one stage is done again with another option:
@@ -163,8 +163,8 @@ def opt(group, default, least=0, choices=None):
 class Config:
     """Options by group; the comments are what --help says.
 
-    A stage that is done again may change the options of its own group, and any call those of the
-    group machine. The rest belongs to the run folder.
+    A call may change the options of the group machine, of the stage that it does again, and of
+    stages that are not done. The rest belongs to the run folder.
     """
 
     preset: str = opt("run", "pocket", choices=PRESETS)  # default values of the other options
@@ -654,7 +654,7 @@ class Pairs:
 
         def parts():
             for refs in lists:
-                cut = [refs[i : i + self.PART] for i in range(0, len(refs), self.PART)]
+                cut = [refs[i : i + self.PART] for i in range(0, len(refs) or 1, self.PART)]
                 counts.append(len(cut))
                 yield from cut
 
@@ -1195,8 +1195,9 @@ def run_stages(cfg):
         raise UsageError(f"{cfg.data} has no training set")
     if whole and cfg.data:
         look_at_tests(cfg.data)
+    proposes = cfg.stage == "propose" or whole and not os.path.exists(f"{cfg.out}/propose")
     for path in (cfg.rationales, cfg.hard):
-        if path and not os.path.isfile(path):
+        if proposes and path and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file")
 
     # 2) Stages that are done are always the first ones: finish() drops those that follow.

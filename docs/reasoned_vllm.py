@@ -90,6 +90,8 @@ def compare(folder, path, max_new_tokens=24):
     embedder = Embedder.from_pretrained(folder, device="cpu", dtype="float32")
     options = {"max_new_tokens": max_new_tokens, "return_info": True}
     thresholds = {"always": -1, "auto": 0.5}
+    if not embedder.processor.trained_here:
+        del thresholds["auto"]  # it never decides
     for line in Path(path).read_text("utf-8").splitlines():
         messages = json.loads(line)
         for reason, threshold in thresholds.items():
