@@ -2527,7 +2527,7 @@ def test_a_damaged_state_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("name", ["gpu7", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_line(name):
-    with pytest.raises(ValueError, match=rf"\A--device {name}: .+\Z"):
+    with pytest.raises(ValueError, match=rf"\Adevice {name}: .+\Z"):
         scale.find_device(name)
 
 
