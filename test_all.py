@@ -1783,6 +1783,13 @@ def test_run_a_foreign_checkpoint_is_asked_in_words(own_root, call, tmp_path, mo
     assert read_json(out / "select/judge0/embedder_config.json")["trained_here"] is True
 
 
+def test_run_without_any_of_its_test_sets_is_refused_at_once(tmp_path):
+    row = {"name": "gone", "table": "gone.jsonl"}
+    write_json(tmp_path / "datasets.json", {"train": [], "eval": [row]})
+    with pytest.raises(train.UsageError, match="none of its 1 test sets is there"):
+        train.look_at_tests(str(tmp_path))
+
+
 def test_run_hard_negatives_come_in_another_order_at_each_visit(opened, monkeypatch):
     pairs = train.Pairs(*opened)
     batch = [{"id": "a", "negatives": list(range(9))}]
@@ -3789,6 +3796,9 @@ def test_data_a_broken_row_is_replaced_in_training(tmp_path, capfd):
     named = re.findall(r"^skipped \(\d so far\): (d/\d: .*)$", capfd.readouterr().out, re.M)
     assert sorted(line[:3] for line in named) == ["d/1", "d/3", "d/4"] and train.skipped == 3
     assert train.fetch(0, 5, read=lambda p: p["query"]["text"].upper()) == "Q5"
+    train.pair = Mock(wraps=train.pair)
+    assert train.fetch(0, 3)["id"] == "d/5"
+    train.pair.assert_called_once_with(0, 5)  # what has been named is not read again
     root = write_root(tmp_path, "train", [pair("q", "gone.png")] * 3)
     with pytest.raises(BadData, match="^d: none of its 3 rows can be read; the first: d/0: image"):
         data.train_sets(root)
