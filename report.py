@@ -138,7 +138,7 @@ def verdict(modes, records):
         f"Quality: adaptive {score['adaptive']:.3f}, {against_never}, {against_always}. "
         "± is two standard errors over the queries.",
         f"Cost: {tokens['adaptive']:.1f} generated tokens a query, where always takes "
-        f"{tokens['always']:.1f}. {modes['adaptive']['reason_rate']:.0%} of the queries reason.",
+        f"{tokens['always']:.1f}. {modes['adaptive']['reason_rate']:.1%} of the queries reason.",
         f"Decision: from a coin of the same rate ({score['random']:.3f}) to hindsight "
         f"({score['oracle']:.3f}), {reached}. Who decides by the task's name alone gets "
         f"{score['per_task']:.3f} at best.",
