@@ -37,7 +37,6 @@ import base64
 import collections
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
@@ -80,7 +79,7 @@ def question(item, prompt_number=0):
     """The query's item with an instruction behind its text, for a model that follows them. It has
     no system turn by default: Qwen's default asks for an embedding."""
     text = f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]} {BRIEFLY}".strip()
-    return {"instruction": "", **item, "text": text}
+    return {"instruction": "", **item, "text": text}  # the item's own instruction wins
 
 
 def propose(model, processor, pairs, cfg, generator, ask=False):
@@ -116,6 +115,8 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
                     text = without_markers(processor.tokenizer.decode(ids))
                 else:
                     text = processor.rationale_text(ids)
+                if not text:
+                    continue
                 row = {
                     "id": p["id"],
                     "side": "query",
@@ -124,8 +125,7 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
                     "truncated": truncated[k],
                     "key": p["key"],
                 }
-                if text:
-                    rows.append(row)
+                rows.append(row)
     return rows
 
 
@@ -167,7 +167,7 @@ class Rationales:
             elif not only or author(row["proposer"]) in only:
                 self.places.setdefault(row["id"], array("q")).append(start)
                 self.authors[author(row["proposer"])] += 1
-                self.cut += bool(row.get("truncated"))
+                self.cut += bool(row.get("truncated"))  # only our own propose() says so
             start += len(line)
 
     def of(self, pair_id):
@@ -178,8 +178,10 @@ class Rationales:
             for start in self.places.get(pair_id, ()):
                 file.seek(start)
                 row = read_rationale(self.path, file.readline(), self.numbers)
-                names = (nth(row["proposer"], k) for k in itertools.count())
-                row["proposer"] = next(name for name in names if name not in rows)
+                name, k = row["proposer"], 1
+                while row["proposer"] in rows:  # name, name#2, name#3 ... until one is free
+                    row["proposer"] = nth(name, k)
+                    k += 1
                 rows[row["proposer"]] = row
         return list(rows.values())
 
@@ -360,6 +362,8 @@ def answers_of(response, accept_cut):
     """
     reply = response.get("response") or {}
     body = reply.get("body") or {}
+    # Of a request that failed the error stands beside the response (it never reached the model) or
+    # in its body (the model's server refused it).
     error = response.get("error") or body.get("error")
     if error or not body.get("choices"):
         return [("", str(error or f"no choices, status {reply.get('status_code')}")[:200])]
@@ -426,6 +430,7 @@ def main():
         write_rows(options.write_requests, requests(options))
         print(f"written: {options.write_requests}")
         return
+    # Without the requests nobody knows what is missing: then no response counts as foreign either.
     asked = {}  # custom ids, in order
     for place, line in numbered_lines(options.requests):
         with naming(place):
