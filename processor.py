@@ -346,7 +346,7 @@ class Processor:
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
         for frame, after in itertools.pairwise(frames):
-            # list(gif) is one PIL object many times, left at its last frame.
+            # list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame.
             if frame is after and isinstance(frame, Image.Image) and frame.tell():
                 copies = "PIL.ImageSequence.all_frames(image)"
                 raise ValueError(f"a video's frames are one image that seeks: expected {copies}")
@@ -356,7 +356,7 @@ class Processor:
         fps = self.fps if fps is None else fps
         require_positive(fps=fps)
         images = [load_image(decode_reference("image", frame)) for frame in frames]
-        times = [i / fps for i in range(len(images))]
+        times = [i / float(fps) for i in range(len(images))]  # fps may be a Fraction, as in PyAV
         if len(images) % TEMPORAL:  # an odd last frame is shown twice
             images.append(images[-1])
             times.append(times[-1])
@@ -463,7 +463,7 @@ class Processor:
             write_json(Path(folder, name), value)
         instruction = as_sentence(self.default_instruction or "")
         # A JSON string is a Jinja string, too.
-        template = TEMPLATE.replace("DEFAULT", json.dumps(instruction))
+        template = TEMPLATE.replace("DEFAULT", json.dumps(instruction, ensure_ascii=False))
         Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
@@ -483,8 +483,8 @@ def messages_of(item):
     messages = item.get("messages")
     if messages is None:
         return [{"role": "user", "content": content_of(item)}]
-    if item.keys() & {"text", "image", "video"}:
-        raise ValueError("an item has messages, or text, image and video, but not both")
+    if item.keys() & {"text", "image", "video", "fps"}:
+        raise ValueError("an item has messages, or text, image, video and fps, but not both")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError('messages: expected a list of {"role": ..., "content": ...}')
     for i, message in enumerate(messages):
@@ -511,7 +511,7 @@ def content_of(item):
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
     texts = listed(item.get("text"))
-    if not parts and not any(texts):
+    if not parts and all(isinstance(text, str) and not text for text in texts):  # 0 is no text
         texts = ["NULL"]  # Qwen3-VL-Embedding's word for an empty item
     return parts + [{"text": text} for text in texts]
 

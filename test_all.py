@@ -40,6 +40,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -2797,6 +2798,10 @@ def test_model_opens_what_transformers_saves(folder, copied, tmp_path):
         model = M.load_model(tmp_path / name)
         assert model.lm_head.weight is model.text.embed_tokens.weight
         assert same(model.state_dict(), want)
+    # A head that was trained apart stays, although the config says that it is tied.
+    change_checkpoint(copied, tensors={"lm_head.weight": -want["lm_head.weight"]})
+    for model in (M.load_model(copied), transformers_model(copied)):
+        assert torch.equal(model.lm_head.weight, -want["lm_head.weight"])
 
 
 def test_model_keeps_the_widest_type_unless_another_is_given(copied):
@@ -3028,7 +3033,7 @@ CONTENTS = [
 ]
 
 
-@pytest.mark.parametrize("default", [None, 'Represent "it"\n— 你', "Why?"])
+@pytest.mark.parametrize("default", [None, 'Represent "it"\n— 你 🙂', "Why?"])
 @pytest.mark.parametrize("opening", [[], [{"role": "system", "content": "S."}]])
 def test_processor_chat_template_equals_ours(default, opening, tmp_path):
     """The saved template, run by transformers, writes what the Processor reads: also of parts as
@@ -3127,7 +3132,7 @@ def test_processor_spellings_of_one_image(tmp_path):
     items += [said(part) for part in parts]
     assert len({P.prompt_key(processor(item)) for item in items}) == 1
     clips = [[cell] * 4, [[image] * 4], {"frames": [data] * 4, "fps": 2}, [{"frames": [image] * 4}]]
-    items = [{"video": clip} for clip in clips] + [{"video": [image] * 4, "fps": 2.0}]
+    items = [{"video": clip} for clip in clips] + [{"video": [image] * 4, "fps": Fraction(2)}]
     assert len({P.prompt_key(processor(item)) for item in items}) == 1
     white = [Image.new("RGB", size, "white") for size in ((64, 128), (128, 64))]
     assert P.prompt_key(processor(white[0])) != P.prompt_key(processor(white[1]))
@@ -3184,6 +3189,8 @@ BAD_ITEMS = [
     ("half \ud83d an emoji", r"text='half .ud83d an emoji': expected a string"),
     ({"image": "data:image/png;base64,abc"}, "'abc': not an image in base64"),
     ({**said("a"), "text": "b"}, "not both"),
+    ({**said("a"), "fps": 2.0}, "not both"),
+    ({"text": 0}, "text=0: expected a string"),
     ({"video": []}, "a video without frames"),
     ({"video": "film.mp4"}, "a video without frames"),
     ({"video": make_clip(2, 0)}, "fps=0: expected a finite number"),
