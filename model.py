@@ -933,16 +933,17 @@ def load_model(folder, dtype=None, device="cpu"):
     with torch.device("meta"):  # shapes without memory
         model = Qwen3VL(c)
     model.has_head = c.tie or "lm_head.weight" in state
-    shared = c.tie or not model.has_head  # a missing head costs no memory and is never used
-    if shared:
-        state["lm_head.weight"] = state.get("model.language_model.embed_tokens.weight")
+    state.setdefault("lm_head.weight", state.get("model.language_model.embed_tokens.weight"))
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # names every tensor at fault, in as many lines
         why = " ".join(str(error).split())
         raise ValueError(f"{folder}: {why[:300]}") from None
-    if shared:
-        model.lm_head.weight = model.text.embed_tokens.weight
+    embedding = model.text.embed_tokens.weight
+    # Two that differ are not tied, whatever the config says: transformers keeps both, too.
+    c.tie = c.tie and torch.equal(model.lm_head.weight, embedding)
+    if c.tie or not model.has_head:  # a missing head costs no memory and is never used
+        model.lm_head.weight = embedding
     del state, tensors, tensor  # what model.to has converted is then free
     if dtype is None:
         dtype = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
