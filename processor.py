@@ -21,9 +21,6 @@ multiples of 32, its area is within limits: 750 x 1000 pixels are read as 736 x 
     prompts = [processor({"image": "cat.jpg", "text": "What is this?"}), processor("a cat")]
     states = model(collate(prompts, processor))
 
-Shapes: B rows, S tokens of a row, K rationales of a row, N patches of a batch. A *segment* is one
-image or one group of two video frames: a grid of (h, w) patches.
-
 How to run: `python embed.py --help` embeds a file of items.
 Left out: audio, video files (a video is a list of frames), images from the web.
 Sources (facts; every line is ours): template, limits and order of parts are those of
@@ -50,15 +47,7 @@ import torch
 from PIL import Image
 
 from data import is_text, listed, load_image, short
-from model import (
-    FACTOR,
-    MERGE,
-    PATCH,
-    TEMPORAL,
-    read_json,
-    rope_positions,
-    write_json,
-)
+from model import FACTOR, MERGE, PATCH, TEMPORAL, read_json, rope_positions, write_json
 
 # --------------------------------------------------------------------------------------------------
 # Text -> ids
@@ -239,8 +228,10 @@ class Processor:
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_count(max_frames=self.max_frames, max_length=self.max_length)
-        as_sentence(self.default_instruction or "")  # an error if it is no text
-        config, special, size = self.config, self.tokenizer.special, self.tokenizer.size
+        self.default_sentence = as_sentence(self.default_instruction or "")
+        config = self.config
+        special = self.tokenizer.special
+        size = self.tokenizer.size
         self.eos_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]
         self.im_end_id = special["<|im_end|>"]
@@ -284,7 +275,7 @@ class Processor:
         messages = messages_of(item)
         given = item.get("instruction", instruction)
         if messages[0]["role"] != "system":
-            text = as_sentence(given if given is not None else self.default_instruction or "")
+            text = self.default_sentence if given is None else as_sentence(given)
             if text:
                 messages.insert(0, {"role": "system", "content": text})
         elif given:  # Python shows a warning once
@@ -313,7 +304,7 @@ class Processor:
             pieces += self.video(part["video"], part.get("fps"))
         for key in IMAGE_KEYS:
             if key in part:
-                image = load_image(decode_reference(key, part[key]))
+                image = open_image(key, part[key])
                 pixels = read_pixels([image], self.min_pixels, self.max_pixels)
                 pieces += self.segment(self.config.image_token, *pixels)
         if "text" in part:
@@ -350,12 +341,13 @@ class Processor:
             if frame is after and isinstance(frame, Image.Image) and frame.tell():
                 copies = "PIL.ImageSequence.all_frames(image)"
                 raise ValueError(f"a video's frames are one image that seeks: expected {copies}")
-        if fps is None and len(frames) > self.max_frames:
-            at = np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)
-            frames = [frames[i] for i in at]
-        fps = self.fps if fps is None else fps
+        if fps is None:
+            fps = self.fps
+            if len(frames) > self.max_frames:
+                at = np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)
+                frames = [frames[i] for i in at]
         require_positive(fps=fps)
-        images = [load_image(decode_reference("image", frame)) for frame in frames]
+        images = [open_image("image", frame) for frame in frames]
         times = [i / float(fps) for i in range(len(images))]  # fps may be a Fraction, as in PyAV
         if len(images) % TEMPORAL:  # an odd last frame is shown twice
             images.append(images[-1])
@@ -461,9 +453,9 @@ class Processor:
             Path(folder, name).unlink(missing_ok=True)
         for name, value in files.items():
             write_json(Path(folder, name), value)
-        instruction = as_sentence(self.default_instruction or "")
-        # A JSON string is a Jinja string, too.
-        template = TEMPLATE.replace("DEFAULT", json.dumps(instruction, ensure_ascii=False))
+        # A JSON string is a Jinja string, too. Not so an escaped emoji: it would stay two halves.
+        instruction = json.dumps(self.default_sentence, ensure_ascii=False)
+        template = TEMPLATE.replace("DEFAULT", instruction)
         Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
@@ -525,18 +517,19 @@ def as_sentence(instruction):
     return text
 
 
-def decode_reference(name, ref):
-    """An image under one of IMAGE_KEYS: data:image/png;base64,iVBO... becomes bytes."""
+def open_image(name, ref):
+    """What stands under one of IMAGE_KEYS, also data:image/png;base64,iVBO... -> RGB image."""
     if isinstance(ref, dict) and "url" in ref:  # {"image_url": {"url": ...}}
         ref = ref["url"]
     if isinstance(ref, str) and ref.startswith("data:"):
-        name, ref = "base64", ref.rpartition(",")[2]
-    if name != "base64":
-        return ref
-    try:
-        return base64.b64decode(ref)  # it may come in lines of 76 letters
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{short(ref)}: not an image in base64 ({e})") from None
+        name = "base64"
+        ref = ref.rpartition(",")[2]
+    if name == "base64":
+        try:
+            ref = base64.b64decode(ref)  # it may come in lines of 76 letters
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{short(ref)}: not an image in base64 ({e})") from None
+    return load_image(ref)
 
 
 def checked(what, given, known):
