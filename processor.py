@@ -21,6 +21,8 @@ multiples of 32, its area is within limits: 750 x 1000 pixels are read as 736 x 
     prompts = [processor({"image": "cat.jpg", "text": "What is this?"}), processor("a cat")]
     states = model(collate(prompts, processor))
 
+A *segment* is one image or one group of two video frames: a grid of (h, w) patches.
+
 How to run: `python embed.py --help` embeds a file of items.
 Left out: audio, video files (a video is a list of frames), images from the web.
 Sources (facts; every line is ours): template, limits and order of parts are those of
