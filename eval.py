@@ -32,10 +32,10 @@ How to run:
     python eval.py --model runs/pocket/rl --data runs/pocket/data --out DIR --reason all
     python eval.py --model Qwen/Qwen3-VL-Embedding-2B --data MMEB_V2_ROOT --out DIR \\
         --reason never --prompts qwen --frames 64 --tasks CIRR,MSVD
-    torchrun --nproc_per_node=8 eval.py ...     deals the datasets out to 8 processes
+    torchrun --nproc_per_node=8 eval.py ...     deals each dataset's items out to 8 processes
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/summary.json of this
-call, and DIR/leaderboard.json of all score files in DIR. So --tasks can finish what broke off, and
-each model and setting has a DIR of its own.
+call, and DIR/leaderboard.json of all score files in DIR: so --tasks can finish what broke off.
+DIR/setting.json says whose they are: another model or setting needs a DIR of its own.
 
 The numbers and the leaderboard's file are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590).
 Left out: ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's
@@ -206,15 +206,19 @@ def embed(embedder, items, title, names, **how):
     title, names: what an error calls them. how: of Embedder.encode.
     infos: per item {"reasoned", "p_reason", "rationale", "new_tokens", "ms"}.
     """
+    # Each process embeds a share of the items: of 5 by 2 processes the first has 0, 1.
+    n, world = len(items), scale.world_size()
+    first = n * scale.rank() // world
+    share = items[first : n * (scale.rank() + 1) // world]
     start = time.perf_counter()
     try:
-        vectors, infos = embedder.encode(items, return_info=True, **how)
+        vectors, infos = embedder.encode(share, return_info=True, **how)
     except ItemError as error:
-        raise data.BadData(f"{title} {names[error.index]}: {error.why}") from error
-    ms = 1000 * (time.perf_counter() - start) / len(items)  # the mean, the same for all
+        raise data.BadData(f"{title} {names[first + error.index]}: {error.why}") from error
+    ms = 1000 * (time.perf_counter() - start)
     for info in infos:
-        info["ms"] = ms
-    return vectors, infos
+        info["ms"] = ms / len(infos)  # the mean, the same for all of a share
+    return np.concatenate(scale.gather_objects([vectors])), scale.gather_objects(infos)
 
 
 def measure(embedder, es, modes, threshold, options):
@@ -291,12 +295,14 @@ def write_dataset(es, results, primary, out):
         "tokens_per_query": column(of_primary, "new_tokens").mean(),
     }
 
-    # 3) The files.
-    folder = Path(out, es.modality)
-    folder.mkdir(exist_ok=True, parents=True)
-    write_rows(folder / f"{es.name}_pred.jsonl", predictions)
-    write_rows(folder / f"{es.name}_queries.jsonl", records)
-    write_json(folder / f"{es.name}_score.json", score)
+    # 3) The files, and a line for the reader.
+    if scale.is_main():
+        folder = Path(out, es.modality)
+        folder.mkdir(exist_ok=True, parents=True)
+        write_rows(folder / f"{es.name}_pred.jsonl", predictions)
+        write_rows(folder / f"{es.name}_queries.jsonl", records)
+        write_json(folder / f"{es.name}_score.json", score)
+        print(es.name, json.dumps(about), flush=True)
     return about, records
 
 
@@ -348,9 +354,8 @@ def mode_table(records, modality, threshold):
     per_task = np.zeros(len(rows), bool)
     for name in records:
         here = table["dataset"] == name
-        thinking = table["always"][here].mean()
-        direct = table["never"][here].mean()
-        per_task[here] = thinking > direct
+        gain = table["always"][here] - table["never"][here]
+        per_task[here] = gain.mean() > 1e-9  # above what rounding makes of a tie
     adaptive = table["p_reason"] > threshold
     shares = {
         "never": 0.0,
@@ -366,10 +371,8 @@ def mode_table(records, modality, threshold):
     curve = []
     for limit in np.linspace(0, 1, 41).round(6).tolist():
         point = summarise(table, modality, table["p_reason"] > limit)
-        row = {"threshold": limit}
-        for key in ("overall", "tokens_per_query", "reason_rate"):
-            row[key] = point[key]
-        curve.append(row)
+        shown = {key: point[key] for key in ("overall", "tokens_per_query", "reason_rate")}
+        curve.append({"threshold": limit, **shown})
     return modes, curve
 
 
@@ -419,6 +422,17 @@ def leaderboard(out, rows):
     return {"metadata": metadata, "metrics": table}
 
 
+def claim(out, setting):
+    """leaderboard.json joins all that is in a folder: ValueError for results of another setting."""
+    path = Path(out, "setting.json")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    before = read_json(path) if path.exists() else setting
+    for key, value in setting.items():
+        if before.get(key) != value:
+            raise ValueError(f"--out {out} holds results of --{key} {before.get(key)}, not {value}")
+    write_json(path, setting)
+
+
 def evaluate(
     embedder, root, out, tasks=None, modes=MODES, threshold=0.5, options=None, truth=None, **reading
 ):
@@ -429,34 +443,26 @@ def evaluate(
     summary has modes, curve and adaptivity (which wants the truth).
     options: more of Embedder.encode (batch_size, dim, max_new_tokens).
     reading: more of data.load_eval (limit, frames, prompts).
-    Several processes, each with the same model, share the datasets; all return the same summary.
+    Several processes, each with the same model, share the items; all return the same summary.
     """
     rows = data.tables(root, "eval")
     asked = data.wanted(rows, tasks)
     primary = "adaptive" if "adaptive" in modes else modes[-1]
 
-    # 1) Each process measures datasets of its own.
-    measured = {}
-    for row in asked[scale.rank() :: scale.world_size()]:
+    # 1) One by one.
+    datasets, records, missing = {}, {}, []
+    for row in asked:
         try:
             es = data.load_eval(root, row, **reading)
         except data.Missing:
+            missing.append(row["name"])
             continue
         results = measure(embedder, es, modes, threshold, options or {})
-        measured[es.name] = write_dataset(es, results, primary, out)
-        print(es.name, json.dumps(measured[es.name][0]), flush=True)
-    measured = dict(scale.gather_objects(measured.items()))
-    if not measured:
+        datasets[es.name], records[es.name] = write_dataset(es, results, primary, out)
+    if not datasets:
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
 
-    # 2) What they say together, in the order of the table.
-    datasets, records, missing = {}, {}, []
-    for row in asked:
-        name = row["name"]
-        if name in measured:
-            datasets[name], records[name] = measured[name]
-        else:
-            missing.append(name)
+    # 2) What they say together.
     modality = {name: about["modality"] for name, about in datasets.items()}
     scores = {name: about["score"] for name, about in datasets.items()}
     summary = {
@@ -505,6 +511,11 @@ def main(argv=None):
     data.wanted(data.tables(args.data, "eval"), tasks)  # before a model is opened
 
     device = scale.join_processes()
+    if scale.is_main():
+        setting = dict(vars(args))
+        for key in ("out", "tasks", "batch_size"):
+            del setting[key]
+        claim(args.out, setting)
     embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
     if not embedder.processor.trained_here:
         args.threshold = 1.0

@@ -4217,6 +4217,10 @@ def test_modes_by_hand():
     assert [point["threshold"] for point in curve[::20]] == [0, 0.5, 1] and len(curve) == 41
     for point, mode in zip(curve[::20], ("always", "adaptive", "never")):
         assert all(point[key] == modes[mode][key] for key in point if key != "threshold")
+    # A tie whose sums differ in the last bit: 0.1 + 0.2 + 0.3 is above 0.3 + 0.2 + 0.1.
+    tie = make_records([0.3, 0.2, 0.1], [0.1, 0.2, 0.3], [0, 0, 0], [9, 9, 9], ms=(1, 2))
+    modes, _ = evaluation.mode_table({"pages": tie}, {"pages": "visdoc"}, 0.5)
+    assert modes["per_task"]["reason_rate"] == 0
 
 
 def test_adaptivity_by_hand():
@@ -4338,7 +4342,6 @@ def test_a_run_and_its_files(first_root, tmp_path):
 
 
 def evaluation_of_a_process(rank, folder, root):
-    """The first measures absent and hard, the second easy."""
     fake = Fake()
     summary = evaluation.evaluate(fake, root, f"{folder}/two", truth=TRUTH)
     write_json(f"{folder}/{rank}.json", [summary, fake.calls])
@@ -4355,14 +4358,15 @@ def test_an_evaluation_by_two_processes_equals_one(first_root, tmp_path, monkeyp
     for process in range(2):
         summary, calls = read_json(tmp_path / f"{process}.json")
         assert json.dumps(summary) == json.dumps(expected)  # in this order, too
-        assert len(calls) <= 3  # targets, never, always: of one dataset
+        # Targets, never, always, of easy and of hard: two of five items, and the other three.
+        assert [items for _, items in calls] == [2 + process] * 6
     assert contents(one, "leaderboard") == contents(two, "leaderboard")  # which has the time
 
 
 def test_grades_of_pages_are_written(tmp_path):
     """Two pages of different grades, the better one second: ndcg says so."""
     es = Mock(modality="visdoc", metric="ndcg_linear@5", query_ids=["q"], local=None)
-    es.name = "pages"
+    es.name, es.protocol = "pages", "vlm2vec prompts"
     es.queries = [{"text": "page 0"}]
     es.candidates = [{"text": f"page {i}"} for i in range(3)]
     es.cand_ids = ["x", "y", "z"]
@@ -4385,20 +4389,28 @@ def test_a_broken_row_stops_the_run_with_one_line(root, tmp_path):
 
 
 @pytest.mark.parametrize("ours, threshold", [(True, 0.2), (False, 1.0)])
-def test_the_command_line_hands_its_options_over(monkeypatch, first_root, ours, threshold):
-    """The decision of a checkpoint that is not ours means nothing: it never reasons."""
+def test_the_command_line_hands_its_options_over(
+    monkeypatch, tmp_path, first_root, ours, threshold
+):
+    """The decision of a checkpoint that is not ours means nothing: it never reasons. A folder that
+    holds results of another setting is refused before the model is opened."""
+    monkeypatch.chdir(tmp_path)
     embedder = SimpleNamespace(processor=SimpleNamespace(trained_here=ours))
     summary = dict.fromkeys(("image", "video", "visdoc", "overall", "missing"))
     evaluate = Mock(return_value=summary)
     monkeypatch.setattr(Embedder, "from_pretrained", opened := Mock(return_value=embedder))
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     line = "--model a/m --revision r --out o --tasks easy,hard --reason never --threshold 0.2"
-    evaluation.main(["--data", first_root, *line.split(), "--dim", "8", "--limit", "3"])
+    line = ["--data", first_root, *line.split(), "--dim", "8", "--limit", "3"]
+    evaluation.main(line)
     options = {"batch_size": 16, "max_new_tokens": 128, "dim": 8}
     assert opened.call_args.args[0] == "a/m" and opened.call_args.kwargs == {"revision": "r"}
     where = (embedder, first_root, "o", ["easy", "hard"])
     reading = {"limit": 3, "frames": None, "prompts": "vlm2vec"}
     evaluate.assert_called_once_with(*where, ["never"], threshold, options, **reading)
+    with pytest.raises(ValueError, match="--out o holds results of --limit 3, not 4"):
+        evaluation.main([*line, "--limit", "4"])
+    opened.assert_called_once()
 
 
 @pytest.mark.parametrize(
