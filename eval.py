@@ -206,18 +206,18 @@ def embed(embedder, items, title, names, **how):
     title, names: what an error calls them. how: of Embedder.encode.
     infos: per item {"reasoned", "p_reason", "rationale", "new_tokens", "ms"}.
     """
-    # Each process embeds a share of the items: of 5 by 2 processes the first has 0, 1.
+    # Each process embeds a part of the items: of five by two processes the first has two.
     n, world = len(items), scale.world_size()
     first = n * scale.rank() // world
-    share = items[first : n * (scale.rank() + 1) // world]
+    part = items[first : n * (scale.rank() + 1) // world]
     start = time.perf_counter()
     try:
-        vectors, infos = embedder.encode(share, return_info=True, **how)
+        vectors, infos = embedder.encode(part, return_info=True, **how)
     except ItemError as error:
         raise data.BadData(f"{title} {names[first + error.index]}: {error.why}") from error
     ms = 1000 * (time.perf_counter() - start)
     for info in infos:
-        info["ms"] = ms / len(infos)  # the mean, the same for all of a share
+        info["ms"] = ms / len(infos)  # the mean, the same for all of a part
     return np.concatenate(scale.gather_objects([vectors])), scale.gather_objects(infos)
 
 
@@ -312,9 +312,9 @@ def write_dataset(es, results, primary, out):
 
 def plain_means(scores, modality):
     """{dataset: score}, {dataset: modality} -> means; None for a modality without a dataset."""
-    means = {}
-    for kind in ("overall", *MODALITIES):
-        group = [score for name, score in scores.items() if kind in ("overall", modality[name])]
+    means = {"overall": np.mean(list(scores.values()))}
+    for kind in MODALITIES:
+        group = [score for name, score in scores.items() if modality[name] == kind]
         means[kind] = np.mean(group) if group else None
     return means
 
@@ -426,10 +426,8 @@ def claim(out, setting):
     """leaderboard.json joins all that is in a folder: ValueError for results of another setting."""
     path = Path(out, "setting.json")
     path.parent.mkdir(exist_ok=True, parents=True)
-    before = read_json(path) if path.exists() else setting
-    for key, value in setting.items():
-        if before.get(key) != value:
-            raise ValueError(f"--out {out} holds results of --{key} {before.get(key)}, not {value}")
+    if path.exists() and read_json(path) != setting:
+        raise ValueError(f"{path} is of another model or setting: take another --out")
     write_json(path, setting)
 
 
@@ -528,9 +526,7 @@ def main(argv=None):
         REASON[args.reason],
         args.threshold,
         {key: getattr(args, key) for key in ("batch_size", "max_new_tokens", "dim")},
-        limit=args.limit,
-        frames=args.frames,
-        prompts=args.prompts,
+        **{key: getattr(args, key) for key in ("limit", "frames", "prompts")},
     )
     if not scale.is_main():
         return

@@ -12,9 +12,9 @@ the per-query records of eval.py, by the formulas of eval.mode_table(): a datase
 its queries, the score is the mean over datasets, tokens and rate are means over all queries.
 
 A record is what eval.py wrote about one query, a row of eval/image/PocketWalk_queries.jsonl:
-    {"id": "PocketWalk/0", "label": ["purple cross"], "rationale": "nw red star . right ...",
-     "p_reason": 0.98, "new_tokens": 12, "never": 0.0, "always": 1.0, "adaptive": 1.0,
-     "top3": {"never": ["purple star", "purple cross", "purple ring"], "always": [...], ...}, ...}
+    {"id": "PocketWalk/2", "label": ["purple triangle"], "rationale": "nw green star . down ...",
+     "p_reason": 0.897, "new_tokens": 27, "never": 0.0, "always": 1.0, "adaptive": 1.0,
+     "top3": {"never": ["purple frame", "purple star", "purple triangle"], "always": ...}, ...}
 never, always and adaptive are its scores in these modes, label the keys of the right candidates.
 
 The verdict. Adaptive is compared with never and with always, query by query: the overall is a mean
@@ -26,8 +26,8 @@ How to run: train.py does it at the end of stage eval; again, by hand:
     python report.py runs/pocket                  with the run's data/
     python report.py runs/mine MMEB_ROOT
 
-What a run does not have (a stage, steps, images) is left out and said in words. Left out, too: most
-queries of a large test set, as BYTES bound the page.
+What a run does not have (a test set, a stage, steps) is left out and said in words. Left out, too:
+most queries of a large test set, as BYTES bound the page.
 """
 
 import argparse
@@ -57,7 +57,7 @@ PANELS = [
     "rl tokens",
     "rl reason_rate p_reason",
 ]
-NEEDED = ("preset", "seed", "modes", "curve")  # of report.json
+NEEDED = ("preset", "seed", "seconds", "modes", "curve", "adaptivity")  # of report.json
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
 BYTES = 2_800_000  # of the JSON in the page; the template takes some 24 kB more
 SIDE = 144  # pixels of a thumbnail
@@ -123,7 +123,6 @@ def verdict(modes, records):
     """-> (title, sentences), whichever way the numbers fall. modes, records: as in difference()."""
     score = {mode: row["overall"] for mode, row in modes.items()}
     tokens = {mode: row["tokens_per_query"] for mode, row in modes.items()}
-    # "beats", "never 0.827 (+0.131 ± 0.016)"
     never, against_never = difference(modes, records, "never")
     always, against_always = difference(modes, records, "always")
     title = f"One model, used three ways: adaptive {never} never and {always} always"
@@ -146,10 +145,13 @@ def verdict(modes, records):
     ]
 
 
-def what_is_missing(report, log):
-    """-> sentences about what this run does not have, in place of empty figures and zeros."""
+def what_is_missing(report, log, test_sets):
+    """-> sentences about what this run does not have, in place of empty figures and zeros.
+    test_sets: names of those that the data lacks."""
     sentences = []
-    if not report.get("adaptivity"):
+    if test_sets:
+        sentences.append(f"In no mean, as the data lacks them: {', '.join(test_sets)}.")
+    if not report["adaptivity"]:
         sentences.append("How many steps the queries need is not known for this data.")
     logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}
     for stage in ("base", "embed", "rl"):
@@ -166,9 +168,8 @@ def markdown(report, title, sentences):
         rows[field] = [row[field] for row in modes.values()]
     for name in modes["never"]["datasets"]:
         rows[name] = [row["datasets"][name] for row in modes.values()]
-    head = "| | " + " | ".join(modes) + " |"
-    align = "|---" + "|---:" * len(modes) + "|"  # numbers to the right
-    table = [head, align]
+    table = ["| | " + " | ".join(modes) + " |"]
+    table.append("|---" + "|---:" * len(modes) + "|")  # numbers to the right
     for name, values in rows.items():
         # None: no dataset of that modality.
         cells = ["–" if value is None else f"{value:.3f}" for value in values]
@@ -232,12 +233,11 @@ def make_cards(records, root, reading, room):
     in the evaluation, so that queries and candidates are the same. ValueError if they are not: the
     run belongs to other data.
     """
-    sets = {name: data.load_eval(root, name, **reading) for name in records}
+    sets = {}
     for name, rows in records.items():
-        es = sets[name]
-        found = []  # [("PocketWalk/0", ["purple cross"]), ...]
-        for query_id, right in zip(es.query_ids, es.positives):
-            found.append((query_id, [es.cand_ids[c] for c in right]))
+        es = sets[name] = data.load_eval(root, name, **reading)
+        labels = [[es.cand_ids[c] for c in right] for right in es.positives]
+        found = list(zip(es.query_ids, labels))  # [("PocketWalk/2", ["purple triangle"]), ...]
         if found != [(row["id"], row["label"]) for row in rows]:
             raise ValueError(f"{root}: its {name} has other queries than the run's eval folder")
     cards = []
@@ -253,20 +253,22 @@ def make_cards(records, root, reading, room):
     return cards, images
 
 
+def six_digits(value):
+    """0.671393096446991 -> 0.671393, 1.0 -> 1. So MMEB-V2's 83,530 queries take two thirds of the
+    page, and all digits would take more than all of it."""
+    return json.loads(f"{value:.6g}")
+
+
 def write_report(run, data_root):
     """report.md and report.html of a run folder whose test sets lie in data_root.
 
-    The page's JSON is report.json's preset, seed, modes, curve, seconds, adaptivity, and "title",
-    "sentences", "threshold", "training": panels, "datasets": {name: {column: numbers, one for each
-    query}}, "cards", "images": data: URIs.
+    The page's JSON is NEEDED of report.json, and "title", "sentences", "threshold", "training":
+    panels, "datasets": {name: {column: a number per query}}, "cards", "images": data: URIs.
     """
     run = Path(run)
 
     # 1) What the stages left
     report = read_json(run / "report.json")
-    for key in NEEDED:
-        if key not in report:
-            raise ValueError(f"{run}/report.json: has no {key!r}")
     summary = read_json(run / "eval" / "summary.json")
     if summary.get("modes") != report["modes"]:
         remedy = "train.py --stage eval makes both again"
@@ -279,21 +281,19 @@ def write_report(run, data_root):
 
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)
-    sentences += what_is_missing(report, log)
+    sentences += what_is_missing(report, log, summary["missing"])
     payload = {key: report[key] for key in NEEDED}
-    for key in ("seconds", "adaptivity"):
-        payload[key] = report.get(key, {})
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
     payload["training"] = training_curves(log)
     payload["datasets"] = {}
     for name, rows in records.items():
-        payload["datasets"][name] = {key: [row[key] for row in rows] for key in COLUMNS}
+        payload["datasets"][name] = {key: [six_digits(row[key]) for row in rows] for key in COLUMNS}
     room = BYTES - len(json.dumps(payload))
     if room <= 0:
         payload["datasets"] = {}  # the page then has neither slider nor cards
         sentences.append("There are too many queries for the page: report.md has the numbers.")
-    cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
+    cards, images = make_cards(records, data_root, summary["reading"], room)
     sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")
     payload["sentences"] = sentences
     payload["cards"] = cards

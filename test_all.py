@@ -4408,7 +4408,7 @@ def test_the_command_line_hands_its_options_over(
     where = (embedder, first_root, "o", ["easy", "hard"])
     reading = {"limit": 3, "frames": None, "prompts": "vlm2vec"}
     evaluate.assert_called_once_with(*where, ["never"], threshold, options, **reading)
-    with pytest.raises(ValueError, match="--out o holds results of --limit 3, not 4"):
+    with pytest.raises(ValueError, match="o/setting.json is of another"):
         evaluation.main([*line, "--limit", "4"])
     opened.assert_called_once()
 
@@ -4442,7 +4442,7 @@ def run(first_root, tmp_path):
     run = tmp_path / "run"
     got = evaluation.evaluate(Fake(), first_root, run / "eval", truth=TRUTH)
     result = {key: got[key] for key in ("modes", "curve", "adaptivity")}
-    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0})
+    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0, "seconds": {}})
     M.write_rows(run / "metrics.jsonl", [{"stage": "embed", "step": 10, "nce_direct": 0.1}])
     return run
 
@@ -4458,6 +4458,7 @@ def payload_of(run, root):
 def test_the_page_computes_the_curve_from_its_own_numbers(first_root, run):
     _, page = payload_of(run, first_root)
     assert page["curve"] == read_json(run / "report.json")["curve"] and page["threshold"] == 0.5
+    assert [report.six_digits(p) for p in (0.671393096, 2e-7, 1.0)] == [0.671393, 2e-7, 1]
     for point in page["curve"]:
         scores, tokens, thinks = [], 0, 0
         for d in page["datasets"].values():
@@ -4482,6 +4483,7 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
     series = [{"name": "nce direct", "points": [[10, 0.1]]}]
     assert payload["training"] == [{"title": "embed: nce direct", "series": series}]
     assert "Stage rl left no training log." in payload["sentences"]
+    assert "In no mean, as the data lacks them: absent." in payload["sentences"]
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "| hard | 0.000 | 1.000 |" in text and "| video | – |" in text
 
@@ -4489,8 +4491,7 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
 def test_without_steps_or_images(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     M.write_rows(f"{root}/easy.jsonl", rows)
-    result = read_json(run / "report.json")
-    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
+    write_json(run / "report.json", read_json(run / "report.json") | {"adaptivity": {}})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
