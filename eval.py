@@ -426,8 +426,9 @@ def claim(out, setting):
     """leaderboard.json joins all that is in a folder: ValueError for results of another setting."""
     path = Path(out, "setting.json")
     path.parent.mkdir(exist_ok=True, parents=True)
-    if path.exists() and read_json(path) != setting:
-        raise ValueError(f"{path} is of another model or setting: take another --out")
+    results = list(path.parent.glob("*/*_score.json"))  # none if an earlier call ended before them
+    if results and path.exists() and read_json(path) != setting:
+        raise ValueError(f"{out} holds results of another model or setting, see {path}")
     write_json(path, setting)
 
 
@@ -526,7 +527,9 @@ def main(argv=None):
         REASON[args.reason],
         args.threshold,
         {key: getattr(args, key) for key in ("batch_size", "max_new_tokens", "dim")},
-        **{key: getattr(args, key) for key in ("limit", "frames", "prompts")},
+        limit=args.limit,
+        frames=args.frames,
+        prompts=args.prompts,
     )
     if not scale.is_main():
         return

@@ -4392,8 +4392,8 @@ def test_a_broken_row_stops_the_run_with_one_line(root, tmp_path):
 def test_the_command_line_hands_its_options_over(
     monkeypatch, tmp_path, first_root, ours, threshold
 ):
-    """The decision of a checkpoint that is not ours means nothing: it never reasons. A folder that
-    holds results of another setting is refused before the model is opened."""
+    """The decision of a checkpoint that is not ours means nothing: it never reasons. A folder with
+    results of another setting is refused before the model is opened."""
     monkeypatch.chdir(tmp_path)
     embedder = SimpleNamespace(processor=SimpleNamespace(trained_here=ours))
     summary = dict.fromkeys(("image", "video", "visdoc", "overall", "missing"))
@@ -4408,9 +4408,12 @@ def test_the_command_line_hands_its_options_over(
     where = (embedder, first_root, "o", ["easy", "hard"])
     reading = {"limit": 3, "frames": None, "prompts": "vlm2vec"}
     evaluate.assert_called_once_with(*where, ["never"], threshold, options, **reading)
-    with pytest.raises(ValueError, match="o/setting.json is of another"):
+    os.mkdir("o/image")
+    Path("o/image/easy_score.json").touch()
+    evaluation.main(line)
+    with pytest.raises(ValueError, match="o holds results of another model or setting"):
         evaluation.main([*line, "--limit", "4"])
-    opened.assert_called_once()
+    assert opened.call_count == 2
 
 
 @pytest.mark.parametrize(
