@@ -4286,7 +4286,7 @@ class Fake:
             number = int(item["text"].split()[1])
             vectors.append(np.eye(6)[(number + (hard and not yes)) % 5])
             info = {"reasoned": yes, "p_reason": p, "new_tokens": 7 * yes}
-            infos.append({**info, "rationale": "see <b>" if yes else None})
+            infos.append({**info, "rationale": "see <b>" + "!" * number if yes else None})
         return np.array(vectors, np.float32), infos
 
 
