@@ -34,8 +34,8 @@ How to run:
         --reason never --prompts qwen --frames 64 --tasks CIRR,MSVD
     torchrun --nproc_per_node=8 eval.py ...     deals each dataset's items out to 8 processes
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/summary.json of this
-call, and DIR/leaderboard.json of all score files in DIR: so --tasks can finish what broke off.
-DIR/setting.json says whose they are: another model or setting needs a DIR of its own.
+call, and DIR/leaderboard.json of all score files in DIR. So --tasks can finish what broke off, and
+each model and setting has a DIR of its own.
 
 The numbers and the leaderboard's file are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590).
 Left out: ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's
@@ -422,16 +422,6 @@ def leaderboard(out, rows):
     return {"metadata": metadata, "metrics": table}
 
 
-def claim(out, setting):
-    """leaderboard.json joins all that is in a folder: ValueError for results of another setting."""
-    path = Path(out, "setting.json")
-    path.parent.mkdir(exist_ok=True, parents=True)
-    results = list(path.parent.glob("*/*_score.json"))  # none if an earlier call ended before them
-    if results and path.exists() and read_json(path) != setting:
-        raise ValueError(f"{out} holds results of another model or setting, see {path}")
-    write_json(path, setting)
-
-
 def evaluate(
     embedder, root, out, tasks=None, modes=MODES, threshold=0.5, options=None, truth=None, **reading
 ):
@@ -510,11 +500,7 @@ def main(argv=None):
     data.wanted(data.tables(args.data, "eval"), tasks)  # before a model is opened
 
     device = scale.join_processes()
-    if scale.is_main():
-        setting = dict(vars(args))
-        for key in ("out", "tasks", "batch_size"):
-            del setting[key]
-        claim(args.out, setting)
+    Path(args.out).mkdir(exist_ok=True, parents=True)  # a path that is a file is noticed now
     embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
     if not embedder.processor.trained_here:
         args.threshold = 1.0

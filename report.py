@@ -57,7 +57,7 @@ PANELS = [
     "rl tokens",
     "rl reason_rate p_reason",
 ]
-NEEDED = ("preset", "seed", "seconds", "modes", "curve", "adaptivity")  # of report.json
+NEEDED = ("preset", "seed", "modes", "curve")  # of report.json; older ones may lack the rest
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
 BYTES = 2_800_000  # of the JSON in the page; the template takes some 24 kB more
 SIDE = 144  # pixels of a thumbnail
@@ -151,7 +151,7 @@ def what_is_missing(report, log, test_sets):
     sentences = []
     if test_sets:
         sentences.append(f"In no mean, as the data lacks them: {', '.join(test_sets)}.")
-    if not report["adaptivity"]:
+    if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
     logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}
     for stage in ("base", "embed", "rl"):
@@ -262,8 +262,9 @@ def six_digits(value):
 def write_report(run, data_root):
     """report.md and report.html of a run folder whose test sets lie in data_root.
 
-    The page's JSON is NEEDED of report.json, and "title", "sentences", "threshold", "training":
-    panels, "datasets": {name: {column: a number per query}}, "cards", "images": data: URIs.
+    The page's JSON is NEEDED, seconds and adaptivity of report.json, and "title", "sentences",
+    "threshold", "training": panels, "datasets": {name: {column: a number per query}}, "cards",
+    "images": data: URIs.
     """
     run = Path(run)
 
@@ -281,8 +282,10 @@ def write_report(run, data_root):
 
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)
-    sentences += what_is_missing(report, log, summary["missing"])
+    sentences += what_is_missing(report, log, summary.get("missing"))
     payload = {key: report[key] for key in NEEDED}
+    for key in ("seconds", "adaptivity"):
+        payload[key] = report.get(key, {})
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
     payload["training"] = training_curves(log)
@@ -293,7 +296,7 @@ def write_report(run, data_root):
     if room <= 0:
         payload["datasets"] = {}  # the page then has neither slider nor cards
         sentences.append("There are too many queries for the page: report.md has the numbers.")
-    cards, images = make_cards(records, data_root, summary["reading"], room)
+    cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
     sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")
     payload["sentences"] = sentences
     payload["cards"] = cards

@@ -1101,7 +1101,7 @@ def rl_stage(run, part):
 
 
 def eval_stage(run, part):
-    """Every mode and what it costs (eval.py). The processes share the datasets."""
+    """Every mode and what it costs (eval.py). The processes share the items."""
     c = run.cfg
     embedder = run.embedder("rl")
     # Of Embedder.encode, which holds eight batches: 128 clips of 720p take 2 GB.
