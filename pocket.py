@@ -521,13 +521,13 @@ def make_change(bank, rng):
     cell, elsewhere = sample(blank, 2, rng)
     thing, another = draw_things(2, rng)
     answer = bank.grid(put(scene, cell, thing), rng)
-    wrong = [bank.grid(put(scene, elsewhere, thing), rng)]
-    wrong.append(bank.grid(put(scene, cell, another), rng))
+    misplaced = bank.grid(put(scene, elsewhere, thing), rng)
+    mistaken = bank.grid(put(scene, cell, another), rng)
+    image = bank.grid(scene, rng)
+    wrong = [misplaced, mistaken, bank.grid(scene, rng)]  # the last one is drawn anew
     text = f"put a {name(thing)} at {CELLS[cell]}"
     explain = look_at(CELLS[cell], thing)
-    pair = image_pair(bank, scene, rng, explain, text, answer=answer, wrong=wrong)
-    wrong.append(bank.grid(scene, rng))  # no change, drawn anew; the pair holds this list
-    return pair
+    return Pair(explain, describe(scene), text, image, answer=answer, wrong=wrong)
 
 
 def make_point(bank, rng):
@@ -639,29 +639,27 @@ def write_table(columns, rows, path):
     pq.write_table(table, f"{with_folder(path)}-00000-of-00001.parquet")
 
 
-def save(value, folder, name):
-    """An image -> its name, relative to the folder that the layout joins to. A text stays."""
-    if isinstance(value, str):
-        return value
-    value.save(with_folder(f"{folder}/{name}"), compress_level=1)
-    return name
-
-
 def save_images(pair, folder, name, i, most=None):
-    """-> the query's image, and the target with at most so many wrong ones, each once:
-    ("PocketPoint/query_0.png", ["PocketPoint/target_0.png", "PocketPoint/wrong_0_0.png", ...])
-    or, where targets are texts, (".../query_0.png", ["red star", "blue bar", ...])"""
-    image = save(pair.image, folder, f"{name}/query_{i}.png")
-    options = [save(pair.answer, folder, f"{name}/target_{i}.png")]
+    """-> names of the query's image, the target and at most so many wrong ones, each once:
+    ["PocketPoint/query_0.png", "PocketPoint/target_0.png", "PocketPoint/wrong_0_0.png", ...]
+    A text stays: ["PocketAt/query_0.png", "red star", "blue bar", ...]"""
+    values = {f"query_{i}": pair.image, f"target_{i}": pair.answer}
     for k, wrong in enumerate(pair.wrong[:most]):
-        options.append(save(wrong, folder, f"{name}/wrong_{i}_{k}.png"))
-    return image, list(dict.fromkeys(options))  # the wrong texts may include the target
+        values[f"wrong_{i}_{k}"] = wrong
+    names = {}  # as keys, for the wrong texts may include the target
+    for title, value in values.items():
+        path = f"{name}/{title}.png"
+        if not isinstance(value, str):
+            value.save(with_folder(f"{folder}/{path}"), compress_level=1)
+            value = path
+        names[value] = None
+    return list(names)
 
 
 def save_clip(pair, folder):
     """A clip's frames, as frame_0001.png and so on."""
     for i, frame in enumerate(pair.video, 1):
-        save(frame, folder, f"frame_{i:04d}.png")
+        frame.save(with_folder(f"{folder}/frame_{i:04d}.png"), compress_level=1)
 
 
 def draw_pages(pairs, bank, rng):
@@ -699,8 +697,7 @@ def write_images(root, family, learn, held_out, bank, rng):
     rows = []
     folder = f"images/{family.name}/Train"  # under TRAIN_HUB, as in MMEB-train
     for i, pair in enumerate(learn):
-        image, options = save_images(pair, f"{root}/{TRAIN_HUB}", folder, i, most)
-        answer, *wrong = options  # image names, or texts
+        image, answer, *wrong = save_images(pair, f"{root}/{TRAIN_HUB}", folder, i, most)
         query = f"{asks}{pair.text}\n"
         target = (marked, answer) if family.wants else (answer, "")  # text, image
         rows.append((query, image, *target, wrong, [marked] * len(wrong)))
@@ -711,12 +708,12 @@ def write_images(root, family, learn, held_out, bank, rng):
     # data.py fills in {hub}, {name} and {split}.
     train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": "{hub}/{name}/{split}-*.parquet"}
 
-    stored = []  # [(the query's image, [target, wrong ...])]
+    stored = []  # [[the query's image, target, wrong ...]]
     for i, pair in enumerate(held_out):
         stored.append(save_images(pair, f"{root}/{TEST_IMAGES}", family.name, i))
-    pool = dict.fromkeys(options[0] for _, options in stored)  # all answers, each once
+    pool = dict.fromkeys(answer for _, answer, *_ in stored)  # all answers, each once
     rows = []
-    for pair, (image, options) in zip(held_out, stored):
+    for pair, (image, *options) in zip(held_out, stored):
         more = [answer for answer in pool if answer not in options]
         options += sample(more, CANDIDATES - len(options), rng)
         blank = [""] * len(options)
@@ -864,15 +861,13 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
     # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
-    )
-    parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
-    parser.add_argument("--train", type=int, default=300, help="pairs of a family (300)")
-    parser.add_argument("--test", type=int, default=100, help="queries of a family (100)")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--out", required=True, help="a new folder")
+    add("--seed", type=int, default=0, help="of all that is drawn (0)")
+    add("--train", type=int, default=300, help="pairs of a family (300)")
+    add("--test", type=int, default=100, help="queries of a family (100)")
     args = parser.parse_args()
     if args.seed < 0 or min(args.train, args.test) < 1:
         parser.error("--seed wants at least 0, --train and --test want at least 1")
