@@ -119,7 +119,7 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
     """A shape around (x, y) in a shade of the colour, a little larger or smaller. paper: the colour
     behind it."""
     shade = COLOURS[colour] + rng.integers(-18, 19, 3)
-    ink = tuple(shade.tolist())  # (r, g, b)
+    ink = tuple(shade.tolist())
     r = rng.integers(8, 12)  # radius, pixels
     box = (x - r, y - r, x + r, y + r)  # left, top, right, bottom
     if shape in CORNERS:
@@ -147,8 +147,7 @@ def draw_tile(kind, rng):
     paper = (int(rng.integers(228, 250)),) * 3  # nearly white
     tile = Image.new("RGB", (TILE, TILE), paper)
     pen = ImageDraw.Draw(tile)
-    middle = 16 + rng.integers(-2, 3, 2)  # at most two pixels from the tile's
-    x, y = middle.tolist()
+    x, y = rng.integers(14, 19, 2).tolist()  # at most two pixels from the middle
     if isinstance(kind, int):
         font = ImageFont.load_default(rng.integers(20, 25))
         pen.text((x, y), str(kind), INK, font, anchor="mm")  # mm: (x, y) is the text's middle
@@ -305,8 +304,7 @@ def explain_sum(places, kinds, eyes, tens=""):
     ends them, and the sum modulo ten. tens: a word that stands before it."""
     total = 0
     text = []
-    for place, kind in zip(places, kinds):
-        kind = eyes.read(kind)
+    for place, kind in zip(places, map(eyes.read, kinds)):
         statement = f"{place} {name(kind)}"
         if isinstance(kind, int):
             if text:  # the first number is added to nothing
@@ -375,8 +373,7 @@ def make_colour(bank, rng):
     for shape in rng.choice(SHAPES, 9).tolist():
         scene.append((colour, shape) if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
-    stranger = pick(KINDS, rng)
-    scene[rng.integers(4)] = stranger  # nw, n, ne or w
+    scene[rng.integers(4)] = pick(KINDS, rng)  # the stranger, at nw, n, ne or w
     explain = look_at("mid", scene[4])
     return image_pair(bank, scene, rng, explain, answer=colour)
 
@@ -424,7 +421,7 @@ def make_walk(bank, rng, steps):
         elif cell == end or rng.random() < 0.5:  # the end, or one that looks like it
             colour = "purple"
         scene.append((colour, shape))
-    names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
+    names = [name(thing) for thing in scene]  # nine different ones
     text = f"start at {CELLS[start]} and follow the colours . what is at the end ?"
     explain = partial(explain_walk, scene, start)
     answer = names[end]
@@ -462,7 +459,7 @@ def make_tally(bank, rng, steps):
     "first left two . first right three makes five . second left blank . five"
     """
     digits = draw_digits(steps + 1, rng)
-    blank = [None] * (len(PLACES) - len(digits))  # none after five steps, which only study.py draws
+    blank = [None] * (6 - len(digits))  # none after five steps, which only study.py draws
     video = bank.clip(digits + blank, rng)
     # The first blank is read, too, if there is one. It is a word here, so that it can be misread.
     explain = partial(explain_sum, PLACES, [*digits, "blank"])
@@ -855,9 +852,9 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
             truth["train"][id] = {"steps": pair.steps, "rationale": pair.explain(SHARP)}
             for proposer, text in write_rationales(pair, rng):
                 rationales.append({"id": id, "side": "query", "proposer": proposer, "text": text})
-    write_rows(Path(root, "proposers.jsonl"), rationales)
-    Path(root, "pocket.json").write_text(json.dumps(truth, indent=1))
-    Path(root, "datasets.json").write_text(json.dumps(listing, indent=1))
+    write_rows(f"{root}/proposers.jsonl", rationales)
+    Path(f"{root}/pocket.json").write_text(json.dumps(truth, indent=1))
+    Path(f"{root}/datasets.json").write_text(json.dumps(listing, indent=1))
 
 
 def main():
