@@ -330,7 +330,7 @@ def train_tokenizer(texts):
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=10**6, initial_alphabet=letters, show_progress=False)
     tokenizer.train_from_iterator([*texts, "\n\n"], trainer)  # \n\n follows </think>
-    for token in SPECIALS:  # for Qwen only those with bars are special
+    for token in SPECIALS:  # Qwen's from <|fim_prefix|> on are not special; here all with bars are
         added = tokenizers.AddedToken(token, special="|" in token, normalized=False)
         tokenizer.add_tokens([added])
     return json.loads(tokenizer.to_str())
@@ -464,20 +464,17 @@ def pretrain_step(model, processor, bank, rng, described, chunk_tokens):
     over the tokens of each, and over the summaries of each.
 
         L = token + TEXT_WEIGHT * text_token + SUMMARY_WEIGHT * (summary + text_summary)
-
     """
     drawn = [base_document(bank, rng, described) for _ in range(DOCUMENTS)]
     drawn += [text_document(rng) for _ in range(DOCUMENTS // 2)]  # [(item, parts, summary)]
     documents = [read_document(processor, *document) for document in drawn]
-    # 1) how much each document's tokens and summaries weigh. Rows of the tables are tokens,
-    # summaries, right tokens; columns are documents, then the two kinds.
+    # 1) how much a token and a summary of each document weigh
     kind = torch.arange(len(drawn)) // DOCUMENTS  # (48,): 0 seen, 1 text
-    tokens = [len(document["learn"]) for document in documents]
-    summaries = [len(document["ends"]) for document in documents]
-    of_each = torch.tensor([tokens, summaries, tokens], dtype=torch.float)  # (3, 48)
-    counts = torch.zeros(3, 2).index_add(1, kind, of_each).clamp(min=1)  # (3, 2)
+    sizes = [(len(document["learn"]), len(document["ends"])) for document in documents]
+    of_each = torch.tensor(sizes).T.float()  # (2, 48): numbers of tokens, of summaries
+    counts = torch.zeros(2, 2).index_add(1, kind, of_each).clamp(min=1)  # of each kind
     factors = [[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]
-    weight = torch.tensor(factors) / counts[:2]  # (2, 2): of one token, of one summary
+    weight = torch.tensor(factors) / counts  # (2, 2)
     weight = weight[:, kind].to(model.device)  # (2, 48)
     # 2) gradients, chunk by chunk
     sums = torch.zeros(3, len(drawn))  # what document_losses says of each
@@ -487,8 +484,8 @@ def pretrain_step(model, processor, bank, rng, described, chunk_tokens):
         loss = (part[:2] * weight[:, rows]).sum()
         (loss / scale.world_size()).backward()  # gradients of all processes are added up
         sums[:, rows] = part.detach().cpu()
-    # 3) means over what was counted
-    means = torch.zeros(3, 2).index_add(1, kind, sums) / counts  # (3, 2)
+    # 3) means over tokens, over summaries, over tokens
+    means = torch.zeros(3, 2).index_add(1, kind, sums) / counts[[0, 1, 0]]  # (3, 2)
     (loss, text_loss), (summary, text_summary), (accuracy, text_accuracy) = means.tolist()
     return {
         "loss": loss + TEXT_WEIGHT * text_loss + SUMMARY_WEIGHT * (summary + text_summary),
