@@ -157,7 +157,7 @@ def draw_tile(kind, rng):
     elif kind in KINDS:
         draw_shape(pen, *kind, paper, x, y, rng)
     elif kind is not None:
-        tile.paste(kind, (0, 0, TILE, TILE))  # a flat patch
+        tile = Image.new("RGB", tile.size, kind)  # a flat patch
     return tile
 
 
@@ -289,7 +289,7 @@ def onwards(cell, kind):
 
 
 def explain_walk(scene, start, eyes):
-    """ "nw red star . right n purple bar . stay": each statement acts on what the last one read."""
+    """ "nw red star . right n purple ring . stay": each statement acts on what was read last."""
     text = []
     move, cell = "", start
     while cell is not None and len(text) < 9:  # a misread colour may lead in a circle
@@ -362,7 +362,7 @@ def look_at(place, kind):
 def image_pair(bank, scene, rng, explain, text="", **more):
     """A pair whose query has an image of nine cells. more: other fields of Pair."""
     image = bank.grid(scene, rng)
-    return Pair(explain, describe(scene), text, image=image, **more)
+    return Pair(explain, describe(scene), text, image, **more)
 
 
 def make_colour(bank, rng):
@@ -411,7 +411,6 @@ def make_walk(bank, rng, steps):
     cannot be recognised without walking. No step: the start is purple.
 
     "start at nw and follow the colours . what is at the end ?" -> "purple ring"
-    rationale of one step: "nw red star . right n purple ring . stay"
     """
     start, way, end = draw_way(rng, steps)  # cell, {cell: colour}, cell
     scene = []
