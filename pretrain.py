@@ -232,7 +232,7 @@ def text_document(rng):
     if kind < 0.3:  # an account
         lines = rng.integers(1, len(ITEMS) + 1)
         digits = draw_digits(lines, rng)
-        for i in rng.integers(0, len(digits), 6).tolist():
+        for i in rng.integers(0, lines, 6).tolist():
             parts += [(f" . {ITEMS[i]}", None), (f" {DIGITS[digits[i]]}", "account")]
         return {"text": describe(digits, ITEMS, between=" , ")}, parts, ""
     if kind < 0.45:  # additions
@@ -437,7 +437,7 @@ def document_losses(model, processor, documents):
     is pooled later, and would else know only how the answer begins.
     """
     ids, h, before = read_batch(model, processor, documents)
-    zeros = torch.zeros(len(documents), device=h.device)
+    zeros = h.new_zeros(len(documents))
     row, column = places_of(documents, "learn", ids)
     logits = model.logits(h[row, before[row, column]])  # (tokens, vocab)
     wanted = ids[row, column]  # (tokens,)
@@ -446,7 +446,7 @@ def document_losses(model, processor, documents):
     loss = zeros.index_add(0, row, losses)  # (n,): sums over each document's tokens
     right = zeros.index_add(0, row, hits.float())
     # What the summary's softmax should be: each id counts alike, and the first word has two.
-    share = torch.zeros(len(documents), model.c.vocab, device=h.device)  # (n, vocab)
+    share = h.new_zeros(len(documents), model.c.vocab)  # (n, vocab)
     for i, document in enumerate(documents):
         share[i, document["words"]] = 1 / len(document["words"])
     row, column = places_of(documents, "ends", ids)
