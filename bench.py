@@ -459,7 +459,8 @@ def measure(size, options):
     """Our rates, with nothing beside them -> [{name, rate, unit, peak_gb}].
 
     On a GPU in bf16, as the large presets run: what is trained is compiled, all else is eager.
-    dynamo counts the graphs that it has compiled: none means that training ran eagerly, too.
+    dynamo counts the graphs that it has compiled: none means that training ran eagerly, too. No
+    optimizer is there: AdamW's two moments, 8 bytes a weight, come on top of the peak.
     """
     dtype = torch.bfloat16 if options.gpu else torch.float32
     embedder = make_model(size, options.device, dtype)
@@ -492,6 +493,16 @@ def measure(size, options):
 # Command line
 
 
+COUNTS = [  # an option, its default, what it counts
+    ("queries", 64, "to write rationales for"),
+    ("rollouts", 8, "rationales of each query"),
+    ("tokens", 64, "of each rationale"),
+    ("items", 48, "to embed"),
+    ("batch", 16, "pairs of the contrastive step"),
+    ("repeats", 5, "turns, whose median counts"),
+]
+
+
 def parse(argv):
     """Command line -> options; .gpu and .size follow from the machine where they are not given."""
     # Without the usage text a wrong option ends in one line.
@@ -499,24 +510,14 @@ def parse(argv):
     parser.add_argument("--out", help="JSON file of what is printed")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     parser.add_argument("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
-    parser.add_argument(
-        "--queries", type=data.count, default=64, help="to write rationales for (64)"
-    )
-    parser.add_argument(
-        "--rollouts", type=data.count, default=8, help="rationales of each query (8)"
-    )
-    parser.add_argument("--tokens", type=data.count, default=64, help="of each rationale (64)")
-    parser.add_argument("--items", type=data.count, default=48, help="to embed (48)")
-    parser.add_argument(
-        "--batch", type=data.count, default=16, help="pairs of the contrastive step (16)"
-    )
-    parser.add_argument(
-        "--repeats", type=data.count, default=5, help="turns, whose median counts (5)"
-    )
+    for name, default, what in COUNTS:
+        about = f"{what} ({default})"
+        parser.add_argument(f"--{name}", type=data.count, default=default, help=about)
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")
-    options.size = options.size or (["2b"] if options.gpu else ["pocket", "large"])
+    default = ["2b"] if options.gpu else ["pocket", "large"]
+    options.size = options.size or default
     return options
 
 

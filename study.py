@@ -10,7 +10,7 @@ deviation; a comparison is the same of the n differences, which is the paired t-
 
 How to run:
     python study.py --out runs/study                               every variant, hours on two cores
-    python study.py --out runs/study --seeds 1 --variants full never --scale 0.05
+    python study.py --out runs/small --seeds 1 --variants full never --scale 0.05
     python study.py --out runs/study --only_summarise              the page, from what is there
 What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.md, OUT/study.png.
 
@@ -107,7 +107,11 @@ def run_variant(cfg, name, seed, out):
     out: the study's folder."""
     parent, first, changes = VARIANTS[name]  # "full", "rl", {"rl_steps": 0}
     folder = out / f"seed{seed}" / name
-    if not (folder / "report.json").exists():
+    if (folder / "report.json").exists():
+        before = read_json(folder / "config.json")["scale"]
+        if before != cfg.scale:  # a page of small runs and large ones would compare nothing
+            raise ValueError(f"{folder}: a run of --scale {before}; use another --out")
+    else:
         if parent:
             run_variant(cfg, parent, seed, out)  # what is forked has to be there
             # These rules read the same judgements as full; positive_only those of easy pairs, too.
@@ -211,8 +215,7 @@ def results_table(rows):
             cells.append(show(values, digits))
         differences = []  # paired: of the same seed
         for seed, scores in by_seed.items():
-            if seed in full:
-                differences.append(full[seed]["overall"] - scores["overall"])
+            differences.append(full[seed]["overall"] - scores["overall"])
         cells.append("" if label == "full" else show(differences))
         lines.append(cells)
     names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]
@@ -246,7 +249,8 @@ def steps_table(adaptivities):
         auc = ""  # where no seed has queries of both kinds
         if aucs:
             auc = f"{np.median(aucs):.3f} ({min(aucs):.2f} to {max(aucs):.2f})"
-        for count in sorted(seeds[0]["reason_rate"], key=int):  # "0", "1" ... steps
+        counts = set().union(*[seed["reason_rate"] for seed in seeds])  # "0", "1" ... steps
+        for count in sorted(counts, key=int):
             cells = [name.removeprefix("Pocket"), count]
             for key in ("reason_rate", "never", "always"):
                 values = [seed[key][count] for seed in seeds if count in seed[key]]

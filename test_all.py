@@ -4745,7 +4745,8 @@ def write_report(folder, score, seed):
     modes = dict.fromkeys(("never", "always", "adaptive", "per_task"), mode)
     modes["random"] = mode | {"overall": score - 0.2}
     modes["oracle"] = mode | {"overall": score + 0.05, "tokens_per_query": 2.0}
-    walk = dict.fromkeys(("reason_rate", "never", "always"), {"0": 0.1 * seed})
+    steps = {"0": 0.1 * seed, str(seed): 0.5}  # the second number of steps is this seed's alone
+    walk = dict.fromkeys(("reason_rate", "never", "always"), steps)
     report = {
         "modes": modes,
         "adaptivity": {"PocketWalk": walk | {"auc": 0.9 + 0.02 * seed}},
@@ -4767,6 +4768,8 @@ STUDY = """
 | full, oracle | 2 | 0.965 ± 0.064 | 0.50 ± 0.00 | 2.0 ± 0.0 | -0.050 ± 0.000 |
 | Walk | 0.92 | 0.50 |
 | Walk | 0 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.930 (0.92 to 0.94) |
+| Walk | 1 | 0.50 | 0.50 | 0.50 |  |
+| Walk | 2 | 0.50 | 0.50 | 0.50 |  |
 | of the way from random to oracle | 0.80 ± 0.00 |
 | tokens / the oracle's | 2.25 ± 3.18 |
 | 0.1 to 0.3 | 2 | 0.200 | +0.000 |
@@ -4780,9 +4783,11 @@ def test_study_shares_judgements_where_only_the_rule_differs(tmp_path, monkeypat
     shared = {}
     monkeypatch.setattr(study, "fork", lambda _, folder, first, same: shared.update({folder: same}))
     monkeypatch.setattr(train, "run_stages", lambda cfg: None)
-    for name in ("report.json", "longer/summary.json"):
-        os.makedirs((tmp_path / "seed1/full" / name).parent, exist_ok=True)
-        write_json(tmp_path / "seed1/full" / name, {})
+    os.makedirs(tmp_path / "seed1/full/longer")
+    for name in ("report.json", "config.json", "longer/summary.json"):
+        write_json(tmp_path / "seed1/full" / name, {"scale": 1.0})
+    with pytest.raises(ValueError, match="full: a run of --scale 1.0"):
+        study.run_variant(train.Config(scale=0.5), "never", 1, tmp_path)
     for name in study.VARIANTS:
         study.run_variant(train.Config(), name, 1, tmp_path)
     assert len(shared) == 11
