@@ -91,10 +91,7 @@ class ReadyProcessor(Processor):
 
 
 def make_model(size, device, dtype):
-    """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder.
-
-    No download is needed: speed depends on shapes, not on what the numbers are.
-    """
+    """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder."""
     _, small = pretrain.new_model(0)  # the Processor of the pocket model
     # The shapes are Qwen's, the numbers of the special tokens are those of this vocabulary.
     config = dataclasses.replace(
@@ -255,8 +252,7 @@ class Ours:
 class Peer:
     """transformers' model and image processor, opened from a folder that ours has saved.
 
-    Its model is made for causal language modelling: `model.model` gives states, `model.lm_head`
-    logits, and the loss that it would compute by itself is not the one that is compared.
+    `model.model` gives states, `model.lm_head` logits.
     """
 
     BATCH = 16  # prompts that are embedded together
@@ -491,7 +487,6 @@ def measure(size, options):
 
 # --------------------------------------------------------------------------------------------------
 # Command line
-
 
 COUNTS = [  # an option, its default, what it counts
     ("queries", 64, "to write rationales for"),

@@ -153,11 +153,11 @@ def interval(values):
 
 def collect(out):
     """{"full": {"seed1": report}} of the reports that are there."""
-    reports = {}
+    reports = collections.defaultdict(dict)
     for name in VARIANTS:
         for path in sorted(out.glob(f"seed[0-9]*/{name}/report.json")):
             seed = path.parts[-3]  # seed3/full/report.json -> "seed3"
-            reports.setdefault(name, {})[seed] = read_json(path)
+            reports[name][seed] = read_json(path)
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
     return reports
@@ -169,11 +169,13 @@ def measured(reports):
 
     A variant's mode is always "adaptive": its own threshold makes it never or always reason.
     """
-    uses = [(name, name, "adaptive") for name in reports]  # (label, variant, mode)
-    uses += [(f"full, {mode}", "full", mode) for mode in OTHER_MODES]
-    rows = {}
-    for label, name, mode in uses:
-        rows[label] = {seed: report["modes"][mode] for seed, report in reports[name].items()}
+    rows = collections.defaultdict(dict)
+    for name, by_seed in reports.items():
+        for seed, report in by_seed.items():
+            rows[name][seed] = report["modes"]["adaptive"]
+    for mode in OTHER_MODES:
+        for seed, report in reports["full"].items():
+            rows[f"full, {mode}"][seed] = report["modes"][mode]
     return rows
 
 
@@ -249,7 +251,7 @@ def steps_table(adaptivities):
         auc = ""  # where no seed has queries of both kinds
         if aucs:
             auc = f"{np.median(aucs):.3f} ({min(aucs):.2f} to {max(aucs):.2f})"
-        counts = set().union(*[seed["reason_rate"] for seed in seeds])  # "0", "1" ... steps
+        counts = {count for seed in seeds for count in seed["reason_rate"]}  # "0", "1" ... steps
         for count in sorted(counts, key=int):
             cells = [name.removeprefix("Pocket"), count]
             for key in ("reason_rate", "never", "always"):

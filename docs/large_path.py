@@ -22,7 +22,6 @@ nothing. Left out: data too large for memory, which --workers read.
 
 import argparse
 import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -40,7 +39,7 @@ sys.path.insert(0, str(REPO))
 
 import pretrain  # noqa: E402
 from embed import Embedder  # noqa: E402
-from model import Config, Qwen3VL, read_json  # noqa: E402
+from model import Config, Qwen3VL, Rows, read_json, write_rows  # noqa: E402
 from processor import Processor, Tokenizer, byte_letters  # noqa: E402
 
 FIRST_MARKER = 151643  # the id of <|endoftext|>; text has the ids before it
@@ -54,6 +53,7 @@ ON = {"cpu": ["--device", "cpu", "--dtype", "float32"], "cuda": ["--device", "cu
 
 
 def full_tokenizer():
+    """Of the docstring above."""
     texts = (REPO / "LICENSE").read_text("utf-8").split("\n")
     texts.append("system user assistant Represent the user's input. what follows it is add to?")
     spec = pretrain.train_tokenizer(texts)
@@ -85,9 +85,9 @@ def prepare(root, device):
         row = {"qry": f"what follows {i}?", "qry_image_path": image}
         rows.append(row | {"pos_text": f"it is {i + 1}", "pos_image_path": ""})
     texts = [{"id": f"own/{i}", "proposer": "file", "text": f"add 1 to {i}"} for i in range(32)]
-    for name, lines in {"train": rows[:32], "test": rows[32:], "rationales": texts}.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (root / f"{name}.jsonl").write_text(text, "utf-8")
+    write_rows(root / "train.jsonl", rows[:32])
+    write_rows(root / "test.jsonl", rows[32:])
+    write_rows(root / "rationales.jsonl", texts)
 
 
 def start(root, out, *more, launcher=()):
@@ -99,6 +99,7 @@ def start(root, out, *more, launcher=()):
 
 
 def expect(code, process, log):
+    """Wait for its end, which must have this exit code."""
     if process.wait() != code:
         end = log.read_text("utf-8")[-2000:]
         sys.exit(f"{end}\n{log}: exit code {process.returncode}, expected {code}")
@@ -111,13 +112,13 @@ def weights(root, out, stage):
 def require_alike(root, a, b):
     """As many rationales were judged, scores differ by at most two of the eight queries, and losses
     by 5 %, before rl, whose rollouts are others."""
-    reports = [read_json(root / out / "report.json") for out in (a, b)]
-    scores = [[mode["overall"] for mode in x["modes"].values()] for x in reports]
-    losses = []
+    judged, scores, losses = [], [], []  # of a and of b
     for out in (a, b):
-        rows = map(json.loads, (root / out / "metrics.jsonl").read_text("utf-8").splitlines())
-        losses.append([row["loss"] for row in rows if "loss" in row and row["stage"] != "rl"])
-    judged = [x["selection"]["candidates"] for x in reports]
+        report = read_json(root / out / "report.json")
+        log = Rows(root / out / "metrics.jsonl")
+        judged.append(report["selection"]["candidates"])
+        scores.append([mode["overall"] for mode in report["modes"].values()])
+        losses.append([row["loss"] for row in log if "loss" in row and row["stage"] != "rl"])
     near = np.allclose(*scores, rtol=0, atol=0.25) and np.allclose(*losses, rtol=0.05)
     if judged[0] != judged[1] or not near:
         sys.exit(f"{a} and {b} differ: judged {judged}, scores {scores}, losses {losses}")
