@@ -53,7 +53,7 @@ ON = {"cpu": ["--device", "cpu", "--dtype", "float32"], "cuda": ["--device", "cu
 
 
 def full_tokenizer():
-    """Of the docstring above."""
+    """A tokenizer of Qwen's size, whose markers have the ids that Qwen gives them."""
     texts = (REPO / "LICENSE").read_text("utf-8").split("\n")
     texts.append("system user assistant Represent the user's input. what follows it is add to?")
     spec = pretrain.train_tokenizer(texts)
