@@ -12,7 +12,7 @@ a parser of a few lines, and the model only ever sees items:
 
 Strings are VLM2Vec's to the byte, without its visual placeholder (our chat template puts images
 first) and with all other white space. prompts="qwen" moves the instruction of a test query to
-item["instruction"].
+item["instruction"] and leaves out that of a candidate.
 
 The way of a dataset through this file. Two things are called a row: a dataset's row of mmeb.json
 (complete, with every default filled in, it is called spec), and a row of the dataset's own files.
@@ -54,6 +54,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 import threading
 import warnings
@@ -438,8 +439,10 @@ class Row:
     # Test sets only.
     modality: str = "image"  # or video, visdoc (pages of documents)
     family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
-    scope: str | None = None  # "local": the row lists its candidates, "global": all are
-    inst: str = ""  # the parser's prompt before a query, e.g. "Select a video that fits ...:"
+    # "local": the row lists its candidates. "global" (default of pairs, pages, video_ret and where
+    # labels are given): every query has all of them.
+    scope: str | None = None
+    inst: str = ""  # videos, pages: said before a query, e.g. "Select a video that fits ...:"
     tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
     tail: str = "\n"  # what ends a query of an image set; two in VisDial
     columns: list = field(default_factory=lambda: ["video_id", "caption"])  # video_ret
@@ -469,13 +472,13 @@ def complete(row, kind):
         value = row[key.name]
         if not isinstance(value, key.type):  # of table: str | list | None
             raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
-        if isinstance(value, (int, float)) and value <= 0:
+        if isinstance(value, (int, float)) and not value > 0:  # nor NaN
             raise BadData(name, f"{key.name}: {value} is not above 0")
     if "/" in name:
         raise BadData(name, "a name that can name a file is wanted, without /")
     parser = row["parser"]
     retrieval = parser in ("pairs", "video_ret", "beir")
-    row["scope"] = row["scope"] or ("global" if retrieval else "local")
+    row["scope"] = row["scope"] or ("global" if retrieval or row["labels"] else "local")
     if retrieval and row["scope"] == "local":
         raise BadData(name, f"scope local: rows of {parser} list no wrong candidates")
     if any(len(listed(part)) != 3 for part in row["fetch"]):
@@ -652,15 +655,15 @@ class Files:
 
     def table(self, config):
         """The Table of a config, else Missing. A dataset without one of its parts is broken."""
-        paths = self.paths(config)
-        if not paths:
-            looked = ", ".join(self.spec["table"])
-            error = BadData if self.all_paths() else Missing
-            raise error(self.name, f"no {config or 'table'} in {self.root}, looked for {looked}")
         try:
-            return Table(paths, self.spec["cap"])
+            paths = self.paths(config)
+            if paths:
+                return Table(paths, self.spec["cap"])
+            kind = BadData if self.all_paths() else Missing
         except BadData as error:
             raise BadData(self.name, error) from error
+        looked = f"looked for {', '.join(self.spec['table'])} ({', '.join(TABLE_FILES)} are read)"
+        raise kind(self.name, f"no {config or 'table'} in {self.root}, {looked}")
 
     def all_paths(self):
         """The files of every config."""
@@ -1406,7 +1409,7 @@ def downloads(spec, root):
         parts.insert(0, [spec["hub"], None, ""])  # all of it
     commands = []
     for hub, pattern, unpack in parts:  # unpack: "cd image-tasks && tar -xzf mmeb_v1.tar.gz ..."
-        folder = os.path.join(root, hub)
+        folder = shlex.quote(os.path.join(root, hub))
         command = f"hf download {hub} --repo-type dataset --local-dir {folder}"
         command += f" --include '{pattern}'" if pattern else ""
         command += f" && (cd {folder} && {unpack})" if unpack else ""

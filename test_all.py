@@ -3462,7 +3462,7 @@ EVALUATION = [
      [("\nIt:", A), ("\nIt:", B)], ["a.png:", "b.png:"], [0, 1, 0], [0]),
     ("video_cls", CLS, (" do?", V), [("A",), ("B",)], ["A", "B"], [0, 1], [1]),
     ("video_cls", CLS, (" do?", V), [("A",), ("B",), ("C",)], ["A", "B", "C"], None, [1],
-     {"scope": "global", "labels": ["A", "B", "C"]}),
+     {"labels": ["A", "B", "C"]}),
     ("videomme", MME, (" do? Q\nA. Apples.\nB. Mr. B.\nC. Figs", V),
      [("Apples",), ("Mr. B",), ("Figs",)], MME["options"], [0, 1, 2], [2]),
     ("egoschema", EGO, (" do? QA. o B. p", V), [("o",), ("p",)], ["A. o", "B. p"], [0, 1], [1]),
@@ -3972,6 +3972,7 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed}, what is said
     ({"datasets.json": {"train": [{"name": "x"}] * 2}}, "train dataset 'x' is there twice"),
     (listing(weigth=2), "train dataset x: .* unexpected keyword argument 'weigth'"),
     (listing(cap=-2), "^x: cap: -2 is not above 0"),
+    (listing(weight=math.nan), "^x: weight: nan is not above 0"),
     (listing(name="../x"), "^../x: a name that can name a file"),
     ({"datasets.json": {"trian": []}}, "unknown key 'trian'"),
     (listing(parser="no"), "^x: parser 'no': one of mmeb, "),
@@ -4009,6 +4010,9 @@ def test_data_defaults_take_the_place_of_null_and_nothing(tmp_path, capsys):
     root = write_root(tmp_path, "eval", [SOUND], config=[], cap=None, parser=None)
     (tmp_path / "train.jsonl").symlink_to("gone")  # a link that leads nowhere is no table
     assert data.check(root) == 0 and "1 of        ? rows" in capsys.readouterr().out
+    root = write_root(tmp_path, "eval", [SOUND], file="t.csv")
+    assert data.check(root) == 2
+    assert "looked for t.csv (.parquet, .jsonl, .json are read)" in capsys.readouterr().out
 
 
 def rels(*rows):
@@ -4057,11 +4061,12 @@ def test_data_a_set_without_one_of_its_parts_is_broken(tmp_path, capsys):
 
 
 def test_data_check_says_found_missing_and_broken(tmp_path, capsys):
-    root = str(tmp_path)
+    root = str(tmp_path / "my root")
+    os.mkdir(root)
     assert data.check(root) == 2
     out = capsys.readouterr().out
     assert "found: 0, missing: 103, broken: 0" in out
-    command = f"hf download {TRAIN_HUB} --repo-type dataset --local-dir {root}/{TRAIN_HUB}"
+    command = f"hf download {TRAIN_HUB} --repo-type dataset --local-dir '{root}/{TRAIN_HUB}'"
     assert f"{command} --include 'CIRR/*'\n" in out
     table = f"{root}/{TRAIN_HUB}/CIRR/original-00000-of-00001.parquet"
     write_table(table, [pair("q", "x.png")] * 30)
