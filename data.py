@@ -426,7 +426,7 @@ class Row:
     hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
     # Where in ROOT the rows lie: patterns of which the first that matches wins (default: a list in
     # mmeb.json). In "{hub}/{config}/{split}-*.parquet" and the like Files.paths() fills in
-    # {hub} {repo} {name} {lower} {under} {split} {config} {part}.
+    # {hub} {repo} {name} {lower} {under} {split} {config}; of pages {part}.
     table: str | list | None = None
     config: str | list = ""  # the hub's config; a test set may have several, read in turn (MVBench)
     cap: int | None = None  # only so many first rows are used, as in train_alltasks.yaml
@@ -596,7 +596,7 @@ class Files:
         self.name = spec["name"]
         self.parser = spec["parser"]  # its name
         self.configs = listed(spec["config"]) or [""]
-        if self.parser == "beir":  # a set of pages is read part by part
+        if self.parser == "beir":  # a set of pages has these three, read in this order
             self.configs = ["corpus", "qrels", "queries"]
         self.root = os.path.realpath(root)
         self.frames = frames or spec["frames"]
@@ -675,12 +675,10 @@ class Files:
         "{hub}/{config}/{split}-*.parquet" for the config "MC" of NExTQA
         -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
         """
-        fill = self.spec | {"part": config}  # "corpus", "qrels" or "queries" of a set of pages
+        fill = self.spec | {"config": config, "part": config}  # "part": of pages
         fill["repo"] = os.path.basename(fill["hub"])  # "vidore/x_beir" -> "x_beir"
         fill["lower"] = self.name.lower()  # "Charades-STA" -> "charades-sta"
         fill["under"] = fill["lower"].replace("-", "_")  # -> "charades_sta"
-        if self.parser != "beir":
-            fill["config"] = config
         fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
         for pattern in self.spec["table"]:
             try:
@@ -966,18 +964,19 @@ class EvalSet(Files):
         self.positives = []  # per query candidate numbers
         self.grades = []  # per query the positives' grades, or None
         # While it is filled:
+        self.rows = 0  # of its tables
         self.asked = {}  # of pairs(): query -> its positives
         self.relevant = {}  # of pages: {query id: {page id: grade}}
 
-    def read(self, parse, configs, limit=None):
-        """The rows of these configs through a parser. What goes wrong is wrong with that row."""
-        self.rows = 0  # of these configs: at the end those of the queries
-        for self.config in configs:
-            table = self.table(self.config)
+    def read(self, parse, limit):
+        """Its rows through a parser. What goes wrong is wrong with that row."""
+        for config in self.configs:
+            self.config = config
+            table = self.table(config)
             for i in range(len(table)):
                 if limit and len(self.queries) == limit:
                     break
-                place = f"{self.config} row {i}" if len(self.configs) > 1 else i
+                place = f"{config} row {i}" if len(self.configs) > 1 else i
                 self.where = f"{self.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
                 try:
                     parse(self, table[i])
@@ -986,26 +985,34 @@ class EvalSet(Files):
                     if self.problems is None:
                         raise error from None
                     self.problems.append(str(error))
-            self.rows += len(table)
+            # Of MVBench all 20 tables hold queries, of pages the last one alone.
+            self.rows = len(table) + (0 if self.parser == "beir" else self.rows)
 
-    def say(self, full, inst="", content="", image=None, clip=None):
-        r"""The item of a query or a candidate, with the image and the clip of these names.
+    def say(self, inst, content="", image=None, clip=None, full=None):
+        """The item of an instruction and a content, with the image and the clip of these names.
 
-        VLM2Vec's prompts take `full` alone, Qwen's take `inst`, for the system turn, and `content`:
-        say(full="\nAbout: why?\n", inst="\nAbout: ", content="why?")
-        -> {"text": "\nAbout: why?\n"} or {"text": "why?", "instruction": "About:"}
+        VLM2Vec joins visual token, instruction and content by spaces (`full` where a parser has
+        another rule). Our chat template places images, so the token goes and its space stays.
+        Qwen's instruction goes to the system turn. say("About:", "why?", "a.jpg")
+        -> {"text": " About: why?", "image": ...} or {"text": "why?", "instruction": "About:", ...}
         """
         image = self.find(image) if isinstance(image, str) else image  # or a TableImage, or None
         video = clip and self.clip(clip)
-        if self.prompts == "vlm2vec":
-            return item(full, image, video)
-        inst = inst.strip().removesuffix("Question:").strip()  # that ends the prompt of V-QA
-        return item(content, image, video, inst)
+        if self.prompts == "qwen":
+            inst = inst.strip().removesuffix("Question:").strip()  # that ends the prompt of V-QA
+            return item(content, image, video, inst)
+        if full is None:
+            full = f"{inst} {content}" if content else inst
+            full = f" {full}" if image or video else full
+        return item(full, image, video)
+
+    def target(self, image=None, clip=None):
+        """A candidate that is shown. Qwen's prompts say nothing before it."""
+        return self.say("" if self.prompts == "qwen" else self.tgt, "", image, clip)
 
     def cand(self, key, make, *args, **more):
-        """The number of the candidate with this key: es.cand("yes", item, "yes") -> 0. It is made,
-        by make(*args, **more), when its key comes first: frames are looked for once, not per
-        query."""
+        """The number of the candidate with this key: es.cand("yes", item, "yes") -> 0. It is made
+        when its key comes first: frames are looked for once, not per query."""
         if key not in self.index:
             self.candidates.append(self.checked(make(*args, **more)))
             self.cand_where.append(self.where)
@@ -1029,10 +1036,6 @@ class EvalSet(Files):
         return item
 
 
-# Below, T is the visual token. VLM2Vec joins T + " " + text. Our chat template places images, so T
-# goes and the space stays: many strings begin with one.
-
-
 def image_set(es, row):
     r"""The 36 image sets, of which VLM2Vec has five parsers (src/data/eval_dataset).
 
@@ -1047,10 +1050,9 @@ def image_set(es, row):
     image_t2i -> query {"text": "\nFind: A cat.\n"}, candidates as in image_targets()
     image_i2i_vg: the same, and b.jpg goes with the query
 
-    VLM2Vec's query: T + " " + instruction [+ " " + text], then " \n" -> "\n", then + tail. The
-    positive is always the first: by argmax a model whose scores are all equal would get 100 %.
+    The positive is always the first: by argmax a model whose scores are all equal would get 100 %.
     """
-    kind, tail = es.parser, es.spec["tail"]
+    kind = es.parser
     inst = cell(row, "qry_inst").replace(IMG, "")
     text = cell(row, "qry_text", "text?")
     if kind in ("image_t2i", "image_i2i_vg"):
@@ -1058,13 +1060,14 @@ def image_set(es, row):
     else:
         cands = [es.cand(answer, item, answer) for answer in text_list(row, "tgt_text")]
     if kind == "image_t2i":  # without image, though a stray token may be there (WebQA)
-        query = es.say(f"{inst} {text}{tail}", inst, text)
+        image, full = None, f"{inst} {text}"
     else:
+        image = cell(row, "qry_img_path")
         # Two of VLM2Vec's parsers strip the instruction, two do not.
         lead = inst if kind in ("image_cls", "image_i2t") else "\n" + inst.strip()
         full = f" {lead} {text}" if text else f" {lead}"
-        full = full.replace(" \n", "\n") + tail
-        query = es.say(full, inst, text, cell(row, "qry_img_path"))
+        full = full.replace(" \n", "\n")
+    query = es.say(inst, text, image, full=full + es.spec["tail"])
     es.query(query, cands, cands[:1])
 
 
@@ -1091,7 +1094,7 @@ def image_targets(es, row):
         full = full.replace(" \n", "\n") + end
         content = "" if blank else caption.strip()
         key = path + ":" + caption.strip('"') if grounding else path
-        cands.append(es.cand(key, es.say, full, content=content, image=path))
+        cands.append(es.cand(key, es.say, "", content, path, full=full))
     return cands
 
 
@@ -1105,14 +1108,12 @@ def video_cls(es, row):
     label, labels = cell(row, "pos_text"), es.spec["labels"]
     if es.spec["scope"] == "local":
         options = text_list(row, "neg_text")
-    elif isinstance(labels, str):
-        options = LABELS[labels]
-    else:
-        options = listed(labels) or [label]  # a user's list, or what the rows have
+    else:  # of mmeb.json, or a user's list, or what the rows have
+        options = LABELS[labels] if isinstance(labels, str) else labels or [label]
     if label not in options:
         raise BadData("column pos_text", f"{label!r} is not among its {len(options)} options")
     cands = [es.cand(text, item, text) for text in options]
-    query = es.say(" " + es.inst, es.inst, clip=cell(row, "video_id", "id"))
+    query = es.say(es.inst, clip=cell(row, "video_id", "id"))
     es.query(query, cands, [cands[options.index(label)]])
 
 
@@ -1161,7 +1162,7 @@ def video_qa(es, row):
     text = bare if es.parser in ("videomme", "egoschema") else str
     cands = [es.cand(key, item, text(key)) for key in keys]
     clip = before.format(config=es.config) + cell(row, column, "id")
-    query = es.say(f" {es.inst} {question}", es.inst, question, clip=clip)
+    query = es.say(es.inst, question, clip=clip)
     # Where an answer stands twice (MVBench) the last is right, as upstream.
     right = dict(zip(names, cands))[answer]
     es.query(query, cands, [right])
@@ -1191,8 +1192,8 @@ def video_ret(es, row):
     video = stem(video) if column == "video" else video  # DiDeMo names a file, the others have ids
     several = isinstance(row[caption], list)  # MSVD, VATEX
     text = text_list(row, caption)[0] if several else cell(row, caption)
-    target = es.cand(video, es.say, " " + es.tgt, clip=video)
-    es.query(es.say(f"{es.inst} {text}", es.inst, text), [target], [target])
+    target = es.cand(video, es.target, clip=video)
+    es.query(es.say(es.inst, text), [target], [target])
 
 
 def moment(es, row):
@@ -1210,17 +1211,16 @@ def moment(es, row):
     for name in visible(folder):
         if name == "query" or not os.path.isdir(os.path.join(folder, name)):
             continue
-        key = os.path.relpath(os.path.join(folder, name), es.root)
-        cands.append(es.cand(key, es.say, " " + es.tgt, clip=f"{video}/{name}"))
+        clip = f"{video}/{name}"
+        cands.append(es.cand(clip, es.target, clip=clip))
         if name.startswith("positive"):
             right.append(cands[-1])  # of several VLM2Vec takes the last alone
-    query = es.say(f" {es.inst} {text}", es.inst, text, clip=f"{video}/query")
-    es.query(query, cands, right)
+    es.query(es.say(es.inst, text, clip=f"{video}/query"), cands, right)
 
 
 SEEK = {  # ending of what is shown with the query: VLM2Vec's prompt
-    ".mp4": " Find the clip that corresponds to the given sentence and video segment:",
-    ".jpg": " Select the video clip that aligns with the given text and image:",
+    ".mp4": "Find the clip that corresponds to the given sentence and video segment:",
+    ".jpg": "Select the video clip that aligns with the given text and image:",
     "": "Find the clip that corresponds to the given text:",
 }
 
@@ -1239,16 +1239,12 @@ def momentseeker(es, row):
         raise BadData("column input_frames", f"{given!r} is no .jpg and no .mp4")
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
-    right = seek_targets(es, row, "positive_frames")
-    wrong = seek_targets(es, row, "negative_frames")
-    full = f"{SEEK[kind]} {text}" if text else SEEK[kind]
-    es.query(es.say(full, SEEK[kind], text, image, clip), right + wrong, right)
-
-
-def seek_targets(es, row, column):
-    """The numbers of the clips in a column."""
-    paths = [flat(clip["output_path"]) for clip in listed(row[column])]
-    return [es.cand(path, es.say, " " + es.tgt, clip=path) for path in paths]
+    right = listed(row["positive_frames"])
+    cands = []
+    for shown in right + listed(row["negative_frames"]):
+        path = flat(shown["output_path"])
+        cands.append(es.cand(path, es.target, clip=path))
+    es.query(es.say(SEEK[kind], text, image, clip), cands, cands[: len(right)])
 
 
 def flat(path):
@@ -1272,21 +1268,23 @@ def pairs(es, row):
 
 
 def side_key(row, text, image):
-    """The text and the image that tell a side from others: '["a cat", "pics/a.jpg"]'."""
-    names = []
-    for ref in listed(row[image]):
-        if isinstance(ref, TableImage):  # it has no name: a hash of its bytes
-            ref = hashlib.sha256(ref.read()).hexdigest()
-        names.append(ref or "")
-    if not isinstance(row[image], list):
-        names = names[0] if names else ""
-    return json.dumps([row[text] or "", names], ensure_ascii=False)
+    """The text and the image that tell a side from others: '["a cat", "pics/a.jpg"]'. An image
+    inside a table has no name: a hash of its bytes."""
+    return json.dumps(
+        [row[text] or "", row[image] or ""],
+        ensure_ascii=False,
+        default=lambda ref: hashlib.sha256(ref.read()).hexdigest(),
+    )
 
 
-# Sets of pages ("beir", after the benchmark whose layout this is) are read in three passes: page(),
-# qrel(), page_query(). For query 7 page 4 is relevant, with grade 3:
-#     corpus {"corpus-id": 4, "image": ...}    queries {"query-id": 7, "query": "what?"}
-#     qrels {"query-id": 7, "corpus-id": 4, "score": 3}
+def beir(es, row):
+    """Pages of documents in three tables, after the benchmark of this layout. They are read in this
+    order; for query 7 page 4 is relevant, with grade 3:
+
+    corpus {"corpus-id": 4, "image": ...}, qrels {"query-id": 7, "corpus-id": 4, "score": 3},
+    queries {"query-id": 7, "query": "what?"}
+    """
+    {"corpus": page, "qrels": qrel, "queries": page_query}[es.config](es, row)
 
 
 def page(es, row):
@@ -1298,7 +1296,7 @@ def page(es, row):
     image = row.get("image")
     if not isinstance(image, TableImage):
         image = es.find(*listed(image or None), f"{key}.png", short_name(key))
-    es.cand(key, es.say, " " + es.tgt, image=image)
+    es.cand(key, es.target, image=image)
 
 
 def short_name(page):
@@ -1326,14 +1324,14 @@ def page_query(es, row):
     if qid in es.query_ids:
         raise BadData("column query-id", f"{qid!r} occurs twice")
     grades = es.relevant.get(qid, {})  # {page id: grade}
-    query = es.say(f"{es.inst} {text}", es.inst, text)
-    es.query(query, [], [es.index[key] for key in grades], list(grades.values()), qid)
+    right = [es.index[key] for key in grades]
+    es.query(es.say(es.inst, text), [], right, list(grades.values()), qid)
 
 
 IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
 EVAL_PARSERS = dict.fromkeys(IMAGE_SETS, image_set) | dict.fromkeys(VIDEO_QA, video_qa)
 EVAL_PARSERS |= {"video_cls": video_cls, "video_ret": video_ret, "moment": moment}
-EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": page_query}
+EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": beir}
 
 
 def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=None):
@@ -1345,12 +1343,8 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
     """
     spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
     es = EvalSet(spec, root, frames, prompts, problems)
-    if es.parser == "beir":
-        es.read(page, ["corpus"])
-        es.read(qrel, ["qrels"])
-        es.read(page_query, ["queries"], limit)
-    else:
-        es.read(EVAL_PARSERS[es.parser], es.configs, limit)
+    es.read(EVAL_PARSERS[es.parser], limit)
+    if es.parser != "beir":
         es.grades = None  # only pages are graded
     es.cand_ids = list(es.index)  # in the order of .candidates
     if spec["scope"] == "global":
