@@ -22,9 +22,9 @@ The way of a dataset through this file. Two things are called a row: a dataset's
     spec, ROOT --EvalSet---> a test row ------image_set() ...--> query, candidates, positives
 
 The sampler's maths. A batch of B pairs is B/b sub-batches of b pairs. Each draws a dataset d with
-p(d) = w_d / Σw and takes the next b rows of d's own shuffled walk. In-batch negatives of a
-sub-batch so share a dataset, which makes them hard. A draw is a function of (seed, step), a shuffle
-of (seed, dataset, epoch): neither workers nor ranks change the stream, and its state is the step.
+p(d) = w_d / Σw and takes the next b rows of d's own shuffled walk. So its pairs share a dataset,
+which makes in-batch negatives hard. A draw is a function of (seed, step), a shuffle of (seed,
+dataset, epoch): neither workers nor ranks change the stream, and its state is the step.
 
 How to run:
     python data.py --check ROOT [--names A,B]     what is found, missing (how to fetch it) or broken
@@ -39,12 +39,10 @@ It stops an evaluation, whose score would be that of another test. --check names
 
 Left out: decoding videos (the published frame folders are read), audio, the agent and text-only
 tasks of MMEB-V3, the English-only copies of ViDoRe-V2 that the leaderboard does not count.
-Sources: VLM2Vec @ 6e1e1d4 and the dataset cards; comments say where the reference is wrong.
-"The reference" and "upstream" below are this VLM2Vec.
+Sources: the dataset cards and VLM2Vec @ 6e1e1d4, "the reference" or "upstream" below.
 """
 
 import argparse
-import functools
 import glob
 import hashlib
 import io
@@ -85,18 +83,14 @@ LABELS = MMEB["labels"]
 
 class BadData(ValueError):
     """Something in the data is not what it should be. The message is one line of at most 300
-    characters, "where: why": BadData("CIRR/7", error) puts a place before an error from below. If
-    that begins with the place already, or there is no why, nothing is put before it."""
+    characters: BadData("CIRR/7", error) -> "CIRR/7: ...", also if the error began so already."""
 
     def __init__(self, where, why=""):
-        text = str(why or where)
-        if isinstance(why, KeyError):
-            text = repr(why)  # str(KeyError("qry")) is only 'qry'
+        text = repr(why) if isinstance(why, KeyError) else str(why or where)  # str: only 'qry'
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
         # A row may hold text that cannot be printed; a library's message may span lines.
-        text = text.encode("utf-8", "backslashreplace").decode()
-        line = " ".join(text.splitlines())
+        line = " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())
         super().__init__(line if len(line) <= 300 else f"{line[:190]} ... {line[-105:]}")
 
 
@@ -164,7 +158,8 @@ class TableImage:
     """Where an image lies inside a parquet file. The cell holds its encoded bytes, or what the hub
     writes: {"bytes": b"...", "path": "a.jpg"}. It is read when the image is wanted, not before."""
 
-    table: str  # path of the file
+    path: str
+    file: object  # what open_table(path) gave
     row: int
     column: str
     index: int | None = None  # where the cell is a list of images
@@ -172,14 +167,14 @@ class TableImage:
     def read(self):
         """The encoded bytes (of a JPEG, PNG ...)."""
         # data: the pyarrow Table behind it; a slice of it copies nothing.
-        value = open_table(self.table).data.fast_slice(self.row, 1).column(self.column)[0]
+        value = self.file.data.fast_slice(self.row, 1).column(self.column)[0]
         if self.index is not None:
             value = value.values[self.index]  # the others of a list are not copied
         value = value.as_py()
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
-        place = f"{self.table} row {self.row} column {self.column}"
+        place = f"{self.path} row {self.row} column {self.column}"
         return place if self.index is None else f"{place} image {self.index}"
 
 
@@ -194,14 +189,13 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
-    if isinstance(ref, str) and ref.startswith(("http://", "https://")):
-        raise BadData(ref, "images from the web are not fetched")
-    name = "image"  # for messages
-    if isinstance(ref, (str, os.PathLike, TableImage)) and ref != "":
-        name = str(ref)
-    elif not isinstance(ref, (bytes, Image.Image)):
+    in_memory = isinstance(ref, (bytes, Image.Image))
+    name = "image" if in_memory else str(ref)  # for messages
+    if not in_memory and not isinstance(ref, (str, os.PathLike, TableImage)) or not name:
         wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
-        raise BadData(name, f"{wanted} is wanted, got {short(ref)}")
+        raise BadData("image", f"{wanted} is wanted, got {short(ref)}")
+    if name.startswith(("http://", "https://")):
+        raise BadData(name, "images from the web are not fetched")
     try:
         if isinstance(ref, Image.Image):
             image = ref
@@ -234,11 +228,9 @@ def image_bytes(ref):
 
 
 def to_rgb(image):
-    """An image of any mode -> RGB as a viewer shows it.
-
-    The reference says convert("RGB"), which drops alpha (a page of transparent black letters turns
-    black; here alpha is laid on white) and cuts 16-bit grey off at 255 (here it is scaled).
-    """
+    """An image of any mode -> RGB as a viewer shows it. The reference says convert("RGB"), which
+    drops alpha (a page of transparent black letters turns black; here alpha is laid on white) and
+    cuts 16-bit grey off at 255 (here it is scaled)."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image) * (255 / 65535)  # 0 ... 65535 -> 0 ... 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -276,16 +268,7 @@ OPENING = threading.Lock()  # --check opens tables in threads, `datasets` was no
 
 def open_table(path):
     """A parquet or JSON file -> a datasets.Dataset of it as it is now: an Arrow copy in the cache
-    of `datasets`, which is mapped. A row is in memory while it is used."""
-    with open(path, "rb") as file:
-        refuse_pointer(path, file.read(64))
-    with OPENING:
-        return _open_table(path, os.stat(path).st_mtime_ns)
-
-
-@functools.cache
-def _open_table(path, changed):
-    """The time of its change is part of its name in the cache: a changed file is read anew.
+    of `datasets`, which is mapped. A row is in memory while it is used.
 
     Of JSON the Dataset has one column, "line": it is parsed when a row is read. For Arrow wants
     columns of one type (neg_text is text or a list), takes text for dates, and does not name the
@@ -293,17 +276,20 @@ def _open_table(path, changed):
     """
     import datasets  # takes seconds, which load_image alone need not wait for
 
+    with open(path, "rb") as file:
+        refuse_pointer(path, file.read(64))
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     try:
-        if path.endswith(".parquet"):
-            pattern = glob.escape(path)  # a folder may be called run[1]
-            return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
-        return datasets.Dataset.from_generator(
-            json_lines,
-            features=datasets.Features({"line": datasets.Value("binary")}),
-            gen_kwargs={"path": path, "changed": changed},  # hashed: the name of the Arrow copy
-        )
+        with OPENING:
+            if path.endswith(".parquet"):
+                pattern = glob.escape(path)  # a folder may be called run[1]
+                return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
+            return datasets.Dataset.from_generator(
+                json_lines,
+                features=datasets.Features({"line": datasets.Value("binary")}),
+                gen_kwargs={"path": path, "changed": os.stat(path).st_mtime_ns},
+            )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
         # An empty file is to `datasets` a split that "corresponds to no data". Its own errors hide
         # the one that explains them in __cause__.
@@ -313,7 +299,8 @@ def _open_table(path, changed):
 
 def json_lines(path, changed):
     """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes:
-    {"line": b'{"qry": "a cat"}'}, ... `changed` only makes another name in the cache."""
+    {"line": b'{"qry": "a cat"}'}, ... A hash of the arguments names the Arrow copy: a changed file
+    is read anew."""
     with open(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark, white space
         file.seek(0)
@@ -350,30 +337,26 @@ class Table:
     def __getitem__(self, i):
         for path, file in self.files:
             if i < len(file):
-                return read_row(path, file, i)
+                return Cells(read_row(path, file, i))
             i -= len(file)  # row 12 of files of 10 and 5 rows is row 2 of the second
 
 
 def read_row(path, file, i):
-    """Row i of a file that open_table() gave -> Cells({"qry": "a cat", "neg_text": None, ...})."""
+    """Row i of an open_table(path) -> {"qry": "a cat", "neg_text": None, ...}."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
-    if not path.endswith(".parquet"):
-        line = row.column("line")[0].as_py()
-        value = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
-        if not isinstance(value, dict):
-            raise BadData(f"a JSON object is wanted, got {short(value)}")
-        return Cells(value)
-    cells = Cells()
-    for name in row.column_names:
-        cells[name] = arrow_value(row.column(name)[0], TableImage(path, i, name))
-    return cells
+    if path.endswith(".parquet"):
+        names = row.column_names
+        return {n: arrow_value(row.column(n)[0], TableImage(path, file, i, n)) for n in names}
+    line = row.column("line")[0].as_py()
+    value = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
+    if not isinstance(value, dict):
+        raise BadData(f"a JSON object is wanted, got {short(value)}")
+    return value
 
 
 def arrow_value(cell, image):
-    """An Arrow cell as Python. Bytes of an image stay where they are: `image` refers to them.
-
-    Images are bytes, the hub's {"bytes", "path"} (one may be absent), or a list of those.
-    """
+    """An Arrow cell as Python. Images are bytes, the hub's {"bytes", "path"} (one may be absent) or
+    a list of those. Their bytes stay where they are: `image` refers to them."""
     if not cell.is_valid:  # null
         return None
     if isinstance(cell, pa.ListScalar):
@@ -446,7 +429,7 @@ class Row:
     tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
     tail: str = "\n"  # what ends a query of an image set; two in VisDial
     columns: list = field(default_factory=lambda: ["video_id", "caption"])  # video_ret
-    labels: str | list | None = None  # all classes, or their key in mmeb.json
+    labels: str | list | None = None  # of video_cls: all classes, or their key in mmeb.json
 
 
 DEFAULTS = {
@@ -481,8 +464,6 @@ def complete(row, kind):
     row["scope"] = row["scope"] or ("global" if retrieval or row["labels"] else "local")
     if retrieval and row["scope"] == "local":
         raise BadData(name, f"scope local: rows of {parser} list no wrong candidates")
-    if any(len(listed(part)) != 3 for part in row["fetch"]):
-        raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
     row["media"] = listed(row["media"]) or [row["hub"]]
     row["table"] = listed(row["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
     choices = {
