@@ -345,8 +345,10 @@ def read_row(path, file, i):
     """Row i of an open_table(path) -> {"qry": "a cat", "neg_text": None, ...}."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     if path.endswith(".parquet"):
-        names = row.column_names
-        return {n: arrow_value(row.column(n)[0], TableImage(path, file, i, n)) for n in names}
+        cells = {}
+        for name in row.column_names:
+            cells[name] = arrow_value(row.column(name)[0], TableImage(path, file, i, name))
+        return cells
     line = row.column("line")[0].as_py()
     value = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
     if not isinstance(value, dict):
@@ -422,8 +424,8 @@ class Row:
     # Test sets only.
     modality: str = "image"  # or video, visdoc (pages of documents)
     family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
-    # "local": the row lists its candidates. "global" (default of pairs, pages, video_ret and where
-    # labels are given): every query has all of them.
+    # "local": the row lists its candidates. "global": every query has all of them, so in pairs,
+    # pages and video_ret, and by default where labels are given.
     scope: str | None = None
     inst: str = ""  # videos, pages: said before a query, e.g. "Select a video that fits ...:"
     tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
@@ -447,7 +449,7 @@ def complete(row, kind):
     """
     given = {key: value for key, value in row.items() if value is not None}
     try:
-        row = asdict(Row(**{**DEFAULTS[kind], **given}))
+        row = asdict(Row(**(DEFAULTS[kind] | given)))
     except TypeError as error:  # a key that no Row has, or no name
         raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
     name = row["name"]
@@ -462,13 +464,11 @@ def complete(row, kind):
     parser = row["parser"]
     retrieval = parser in ("pairs", "video_ret", "beir")
     row["scope"] = row["scope"] or ("global" if retrieval or row["labels"] else "local")
-    if retrieval and row["scope"] == "local":
-        raise BadData(name, f"scope local: rows of {parser} list no wrong candidates")
     row["media"] = listed(row["media"]) or [row["hub"]]
     row["table"] = listed(row["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
     choices = {
         "modality": ["image", "video", "visdoc"],
-        "scope": ["local", "global"],
+        "scope": ["global"] if retrieval else ["local", "global"],
         "parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS,
         "labels": LABELS,
     }
@@ -488,7 +488,7 @@ def expand(groups):
     for group in groups:
         for row in group["datasets"]:
             common = json.dumps(group["common"]).replace("{name}", row["name"])  # in all texts
-            rows.append({**json.loads(common), **row})
+            rows.append(json.loads(common) | row)
     return rows
 
 
@@ -945,12 +945,13 @@ class EvalSet(Files):
         self.positives = []  # per query candidate numbers
         self.grades = []  # per query the positives' grades, or None
         # While it is filled:
-        self.rows = 0  # of its tables
+        self.rows = 0  # rows of queries
         self.asked = {}  # of pairs(): query -> its positives
         self.relevant = {}  # of pages: {query id: {page id: grade}}
 
-    def read(self, parse, limit):
-        """Its rows through a parser. What goes wrong is wrong with that row."""
+    def read(self, limit):
+        """Its rows through their parser. What goes wrong is wrong with that row."""
+        parse = EVAL_PARSERS[self.parser]
         for config in self.configs:
             self.config = config
             table = self.table(config)
@@ -966,8 +967,9 @@ class EvalSet(Files):
                     if self.problems is None:
                         raise error from None
                     self.problems.append(str(error))
-            # Of MVBench all 20 tables hold queries, of pages the last one alone.
-            self.rows = len(table) + (0 if self.parser == "beir" else self.rows)
+            if self.parser == "beir":
+                self.rows = 0  # of its three tables the last holds the queries
+            self.rows += len(table)
 
     def say(self, inst, content="", image=None, clip=None, full=None):
         """The item of an instruction and a content, with the image and the clip of these names.
@@ -984,7 +986,8 @@ class EvalSet(Files):
             return item(content, image, video, inst)
         if full is None:
             full = f"{inst} {content}" if content else inst
-            full = f" {full}" if image or video else full
+            if image or video:
+                full = " " + full
         return item(full, image, video)
 
     def target(self, image=None, clip=None):
@@ -1095,7 +1098,7 @@ def video_cls(es, row):
         raise BadData("column pos_text", f"{label!r} is not among its {len(options)} options")
     cands = [es.cand(text, item, text) for text in options]
     query = es.say(es.inst, clip=cell(row, "video_id", "id"))
-    es.query(query, cands, [cands[options.index(label)]])
+    es.query(query, cands, [es.index[label]])
 
 
 # How the multiple-choice sets differ. All of it is VLM2Vec's. parser: (
@@ -1324,7 +1327,7 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
     """
     spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
     es = EvalSet(spec, root, frames, prompts, problems)
-    es.read(EVAL_PARSERS[es.parser], limit)
+    es.read(limit)
     if es.parser != "beir":
         es.grades = None  # only pages are graded
     es.cand_ids = list(es.index)  # in the order of .candidates

@@ -3980,7 +3980,7 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed}, what is said
     (listing(labels="K7"), "^x: labels 'K7': one of K700, "),
     (listing(table="{foo}"), "^x: table '{foo}' is no pattern"),
     (listing(table=[3]), "^x: table 3 is no pattern"),
-    (listing(scope="local", parser="pairs"), "^x: scope local: rows of pairs list no wrong"),
+    (listing(scope="local", parser="pairs"), "^x: scope 'local': one of global is wanted"),
     (listing(table="gone.jsonl"), "none of its 1 training datasets is there"),
     (listing(table="x-*") | {"x-00001-of-00003.parquet": [SOUND]}, "^x: .*: 1 shards are there"),
     (listing(table="x.*") | {"x.parquet": b"PAR1..."}, "^x: .*x.parquet: cannot be read: Parquet"),
