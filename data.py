@@ -548,9 +548,8 @@ def wanted(rows, names):
 
 
 def fingerprint(root, kind):
-    """A hash of a root's "training" or "test" tables: their rows here and, of every file, name,
-    size, the first and the last megabyte. A row that is put in or taken out changes it. By it
-    train.py notices that a finished stage was trained on other data."""
+    """A hash of a root's "training" or "test" tables: their specs and, of every file, name, size,
+    the first and the last megabyte. By it train.py notices that a finished stage had other data."""
     digest = hashlib.sha256()
     for row in tables(root, "train" if kind == "training" else "eval"):
         digest.update(json.dumps(row, sort_keys=True).encode())
@@ -596,8 +595,7 @@ class Files:
 
     def find(self, *names, clip=False):
         """Path of an image (or a clip's folder) in the first media folder that has one of these
-        names. Published archives unpack into folders that differ from VLM2Vec's own settings, so
-        that mmeb.json lists several for each dataset."""
+        names. mmeb.json lists several: archives unpack otherwise than VLM2Vec's settings say."""
         there = os.path.isdir if clip else os.path.isfile
         for folder, name in itertools.product(self.spec["media"], names):
             path = self.inside(name, folder)
@@ -690,8 +688,8 @@ def mmeb_pair(files, row):
     -> {"text": "\nRepresent the ...?\n", "image": "/ROOT/.../A-OKVQA_image_0.jpg"},
        {"text": "cab"}, [{"text": "train"}]
 
-    Hard negatives (text, image or both; a value, or lists as in mmE5's columns) are kept: VLM2Vec
-    reads and drops them. CIRR and others have no such columns.
+    Hard negatives (text, image or both; a value, or lists as in mmE5's columns; CIRR and others
+    have none) are kept: VLM2Vec reads and drops them.
     """
     texts = listed(row.get("neg_text") or None)  # "" and null: none
     images = listed(row.get("neg_image_path") or None)
@@ -760,8 +758,8 @@ TRAIN_PARSERS = {
 
 
 class Source(Files):
-    """A training dataset opened. Rows with an empty side are dropped, as the reference does: of the
-    first `cap`, not before. So usable row 1 may be the table's row 4."""
+    """A training dataset opened. Of the first `cap` rows those with an empty side are dropped, as
+    in the reference: usable row 1 may be the table's row 4."""
 
     def __init__(self, spec, root):
         super().__init__(spec, root)
@@ -771,11 +769,10 @@ class Source(Files):
         self.keep = np.fromiter(filter(self.is_full, range(len(self.rows))), np.int32)
         if not len(self.keep):
             first = self.rows.files[0][0]
-            raise BadData(self.name, f"no usable row in {first}: every side is empty")
+            raise BadData(self.name, f"no usable row in {first}: each has an empty side")
 
     def is_full(self, i):
-        """Has each side of the table's row i something? One that cannot be read counts: pair() will
-        name it."""
+        """Has each side of the table's row i something? One that cannot be read is for pair()."""
         try:
             row = self.rows[i]
             return all(any(row[column] for column in side) for side in self.sides)
@@ -894,8 +891,7 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
     starts = first or [0] * len(sizes)
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
-    # Parts are dealt to ranks in turn. A part divides a sub-batch and a rank's share: a batch of 32
-    # in sub-batches of 8 is dealt to 8 ranks in parts of 4.
+    # A batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
     part = math.gcd(sub_batch, batch // world)
     for step in itertools.count():
         rng = np.random.default_rng([0, seed, step])  # walk() has the streams of 1
@@ -931,7 +927,7 @@ class EvalSet(Files):
         super().__init__(spec, root, frames)
         self.prompts = prompts
         self.inst = spec["inst"]
-        self.tgt = spec["tgt"]
+        self.tgt = "" if prompts == "qwen" else spec["tgt"]  # Qwen's say nothing before a candidate
         self.problems = problems  # a list takes every complaint; None: the first is raised
         self.modality = spec["modality"]
         self.metric = "ndcg_linear@5" if self.modality == "visdoc" else "hit@1"  # the leaderboard's
@@ -989,10 +985,6 @@ class EvalSet(Files):
             if image or video:
                 full = " " + full
         return item(full, image, video)
-
-    def target(self, image=None, clip=None):
-        """A candidate that is shown. Qwen's prompts say nothing before it."""
-        return self.say("" if self.prompts == "qwen" else self.tgt, "", image, clip)
 
     def cand(self, key, make, *args, **more):
         """The number of the candidate with this key: es.cand("yes", item, "yes") -> 0. It is made
@@ -1176,7 +1168,7 @@ def video_ret(es, row):
     video = stem(video) if column == "video" else video  # DiDeMo names a file, the others have ids
     several = isinstance(row[caption], list)  # MSVD, VATEX
     text = text_list(row, caption)[0] if several else cell(row, caption)
-    target = es.cand(video, es.target, clip=video)
+    target = es.cand(video, es.say, es.tgt, clip=video)
     es.query(es.say(es.inst, text), [target], [target])
 
 
@@ -1196,7 +1188,7 @@ def moment(es, row):
         if name == "query" or not os.path.isdir(os.path.join(folder, name)):
             continue
         clip = f"{video}/{name}"
-        cands.append(es.cand(clip, es.target, clip=clip))
+        cands.append(es.cand(clip, es.say, es.tgt, clip=clip))
         if name.startswith("positive"):
             right.append(cands[-1])  # of several VLM2Vec takes the last alone
     es.query(es.say(es.inst, text, clip=f"{video}/query"), cands, right)
@@ -1227,7 +1219,7 @@ def momentseeker(es, row):
     cands = []
     for shown in right + listed(row["negative_frames"]):
         path = flat(shown["output_path"])
-        cands.append(es.cand(path, es.target, clip=path))
+        cands.append(es.cand(path, es.say, es.tgt, clip=path))
     es.query(es.say(SEEK[kind], text, image, clip), cands, cands[: len(right)])
 
 
@@ -1280,7 +1272,7 @@ def page(es, row):
     image = row.get("image")
     if not isinstance(image, TableImage):
         image = es.find(*listed(image or None), f"{key}.png", short_name(key))
-    es.cand(key, es.target, image=image)
+    es.cand(key, es.say, es.tgt, image=image)
 
 
 def short_name(page):
