@@ -457,8 +457,8 @@ def complete(row, kind):
         value = row[key.name]
         if not isinstance(value, key.type):  # of table: str | list | None
             raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
-        if isinstance(value, (int, float)) and not value > 0:  # nor NaN
-            raise BadData(name, f"{key.name}: {value} is not above 0")
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:  # nor NaN
+            raise BadData(name, f"{key.name}: {value} is not above 0, and finite")
     if "/" in name:
         raise BadData(name, "a name that can name a file is wanted, without /")
     parser = row["parser"]
@@ -1187,8 +1187,8 @@ def moment(es, row):
     for name in visible(folder):
         if name == "query" or not os.path.isdir(os.path.join(folder, name)):
             continue
-        clip = f"{video}/{name}"
-        cands.append(es.cand(clip, es.say, es.tgt, clip=clip))
+        key = os.path.relpath(os.path.join(folder, name), es.root)
+        cands.append(es.cand(key, es.say, es.tgt, clip=f"{video}/{name}"))
         if name.startswith("positive"):
             right.append(cands[-1])  # of several VLM2Vec takes the last alone
     es.query(es.say(es.inst, text, clip=f"{video}/query"), cands, right)
