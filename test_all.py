@@ -1288,50 +1288,26 @@ def test_decision_is_learnt_by_what_is_at_stake():
 # rl.py: the step on a model
 
 
-def rl_pairs(prompts, targets):
+def rl_case(cfg):
+    """Four pairs, two with one target and one with a hard negative, and their rollouts: some
+    rationales close themselves, others are cut. -> model, processor, pairs, rollouts"""
+    model, processor = tiny_model(), tiny_processor()
+    model.text.embed_tokens.weight.data[processor.think_end_id] *= 6  # often the likeliest
     pairs = []
-    for query, target in zip(prompts, targets):
-        pairs.append({"query": query, "target": target, "negatives": []})
-        pairs[-1]["target_key"] = P.prompt_key(target)
-    return pairs
-
-
-def rl_case(T):
-    """Four pairs, two with one target and one with a hard negative; rationales by hand that closed
-    themselves or were cut."""
-    processor, rng = tiny_processor(), np.random.default_rng(0)
-    prompts = [processor(ITEMS[i]) for i in (0, 5, 8, 4)]
-    targets = [processor(ITEMS[i]) for i in (1, 6, 2, 1)]
-    pairs = rl_pairs(prompts, targets)
+    for i, j in zip((0, 5, 8, 4), (1, 6, 2, 1)):
+        target = processor(ITEMS[j])
+        pair = {"query": processor(ITEMS[i]), "target": target, "negatives": []}
+        pairs.append(pair | {"target_key": P.prompt_key(target)})
     pairs[1]["negatives"] = [processor(ITEMS[3]), processor(ITEMS[7])]  # the first one counts
-    num_sampled = torch.tensor([[3, T], [T, T], [1, 4], [T, 2]])
-    truncated = torch.tensor([[False, True], [False, True], [False, False], [True, False]])
-    tokens = []
-    for n, cut in zip(num_sampled.flatten().tolist(), truncated.flatten().tolist()):
-        sampled = rng.integers(0, 256, n).tolist()
-        end = processor.closing if cut else [processor.think_end_id]
-        sampled = [*(sampled if cut else sampled[:-1]), *end]
-        tokens.append([*processor.prefix, *sampled, *processor.tail])
-    tokens = [tokens[i : i + 2] for i in range(0, 8, 2)]
-    return processor, pairs, tokens, num_sampled, truncated
+    queries = [pair["query"] for pair in pairs]
+    roll = rl.rollouts(model, processor, queries, cfg, torch.Generator().manual_seed(2))
+    assert 0 < roll.truncated.sum() < 8 and len(roll.num_sampled.unique()) > 2
+    return model, processor, pairs, roll
 
 
-@torch.no_grad()
-def rl_experience(model, case, cfg):
-    """What rollouts() would return of these rationales, with log-probabilities that are 0.3 off."""
-    processor, pairs, tokens, num_sampled, truncated = case
-    batch = P.collate([pair["query"] for pair in pairs], processor, tokens)
-    h = model(batch)
-    old = rl.sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg)
-    old -= 0.3 * (old != 0)
-    p_reason = embed.decision_logits(model, h, batch, processor).softmax(-1)[:, 1]
-    vectors = embed.pool(h, batch["ends"])
-    return rl.Experience(tokens, num_sampled, truncated, old, vectors, p_reason)
-
-
-def naive_step(model, case, cfg, old):
+def naive_step(model, processor, pairs, roll, cfg):
     """grpo_step by loops over ordinary rows -> loss and rewards."""
-    processor, pairs, tokens, num_sampled, truncated = case
+    tokens, num_sampled, truncated = roll.tokens, roll.num_sampled, roll.truncated
     prompts = [pair["query"] for pair in pairs]
     B, K, T = len(prompts), cfg.rl_rollouts, cfg.max_new_tokens
     direct = [processor.eos_id]
@@ -1364,7 +1340,8 @@ def naive_step(model, case, cfg, old):
         for k in range(K):
             n = int(num_sampled[b, k])
             args = prompts[b], tokens[b][k], cfg.rl_temperature
-            ratio = (logprobs_of(model, processor, *args)[:n] - old[b, k, :n]).exp()
+            old = roll.old_logprobs[b, k, :n]
+            ratio = (logprobs_of(model, processor, *args)[:n] - old).exp()
             centre = group[b].mean() if cfg.rl_one_loss else reward[b, 1:].mean()
             weight = 1.0 if cfg.rl_one_loss else p[b].detach()
             what -= weight * (reward[b, 1 + k] - centre) / sigma * ratio.sum()
@@ -1387,22 +1364,24 @@ def assert_same_gradients(a, b):
 
 
 @pytest.mark.parametrize("changes", [{}, {"rl_one_loss": True}, {"rl_temperature": 0.7}])
-def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
-    """Rewards, credit, both losses, InfoNCE: the gradient of every weight.
+@pytest.mark.parametrize("chunk_tokens", [10**6, 1])
+def test_step_equals_loops_over_ordinary_rows(changes, chunk_tokens, monkeypatch):
+    """Rewards, credit, both losses, InfoNCE: the gradient of every weight, in one pass or each
+    query alone.
 
     The stop token is trained, and the closing that was forced on a rationale is not. The actor's
     log-probabilities are 0.3 off: the ratio matters. The sampled distribution is that of the
     temperature, in training too.
     """
-    cfg, model = rl_config(**changes), tiny_model()
-    case = processor, pairs, *_ = rl_case(5)
-    roll = rl_experience(model, case, cfg)
+    cfg = rl_config(chunk_tokens=chunk_tokens, **changes)
+    case = model, processor, pairs, roll = rl_case(cfg)
+    roll.old_logprobs -= 0.3 * (roll.old_logprobs != 0)
     monkeypatch.setattr(rl, "rollouts", lambda *args: roll)
     metrics = rl.grpo_step(model, processor, pairs, cfg, None)
     fast = gradients_of(model)
 
     model.zero_grad()
-    loss, reward = naive_step(model, case, cfg, roll.old_logprobs)
+    loss, reward = naive_step(*case, cfg)
     loss.backward()
     assert_same_gradients(fast, gradients_of(model))
     assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
@@ -1421,12 +1400,10 @@ def test_step_equals_loops_over_ordinary_rows(changes, monkeypatch):
 
 def rl_step_of(rows):
     """grpo_step on these of the four pairs -> metrics but for times and the sample, gradients."""
-    cfg, model = rl_config(), tiny_model()
-    case = processor, pairs, *_ = rl_case(5)
-    roll = rl_experience(model, case, cfg)
-    mine = rl.Experience(**{name: value[rows] for name, value in vars(roll).items()})
-    with patch.object(rl, "rollouts", lambda *args: mine):
-        metrics = rl.grpo_step(model, processor, pairs[rows], cfg, None)
+    model, processor, pairs, roll = rl_case(rl_config())
+    share = rl.Experience(**{name: value[rows] for name, value in vars(roll).items()})
+    with patch.object(rl, "rollouts", lambda *args: share):
+        metrics = rl.grpo_step(model, processor, pairs[rows], rl_config(), None)
     left_out = ("sample", "s_rollouts", "s_update")
     return {k: v for k, v in metrics.items() if k not in left_out}, gradients_of(model)
 
@@ -1444,48 +1421,6 @@ def test_step_of_two_processes_equals_one(tmp_path):
     assert a[0] == b[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     both = {name: a[1].get(name, 0) + b[1].get(name, 0) for name in gradient}
     assert_same_gradients(both, gradient)
-
-
-def test_rollouts_carry_what_ordinary_rows_say():
-    """Vectors, decisions, and the log-probabilities of the sampled distribution: those of
-    logits / 0.7."""
-    model, processor = tiny_model(1), tiny_processor()
-    cfg = rl_config(rl_rollouts=3, rl_temperature=0.7, chunk_tokens=1)  # each query alone
-    prompts = [processor(ITEMS[i]) for i in (0, 5, 9)]
-    roll = rl.rollouts(model, processor, prompts, cfg, torch.Generator().manual_seed(0))
-    assert roll.old_logprobs.shape == (3, 3, 5) and roll.vectors.shape == (3, 4, 64)
-    for b, prompt in enumerate(prompts):
-        p_reason = decision_of(model, processor, prompt).softmax(0)[1]
-        torch.testing.assert_close(roll.p_reason[b], p_reason, atol=1e-5, rtol=0)
-        for k, branch in enumerate([[processor.eos_id], *roll.tokens[b]]):
-            vector = vector_of(model, processor, prompt, branch)
-            torch.testing.assert_close(roll.vectors[b, k], vector, atol=1e-5, rtol=0)
-        for k, branch in enumerate(roll.tokens[b]):
-            n = int(roll.num_sampled[b, k])
-            expected = torch.zeros(5)
-            expected[:n] = logprobs_of(model, processor, prompt, branch, 0.7)[:n]
-            torch.testing.assert_close(roll.old_logprobs[b, k], expected, atol=1e-4, rtol=0)
-            stopped = branch[len(processor.prefix) + n - 1] == processor.think_end_id
-            assert bool(roll.truncated[b, k]) != stopped
-
-
-def test_step_on_policy_in_two_budgets():
-    """Nothing replaced: rollouts share a prefill and a cache, training sees branches."""
-    model, processor = tiny_model(1), tiny_processor()
-    prompts = [processor(ITEMS[i]) for i in (0, 5, 2, 8)]
-    targets = [processor(ITEMS[i]) for i in (1, 6, 3, 4)]
-    longest = max(len(prompt["ids"]) for prompt in prompts)
-    results = []
-    for chunk_tokens in (10**6, longest + 40):  # rollouts in one part, and the update in several
-        cfg = rl_config(rl_rollouts=3, chunk_tokens=chunk_tokens)
-        step = rl_pairs(prompts, targets), cfg
-        model.zero_grad()
-        metrics = rl.grpo_step(model, processor, *step, torch.Generator().manual_seed(0))
-        results.append((metrics, gradients_of(model)))
-    (m, g), (m_chunked, g_chunked) = results
-    assert_same_gradients(g_chunked, g)
-    assert m["loss"] == pytest.approx(m_chunked["loss"], abs=1e-5)
-    assert m["logp_gap"] < 1e-3 and abs(m["logp_k1"]) < 1e-4 and m["logp_k2"] < 1e-6
 
 
 def test_summary_by_hand():
