@@ -79,18 +79,13 @@ from model import read_json, write_json
 # --------------------------------------------------------------------------------------------------
 # Fixtures: tiny models, items and twins
 
-
 HERE = Path(__file__).resolve().parent
 
 torch.set_num_threads(1)
 
 # Images of at most 8 visual tokens, so that a prompt stays short.
-SMALL = {
-    "min_pixels": 1024,
-    "max_pixels": 8192,
-    "frame_min_pixels": 1024,
-    "frame_max_pixels": 8192,
-}
+SMALL = {"min_pixels": 1024, "max_pixels": 8192}
+SMALL |= {"frame_min_pixels": 1024, "frame_max_pixels": 8192}
 
 
 @functools.cache
@@ -221,14 +216,18 @@ def transformers_tokenizer(folder):
 
 
 def transformers_inputs(folder, item):
-    """The ids of one of ITEMS with its <|endoftext|>, and the patches of each image and video:
-    tokenizer and image processor are transformers', a video's patches are cut here with torch."""
+    """The ids of one of ITEMS with its <|endoftext|>, and the patches of its images and videos, by
+    transformers' tokenizer and image processor. That makes a clip of an image: the image twice."""
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as library
 
     size = {"shortest_edge": SMALL["min_pixels"], "longest_edge": SMALL["max_pixels"]}
     half = [0.5] * 3
     sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
     read = library.Qwen2VLImageProcessorPil(size=size, image_mean=half, image_std=half, **sizes)
+
+    def patches_of(image):
+        return read(images=[image], return_tensors="pt")["pixel_values"]
+
     instruction, parts = parts_of(item)
     text = ""
     if instruction:
@@ -240,7 +239,7 @@ def transformers_inputs(folder, item):
         if kind == "text":
             text += x
         elif kind == "image":
-            patches.append(read(images=[x], return_tensors="pt")["pixel_values"])
+            patches.append(patches_of(x))
             pads = "<|image_pad|>" * (len(patches[-1]) // 4)
             text += f"<|vision_start|>{pads}<|vision_end|>"
         else:
@@ -248,15 +247,12 @@ def transformers_inputs(folder, item):
             times = [i / fps for i in range(len(frames))]
             if len(frames) % 2:
                 frames, times = frames + frames[-1:], times + times[-1:]
-            # make_clip's frames of 70 x 50 are looked at as 64 x 64.
-            small = [np.array(frame.resize((64, 64), Image.BICUBIC)) for frame in frames]
-            v = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float()
-            v = (v / 255 - 0.5) / 0.5
-            v = v.view(-1, 2, 3, 2, 2, 16, 2, 2, 16).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-            patches.append(v.reshape(-1, 1536))
-            for start, stop in zip(times[::2], times[1::2]):
-                pads = "<|video_pad|>" * 4
-                text += f"<{(start + stop) / 2:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
+            cut = [patches_of(frame).view(-1, 3, 2, 256) for frame in frames]
+            pads = "<|video_pad|>" * 4
+            for i in range(0, len(frames), 2):
+                patches.append(torch.cat((cut[i][:, :, :1], cut[i + 1][:, :, :1]), 2).flatten(1))
+                middle = (times[i] + times[i + 1]) / 2
+                text += f"<{middle:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
     text += "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
     return transformers_tokenizer(folder)(text, add_special_tokens=False).input_ids, patches
 
@@ -367,13 +363,10 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, monkeypatch, capsys)
     selection.main()
     kept = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
     # No positive_only: it would ask for easy pairs, too.
-    assert kept == [
-        [rule, "kept", n] for rule, n in zip(("full", "no_placebo", "none"), "18 20 21".split())
-    ]
+    assert kept == [["full", "kept", "18"], ["no_placebo", "kept", "20"], ["none", "kept", "21"]]
 
 
-# --------------------------------------------------------------------------------------------------
-# select.py: what is drawn, and the experiment beside its naive twin
+# What is drawn, and the experiment beside its naive twin
 
 
 def test_select_placebo_never_shares_the_target():
@@ -539,8 +532,7 @@ def test_select_evaluator_never_trains_on_the_pairs_that_it_judges(monkeypatch, 
             selection.evaluator_step(None, processor, judged_here, texts, cfg, 0, rng_of)
 
 
-# --------------------------------------------------------------------------------------------------
-# select.py beside the standard library's `select`
+# Beside the standard library's `select`
 
 IMPORTS = """
 import sys, threading
@@ -798,10 +790,7 @@ def test_propose_reads_responses(proposing, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# embed.py
-
-
-# From states to vectors and log-probabilities
+# embed.py: from states to vectors and log-probabilities
 
 
 def states_of(model, processor, prompt, branch):
@@ -1232,8 +1221,7 @@ def test_group_without_variance_teaches_no_token_but_its_decision():
     assert not gain.any() and not advantage.any()  # and no 0 / 0
 
 
-# --------------------------------------------------------------------------------------------------
-# rl.py: the step on a model
+# The step on a model
 
 
 def rl_case(cfg):
@@ -1476,8 +1464,7 @@ def test_train_every_option_is_read_and_explained(capsys):
     assert all(f"--{name} " in text for name in options) and "None (" not in text
 
 
-# --------------------------------------------------------------------------------------------------
-# train.py: one tiny run on data of one's own, which the tests below copy
+# One tiny run on data of one's own, which the tests below copy
 
 
 def exit_code(argv):
@@ -1733,8 +1720,7 @@ def test_run_other_rule_on_the_same_judgements(finished, call, tmp_path, monkeyp
     assert len(kept) == len(judged) and judged == json_rows(finished, "select", "judged.jsonl")
 
 
-# --------------------------------------------------------------------------------------------------
-# train.py: whatever breaks off
+# Whatever breaks off
 
 
 def test_run_sigterm_and_resume(finished, call, copy_of, monkeypatch, capsys):
@@ -1908,10 +1894,9 @@ def test_run_what_is_missing_is_said_before_anything_is_trained(own_root, tmp_pa
 def test_run_proposes_for_hard_pairs_alone(call, copy_of):
     """Those of the run's own judged.jsonl, whose stage then has to be done again."""
     out = copy_of("select")
-    row = {"proposer": "w", "text": "t", "gain": None}
-    rows = [row | {"id": "own/0", "direct": -0.6}, row | {"id": "own/1", "direct": -0.7}]
-    M.write_rows(f"{out}/select/judged.jsonl", rows)  # log 2 is 0.693
-    assert call(out, "--hard", f"{out}/select/judged.jsonl", stage="propose") == 0
+    judged = f"{out}/select/judged.jsonl"
+    M.write_rows(judged, [{"id": "own/1", "proposer": "w", "text": "t", "direct": -0.7}])
+    assert call(out, "--hard", judged, stage="propose") == 0
     assert {row["id"] for row in json_rows(f"{out}/propose/rationales.jsonl")} == {"own/1"}
 
 
@@ -1966,8 +1951,7 @@ def test_run_without_a_test_set_is_refused_first(tmp_path, capsys):
         assert message in one_line(capsys)
 
 
-# --------------------------------------------------------------------------------------------------
-# train.py: the stages
+# The stages
 
 
 def test_train_lessons(tmp_path):
@@ -2145,8 +2129,7 @@ def test_grad_cache_equals_the_joined_batch(budget):
     assert same(gradients_of(model), gradients_of(twin), atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# scale.py: two processes equal one
+# Two processes equal one
 
 
 def last_states(model, items=ITEMS[4:7]):
@@ -2230,8 +2213,7 @@ def test_a_model_in_shards_equals_the_model(two_processes):
     assert same(grads, gradients_of(model), atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------
-# scale.py: LoRA and lower precision
+# LoRA and lower precision
 
 
 def test_lora_merged_equals_unmerged():
@@ -2283,8 +2265,7 @@ def test_bf16_trains_fp32_weights():
     assert 0 < (model.get_parameter(name) - before[name]).abs().max() < 2e-6
 
 
-# --------------------------------------------------------------------------------------------------
-# scale.py: the optimizer
+# The optimizer
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 2, 2)])
@@ -2333,8 +2314,7 @@ def test_gradients_are_clipped_together():
     assert same(gradients_of(clipped), gradients_of(model), atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------
-# scale.py: states inside a stage
+# States inside a stage
 
 
 def train_toy(folder, steps, save_at=(), seed=0):
@@ -2680,15 +2660,10 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"files": {"adapter_config.json": "{}"}}, "copy: an adapter .LoRA.: merge it"),
     ({"files": {"config.json": "{"}}, "config.json: not valid JSON"),
     ({"files": {"config.json": None}}, "config.json: No such file"),
-    *[
-        ({"config": {key: value}}, f"config.json: {key} is {value!r}, {message}")
-        for key, value, message in [
-            ("model_type", "qwen3_vl_moe", "this code implements 'qwen3_vl'"),
-            ("text_config.vocab_size", None, "expected int"),
-            ("text_config.rms_norm_eps", "x", "expected float"),
-            ("text_config.rope_parameters.rope_type", "yarn", "this code implements 'default'"),
-        ]
-    ],
+    ({"config": {"model_type": "qwen3_vl_moe"}}, "config.json: model_type is .*, this code imple"),
+    ({"config": {"text_config.vocab_size": None}}, "text_config.vocab_size is None, expected int"),
+    ({"config": {"text_config.rms_norm_eps": "x"}}, "rms_norm_eps is 'x', expected float"),
+    ({"config": {"text_config.rope_parameters.rope_type": "yarn"}}, "rope_type is 'yarn', this"),
 ]
 
 
@@ -2803,18 +2778,12 @@ def test_processor_max_length_cuts_text_only():
     assert shown(tiny_processor(max_length=1)(item)) == template
 
 
-# --------------------------------------------------------------------------------------------------
-# processor.py: twins
+# Twins
 
 HARD = ["", " ", "\n", "\r\n\r\n x", "don't DON'T 'S", "1234567", "a" * 300, "#!?--..\n\n\n"]
 HARD += ["a\u0301 \u1100\u1161\u11a8 ﬁ Å", "x\u0000\u200b\ufeff", "ſK\u2126", "\u00a0\u3000x\t\t y"]
-HARD += [
-    "你好，世界。",
-    "🙂👩‍👩‍👧🏽🇩🇪",
-    "नमस्ते दुनिया",
-    "مرحبا",
-    "<|im_end|><think>x</think><|image_pad|>",
-]
+HARD += ["你好，世界。", "🙂👩‍👩‍👧🏽🇩🇪", "नमस्ते दुनिया", "مرحبا"]
+HARD += ["<|im_end|><think>x</think><|image_pad|>"]
 
 
 def test_processor_tokenizer_equals_tokenizers():
@@ -2951,8 +2920,7 @@ def test_processor_settings_are_the_arguments_else_the_checkpoints_else_qwens(tm
     assert P.Processor.from_folder(tmp_path, config).default_instruction is None
 
 
-# --------------------------------------------------------------------------------------------------
-# processor.py: odd but valid input
+# Odd but valid input
 
 
 def test_processor_spellings_of_one_image(tmp_path):
@@ -3014,8 +2982,7 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
             processor(item)
 
 
-# --------------------------------------------------------------------------------------------------
-# processor.py: bad input
+# Bad input
 
 
 BAD_ITEMS = [
@@ -3027,6 +2994,7 @@ BAD_ITEMS = [
     ({**said("a"), "text": "b"}, "not both"),
     ({**said("a"), "fps": 2.0}, "not both"),
     ({"text": 0}, "text=0: expected a string"),
+    ({"video": []}, "a video without frames"),
     ({"video": "film.mp4"}, "a video without frames"),
     ({"video": make_clip(2, 0)}, "fps=0: expected a finite number"),
     ({"messages": []}, "messages: expected a list"),
@@ -3086,7 +3054,6 @@ def test_processor_bad_settings(settings, message):
 
 # --------------------------------------------------------------------------------------------------
 # data.py
-
 
 # The copies that `datasets` makes of tables are not left in the home directory.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
@@ -3161,8 +3128,7 @@ def pair(qry="q", image="", **more):
     return {"qry": qry, "qry_image_path": image, "pos_text": "a", "pos_image_path": "", **more}
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py: the tables
+# The tables
 
 
 FAMILIES = "I-CLS 10 I-QA 10 I-RET 12 I-VG 4 V-CLS 5 V-QA 5 V-RET 5 V-MRET 3 ViDoRe-V1 10"
@@ -3191,7 +3157,6 @@ def test_data_tables_are_complete(tmp_path):
     assert PLOT[1] == "A numerical data visualization, such as bar charts or line graphs."
 
 
-# --------------------------------------------------------------------------------------------------
 # Strings: (parser, row, query, target). An item is its text and where its images and clips lie.
 
 A, B, V = ("image", "a.png"), ("image", "b.png"), ("clip", "v")
@@ -3389,7 +3354,6 @@ def test_data_pages_on_disk(tmp_path):
     assert len(os.path.basename(es.candidates[0]["image"])) == 50 + 1 + 8 + 4
 
 
-# --------------------------------------------------------------------------------------------------
 # Published layouts: (dataset, file of its table, row, where the clip or image lies)
 
 SHOT = {"qry_inst": "x", "qry_text": "", "qry_img_path": "a.png", "tgt_text": ["y"]}
@@ -3477,8 +3441,7 @@ def test_data_empty_sides_are_dropped(tmp_path):
     assert train.sizes == [2] and train.pair(0, 1)["id"] == "d/4"
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py: a user's tables
+# A user's tables
 
 
 def test_data_your_pairs_need_no_code(tmp_path):
@@ -3512,7 +3475,7 @@ def test_data_pair_keys_are_of_the_content(tmp_path):
 
 RED_PNG, STRUCT = png("red"), pa.struct({"bytes": pa.binary(), "path": pa.string()})
 HELD = {"bytes": RED_PNG, "path": "x"}
-CELLS = [  # an image column as writers leave it: type and cell; how many images, or what is said
+CELLS = [  # an image column as writers leave it: type and cell; how many images
     (STRUCT, HELD, 1),
     (STRUCT, {"bytes": None, "path": "a.png"}, 1),
     (STRUCT, None, 0),
@@ -3525,7 +3488,6 @@ CELLS = [  # an image column as writers leave it: type and cell; how many images
     (pa.binary(), b"", 0),
     (pa.binary(len(RED_PNG)), RED_PNG, 1),
     (pa.binary_view(), RED_PNG, 1),
-    (pa.struct({"file": pa.string()}), {"file": "a.png"}, "a dict: not a path"),
 ]
 
 
@@ -3537,10 +3499,6 @@ def test_data_image_columns_as_other_writers_leave_them(tmp_path, column, value,
     table |= {"pos_text": ["a"], "pos_image_path": [""]}
     for kind in ("train", "test"):
         pq.write_table(pa.table(table), tmp_path / f"{kind}.parquet")
-    if isinstance(want, str):
-        with pytest.raises(BadData, match=f"the first: own/0: {want}"):
-            data.train_sets(root)
-        return
     got = data.train_sets(root).pair(0, 0)
     for query in (got["query"], data.load_eval(root, "own").queries[0]):
         colors = [load_image(ref).getpixel((0, 0)) for ref in data.refs(query)]
@@ -3581,8 +3539,7 @@ def test_data_large_tables_stay_on_disk(tmp_path):
     assert pa.total_allocated_bytes() - before < 2**20  # the table has 20 MB
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py: the sampler and the training loader
+# The sampler and the training loader
 
 
 def naive_stream(sizes, weights, batch, sub_batch, seed, steps):
@@ -3644,8 +3601,7 @@ def test_data_a_broken_row_is_replaced_in_training(tmp_path, capfd):
         data.train_sets(root)
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py: images
+# Images
 
 
 def new(mode, color, **info):
@@ -3665,6 +3621,7 @@ IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
     (new("CMYK", (0, 255, 255, 0)), RED),
     (new("I;16", 32768), HALF),
     (new("I", 200), None),
+    (new("F", 0.5), None),
 ]
 
 
@@ -3724,7 +3681,6 @@ def test_data_bad_images_are_named(tmp_path, ref, message):
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300
 
 
-# --------------------------------------------------------------------------------------------------
 # Bad input: (parser, row 1, what is said of it). Row 0 is sound; row 1 is a line of bytes, or what
 # differs from row 0.
 
@@ -3801,6 +3757,7 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed; a Path: a link to it
     ({"datasets.json": {"trian": []}}, "unknown key 'trian'"),
     (listing(parser="no"), "^x: parser 'no': one of mmeb, "),
     (listing(parser=["mmeb"]), "^x: parser: a list is not of the type"),
+    (listing(labels="K7"), "^x: labels 'K7': one of K700, "),
     (listing(table="{foo}"), "^x: table '{foo}' is no pattern"),
     (listing(table=[3]), "^x: table 3 is no pattern"),
     (listing(scope="local", parser="pairs"), "^x: scope 'local': one of global is wanted"),
@@ -3873,8 +3830,7 @@ def test_data_bad_pages_are_named(tmp_path, capsys, corpus, ids, qrels, message,
             data.load_eval(str(tmp_path), name)
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py: --check
+# --check
 
 
 def test_data_a_set_without_one_of_its_parts_is_broken(tmp_path, capsys):
@@ -4093,8 +4049,7 @@ def test_the_leaderboards_file(tmp_path):
     assert len(board["metadata"]) == 9
 
 
-# --------------------------------------------------------------------------------------------------
-# eval.py: a run
+# A run
 
 
 class Fake:
@@ -4390,7 +4345,6 @@ def test_the_verdict_goes_every_way(more, word, oracle, decision):
 
 # --------------------------------------------------------------------------------------------------
 # The house: imports, README, the small world
-
 
 # A file imports only files that stand before it: arrows point down, and there is no circle.
 ORDER = "data model scale processor embed propose select rl eval report pocket pretrain".split()
