@@ -201,10 +201,9 @@ def parts_of(item):
     videos = item.get("video", [])
     if isinstance(videos, dict) or (videos and isinstance(videos[0], Image.Image)):
         videos = [videos]
-    images, texts = item.get("image", []), item.get("text", [])
     parts = [("video", x) for x in videos]
-    parts += [("image", x) for x in (images if isinstance(images, list) else [images])]
-    parts += [("text", x) for x in (texts if isinstance(texts, list) else [texts])]
+    parts += [("image", x) for x in data.listed(item.get("image"))]
+    parts += [("text", x) for x in data.listed(item.get("text"))]
     return item.get("instruction"), parts or [("text", "NULL")]
 
 
@@ -247,10 +246,10 @@ def transformers_inputs(folder, item):
             times = [i / fps for i in range(len(frames))]
             if len(frames) % 2:
                 frames, times = frames + frames[-1:], times + times[-1:]
-            cut = [patches_of(frame).view(-1, 3, 2, 256) for frame in frames]
+            cut = [patches_of(frame).view(-1, 3, 2, 256)[:, :, 0] for frame in frames]
             pads = "<|video_pad|>" * 4
             for i in range(0, len(frames), 2):
-                patches.append(torch.cat((cut[i][:, :, :1], cut[i + 1][:, :, :1]), 2).flatten(1))
+                patches.append(torch.stack(cut[i : i + 2], dim=2).flatten(1))
                 middle = (times[i] + times[i + 1]) / 2
                 text += f"<{middle:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
     text += "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
@@ -402,7 +401,8 @@ def test_select_candidate_sets(monkeypatch):
     for seed in range(5):
         sets = selection.candidate_sets(numbers, np.random.default_rng(seed))
         for of_pair, chosen in zip(numbers, sets):
-            assert len(chosen) == len(set(chosen)) == 8 and set(chosen) <= possible | set(of_pair)
+            assert len(chosen) == len(set(chosen)) == 8
+            assert set(chosen) <= possible | set(of_pair)
             assert chosen[: len(of_pair[:5])] == of_pair[:5]
     few = selection.candidate_sets([[1], [2], [1]], np.random.default_rng(0))
     assert few == [[1, 2], [2, 1], [1, 2]]
@@ -415,11 +415,13 @@ def test_select_mined_candidates_are_near_but_no_copies(monkeypatch):
     t = torch.stack((angles.cos(), angles.sin()), dim=1)
     numbers = [[i] for i in range(361)]
     first, *rest = selection.candidate_sets(numbers, None, t)
-    assert first[0] == 0 and sorted(first[1:]) == [19, 20, 340, 341]
+    assert first[0] == 0
+    assert sorted(first[1:]) == [19, 20, 340, 341]
     assert len(rest) == 360 and rest[99][0] == 100
     assert sorted(rest[99][1:]) == [80, 81, 119, 120]
     own = selection.candidate_sets([[0, 7, 19], *numbers[1:]], None, t)[0]
-    assert own[:4] == [0, 7, 19, 341] and own[4] in (20, 340)  # its hard negatives come first
+    assert own[:4] == [0, 7, 19, 341]
+    assert own[4] in (20, 340)  # its hard negatives come first
 
 
 def text_pairs(n):
@@ -497,7 +499,8 @@ def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
         easy = [row for row in rows if row["gain"] is None]
         assert all(row["direct"] >= -1.0 for row in easy)
         assert (len(easy) == 0) if judged_under == "none" else (20 < len(easy) < 60)
-    assert kept[0] == pytest.approx(kept[1], abs=1e-3) and len(kept[0]) > 3
+    assert kept[0] == pytest.approx(kept[1], abs=1e-3)
+    assert len(kept[0]) > 3
     assert reports[0] == reports[1]  # easy pairs stay in the denominators
     assert selection.can_keep(-0.1, train.Config(select_rule="positive_only"))  # not exact there
 
@@ -971,7 +974,8 @@ def test_contrastive_step_without_rationales_is_the_direct_loss():
     case = step_case(e.processor)[0], [None] * 10, [-1] * 10
     configs = step_config(), step_config(matryoshka_dims="8,16")
     full, m = (embed.contrastive_step(e.model, e.processor, *case, cfg) for cfg in configs)
-    assert m["nce_reason"] == m["lm"] == m["decision"] == 0 and m["loss"] == m["nce_direct"]
+    assert m["nce_reason"] == m["lm"] == m["decision"] == 0
+    assert m["loss"] == m["nce_direct"]
     assert m["loss"] > full["loss"] > 0  # a sum over three prefixes
 
 
@@ -1002,11 +1006,13 @@ def test_encode_options():
     v = e.encode_document(items)
     assert np.array_equal(e.encode(iter(items), reason="never", show_progress=True), v)
     raw = e.encode_document(items, normalize=False, convert_to_numpy=False)
-    assert torch.allclose(F.normalize(raw, dim=-1), torch.from_numpy(v)) and raw.norm() > 4
+    assert torch.allclose(F.normalize(raw, dim=-1), torch.from_numpy(v))
+    assert raw.norm() > 4
     short = e.encode_document(items, dim=8)
     assert np.allclose(short, F.normalize(raw[:, :8], dim=-1), atol=1e-6)
     assert e.encode("alone").shape == e.encode(make_image(40, 40)).shape == (1, 64)
-    assert e.encode([]).shape == (0, 64) and e.encode([], return_info=True)[1] == []
+    assert e.encode([]).shape == (0, 64)
+    assert e.encode([], return_info=True)[1] == []
     assert torch.allclose(e.process(items), torch.from_numpy(v))
     assert torch.allclose(e.similarity(v, torch.tensor(v) * 3), torch.tensor(v @ v.T), atol=1e-6)
     _, info = e.encode_query(items[:1], reason="always", return_info=True, max_new_tokens=1)
@@ -1167,7 +1173,8 @@ def test_vectors_do_not_depend_on_torchs_default_type():
     try:
         torch.set_default_dtype(torch.bfloat16)
         v = e.encode(ITEMS)
-        assert v.dtype == e.encode([]).dtype == np.float32 and np.allclose(v, expected, atol=1e-6)
+        assert v.dtype == e.encode([]).dtype == np.float32
+        assert np.allclose(v, expected, atol=1e-6)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -1215,7 +1222,8 @@ def test_group_without_variance_teaches_no_token_but_its_decision():
     reward = torch.tensor([[0.5, 0.9, 0.9, 0.9], [0.5, 0.9, 0.1, 0.4]])
     assert (reward[0, 1:] - reward[0, 1:].mean()).any()
     gain, advantage, _ = rl.credit(reward)
-    assert torch.equal(advantage[0], torch.zeros(3)) and (advantage[1] != 0).all()
+    assert torch.equal(advantage[0], torch.zeros(3))
+    assert (advantage[1] != 0).all()
     assert float(gain[0]) == pytest.approx(0.4)
     gain, advantage, _ = rl.credit(torch.full((3, 4), 0.7))
     assert not gain.any() and not advantage.any()  # and no 0 / 0
@@ -1237,7 +1245,8 @@ def rl_case(cfg):
     pairs[1]["negatives"] = [processor(ITEMS[3]), processor(ITEMS[7])]  # the first one counts
     queries = [pair["query"] for pair in pairs]
     roll = rl.rollouts(model, processor, queries, cfg, torch.Generator().manual_seed(2))
-    assert 0 < roll.truncated.sum() < 8 and len(roll.num_sampled.unique()) > 2
+    assert 0 < roll.truncated.sum() < 8
+    assert len(roll.num_sampled.unique()) > 2
     return model, processor, pairs, roll
 
 
@@ -1296,7 +1305,8 @@ def assert_same_gradients(a, b):
     """To 2e-5 of their joint norm."""
     assert a.keys() == b.keys()
     flat_a, flat_b = (torch.cat([g.flatten() for g in x.values()]) for x in (a, b))
-    assert float(flat_b.norm()) > 0 and float((flat_a - flat_b).norm() / flat_b.norm()) < 2e-5
+    assert float(flat_b.norm()) > 0
+    assert float((flat_a - flat_b).norm() / flat_b.norm()) < 2e-5
 
 
 @pytest.mark.parametrize("changes", [{}, {"rl_one_loss": True}, {"rl_temperature": 0.7}])
@@ -1598,7 +1608,8 @@ def test_run_every_stage_has_its_pairs(finished, opened):
     assert {r["proposer"] for r in rationales} == {"careful", "base"}
     judged = [json_rows(finished, "select", f"judged{fold}.jsonl") for fold in (0, 1)]
     for fold, rows in enumerate(judged):
-        assert rows and {train.selection.fold_of(r["id"], 2) for r in rows} == {fold}
+        assert rows
+        assert {train.selection.fold_of(r["id"], 2) for r in rows} == {fold}
     assert sum(map(len, judged)) == len(rationales)
     kept = json_rows(finished, "select", "selected.jsonl")
     assert kept and list(kept[0]) == ["id", "proposer", "text", "gain", "gain_placebo", "weight"]
@@ -2467,7 +2478,8 @@ def test_model_generation_equals_full_forward():
     stop, rng = list(range(20, 100)), torch.Generator().manual_seed(1)
     how = {"stop_ids": stop, "temperature": 0.7, "generator": rng}
     rollouts = M.generate(model, batch, 6, 3, **how, **AROUND)
-    assert 0 < rollouts.truncated.sum() < 12 and len(rollouts.num_sampled.unique()) > 2
+    assert 0 < rollouts.truncated.sum() < 12
+    assert len(rollouts.num_sampled.unique()) > 2
     for b, k in itertools.product(range(4), range(3)):
         tokens, n = rollouts.tokens[b][k], int(rollouts.num_sampled[b, k])
         sampled = tokens[2 : 2 + n]
@@ -2514,11 +2526,13 @@ def test_model_sampling_is_the_softmax():
     rng = torch.Generator().manual_seed(1)
     ids, logp = M.sample(logits.repeat(draws, 1, 1), suppress, 0.7, rng)
     counts = torch.bincount(ids.flatten(), minlength=12)
-    assert counts[suppress].sum() == 0 and torch.allclose(logp, p.log()[ids], atol=1e-6)
+    assert counts[suppress].sum() == 0
+    assert torch.allclose(logp, p.log()[ids], atol=1e-6)
     expected = draws * p[p > 0]
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 27.9  # 9 degrees of freedom
     ids, logp = M.sample(logits.clone(), torch.tensor([], dtype=torch.long), 0.0, None)
-    assert ids == logits.argmax() and torch.allclose(logp, logits.log_softmax(-1).max())
+    assert ids == logits.argmax()
+    assert torch.allclose(logp, logits.log_softmax(-1).max())
 
 
 def states_and_gradients(model, batch):
@@ -2535,7 +2549,8 @@ def test_model_checkpointing_changes_nothing(monkeypatch):
     model.set_checkpointing(True)
     monkeypatch.setattr(M, "checkpoint", spy := Mock(wraps=M.checkpoint))
     got = states_and_gradients(model, batch)
-    assert len(want) == len(got) > 40 and all(map(torch.equal, got, want))
+    assert len(want) == len(got) > 40
+    assert all(map(torch.equal, got, want))
     assert spy.call_count == 3 + 3  # the layers of both towers
 
 
@@ -2555,7 +2570,8 @@ def test_model_compiled_equals_eager():
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [3, 6, 6]  # before, after, text layer: for fixed lengths, then for any
     a, b = (M.generate(model, batch, 2, 2, **AROUND) for model in (compiled, eager))
-    assert a.tokens == b.tokens and (a.last - b.last).abs().max() < 1e-5
+    assert a.tokens == b.tokens
+    assert (a.last - b.last).abs().max() < 1e-5
 
 
 # Checkpoints: every layout that is found, and bad ones
@@ -3338,7 +3354,8 @@ def test_data_pages(tmp_path):
     assert es.queries[0] == {"text": "Find a document image that matches the given query: what?"}
     assert es.query_ids == ["1", "2"] and es.cand_ids == ["10", "11", "12", "13"]
     assert es.candidates[0]["text"] == " Understand the content of the provided document image."
-    assert es.positives == [[0, 1], [2]] and es.grades == [[2, 3], [1]]
+    assert es.positives == [[0, 1], [2]]
+    assert es.grades == [[2, 3], [1]]
     assert es.metric == "ndcg_linear@5" and es.local is None
     assert load_image(es.candidates[2]["image"]).getpixel((0, 0)) == (2, 0, 0)
     assert data.load_eval(str(tmp_path), "ViDoRe_tatdqa", limit=1).query_ids == ["1"]
@@ -3455,9 +3472,12 @@ def test_data_your_pairs_need_no_code(tmp_path):
     train = data.train_sets(root)
     assert (train.names, train.sizes) == (["own"], [3])
     assert train.pair(0, 0)["query"]["image"] == f"{root}/pics/a b.png"
-    assert train.fetch(0, 2)["target"] == {"text": "deux"} and train.id(0, 2) == "own/2"
+    assert train.fetch(0, 2)["target"] == {"text": "deux"}
+    assert train.id(0, 2) == "own/2"
     es = data.load_eval(root, "own")
-    assert es.positives == [[0], [0, 1]] and es.cand_ids[1] == '["deux", ""]' and es.local is None
+    assert es.positives == [[0], [0, 1]]
+    assert es.cand_ids[1] == '["deux", ""]'
+    assert es.local is None
 
 
 def test_data_pair_keys_are_of_the_content(tmp_path):
@@ -3468,7 +3488,8 @@ def test_data_pair_keys_are_of_the_content(tmp_path):
     write_image(tmp_path / "y/b.png", "blue")
     x, y = (data.train_sets(str(tmp_path / name)) for name in "xy")
     keys = [data.pair_key(y.pair(0, i)) for i in range(4)]
-    assert [data.pair_key(x.pair(0, i)) for i in range(2)] == keys[1:3] and len(set(keys)) == 4
+    assert [data.pair_key(x.pair(0, i)) for i in range(2)] == keys[1:3]
+    assert len(set(keys)) == 4
     negative = {"negatives": [{"text": "no"}]}
     assert data.pair_key(x.pair(0, 0) | negative) != keys[1]
 
@@ -3518,7 +3539,8 @@ def test_data_columns_as_other_writers_leave_them(tmp_path):
     table |= {"pos_text": pa.array(["a", "", "c"], pa.string_view()), "pos_image_path": pa.nulls(3)}
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     train = data.train_sets(str(tmp_path))
-    assert train.sizes == [1] and train.pair(0, 0)["query"] == {"text": "2020-01-01"}
+    assert train.sizes == [1]
+    assert train.pair(0, 0)["query"] == {"text": "2020-01-01"}
 
 
 def test_data_a_changed_table_is_read_anew(tmp_path):
@@ -3591,7 +3613,8 @@ def test_data_a_broken_row_is_replaced_in_training(tmp_path, capfd):
     )
     assert [*loader] == [["d/0", "d/2", "d/2", "d/5", "d/5", "d/5"]] * 3
     named = re.findall(r"^skipped \(\d so far\): (d/\d: .*)$", capfd.readouterr().out, re.M)
-    assert sorted(line[:3] for line in named) == ["d/1", "d/3", "d/4"] and train.skipped == 3
+    assert sorted(line[:3] for line in named) == ["d/1", "d/3", "d/4"]
+    assert train.skipped == 3
     assert train.fetch(0, 5, read=lambda p: p["query"]["text"].upper()) == "Q5"
     train.pair = Mock(wraps=train.pair)
     assert train.fetch(0, 3)["id"] == "d/5"
@@ -3642,7 +3665,8 @@ def test_data_images_in_files(tmp_path):
     exif[0x0112] = 6
     turned = write_image(tmp_path / "turned.jpg", size=(24, 64), exif=exif)
     webp = write_image(tmp_path / "webp.jpg", format="WEBP", lossless=True)
-    assert load_image(turned).size == (24, 64) and load_image(webp).getpixel((0, 0)) == (255, 0, 0)
+    assert load_image(turned).size == (24, 64)
+    assert load_image(webp).getpixel((0, 0)) == (255, 0, 0)
     raw = Path(webp).read_bytes()
     for ref in (raw, {"bytes": raw, "path": "x"}, {"bytes": None, "path": webp}):
         assert load_image(ref).size == load_image(tmp_path / "webp.jpg").size == (8, 8)
@@ -3943,7 +3967,8 @@ def test_ties_count_against_the_model_and_nan_is_refused(monkeypatch):
     q, c = np.random.default_rng(0).standard_normal((2, 3, 256)).astype(np.float32)
     c = np.repeat(c[:1], 1000, 0)
     ranks, top = evaluation.rank_candidates(q, c, [[0], [5], [999]])
-    assert np.concatenate(ranks).tolist() == [1000] * 3 and top[0][0] == 1
+    assert np.concatenate(ranks).tolist() == [1000] * 3
+    assert top[0][0] == 1
     c[2, 1] = np.nan
     for local in (None, [np.arange(5)] * 3):
         with pytest.raises(ValueError, match="NaN"):
@@ -3963,7 +3988,8 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch):
     corpus = np.random.default_rng(0).standard_normal((40000, 16))
     corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
     ranks, _ = evaluation.rank_candidates(corpus[:20], corpus.view(Spy), [[i] for i in range(20)])
-    assert max(sizes) == 1000 * 16 and np.concatenate(ranks).tolist() == [1] * 20
+    assert max(sizes) == 1000 * 16
+    assert np.concatenate(ranks).tolist() == [1] * 20
 
 
 def make_records(*columns, ms):
@@ -3997,11 +4023,13 @@ def test_modes_by_hand():
     assert list(modes) == list(want)
     for mode, (a, b, rate, tokens) in want.items():
         got = modes[mode]
-        assert got["datasets"] == {"a": a, "b": b} and got["overall"] == (a + b) / 2
+        assert got["datasets"] == {"a": a, "b": b}
+        assert got["overall"] == (a + b) / 2
         assert (got["image"], got["video"], got["visdoc"]) == (a, b, None)
         assert got["reason_rate"] == rate and got["tokens_per_query"] == pytest.approx(tokens / 6)
     assert modes["adaptive"]["ms_per_query"] == pytest.approx((2 * 1 + 2 * 5 + 2 + 4) / 6)
-    assert [point["threshold"] for point in curve[::20]] == [0, 0.5, 1] and len(curve) == 41
+    assert [point["threshold"] for point in curve[::20]] == [0, 0.5, 1]
+    assert len(curve) == 41
     for point, mode in zip(curve[::20], ("always", "adaptive", "never")):
         assert all(point[key] == modes[mode][key] for key in point if key != "threshold")
     # A tie whose sums differ in the last bit: 0.1 + 0.2 + 0.3 is above 0.3 + 0.2 + 0.1.
@@ -4109,7 +4137,9 @@ def test_a_run_and_its_files(first_root, tmp_path):
     modes = got["modes"]
     # A further call, with other tasks: all that is there is in the leaderboard.
     few = evaluation.evaluate(Fake(), first_root, str(tmp_path), ["easy"], ["adaptive", "never"])
-    assert few["mode"] == "adaptive" and few["overall"] == 1 and list(few["datasets"]) == ["easy"]
+    assert few["mode"] == "adaptive"
+    assert few["overall"] == 1
+    assert list(few["datasets"]) == ["easy"]
     assert got["missing"] == ["absent"]
     assert got["overall"] == modes["adaptive"]["overall"] == modes["oracle"]["overall"] == 1
     assert modes["never"]["datasets"] == {"easy": 1, "hard": 0}
@@ -4479,7 +4509,8 @@ def test_mixed_families_need_from_none_to_four_steps(name):
     rng = np.random.default_rng(5)
     pairs = [family.make(bank, rng, 4) for _ in range(400)]
     count = collections.Counter(pair.steps for pair in pairs)
-    assert sorted(count) == [0, 1, 2, 3, 4] and 160 < count[0] < 240
+    assert sorted(count) == [0, 1, 2, 3, 4]
+    assert 160 < count[0] < 240
     assert all(25 < count[n] < 80 for n in (1, 2, 3, 4))
     after = 1 if name in ("PocketWalk", "PocketTotal") else 2  # "stay"; the sum; what ended it
     for pair in pairs:
