@@ -1788,6 +1788,7 @@ def train_in_two(argv):
 
 
 def test_run_two_processes_equal_one(finished, own_root, copy_of):
+    """Columns, rationales, tokens and labels are those of the joined batch."""
     out = copy_of("select")
     train_in_two(arguments(own_root, out, stage="embed"))
     assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"), atol=2e-3)
