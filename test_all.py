@@ -1826,6 +1826,19 @@ def test_run_each_process_reads_its_own_windows_alone(tmp_path, monkeypatch):
     assert json_rows(path) == [{"n": n, "ids": window} for n, window in enumerate(windows)]
 
 
+def test_run_a_broken_pair_is_left_out_of_its_window(opened, tmp_path):
+    """In training the next one takes its place; in a window that one would be there twice."""
+    pairs = train.Pairs(*opened)
+    pairs.tables.named[0][4] = 1  # it was met before, and named
+
+    def ids_of(n, window):
+        return [{"id": pair["id"]} for pair in window]
+
+    train.by_window(opened[0], f"{tmp_path}/rows", pairs, None, ids_of, "")
+    found = [row["id"] for row in json_rows(tmp_path, "rows")]
+    assert found == [f"own/{i}" for i in range(21) if i != 4]
+
+
 def test_run_broken_stage_leaves_what_was_done(call, copy_of, monkeypatch, capsys):
     out = copy_of()
     before = contents(out, "metrics")
