@@ -834,6 +834,8 @@ def pretrain_base(run, part):
             optimizer.steps = min(2 * planned, steps + planned // 10)
 
     train_loop(run, "base", part, model, optimizer, one_step, after_step=after_step)
+    # A try that was killed after its last checkpoint may have logged these already.
+    run.forget("base skills", optimizer.steps - 1)
     if weakest_skill(optimizer.steps) < pretrain.SKILL_WANTED:
         run.say(f"base: a skill is below {pretrain.SKILL_WANTED}; expect weak rationales")
     return Embedder(model, processor)
@@ -1114,7 +1116,8 @@ def eval_stage(run, part):
     # Of Embedder.encode, which holds eight batches: 128 clips of 720p take 2 GB.
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 16 if c.model else 64}
     # Steps that each query needs, {"PocketWalk/76": 3, ...}; None: not known
-    truth = run.read("data/pocket.json").get("test")
+    truth_path = f"{run.data_root}/pocket.json"
+    truth = read_json(truth_path)["test"] if os.path.exists(truth_path) else None
     evaluation.evaluate(
         embedder, run.data_root, part, threshold=c.threshold, options=options, truth=truth
     )
