@@ -1,5 +1,5 @@
 """
-Everything in order: base -> propose -> select -> embed -> rl -> eval. A stage is a function below.
+Everything in order. A stage is a function below; the maths stands in the files named here.
 
     base     a model that sees and writes: trained from nothing, or --model
     propose  candidate rationales of every query                                        propose.py
@@ -7,8 +7,6 @@ Everything in order: base -> propose -> select -> embed -> rl -> eval. A stage i
     embed    learn the direct and the reasoned vector from those: the M-step            embed.py
     rl       learn the prior, whose first choice is whether to reason at all            rl.py
     eval     never, always, when needed: quality and tokens                             eval.py
-
-The maths stands in those files. This one opens, loops and saves.
 
     python train.py --stage all                         the pocket world, from nothing to a report
     python train.py --stage all --scale 0.05            the world's size and all steps times 0.05
@@ -22,7 +20,7 @@ An ablation is a copy of a finished run in which one stage is done again with an
     python train.py --stage rl  --latency_penalty 3 --out runs/dear
     python train.py --stage all --latency_penalty 3 --out runs/dear      whatever follows from it
 
-The run folder, when all is done:
+The run folder:
 
     config.json  stages.json  metrics.jsonl     options; stages that are done; the log
     data/                                       the pocket world, unless --data is given
@@ -44,7 +42,6 @@ Randomness: every draw has a generator of its own, made from --seed and what is 
 nothing has to be saved, and a stage does not depend on what was drawn before it.
 Precision: trained weights are fp32; frozen ones and all arithmetic are in --dtype (autocast). A
 base from nothing is all fp32.
-
 Left out: experiment trackers (metrics.jsonl is open to any), sweeps, a "best" checkpoint (no stage
 keeps pairs for validation, and the loss of a batch depends on the batch).
 """
@@ -58,7 +55,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
-import collections
 import contextlib
 import fcntl
 import gc
@@ -264,7 +260,7 @@ def underscored(argument):
     """--rl-lr=0.1 -> --rl_lr=0.1; what is no option stays as it is."""
     name, equals, value = argument.partition("=")
     if name.startswith("--"):
-        name = name.replace("-", "_").replace("__", "--", 1)
+        name = "--" + name[2:].replace("-", "_")
     return name + equals + value
 
 
@@ -293,7 +289,7 @@ def parse(argv):
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
     if not cfg.out:
-        cfg.out = os.path.join("runs", preset)
+        cfg.out = f"runs/{preset}"
     check(cfg)
     return cfg
 
@@ -337,7 +333,7 @@ def check(cfg):
 class Run:
     """A run folder and its options: which stages are done, the log, and all random numbers.
 
-    Every stage gets it as its first argument.
+    Every stage gets it as its first argument, and STAGE.part as its second.
     """
 
     def __init__(self, cfg):
@@ -349,8 +345,8 @@ class Run:
         self.pairs_read = {}  # {(for_rl, question): Pairs}
         os.makedirs(cfg.out, exist_ok=True)
         if scale.is_main():
-            lock = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT)
-            try:  # held until this process ends
+            lock = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT)  # until this process ends
+            try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"{cfg.out}: another train.py works in this folder") from None
@@ -359,16 +355,15 @@ class Run:
         # Those that are done, in order: {"base": {"seconds": 292.8}, "propose": {"seconds": 44.6,
         # "tables": the hash of the training tables}}
         self.stages = self.read("stages.json")
-        # Where no stage is done and no world is drawn, an earlier call failed at once, say at a
-        # mistyped --model. Its options do not count.
+        # A call that failed at once, say at a mistyped --model, has left neither a stage nor a
+        # world: its options do not count.
         made = self.stages or os.path.exists(self.path("data"))
-        if scale.is_main() and not made:
-            Path(self.path("config.json")).unlink(missing_ok=True)
-        scale.barrier()
-        # This call must have the folder's options, but for those of the stage that is wanted and
-        # of stages that are still to do.
-        todo = set(STAGES) - set(self.stages)
-        self.same_options({"machine", cfg.stage, *todo}, "config.json")
+        scale.barrier()  # all have looked, before the first process draws a world
+        if made:
+            # This call must have the folder's options, but for those of the stage that is wanted
+            # and of stages that are still to do.
+            todo = set(STAGES) - set(self.stages)
+            self.same_options({"machine", cfg.stage, *todo}, "config.json")
 
     def path(self, name):
         """run.path("select/judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
@@ -377,14 +372,15 @@ class Run:
     def read(self, name):
         """A JSON object of the folder; {} where there is none."""
         path = self.path(name)
-        value = read_json(path) if os.path.exists(path) else {}
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: expected a JSON object")
-        return value
+        return read_json(path) if os.path.exists(path) else {}
 
     def same_options(self, free, name):
-        """Refuse what was made with other options than ours; groups in `free` may differ. Where no
-        options are noted yet, note ours. name: of a config.json in the folder."""
+        """Refuse what was made with other options, as noted in the folder's file `name`; groups in
+        `free` may differ. Where none are noted yet, note ours. It says
+
+        runs/dear/config.json was made with latency_penalty=3.0, this call says 0.6: repeat the
+        option (of --stage rl), or use another --out
+        """
         path = self.path(name)
         before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
         scale.barrier()  # all have read, before the first process writes
@@ -407,29 +403,24 @@ class Run:
         for stage, kind in NOTED_TABLES.items():
             if stage in todo:
                 continue
-            noted = self.stages[stage].get("tables")  # a hash; older folders have none
-            if noted is None or noted == data.fingerprint(self.data_root, kind):
-                continue
-            remedy = f"do --stage {stage} and what follows again"
-            raise UsageError(
-                f"{self.data_root}: the {kind} table has changed since {stage}: {remedy}"
-            )
+            if self.stages[stage]["tables"] != data.fingerprint(self.data_root, kind):
+                change = f"the {kind} table has changed since {stage}"
+                remedy = f"do --stage {stage} and what follows again"
+                raise UsageError(f"{self.data_root}: {change}: {remedy}")
 
     def rng(self, *key):
-        """A generator that depends on seed and key alone: nothing to save, nothing to restore.
-
-        run.rng("embed", 17, "OK-VQA/3") draws the rationale of that pair in embed's step 17.
-        """
+        """A generator that depends on seed and key alone.
+        run.rng("embed", 17, "OK-VQA/3") draws the rationale of that pair in embed's step 17."""
         name = repr((self.cfg.seed, *key))  # "(1, 'embed', 17, 'OK-VQA/3')"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return np.random.default_rng(int.from_bytes(digest, "little"))
 
     def torch_seed(self, *key):
-        """A number that depends on seed and key alone, for what takes a seed."""
+        """rng() as a number, for what takes a seed."""
         return int(self.rng(*key).integers(2**31))
 
     def generator(self, *key):
-        """torch's generator in place of rng()."""
+        """rng() as torch's generator."""
         seed = int(self.rng(*key).integers(2**62))
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -438,12 +429,12 @@ class Run:
         return max(2, round(n * self.cfg.scale)) if n else 0
 
     def say(self, text):
-        """A line on the screen: of several processes one speaks."""
+        """Of several processes one speaks."""
         if scale.is_main():
             print(text, flush=True)
 
     def log(self, stage, step, steps, metrics):
-        """One line on the screen, one object in metrics.jsonl:
+        """A line on the screen and a row of metrics.jsonl:
 
         embed 10/400 loss 4.15 nce_direct 0.198
         {"stage": "embed", "step": 10, "loss": 4.153288722038269, "nce_direct": 0.198076575994491}
@@ -459,7 +450,7 @@ class Run:
 
     def forget(self, stage, step=0):
         """Take a stage's rows after this step out of metrics.jsonl: they will be written again.
-        "base" takes those of "base skills" along."""
+        Those of "base skills" are rows of "base", too."""
         path = self.path("metrics.jsonl")
         if not scale.is_main() or not os.path.exists(path):
             return
@@ -499,6 +490,8 @@ class Run:
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
+            for state in final.glob("*.state"):  # checkpoints, which only a resumed stage needs
+                state.unlink()
             for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
@@ -506,12 +499,9 @@ class Run:
 
         # 3) This stage is done.
         self.note(self.stages | {stage: done})
-        if scale.is_main():
-            for state in final.glob("*.state"):  # checkpoints, which only a resumed stage needs
-                state.unlink()
 
     def note(self, stages):
-        """Write down which stages are done. stages: as self.stages."""
+        """Write down which stages are done."""
         self.stages = stages
         if scale.is_main():
             write_json(self.path("stages.json"), stages)
@@ -589,23 +579,10 @@ class Pairs:
         self.cache = {}  # {(source, row): pair}
         total = sum(self.bytes(source) for source in range(len(self.rows)))
         self.fits_in_memory = total <= self.MAX_BYTES
-        workers = 0 if self.fits_in_memory else run.cfg.workers
-        # One loader, and one crew of workers, for all passes: load() says what is to be read.
-        self.batches = Batches()
-        self.loader = DataLoader(
-            self,
-            batch_sampler=self.batches,
-            collate_fn=list,  # prompts differ in shape: a batch stays a list
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=leave_group,
-        )
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?
-
-        With --rl_holdout 0.2, of 750: range(0, 600), and for rl range(600, 750).
-        """
+        With --rl_holdout 0.2, of 750: range(0, 600), and for rl range(600, 750)."""
         share = self.run.cfg.rl_holdout
         if not share or n == 1:
             return range(n)
@@ -646,23 +623,25 @@ class Pairs:
         }
 
     def load(self, lists):
-        """Lists of (source, row) -> yields lists of pairs. An earlier one then ends.
+        """Lists of (source, row) -> yields lists of pairs.
 
         Each worker reads two parts of PART pairs ahead: whole windows of pages would take 3 GB.
         """
-        counts = collections.deque()  # parts of each list that is being read
-
-        def parts():
-            for refs in lists:
-                cut = [refs[i : i + self.PART] for i in range(0, len(refs) or 1, self.PART)]
-                counts.append(len(cut))
-                yield from cut
-
-        self.batches.lists = parts()
-        loaded = iter(self.loader)
-        for first in loaded:
-            pairs = list(first)
-            for _ in range(counts.popleft() - 1):
+        # The same lists twice: workers read ahead in one, the other says what is to be yielded.
+        lists, to_read = itertools.tee(lists)
+        size = self.PART
+        parts = (refs[at : at + size] for refs in to_read for at in range(0, len(refs), size))
+        loader = DataLoader(
+            self,
+            batch_sampler=parts,
+            collate_fn=list,  # prompts differ in shape: a batch stays a list
+            num_workers=0 if self.fits_in_memory else self.run.cfg.workers,
+            worker_init_fn=leave_group,
+        )
+        loaded = iter(loader)
+        for refs in lists:
+            pairs = []
+            while len(pairs) < len(refs):
                 pairs += next(loaded)
             yield pairs
 
@@ -684,9 +663,9 @@ class Pairs:
         return windows
 
     def stream(self, name, batch, sub_batch, first_step):
-        """Endless batches of a stage, from this step on: lists of pairs, this process' share
-        of `batch`, in runs of `sub_batch` pairs of one dataset. A step uses the first hard negative
-        of a pair, so each visit shuffles them."""
+        """Endless batches from this step on: lists of pairs, this process' share of `batch`, in
+        runs of `sub_batch` pairs of one dataset. A step uses the first hard negative of a pair, so
+        each visit shuffles them."""
         sampler = data.sampler(
             sizes=[len(rows) for rows in self.rows],
             weights=self.tables.weights,  # of the datasets
@@ -714,15 +693,6 @@ def leave_group(worker):
     os.setpgrp()
 
 
-class Batches:
-    """A batch sampler whose lists may be exchanged between two passes."""
-
-    lists = ()  # of (source, row); see Pairs.load
-
-    def __iter__(self):
-        return iter(self.lists)
-
-
 # --------------------------------------------------------------------------------------------------
 # The training loop
 
@@ -734,8 +704,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
     stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
     after_step(step) may prolong the stage, by optimizer.steps
     It goes on from the checkpoint PART/NAME.state, if there is one: begin() removes it unless the
-    call says --resume auto. A loss that is not finite stops the run: the weights would be NaN from
-    then on.
+    call says --resume auto.
     """
     state = f"{part}/{name}.state"
     step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
@@ -750,6 +719,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
         batch = next(batches)
         metrics = one_step(step, batch)
         metrics["grad_norm"] = optimizer.step(step)  # before clipping
+        # The weights would be NaN from now on.
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             figures = f"loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
             ids = ", ".join(pair["id"] for pair in batch[:8])
@@ -784,8 +754,8 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
 
 
 # --------------------------------------------------------------------------------------------------
-# The stages. Each opens what earlier ones left, loops over batches or windows, and saves into the
-# folder `part`: STAGE.part, which becomes STAGE. An Embedder that it returns is saved there, too.
+# The stages. Each opens what earlier ones left, loops over batches or windows, and saves into
+# `part`, the folder STAGE.part. An Embedder that it returns is saved there, too.
 
 
 def base_stage(run, part):
@@ -844,8 +814,8 @@ def pretrain_base(run, part):
 def by_window(run, path, pairs, is_wanted, rows_of, title):
     """Write the rows of all windows, in order, into one file of JSON lines.
 
-    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. is_wanted(pair id) -> whether a
-    pair takes part; None: all do. title: of the lines on the screen.
+    rows_of(n, window) -> rows (dicts) of window n, a list of pairs. is_wanted: as of Pairs.windows.
+    title: of the lines on the screen.
     The windows are dealt out to the processes, which read theirs alone. Each leaves a file,
     PATH.windows/000007.jsonl, and is not done again when the stage is resumed.
     """
@@ -866,7 +836,7 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
                 sound.append(pair)
         write_rows(paths[n], rows_of(n, sound) if sound else [])
         run.say(f"{title}: window {n + 1} of {len(windows)}")
-    scale.barrier()  # all windows are there
+    scale.barrier()
     if scale.is_main():
         write_rows(path, Rows(*paths))
         shutil.rmtree(folder)
@@ -917,8 +887,8 @@ def propose_stage(run, part):
 
 
 def rows_about(pair, given):
-    """The rows of a rationales file (propose.Rationales) about one pair, each with the pair's key.
-    ValueError where a row has another key: it was written when this id was another pair's."""
+    """The rows of a rationales file about one pair, each with the pair's key. ValueError where a
+    row has another: it was written when this id was another pair's."""
     rows = []
     for row in given.of(pair["id"]):
         if row.get("key", pair["key"]) != pair["key"]:
@@ -941,8 +911,7 @@ def select_stage(run, part):
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
-    # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge. A pair
-    # without rationales has a row, too, whose text is "".
+    # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge
     judged = Judged(*paths)
 
     # 2) The rule
@@ -970,7 +939,8 @@ def select_stage(run, part):
 
 
 class Judged(Rows):
-    """The rows of rationales alone."""
+    """The rows of rationales alone: a pair about which nobody wrote has a row, too, whose text
+    is ""."""
 
     def __iter__(self):
         return (row for row in super().__iter__() if row["text"])
@@ -1027,7 +997,7 @@ def embed_stage(run, part):
 
     def one_step(i, batch):
         rationales = []  # of each pair: ids of <think>\n{text}\n</think>..., or None
-        labels = []  # of each pair: 1, 0 or -1, see Lessons.draw
+        labels = []  # of each pair: see Lessons.draw
         for pair in batch:
             rng = run.rng("embed", i, pair["id"])
             text, label = lessons.draw(pair, rng)
@@ -1124,7 +1094,8 @@ def eval_stage(run, part):
 
 
 def write_report(run):
-    """report.json, report.md and report.html -> what is in report.json.
+    """report.json, report.md and report.html, and the numbers that matter on the screen, one a
+    line, for people and for grep: "adaptive: 0.9586". In report.json is
 
     {"preset": "pocket", "seed": 1, "seconds": {"base": 292.8, ...}, "selection": audit.json,
      "modes": {"never": {"overall": 0.827, "tokens_per_query": 0.0, ...}, "adaptive": ...},
@@ -1136,7 +1107,6 @@ def write_report(run):
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
-        "revision": run.cfg.revision,
         "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
         "selection": run.read("select/audit.json"),
         "modes": summary["modes"],
@@ -1145,11 +1115,7 @@ def write_report(run):
     }
     write_json(run.path("report.json"), result)
     report.write_report(run.cfg.out, run.data_root)
-    return result
 
-
-def print_numbers(result, page):
-    """The numbers that matter, one a line, for people and for grep: "adaptive: 0.9586"."""
     print(f"seconds: {sum(result['seconds'].values()):.1f}")
     for mode, numbers in result["modes"].items():
         print(f"{mode}: {numbers['overall']:.4f}")
@@ -1161,15 +1127,17 @@ def print_numbers(result, page):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
     print(f"peak_memory_gb: {peak / unit:.2f}")
-    print(f"report: {page}")
+    print(f"report: {run.path('report.html')}")
 
 
 # --------------------------------------------------------------------------------------------------
 # All of it
 
 
-def draw_world(cfg, folder):
+def draw_world(run):
     """The pocket world, drawn once: training pairs, test sets, rationales and the truth."""
+    cfg = run.cfg
+    folder = run.data_root
     if scale.is_main() and not os.path.exists(folder):
         part = folder + ".part"
         shutil.rmtree(part, ignore_errors=True)
@@ -1177,6 +1145,7 @@ def draw_world(cfg, folder):
         train = max(4, round(cfg.world_train * cfg.scale))
         test = max(4, round(cfg.world_test * cfg.scale))
         pocket.write_world(part, cfg.seed, train, test)
+        write_json(run.path("config.json"), asdict(cfg))  # from now on they belong to the folder
         os.replace(part, folder)
     scale.barrier()
 
@@ -1213,7 +1182,7 @@ def run_stages(cfg):
     # 2) Stages that are done are always the first ones: finish() drops those that follow.
     run = Run(cfg)
     if not cfg.data:
-        draw_world(cfg, run.path("data"))
+        draw_world(run)
     next_stage = len(run.stages)
     first = next_stage if whole else STAGES.index(cfg.stage)
     if first > next_stage:
@@ -1233,8 +1202,7 @@ def run_stages(cfg):
 
     # 3) The report
     if "eval" in run.stages and scale.is_main():
-        result = write_report(run)
-        print_numbers(result, run.path("report.html"))
+        write_report(run)
 
 
 def main(argv):
