@@ -1107,6 +1107,7 @@ def write_report(run):
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
+        "revision": run.cfg.revision,
         "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
         "selection": run.read("select/audit.json"),
         "modes": summary["modes"],
