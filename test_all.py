@@ -1682,16 +1682,15 @@ def test_run_pairs_by_workers_equal_those_kept(opened, monkeypatch):
     stream = kept.stream("x", 8, 4, first_step=0)
     third = [next(stream) for _ in range(3)][2]
     assert len(kept.cache) == 21 and not read.cache
-    batches = read.stream("x", 8, 4, first_step=2)
-    for a, b in zip(third, next(batches)):
+    for a, b in zip(third, next(read.stream("x", 8, 4, first_step=2))):
         assert (a["id"], a["key"], a["target_key"]) == (b["id"], b["key"], b["target_key"])
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
-    (worker,) = multiprocessing.active_children()
-    assert os.getpgid(worker.pid) == worker.pid  # no signal to our group reaches it
-    del batches  # an endless pass ends with the stage, and its worker with it
-    assert not multiprocessing.active_children()
+    # The next pass, windows instead of an endless stream, is read by the same process.
+    (crew,) = multiprocessing.active_children()
     windows = read.load(read.windows())
+    assert os.getpgid(crew.pid) == crew.pid  # no signal to our group reaches it
     assert [pair["id"] for pair in next(windows)] == [f"own/{i}" for i in range(21)]
+    assert multiprocessing.active_children() == [crew]
 
 
 def test_run_finished_stages_are_skipped(finished, call, monkeypatch, capsys):
@@ -1813,31 +1812,26 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
 
 
 def test_run_each_process_reads_its_own_windows_alone(tmp_path, monkeypatch):
-    """Process 1 of two has the second and the fourth. Process 0 joins what both have written."""
+    """Process 1 of two has the second and the fourth. Process 0 joins what both have written. A
+    broken pair (own/4, for which own/5 came) is left out: in training the next one takes its place,
+    in a window that one would be there twice."""
     monkeypatch.setattr(train.scale, "world_size", lambda: 2)
     monkeypatch.setattr(train.scale, "barrier", lambda: None)
     run, path = SimpleNamespace(say=print), str(tmp_path / "rows")
-    windows = [[f"own/{n}"] for n in range(5)]
+    windows = [[(0, 2 * n), (0, 2 * n + 1)] for n in range(5)]
+
+    def load(lists):
+        for refs in lists:
+            yield [{"id": f"own/{5 if row == 4 else row}"} for _, row in refs]
+
     for rank in (1, 0):
         monkeypatch.setattr(train.scale, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(train.scale, "is_main", lambda rank=rank: rank == 0)
-        pairs = Mock(windows=lambda is_wanted: windows, load=Mock(side_effect=iter))
-        train.by_window(run, path, pairs, None, lambda n, window: [{"n": n, "ids": window}], "")
+        pairs = Mock(windows=lambda is_wanted: windows, load=Mock(side_effect=load))
+        pairs.tables.id = lambda source, row: f"own/{row}"
+        train.by_window(run, path, pairs, None, lambda n, window: window, "")
         pairs.load.assert_called_once_with(windows[rank::2])
-    assert json_rows(path) == [{"n": n, "ids": window} for n, window in enumerate(windows)]
-
-
-def test_run_a_broken_pair_is_left_out_of_its_window(opened, tmp_path):
-    """In training the next one takes its place; in a window that one would be there twice."""
-    pairs = train.Pairs(*opened)
-    pairs.tables.named[0][4] = 1  # it was met before, and named
-
-    def ids_of(n, window):
-        return [{"id": pair["id"]} for pair in window]
-
-    train.by_window(opened[0], f"{tmp_path}/rows", pairs, None, ids_of, "")
-    found = [row["id"] for row in json_rows(tmp_path, "rows")]
-    assert found == [f"own/{i}" for i in range(21) if i != 4]
+    assert [row["id"] for row in json_rows(path)] == [f"own/{i}" for i in range(10) if i != 4]
 
 
 def test_run_broken_stage_leaves_what_was_done(call, copy_of, monkeypatch, capsys):

@@ -372,7 +372,10 @@ class Run:
     def read(self, name):
         """A JSON object of the folder; {} where there is none."""
         path = self.path(name)
-        return read_json(path) if os.path.exists(path) else {}
+        value = read_json(path) if os.path.exists(path) else {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: expected a JSON object")
+        return value
 
     def same_options(self, free, name):
         """Refuse what was made with other options, as noted in the folder's file `name`; groups in
@@ -403,7 +406,8 @@ class Run:
         for stage, kind in NOTED_TABLES.items():
             if stage in todo:
                 continue
-            if self.stages[stage]["tables"] != data.fingerprint(self.data_root, kind):
+            noted = self.stages[stage].get("tables")  # a hash; older folders have none
+            if noted and noted != data.fingerprint(self.data_root, kind):
                 change = f"the {kind} table has changed since {stage}"
                 remedy = f"do --stage {stage} and what follows again"
                 raise UsageError(f"{self.data_root}: {change}: {remedy}")
@@ -579,6 +583,17 @@ class Pairs:
         self.cache = {}  # {(source, row): pair}
         total = sum(self.bytes(source) for source in range(len(self.rows)))
         self.fits_in_memory = total <= self.MAX_BYTES
+        workers = 0 if self.fits_in_memory else run.cfg.workers
+        # One loader, and one crew of workers, for all passes: load() says what is to be read.
+        self.batches = Batches()
+        self.loader = DataLoader(
+            self,
+            batch_sampler=self.batches,
+            collate_fn=list,  # prompts differ in shape: a batch stays a list
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=leave_group,
+        )
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?
@@ -623,22 +638,17 @@ class Pairs:
         }
 
     def load(self, lists):
-        """Lists of (source, row) -> yields lists of pairs.
+        """Lists of (source, row) -> yields lists of pairs. An earlier call then ends.
 
         Each worker reads two parts of PART pairs ahead: whole windows of pages would take 3 GB.
         """
-        # The same lists twice: workers read ahead in one, the other says what is to be yielded.
+        # The same lists twice: one is read ahead in parts, the other says what is to be yielded.
         lists, to_read = itertools.tee(lists)
         size = self.PART
-        parts = (refs[at : at + size] for refs in to_read for at in range(0, len(refs), size))
-        loader = DataLoader(
-            self,
-            batch_sampler=parts,
-            collate_fn=list,  # prompts differ in shape: a batch stays a list
-            num_workers=0 if self.fits_in_memory else self.run.cfg.workers,
-            worker_init_fn=leave_group,
+        self.batches.lists = (
+            refs[at : at + size] for refs in to_read for at in range(0, len(refs), size)
         )
-        loaded = iter(loader)
+        loaded = iter(self.loader)
         for refs in lists:
             pairs = []
             while len(pairs) < len(refs):
@@ -691,6 +701,15 @@ def leave_group(worker):
     """A worker leaves the process group, so that SIGTERM to the group reaches the main process
     alone, which saves first."""
     os.setpgrp()
+
+
+class Batches:
+    """A batch sampler whose lists may be exchanged between two passes."""
+
+    lists = ()  # of (source, row); see Pairs.load
+
+    def __iter__(self):
+        return iter(self.lists)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -827,9 +846,8 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
     mine = [n for n in share if not os.path.exists(paths[n])]  # windows that are still to do
     loaded = pairs.load([windows[n] for n in mine])
     for n, window in zip(mine, loaded):
-        # What took a broken row's place has a place of its own, perhaps in another fold: own/5 came
-        # for own/4, which cannot be read, and stands behind it. Judged twice, it would count twice;
-        # judged in own/4's fold, it could be by the evaluator that learnt on it.
+        # own/5 came for own/4, which cannot be read, and stands behind it, too. It is judged once,
+        # and in its own fold: own/4's may have the evaluator that learnt on it.
         sound = []
         for ref, pair in zip(windows[n], window):
             if pair["id"] == pairs.tables.id(*ref):
