@@ -107,6 +107,7 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     for start in range(0, len(pairs), together):
         part = pairs[start : start + together]
         batch = collate([p["query"] for p in part], processor, device=model.device)
+        # One prefill per query: all its rationales continue it.
         rollouts = generate(model, batch, cfg.max_new_tokens, cfg.num_candidates, **options)
         # tokens [n][num_candidates] lists of ids
         for p, answers, truncated in zip(part, rollouts.tokens, rollouts.truncated.tolist()):
@@ -156,7 +157,8 @@ class Rationales:
 
     def __init__(self, path, numbers=(), only=()):
         self.path, self.numbers = path, numbers
-        self.places = {}  # pair id: bytes at which its rows begin, as an array of integers
+        # {"OK-VQA/17": bytes at which its rows begin, an array of integers}
+        self.places = {}
         self.authors = collections.Counter()
         self.cut = self.of_targets = 0
         start = 0
@@ -171,15 +173,16 @@ class Rationales:
             start += len(line)
 
     def of(self, pair_id):
-        """The rows about a pair, in the file's order. None is dropped: the second of one name
-        becomes "name#2"."""
+        """The rows about a pair, in the file's order, each under a name of its own: the second
+        "base" is called "base#2", the third "base#3"."""
         rows = {}
         with open(self.path, "rb") as file:
             for start in self.places.get(pair_id, ()):
                 file.seek(start)
                 row = read_rationale(self.path, file.readline(), self.numbers)
-                name, k = row["proposer"], 1
-                while row["proposer"] in rows:  # name, name#2, name#3 ... until one is free
+                name = row["proposer"]
+                k = 1
+                while row["proposer"] in rows:
                     row["proposer"] = nth(name, k)
                     k += 1
                 rows[row["proposer"]] = row
@@ -234,11 +237,14 @@ def requests(options):
     options.k answers.
 
     All answers come from one request (n = k), so the images travel and are encoded once. The
-    custom id says whose answer it is; responses repeat it. Only the query's side is shown.
+    custom id, say "OK-VQA/17|1f0c...|0", holds pair, key and number of the prompt; responses repeat
+    it. Only the query's side is shown.
     """
     # A single answer is greedy.
     temperature = TEMPERATURE if options.k > 1 else 0.0
     train = data.train_sets(options.data)
+    if train.missing:
+        tqdm.write(f"missing: {', '.join(train.missing)}")
     hard = hard_pairs(options.hard) if options.hard else None
     asked = 0
     for source, size in enumerate(train.sizes):
@@ -422,9 +428,9 @@ def main():
     options = parser.parse_args()
     if options.write_requests and not options.data:
         parser.error("--write-requests needs --data")
-    read = [os.path.realpath(path) for path in (options.read_responses or [])]
-    if os.path.realpath(options.out) in read:
-        parser.error(f"--out {options.out}: would take the place of the responses")
+    read = [*(options.read_responses or []), *options.requests]
+    if os.path.realpath(options.out) in map(os.path.realpath, read):
+        parser.error(f"--out {options.out}: would take the place of what is read")
 
     if options.write_requests:
         write_rows(options.write_requests, requests(options))

@@ -632,6 +632,7 @@ BAD_PROPOSALS = [  # options, what is said
     (f"{WRITE} --hard given.jsonl", "given.jsonl line 1: KeyError: 'direct'"),  # not judged
     (f"{WRITE} --data=", "--write-requests needs --data"),
     (f"{READ} --out ./a.jsonl", "would take the place"),
+    (f"{READ} --requests broken.jsonl --out broken.jsonl", "would take the place"),
     (f"{READ} --requests broken.jsonl", "broken.jsonl line 1: .*Expecting"),
     (READ, "no rationale to write"),
 ]
