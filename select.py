@@ -33,9 +33,9 @@ smallest value, among the margin and those g that exceed it, for which
 Counting decoys plus 1 is the knockoff filter's (Barber & Candès, arXiv 1404.5609). Its guarantee
 asks for decoys that are paired and exchangeable with what they stand for, which is not shown of
 placebos. So fdr (option select_fdr), the share of what is above the bar that may be luck, is a
-target and no proven bound. At 0.1 a bar has at least ten
-rationales above it. Without such a bar the stratum keeps nothing. A stratum that has no placebos
-counts zero of them.
+target and no proven bound. At 0.1 a bar has at least ten rationales above it, and of twenty on one
+placebo may be. Without such a bar the stratum keeps nothing. A stratum that has no placebos counts
+zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
@@ -47,7 +47,8 @@ judged.
 Candidate targets. Up to 1024 pairs of one dataset are judged together: a window. Where it has few
 targets, as in the pocket world, C is filled with random ones. Where it has many, random ones are
 easy: the right target wins with any words or none. So C takes those nearest to the target;
-near-copies of it, which may be right as well, come last.
+near-copies of it, which may be right as well, come last. Where the target is alone in C, logp is 0
+whatever is said: its pair counts as easy.
 
 Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
@@ -136,12 +137,14 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     if not pairs:
         why = f"all pairs of a batch are of fold {fold}, which is to be judged"
         raise ValueError(f"select: {why}; raise --batch, or --select_folds 1")
-    drawn = []
+    drawn = []  # of each pair: ids of <think> ... <|endoftext|>, or None where nobody wrote
     for p in pairs:
         written = list(texts[p["id"]].values())
-        if written:
-            text = written[rng_of(p["id"]).integers(len(written))]
-        drawn.append(processor.rationale(text) if written else None)  # <think> ... <|endoftext|>
+        if not written:
+            drawn.append(None)
+            continue
+        text = written[rng_of(p["id"]).integers(len(written))]
+        drawn.append(processor.rationale(text))
     # NCE(direct) + NCE(reasoned) alone, of whole vectors. No decision is taught, so all labels are
     # unknown.
     cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")
@@ -162,10 +165,12 @@ def judge(model, processor, pairs, texts, cfg, rng):
     Candidate targets and placebos come from the window: its rows depend on nothing else, and memory
     does not grow with the data. All is drawn before anything is measured, so which pairs are easy
     (see can_keep) changes no draw.
-    The row of a rationale has "direct" = logp(q, ∅), "gain_guess", and the gains of its text, of a
-    placebo and, in an audited quarter, of a second placebo. These are None where there is no such
-    text, and where the pair is easy. "similarity_gain" are the same three of
-    s(q, r; t)/temperature.
+    The row of a rationale, here of an audited one (a quarter are):
+        {"id": "A/7", "dataset": "A", "proposer": "base#2", "text": "nw red star",
+         "direct": -2.3, "gain": 1.9, "gain_placebo": -0.2, "gain_second": 0.1, "gain_guess": -0.5,
+         "similarity_gain": [2.4, -0.1, 0.3], "audited": True}
+    "direct" is logp(q, ∅). A gain is None where there is no such text, and where the pair is easy.
+    "similarity_gain" are the same three (text, placebo, second placebo) of s(q, r; t)/temperature.
     """
     documents, places = distinct_documents(pairs)
     candidates = candidate_sets(places, rng)  # step 1 may replace them by nearer ones
@@ -234,15 +239,20 @@ def can_keep(direct, cfg):
 
 def distinct_documents(pairs):
     """Targets and negatives, each once -> documents, and each pair's places among them, its target
-    first."""
-    place_of, documents, places = {}, [], []
+    first. Targets a, b with negatives [b, c], [] -> [a, b, c], [[0, 1, 2], [1]]."""
+    documents = []
+    place_of = {}  # {prompt_key: place in documents}
+    places = []
     for p in pairs:
-        own = {prompt_key(document): document for document in (p["target"], *p["negatives"])}
-        for key, document in own.items():
+        places_of_pair = []
+        for document in (p["target"], *p["negatives"]):
+            key = prompt_key(document)
             if key not in place_of:
                 place_of[key] = len(documents)
                 documents.append(document)
-        places.append([place_of[key] for key in own])
+            if place_of[key] not in places_of_pair:
+                places_of_pair.append(place_of[key])
+        places.append(places_of_pair)
     return documents, places
 
 
@@ -271,7 +281,8 @@ def draw_trials(pairs, texts, rng):
     """-> [n] lists of (proposer, text, placebo, second placebo): None where there is none.
 
     An author's rationales (propose.author) are laid out in a random circle. The next one in it that
-    is about another target is the placebo: words about the same target may well fit.
+    is about another target is the placebo, the one after that the second: words about the same
+    target may well fit.
     """
     written = collections.defaultdict(list)
     for i, p in enumerate(pairs):
@@ -432,20 +443,24 @@ def audit(rows, kept, rule, margin, fdr, helps=None):
         if row["audited"]:  # the placebo plays the rationale, the second placebo plays its placebo
             _, placebo, second = gains_above_guess(row, rule)
             accepted.append(keeps(placebo, second, bar[stratum(row)], rule))
-    among = collections.Counter(author(row["proposer"]) for row in rows)
-    number = collections.Counter(author(row["proposer"]) for row in kept)
-    helpful = {row["id"] for row in rows if helps and helps(row)}
-    caught = {row["id"] for row in kept if helps and helps(row)}
-    precision = None
+    num_written = collections.Counter(author(row["proposer"]) for row in rows)
+    num_kept = collections.Counter(author(row["proposer"]) for row in kept)
+    precision = recall = None
     if helps:
+        helpful = {row["id"] for row in rows if helps(row)}
+        caught = {row["id"] for row in kept if helps(row)}
         precision = share(map(helps, kept)) or 0.0
+        recall = share(pair_id in caught for pair_id in helpful)
+    by_proposer = {}  # {"base": 0.02, "careful": 0.31}
+    for name in sorted(num_written):
+        by_proposer[name] = round(num_kept[name] / num_written[name], 4)
     return {
-        "candidates": among.total(),
-        "kept": number.total(),
+        "candidates": num_written.total(),
+        "kept": num_kept.total(),
         "precision": precision,
-        "recall": share(pair_id in caught for pair_id in helpful),
+        "recall": recall,
         "placebo_accepted": share(accepted),
-        "by_proposer": {name: round(number[name] / n, 4) for name, n in sorted(among.items())},
+        "by_proposer": by_proposer,
     }
 
 
