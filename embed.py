@@ -108,10 +108,11 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     states = h[row, place - 1]  # (n, H): what predicts each token
     ids = batch["ids"][row, place]
     logp = []
-    # Logits are large. They are not kept for backward, which computes them again.
-    for part in zip(states.split(LOGITS_AT_ONCE), ids.split(LOGITS_AT_ONCE)):
-        options = processor.suppress_tokens, temperature
-        logp.append(checkpoint(token_logprobs, model, *part, *options, use_reentrant=False))
+    # Logits are large. They are not kept for backward, which computes them again: checkpoint().
+    for start in range(0, len(ids), LOGITS_AT_ONCE):
+        part = slice(start, start + LOGITS_AT_ONCE)
+        args = model, states[part], ids[part], processor.suppress_tokens, temperature
+        logp.append(checkpoint(token_logprobs, *args, use_reentrant=False))
     return torch.cat(logp)
 
 
@@ -152,16 +153,16 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     H = q.shape[1]
     if max(dims, default=0) > H:
         raise ValueError(f"matryoshka_dims {dims}: this model's vectors have {H} numbers")
-    is_target = F.one_hot(positive, len(t)).bool()  # (n, m)
-    # (n, n): row i is query i's target against all queries. True where a query has the same one.
-    same_target = is_target[:, positive]
+    is_target = F.one_hot(positive, len(t)).bool()  # (n, m): the column of each query's target
+    same_target = is_target[:, positive]  # (n, n): which queries have the same target
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
     for d in {*dims, H}:
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        # No other column equals the target, whose own one_direction() keeps.
+        # From query to target: no column but the target's own is equal to it. From target to query:
+        # row i is query i's target, column j is query j, so the positives are on the diagonal.
         losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
@@ -188,6 +189,8 @@ def candidates_of(pairs):
 
     -> documents: prompts, this process' distinct ones; row_of_column: for each column its place
     among the documents of all processes; positive (N,): the column of each pair's target.
+    Two processes with two pairs each: targets (keys) c, a and a, b, no negatives. Documents are
+    [c, a] and [a, b], columns a, b, c, row_of_column [1, 3, 0], positive [2, 0, 0, 1].
     """
     candidates = {pair["target_key"]: pair["target"] for pair in pairs}
     for pair in pairs:
@@ -245,9 +248,9 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
         if not with_loss:
             return vectors, None, {}
-        right = torch.tensor([labels[i] for i in rows], device=model.device)
+        label = torch.tensor([labels[i] for i in rows], device=model.device)
         loss, metrics = token_losses(
-            model, processor, h, batch, right, cfg, num_written, num_labels
+            model, processor, h, batch, label, cfg, num_written, num_labels
         )
         return vectors, loss, metrics
 
@@ -258,7 +261,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         direct, reasoned = vectors["query"].unbind(1)  # (N, H)
         t = vectors["document"][row_of_column, 0]  # (columns, H)
         weights = None
-        if posterior_weights:  # a / (a + b) = sigmoid(log a − log b); a constant: the E-step
+        if posterior_weights:  # constants: the E-step. a / (a + b) = sigmoid(log a − log b)
             with torch.no_grad():
                 after = log_target_prob(reasoned, t, positive, cfg.temperature)
                 before = log_target_prob(direct, t, positive, cfg.temperature)
@@ -448,8 +451,8 @@ class Embedder:
 
         if isinstance(items, (str, bytes, dict)) or not hasattr(items, "__iter__"):
             items = [items]
-        hidden = None if show_progress is None else not show_progress
-        items = tqdm(items, "encode", unit="item", disable=hidden, delay=1)
+        no_bar = None if show_progress is None else not show_progress
+        items = tqdm(items, "encode", unit="item", disable=no_bar, delay=1)
         generation = reason, threshold, max_new_tokens, temperature, generator
         order, vectors, infos = [], [torch.zeros(0, H, dtype=torch.float32)], []
         for prompts in self.windows(items, instruction, batch_size):
@@ -461,7 +464,7 @@ class Embedder:
                 order += places
                 vectors.append(v.cpu())
                 infos += info
-            prompts = None  # before the next window is read
+            prompts = None  # their images are free before the next window is read
 
         back = np.argsort(order)  # of each item the place where it was computed
         infos = [infos[i] for i in back]
@@ -475,7 +478,8 @@ class Embedder:
     def windows(self, items, instruction, batch_size):
         """Lists of prompts, eight batches each: enough to sort by length, few enough to hold."""
 
-        def read(index, item):
+        def read(numbered_item):
+            index, item = numbered_item
             try:
                 return self.processor(item, instruction)
             except ValueError as e:
@@ -485,7 +489,7 @@ class Embedder:
         # Threads help: Pillow decodes and resizes outside Python's lock.
         with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             while window := list(itertools.islice(numbered, 8 * batch_size)):
-                yield list(threads.map(read, *zip(*window)))
+                yield list(threads.map(read, window))
 
     def batches(self, lengths, batch_size):
         """Lengths of n rows -> lists of row numbers: batches of rows about as long as each other,
@@ -514,9 +518,9 @@ class Embedder:
         v = states_at(h, batch["ends"])[:, 0].float()
         p_reason, rows = [None] * len(prompts), []
         if model.has_head:
-            p = decision_logits(model, h, batch, processor).softmax(-1)
-            require_finite(p, model.dtype, places)
-            p_reason = p[:, 1].tolist()
+            decision = decision_logits(model, h, batch, processor).softmax(-1)  # (n, 2)
+            require_finite(decision, model.dtype, places)
+            p_reason = decision[:, 1].tolist()
             least = {"never": math.inf, "always": -1.0, "auto": threshold}[reason]
             rows = [row for row, p in enumerate(p_reason) if p > least]
         infos = []
