@@ -138,7 +138,8 @@ def leading(count, width):
 
 
 def unflatten(flat, count, width):
-    """Numbers (n,) of tokens, rollout after rollout, count (b, K) of each -> (b, K, width)."""
+    """Numbers (n,) of tokens, rollout after rollout, count (b, K) of each -> (b, K, width).
+    [x, y, z], [[2, 1]] and width 3 -> [[[x, y, 0], [z, 0, 0]]]."""
     mask = leading(count, width)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
@@ -187,8 +188,7 @@ def credit(reward):
 
 
 def decision_loss(decision, gain):
-    """Cross-entropy with [gain > 0], each query weighted by |gain|. decision (b,): p_reason's
-    logit."""
+    """Cross-entropy with [gain > 0], weighted by |gain|. decision (b,): the logit of p_reason."""
     right = (gain > 0).float()
     losses = F.binary_cross_entropy_with_logits(decision, right, reduction="none")
     return (gain.abs() * losses).sum()
@@ -206,16 +206,17 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, weight):
     return -(weight[..., None] * ratio * mask).sum()
 
 
-def one_mean_loss(decision, gain, policy, advantage, sigma):
+def one_mean_loss(decision, gain, sampled, advantage, sigma):
     """Ablation: decision and rationale tokens in one sum, as plain GRPO would have it.
 
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
-    policy: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
+    sampled: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
     loss, and unlike plain GRPO, the decision's gain is not divided by sigma. rl_when is not read.
     """
-    when = -(advantage.shape[1] * gain / 2 * decision).sum()
-    return when + rationale_loss(*policy, advantage + gain[:, None] / 2 / sigma)
+    K = advantage.shape[1]
+    when = -(K * gain / 2 * decision).sum()
+    return when + rationale_loss(*sampled, advantage + gain[:, None] / 2 / sigma)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     pairs [b]: this process' share of the batch's B pairs, as in embed.contrastive_step.
     actor: writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
-    None, the model itself.
+    None, the model itself, which autocast must then not wrap (scale.prepare).
     cfg: of train.Config rl_rollouts K, max_new_tokens T, and the options of group rl.
     -> metrics of the joined batch; "sample": a rationale of this process' query with the lowest
     mean reward.
@@ -274,16 +275,17 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
             return vectors, None, {}
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
         decision = reason - direct  # (b,)
-        count, cut = roll.num_sampled[rows], roll.truncated[rows]
-        logprobs = sampled_logprobs(model, h, batch, processor, count, cut, cfg)
+        count = roll.num_sampled[rows]
+        truncated_rows = roll.truncated[rows]
+        logprobs = sampled_logprobs(model, h, batch, processor, count, truncated_rows, cfg)
         train_logprobs[rows] = logprobs.detach()
-        policy = logprobs, roll.old_logprobs[rows], count
-        at = ours[rows]
+        sampled = logprobs, roll.old_logprobs[rows], count
+        at = ours[rows]  # their places in the joined batch
         if cfg.rl_one_loss:
-            loss = one_mean_loss(decision, gain[at], policy, advantage[at], sigma)
+            loss = one_mean_loss(decision, gain[at], sampled, advantage[at], sigma)
             return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # a decision per rollout
         when = decision_loss(decision, gain[at]) / B
-        what = rationale_loss(*policy, weight[at]) / (B * K * T)
+        what = rationale_loss(*sampled, weight[at]) / (B * K * T)
         return vectors, cfg.rl_when * when + what, {"loss_when": float(when.detach())}
 
     # 5) InfoNCE on the direct and on the reasoned path keeps the space in place.
