@@ -52,8 +52,10 @@ from processor import Processor, collate, prompt_key, require, require_count
 # From final states to vectors, decisions and log-probabilities.
 # A row of a batch is one packed sequence: a prompt, then its continuations, the branches: first
 # <|endoftext|> alone (direct), then rationale 1 ... K. A branch sees the prompt and itself. B rows,
-# S tokens, H numbers of a state. Column 0 of `ends` (B, 1 + K) is the place where a row's direct
-# branch ends, column k that of its k-th rationale; -1 where there is none.
+# S tokens, H numbers of a state. Two tokens p of a prompt, <|endoftext|> e and one rationale a b e:
+#     ids     p p e a b e
+#     branch  0 0 1 2 2 2     (B, S); -1 in padding
+#     ends        2     5     (B, 1 + K): where each branch ends; -1 where there is none
 
 
 def states_at(h, places):
@@ -93,8 +95,7 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     """
     branch, ends = batch["branch"], batch["ends"]
 
-    # branch (B, S) is 0 in the prompt, 1 in the direct branch, 2 in the first rationale ..., -1 in
-    # padding. ends (B, 1+K): the last place of each branch. The places of rationale k are
+    # The places of rationale k, which is branch k + 1:
     #     ends[k-1] + 1 -> prefix <think>\n | text </think> | tail \n\n<|endoftext|> <- ends[k]
     # column (B, S): the column of `ends` that belongs to each token's branch; outside rationales
     # its value does not matter, since `chosen` drops those tokens.
@@ -325,12 +326,13 @@ class Embedder:
     """Items in, vectors out: a model and the Processor of its items.
 
         from pathlib import Path
+        from PIL import Image
         from embed import Embedder
 
         embedder = Embedder.from_pretrained("runs/pocket/rl")  # or "Qwen/Qwen3-VL-Embedding-2B"
         queries = [{"text": "the same in red", "image": Path("cup.jpg")}, "a red cup"]
         q = embedder.encode_query(queries, instruction="Find the image.")
-        d = embedder.encode_document([Path("a.jpg"), Path("b.jpg"), PIL.Image.open("c.jpg")])
+        d = embedder.encode_document([Path("a.jpg"), Path("b.jpg"), Image.open("c.jpg")])
         embedder.similarity(q, d)  # cosines, torch (2, 3)
 
     An item is a string (text); a pathlib.Path, PIL image or bytes (an image); a dict of any of
@@ -341,7 +343,7 @@ class Embedder:
         embedder.encode(items, threshold=0.2)  # the dial: reason where p_reason > 0.2
         embedder.encode(items, dim=64)  # the first 64 numbers, scaled to length 1 (Matryoshka)
         vectors, info = embedder.encode(items, return_info=True)
-        info[0]  # {"reasoned": True, "p_reason": 0.9, "rationale": "red star nw", "new_tokens": 6}
+        info[0]  # {"reasoned": True, "p_reason": 0.9, "rationale": "nw red star", "new_tokens": 5}
     """
 
     budget = 16384  # padded tokens of a batch: this bounds memory, not the number of items
@@ -412,7 +414,8 @@ class Embedder:
         generator=None,
         tau=None,
     ):
-        """An item, or any iterable of n items (a generator is not read at once) -> (n, d) float32.
+        """An item, or any iterable of n items (a generator is not read at once) -> (n, d) float32,
+        numpy or, with convert_to_numpy=False, torch on the CPU.
 
         instruction    for items without one; None: the processor's default_instruction
         reason         "auto": where p_reason > threshold, but never with a checkpoint that we have
@@ -509,7 +512,7 @@ class Embedder:
         """One batch of n prompts -> final states (n, H), fp32, not yet of length 1, and infos.
 
         One prefill gives the direct vector and the decision; rows that reason continue its cache.
-        Raises ItemError, with the place of the item, where a number is not finite.
+        places: of the items among all that encode() was given, for ItemError.
         """
         model, processor = self.model, self.processor
         batch = collate(prompts, processor, device=model.device)

@@ -238,7 +238,8 @@ def requests(options):
 
     All answers come from one request (n = k), so the images travel and are encoded once. The
     custom id, say "OK-VQA/17|1f0c...|0", holds pair, key and number of the prompt; responses repeat
-    it. Only the query's side is shown.
+    it. Only the query's side is shown. Rationales about the pairs that train.py keeps for rl
+    (--rl_holdout) are not used, but which these are is not known here.
     """
     # A single answer is greedy.
     temperature = TEMPERATURE if options.k > 1 else 0.0
