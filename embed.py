@@ -246,7 +246,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         batch = collate(queries, processor, branches, model.device)
         h = model(batch)
         vectors = pool(h, batch["ends"])
-        vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # to two branches
+        vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # if none has a rationale
         if not with_loss:
             return vectors, None, {}
         label = torch.tensor([labels[i] for i in rows], device=model.device)
@@ -262,7 +262,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         direct, reasoned = vectors["query"].unbind(1)  # (N, H)
         t = vectors["document"][row_of_column, 0]  # (columns, H)
         weights = None
-        if posterior_weights:  # constants: the E-step. a / (a + b) = sigmoid(log a − log b)
+        if posterior_weights:  # constants: the E-step
+            # a / (a + b) = sigmoid(log a − log b), with a = p(t|q,r) and b = p(t|q,∅)
             with torch.no_grad():
                 after = log_target_prob(reasoned, t, positive, cfg.temperature)
                 before = log_target_prob(direct, t, positive, cfg.temperature)

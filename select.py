@@ -281,8 +281,8 @@ def draw_trials(pairs, texts, rng):
     """-> [n] lists of (proposer, text, placebo, second placebo): None where there is none.
 
     An author's rationales (propose.author) are laid out in a random circle. The next one in it that
-    is about another target is the placebo, the one after that the second: words about the same
-    target may well fit.
+    is about another target is the placebo (words about the same target may well fit), the one after
+    that the second placebo.
     """
     written = collections.defaultdict(list)
     for i, p in enumerate(pairs):
