@@ -333,8 +333,7 @@ def encode(model, processor, prompts, branches, budget):
         rationales = [branches[i] for i in rows]
         batch = collate([prompts[i] for i in rows], processor, rationales, model.device)
         with torch.no_grad():
-            # `ends` are the places of these <|endoftext|>. Zeros where a row has fewer branches.
-            pooled = pool(model(batch), batch["ends"])  # (B, 1+K, H)
+            pooled = pool(model(batch), batch["ends"])  # (B, 1+K, H), zeros where a row has fewer
         for i, v in zip(rows, pooled):
             vectors[i] = v[: 1 + len(branches[i])]
     return vectors
