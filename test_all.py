@@ -453,6 +453,7 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
     candidates = selection.candidate_sets(numbers, rng)
     trials = selection.draw_trials(pairs, texts, rng)
     assert len(prompts) == 12 - 3 + 12 + 1
+    assert numbers[0] == [0, 1, 2]  # a negative that is the target is no candidate of its own
 
     @torch.no_grad()
     def vector(prompt, text=None):
