@@ -96,8 +96,7 @@ def fork(parent, folder, first, same_judge):
     for name in ("data", *kept):  # a relative link: the study's folder can be moved
         (folder / name).symlink_to(os.path.relpath(parent / name, folder))
     if same_judge:  # an unfinished stage works in STAGE.part: select takes what it finds there
-        part = shutil.copytree(parent / "select", folder / "select.part")  # judged0.jsonl ...
-        (part / "config.json").unlink()  # of the parent's rule
+        shutil.copytree(parent / "select", folder / "select.part")  # judged0.jsonl ...
     done = read_json(parent / "stages.json")  # {"base": {"seconds": 900.0, ...}}
     write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
 

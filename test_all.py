@@ -1753,6 +1753,9 @@ def test_run_sigterm_and_resume(finished, call, copy_of, monkeypatch, capsys):
     more = ("--save_every", "100", "--resume", "auto")
     assert call(out, *more, stage="embed") == 143
     assert "after step 3 of embed" in one_line(capsys)
+    shutil.copy(f"{finished}/embed/config.json", f"{out}/embed.part")  # as if it had been saved
+    assert call(out, *more, "--embed_lr", "9", stage="embed") == 2
+    assert "options.json was made with embed_lr" in one_line(capsys)
     assert call(out, *more, stage="embed") == 0
     assert len(calls) == 5
     assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
@@ -1879,7 +1882,7 @@ def test_run_a_stage_begins_when_what_was_left_is_gone(own_root, copy_of, monkey
     out = copy_of("embed")
     run = train.Run(train.parse(arguments(own_root, out)))
     os.makedirs(f"{out}/rl.part")
-    write_json(f"{out}/rl.part/config.json", dataclasses.asdict(replace(run.cfg, rl_lr=9.0)))
+    write_json(f"{out}/rl.part/options.json", dataclasses.asdict(replace(run.cfg, rl_lr=9.0)))
     monkeypatch.setattr(train.scale, "is_main", lambda: False)
     monkeypatch.setattr(train.scale, "barrier", lambda: shutil.rmtree(f"{out}/rl.part", True))
     assert run.begin("rl") == f"{out}/rl.part"

@@ -470,7 +470,7 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
             os.makedirs(part, exist_ok=True)
         scale.barrier()  # what is left of an earlier try is gone, before anybody looks
-        self.same_options(("machine",), f"{stage}.part/config.json")
+        self.same_options(("machine",), f"{stage}.part/options.json")
         return part
 
     def finish(self, stage, part, seconds):
@@ -494,8 +494,8 @@ class Run:
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-            for state in final.glob("*.state"):  # checkpoints, which only a resumed stage needs
-                state.unlink()
+            for name in (*final.glob("*.state"), final / "options.json"):
+                name.unlink()  # only a stage that is resumed needs checkpoints and its options
             for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
