@@ -464,6 +464,8 @@ def complete(row, kind):
     parser = row["parser"]
     retrieval = parser in ("pairs", "video_ret", "beir")
     row["scope"] = row["scope"] or ("global" if retrieval or row["labels"] else "local")
+    if any(len(listed(part)) != 3 for part in row["fetch"]):
+        raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
     row["media"] = listed(row["media"]) or [row["hub"]]
     row["table"] = listed(row["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
     choices = {
@@ -654,7 +656,9 @@ class Files:
         "{hub}/{config}/{split}-*.parquet" for the config "MC" of NExTQA
         -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
         """
-        fill = self.spec | {"config": config, "part": config}  # "part": of pages
+        fill = self.spec | {"part": config}  # "corpus", "qrels" or "queries" of a set of pages
+        if self.parser != "beir":
+            fill["config"] = config
         fill["repo"] = os.path.basename(fill["hub"])  # "vidore/x_beir" -> "x_beir"
         fill["lower"] = self.name.lower()  # "Charades-STA" -> "charades-sta"
         fill["under"] = fill["lower"].replace("-", "_")  # -> "charades_sta"
@@ -967,21 +971,22 @@ class EvalSet(Files):
                 self.rows = 0  # of its three tables the last holds the queries
             self.rows += len(table)
 
-    def say(self, inst, content="", image=None, clip=None, full=None):
+    def say(self, inst, content=None, image=None, clip=None, full=None):
         """The item of an instruction and a content, with the image and the clip of these names.
 
         VLM2Vec joins visual token, instruction and content by spaces (`full` where a parser has
-        another rule). Our chat template places images, so the token goes and its space stays.
+        another rule). Our chat template places images, so the token goes and its space stays; so
+        does that before a blank content.
         Qwen's instruction goes to the system turn. say("About:", "why?", "a.jpg")
         -> {"text": " About: why?", "image": ...} or {"text": "why?", "instruction": "About:", ...}
         """
         image = self.find(image) if isinstance(image, str) else image  # or a TableImage, or None
-        video = clip and self.clip(clip)
+        video = None if clip is None else self.clip(clip)
         if self.prompts == "qwen":
             inst = inst.strip().removesuffix("Question:").strip()  # that ends the prompt of V-QA
             return item(content, image, video, inst)
         if full is None:
-            full = f"{inst} {content}" if content else inst
+            full = inst if content is None else f"{inst} {content}"
             if image or video:
                 full = " " + full
         return item(full, image, video)
@@ -1220,7 +1225,7 @@ def momentseeker(es, row):
     for shown in right + listed(row["negative_frames"]):
         path = flat(shown["output_path"])
         cands.append(es.cand(path, es.say, es.tgt, clip=path))
-    es.query(es.say(SEEK[kind], text, image, clip), cands, cands[: len(right)])
+    es.query(es.say(SEEK[kind], text or None, image, clip), cands, cands[: len(right)])
 
 
 def flat(path):

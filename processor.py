@@ -230,7 +230,7 @@ class Processor:
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_count(max_frames=self.max_frames, max_length=self.max_length)
-        self.default_sentence = as_sentence(self.default_instruction or "")
+        as_sentence(self.default_instruction or "")  # an error if it is no text
         config = self.config
         special = self.tokenizer.special
         size = self.tokenizer.size
@@ -277,7 +277,7 @@ class Processor:
         messages = messages_of(item)
         given = item.get("instruction", instruction)
         if messages[0]["role"] != "system":
-            text = self.default_sentence if given is None else as_sentence(given)
+            text = as_sentence(given if given is not None else self.default_instruction or "")
             if text:
                 messages.insert(0, {"role": "system", "content": text})
         elif given:  # Python shows a warning once
@@ -456,7 +456,8 @@ class Processor:
         for name, value in files.items():
             write_json(Path(folder, name), value)
         # A JSON string is a Jinja string, too. Not so an escaped emoji: it would stay two halves.
-        instruction = json.dumps(self.default_sentence, ensure_ascii=False)
+        instruction = as_sentence(self.default_instruction or "")
+        instruction = json.dumps(instruction, ensure_ascii=False)
         template = TEMPLATE.replace("DEFAULT", instruction)
         Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
 
@@ -505,7 +506,7 @@ def content_of(item):
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
     texts = listed(item.get("text"))
-    if not parts and all(isinstance(text, str) and not text for text in texts):  # 0 is no text
+    if not parts and all(text in (None, "") for text in texts):  # 0 is neither
         texts = ["NULL"]  # Qwen3-VL-Embedding's word for an empty item
     return parts + [{"text": text} for text in texts]
 

@@ -1439,6 +1439,7 @@ BAD_TRAIN_OPTIONS = [
     (["--preset", "qwen3vl-2b"], "--model"),
     (["--scale=nan"], "--scale nan"),
     (["--scale=0"], "--scale 0"),
+    (["--threshold=-inf"], "--threshold -inf"),
     (["--rl_rollouts=1"], "--rl_rollouts 1"),
     (["--batch=60"], "--sub_batch"),
     (["--rl_batch=12"], "--rl_batch"),
@@ -2728,7 +2729,7 @@ FRAMES = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 def test_processor_prompt_by_hand():
-    assert shown(tiny_processor()({"text": ["", ""]})) == USER + "NULL" + END
+    assert shown(tiny_processor()({"text": ["", None]})) == USER + "NULL" + END
 
 
 def test_processor_rationale_by_hand():
@@ -2779,6 +2780,8 @@ def test_processor_instruction_precedence():
     ):
         turns = re.findall(r"<\|im_start\|>system\n(.*?)<", shown(processor(item, call)))
         assert (turns or [""])[0] == text
+    processor.default_instruction = "Other"
+    assert "Other." in shown(processor("a"))
 
 
 def test_processor_frames_have_limits_of_their_own():
@@ -3307,7 +3310,7 @@ EVALUATION = [
     ("activitynetqa", QA | {"answer": "no"}, (" do? Q? (A) yes; (B) no.", ("clip", "v_v")),
      [("yes",), ("no",)], ["yes", "no"], [0, 1], [1]),
     ("video_ret", CLIP, ("do? c",), clips(["w.x"]), ["w.x"], None, [0]),
-    ("video_ret", CLIP, ("do? c",), clips(["v"]), ["v"], None, [0],
+    ("video_ret", CLIP | {"caption": ""}, ("do? ",), clips(["v"]), ["v"], None, [0],
      {"columns": ["video", "caption"]}),
     ("moment", MOMENT, (" do? q", ("clip", "AB_210.0/query")), clips(CLIPS), CLIPS, [0, 1, 2], [2]),
     ("momentseeker", SEEK, (f"{GIVEN} text: q",), *MOMENTS),
@@ -3446,6 +3449,13 @@ def test_data_published_layouts(tmp_path, name, file, row, media):
 def test_data_layouts_of_pages(tmp_path, hub, file):
     write_beir(tmp_path, hub, pages(5), file=file)
     assert data.load_eval(str(tmp_path), "ViDoRe_tatdqa").grades == [[1]]
+
+
+def test_data_pages_of_a_config(tmp_path):
+    write_beir(tmp_path, "x", pages(5), file="en/{part}")
+    row = {"name": "d", "parser": "beir", "hub": "x", "config": "en"}
+    write_json(tmp_path / "datasets.json", {"eval": [row | {"table": "{hub}/{config}/{part}*"}]})
+    assert data.load_eval(str(tmp_path), "d").grades == [[1]]
 
 
 def test_data_training_layouts_and_splits(tmp_path):
@@ -3751,6 +3761,7 @@ BAD_ROWS = [
     ("image_t2i", {"tgt_img_path": ["a.png", ""]}, "'': not a path"),
     ("image_t2i", {"tgt_text": ["a", "b"]}, "tgt_text: 2 of them for 3"),
     ("video_cls", {"pos_text": "x"}, "column pos_text: 'x' is not among"),
+    ("video_cls", {"video_id": ""}, "'': not a path"),
     ("videomme", {"answer": "D"}, "column answer: 'D' is not among A, B, C"),
     ("momentseeker", {"positive_frames": ["a"]}, "string indices must be integers"),
     ("momentseeker", {"input_frames": "x.png"}, "column .* is no .jpg"),
@@ -3801,6 +3812,7 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed; a Path: a link to it
     (listing(table="{foo}"), "^x: table '{foo}' is no pattern"),
     (listing(table=[3]), "^x: table 3 is no pattern"),
     (listing(scope="local", parser="pairs"), "^x: scope 'local': one of global is wanted"),
+    (listing(scope="local", parser="mmeb", fetch=[["x"]]), "^x: fetch: lists of hub id"),
     (listing(table="gone.jsonl"), "none of its 1 training datasets is there"),
     (listing(table="x-*") | {"x-00001-of-00003.parquet": [SOUND]}, "^x: .*: 1 shards are there"),
     (listing(table="x.*") | {"x.parquet": b"PAR1..."}, "^x: .*x.parquet: cannot be read: Parquet"),
