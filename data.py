@@ -463,7 +463,8 @@ def complete(row, kind):
         raise BadData(name, "a name that can name a file is wanted, without /")
     parser = row["parser"]
     retrieval = parser in ("pairs", "video_ret", "beir")
-    row["scope"] = row["scope"] or ("global" if retrieval or row["labels"] else "local")
+    has_labels = parser == "video_cls" and row["labels"]
+    row["scope"] = row["scope"] or ("global" if retrieval or has_labels else "local")
     if any(len(listed(part)) != 3 for part in row["fetch"]):
         raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
     row["media"] = listed(row["media"]) or [row["hub"]]

@@ -932,8 +932,10 @@ def load_model(folder, dtype=None, device="cpu"):
         raise ValueError(f"{folder}: no model*.safetensors (pickled weights are never opened)")
     with torch.device("meta"):  # shapes without memory
         model = Qwen3VL(c)
-    model.has_head = c.tie or "lm_head.weight" in state
-    state.setdefault("lm_head.weight", state.get("model.language_model.embed_tokens.weight"))
+    own_head = "lm_head.weight" in state
+    model.has_head = c.tie or own_head
+    if not own_head:
+        state["lm_head.weight"] = state.get("model.language_model.embed_tokens.weight")
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # names every tensor at fault, in as many lines
@@ -941,7 +943,7 @@ def load_model(folder, dtype=None, device="cpu"):
         raise ValueError(f"{folder}: {why[:300]}") from None
     embedding = model.text.embed_tokens.weight
     # Two that differ are not tied, whatever the config says: transformers keeps both, too.
-    c.tie = c.tie and torch.equal(model.lm_head.weight, embedding)
+    c.tie = c.tie and (not own_head or torch.equal(model.lm_head.weight, embedding))
     if c.tie or not model.has_head:  # a missing head costs no memory and is never used
         model.lm_head.weight = embedding
     del state, tensors, tensor  # what model.to has converted is then free

@@ -506,7 +506,7 @@ def content_of(item):
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
     texts = listed(item.get("text"))
-    if not parts and all(text in (None, "") for text in texts):  # 0 is neither
+    if not parts and all(text is None or isinstance(text, str) and not text for text in texts):
         texts = ["NULL"]  # Qwen3-VL-Embedding's word for an empty item
     return parts + [{"text": text} for text in texts]
 

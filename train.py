@@ -592,6 +592,8 @@ class Pairs:
             collate_fn=list,  # prompts differ in shape: a batch stays a list
             num_workers=workers,
             persistent_workers=workers > 0,
+            # Forked: a generator, which self.batches has, cannot be sent to a new process.
+            multiprocessing_context="fork" if workers else None,
             worker_init_fn=leave_group,
         )
 
