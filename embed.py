@@ -14,9 +14,9 @@ A prefill that ends in <|endoftext|> holds both the direct vector and, one token
 decision: not to reason costs nothing over an embedder that cannot.
 
 The maths. s(q, t) = e(q)·e(t), the cosine. InfoNCE = −log softmax over candidates of s/temperature,
-at the target; both directions averaged. One update of both paths (stage embed; select with λ = μ =
-0) minimises
-    L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token).
+at the target; both directions averaged. One update of stage embed minimises
+    L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token)
+with λ = 1 and μ = 0.5. The evaluators of select learn its first two parts alone.
 
 How to run: python embed.py --model runs/pocket/rl --input items.jsonl --output vectors.npy
 From Python: see Embedder.
@@ -54,7 +54,7 @@ from processor import Processor, collate, prompt_key, require, require_count
 # <|endoftext|> alone (direct), then rationale 1 ... K. A branch sees the prompt and itself. B rows,
 # S tokens, H numbers of a state. Two tokens p of a prompt, <|endoftext|> e and one rationale a b e:
 #     ids     p p e a b e
-#     branch  0 0 1 2 2 2     (B, S); -1 in padding
+#     branch  0 0 1 2 2 2     (B, S); -1 in padding; None where no row has a rationale
 #     ends        2     5     (B, 1 + K): where each branch ends; -1 where there is none
 
 
@@ -146,8 +146,8 @@ def one_direction(scores, positive, temperature, equal, margin=0.1):
 def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     """InfoNCE in both directions: a query among all candidates, its target among all queries.
 
-    q (n, H), t (m, H) unit vectors, no two rows of t of equal candidates; positive (n,) the row of
-    t that is each query's target; weights (n,) of the queries, of any sum.
+    q (n, H), t (m, H) unit vectors, every candidate one row of t; positive (n,) the row of t that
+    is each query's target; weights (n,) of the queries, of any sum.
     dims: the loss is summed over the full vectors and over these prefixes of them, each scaled to
     length 1 again. So a vector's first numbers are a vector too (Matryoshka). -> scalar
     """
@@ -208,8 +208,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     pairs       "query", "target", "negatives": prompts; "target_key": its prompt_key; "id"
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
                 train.py draws a kept one by its weight. Where none was kept (label 0) it takes an
-                unselected one of the author with most kept ones, if that author wrote one: such a
-                pair teaches "answer directly", but also how to think if forced
+                unselected one of the author with most kept ones, if that author wrote one:
+                NCE(reasoned) and CE(rationale) learn how to think if forced, the decision not to
     labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
                 none was, -1 (unknown) if nobody wrote one and the direct vector is not good enough
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims

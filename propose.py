@@ -13,20 +13,21 @@ at test time would teach nothing.
 
 A file of rationales has one object a line:
 
-    {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus, so", "key": "0b7e"}
+    {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus", "key": "0b7..."}
 
 The id is that of the pair. The key is a hash of the pair's content, which ties the text to it: a
-row number alone would fit another table, too. The second text of one proposer about one pair goes
-by the name of "base#2", and so on.
+row number alone would fit another table, too. "proposer" names the writer and its try: "base",
+"base#2" ... about one pair. What is counted by writer goes by author(): "base" for all of them.
 
     python propose.py --write-requests requests.jsonl --data ROOT --model-name NAME --k 4
     split -l 20000 requests.jsonl                    shards, for as many servers
     vllm run-batch -i xaa -o xaa.responses --model NAME --runner generate
     python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
---image-urls file writes paths, kilobytes a request, for images that are files within --max-pixels.
-The server must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order;
-what is missing, doubled, broken or cut off is counted and named, and the rest is used.
+--image-urls file writes paths instead of images that are files within --max-pixels: a request then
+has a few kilobytes. The server must allow it (vllm: --allowed-local-media-path ROOT). Responses may
+come in any order; what is missing, doubled, broken or cut off is counted and named, and the rest is
+used.
 
 Left out: rationales about targets, tools, retries (send the requests of the failures again).
 Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts are ours.
@@ -51,7 +52,7 @@ import data
 from model import generate, numbered_lines, write_rows
 from processor import collate
 
-# Of sampling: above 0, because several answers of one proposer have to differ. The number is ours.
+# Sampling temperature: several answers of one proposer have to differ. The number is ours.
 TEMPERATURE = 0.7
 # The columns that are kept of a file of rationales. Others may hold NaN, which write_rows refuses.
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
@@ -87,8 +88,9 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
 
     pairs: {"id", "query", "key"}; a query is what the Processor makes of an item ("ids"
     and patches). ask: the queries were made of `question(item)`, and <|im_end|> ends an answer.
-    The proposer "base" is the model itself. A "truncated" row ran out of cfg.max_new_tokens. An
-    empty rationale is left out: it says no more than the direct embedding.
+    The proposer "base" is the model itself. A "truncated" row ran out of cfg.max_new_tokens; it
+    stays, for selection judges it. An empty rationale is left out: it says no more than the direct
+    embedding.
     """
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
     longest = max(len(p["query"]["ids"]) for p in pairs)
@@ -320,8 +322,8 @@ def read_responses(options, asked):
     asked: the custom ids of all requests; empty: not known. Failures are a request without a
     response, a response that nobody asked for, an error, an answer without text and one that did
     not come to its end: a rationale without its conclusion. --accept-cut takes what was cut off at
-    max_tokens. A response after one of which nothing could be used is a retry, and counts in its
-    place; any other second response is a failure. One failure costs nothing else.
+    max_tokens. If nothing of the first response to a request was usable, a second one takes its
+    place (a retry); any other second response is a failure. One failure costs nothing else.
     """
     rows, failed, answered = [], [], set()
     unusable = {}  # {custom id: [why]}, of responses without any usable answer

@@ -36,10 +36,8 @@ dozens, would carry a few percent (option rl_one_loss takes that mean).
 
 Which GRPO this is, in five points:
     advantage   (R - mean R of the query's rationales) / sigma. Their mean is the business of `when`
-    sigma       one number for the batch, and a scale only: the deviation of R around each query's
-                mean, over its K rationales and K copies of its direct answer. So it stays large
-                where all rationales are equally good; one sigma for each query would let a tiny
-                price decide there
+    sigma       one number for the batch: see credit(). It stays large where all rationales are
+                equally good; one sigma for each query would let a tiny price decide there
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
@@ -47,6 +45,7 @@ Which GRPO this is, in five points:
 A query whose rationales all have the same reward teaches only the decision and InfoNCE.
 
 How to run: python train.py --stage rl
+Defaults of the pocket world: K 4, T 48, latency_penalty 0.6, rl_when 1, temperature 0.02.
 Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
 2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. A decision weighted by what it
@@ -207,10 +206,12 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, weight):
 
 
 def one_mean_loss(decision, gain, sampled, advantage, sigma):
-    """Ablation: decision and rationale tokens in one sum, as plain GRPO would have it.
+    """Ablation: decision and rationale tokens in one sum, with one denominator.
 
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
-    -gain / 2. log p - log (1 - p) is the logit. A rationale's advantage is against its group of 2K.
+    -gain / 2. log p - log (1 - p) is the logit. Half of them are forced to reason whatever p is,
+    and nothing is reweighted: the loss is linear in the logit, as that of a GRPO that samples its
+    decisions is not. A rationale's advantage is against its group of 2K.
     sampled: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
     loss, and unlike plain GRPO, the decision's gain is not divided by sigma. rl_when is not read.
     """

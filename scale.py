@@ -122,7 +122,8 @@ def backward(lengths, forward, loss, budget):
              pass keeps its activations, and there is no second
 
     -> loss (a float: with the further losses of all rows) and metrics, summed over rows and
-    processes. Leaves in every parameter's .grad this process' part of the gradient.
+    processes. Leaves in every parameter's .grad this process' part of the gradient: Optimizer.step
+    adds the parts up.
     """
     # 1) Passes. Sharded layers meet in each, so all processes make equally many: those with fewer
     # chunks repeat their last with weight zero.

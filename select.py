@@ -20,8 +20,8 @@ pair's direct vector and, from the label "was any kept?", whether to reason.
 The words must help (gain), and help because they are about this pair (placebo). An author is a
 proposer, whichever of its tries a text is. Where the direct vector is confidently wrong, any words
 raise the target by flattening the softmax. So what a uniform guess would gain is subtracted first.
-The bar is at least the margin (option select_margin), which lies just above log 2: a rationale must
-at least double the target's probability.
+The bar is at least the margin (option select_margin, 0.7), which lies just above log 2: a rationale
+must at least double the target's probability.
 
 Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
 well. So each stratum (what one author wrote for one dataset) has a bar of its own. Let g be the
@@ -33,9 +33,9 @@ smallest value, among the margin and those g that exceed it, for which
 Counting decoys plus 1 is the knockoff filter's (Barber & Candès, arXiv 1404.5609). Its guarantee
 asks for decoys that are paired and exchangeable with what they stand for, which is not shown of
 placebos. So fdr (option select_fdr), the share of what is above the bar that may be luck, is a
-target and no proven bound. At 0.1 a bar has at least ten rationales above it, and of twenty on one
-placebo may be. Without such a bar the stratum keeps nothing. A stratum that has no placebos counts
-zero of them.
+target and no proven bound. At 0.1, its default, at least ten rationales must lie above the bar;
+from twenty on one placebo may lie there, too. Without such a bar the stratum keeps nothing. A
+stratum that has no placebos counts zero of them.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
@@ -71,6 +71,7 @@ train.py loads this file by its path, as `selection`.
 
 import sys
 
+# Go on at RULES: up to there all is about the name of this file.
 if __name__ == "select":
     import os
     from importlib.machinery import BuiltinImporter, PathFinder
@@ -123,7 +124,8 @@ def fold_of(pair_id, folds):
 
 
 def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
-    """One update of the evaluator that will judge `fold` -> metrics; leaves gradients.
+    """One update of the evaluator that will judge `fold` -> metrics; leaves gradients. The step
+    itself is embed.contrastive_step.
 
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
     good or bad. NCE(reasoned) is a weighted mean, in which a rationale weighs p(t|q,r) / (p(t|q,r)
@@ -233,7 +235,7 @@ def with_minus_without(text, score):
 
 
 def can_keep(direct, cfg):
-    """Whether any rationale of a pair could pass: gain <= −direct must exceed the margin."""
+    """Whether any rationale of a pair could pass: its gain is at most −direct."""
     return cfg.select_rule not in ("full", "no_placebo") or direct < -cfg.select_margin
 
 
@@ -281,8 +283,8 @@ def draw_trials(pairs, texts, rng):
     """-> [n] lists of (proposer, text, placebo, second placebo): None where there is none.
 
     An author's rationales (propose.author) are laid out in a random circle. The next one in it that
-    is about another target is the placebo (words about the same target may well fit), the one after
-    that the second placebo.
+    is about another target is the placebo (words about the same target may well fit), the next such
+    one after it the second placebo.
     """
     written = collections.defaultdict(list)
     for i, p in enumerate(pairs):
@@ -321,7 +323,8 @@ def log_probs(model, processor, cases, t, cfg):
 
 
 def encode(model, processor, prompts, branches, budget):
-    """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1+K, H).
+    """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1+K, H). In
+    embed.py such a packed row is drawn, above states_at.
 
     A branch continues the prompt with a rationale. The branches of a prompt are one row, in which
     they share its prefill and do not see each other; each ends in an <|endoftext|> that is pooled.
@@ -485,8 +488,9 @@ def few_kept(rows, kept):
 def pocket_truth(root):
     """helps(row) for a pocket world, whose makers know the truth; else None.
 
-    A rationale without an error helps a query of two or more steps. One step is left unmarked: a
-    model may or may not do it at a look. Nothing else helps.
+    A rationale without an error helps a query of two or more steps. Where one step is needed it is
+    left unmarked: a model may or may not do that at a look. Nothing else helps: a text with an
+    error, whatever is said about a query that needs no step.
     """
     path = os.path.join(root, "pocket.json")
     if not os.path.exists(path):

@@ -777,6 +777,8 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
 # --------------------------------------------------------------------------------------------------
 # The stages. Each opens what earlier ones left, loops over batches or windows, and saves into
 # `part`, the folder STAGE.part. An Embedder that it returns is saved there, too.
+# run.trainee opens a checkpoint (or the mean of several) to be trained; pairs.stream yields batches
+# of sub-batches, each of one dataset; fit loops one_step over them.
 
 
 def base_stage(run, part):
@@ -848,8 +850,8 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
     mine = [n for n in share if not os.path.exists(paths[n])]  # windows that are still to do
     loaded = pairs.load([windows[n] for n in mine])
     for n, window in zip(mine, loaded):
-        # own/5 came for own/4, which cannot be read, and stands behind it, too. It is judged once,
-        # and in its own fold: own/4's may have the evaluator that learnt on it.
+        # Where row own/4 is broken, load() puts own/5 in its place, which also has a place of its
+        # own. It counts there alone: own/4's fold may have the evaluator that learnt on own/5.
         sound = []
         for ref, pair in zip(windows[n], window):
             if pair["id"] == pairs.tables.id(*ref):
@@ -864,7 +866,7 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
 
 
 def propose_stage(run, part):
-    """Candidate rationales of every query, window by window. No proposer sees the target.
+    """Candidate rationales of every query, window by window.
 
     Two sources add up: a file (--rationales, or the pocket world's own) and the base model, which
     writes --num_candidates for each query. --hard leaves out the pairs for which, at select's
