@@ -144,7 +144,7 @@ def one_direction(scores, positive, temperature, equal, margin=0.1):
 
 
 def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
-    """InfoNCE in both directions: a query among all candidates, its target among all queries.
+    """InfoNCE in both directions: the target among all candidates, the query among all queries.
 
     q (n, H), t (m, H) unit vectors, every candidate one row of t; positive (n,) the row of t that
     is each query's target; weights (n,) of the queries, of any sum.
@@ -213,7 +213,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
                 none was, -1 (unknown) if nobody wrote one and the direct vector is not good enough
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
-    posterior_weights   the rationales are guesses, good and bad (warm-up of select): in the mean
+    posterior_weights   the rationales are guesses, good and bad (evaluators of select): in the mean
                 NCE(reasoned) each weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)), its posterior against ∅
     -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels)
     """
@@ -227,7 +227,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     has_rationale = scale.gather_objects([bool(rationale) for rationale in rationales])
     has_rationale = torch.tensor(has_rationale, device=model.device)  # (N,)
     num_forced = len(processor.prefix) + len(processor.tail)
-    num_written = sum(scale.gather_objects([len(r) - num_forced for r in rationales if r]))
+    num_rationale_tokens = sum(scale.gather_objects([len(r) - num_forced for r in rationales if r]))
     num_labels = sum(scale.gather_objects([label >= 0 for label in labels]))
     dims = prefix_dims(cfg.matryoshka_dims)
 
@@ -251,7 +251,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
             return vectors, None, {}
         label = torch.tensor([labels[i] for i in rows], device=model.device)
         loss, metrics = token_losses(
-            model, processor, h, batch, label, cfg, num_written, num_labels
+            model, processor, h, batch, label, cfg, num_rationale_tokens, num_labels
         )
         return vectors, loss, metrics
 
@@ -290,15 +290,15 @@ def prefix_dims(text):
     return tuple(int(d) for d in text.split(",") if d)
 
 
-def token_losses(model, processor, h, batch, labels, cfg, num_written, num_labels):
+def token_losses(model, processor, h, batch, labels, cfg, num_rationale_tokens, num_labels):
     """λ·CE(rationale tokens) + μ·CE(decision) of some rows, as parts of the joined batch's means.
 
-    h (B, S, H), labels (B,); num_written and num_labels of the joined batch -> scalar, metrics
+    h (B, S, H), labels (B,); both numbers are of the joined batch -> scalar, metrics
     """
     loss = torch.zeros((), device=h.device)
     metrics = {"lm": 0.0, "decision": 0.0, "decision_right": 0.0}
     if cfg.lm_weight and batch["branch"] is not None:  # None: none of these rows has a rationale
-        lm = -rationale_logprobs(model, h, batch, processor).sum() / num_written
+        lm = -rationale_logprobs(model, h, batch, processor).sum() / num_rationale_tokens
         loss = loss + cfg.lm_weight * lm
         metrics["lm"] = lm.item()
     if cfg.decision_weight and num_labels:

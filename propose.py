@@ -426,7 +426,7 @@ def main():
         help="the requests: what is missing is named",
     )
     add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
-    add("--proposer", default="model", help="its name in the rationales")
+    add("--proposer", default="model", help="its name: rows have NAME-0, NAME-1 ... by prompt")
     add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")
     options = parser.parse_args()
     if options.write_requests and not options.data:

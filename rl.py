@@ -16,8 +16,9 @@ The step minimises
 
     rl_when * when + what + NCE(direct) + mean over the rationales of p_reason * nce(reasoned)
 
-`when` and `what` have a denominator each: in one mean over tokens a decision, one token among
-dozens, would carry a few percent (option rl_one_loss takes that mean).
+where `when` alone moves p_reason: elsewhere it is the rollout's, a constant. `when` and `what` have
+a denominator each: in one mean over tokens a decision, one token among dozens, would carry a few
+percent (option rl_one_loss takes that mean).
 
     when   With p = p_reason and gain = mean R_reason - R_direct (of rewards; select.py's is of
            log-probabilities) a query's expected reward is R_direct + p * gain. It is known without
@@ -27,8 +28,8 @@ dozens, would carry a few percent (option rl_one_loss takes that mean).
            its minimum is at p = G+ / (G+ + G-), the sums of what thinking wins and what it costs:
            p exceeds 1/2 where the mean gain is positive; it exceeds a threshold x where
            G+ > G- * x / (1 - x).
-           Without the weight p would be a majority's vote: where thinking wins 1 for three queries
-           of ten and costs 0.06 for seven, it would not think. The policy gradient itself has the
+           Without the factor |gain| p would be a majority's vote: where thinking wins 1 for three
+           queries of ten and costs 0.06 for seven, it would not think. The policy gradient has the
            factor p * (1 - p), which vanishes where the model is sure: one that was taught to think
            would not learn that the price has gone up.
     what   the policy gradient on the sampled tokens. Each rationale counts by its importance weight
@@ -42,10 +43,8 @@ Which GRPO this is, in five points:
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
                 a rationale that ran out of tokens
-A query whose rationales all have the same reward teaches only the decision and InfoNCE.
 
-How to run: python train.py --stage rl
-Defaults of the pocket world: K 4, T 48, latency_penalty 0.6, rl_when 1, temperature 0.02.
+How to run: python train.py --stage rl     (pocket world: K 4, T 48, latency_penalty 0.6, rl_when 1)
 Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
 2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. A decision weighted by what it
@@ -98,7 +97,8 @@ def rollouts(actor, processor, prompts, cfg, generator):
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
     sampling = dict(processor.generation, temperature=cfg.rl_temperature, generator=generator)
     longest = max(processor.padded([1 + len(prompt["ids"]) for prompt in prompts]))
-    together = max(1, 4 * cfg.chunk_tokens // longest)  # no activations are kept: 4 times as many
+    # chunk_tokens fit in a pass that keeps its activations; here none are kept.
+    together = max(1, 4 * cfg.chunk_tokens // longest)
     parts = []  # model.Rollouts
     vectors = []
     logits = []
@@ -106,7 +106,6 @@ def rollouts(actor, processor, prompts, cfg, generator):
         batch = collate(prompts[start : start + together], processor, device=device)
         part = generate(actor, batch, T, K, **sampling)
         parts.append(part)
-        # The prefill ends in <|endoftext|>: it holds the direct vector and the decision.
         direct = pool(part.hidden, batch["ends"])  # (b, 1, H)
         reasoned = F.normalize(part.last.float(), dim=-1)  # (b, K, H), at each <|endoftext|>
         vectors.append(torch.cat((direct, reasoned), dim=1))
@@ -170,10 +169,10 @@ def rewards(p_target, num_sampled, truncated, cfg):
 def credit(reward):
     """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
 
-    sigma² is the mean over the batch of (R minus the mean of its 2K)², for K rationales and K
-    direct answers. The direct ones lie gain / 2 below that mean. The rationales lie gain / 2 above
-    it, plus their `spread`. So half of the squares are gain² / 4, the others on average gain² / 4 +
-    spread².
+    Count a query's direct answer K times beside its K rationales: sigma² is the batch's mean of (R
+    minus the mean of the query's 2K)². The direct ones lie gain / 2 below that mean. The rationales
+    lie gain / 2 above it, plus their `spread`. So half of the squares are gain² / 4, the others on
+    average gain² / 4 + spread².
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
@@ -193,16 +192,16 @@ def decision_loss(decision, gain):
     return (gain.abs() * losses).sum()
 
 
-def rationale_loss(logprobs, old_logprobs, num_sampled, weight):
-    """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and weight (b, K).
+def rationale_loss(logprobs, old_logprobs, num_sampled, advantage):
+    """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and advantage (b, K), which
+    the main loss has multiplied by p_reason.
 
-    On-policy the ratio is 1 and its gradient that of logprobs. It stays, because the actor may be
-    a bf16 copy of the model, whose log-probabilities are up to 0.03 off (measured in one update
-    of the pocket model). DAPO's clip, 0.8 ... 1.28, would never act.
+    The ratio is 1, and its gradient that of logprobs, unless the actor is a bf16 copy of the model:
+    then log-probabilities are up to 0.03 off (measured in one update of the pocket model).
     """
     mask = leading(num_sampled, logprobs.shape[2])
     ratio = (logprobs - old_logprobs).exp()
-    return -(weight[..., None] * ratio * mask).sum()
+    return -(advantage[..., None] * ratio * mask).sum()
 
 
 def one_mean_loss(decision, gain, sampled, advantage, sigma):
@@ -210,8 +209,8 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
 
     All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
     -gain / 2. log p - log (1 - p) is the logit. Half of them are forced to reason whatever p is,
-    and nothing is reweighted: the loss is linear in the logit, as that of a GRPO that samples its
-    decisions is not. A rationale's advantage is against its group of 2K.
+    and nothing is reweighted. So, unlike that of a GRPO that samples its decisions, the loss is
+    linear in the logit. A rationale's advantage is against its group of 2K.
     sampled: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
     loss, and unlike plain GRPO, the decision's gain is not divided by sigma. rl_when is not read.
     """
@@ -229,10 +228,11 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     pairs [b]: this process' share of the batch's B pairs, as in embed.contrastive_step.
     actor: writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
-    None, the model itself, which autocast must then not wrap (scale.prepare).
-    cfg: of train.Config rl_rollouts K, max_new_tokens T, and the options of group rl.
-    -> metrics of the joined batch; "sample": a rationale of this process' query with the lowest
-    mean reward.
+    None, the model itself, if all of it is fp32.
+    cfg: of train.Config rl_rollouts K, max_new_tokens T, temperature, chunk_tokens, matryoshka_dims
+    and the other options of group rl.
+    -> metrics of the joined batch; "sample": the first rationale of this process' query with the
+    lowest mean reward.
     """
     started = time.time()
     actor = actor or model
@@ -258,7 +258,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     # 3) Credit: against the same query's rationales; one sigma for the whole batch.
     gain, advantage, sigma = credit(reward)  # (B,), (B, K), ()
-    weight = p_reason[:, None] * advantage  # (B, K): the rationales were forced
+    weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
     rolled_out = time.time()
 
     # 4) Both losses of some queries, beside the vectors of queries or candidates for InfoNCE.
@@ -286,7 +286,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
             loss = one_mean_loss(decision, gain[at], sampled, advantage[at], sigma)
             return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # a decision per rollout
         when = decision_loss(decision, gain[at]) / B
-        what = rationale_loss(*sampled, weight[at]) / (B * K * T)
+        what = rationale_loss(*sampled, weighted_advantage[at]) / (B * K * T)
         return vectors, cfg.rl_when * when + what, {"loss_when": float(when.detach())}
 
     # 5) InfoNCE on the direct and on the reasoned path keeps the space in place.

@@ -17,11 +17,11 @@ The weight is the posterior p(r | q, t) among them: r was drawn from π(r | q), 
 p(t | q, r), which is exp(gain) times a constant. ∅ has no weight: embed learns every
 pair's direct vector and, from the label "was any kept?", whether to reason.
 
-The words must help (gain), and help because they are about this pair (placebo). An author is a
-proposer, whichever of its tries a text is. Where the direct vector is confidently wrong, any words
-raise the target by flattening the softmax. So what a uniform guess would gain is subtracted first.
-The bar is at least the margin (option select_margin, 0.7), which lies just above log 2: a rationale
-must at least double the target's probability.
+The words must help (gain), and help because they are about this pair (placebo). An author is who
+writes; a row's "proposer" counts its tries, too: "base" and "base#2" are of the author "base".
+Where the direct vector is confidently wrong, any words raise the target by flattening the softmax.
+So what a uniform guess would gain is subtracted first. The bar is at least the margin (option
+select_margin, 0.7), just above log 2: a rationale must at least double the target's probability.
 
 Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
 well. So each stratum (what one author wrote for one dataset) has a bar of its own. Let g be the
@@ -160,18 +160,19 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 
 def judge(model, processor, pairs, texts, cfg, rng):
     """The experiment, by an evaluator, on one window of pairs -> rows, one per rationale. A pair
-    about which nobody wrote has one row, with an empty text: no more than "direct".
+    about which nobody wrote has one row, with an empty text and "direct" alone.
 
     pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
     fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
     Candidate targets and placebos come from the window: its rows depend on nothing else, and memory
     does not grow with the data. All is drawn before anything is measured, so which pairs are easy
     (see can_keep) changes no draw.
-    The row of a rationale, here of an audited one (a quarter are):
+    The row of a rationale, here of one whose placebo is audited (at most a quarter are):
         {"id": "A/7", "dataset": "A", "proposer": "base#2", "text": "nw red star",
          "direct": -2.3, "gain": 1.9, "gain_placebo": -0.2, "gain_second": 0.1, "gain_guess": -0.5,
          "similarity_gain": [2.4, -0.1, 0.3], "audited": True}
-    "direct" is logp(q, ∅). A gain is None where there is no such text, and where the pair is easy.
+    "direct" is logp(q, ∅). The gains of texts are None where there is no such text, and where the
+    pair is easy; gain_guess never is.
     "similarity_gain" are the same three (text, placebo, second placebo) of s(q, r; t)/temperature.
     """
     documents, places = distinct_documents(pairs)
@@ -329,7 +330,7 @@ def encode(model, processor, prompts, branches, budget):
     A branch continues the prompt with a rationale. The branches of a prompt are one row, in which
     they share its prefill and do not see each other; each ends in an <|endoftext|> that is pooled.
     """
-    # 1: the direct branch, <|endoftext|> alone
+    # + 1 is the direct branch, <|endoftext|> alone.
     lengths = [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
     vectors = [None] * len(prompts)
     for rows in chunks_of(lengths, budget):
@@ -429,7 +430,8 @@ def choose(rows, rule, margin, fdr):
 
 def audit(rows, kept, rule, margin, fdr, helps=None):
     """What share of whose rationales was kept, and how often a placebo passes for a rationale.
-    rows: as of choose; kept: what it keeps of them.
+    rows: as of choose; kept: what it keeps of them. In the result "candidates" are rationales, and
+    "by_proposer" goes by author.
 
     No independent check of the bar: these placebos were among those that it was set by. Those of
     easy pairs count as rejected: whatever is said about such a pair cannot pass.

@@ -205,7 +205,7 @@ class Config:
     hard: str = opt("propose", "")  # a judged.jsonl: only its pairs with p(target) < 1/2
 
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
-    select_steps: int = opt("select", 300)  # warm-up of each evaluator
+    select_steps: int = opt("select", 300)  # updates of each evaluator
     select_lr: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
     select_margin: float = opt("select", 0.7, -math.inf)  # least gain; log 2 doubles p(target)
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
