@@ -696,8 +696,10 @@ def run(model, source, output, opening, encoding):
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
         raise ValueError(f"{source}, line {list(items)[e.index]}: {e.why}") from e
-    np.save(output, v)
+    with open(f"{output}.part", "wb") as f:  # aside: on a full disk the file before it stays whole
+        np.save(f, v)
     write_rows(facts, infos)
+    os.replace(f"{output}.part", output)
     reasoned = sum(info["reasoned"] for info in infos)
     print(f"{output}: {v.shape[0]} vectors of {v.shape[1]} numbers; {reasoned} reasoned")
 

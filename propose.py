@@ -382,7 +382,8 @@ def answers_of(response, accept_cut):
 def answer_of(choice, accept_cut):
     """(text, why it cannot be used, or "") of one choice. Thoughts that the server keeps in a field
     of their own belong to the text."""
-    message, finish = choice["message"], choice.get("finish_reason")
+    message = choice.get("message") or {}
+    finish = choice.get("finish_reason")
     usable = (None, "stop", "length", "max_tokens") if accept_cut else (None, "stop")
     if finish not in usable:
         return "", f"cut off: finish_reason {finish}"

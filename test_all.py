@@ -771,6 +771,7 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (["a list"], [], "line 10: not a response"),
     (response(P0_AGAIN, status=500), [], "status 500"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
+    (response(P0_AGAIN) | {"response": {"body": {"choices": [{}]}}}, [], f"{P0_AGAIN}: no text"),
     (response("c|key|0", "x"), [], "c|key|0: was not asked for"),
 ]
 
