@@ -172,7 +172,8 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
 
 
 def log_target_prob(q, t, target, temperature=0.02):
-    """log p(t|q) = log softmax over candidates of s/temperature, at the target.
+    """log p(t|q) = log softmax over candidates of s/temperature, at the target. No candidate is
+    left out here.
 
     q (..., H), t (m, H) or (..., m, H), target (...) -> (...)
     """
@@ -205,7 +206,8 @@ def candidates_of(pairs):
 def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior_weights=False):
     """L = NCE(direct) + NCE(reasoned) + λ·CE(rationale) + μ·CE(decision). Leaves gradients.
 
-    pairs       "query", "target", "negatives": prompts; "target_key": its prompt_key; "id"
+    pairs       this process' share of a batch. "query", "target", "negatives": prompts;
+                "target_key": its prompt_key; "id"
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
                 train.py draws a kept one by its weight. Where none was kept (label 0) it takes an
                 unselected one of the author with most kept ones, if that author wrote one:

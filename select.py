@@ -125,7 +125,7 @@ def fold_of(pair_id, folds):
 
 def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     """One update of the evaluator that will judge `fold` -> metrics; leaves gradients. The step
-    itself is embed.contrastive_step.
+    itself is embed.contrastive_step; pairs as there.
 
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
     good or bad. NCE(reasoned) is a weighted mean, in which a rationale weighs p(t|q,r) / (p(t|q,r)
@@ -160,7 +160,7 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 
 def judge(model, processor, pairs, texts, cfg, rng):
     """The experiment, by an evaluator, on one window of pairs -> rows, one per rationale. A pair
-    about which nobody wrote has one row, with an empty text and "direct" alone.
+    about which nobody wrote has one row, with an empty text, "direct", and None as its gain.
 
     pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
     fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
@@ -195,7 +195,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
         words = set()
         for _, text, placebo, second_placebo in trials[i]:
             words |= {text, placebo, second_placebo}
-        words -= {None, ""}  # "" is measured in every case
+        words -= {None, ""}  # "" is ∅, in every case; so is a text that a proposer left empty
         hard_cases.append((pairs[i]["query"], candidates[i], sorted(words)))
     for i, score in zip(hard, log_probs(model, processor, hard_cases, t, cfg)):
         scores[i] = score
