@@ -237,8 +237,8 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     started = time.time()
     actor = actor or model
     prompts = [pair["query"] for pair in pairs]
-    documents, row_of_column, positive = candidates_of(pairs)  # ours; of the joined batch, both
-    positive = torch.from_numpy(positive).to(model.device)  # (B,) columns
+    documents, row_of_column, positive = candidates_of(pairs)
+    positive = torch.from_numpy(positive).to(model.device)  # (B,) columns of the joined batch
     B, K, T = len(positive), cfg.rl_rollouts, cfg.max_new_tokens
     dims = prefix_dims(cfg.matryoshka_dims)
 

@@ -4061,8 +4061,8 @@ def test_modes_by_hand():
     assert len(curve) == 41
     for point, mode in zip(curve[::20], ("always", "adaptive", "never")):
         assert all(point[key] == modes[mode][key] for key in point if key != "threshold")
-    # A tie whose sums differ in the last bit: 0.1 + 0.2 + 0.3 is above 0.3 + 0.2 + 0.1.
-    tie = make_records([0.3, 0.2, 0.1], [0.1, 0.2, 0.3], [0, 0, 0], [9, 9, 9], ms=(1, 2))
+    # A tie: the same scores in another order. Their mean, and the mean gain, differ in a last bit.
+    tie = make_records([0.1, 0.7, 0.3], [0.7, 0.3, 0.1], [0, 0, 0], [9, 9, 9], ms=(1, 2))
     modes, _ = evaluation.mode_table({"pages": tie}, {"pages": "visdoc"}, 0.5)
     assert modes["per_task"]["reason_rate"] == 0
 
