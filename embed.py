@@ -75,6 +75,27 @@ def embed_direct(model, processor, prompts):
     return pool(model(batch), batch["ends"])[:, 0]
 
 
+@torch.no_grad()
+def branch_vectors(model, processor, prompts, budget, branches=None):
+    """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1 + K, H).
+
+    branches: of each prompt a list of rationales, as ids; None: there are none. A prompt's are one
+    packed row, in which they share its prefill. budget: tokens of a pass.
+    """
+    if branches is None:
+        branches = [[]] * len(prompts)
+    # + 1 is the direct branch, <|endoftext|> alone.
+    lengths = [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
+    vectors = [None] * len(prompts)
+    for rows in scale.chunks_of(lengths, budget):
+        rationales = [branches[i] for i in rows]
+        batch = collate([prompts[i] for i in rows], processor, rationales, model.device)
+        pooled = pool(model(batch), batch["ends"])  # (B, 1 + K, H), zeros where a row has fewer
+        for i, v in zip(rows, pooled):
+            vectors[i] = v[: 1 + len(branches[i])]
+    return vectors
+
+
 def decision_logits(model, h, batch, processor):
     """fp32 logits (B, 2) of [direct, reason] at the prompt's last token."""
     last = batch["ends"][:, :1] - 1  # the direct branch is one token, right after the prompt

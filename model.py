@@ -34,7 +34,7 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
-from itertools import chain, groupby, product
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -461,7 +461,6 @@ class Qwen3VL(nn.Module):
         if c.tie:
             self.lm_head.weight = self.text.embed_tokens.weight
         self.has_head = True  # False for embedding checkpoints that were published without one
-        self.compiled = False
 
     @property
     def visual(self):
@@ -507,7 +506,6 @@ class Qwen3VL(nn.Module):
             block.after = torch.compile(block.after, **options)
         for layer in self.text.layers:
             layer.compile(**options)
-        self.compiled = True
 
     def forward(self, batch, cache=None):
         """-> (B, S, H) states after the final norm.
@@ -605,35 +603,18 @@ class Cache:
         return Cache(layers, branch, S)
 
 
-def step(model, cache, ids, positions, columns, width):
-    """Read ids (B, Q) at positions (B, Q), alike on all axes -> their states (B, Q, H).
-
-    Their keys and values go to the columns (Q,) of the cache. They look at its first `width`
-    columns; width None: at all of them. Only tensors change from step to step: so it can be
-    compiled.
-    """
-    past = []
-    for keys, values in cache.layers:
-        past.append((keys[:, :, :width], values[:, :, :width], columns))
-    mask = tree_mask(cache.branch[:, :width], columns)
-    x = model.text.embed_tokens(ids)  # (B, Q, H)
-    return model.text(x, positions.expand(3, -1, -1), mask, past)
-
-
-def read(model, cache, ids, positions, step_fn=step):
-    """Read ids (B, Q) at positions (B, Q) into the next Q columns of the cache -> (B, Q, H)."""
+def read(model, cache, ids, positions):
+    """Read ids (B, Q) at positions (B, Q), alike on all axes, into the next Q columns of the cache
+    -> their states (B, Q, H)."""
     start = cache.used
     cache.used += ids.shape[1]
     columns = torch.arange(start, cache.used, device=ids.device)
-    width = None if model.compiled else cache.used  # compiled code wants one shape
-    return step_fn(model, cache, ids, positions, columns, width)
-
-
-def graphed_step(cache):
-    """`step` as a CUDA graph: one launch instead of hundreds that small batches would wait for."""
-    for tensor in chain(*cache.layers):
-        torch._dynamo.mark_static_address(tensor)  # a graph may only write to what stays in place
-    return torch.compile(step, mode="reduce-overhead")
+    past = []
+    for keys, values in cache.layers:
+        past.append((keys[:, :, : cache.used], values[:, :, : cache.used], columns))
+    mask = tree_mask(cache.branch[:, : cache.used], columns)
+    x = model.text.embed_tokens(ids)  # (B, Q, H)
+    return model.text(x, positions.expand(3, -1, -1), mask, past)
 
 
 def sample(logits, suppress, temperature, generator):
@@ -722,7 +703,6 @@ def generate(
     num_sampled = torch.zeros(B, K, dtype=torch.long, device=device)
     tokens = []  # (B, K) each
     logprobs = torch.zeros(B, K, T, device=device)
-    step_fn = graphed_step(cache) if model.compiled and device.type == "cuda" else step
     for t in range(T):
         ids, logp = sample(model.logits(h), suppress, temperature, generator)
         tokens.append(ids)
@@ -731,7 +711,7 @@ def generate(
         live = live & ~torch.isin(ids, stop)
         if t == T - 1 or not live.any():
             break
-        h = read(model, cache, ids, (position + t).expand(B, K), step_fn)
+        h = read(model, cache, ids, (position + t).expand(B, K))
     tokens = torch.stack(tokens, dim=1)  # (B, t + 1, K)
     steps_read = t  # the tokens of step t are not read yet
 

@@ -59,6 +59,7 @@ import torch.nn.functional as F
 
 import scale
 from embed import (
+    branch_vectors,
     candidates_of,
     decision_logits,
     embed_direct,
@@ -118,16 +119,6 @@ def rollouts(actor, processor, prompts, cfg, generator):
         vectors=torch.cat(vectors),
         p_reason=torch.cat(logits).softmax(-1)[:, 1],
     )
-
-
-@torch.no_grad()
-def document_vectors(actor, processor, documents, budget):
-    """Direct vectors (n, H) of the candidates, by the actor like those of the rollouts."""
-    vectors = torch.zeros(len(documents), actor.c.hidden, device=actor.device)
-    lengths = processor.padded([len(document["ids"]) + 1 for document in documents])
-    for rows in scale.chunks_of(lengths, budget):
-        vectors[rows] = embed_direct(actor, processor, [documents[i] for i in rows])
-    return vectors
 
 
 def leading(count, width):
@@ -244,7 +235,9 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
-    t, _ = scale.gather(document_vectors(actor, processor, documents, cfg.chunk_tokens))
+    # The candidates' vectors are the actor's, too.
+    t = torch.cat(branch_vectors(actor, processor, documents, cfg.chunk_tokens))
+    t, _ = scale.gather(t)
     t = t[row_of_column]  # (columns, H)
     # The joined batch is that of all processes. ours (b,): the places of our b pairs in it.
     p_reason, ours = scale.gather(roll.p_reason)  # (B,)

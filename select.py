@@ -96,11 +96,10 @@ else:
     import numpy as np
     import torch
 
-    from embed import contrastive_step, pool
+    from embed import branch_vectors, contrastive_step
     from model import Rows, read_json
-    from processor import collate, prompt_key
+    from processor import prompt_key
     from propose import author
-    from scale import chunks_of
 
 # From here on only `def` and constants: in the first case nothing above is imported.
 
@@ -180,7 +179,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
     trials = draw_trials(pairs, texts, rng)
 
     # 1) e(c, ∅) of every target and negative: t (N, H)
-    t = torch.cat(encode(model, processor, documents, [[] for _ in documents], cfg.chunk_tokens))
+    t = torch.cat(branch_vectors(model, processor, documents, cfg.chunk_tokens))
     if len({target for target, *_ in places}) >= MANY:
         candidates = candidate_sets(places, rng, t)
 
@@ -314,33 +313,13 @@ def log_probs(model, processor, cases, t, cfg):
     """
     queries = [query for query, _, _ in cases]
     branches = [[processor.rationale(text) for text in texts] for _, _, texts in cases]
-    vectors = encode(model, processor, queries, branches, cfg.chunk_tokens)
+    vectors = branch_vectors(model, processor, queries, cfg.chunk_tokens, branches)
     scores = []
     for (_, c, texts), q in zip(cases, vectors):
         s = q @ t[c].T / cfg.temperature  # (1+K, |C|)
         table = torch.stack((s.log_softmax(-1)[:, 0], s[:, 0]), dim=1)  # (1+K, 2)
         scores.append(dict(zip(["", *texts], table.double().tolist())))
     return scores
-
-
-def encode(model, processor, prompts, branches, budget):
-    """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1+K, H). In
-    embed.py such a packed row is drawn, above states_at.
-
-    A branch continues the prompt with a rationale. The branches of a prompt are one row, in which
-    they share its prefill and do not see each other; each ends in an <|endoftext|> that is pooled.
-    """
-    # + 1 is the direct branch, <|endoftext|> alone.
-    lengths = [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
-    vectors = [None] * len(prompts)
-    for rows in chunks_of(lengths, budget):
-        rationales = [branches[i] for i in rows]
-        batch = collate([prompts[i] for i in rows], processor, rationales, model.device)
-        with torch.no_grad():
-            pooled = pool(model(batch), batch["ends"])  # (B, 1+K, H), zeros where a row has fewer
-        for i, v in zip(rows, pooled):
-            vectors[i] = v[: 1 + len(branches[i])]
-    return vectors
 
 
 # --------------------------------------------------------------------------------------------------
