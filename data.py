@@ -280,15 +280,18 @@ def open_table(path):
         refuse_pointer(path, file.read(64))
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+    changed = str(os.stat(path).st_ctime_ns)  # mtime may be what an archive says
     try:
         with OPENING:
             if path.endswith(".parquet"):
                 pattern = glob.escape(path)  # a folder may be called run[1]
-                return datasets.Dataset.from_parquet(pattern, split="train", batch_size=1000)
+                return datasets.Dataset.from_parquet(
+                    pattern, split="train", batch_size=1000, description=changed
+                )
             return datasets.Dataset.from_generator(
                 json_lines,
                 features=datasets.Features({"line": datasets.Value("binary")}),
-                gen_kwargs={"path": path, "changed": os.stat(path).st_mtime_ns},
+                gen_kwargs={"path": path, "changed": changed},
             )
     except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
         # An empty file is to `datasets` a split that "corresponds to no data". Its own errors hide
