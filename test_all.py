@@ -4259,6 +4259,7 @@ def test_the_command_line_hands_its_options_over(
     [
         ("--reason often", "--reason"),
         ("--limit 0", "--limit: 0 is less than 1"),
+        ("--threshold inf", "--threshold inf"),
         ("--data nowhere", "nowhere"),
         ("--tasks nothing", "no dataset 'nothing'"),
     ],
