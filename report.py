@@ -244,13 +244,22 @@ def make_cards(records, root, reading, room):
     images = {}  # shared by all cards
     for i in range(max(len(rows) for rows in records.values())):
         for name, rows in records.items():
-            if i < len(rows) and room > 0:
-                stored = len(images)
-                card = make_card(sets[name], i, rows[i], images)
+            if i < len(rows):
+                more = dict(images)
+                card = make_card(sets[name], i, rows[i], more)
+                new = [*more.values()][len(images) :]  # images that no earlier card has
+                room -= len(page_json([card, new]))
+                if room < 0:
+                    return cards, images
                 cards.append(card)
-                new = [*images.values()][stored:]  # images that no earlier card has
-                room -= len(json.dumps([card, new]))
+                images = more
     return cards, images
+
+
+def page_json(value):
+    """JSON as it stands in the page. < is written as an escape: no text of the run can end the
+    script element that it is in."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
 def six_digits(value):
@@ -292,7 +301,7 @@ def write_report(run, data_root):
     payload["datasets"] = {}
     for name, rows in records.items():
         payload["datasets"][name] = {key: [six_digits(row[key]) for row in rows] for key in COLUMNS}
-    room = BYTES - len(json.dumps(payload))
+    room = BYTES - len(page_json(payload))
     if room <= 0:
         payload["datasets"] = {}  # the page then has neither slider nor cards
         sentences.append("There are too many queries for the page: report.md has the numbers.")
@@ -306,9 +315,8 @@ def write_report(run, data_root):
     text = markdown(report, title, sentences)
     (run / "report.md").write_text(text, encoding="utf-8")
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    # < is written as an escape: no text of the run can end the script element that it is in.
-    text = json.dumps(payload, allow_nan=False).replace("<", "\\u003c")
-    (run / "report.html").write_text(template.replace("__DATA__", text), encoding="utf-8")
+    page = template.replace("__DATA__", page_json(payload))
+    (run / "report.html").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

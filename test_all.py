@@ -4344,8 +4344,9 @@ def test_without_steps_or_images(root, run):
 @pytest.mark.parametrize("limit, cards", [(9_500, range(1, 9)), (10, [0])])
 def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch, limit, cards):
     monkeypatch.setattr(report, "BYTES", limit)
-    _, payload = payload_of(run, first_root)
+    page, payload = payload_of(run, first_root)
     assert len(payload["cards"]) in cards
+    assert limit == 10 or len(page) < limit + len(text_of("report_template.html")) + 200
     assert bool(payload["datasets"]) == (limit > 10)
 
 
