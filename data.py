@@ -99,7 +99,7 @@ class Missing(BadData):
 
 
 # What a parser may raise at a row that is not as it should be; BadData is a ValueError.
-ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError)
 
 
 def is_text(value):
@@ -1367,7 +1367,7 @@ def check_one(task, root):
     except Missing as error:
         status = "missing"
         remedy = [str(error)]  # for a user's own, which has no download
-    except BadData as error:
+    except (BadData, OSError) as error:
         problems.append(str(error))
     if problems:
         status = "broken"

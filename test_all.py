@@ -3924,6 +3924,13 @@ def test_data_check_opens_every_frame(tmp_path, capsys):
     assert len(data.load_eval(root, "d").queries) == 1
 
 
+def test_data_check_goes_on_where_it_may_not_read(tmp_path, capsys, monkeypatch):
+    root = write_root(tmp_path, "eval", [CLIP], parser="video_ret")
+    for function in ("visible", "open_table"):
+        monkeypatch.setattr(data, function, Mock(side_effect=PermissionError(13, "denied", "x")))
+        assert data.check(root) == 1 and "denied: 'x'" in capsys.readouterr().out
+
+
 def test_data_command_line(tmp_path):
     root = write_root(tmp_path / "root", "train", [SOUND, pair("q", "gone.png")])
 
