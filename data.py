@@ -470,6 +470,10 @@ def complete(row, kind):
     row["scope"] = row["scope"] or ("global" if retrieval or has_labels else "local")
     if any(len(listed(part)) != 3 for part in row["fetch"]):
         raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
+    if len(row["columns"]) != 2:
+        raise BadData(name, "columns: those of the video and of the caption are wanted")
+    if kind == "train" and len(listed(row["config"])) > 1:
+        raise BadData(name, "config: one is wanted, only a test set may have several")
     row["media"] = listed(row["media"]) or [row["hub"]]
     row["table"] = listed(row["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
     choices = {
@@ -783,7 +787,7 @@ class Source(Files):
         """Has each side of the table's row i something? One that cannot be read is for pair()."""
         try:
             row = self.rows[i]
-            return all(any(row[column] for column in side) for side in self.sides)
+            return all(any(any(listed(row[c])) for c in side) for side in self.sides)
         except ROW_FAULTS:
             return True
 

@@ -3480,9 +3480,10 @@ def test_data_training_layouts_and_splits(tmp_path):
 
 def test_data_empty_sides_are_dropped(tmp_path):
     """Of the first `cap` rows, as in the reference; ids stay those of the table."""
-    rows = [pair(), pair(""), pair(None, None), pair(pos_text=""), pair("last"), pair("beyond")]
-    train = data.train_sets(write_root(tmp_path, "train", rows, file="t.parquet", cap=5))
-    assert train.sizes == [2] and train.pair(0, 1)["id"] == "d/4"
+    rows = [pair(), pair(""), pair(None, None), pair("", ["", None]), pair(pos_text="")]
+    rows += [pair("last"), pair("beyond")]
+    train = data.train_sets(write_root(tmp_path, "train", rows, cap=6))
+    assert train.sizes == [2] and train.pair(0, 1)["id"] == "d/5"
 
 
 # A user's tables
@@ -3815,6 +3816,8 @@ ROOTS = [  # {file: its bytes, JSON or rows; None: removed; a Path: a link to it
     (listing(table=[3]), "^x: table 3 is no pattern"),
     (listing(scope="local", parser="pairs"), "^x: scope 'local': one of global is wanted"),
     (listing(scope="local", parser="mmeb", fetch=[["x"]]), "^x: fetch: lists of hub id"),
+    (listing(columns=["v"]), "^x: columns: those of the video"),
+    (listing(config=["a", "b"]), "^x: config: one is wanted"),
     (listing(table="gone.jsonl"), "none of its 1 training datasets is there"),
     (listing(table="x-*") | {"x-00001-of-00003.parquet": [SOUND]}, "^x: .*: 1 shards are there"),
     (listing(table="x.*") | {"x.parquet": b"PAR1..."}, "^x: .*x.parquet: cannot be read: Parquet"),
