@@ -37,8 +37,8 @@ percent (option rl_one_loss takes that mean).
 
 Which GRPO this is, in five points:
     advantage   (R - mean R of the query's rationales) / sigma. Their mean is the business of `when`
-    sigma       one number for the batch: see credit(). It stays large where all rationales are
-                equally good; one sigma for each query would let a tiny price decide there
+    sigma       one number for the batch: see credit(). One for each query would let a tiny price
+                decide where all rationales are equally good
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
@@ -187,8 +187,8 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, advantage):
     """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and advantage (b, K), which
     the main loss has multiplied by p_reason.
 
-    The ratio is 1, and its gradient that of logprobs, unless the actor is a bf16 copy of the model:
-    then log-probabilities are up to 0.03 off (measured in one update of the pocket model).
+    The ratio is 1 unless the actor is a bf16 copy of the model: then log-probabilities are up to
+    0.03 off (measured in one update of the pocket model).
     """
     mask = leading(num_sampled, logprobs.shape[2])
     ratio = (logprobs - old_logprobs).exp()
@@ -203,7 +203,7 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
     and nothing is reweighted. So, unlike that of a GRPO that samples its decisions, the loss is
     linear in the logit. A rationale's advantage is against its group of 2K.
     sampled: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
-    loss, and unlike plain GRPO, the decision's gain is not divided by sigma. rl_when is not read.
+    loss the decision's gain is not divided by sigma. rl_when is not read.
     """
     K = advantage.shape[1]
     when = -(K * gain / 2 * decision).sum()
@@ -222,8 +222,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     None, the model itself, if all of it is fp32.
     cfg: of train.Config rl_rollouts K, max_new_tokens T, temperature, chunk_tokens, matryoshka_dims
     and the other options of group rl.
-    -> metrics of the joined batch; "sample": the first rationale of this process' query with the
-    lowest mean reward.
+    -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward.
     """
     started = time.time()
     actor = actor or model
@@ -235,7 +234,6 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
-    # The candidates' vectors are the actor's, too.
     t = torch.cat(branch_vectors(actor, processor, documents, cfg.chunk_tokens))
     t, _ = scale.gather(t)
     t = t[row_of_column]  # (columns, H)
@@ -292,8 +290,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         weights = p_reason.clamp(min=1e-6).repeat_interleave(K)  # their sum must not be 0
         column = positive.repeat_interleave(K)
         nce_reasoned = info_nce(reasoned, t, column, cfg.temperature, weights, dims)
-        # info_nce divides by the sum of the weights. Times their mean this is the mean over B * K
-        # of p_reason * loss: where the policy does not reason, the reasoned path weighs little.
+        # info_nce divides by the weights' sum: times their mean, the mean of p_reason * loss.
         return nce_direct + p_reason.mean() * nce_reasoned
 
     model.train()
