@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import scale
 from model import Cache, generate, load_model, save_model, write_json, write_rows
-from processor import Processor, collate, prompt_key, require, require_count
+from processor import Processor, collate, prompt_key, refuse_one_that_seeks, require, require_count
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -516,6 +516,7 @@ class Embedder:
         # Threads help: Pillow decodes and resizes outside Python's lock.
         with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             while window := list(itertools.islice(numbered, 8 * batch_size)):
+                refuse_one_that_seeks(item for _, item in window)
                 yield list(threads.map(read, window))
 
     def batches(self, lengths, batch_size):

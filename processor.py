@@ -338,11 +338,7 @@ class Processor:
         frames, fps = clip.get("frames"), clip.get("fps", fps)
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
-        for frame, after in itertools.pairwise(frames):
-            # list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame.
-            if frame is after and isinstance(frame, Image.Image) and frame.tell():
-                copies = "PIL.ImageSequence.all_frames(image)"
-                raise ValueError(f"a video's frames are one image that seeks: expected {copies}")
+        refuse_one_that_seeks(frames)
         if fps is None:
             fps = self.fps
             if len(frames) > self.max_frames:
@@ -504,11 +500,21 @@ def content_of(item):
         if has_frames or isinstance(first, (list, tuple)):
             clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
-    parts += [{"image": image} for image in listed(item.get("image"))]
+    images = listed(item.get("image"))
+    refuse_one_that_seeks(images)
+    parts += [{"image": image} for image in images]
     texts = listed(item.get("text"))
     if not parts and all(text is None or isinstance(text, str) and not text for text in texts):
         texts = ["NULL"]  # Qwen3-VL-Embedding's word for an empty item
     return parts + [{"text": text} for text in texts]
+
+
+def refuse_one_that_seeks(images):
+    """list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame."""
+    for image, after in itertools.pairwise(images):
+        if image is after and isinstance(image, Image.Image) and image.tell():
+            copies = "PIL.ImageSequence.all_frames(image)"
+            raise ValueError(f"the images are one image that seeks: expected {copies}")
 
 
 def as_sentence(instruction):

@@ -53,7 +53,7 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing import start_processes
@@ -2985,6 +2985,16 @@ def test_processor_one_lazy_image_shared_by_threads(tmp_path):
         for _ in range(8):
             lazy = Image.open(tmp_path / "p.png")
             assert len({P.prompt_key(prompt) for prompt in pool.map(processor, [lazy] * 8)}) == 1
+
+
+def test_processor_one_image_that_seeks_is_refused():
+    """A GIF's frames as Pillow's iterator leaves them: one object, at its last frame."""
+    file = io.BytesIO()
+    make_image(40, 40).save(file, "GIF", save_all=True, append_images=[make_image(40, 40, 1)])
+    frames = list(ImageSequence.Iterator(Image.open(file)))
+    for items in (frames, {"image": frames}, {"video": frames}):
+        with pytest.raises(ValueError, match="one image that seeks"):
+            tiny_embedder().encode(items)
 
 
 def test_processor_markers_in_text_are_text():
