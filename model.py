@@ -899,7 +899,8 @@ def load_model(folder, dtype=None, device="cpu"):
         raise ValueError(f"{folder}: an adapter (LoRA): {how}")
     c = config_from_hf(Path(folder, "config.json"))
     state = {}
-    for path in sorted(Path(folder).glob("model*.safetensors")):  # one file, or shards
+    single = [*Path(folder).glob("model.safetensors")]  # beside it nothing else counts
+    for path in single or sorted(Path(folder).glob("model*.safetensors")):  # or shards
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
@@ -933,7 +934,7 @@ def load_model(folder, dtype=None, device="cpu"):
 
 
 def save_model(model, folder, eos_id, pad_id):
-    """config.json, generation_config.json and model.safetensors. Other weights in the folder go.
+    """config.json, generation_config.json and model.safetensors. Shards and adapters there go.
 
     A tied head is not written, nor is a missing one. The file is written aside and renamed: nobody
     reads half of it, and a memory map of the old one stays valid.

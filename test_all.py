@@ -2666,12 +2666,12 @@ def test_model_keeps_the_widest_type_unless_another_is_given(copied):
 
 
 def test_model_save_leaves_exactly_what_was_saved(tmp_path):
-    stale = "model.safetensors.index.json model-00001-of-00002.safetensors"
-    for name in f"{stale} adapter_config.json adapter_model.safetensors notes".split():
+    stale = "model.safetensors.index.json model-00001-of-00002.safetensors model_old.safetensors"
+    for name in f"{stale} adapter_config.json adapter_model.safetensors".split():
         (tmp_path / name).write_text("{}")
     model = tiny_model(8)
     M.save_model(model, tmp_path, 1, 2)
-    files = {"config.json", "generation_config.json", "model.safetensors", "notes"}
+    files = {"config.json", "generation_config.json", "model.safetensors", "model_old.safetensors"}
     assert set(os.listdir(tmp_path)) == files
     assert same(model.state_dict(), M.load_model(tmp_path).state_dict())
 
