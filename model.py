@@ -841,8 +841,10 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """Written aside and renamed: nobody reads half a file. ValueError for NaN and infinities."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
+    """Written aside and renamed: nobody reads half a file. ValueError for NaN and infinities.
+    Fractions and numbers of numpy become numbers of Python."""
+    options = {"default": lambda number: int(number) if number == int(number) else float(number)}
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, **options).encode()
     Path(f"{path}.tmp").write_bytes(text)
     os.replace(f"{path}.tmp", path)
 

@@ -2930,7 +2930,8 @@ def test_processor_saved_folder(folder):
     assert size == {"shortest_edge": 1024, "longest_edge": 8192}
 
 
-SETTINGS = {**SMALL, "max_frames": 5, "fps": 3.0, "max_length": 99, "default_instruction": "Do."}
+SETTINGS = {**SMALL, "max_frames": np.int64(5), "fps": Fraction(7, 2), "max_length": 99}
+SETTINGS["default_instruction"] = "Do."
 
 
 def settings_of(processor):
