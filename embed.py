@@ -707,9 +707,9 @@ def run(model, source, output, opening, encoding):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
     facts = output.removesuffix(".npy") + ".jsonl"
     written = [os.path.realpath(path) for path in (output, facts)]
-    usable = output.endswith(".npy") and os.path.isdir(os.path.dirname(output) or ".")
+    usable = output.endswith(".npy") and os.access(f"{os.path.dirname(output) or '.'}/", os.W_OK)
     if not usable or os.path.realpath(source) in written or any(map(os.path.isdir, written)):
-        expected = "a .npy file, in a folder that exists, not named like --input"
+        expected = "a .npy file, in a folder to write to, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
     items = read_items(source)
     if not items:

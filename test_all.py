@@ -1136,7 +1136,7 @@ BAD_RUNS = {  # lines, options, what is said
     "not UTF-8": (b'"a"\n"\xff"', "", "in.jsonl, line 2: not valid JSON .*utf-8"),
     "nowhere": (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
     "no input": (b'"a"', "--input no.jsonl", "no.jsonl"),
-    "no folder": (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder"),
+    "no folder": (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder to"),
     "not npy": (b'"a"', "--output v.txt", "v.txt: expected a .npy file"),
     "input": (b'"a"', "--output IN/in.npy", "in.npy: .* not named like --input"),
     "no items": (b"\n", "", "in.jsonl: no items"),
