@@ -259,7 +259,8 @@ def requests(options):
                 pair = train.pair(source, row)
                 key = data.pair_key(pair)
                 images = [image_url(ref, options) for ref in data.refs(pair["query"])]
-            except (ValueError, OSError) as error:  # training will not use this row either
+            # Training will not use this row either. The last is Pillow's, of an image too large.
+            except (ValueError, OSError, Image.DecompressionBombError) as error:
                 tqdm.write(f"skipped: {data.BadData(train.id(source, row), error)}")
                 continue
             content = [{"type": "image_url", "image_url": {"url": url}} for url in images]

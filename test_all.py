@@ -737,16 +737,19 @@ def test_propose_asks_about_few_or_hard_pairs_alone(proposing, first_root, tmp_p
 
 def test_propose_asks_about_sound_rows_alone(proposing, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    row = {"qry": "q", "qry_image_path": "broken.png", "pos_text": "t", "pos_image_path": ""}
-    M.write_rows(tmp_path / "own.jsonl", [row, row | {"qry_image_path": ""}])
+    (tmp_path / "huge.ppm").write_bytes(b"P6 30000 30000 255\n")
+    row = {"qry": "q", "pos_text": "t", "pos_image_path": ""}
+    paths = ("broken.png", "huge.ppm", "")
+    M.write_rows(tmp_path / "own.jsonl", [row | {"qry_image_path": path} for path in paths])
     sets = [{"name": name, "table": f"{name}.jsonl"} for name in ("own", "gone")]
     write_json(tmp_path / "datasets.json", {"train": sets})
     write = ["--write-requests", tmp_path / "q.jsonl", "--data", tmp_path, "--k", 1]
     for how in ("data", "file"):
         code, said = proposing(*write, "--image-urls", how)
         assert code is None and "missing: gone" in said.out and "skipped: own/0: " in said.out
+        assert "skipped: own/1: " in said.out and "exceeds limit" in said.out
         [request] = json_rows(tmp_path, "q.jsonl")
-        assert request["custom_id"].startswith("own/1|")
+        assert request["custom_id"].startswith("own/2|")
 
 
 def response(custom_id, *contents, finish="stop", status=200, **more):
