@@ -153,8 +153,8 @@ class Rationales:
 
     path, numbers: as of read_rationale. only: authors whose rows count ("base#2" is a row of the
     author "base"); empty: all.
-    authors {author: rows}; cut: rows that were cut off ("truncated"); of_targets: rows that are
-    about a target, and left out.
+    authors {author: rows}; cut: rows that were cut off ("truncated"); left_out: rows about a
+    target, or without a word.
     """
 
     def __init__(self, path, numbers=(), only=()):
@@ -162,12 +162,12 @@ class Rationales:
         # {"OK-VQA/17": bytes at which its rows begin, an array of integers}
         self.places = {}
         self.authors = collections.Counter()
-        self.cut = self.of_targets = 0
+        self.cut = self.left_out = 0
         start = 0
         for place, line in numbered_lines([path]):
             row = read_rationale(place, line, numbers)
-            if row["side"] == "target":
-                self.of_targets += 1
+            if row["side"] == "target" or not row["text"].strip():
+                self.left_out += 1
             elif not only or author(row["proposer"]) in only:
                 self.places.setdefault(row["id"], array("q")).append(start)
                 self.authors[author(row["proposer"])] += 1
@@ -219,7 +219,7 @@ def read_rationale(place, line, numbers=()):
     "worker" for "proposer".
     """
     with naming(place):
-        row = json.loads(line)
+        row = {key: value for key, value in json.loads(line).items() if value is not None}
         row = {"side": "query", "proposer": row.get("worker")} | row
         for key in ("id", "proposer", "text"):
             if not data.is_text(row.get(key)):

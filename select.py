@@ -194,7 +194,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
         words = set()
         for _, text, placebo, second_placebo in trials[i]:
             words |= {text, placebo, second_placebo}
-        words -= {None, ""}  # "" is ∅, in every case; so is a text that a proposer left empty
+        words.discard(None)
         hard_cases.append((pairs[i]["query"], candidates[i], sorted(words)))
     for i, score in zip(hard, log_probs(model, processor, hard_cases, t, cfg)):
         scores[i] = score

@@ -441,11 +441,10 @@ def text_pairs(n):
 @pytest.mark.parametrize("many", [10, 9])
 def test_select_judge_is_its_naive_twin(many, monkeypatch):
     """Every prompt and text in a forward pass of its own, over candidates of the same draws. Where
-    targets are many (these are nine) candidates are mined. An empty text is the direct vector."""
+    targets are many (these are nine) candidates are mined."""
     monkeypatch.setattr(selection, "MANY", many)
     monkeypatch.setattr(selection, "CANDIDATES", 4)
     model, (pairs, texts, processor) = tiny_model(3), text_pairs(12)
-    texts["A/2"]["v"] = ""
     cfg = train.Config(temperature=0.05, select_rule="none", chunk_tokens=200)
     rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
     rng = np.random.default_rng(0)
@@ -606,14 +605,16 @@ def test_propose_asks_a_chat_model_in_words(monkeypatch):
 
 
 def test_propose_keeps_every_rationale_of_a_file(tmp_path):
-    """With the known columns alone: others may be what no file can hold."""
+    """With the known columns alone: others may be what no file can hold. Null is as absent."""
     path = tmp_path / "r.jsonl"
     row = {"id": "a/1", "proposer": "w", "text": "café"}
     old = {"id": "a/1", "worker": "w", "text": "tea", "key": "k"}
+    nulls = {"side": None, "proposer": None, "truncated": None}
     odd = {"note": "\ud83d", "score": float("nan"), "truncated": True}
     about_target = row | {"side": "target"}
     other_pair = row | odd | {"id": "a/2", "proposer": "v"}
-    rows = [row, old, row, row | {"proposer": "w#2"}, about_target, other_pair]
+    rows = [row, old | nulls, row | {"key": None}, row | {"proposer": "w#2"}]
+    rows += [about_target, row | {"text": ""}, row | {"text": "\n "}, other_pair]
     path.write_text("\n".join(map(json.dumps, rows)))
     file = propose.Rationales(path)
     rows = file.of("a/1")
@@ -621,7 +622,7 @@ def test_propose_keeps_every_rationale_of_a_file(tmp_path):
     row["side"] = "query"
     assert rows[:2] == [row, row | {"proposer": "w#2", "text": "tea", "key": "k"}]
     assert file.of("a/2") == [row | {"id": "a/2", "proposer": "v", "truncated": True}]
-    assert (file.authors, file.cut, file.of_targets) == ({"w": 4, "v": 1}, 1, 1)
+    assert (file.authors, file.cut, file.left_out) == ({"w": 4, "v": 1}, 1, 3)
     assert propose.Rationales(path, only={"v"}).places.keys() == {"a/2"}
 
 

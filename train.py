@@ -905,7 +905,8 @@ def propose_stage(run, part):
         raise ValueError(f"nobody wrote a rationale about a pair of {where}")
     if given:
         unused = len(given.places.keys() - written.places.keys())  # rl's, easy or unknown
-        run.say(f"propose: not used: those of {unused} pairs, and {given.of_targets} of targets")
+        left_out = f"{given.left_out} of targets or without a word"
+        run.say(f"propose: not used: those of {unused} pairs, and {left_out}")
 
 
 def rows_about(pair, given):
