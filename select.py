@@ -499,7 +499,7 @@ def main():
     # Older files say "worker" for "proposer".
     rows = [{"proposer": row.get("worker")} | row for row in judged if row["text"]]
     config = read_json(os.path.join(run, "config.json"))
-    helps = pocket_truth(os.path.join(run, "data"))
+    helps = pocket_truth(config["data"] or os.path.join(run, "data"))
     for rule in RULES:
         # positive_only could keep rationales of easy pairs, too: `full` has not judged those.
         if rule == "positive_only" and any(row["gain"] is None for row in rows):

@@ -351,18 +351,20 @@ def test_select_says_when_few_are_kept():
 
 
 def test_select_shows_what_other_rules_would_keep(tmp_path, monkeypatch, capsys):
-    for name in ("select", "data"):
+    for name in ("select", "world"):
         (tmp_path / name).mkdir()
     rows = [judged(f"A/{i}", 1.0 + i, 2.0, "careful") for i in range(20)] + [judged("B/0", None)]
     M.write_rows(tmp_path / "select" / "judged.jsonl", rows)
-    M.write_json(str(tmp_path / "config.json"), {"select_margin": 0.7, "select_fdr": 0.1})
+    config = {"select_margin": 0.7, "select_fdr": 0.1, "data": str(tmp_path / "world")}
+    M.write_json(str(tmp_path / "config.json"), config)
     truth = {row["id"]: {"steps": 2, "rationale": row["text"]} for row in rows}
-    M.write_json(str(tmp_path / "data" / "pocket.json"), {"train": truth})
+    M.write_json(str(tmp_path / "world" / "pocket.json"), {"train": truth})
     monkeypatch.setattr(sys, "argv", ["select.py", "--run", str(tmp_path)])
     selection.main()
-    kept = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    shown = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
     # No positive_only: it would ask for easy pairs, too.
-    assert kept == [["full", "kept", "18"], ["no_placebo", "kept", "20"], ["none", "kept", "21"]]
+    kept = {"full": "18", "no_placebo": "20", "none": "21"}
+    assert shown == [[rule, "kept", n, "precision", "1.0"] for rule, n in kept.items()]
 
 
 # What is drawn, and the experiment beside its naive twin
