@@ -406,7 +406,8 @@ def main():
     parser.add_argument("--only_summarise", action="store_true", help="tables of what is there")
     args = parser.parse_args()
     try:
-        cfg = train.parse([f"--scale={args.scale}"])  # the other options are the defaults
+        # The other options are the defaults.
+        cfg = train.parse([f"--scale={args.scale}", f"--seed={min(args.seeds)}"])
         names = [] if args.only_summarise else args.variants
         for name in names:  # a variant on all seeds before the next one
             for seed in args.seeds:
