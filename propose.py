@@ -190,11 +190,22 @@ class Rationales:
                 rows[row["proposer"]] = row
         return list(rows.values())
 
+    def about(self, pair):
+        """The rows about a pair, each with the pair's key. ValueError where a row has another: it
+        was written when this id was another pair's."""
+        rows = []
+        for row in self.of(pair["id"]):
+            if row.get("key", pair["key"]) != pair["key"]:
+                about = f"{pair['id']}: a rationale of {self.path!r} is about another pair"
+                raise ValueError(f"{about}: has the training table changed since?")
+            rows.append(row | {"key": pair["key"]})
+        return rows
+
     def texts(self, pairs):
         """{pair id: {proposer: text}} of some pairs."""
         texts = {}
         for p in pairs:
-            texts[p["id"]] = {row["proposer"]: row["text"] for row in self.of(p["id"])}
+            texts[p["id"]] = {row["proposer"]: row["text"] for row in self.about(p)}
         return texts
 
 

@@ -1966,12 +1966,15 @@ def test_run_finished_run_knows_its_tables(stage, table, own_root, copy_of, tmp_
         assert code == 2 and f"the {table} table has changed" in one_line(capsys)
 
 
-def test_run_rationales_of_another_table_are_refused(call, copy_of, tmp_path, capsys):
-    older = str(tmp_path / "older.jsonl")
-    row = {"id": "own/1", "proposer": "a", "text": "a", "key": "0" * 16}
-    M.write_rows(older, [row])
-    assert call(copy_of("base"), "--rationales", older, stage="propose") == 1
-    assert "older.jsonl' is about another pair" in one_line(capsys)
+@pytest.mark.parametrize("stage", ["propose", "select"])
+def test_run_rationales_of_another_table_are_refused(stage, call, copy_of, capsys):
+    """A file's, and those that propose wrote before it was killed and the table changed."""
+    out = copy_of("propose")
+    older = f"{out}/propose/rationales.jsonl"
+    M.write_rows(older, [row | {"key": "0" * 16} for row in M.Rows(older)])
+    given = ["--rationales", older] if stage == "propose" else []
+    assert call(out, *given, stage=stage) == 1
+    assert "rationales.jsonl' is about another pair" in one_line(capsys)
 
 
 def test_run_without_a_test_set_is_refused_first(tmp_path, capsys):

@@ -890,7 +890,7 @@ def propose_stage(run, part):
         rows = []
         if given:
             for pair in window:
-                rows += rows_about(pair, given)
+                rows += given.about(pair)
         if c.num_candidates:
             rng = run.generator("propose", n)
             rows += propose.propose(embedder.model, processor, window, c, rng, ask)
@@ -907,18 +907,6 @@ def propose_stage(run, part):
         unused = len(given.places.keys() - written.places.keys())  # rl's, easy or unknown
         left_out = f"{given.left_out} of targets or without a word"
         run.say(f"propose: not used: those of {unused} pairs, and {left_out}")
-
-
-def rows_about(pair, given):
-    """The rows of a rationales file about one pair, each with the pair's key. ValueError where a
-    row has another: it was written when this id was another pair's."""
-    rows = []
-    for row in given.of(pair["id"]):
-        if row.get("key", pair["key"]) != pair["key"]:
-            about = f"{pair['id']}: a rationale of {given.path!r} is about another pair"
-            raise ValueError(f"{about}: has the training table changed since?")
-        rows.append(row | {"key": pair["key"]})
-    return rows
 
 
 def select_stage(run, part):
