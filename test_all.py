@@ -1646,6 +1646,12 @@ def test_run_pairs_without_a_rationale_are_judged_directly(call, copy_of):
     assert propose.hard_pairs(f"{out}/select/judged.jsonl") == hard
 
 
+def test_run_one_fold_leaves_no_curve_of_a_second_evaluator(call, copy_of):
+    out = copy_of("propose")
+    assert call(out, "--select_folds", "1", stage="select") == 0
+    assert "select1" not in {row["stage"] for row in json_rows(out, "metrics.jsonl")}
+
+
 def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages():
     run = SimpleNamespace(cfg=SimpleNamespace(rl_holdout=0.9))
     rows = [train.Pairs.share_of(SimpleNamespace(run=run), 2, for_rl) for for_rl in (False, True)]

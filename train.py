@@ -941,6 +941,7 @@ def select_stage(run, part):
     audit = selection.audit(judged, kept, *rule, truth)
     figures = {name: x for name, x in audit.items() if not isinstance(x, dict)}  # not by_proposer
     run.forget("select audit")
+    run.forget(f"select{c.select_folds}")  # of an earlier try with more folds
     run.log("select audit", 1, 1, figures)
     warning = selection.few_kept(judged, kept)
     if warning:
