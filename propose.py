@@ -174,14 +174,18 @@ class Rationales:
                 self.cut += bool(row.get("truncated"))  # only our own propose() says so
             start += len(line)
 
-    def of(self, pair_id):
-        """The rows about a pair, in the file's order, each under a name of its own: the second
-        "base" is called "base#2", the third "base#3"."""
+    def of(self, pair):
+        """The rows about a pair, in the file's order, each with the pair's key and under a name of
+        its own: the second "base" is called "base#2". ValueError where a row has another key: it
+        was written when this id was another pair's."""
         rows = {}
         with open(self.path, "rb") as file:
-            for start in self.places.get(pair_id, ()):
+            for start in self.places.get(pair["id"], ()):
                 file.seek(start)
                 row = read_rationale(self.path, file.readline(), self.numbers)
+                if row.setdefault("key", pair["key"]) != pair["key"]:
+                    about = f"{pair['id']}: a rationale of {self.path!r} is about another pair"
+                    raise ValueError(f"{about}: has the training table changed since?")
                 name = row["proposer"]
                 k = 1
                 while row["proposer"] in rows:
@@ -190,22 +194,11 @@ class Rationales:
                 rows[row["proposer"]] = row
         return list(rows.values())
 
-    def about(self, pair):
-        """The rows about a pair, each with the pair's key. ValueError where a row has another: it
-        was written when this id was another pair's."""
-        rows = []
-        for row in self.of(pair["id"]):
-            if row.get("key", pair["key"]) != pair["key"]:
-                about = f"{pair['id']}: a rationale of {self.path!r} is about another pair"
-                raise ValueError(f"{about}: has the training table changed since?")
-            rows.append(row | {"key": pair["key"]})
-        return rows
-
     def texts(self, pairs):
         """{pair id: {proposer: text}} of some pairs."""
         texts = {}
         for p in pairs:
-            texts[p["id"]] = {row["proposer"]: row["text"] for row in self.about(p)}
+            texts[p["id"]] = {row["proposer"]: row["text"] for row in self.of(p)}
         return texts
 
 

@@ -619,11 +619,12 @@ def test_propose_keeps_every_rationale_of_a_file(tmp_path):
     rows += [about_target, row | {"text": ""}, row | {"text": "\n "}, other_pair]
     path.write_text("\n".join(map(json.dumps, rows)))
     file = propose.Rationales(path)
-    rows = file.of("a/1")
+    rows = file.of({"id": "a/1", "key": "k"})
     assert [row["proposer"] for row in rows] == ["w", "w#2", "w#3", "w#2#2"]
-    row["side"] = "query"
-    assert rows[:2] == [row, row | {"proposer": "w#2", "text": "tea", "key": "k"}]
-    assert file.of("a/2") == [row | {"id": "a/2", "proposer": "v", "truncated": True}]
+    row |= {"side": "query", "key": "k"}
+    assert rows[:2] == [row, row | {"proposer": "w#2", "text": "tea"}]
+    other_pair = {"id": "a/2", "key": "k"}
+    assert file.of(other_pair) == [row | other_pair | {"proposer": "v", "truncated": True}]
     assert (file.authors, file.cut, file.left_out) == ({"w": 4, "v": 1}, 1, 3)
     assert propose.Rationales(path, only={"v"}).places.keys() == {"a/2"}
 
@@ -2015,17 +2016,18 @@ def test_train_lessons(tmp_path):
     M.write_rows(tmp_path / "select/judged.jsonl", [easy, hard])  # the margin is 0.7
     run = train.Run(train.parse(["--out", str(tmp_path)]))
     lessons, rng = train.Lessons(run), np.random.default_rng(0)
-    drawn = [lessons.draw({"id": "a/0"}, rng) for _ in range(400)]
+    first, last, good, other = ({"id": f"a/{i}", "key": "k"} for i in (0, 3, 8, 9))
+    drawn = [lessons.draw(first, rng) for _ in range(400)]
     assert {label for _, label in drawn} == {1}
     assert np.mean([text == "right 0" for text, _ in drawn]) == pytest.approx(0.75, abs=0.06)
-    drawn = {lessons.draw({"id": "a/3"}, rng) for _ in range(40)}
+    drawn = {lessons.draw(last, rng) for _ in range(40)}
     assert drawn == {("right 3", 0), ("again 3", 0)}
-    assert lessons.draw({"id": "a/8"}, rng) == (None, 0)
-    assert lessons.draw({"id": "a/9"}, rng) == (None, -1)
+    assert lessons.draw(good, rng) == (None, 0)
+    assert lessons.draw(other, rng) == (None, -1)
     run.cfg.embed_proposers = "bad"
-    assert train.Lessons(run).draw({"id": "a/0"}, rng) == ("so", 1)
+    assert train.Lessons(run).draw(first, rng) == ("so", 1)
     M.write_rows(tmp_path / "select/selected.jsonl", [])  # nobody is to be trusted
-    assert train.Lessons(run).draw({"id": "a/0"}, rng) == (None, 0)
+    assert train.Lessons(run).draw(first, rng) == (None, 0)
 
 
 def test_embed_starts_from_the_mean_of_the_evaluators(call, copy_of):

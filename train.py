@@ -890,7 +890,7 @@ def propose_stage(run, part):
         rows = []
         if given:
             for pair in window:
-                rows += given.about(pair)
+                rows += given.of(pair)
         if c.num_candidates:
             rng = run.generator("propose", n)
             rows += propose.propose(embedder.model, processor, window, c, rng, ask)
@@ -1052,10 +1052,10 @@ class Lessons:
                                        (None, 0) if that author wrote none about it
         nobody wrote any               (None, 0) if the pair is easy, else (None, -1)
         """
-        written = self.written.of(pair["id"])  # rows of rationales.jsonl
+        written = self.written.of(pair)  # rows of rationales.jsonl
         if not written:
             return None, 0 if pair["id"] in self.easy else -1
-        kept = self.kept.of(pair["id"])  # rows of selected.jsonl
+        kept = self.kept.of(pair)  # rows of selected.jsonl
         if kept:  # drawn from their posterior
             weights = np.array([row["weight"] for row in kept])
             drawn = rng.choice(len(kept), p=weights / weights.sum())
