@@ -324,7 +324,7 @@ def summarise(out):
 
 Written by study.py. Mean ± half the 95 % interval over seeds. `full, MODE` are the full
 method's own weights, used otherwise; the other rows were trained for what they do.
-Intervals are not corrected for the number of rows.
+Intervals are not corrected for the number of rows. `full − it` is of the seeds that a row has.
 
 {results_table(rows)}
 ## By family
