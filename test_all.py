@@ -4680,3 +4680,9 @@ def test_study_page(tmp_path):
     page = (tmp_path / "study.md").read_text(encoding="utf-8").splitlines()
     assert set(STUDY.split("\n")) <= {*page, ""}
     assert (tmp_path / "study.png").exists()
+
+
+def test_study_names_a_wrong_seed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--out", str(tmp_path), "--seeds", "1", "-1"])
+    with pytest.raises(SystemExit, match="--seed -1: expected a number, at least 0"):
+        study.main()
