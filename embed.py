@@ -149,16 +149,19 @@ def token_logprobs(model, states, ids, suppress_tokens, temperature):
 # Contrastive learning
 
 
-def one_direction(scores, positive, temperature, equal, margin=0.1):
+# A candidate that scores so far above the target is probably right, too (Qwen3-VL-Embedding).
+FALSE_NEGATIVE_MARGIN = 0.1
+
+
+def one_direction(scores, positive, temperature, equal):
     """−log softmax of scores / temperature at the positive -> (n,).
 
     scores (n, m) cosines; positive (n,) the column of each row's target. Candidates that are
     probably right answers, too, are left out, so that they are not pushed away: columns that are
-    `equal` (n, m) to the target, and those that score more than target + margin (rule and number
-    of Qwen3-VL-Embedding).
+    `equal` (n, m) to the target, and those that score far above it.
     """
     target = positive[:, None]
-    false_negative = equal | (scores > scores.gather(1, target) + margin)
+    false_negative = equal | (scores > scores.gather(1, target) + FALSE_NEGATIVE_MARGIN)
     false_negative = false_negative.scatter(1, target, False)  # the target itself stays
     logits = (scores / temperature).masked_fill(false_negative, float("-inf"))
     return F.cross_entropy(logits, positive, reduction="none")
@@ -183,8 +186,9 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        # From query to target: no column but the target's own is equal to it. From target to query:
-        # row i is query i's target, column j is query j, so the positives are on the diagonal.
+        # Query to target: candidates are distinct, so the target's own column alone is equal to it,
+        # and that one stays. Target to query: row i is query i's target, column j is query j; the
+        # positives are on the diagonal, and other queries with the same target are left out.
         losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:

@@ -16,8 +16,9 @@ A file of rationales has one object a line:
     {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus", "key": "0b7..."}
 
 The id is that of the pair. The key is a hash of the pair's content, which ties the text to it: a
-row number alone would fit another table, too. "proposer" names the writer and its try: "base",
-"base#2" ... about one pair. What is counted by writer goes by author(): "base" for all of them.
+row number alone would fit another table, too. A row without a key is taken on trust. "proposer"
+names the writer and its try: "base", "base#2" ... about one pair. What is counted by writer goes by
+author(): "base" for all of them.
 
     python propose.py --write-requests requests.jsonl --data ROOT --model-name NAME --k 4
     split -l 20000 requests.jsonl                    shards, for as many servers
@@ -77,8 +78,8 @@ BRIEFLY = "Use at most 60 words."  # so that it ends before --max_new_tokens
 
 
 def question(item, prompt_number=0):
-    """The query's item with an instruction behind its text, for a model that follows them. It has
-    no system turn by default: Qwen's default asks for an embedding."""
+    """The query's item with an instruction behind its text, for a model that follows them. The
+    system turn is empty unless the item brings one: Qwen's default one asks for an embedding."""
     text = f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]} {BRIEFLY}".strip()
     return {"instruction": "", **item, "text": text}  # the item's own instruction wins
 
@@ -151,8 +152,7 @@ def nth(proposer, k):
 class Rationales:
     """A file of rationales by pair. The texts stay on the disk; in memory is where they stand.
 
-    path, numbers: as of read_rationale. only: authors whose rows count ("base#2" is a row of the
-    author "base"); empty: all.
+    path, numbers: as of read_rationale. only: authors whose rows count; empty: all.
     authors {author: rows}; cut: rows that were cut off ("truncated"); left_out: rows about a
     target, or without a word.
     """
@@ -160,19 +160,19 @@ class Rationales:
     def __init__(self, path, numbers=(), only=()):
         self.path, self.numbers = path, numbers
         # {"OK-VQA/17": bytes at which its rows begin, an array of integers}
-        self.places = {}
+        self.offsets = {}
         self.authors = collections.Counter()
         self.cut = self.left_out = 0
-        start = 0
-        for place, line in numbered_lines([path]):
+        offset = 0
+        for place, line in numbered_lines([path]):  # a line is bytes, its line break included
             row = read_rationale(place, line, numbers)
             if row["side"] == "target" or not row["text"].strip():
                 self.left_out += 1
             elif not only or author(row["proposer"]) in only:
-                self.places.setdefault(row["id"], array("q")).append(start)
+                self.offsets.setdefault(row["id"], array("q")).append(offset)
                 self.authors[author(row["proposer"])] += 1
                 self.cut += bool(row.get("truncated"))  # only our own propose() says so
-            start += len(line)
+            offset += len(line)
 
     def of(self, pair):
         """The rows about a pair, in the file's order, each with the pair's key and under a name of
@@ -180,12 +180,13 @@ class Rationales:
         was written when this id was another pair's."""
         rows = {}
         with open(self.path, "rb") as file:
-            for start in self.places.get(pair["id"], ()):
-                file.seek(start)
+            for offset in self.offsets.get(pair["id"], ()):
+                file.seek(offset)
                 row = read_rationale(self.path, file.readline(), self.numbers)
-                if row.setdefault("key", pair["key"]) != pair["key"]:
+                if row.get("key", pair["key"]) != pair["key"]:
                     about = f"{pair['id']}: a rationale of {self.path!r} is about another pair"
                     raise ValueError(f"{about}: has the training table changed since?")
+                row["key"] = pair["key"]
                 name = row["proposer"]
                 k = 1
                 while row["proposer"] in rows:

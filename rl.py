@@ -14,7 +14,8 @@ after none) finds the query's target t:
 
 The step minimises
 
-    rl_when * when + what + NCE(direct) + mean over the rationales of p_reason * nce(reasoned)
+    rl_decision_weight * when + what
+        + NCE(direct) + mean over the rationales of p_reason * nce(reasoned)
 
 where `when` alone moves p_reason: elsewhere it is the rollout's, a constant. `when` and `what` have
 a denominator each: in one mean over tokens a decision, one token among dozens, would carry a few
@@ -44,7 +45,7 @@ Which GRPO this is, in five points:
     stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
                 a rationale that ran out of tokens
 
-How to run: python train.py --stage rl     (pocket world: K 4, T 48, latency_penalty 0.6, rl_when 1)
+How to run: python train.py --stage rl     (its options: group rl of --help; T is max_new_tokens)
 Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
 2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. A decision weighted by what it
@@ -100,7 +101,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
     longest = max(processor.padded([1 + len(prompt["ids"]) for prompt in prompts]))
     # chunk_tokens fit in a pass that keeps its activations; here none are kept.
     together = max(1, 4 * cfg.chunk_tokens // longest)
-    parts = []  # model.Rollouts
+    parts = []  # of generate: model.Rollouts
     vectors = []
     logits = []
     for start in range(0, len(prompts), together):
@@ -160,10 +161,10 @@ def rewards(p_target, num_sampled, truncated, cfg):
 def credit(reward):
     """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
 
-    Count a query's direct answer K times beside its K rationales: sigma² is the batch's mean of (R
-    minus the mean of the query's 2K)². The direct ones lie gain / 2 below that mean. The rationales
-    lie gain / 2 above it, plus their `spread`. So half of the squares are gain² / 4, the others on
-    average gain² / 4 + spread².
+    sigma is one standard deviation for the whole batch, of rewards around their query's mean, in
+    which the direct reward weighs as much as all K rationales together. So that mean lies midway:
+    the direct reward is gain / 2 below it, the rationales are gain / 2 above it, plus their
+    `spread`, and sigma² = mean(gain²) / 4 + mean(spread²) / 2.
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
@@ -184,8 +185,8 @@ def decision_loss(decision, gain):
 
 
 def rationale_loss(logprobs, old_logprobs, num_sampled, advantage):
-    """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and advantage (b, K), which
-    the main loss has multiplied by p_reason.
+    """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled (b, K); advantage (b, K),
+    which the main loss has multiplied by p_reason.
 
     The ratio is 1 unless the actor is a bf16 copy of the model: then log-probabilities are up to
     0.03 off (measured in one update of the pocket model).
@@ -198,12 +199,12 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, advantage):
 def one_mean_loss(decision, gain, sampled, advantage, sigma):
     """Ablation: decision and rationale tokens in one sum, with one denominator.
 
-    All 2K rollouts bring their decision: K reasoned, with advantage gain / 2, and K did not, with
-    -gain / 2. log p - log (1 - p) is the logit. Half of them are forced to reason whatever p is,
-    and nothing is reweighted. So, unlike that of a GRPO that samples its decisions, the loss is
-    linear in the logit. A rationale's advantage is against its group of 2K.
-    sampled: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them. As in the main
-    loss the decision's gain is not divided by sigma. rl_when is not read.
+    A query counts as 2K rollouts: K reason and K answer directly, whatever p is, and nothing is
+    reweighted. Around their common mean the former have the advantage gain / 2, the latter
+    -gain / 2. So the decisions bring K * gain / 2 * (log p - log(1 - p)), and that difference is
+    the logit: unlike that of a GRPO that samples its decisions, the loss is linear in it. As in
+    the main loss the decision's gain is not divided by sigma.
+    sampled: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them.
     """
     K = advantage.shape[1]
     when = -(K * gain / 2 * decision).sum()
@@ -278,7 +279,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
             return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # a decision per rollout
         when = decision_loss(decision, gain[at]) / B
         what = rationale_loss(*sampled, weighted_advantage[at]) / (B * K * T)
-        return vectors, cfg.rl_when * when + what, {"loss_when": float(when.detach())}
+        return vectors, cfg.rl_decision_weight * when + what, {"loss_when": float(when.detach())}
 
     # 5) InfoNCE on the direct and on the reasoned path keeps the space in place.
     def contrast(vectors):
@@ -305,7 +306,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     difference, _ = scale.gather(roll.old_logprobs - train_logprobs)  # (B, K, T)
     worst = int(reward[ours, 1:].mean(1).argmin())
     sample = {
-        "row": worst,
+        "id": pairs[worst]["id"],
         "rationale": processor.rationale_text(roll.tokens[worst][0]),
         "reward": float(reward[ours[worst], 1]),
         "direct": float(reward[ours[worst], 0]),

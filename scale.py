@@ -1,7 +1,7 @@
 """
 Scale: the same maths on several GPUs and in little memory.
 
-The idea files (embed.py, select.py, propose.py, rl.py) state a loss on a batch. This file computes
+The idea files (embed.py and rl.py) state a loss on a batch. This file computes
 its gradient when neither the batch nor the model fits. It knows processes, chunks, shards, adapters
 and checkpoints, and nothing of prompts, rationales or rewards.
 
@@ -12,7 +12,8 @@ and checkpoints, and nothing of prompts, rationales or rewards.
     Optimizer   Muon for the layers' matrices, AdamW for the rest; warm-up, flat, linear cool-down
     save_state  what is trained, inside a stage; a kill at any moment leaves a good file
 
-How to run. In one process every function here is the identity or the textbook formula. On a node:
+How to run. In one process nothing is gathered, and backward leaves the loss' plain gradient. On a
+node:
     torchrun --nproc_per_node=8 train.py --preset qwen3vl-2b ...
 
 The contract of several processes: each holds its share of the batch's rows; all compute the same
@@ -129,10 +130,9 @@ def backward(lengths, forward, loss, budget):
     # chunks repeat their last with weight zero.
     passes = [(name, rows) for name in lengths for rows in chunks_of(lengths[name], budget)]
     count = len(passes)
+    passes += passes[-1:] * (max(gather_objects([count])) - count)
     fits = sum(sum(tokens) for tokens in lengths.values()) <= budget
-    counts, fits = zip(*gather_objects([(count, fits)]))  # of all processes
-    passes += passes[-1:] * (max(counts) - count)
-    keep = all(fits)
+    keep = all(gather_objects([fits]))
 
     # 2) Vectors v_i
     with torch.set_grad_enabled(keep):
@@ -189,8 +189,9 @@ class LoRALinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.scale = 64.0 / rank  # alpha = 64: an update counts twice at rank 32
-        # fp32 whatever W is: steps of 1e-5 are lost in bf16. B = 0: training starts at W.
-        self.lora_a = nn.Linear(in_features, rank, bias=False, device=device).weight  # its start
+        # fp32 whatever W is: steps of 1e-5 are lost in bf16. B = 0: training starts at W. A starts
+        # as a Linear's weight does.
+        self.lora_a = nn.Linear(in_features, rank, bias=False, device=device).weight
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
 
     def forward(self, x):

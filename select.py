@@ -18,7 +18,7 @@ p(t | q, r), which is exp(gain) times a constant. ∅ has no weight: embed learn
 pair's direct vector and, from the label "was any kept?", whether to reason.
 
 The words must help (gain), and help because they are about this pair (placebo). An author is who
-writes; a row's "proposer" counts its tries, too: "base" and "base#2" are of the author "base".
+writes (propose.author), whatever the number of the try.
 Where the direct vector is confidently wrong, any words raise the target by flattening the softmax.
 So what a uniform guess would gain is subtracted first. The bar is at least the margin (option
 select_margin, 0.7), just above log 2: a rationale must at least double the target's probability.
@@ -44,9 +44,9 @@ pair: `propose.py --hard` asks about the hard pairs of an earlier run alone. Two
 positive_only and none, could keep rationales of easy pairs: under them those of every pair are
 judged.
 
-Candidate targets. Up to 1024 pairs of one dataset are judged together: a window. Where it has few
-targets, as in the pocket world, C is filled with random ones. Where it has many, random ones are
-easy: the right target wins with any words or none. So C takes those nearest to the target;
+Candidate targets. Up to 1024 pairs of one dataset and fold are judged together: a window. Where it
+has few targets, as in the pocket world, C is filled with random ones. Where it has many, random
+ones are easy: the right target wins with any words or none. So C takes those nearest to the target;
 near-copies of it, which may be right as well, come last. Where the target is alone in C, logp is 0
 whatever is said: its pair counts as easy.
 
@@ -61,8 +61,7 @@ no_placebo drops the placebo and its bar; none keeps all.
     python select.py --run runs/pocket       what other rules would keep of a finished run
 
 Paper: MMEmb-R1 (arXiv 2604.06156), which names the counterfactual; the formulas are ours.
-Left out: judges that are no embedders; learnt bars; candidate targets from beyond the 1024 pairs
-that are judged together.
+Left out: judges that are no embedders; learnt bars; candidate targets from beyond the window.
 
 The name. The standard library has a module `select`, which subprocess and so torch import, and this
 file can stand in its way. Whoever imports it by that name is given the library's: the lines below.
@@ -119,7 +118,8 @@ AUDITED = 0.25
 def fold_of(pair_id, folds):
     """The fold in which this pair is judged, by an evaluator that did not learn on it. A hash: the
     same everywhere, whatever else is in the data."""
-    return hashlib.blake2b(pair_id.encode(), digest_size=4).digest()[0] % folds
+    digest = hashlib.blake2b(pair_id.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % folds
 
 
 def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
@@ -127,9 +127,9 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     itself is embed.contrastive_step; pairs as there.
 
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
-    good or bad. NCE(reasoned) is a weighted mean, in which a rationale weighs p(t|q,r) / (p(t|q,r)
-    + p(t|q,∅)). With equal weights those that only look like reasoning would teach it to ignore
-    them all. With a single fold (an ablation) it also learns on what it will judge.
+    good or bad: hence the posterior weights. With equal ones those that only look like reasoning
+    would teach it to ignore them all. With a single fold (an ablation) it also learns on what it
+    will judge.
     texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale:
     one of its own, so that the draw does not depend on how pairs are dealt out to processes.
     """
@@ -408,7 +408,7 @@ def choose(rows, rule, margin, fdr):
 
 
 def audit(rows, kept, rule, margin, fdr, helps=None):
-    """What share of whose rationales was kept, and how often a placebo passes for a rationale.
+    """What share of each author's rationales was kept, and how often a placebo passes for one.
     rows: as of choose; kept: what it keeps of them. In the result "candidates" are rationales, and
     "by_proposer" goes by author.
 

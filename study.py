@@ -44,10 +44,9 @@ from embed import Embedder
 from model import Rows, read_json, write_json
 
 # Options of train.py. A query reasons if p_reason exceeds the threshold: 1 is never exceeded, -1
-# always. Without rollouts the RL stage goes on with the contrastive loss alone; rl_when weighs the
-# decision's loss there.
+# always. Without rollouts the RL stage goes on with the contrastive loss alone.
 NEVER = {"embed_proposers": "none", "decision_weight": 0.0, "rl_rollouts": 0, "threshold": 1.0}
-THINK = {"rl_when": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
+THINK = {"rl_decision_weight": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
 # Trained to think always, on all that the best proposer wrote. Selection has to find out who that
 # is; here it is told.
 ALWAYS = THINK | {"select_rule": "none", "embed_proposers": "careful"}

@@ -626,7 +626,7 @@ def test_propose_keeps_every_rationale_of_a_file(tmp_path):
     other_pair = {"id": "a/2", "key": "k"}
     assert file.of(other_pair) == [row | other_pair | {"proposer": "v", "truncated": True}]
     assert (file.authors, file.cut, file.left_out) == ({"w": 4, "v": 1}, 1, 3)
-    assert propose.Rationales(path, only={"v"}).places.keys() == {"a/2"}
+    assert propose.Rationales(path, only={"v"}).offsets.keys() == {"a/2"}
 
 
 GOOD = '{"id": "a/1", "proposer": "w", "text": "café", "n": 1}'
@@ -1225,7 +1225,7 @@ def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
 
 
 def rl_config(**changes):
-    cfg = train.Config(rl_rollouts=2, max_new_tokens=5, rl_when=0.7, latency_penalty=0.2)
+    cfg = train.Config(rl_rollouts=2, max_new_tokens=5, rl_decision_weight=0.7, latency_penalty=0.2)
     return replace(cfg, **{"temperature": 0.5, "chunk_tokens": 10**6, **changes})
 
 
@@ -1252,7 +1252,7 @@ def rl_case(cfg):
     pairs = []
     for i, j in zip((0, 5, 8, 4), (1, 6, 2, 1)):
         target = processor(ITEMS[j])
-        pair = {"query": processor(ITEMS[i]), "target": target, "negatives": []}
+        pair = {"id": f"A/{i}", "query": processor(ITEMS[i]), "target": target, "negatives": []}
         pairs.append(pair | {"target_key": P.prompt_key(target)})
     pairs[1]["negatives"] = [processor(ITEMS[3]), processor(ITEMS[7])]  # the first one counts
     queries = [pair["query"] for pair in pairs]
@@ -1305,7 +1305,7 @@ def naive_step(model, processor, pairs, roll, cfg):
     if cfg.rl_one_loss:
         loss = (when + what) / (num_sampled.sum() + 2 * B * K)
     else:
-        loss = cfg.rl_when * when / B + what / (B * K * T)
+        loss = cfg.rl_decision_weight * when / B + what / (B * K * T)
     weights = p.detach().repeat_interleave(K)
     nce = embed.info_nce(q[:, 0], t, column, cfg.temperature)
     target = column.repeat_interleave(K)
@@ -1348,7 +1348,7 @@ def test_step_equals_loops_over_ordinary_rows(changes, chunk_tokens, monkeypatch
     for key, value in (("logp_gap", 0.3), ("logp_k1", -0.3), ("logp_k2", 0.045)):
         assert metrics[key] == pytest.approx(value, abs=1e-4)
     worst = int(reward[:, 1:].mean(1).argmin())
-    assert metrics["sample"]["row"] == worst
+    assert metrics["sample"]["id"] == pairs[worst]["id"]
     assert metrics["sample"]["reward"] == pytest.approx(float(reward[worst, 1]), abs=1e-5)
     # Prefixes that embed trained are trained on: InfoNCE is a sum over them.
     cfg.matryoshka_dims = "8"
@@ -1627,7 +1627,7 @@ def test_run_every_stage_has_its_pairs(finished, opened):
     kept = json_rows(finished, "select", "selected.jsonl")
     assert kept and list(kept[0]) == ["id", "proposer", "text", "gain", "gain_placebo", "weight"]
     pairs = train.Pairs(*opened, for_rl=True)
-    held = [pair["id"] for window in pairs.load(pairs.windows()) for pair in window]
+    held = [pair["id"] for window in pairs.load(pairs.windows(bool)) for pair in window]
     assert held == [f"own/{i}" for i in range(21, 26)]
     assert {pair["id"] for pair in next(pairs.stream("x", 8, 8, 0))} <= {*held}
 
@@ -1706,7 +1706,7 @@ def test_run_pairs_by_workers_equal_those_kept(opened, monkeypatch):
         assert (a["query"]["ids"] == b["query"]["ids"]).all()
     # The next pass, windows instead of an endless stream, is read by the same process.
     (crew,) = multiprocessing.active_children()
-    windows = read.load(read.windows())
+    windows = read.load(read.windows(bool))  # an id is true
     assert os.getpgid(crew.pid) == crew.pid  # no signal to our group reaches it
     assert [pair["id"] for pair in next(windows)] == [f"own/{i}" for i in range(21)]
     assert multiprocessing.active_children() == [crew]
@@ -1769,8 +1769,8 @@ def test_run_sigterm_and_resume(finished, call, copy_of, monkeypatch, capsys):
     assert call(out, *more, stage="embed") == 143
     assert "after step 3 of embed" in one_line(capsys)
     shutil.copy(f"{finished}/embed/config.json", f"{out}/embed.part")  # as if it had been saved
-    assert call(out, *more, "--embed_lr", "9", stage="embed") == 2
-    assert "options.json was made with embed_lr" in one_line(capsys)
+    assert call(out, *more, "--embed_lr_factor", "9", stage="embed") == 2
+    assert "options.json was made with embed_lr_factor" in one_line(capsys)
     assert call(out, *more, stage="embed") == 0
     assert len(calls) == 5
     assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
@@ -1880,7 +1880,7 @@ def test_run_a_linked_stage_is_replaced_and_what_it_leads_to_stays(call, copy_of
     os.rename(f"{out}/embed", tmp_path / "parent")
     os.symlink(tmp_path / "parent", f"{out}/embed")
     before = contents(tmp_path / "parent")
-    assert call(out, "--embed_lr", "0.1", stage="embed") == 0
+    assert call(out, "--embed_lr_factor", "0.1", stage="embed") == 0
     assert contents(tmp_path / "parent") == before and not os.path.islink(f"{out}/embed")
 
 
@@ -1897,7 +1897,8 @@ def test_run_a_stage_begins_when_what_was_left_is_gone(own_root, copy_of, monkey
     out = copy_of("embed")
     run = train.Run(train.parse(arguments(own_root, out)))
     os.makedirs(f"{out}/rl.part")
-    write_json(f"{out}/rl.part/options.json", dataclasses.asdict(replace(run.cfg, rl_lr=9.0)))
+    options = dataclasses.asdict(replace(run.cfg, rl_steps=9))
+    write_json(f"{out}/rl.part/options.json", options)
     monkeypatch.setattr(train.scale, "is_main", lambda: False)
     monkeypatch.setattr(train.scale, "barrier", lambda: shutil.rmtree(f"{out}/rl.part", True))
     assert run.begin("rl") == f"{out}/rl.part"

@@ -11,8 +11,8 @@ Everything in order. A stage is a function below; the maths stands in the files 
     python train.py --stage all                         the pocket world, from nothing to a report
     python train.py --stage all --scale 0.05            the world's size and all steps times 0.05
     python train.py --stage all --preset qwen3vl-2b --model Qwen/Qwen3-VL-2B-Instruct --data ROOT
-    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 --rl_lr 0.1 \\
-        --fsdp true --compile false
+    torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 \\
+        --rl_lr_factor 0.1 --fsdp true --compile false
 
 An ablation is a copy of a finished run in which one stage is done again with another option:
 
@@ -32,10 +32,12 @@ The run folder:
     eval/summary.json ...                       scores, see eval.py
     report.json  report.md  report.html         the same for people
 
-A finished stage is skipped; a folder that was made with other options is refused. A stage works in
-STAGE.part, which takes its place when it is finished. With --resume auto a stage that broke off
-goes on from its last checkpoint or window (eval starts again), and ends with the same weights, to
-the last bit, as if nothing had happened. SIGTERM writes a checkpoint; the exit code is 143.
+--stage all skips finished stages; --stage NAME does one again. Options that differ from the
+folder's are refused, but for those of the machine, of the stage that is done again and of stages
+still to do. A stage works in STAGE.part, which takes its place when it is finished. With --resume
+auto a stage that broke off goes on from its last checkpoint or window (eval starts again), and ends
+with the same weights, to the last bit, as if nothing had happened. SIGTERM ends a run with exit
+code 143; a training loop writes a checkpoint first.
 An error is one line. `python -X dev train.py ...` shows where it came from.
 
 Randomness: every draw has a generator of its own, made from --seed and what is drawn (Run.rng). So
@@ -120,15 +122,15 @@ LARGE = {
     "workers": 8,
     "num_candidates": 4,
     "select_steps": 500,
-    # select_lr, embed_lr and rl_lr multiply lr. Below 1 they were tuned for the pocket model.
-    "select_lr": 1.0,
+    # A stage's peak rate is lr times its factor. The pocket model's are smaller: tuned for it.
+    "select_lr_factor": 1.0,
     "embed_steps": 5000,
-    "embed_lr": 1.0,
+    "embed_lr_factor": 1.0,
     "batch": 1024,
     "sub_batch": 64,
     "rl_steps": 500,
     "rl_batch": 64,
-    "rl_lr": 0.1,  # so 1e-6
+    "rl_lr_factor": 0.1,  # so 1e-6
     "rl_holdout": 0.05,
     "save_every": 200,
     "checkpointing": True,
@@ -137,7 +139,8 @@ LARGE = {
 LORA = {  # 4B in full needs 71 GB before an activation
     "lora": 32,
     "lr": 5e-5,
-    "rl_lr": 0.2,  # so 1e-5: the update of a merged bf16 copy gets lost in rounding below that
+    # So 1e-5: below that the update of a merged bf16 copy gets lost in rounding.
+    "rl_lr_factor": 0.2,
 }
 PRESETS = {
     "pocket": {},
@@ -206,13 +209,13 @@ class Config:
 
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
     select_steps: int = opt("select", 300)  # updates of each evaluator
-    select_lr: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
+    select_lr_factor: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
     select_margin: float = opt("select", 0.7, -math.inf)  # least gain; log 2 doubles p(target)
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
     select_folds: int = opt("select", 2, 1)  # 2: the judge never trained on the pair; 1: it did
 
     embed_steps: int = opt("embed", 400)  # updates
-    embed_lr: float = opt("embed", 0.5)  # times lr
+    embed_lr_factor: float = opt("embed", 0.5)  # times lr
     embed_proposers: str = opt("embed", "")  # learn from these authors (a,b or none); empty: all
     lm_weight: float = opt("embed", 1.0)  # of the rationale's cross-entropy
     decision_weight: float = opt("embed", 0.5)  # of the decision's cross-entropy
@@ -222,9 +225,9 @@ class Config:
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_temperature: float = opt("rl", 1.0, 0.01)  # of sampling
-    rl_lr: float = opt("rl", 0.05)  # times lr
+    rl_lr_factor: float = opt("rl", 0.05)  # times lr
     latency_penalty: float = opt("rl", 0.6)  # reward charged for max_new_tokens tokens
-    rl_when: float = opt("rl", 1.0)  # weight of the decision's loss
+    rl_decision_weight: float = opt("rl", 1.0)  # weight of the decision's loss
     rl_one_loss: bool = opt("rl", False)  # ablation: decision and rationale in one mean
 
     threshold: float = opt("eval", 0.5, -math.inf)  # reason when p_reason exceeds it
@@ -257,7 +260,7 @@ def true_or_false(text):
 
 
 def underscored(argument):
-    """--rl-lr=0.1 -> --rl_lr=0.1; what is no option stays as it is."""
+    """--rl-steps=9 -> --rl_steps=9; what is no option stays as it is."""
     name, equals, value = argument.partition("=")
     if name.startswith("--"):
         name = "--" + name[2:].replace("-", "_")
@@ -267,7 +270,7 @@ def underscored(argument):
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
-    parse(["--seed=7", "--rl-lr", "0.1"]) -> Config(seed=7, rl_lr=0.1, out="runs/pocket")
+    parse(["--seed=7", "--rl-steps", "9"]) -> Config(seed=7, rl_steps=9, out="runs/pocket")
     """
     # {"seed": "of the world, the weights, the order and the sampling"}: Config's own comments.
     source = inspect.getsource(Config)
@@ -285,7 +288,7 @@ def parse(argv):
                 help=f"{why.get(f.name)} ({f.default!r})",
             )
     argv = [underscored(argument) for argument in argv]
-    given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_lr": 0.1}
+    given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_steps": 9}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
     if not cfg.out:
@@ -307,7 +310,7 @@ def check(cfg):
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
     no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
     cannot_shard = cfg.optimizer == "muon" or cfg.lora or cfg.compile
-    numbers = re.fullmatch(r"([1-9]\d*,?)*", cfg.matryoshka_dims)  # "64,128" or ""
+    numbers = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.matryoshka_dims)  # "64,128" or ""
     mistakes = {  # {what is said: whether it is the case}
         f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
         "--batch is not a multiple of --sub_batch": cfg.batch % cfg.sub_batch,
@@ -657,9 +660,9 @@ class Pairs:
                 pairs += next(loaded)
             yield pairs
 
-    def windows(self, is_wanted=None):
+    def windows(self, is_wanted):
         """(source, row) of the pairs whose id is_wanted(id) accepts, dataset by dataset, in lists
-        of at most selection.WINDOW = 1024. Of two datasets with 1500 and 20 pairs:
+        of at most selection.WINDOW. Of two datasets with 1500 and 20 pairs, WINDOW being 1024:
 
         [[(0, 0), ... (0, 1023)], [(0, 1024), ... (0, 1499)], [(1, 0), ... (1, 19)]]
         """
@@ -668,7 +671,7 @@ class Pairs:
         for source, rows in enumerate(self.rows):
             refs = []
             for row in rows:
-                if is_wanted is None or is_wanted(self.tables.id(source, row)):
+                if is_wanted(self.tables.id(source, row)):
                     refs.append((source, row))
             for start in range(0, len(refs), size):
                 windows.append(refs[start : start + size])
@@ -881,10 +884,13 @@ def propose_stage(run, part):
     if not given_path and not c.data:
         given_path = run.path("data/proposers.jsonl")
     given = propose.Rationales(given_path) if given_path else None
-    is_hard = propose.hard_pairs(c.hard).__contains__ if c.hard else None
+    hard = propose.hard_pairs(c.hard) if c.hard else None  # pair ids; None: all
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
+
+    def is_wanted(pair_id):
+        return hard is None or pair_id in hard
 
     def rows_of(n, window):
         rows = []
@@ -897,14 +903,14 @@ def propose_stage(run, part):
         return rows
 
     path = f"{part}/rationales.jsonl"
-    by_window(run, path, pairs, is_hard, rows_of, "propose")
+    by_window(run, path, pairs, is_wanted, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
-    if not written.places:
+    if not written.offsets:
         where = f"{run.data_root} in {c.hard}" if c.hard else run.data_root
         raise ValueError(f"nobody wrote a rationale about a pair of {where}")
     if given:
-        unused = len(given.places.keys() - written.places.keys())  # rl's, easy or unknown
+        unused = len(given.offsets.keys() - written.offsets.keys())  # rl's, easy or unknown
         left_out = f"{given.left_out} of targets or without a word"
         run.say(f"propose: not used: those of {unused} pairs, and {left_out}")
 
@@ -979,7 +985,7 @@ def judge_fold(run, part, fold, written, path):
     # Half of a batch belongs to the fold that is judged and drops out: draw twice as much.
     twice = 2 if c.select_folds > 1 else 1
     stream = partial(pairs.stream, name, twice * c.batch, twice * c.sub_batch)
-    fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr)
+    fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr_factor)
     if scale.is_main():
         embedder.save(f"{part}/judge{fold}")
 
@@ -1018,16 +1024,12 @@ def embed_stage(run, part):
         return contrastive_step(embedder.model, processor, batch, rationales, labels, c)
 
     stream = partial(pairs.stream, "embed", c.batch, c.sub_batch)
-    fit(run, "embed", part, embedder, stream, one_step, c.embed_steps, c.embed_lr)
+    fit(run, "embed", part, embedder, stream, one_step, c.embed_steps, c.embed_lr_factor)
     return embedder
 
 
 class Lessons:
-    """What propose and select left: a rationale for each visit of a pair, and the right decision.
-
-    A pair without a kept rationale teaches the reasoned path, too, by a text of the author with
-    most kept ones: so the model reasons well wherever it is forced to.
-    """
+    """What propose and select left: a rationale for each visit of a pair, and its decision."""
 
     def __init__(self, run):
         wanted = {name for name in run.cfg.embed_proposers.split(",") if name}  # {"careful"}
@@ -1087,7 +1089,7 @@ def rl_stage(run, part):
 
     one_step = grpo if c.rl_rollouts else contrast
     stream = partial(pairs.stream, "rl", c.rl_batch, RL_SUB_BATCH)
-    fit(run, "rl", part, embedder, stream, one_step, c.rl_steps, c.rl_lr)
+    fit(run, "rl", part, embedder, stream, one_step, c.rl_steps, c.rl_lr_factor)
     return embedder
 
 

@@ -46,7 +46,7 @@ FIRST_MARKER = 151643  # the id of <|endoftext|>; text has the ids before it
 OPTIONS = (
     "--preset qwen3vl-2b --stage all --lr 1e-3 --batch 4 --sub_batch 4 --chunk_tokens 256 "
     "--max_new_tokens 4 --num_candidates 1 --select_steps 2 --select_margin -9 --select_fdr 99 "
-    "--embed_steps 3 --rl_steps 2 --rl_batch 8 --rl_rollouts 2 --rl_holdout 0.25 --rl_lr 1"
+    "--embed_steps 3 --rl_steps 2 --rl_batch 8 --rl_rollouts 2 --rl_holdout 0.25 --rl_lr_factor 1"
 ).split()
 # A CPU without bf16 instructions takes 37 s for a product of (40, V) and (V, 512), in fp32 0.2 s.
 ON = {"cpu": ["--device", "cpu", "--dtype", "float32"], "cuda": ["--device", "cuda"]}
