@@ -423,7 +423,7 @@ def main():
     add("--limit", type=data.count, help="at most so many pairs per dataset")
     add("--hard", metavar="JUDGED", help="only hard pairs, as a run's select/judged.jsonl has them")
     add("--max-tokens", type=data.count, default=128, help="of an answer (128)")
-    add("--max-pixels", type=data.count, default=1003520, help="of an image; larger ones shrink")
+    add("--max-pixels", type=data.count, default=501760, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
     add(
         "--requests",

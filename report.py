@@ -151,6 +151,8 @@ def what_is_missing(report, log, test_sets):
     sentences = []
     if test_sets:
         sentences.append(f"In no mean, as the data lacks them: {', '.join(test_sets)}.")
+    if "warning" in report.get("selection", {}):
+        sentences.append(report["selection"]["warning"])
     if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
     logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}

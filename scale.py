@@ -451,14 +451,12 @@ def for_file(value):
     return value.cpu() if is_main() else None
 
 
-def need_space(folder, model):
-    """OSError, in one line, unless the disk has room for two states, the last one and the one that
-    is being written: of each trained weight, itself and at most two moments."""
-    size = 2 * 3 * sum(p.nbytes for p in trainable(model).values())
+def need_space(folder, size, what):
+    """OSError, in one line, unless the disk has room for `size` bytes more of `what`."""
     free = shutil.disk_usage(folder).free
     if free < size:
         room = f"{size / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free"
-        raise OSError(f"{folder}: checkpoints of {room}")
+        raise OSError(f"{folder}: {what} of {room}")
 
 
 def save_state(path, step, model, optimizer):

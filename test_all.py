@@ -1668,7 +1668,7 @@ def test_run_revision_is_fetched_and_written_down(call, tmp_path, monkeypatch):
     assert read_json(f"{out}/config.json")["revision"] == "v1"
 
 
-def test_run_a_foreign_checkpoint_is_asked_in_words(own_root, call, tmp_path, monkeypatch):
+def test_run_a_foreign_checkpoint_is_asked_in_words(own_root, call, tmp_path, monkeypatch, capsys):
     """Its base stage leaves it what it is; what we have trained opens with <think>."""
     foreign = shutil.copytree(f"{own_root}/model", tmp_path / "model")
     (foreign / "embedder_config.json").unlink()
@@ -1677,6 +1677,8 @@ def test_run_a_foreign_checkpoint_is_asked_in_words(own_root, call, tmp_path, mo
     model = ["--model", str(foreign)]
     assert call(out, *model, stage="base") == call(out, *model, stage="propose") == 0
     assert spy.call_args.args[-1] is True
+    cut = sum(row.get("truncated", False) for row in json_rows(out, "propose", "rationales.jsonl"))
+    assert f"{cut} of them cut off" in capsys.readouterr().out and cut
     # Options of stages that are not done are free.
     assert call(out, *model, "--rl_steps", "3", stage="select") == 0
     assert read_json(out / "base/embedder_config.json")["trained_here"] is False
@@ -1695,7 +1697,7 @@ def test_run_hard_negatives_come_in_another_order_at_each_visit(opened, monkeypa
 
 def test_run_pairs_by_workers_equal_those_kept(opened, monkeypatch):
     kept = train.Pairs(*opened)
-    monkeypatch.setattr(train.Pairs, "MAX_BYTES", 0)
+    monkeypatch.setattr(train.Pairs, "MAX_PAIRS", 20)  # there are 21
     monkeypatch.setattr(train.Pairs, "PART", 4)  # lists are read in parts, and joined
     read = train.Pairs(*opened)
     stream = kept.stream("x", 8, 4, first_step=0)
@@ -1818,11 +1820,27 @@ def test_run_two_processes_equal_one(finished, own_root, copy_of):
 
 
 def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monkeypatch):
-    """The windows are dealt out, and their rows come back in order."""
-    monkeypatch.setattr(train.selection, "WINDOW", 4)  # several of each fold
+    """The windows are dealt out, and their rows come back in order. Without training each process
+    opens about half of the images: its windows', and one to see how large they are."""
+    monkeypatch.setattr(train.selection, "WINDOW", 2)  # many of each fold
     one, two = copy_of("propose", "one"), copy_of("propose", "two")
     assert call(one, stage="select") == 0
     train_in_two(arguments(own_root, two, stage="select"))
+
+    opened = f"{two}/opened."
+
+    def load_image(ref, load=P.load_image):
+        with open(opened + os.environ["RANK"], "a") as f:
+            f.write(f"{Path(ref).name}\n")
+        return load(ref)
+
+    monkeypatch.setattr(P, "load_image", load_image)
+    shutil.copytree(two, f"{two}/again")
+    train_in_two(arguments(own_root, f"{two}/again", "--select_steps", "0", stage="select"))
+    images = [Path(opened + rank).read_text().split() for rank in "01"]
+    assert {*images[0], *images[1]} == {f"{i}.png" for i in range(0, 21, 4)}  # rl has the other
+    assert sorted(map(len, images)) == [3, 5]  # of six, and one each
+
     a, b = (json_rows(out, "select", "judged.jsonl") for out in (one, two))
     assert len(a) == len(b) == len(json_rows(finished, "select", "judged.jsonl"))
     for x, y in zip(a, b):
@@ -1856,6 +1874,29 @@ def test_run_each_process_reads_its_own_windows_alone(tmp_path, monkeypatch):
     assert [row["id"] for row in json_rows(path)] == [f"own/{i}" for i in range(10) if i != 4]
 
 
+def test_run_a_kill_loses_one_window(finished, call, copy_of, monkeypatch):
+    monkeypatch.setattr(train.selection, "WINDOW", 4)
+    out, whole = copy_of("propose"), copy_of("propose", "whole")
+    assert call(whole, stage="select") == 0
+    judge = train.selection.judge
+    seen = []
+
+    def judge_two(model, processor, pairs, *args):
+        if len(seen) == 2:
+            raise KeyboardInterrupt  # nothing is tidied up, as after a kill
+        seen.append([pair["id"] for pair in pairs])
+        return judge(model, processor, pairs, *args)
+
+    monkeypatch.setattr(train.selection, "judge", judge_two)
+    with pytest.raises(KeyboardInterrupt):
+        call(out, stage="select")
+    monkeypatch.setattr(train.selection, "judge", spy := Mock(wraps=judge))
+    assert call(out, "--resume", "auto", stage="select") == 0
+    again = [pair["id"] for judged in spy.call_args_list for pair in judged.args[2]]
+    assert not {*again} & {*seen[0], *seen[1]} and len(again) + len(seen[0] + seen[1]) == 21
+    assert contents(out)["select/judged.jsonl"] == contents(whole)["select/judged.jsonl"]
+
+
 def test_run_broken_stage_leaves_what_was_done(call, copy_of, monkeypatch, capsys):
     out = copy_of()
     before = contents(out, "metrics")
@@ -1866,12 +1907,30 @@ def test_run_broken_stage_leaves_what_was_done(call, copy_of, monkeypatch, capsy
     assert contents(out, "rl.part", "metrics") == before
 
 
-def test_run_full_disk_is_said_before_the_first_step(call, copy_of, monkeypatch, capsys):
-    out = copy_of("select")
-    monkeypatch.setattr(train, "contrastive_step", None)
-    monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
-    assert call(out, stage="embed") == 1
-    assert "do not fit" in one_line(capsys)
+@pytest.mark.parametrize(
+    "stage, free, what",
+    [("propose", 999, "rationales"), ("select", 999, "judged"), ("embed", 2**20, "checkpoints")],
+)
+def test_run_full_disk_is_said_before_the_first_step(
+    call, copy_of, monkeypatch, capsys, stage, free, what
+):
+    out = copy_of(train.STAGES[train.STAGES.index(stage) - 1])
+    for step in ("contrastive_step", "by_window", "judge_fold"):
+        monkeypatch.setattr(train, step, None)
+    monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert call(out, stage=stage) == 1
+    line = one_line(capsys)
+    assert f"{what} of " in line.replace("judged rationales", "judged") and "do not fit" in line
+
+
+def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
+    """While it selects, in its last lines, in the report."""
+    out = copy_of("propose")
+    assert call(out, "--select_margin", "99") == 0
+    said = capsys.readouterr().out
+    assert said.count("WARNING: selection kept rationales of 0 of") == 2
+    assert "Try a stronger proposer" in said[said.index("peak_memory_gb") :]
+    assert "Try a stronger proposer" in Path(out, "report.md").read_text()
 
 
 def test_run_a_linked_stage_is_replaced_and_what_it_leads_to_stays(call, copy_of, tmp_path):
@@ -2488,6 +2547,53 @@ def test_model_parity(shape, tmp_path):
             assert unit_gap(h, want) < 1e-5
             p = model.logits(h).softmax(-1)
             assert (p - judge.lm_head(want).softmax(-1)).abs().max() < 1e-5
+
+
+def plain_attention(q, k, v, mask):
+    """softmax(q kᵀ / √d) v in float64: q (B, A, S, d), k and v (B, C, L, d), mask (B, 1, S, L)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).double() for x in (k, v))
+    scores = q.double() @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+ROW = [0] * 30 + [1] * 20 + [2] * 15 + [-1] * 5  # a prompt with two branches, padded
+BRANCHES = {
+    "causal": [[0] * 70, [0] * 70],
+    "padded": [[0] * 60 + [-1] * 10, [0] * 70],
+    "branches": [ROW, ROW],
+    "continuations": [[0] * 30 + [1, 2, 3, 4] * 10] * 2,  # of these the last ten tokens look
+    "segments": [[0] * 48],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", BRANCHES)
+def test_model_attention_equals_a_plain_softmax(form, dtype):
+    """Six query heads, two key heads; of the vision tower three of each."""
+    torch.manual_seed(0)
+    branch = torch.tensor(BRANCHES[form])
+    B, L = branch.shape
+    heads = (3, 3, 3) if form == "segments" else (6, 2, 2)
+    q, k, v = (torch.randn(B, n, L, 16).to(dtype) for n in heads)
+    columns = torch.arange(60, 70) if form == "continuations" else torch.arange(L)
+    mask = M.tree_mask(branch, columns)
+    q = q[:, :, columns]
+    if form == "segments":
+        lengths = [8, 8, 20, 12]
+        segment = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+        mask = (segment[:, None] == segment)[None, None]
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, A, d)
+        fused = M.attend_segments(*rows, lengths).transpose(0, 1)[None]
+    elif form == "causal":
+        fused = M.attend(q, k, v, None)
+    else:
+        bias = q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        fused = M.attend(q, k, v, bias.repeat(1, 1, 3, 1))
+    plain = plain_attention(q, k, v, mask)
+    if dtype == torch.float32:
+        assert (fused - plain).abs().max() < 1e-5
+    else:
+        assert F.cosine_similarity(fused.double(), plain, dim=-1).min() > 0.999
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])

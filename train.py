@@ -109,36 +109,35 @@ RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares the
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
-# The presets for Qwen3-VL's own checkpoints. Learning rates are those of the nearest published
-# recipes: 5e-5 for LoRA (VLM2Vec), 1e-5 for full training between UME-R1's 5e-5 (SFT) and 1e-6
-# (RL). Batch, sub_batch and embed_steps are VLM2Vec-V2's.
+# The presets for Qwen3-VL's own checkpoints, each value with its source. Ours are arithmetic for
+# about a day on eight GPUs (docs/full_scale.md) and were never tried.
 LARGE = {
-    "dtype": "bfloat16",
-    "optimizer": "adamw",
-    "lr": 1e-5,
-    "warmup": 100,
-    "max_pixels": 501760,  # 490 tokens of 32 x 32 pixels
-    "max_new_tokens": 128,
-    "workers": 8,
-    "num_candidates": 4,
-    "select_steps": 500,
+    "dtype": "bfloat16",  # that of Qwen's weights
+    "optimizer": "adamw",  # VLM2Vec-V2
+    "lr": 1e-5,  # ours: between UME-R1's 5e-5 (SFT) and 1e-6 (RL)
+    "warmup": 100,  # VLM2Vec-V2
+    "max_pixels": 501760,  # ours: 490 tokens of 32 x 32 pixels, half of VLM2Vec-V2's
+    "max_new_tokens": 128,  # ours
+    "workers": 8,  # VLM2Vec-V2
+    "num_candidates": 4,  # ours
+    "select_steps": 500,  # ours: a tenth of embed's
     # A stage's peak rate is lr times its factor. The pocket model's are smaller: tuned for it.
     "select_lr_factor": 1.0,
-    "embed_steps": 5000,
+    "embed_steps": 5000,  # VLM2Vec-V2
     "embed_lr_factor": 1.0,
-    "batch": 1024,
-    "sub_batch": 64,
-    "rl_steps": 500,
-    "rl_batch": 64,
-    "rl_lr_factor": 0.1,  # so 1e-6
-    "rl_holdout": 0.05,
-    "save_every": 200,
+    "batch": 1024,  # VLM2Vec-V2
+    "sub_batch": 64,  # VLM2Vec-V2
+    "rl_steps": 500,  # ours: a tenth of embed's
+    "rl_batch": 64,  # ours
+    "rl_lr_factor": 0.1,  # so 1e-6: UME-R1
+    "rl_holdout": 0.05,  # ours: more pairs than rl visits
+    "save_every": 200,  # ours
     "checkpointing": True,
     "compile": True,
 }
 LORA = {  # 4B in full needs 71 GB before an activation
-    "lora": 32,
-    "lr": 5e-5,
+    "lora": 32,  # Qwen3-VL-Embedding
+    "lr": 5e-5,  # VLM2Vec-V2
     # So 1e-5: below that the update of a merged bf16 copy gets lost in rounding.
     "rl_lr_factor": 0.2,
 }
@@ -539,10 +538,6 @@ class Run:
             embedder.processor.pad_to = 128  # few lengths to compile for
         if c.fsdp:
             scale.shard(model, self.dtype)
-        if self.device.startswith("cuda"):
-            plain = sdpa_kernel(model, self.dtype, branches=False)
-            branched = sdpa_kernel(model, self.dtype, branches=True)
-            self.say(f"attention: {plain}; with branches {branched}")
         return embedder
 
     def pairs(self, processor, for_rl=False, question=None):
@@ -571,7 +566,8 @@ class Pairs:
     heart the direct embedding is so good that thinking never seems to pay.
     """
 
-    MAX_BYTES = 2**30  # of prompts that are kept in memory
+    MAX_BYTES = 2**30  # of patches that are kept in memory
+    MAX_PAIRS = 50_000  # that are kept there; one of short texts takes 2.5 kB
     PART = 32  # pairs that a worker reads at a time
 
     def __init__(self, run, processor, for_rl=False, question=None):
@@ -584,8 +580,9 @@ class Pairs:
         # A range of rows of each dataset: [range(0, 600), range(0, 600), ...]
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
         self.cache = {}  # {(source, row): pair}
-        total = sum(self.bytes(source) for source in range(len(self.rows)))
-        self.fits_in_memory = total <= self.MAX_BYTES
+        num_bytes = sum(self.bytes(source) for source in range(len(self.rows)))
+        num_pairs = sum(map(len, self.rows))
+        self.fits_in_memory = num_bytes <= self.MAX_BYTES and num_pairs <= self.MAX_PAIRS
         workers = 0 if self.fits_in_memory else run.cfg.workers
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
         self.batches = Batches()
@@ -611,10 +608,10 @@ class Pairs:
         return range(first_held, n) if for_rl else range(first_held)
 
     def bytes(self, source):
-        """What the prompts of a dataset would weigh, if all weigh what the first one does."""
+        """What a dataset's patches would weigh, if all pairs' weigh what the first one's do."""
         rows = self.rows[source]
         pair = self.tables.fetch(source, rows[0], read=self.prompts)
-        size = 1000  # of ids and hashes
+        size = 0
         for prompt in (pair["query"], pair["target"], *pair["negatives"]):
             size += sum(patches.nbytes for patches in prompt["pixel_values"])
         return len(rows) * size
@@ -733,7 +730,10 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
     state = f"{part}/{name}.state"
     step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
     if step == 0:  # a full disk is noticed now, not hours later
-        scale.need_space(part, model)
+        # Two states, the last one and the one that is being written: of each weight itself and at
+        # most two moments.
+        weights = sum(p.nbytes for p in scale.trainable(model).values())
+        scale.need_space(part, 2 * 3 * weights, "checkpoints")
     run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
@@ -888,6 +888,12 @@ def propose_stage(run, part):
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
+    # What is read and what is written (a token has some four bytes, a row some 200 more), twice:
+    # in files of windows, and in the one that joins them.
+    size = c.num_candidates * (4 * c.max_new_tokens + 200) * sum(map(len, pairs.rows))
+    if given:
+        size += os.path.getsize(given_path)
+    scale.need_space(part, 2 * size, "rationales")
 
     def is_wanted(pair_id):
         return hard is None or pair_id in hard
@@ -922,6 +928,9 @@ def select_stage(run, part):
     """
     c = run.cfg
     written = propose.Rationales(run.path("propose/rationales.jsonl"))  # by pair id
+    # A judged row is about twice as long as its rationale. It is written three times: into a file
+    # of its window, of its fold and of all.
+    scale.need_space(part, 3 * 2 * os.path.getsize(written.path), "judged rationales")
 
     # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]
@@ -939,21 +948,21 @@ def select_stage(run, part):
         short = ({key: row[key] for key in SELECTED} for row in chosen)  # some of its columns
         write_rows(selected, short)
         write_rows(f"{part}/judged.jsonl", Rows(*paths))
-    scale.barrier()
-    kept = Rows(selected)
 
-    # 3) The audit: against the truth, where it is known, and against placebos
-    truth = selection.pocket_truth(run.data_root)
-    audit = selection.audit(judged, kept, *rule, truth)
-    figures = {name: x for name, x in audit.items() if not isinstance(x, dict)}  # not by_proposer
-    run.forget("select audit")
-    run.forget(f"select{c.select_folds}")  # of an earlier try with more folds
-    run.log("select audit", 1, 1, figures)
-    warning = selection.few_kept(judged, kept)
-    if warning:
-        run.say(warning)
-    if scale.is_main():
+        # 3) The audit: against the truth, where it is known, and against placebos
+        kept = Rows(selected)
+        truth = selection.pocket_truth(run.data_root)
+        audit = selection.audit(judged, kept, *rule, truth)
+        numbers = {name: x for name, x in audit.items() if not isinstance(x, dict)}
+        run.forget("select audit")
+        run.forget(f"select{c.select_folds}")  # of an earlier try with more folds
+        run.log("select audit", 1, 1, numbers)
+        warning = selection.few_kept(judged, kept)
+        if warning:
+            run.say(warning)
+            audit["warning"] = warning  # the run's last lines and report.md repeat it
         write_json(f"{part}/audit.json", audit)
+    scale.barrier()
 
 
 class Judged(Rows):
@@ -1009,6 +1018,9 @@ def embed_stage(run, part):
     """
     c = run.cfg
     embedder = run.trainee(*[f"select/judge{fold}" for fold in range(c.select_folds)])
+    plain = sdpa_kernel(embedder.model, run.dtype, branches=False)
+    branched = sdpa_kernel(embedder.model, run.dtype, branches=True)
+    run.say(f"attention: {plain}; with branches {branched}")
     processor = embedder.processor
     pairs = run.pairs(processor)
     lessons = Lessons(run)
@@ -1142,6 +1154,8 @@ def write_report(run):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
     print(f"peak_memory_gb: {peak / unit:.2f}")
+    if "warning" in result["selection"]:
+        print(result["selection"]["warning"])
     print(f"report: {run.path('report.html')}")
 
 
