@@ -58,25 +58,15 @@ import rl
 import scale
 import train
 from embed import Embedder, contrastive_step, info_nce
-from model import CONFIGS, Qwen3VL, generate, write_json
+from model import CONFIGS, generate, write_json
 from processor import Processor, collate, normalize_pixels
 
 # "large" is a cut of 2B that a CPU can bear: 8 of its 28 layers, a quarter of its width.
-LARGE = dataclasses.replace(
-    CONFIGS["2b"],
-    vocab=0,  # make_model puts the tokenizer's here
-    hidden=512,
-    mlp=1536,
-    layers=8,
-    heads=4,
-    kv_heads=2,
-    v_hidden=384,
-    v_mlp=1536,
-    v_layers=6,
-    v_heads=6,
-    v_deepstack=(1, 3, 5),  # vision layers whose output also enters the text tower
-)
-SIZES = {**CONFIGS, "large": LARGE}  # {"pocket", "2b", ...}: CONFIGS are model.py's
+# vocab 0: the tokenizer's.
+TEXT = {"vocab": 0, "hidden": 512, "mlp": 1536, "layers": 8, "heads": 4, "kv_heads": 2}
+VISION = {"v_hidden": 384, "v_mlp": 1536, "v_layers": 6, "v_heads": 6, "v_deepstack": (1, 3, 5)}
+LARGE = dataclasses.replace(CONFIGS["2b"], **TEXT, **VISION)
+SIZES = {**CONFIGS, "large": LARGE}
 
 # --------------------------------------------------------------------------------------------------
 # The same model and the same inputs for both. An item is what a user gives: texts and images. A
@@ -93,22 +83,12 @@ class ReadyProcessor(Processor):
 
 def make_model(size, device, dtype):
     """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder."""
-    _, small = pretrain.new_model(0)  # the Processor of the pocket model
-    # The shapes are Qwen's, the numbers of the special tokens are those of this vocabulary.
-    config = dataclasses.replace(
-        SIZES[size],
-        vocab=SIZES[size].vocab or small.config.vocab,
-        image_token=small.config.image_token,
-        video_token=small.config.video_token,
-        vision_start=small.config.vision_start,
-        vision_end=small.config.vision_end,
-    )
-    torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen3VL(config).to(dtype).init_weights().eval()
+        model, given = pretrain.new_model(0, device, SIZES[size])
     # Pixels: 64 tokens of an image at most, 256, and 484: the presets' 501,760 pixels.
     side = {"pocket": 256, "large": 512}.get(size, 708)
-    return Embedder(model, ReadyProcessor(small.tokenizer, config, max_pixels=side * side))
+    processor = ReadyProcessor(given.tokenizer, given.config, max_pixels=side * side)
+    return Embedder(model.to(dtype).eval(), processor)
 
 
 def make_items(n, processor, seed):
@@ -157,8 +137,7 @@ class Task:
 
 
 def make_tasks(processor, options):
-    """The tasks of one size. Both sides get the same prompts: what the Processor makes of an item,
-    token ids and patches."""
+    """The tasks of one size. Both sides get the same prompts."""
     Q, K, T = options.queries, options.rollouts, options.tokens
     n = options.items
     B = options.batch  # pairs of the contrastive step
@@ -167,14 +146,9 @@ def make_tasks(processor, options):
     images = [image for item in items[:n] for image in item.get("image", [])]
     pairs = []  # as train.Pairs makes them
     for i, target in enumerate(make_items(B, processor, seed=1)):
-        pair = {
-            "id": str(i),
-            "key": "",  # of rationales' files, which are not used here
-            "query": prompts[i],
-            "target": processor(target),
-            "target_key": str(i),  # all targets differ
-            "negatives": [],
-        }
+        pair = {"id": str(i), "query": prompts[i], "target": processor(target), "negatives": []}
+        pair["key"] = ""  # of rationales' files, which are not used here
+        pair["target_key"] = str(i)  # all targets differ
         pairs.append(pair)
     # The peer keeps the activations of every rollout, and its prompt's: they must fit.
     few = pairs[: max(2, Q // 16)]
@@ -329,7 +303,7 @@ class Peer:
             max_new_tokens=T,
             suppress_tokens=processor.suppress_tokens,
             eos_token_id=processor.think_end_id,  # </think> ends a rationale
-            pad_token_id=processor.eos_id,  # behind it
+            pad_token_id=processor.eos_id,  # fills a row that has ended
         )
         start = inputs["input_ids"].shape[1]
         sampled = []
@@ -430,7 +404,7 @@ def compare(size, options):
     for task in tasks:
         if task.tolerance:
             agree(task.method, task.run(ours), task.run(peer), task.tolerance)
-    (prompts,) = tasks[0].inputs
+    (prompts,) = tasks[0].inputs  # of embed
     greedy = (prompts[:6], 1, 12, 0.0)  # one continuation of 12 tokens, at temperature 0
     if ours.generate(*greedy) != peer.generate(*greedy):
         raise ValueError("generate: the greedy tokens differ: not the same computation")
@@ -491,26 +465,20 @@ def measure(size, options):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-COUNTS = [  # an option, its default, what it counts
-    ("queries", 64, "to write rationales for"),
-    ("rollouts", 8, "rationales of each query"),
-    ("tokens", 64, "of each rationale"),
-    ("items", 48, "to embed"),
-    ("batch", 16, "pairs of the contrastive step"),
-    ("repeats", 5, "turns, whose median counts"),
-]
-
 
 def parse(argv):
     """Command line -> options; .gpu and .size follow from the machine where they are not given."""
-    # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
-    parser.add_argument("--out", help="JSON file of what is printed")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
-    parser.add_argument("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
-    for name, default, what in COUNTS:
-        about = f"{what} ({default})"
-        parser.add_argument(f"--{name}", type=data.count, default=default, help=about)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
+    add = parser.add_argument
+    add("--out", help="JSON file of what is printed")
+    add("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
+    add("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
+    add("--queries", type=data.count, default=64, help="to write rationales for (64)")
+    add("--rollouts", type=data.count, default=8, help="rationales of each query (8)")
+    add("--tokens", type=data.count, default=64, help="of each rationale (64)")
+    add("--items", type=data.count, default=48, help="to embed (48)")
+    add("--batch", type=data.count, default=16, help="pairs of the contrastive step (16)")
+    add("--repeats", type=data.count, default=5, help="turns, whose median counts (5)")
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")

@@ -68,7 +68,6 @@ from tqdm import tqdm
 # Phi-3.5-V's token in MMEB's text: "<|image_1|>\nWhat?\n". In WebQA it stands where no image
 # follows, in the split diverse_instruction in the middle of a sentence.
 IMG = "<|image_1|>"
-FRAME_FILES = (".jpg", ".jpeg", ".png")  # the endings that the reference accepts
 TABLE_FILES = (".parquet", ".jsonl", ".json")
 
 # labels: class names of test sets whose candidates are all classes, also those that no clip shows:
@@ -127,9 +126,9 @@ def short(value):
 # Items and images
 
 
-def item(text="", image=None, video=None, instruction=None):
-    """item("a cat", image="/a.jpg") -> {"text": "a cat", "image": "/a.jpg"}: only what is there.
-    A side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
+def make_item(text="", image=None, video=None, instruction=None):
+    """make_item("a cat", image="/a.jpg") -> {"text": "a cat", "image": "/a.jpg"}: what is there. A
+    side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
     parts = {"text": text, "image": image, "video": video, "instruction": instruction}
     return {key: value for key, value in parts.items() if value not in (None, "")} or {"text": ""}
 
@@ -245,12 +244,11 @@ def to_rgb(image):
 def visible(folder):
     """The names in a folder in natural order, without AppleDouble files (._x.jpg), as VisDial's
     archive holds them (VLM2Vec's issue 108)."""
+
+    def natural(name):  # frame_2 before frame_10: "frame_2.jpg" -> ["frame_", 2, ".jpg"]
+        return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name.lower())]
+
     return sorted((name for name in os.listdir(folder) if name[0] != "."), key=natural)
-
-
-def natural(name):
-    """A sort key that puts frame_2 before frame_10: "frame_2.jpg" -> ["frame_", 2, ".jpg"]."""
-    return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name.lower())]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,7 +500,6 @@ def expand(groups):
     return rows
 
 
-TRAIN, EVAL = expand(MMEB["train"]), expand(MMEB["eval"])  # 25 and 78 short rows
 USER_FILES = {"train.jsonl", "train.parquet", "test.jsonl", "test.parquet"}
 
 
@@ -527,7 +524,7 @@ def tables(root, kind):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
     own = sorted(USER_FILES & set(os.listdir(root)))
-    rows = TRAIN if kind == "train" else EVAL
+    rows = expand(MMEB[kind])  # 25 and 78 short rows
     if os.path.exists(listing):
         if not Path(os.path.realpath(listing)).is_relative_to(os.path.realpath(root)):
             raise BadData(listing, "leaves the root")
@@ -538,19 +535,19 @@ def tables(root, kind):
         if len(files) > 1:
             raise BadData(root, f"{' and '.join(files)}: expected one of them")
         rows = [{"name": "own", "table": file} for file in files]  # of train.jsonl alone: no test
-    rows = [complete(row, kind) for row in rows]
-    names = [row["name"] for row in rows]
+    specs = [complete(row, kind) for row in rows]
+    names = [spec["name"] for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise BadData(root, f"{kind} dataset {name!r} is there twice")
-    return rows
+    return specs
 
 
-def wanted(rows, names):
-    """The rows of these names, in this order (None: all); an unknown name is an error."""
+def wanted(specs, names):
+    """The specs of these names, in this order (None: all); an unknown name is an error."""
     if names is None:
-        return rows
-    by_name = {row["name"]: row for row in rows}
+        return specs
+    by_name = {spec["name"]: spec for spec in specs}
     for name in names:
         if name not in by_name:
             raise BadData(f"no dataset {name!r} in the table; there are {', '.join(by_name)}")
@@ -558,12 +555,12 @@ def wanted(rows, names):
 
 
 def fingerprint(root, kind):
-    """A hash of a root's "training" or "test" tables: their specs and, of every file, name, size,
-    the first and the last megabyte. By it train.py notices that a finished stage had other data."""
+    """A hash of a root's tables of a kind: their specs and, of every file, name, size, the first
+    and the last megabyte. By it train.py notices that a finished stage had other data."""
     digest = hashlib.sha256()
-    for row in tables(root, "train" if kind == "training" else "eval"):
-        digest.update(json.dumps(row, sort_keys=True).encode())
-        files = Files(row, root)
+    for spec in tables(root, kind):
+        digest.update(json.dumps(spec, sort_keys=True).encode())
+        files = Files(spec, root)
         for path in files.all_paths():
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -633,7 +630,8 @@ class Files:
         VLM2Vec pads with the last one since 63ee24a (June 2026).
         """
         folder = self.find(name, clip=True)
-        frames = [file for file in visible(folder) if file.lower().endswith(FRAME_FILES)]
+        endings = (".jpg", ".jpeg", ".png")  # that the reference accepts
+        frames = [file for file in visible(folder) if file.lower().endswith(endings)]
         if not frames:
             raise BadData(f"clip folder {folder}", "has no frames")
         if self.parser != "momentseeker" and self.frames <= len(frames):
@@ -717,7 +715,7 @@ def mmeb_pair(files, row):
 
 def mmeb_side(files, row, text, image):
     """The item of two columns, by their names."""
-    return item(cell(row, text, "text?").replace(IMG, ""), files.image(row[image]))
+    return make_item(cell(row, text, "text?").replace(IMG, ""), files.image(row[image]))
 
 
 def video_pair(files, row):
@@ -734,11 +732,11 @@ def video_pair(files, row):
     question = question.replace("<video>", "")
     clip = files.clip(cell(row, "video"))
     if files.parser == "video_retrieval":
-        query = item("Find a video that contains the following visual content: " + answer)
-        return query, item("Understand the content of the provided video: ", video=clip), []
+        query = make_item("Find a video that contains the following visual content: " + answer)
+        return query, make_item("Understand the content of the provided video: ", video=clip), []
     if files.parser == "video_qa":
         question = "Answer a question based on the content of a video. " + question
-    return item(question, video=clip), item(answer), []
+    return make_item(question, video=clip), make_item(answer), []
 
 
 def page_pair(files, row):
@@ -752,10 +750,10 @@ def page_pair(files, row):
     """
     query, page = cell(row, "query", "text?"), files.image(row["image"])
     if files.parser == "page_qa":
-        return item(" " + query, page), item(cell(row, "answer", "text?")), []
+        return make_item(" " + query, page), make_item(cell(row, "answer", "text?")), []
     before, after = MMEB["visrag"].get(str(row.get("source")), ("", ""))
     query = f"{before}  {query} " if before else f"{query} "
-    return item(query), item(f"{after}  " if after else " ", page), []
+    return make_item(query), make_item(f"{after}  " if after else " ", page), []
 
 
 # name: (parser, the columns of each side)
@@ -958,7 +956,7 @@ class EvalSet(Files):
         self.relevant = {}  # of pages: {query id: {page id: grade}}
 
     def read(self, limit):
-        """Its rows through their parser. What goes wrong is wrong with that row."""
+        """Its rows through their parser. An error names the row that it is about."""
         parse = EVAL_PARSERS[self.parser]
         for config in self.configs:
             self.config = config
@@ -982,9 +980,9 @@ class EvalSet(Files):
     def say(self, inst, content=None, image=None, clip=None, full=None):
         """The item of an instruction and a content, with the image and the clip of these names.
 
-        VLM2Vec joins visual token, instruction and content by spaces (`full` where a parser has
-        another rule). Our chat template places images, so the token goes and its space stays; so
-        does that before a blank content.
+        VLM2Vec joins visual token, instruction and content by spaces (`full`: another rule). Our
+        chat template places images, so the token goes. Its space stays, as does the one before a
+        blank content.
         Qwen's instruction goes to the system turn. say("About:", "why?", "a.jpg")
         -> {"text": " About: why?", "image": ...} or {"text": "why?", "instruction": "About:", ...}
         """
@@ -992,16 +990,16 @@ class EvalSet(Files):
         video = None if clip is None else self.clip(clip)
         if self.prompts == "qwen":
             inst = inst.strip().removesuffix("Question:").strip()  # that ends the prompt of V-QA
-            return item(content, image, video, inst)
+            return make_item(content, image, video, inst)
         if full is None:
             full = inst if content is None else f"{inst} {content}"
             if image or video:
                 full = " " + full
-        return item(full, image, video)
+        return make_item(full, image, video)
 
     def cand(self, key, make, *args, **more):
-        """The number of the candidate with this key: es.cand("yes", item, "yes") -> 0. It is made
-        when its key comes first: frames are looked for once, not per query."""
+        """The number of the candidate with this key: es.cand("yes", make_item, "yes") -> 0. It is
+        made when its key comes first: frames are looked for once, not per query."""
         if key not in self.index:
             self.candidates.append(self.checked(make(*args, **more)))
             self.cand_where.append(self.where)
@@ -1047,7 +1045,7 @@ def image_set(es, row):
     if kind in ("image_t2i", "image_i2i_vg"):
         cands = image_targets(es, row)
     else:
-        cands = [es.cand(answer, item, answer) for answer in text_list(row, "tgt_text")]
+        cands = [es.cand(answer, make_item, answer) for answer in text_list(row, "tgt_text")]
     if kind == "image_t2i":  # without image, though a stray token may be there (WebQA)
         image, full = None, f"{inst} {text}"
     else:
@@ -1101,7 +1099,7 @@ def video_cls(es, row):
         options = LABELS[labels] if isinstance(labels, str) else labels or [label]
     if label not in options:
         raise BadData("column pos_text", f"{label!r} is not among its {len(options)} options")
-    cands = [es.cand(text, item, text) for text in options]
+    cands = [es.cand(text, make_item, text) for text in options]
     query = es.say(es.inst, clip=cell(row, "video_id", "id"))
     es.query(query, cands, [es.index[label]])
 
@@ -1149,7 +1147,7 @@ def video_qa(es, row):
     )
     keys = lettered if es.parser == "mvbench" else options
     text = bare if es.parser in ("videomme", "egoschema") else str
-    cands = [es.cand(key, item, text(key)) for key in keys]
+    cands = [es.cand(key, make_item, text(key)) for key in keys]
     clip = before.format(config=es.config) + cell(row, column, "id")
     query = es.say(es.inst, question, clip=clip)
     # Where an answer stands twice (MVBench) the last is right, as upstream.
@@ -1248,7 +1246,7 @@ def pairs(es, row):
     if {"text": ""} in (query, target):
         raise BadData("a side", "is empty")
     key = side_key(row, *QUERY)
-    number = es.cand(side_key(row, *TARGET), item, **target)
+    number = es.cand(side_key(row, *TARGET), make_item, **target)
     if key not in es.asked:
         es.query(query, [number], [number])
         es.asked[key] = es.positives[-1]  # the list itself: what is added to it counts
@@ -1413,8 +1411,8 @@ def check(root, names=None):
         for status, lines in tqdm(verdicts, total=len(todo), disable=None):
             statuses.append(status)
             tqdm.write("\n         ".join(lines))
-    count = statuses.count
-    print(f"found: {count('found')}, missing: {count('missing')}, broken: {count('broken')}")
+    tally = {status: statuses.count(status) for status in ("found", "missing", "broken")}
+    print(", ".join(f"{status}: {number}" for status, number in tally.items()))
     if "broken" in statuses:
         return 1
     return 0 if "found" in statuses else 2
@@ -1422,14 +1420,13 @@ def check(root, names=None):
 
 def main():
     """The command line; the exit code is check()'s."""
-    raw = argparse.RawDescriptionHelpFormatter
-    # Without the usage text a wrong option ends in one line.
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # without it a wrong option ends in one line
     )
-    add = parser.add_argument
-    add("--check", metavar="ROOT", required=True, help="look at every dataset of a root")
-    add("--names", help="only these datasets, with commas")
+    parser.add_argument("--check", metavar="ROOT", required=True, help="look at all datasets")
+    parser.add_argument("--names", help="only these datasets, with commas")
     args = parser.parse_args()
     return check(args.check, args.names.split(",") if args.names else None)
 

@@ -45,8 +45,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scale
-from model import Cache, generate, load_model, save_model, write_json, write_rows
-from processor import Processor, collate, prompt_key, refuse_one_that_seeks, require, require_count
+from model import Cache, generate, load_model, numbered_lines, save_model, write_json, write_rows
+from processor import Processor, collate, prompt_key, refuse_one_that_seeks, require, require_number
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -470,9 +470,9 @@ class Embedder:
         require(is_number, "threshold", threshold, "a number")
         is_number = isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf
         require(is_number, "temperature", temperature, "a finite number, 0 or above")
-        require_count(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens)
         if dim is not None:
-            require_count(dim=dim)
+            require_number("whole", dim=dim)
             require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
 
         if reason == "auto" and not (has_head and self.processor.trained_here):
@@ -695,15 +695,14 @@ ENCODING = {
 
 
 def read_items(path):
-    """A JSON Lines file -> {number of the line: item}; blank lines are skipped."""
+    """A JSON Lines file -> {"FILE line 3": item, ...}; blank lines are skipped."""
     items = {}
-    with open(path, "rb") as f:  # bytes: json finds the encoding, or names the line without one
-        for number, line in enumerate(f, 1):
-            try:
-                if line.strip():
-                    items[number] = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from None
+    for place, line in numbered_lines([path]):
+        try:
+            if line.strip():
+                items[place] = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{place}: not valid JSON ({e})") from None
     return items
 
 
@@ -723,7 +722,7 @@ def run(model, source, output, opening, encoding):
         with contextlib.chdir(Path(source).parent):  # there the paths of images start
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
-        raise ValueError(f"{source}, line {list(items)[e.index]}: {e.why}") from e
+        raise ValueError(f"{list(items)[e.index]}: {e.why}") from e
     with open(f"{output}.part", "wb") as f:  # aside: on a full disk the file before it stays whole
         np.save(f, v)
     write_rows(facts, infos)

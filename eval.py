@@ -18,7 +18,7 @@ The maths. The rank of a positive p is pessimistic: 1 + #{wrong candidates with 
 index 0, which is the answer in 36 image sets). With L the set of positives and k = 1, 5, 10:
     hit         1 if any rank <= k
     precision   |hits|/k
-    recall      |hits|/|L|, 1 if L is empty
+    recall      |hits|/|L|
     f1          harmonic mean of precision and recall
     map         sum over hits of precision@rank, over min(|L|, k)
     mrr         1/first rank <= k
@@ -65,12 +65,6 @@ METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1"
 KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # num_pred and num_data make 26
 MODALITIES = ("image", "video", "visdoc")
 MODES = ("never", "always", "adaptive")  # what --reason asks for; mode_table() adds the others
-# The leaderboard adds "-fixed" to their names since their labels were corrected in November 2025.
-RELABELLED = ("ViDoSeek-page", "MMLongBench-page")
-LEADERBOARD_FIELDS = (  # of its "metadata"
-    "model_name model_backbone model_size embedding_dimension max_length_tokens "
-    "model_release_date data_source url report_generated_date"
-).split()
 GRID = 2.0**25
 TOP = 100  # candidates of a query that are kept
 BUDGET = 1 << 22  # scores that exist at a time
@@ -85,11 +79,8 @@ def ndcg(gain, at, k):
     """gain (p,) of a query's positives, at (p, 10) as in score_ranks -> what the ranking gains over
     what the best order would gain, both discounted by place."""
     best = np.sort(gain)[::-1][:k]
-    ideal = best @ DISCOUNT[: len(best)]
-    if ideal <= 0:
-        return 0.0
     reached = (gain @ at) * DISCOUNT  # (10,)
-    return reached[:k].sum() / ideal
+    return reached[:k].sum() / (best @ DISCOUNT[: len(best)])
 
 
 def score_ranks(ranks, grades=None):
@@ -110,10 +101,9 @@ def score_ranks(ranks, grades=None):
         hits = found[:k].sum()
         hit = hits > 0
         precision = hits / k
-        recall = hits / len(ranks) if len(ranks) else 1.0
+        recall = hits / len(ranks)
         f1 = 2 * precision * recall / (precision + recall) if hit else 0.0
-        reachable = max(1, min(len(ranks), k))  # so many hits are possible
-        average = (found * precisions)[:k].sum() / reachable
+        average = (found * precisions)[:k].sum() / min(len(ranks), k)  # so many hits are possible
         reciprocal = (found / PLACES)[:k].max()
         gains = [ndcg(linear, at, k), ndcg(exponential, at, k)]
         # In the order of METRICS.
@@ -200,7 +190,7 @@ def column(rows, key):
     return np.array([row[key] for row in rows])
 
 
-def embed(embedder, items, title, names, **how):
+def embed_share(embedder, items, title, names, **how):
     """n items -> (vectors (n, d), infos). BadData names an item that is broken.
 
     title, names: what an error calls them. how: of Embedder.encode.
@@ -228,7 +218,9 @@ def measure(embedder, es, modes, threshold, options):
     "reasoned", "p_reason", "rationale", "new_tokens"}. options: more of Embedder.encode.
     """
     title = f"{es.name} candidate first met at"
-    targets, _ = embed(embedder, es.candidates, title, es.cand_where, reason="never", **options)
+    targets, _ = embed_share(
+        embedder, es.candidates, title, es.cand_where, reason="never", **options
+    )
     how = {**options, "threshold": threshold}
     results = {}
     for mode in modes:
@@ -238,7 +230,9 @@ def measure(embedder, es, modes, threshold, options):
                 rows.append(reasoned if direct["p_reason"] > threshold else direct)
         else:
             how["reason"] = "auto" if mode == "adaptive" else mode
-            vectors, rows = embed(embedder, es.queries, f"{es.name} query", es.query_ids, **how)
+            vectors, rows = embed_share(
+                embedder, es.queries, f"{es.name} query", es.query_ids, **how
+            )
             ranks, top = rank_candidates(vectors, targets, es.positives, es.grades, es.local)
             for i, row in enumerate(rows):
                 grades = es.grades[i] if es.grades else None
@@ -322,8 +316,8 @@ def plain_means(scores, modality):
 def summarise(table, modality, share):
     """One mode. share: the probability that a query reasons, (n,) or one number for all.
 
-    It is 0 or 1, but for the coin the rate: so the expectation is exact. Scores are means over
-    datasets of means over queries, costs are means over all queries.
+    It is 0 or 1, but for the coin the rate: so the expectation is exact. Costs are means over all
+    queries.
     """
     score = (1 - share) * table["never"] + share * table["always"]
     ms = (1 - share) * table["ms_never"] + share * table["ms_always"]
@@ -406,6 +400,14 @@ def adaptivity(records, truth):
 # All datasets
 
 
+# The leaderboard adds "-fixed" to their names since their labels were corrected in November 2025.
+RELABELLED = ("ViDoSeek-page", "MMLongBench-page")
+LEADERBOARD_FIELDS = (  # of its "metadata"
+    "model_name model_backbone model_size embedding_dimension max_length_tokens "
+    "model_release_date data_source url report_generated_date"
+).split()
+
+
 def leaderboard(out, rows):
     """The leaderboard's file, of the score files that are there; a string stands for a dataset that
     was not run, as in the reference's script."""
@@ -479,8 +481,7 @@ REASON = {"auto": ["adaptive"], "never": ["never"], "always": ["always"], "all":
 
 def main(argv=None):
     """Options in, files and the numbers that matter out."""
-    # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint folder or hub id")
     add("--revision", help="of a model on the hub")
@@ -507,18 +508,11 @@ def main(argv=None):
     if not embedder.processor.trained_here:
         args.threshold = 1.0
         print("this checkpoint never learnt to decide: adaptive answers directly")
-    summary = evaluate(
-        embedder,
-        args.data,
-        args.out,
-        tasks,
-        REASON[args.reason],
-        args.threshold,
-        {key: getattr(args, key) for key in ("batch_size", "max_new_tokens", "dim")},
-        limit=args.limit,
-        frames=args.frames,
-        prompts=args.prompts,
-    )
+    modes = REASON[args.reason]
+    options = {key: getattr(args, key) for key in ("batch_size", "max_new_tokens", "dim")}
+    reading = {key: getattr(args, key) for key in ("limit", "frames", "prompts")}
+    where = embedder, args.data, args.out
+    summary = evaluate(*where, tasks, modes, args.threshold, options, **reading)
     if not scale.is_main():
         return
     for key in (*MODALITIES, "overall", "missing"):

@@ -56,7 +56,7 @@ def hf(key, default):
 
 @dataclass
 class Config:
-    """All numbers that decide a shape. The defaults are the published 2B model."""
+    """The numbers of a config.json. The defaults are those of the published 2B model."""
 
     vocab: int = hf("text_config.vocab_size", 151936)  # V; the tokenizer uses 151,669 of them
     hidden: int = hf("text_config.hidden_size", 2048)  # H
@@ -68,7 +68,7 @@ class Config:
     # d; heads * head_dim need not equal hidden (4B: 4096 and 2560).
     head_dim: int = hf("text_config.head_dim", 128)
     tie: bool = hf("tie_word_embeddings", True)  # the output head is the input embedding
-    # The slowest rotary angle takes almost 2 pi times this many tokens to turn.
+    # The slowest rotary angle takes about 5 times this many tokens to turn.
     rope_theta: float = hf("text_config.rope_parameters.rope_theta", 5e6)
     # How many of the d / 2 rotary frequencies turn with time, row, column.
     mrope_section: tuple = hf("text_config.rope_parameters.mrope_section", (24, 20, 20))
@@ -91,7 +91,6 @@ PATCH = 16  # pixels of a patch's side
 TEMPORAL = 2  # frames in a patch; an image counts as two equal frames
 MERGE = 2  # patches per side of a visual token
 FACTOR = PATCH * MERGE  # image sides are multiples of this
-PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH  # 1536 numbers in a patch
 
 # The pocket model reads images of 3 x 3 tiles. Its vocabulary size and the ids of its image tokens
 # come with its tokenizer.
@@ -304,8 +303,7 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis. In fp32 whatever the type of x."""
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
         return self.weight * y.to(x.dtype)  # first the cast, then the weight: as published
 
 
@@ -577,8 +575,7 @@ def sdpa_kernel(model, dtype, branches):
 #     0 0 0    -1      0 0      1 2      1 2      1 2          1 2 1 2 1 2 ...
 #
 # The extra tokens, <|endoftext|> and padding, are seen by nobody. `tree_mask` says who looks at
-# whom, as in training. Columns that are not written yet come later than any token that looks: no
-# further mask is needed.
+# whom, as in training. Columns that are not written yet are not read (see `read`).
 
 
 @dataclass
@@ -716,8 +713,9 @@ def generate(
     steps_read = t  # the tokens of step t are not read yet
 
     # 3) Read all endings in one forward: the last sampled token, `closing` where it is due, `tail`.
-    # Hide what was read idly, and a last token that was read already. K = 2, sampled [a </think>]
-    # and [b c d]: steps 0 and 1 were read. </think> of step 1 comes again in the ending.
+    # Steps before num_sampled - 1 stay visible: a continuation's last sampled token is read again
+    # in the ending, and later steps were idle. K = 2, sampled [a </think>] and [b c d], steps 0 and
+    # 1 were read: </think> is hidden.
     idle = arange(steps_read)[:, None] >= num_sampled[:, None] - 1  # (B, steps_read, K)
     cache.branch[:, first : cache.used].masked_fill_(idle.flatten(1), -1)
     ended = [*tail, *[0] * len(closing)]  # as long as the other; what follows `tail` is not used
@@ -840,14 +838,9 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def plain_number(number):
-    """A Fraction or a number of numpy, which json does not know, as Python's int or float."""
-    return int(number) if number == int(number) else float(number)
-
-
 def write_json(path, value):
     """Written aside and renamed: nobody reads half a file. ValueError for NaN and infinities."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain_number)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=np.generic.item)
     Path(f"{path}.tmp").write_bytes(text.encode())
     os.replace(f"{path}.tmp", path)
 

@@ -857,10 +857,7 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
 
 
 def main():
-    # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(
-        description="Writes the pocket world in MMEB's layouts.", usage=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     add = parser.add_argument
     add("--out", required=True, help="a new folder")
     add("--seed", type=int, default=0, help="of all that is drawn (0)")

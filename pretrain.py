@@ -318,7 +318,7 @@ def train_tokenizer(texts):
     """A byte-level BPE with Qwen's pattern and added tokens, merged until every word of the texts
     is one token -> its tokenizer.json as a dict:
 
-    {"model": {"vocab": {"Ġred": 302, ...}, "merges": ...}, "added_tokens": ..., ...}
+    {"model": {"vocab": {"Ġred": 291, ...}, "merges": ...}, "added_tokens": ..., ...}
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()  # one spelling of accents, as for Qwen
@@ -339,18 +339,10 @@ def train_tokenizer(texts):
 PIXELS = (1024, 65536)  # of an image: at least, at most; a visual token covers 32 x 32 of them
 
 
-def new_model(seed, device="cpu"):
-    """A pocket-sized Qwen3-VL of random weights, and the Processor of its items."""
+def new_model(seed, device="cpu", config=CONFIGS["pocket"]):
+    """A Qwen3-VL of random weights in these shapes, and the Processor of its items."""
     tokenizer = Tokenizer(train_tokenizer(vocabulary_texts()))
-    special = tokenizer.special  # {"<think>": id}
-    config = replace(
-        CONFIGS["pocket"],
-        vocab=tokenizer.size,
-        image_token=special["<|image_pad|>"],
-        video_token=special["<|video_pad|>"],
-        vision_start=special["<|vision_start|>"],
-        vision_end=special["<|vision_end|>"],
-    )
+    config = replace(config, vocab=config.vocab or tokenizer.size, **tokenizer.markers)
     torch.manual_seed(seed)  # of the weights
     model = Qwen3VL(config).init_weights().to(device)
     return model, Processor(tokenizer, config, *PIXELS, *PIXELS, max_frames=8)  # images, frames

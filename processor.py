@@ -21,8 +21,6 @@ multiples of 32, its area is within limits: 750 x 1000 pixels are read as 736 x 
     prompts = [processor({"image": "cat.jpg", "text": "What is this?"}), processor("a cat")]
     states = model(collate(prompts, processor))
 
-A *segment* is one image or one group of two video frames: a grid of (h, w) patches.
-
 How to run: `python embed.py --help` embeds a file of items.
 Left out: audio, video files (a video is a list of frames), images from the web.
 Sources (facts; every line is ours): template, limits and order of parts are those of
@@ -67,11 +65,16 @@ def byte_letters():
     return letters | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
+MARKERS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+MARKERS |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+
+
 class Tokenizer:
     """Text -> ids. Markers such as <|im_end|> inside a text are spelled out, never special.
 
     spec     the parsed tokenizer.json
     special  {content: id} of its added tokens
+    markers  {field of model.Config: id} of those around and in the place of an image
     size     number of ids
     """
 
@@ -92,6 +95,7 @@ class Tokenizer:
         ranks = {bytes(letters[ch] for ch in token): vocab[token] for token in tokens}
         self.spec = spec
         self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self.markers = {field: self.special.get(name) for field, name in MARKERS.items()}
         self.bpe = tiktoken.Encoding(
             "qwen3-vl", pat_str=patterns[0], mergeable_ranks=ranks, special_tokens=self.special
         )
@@ -224,12 +228,13 @@ class Processor:
     def __post_init__(self):
         images = self.min_pixels, self.max_pixels
         frames = self.frame_min_pixels, self.frame_max_pixels
-        require_positive(min_pixels=images[0], max_pixels=images[1], fps=self.fps)
-        require_positive(frame_min_pixels=frames[0], frame_max_pixels=frames[1])
+        require_number("finite", min_pixels=images[0], max_pixels=images[1], fps=self.fps)
+        require_number("finite", frame_min_pixels=frames[0], frame_max_pixels=frames[1])
         for low, high in (images, frames):
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
-        require_count(max_frames=self.max_frames, max_length=self.max_length)
+        require_number("whole", max_frames=self.max_frames, max_length=self.max_length)
+        self.fps = float(self.fps)  # of a Fraction, which json does not know
         as_sentence(self.default_instruction or "")  # an error if it is no text
         config = self.config
         special = self.tokenizer.special
@@ -240,11 +245,10 @@ class Processor:
         self.think_id = special["<think>"]
         self.think_end_id = special["</think>"]
         # Tokenizer and model must be of one checkpoint.
-        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-        ids = [special.get(name) for name in names]
-        model = [config.image_token, config.video_token, config.vision_start, config.vision_end]
+        ids = self.tokenizer.markers
+        model = {name: getattr(config, name) for name in ids}
         if ids != model:
-            raise ValueError(f"{', '.join(names)}: tokenizer says {ids}, model {model}")
+            raise ValueError(f"markers of images: the tokenizer has {ids}, the model {model}")
         if size > config.vocab:
             raise ValueError(f"tokenizer has {size} ids, the model {config.vocab}")
         # A rationale is prefix, sampled tokens, </think>, tail; closing ends one that was cut off.
@@ -268,10 +272,8 @@ class Processor:
         ids (S,) int64           up to "assistant\\n": <|endoftext|> is what a model may write next
         pixel_values, image_grid of each segment its patches (h * w, 1536) uint8 and its (h, w)
 
-        A str is text. A path (os.PathLike), PIL image or bytes is an image. A dict has any of
-        "text", "image" and "video" (a value or a list; shown in the order video, image, text) or
-        "messages", and "instruction". A video is a list of frames or {"frames": [...], "fps": f}.
-        The item's instruction wins over the call's, the call's over the default; "" writes none.
+        embed.Embedder says what an item is. Its parts are shown in the order video, image, text.
+        Its instruction wins over the call's, the call's over the default; "" writes none.
         """
         item = as_dict(item)
         messages = messages_of(item)
@@ -280,7 +282,7 @@ class Processor:
             text = as_sentence(given if given is not None else self.default_instruction or "")
             if text:
                 messages.insert(0, {"role": "system", "content": text})
-        elif given:  # Python shows a warning once
+        elif given:
             warnings.warn("an instruction is not read: messages have a system turn", stacklevel=2)
         pieces = []
         for message in messages:
@@ -313,7 +315,7 @@ class Processor:
             text = part["text"]
             require(is_text(text), "text", text, "a string, without half an emoji")
             # It is never opened as a file, but the name of one is most likely a mistake.
-            if os.path.isfile(text):  # Python shows a warning once
+            if os.path.isfile(text):
                 warnings.warn(f"read as text: to show the image, give Path({text!r})", stacklevel=2)
             pieces.append(UserText(text))
         if not pieces:
@@ -344,7 +346,7 @@ class Processor:
             if len(frames) > self.max_frames:
                 at = np.linspace(0, len(frames) - 1, self.max_frames, dtype=int)
                 frames = [frames[i] for i in at]
-        require_positive(fps=fps)
+        require_number("finite", fps=fps)
         images = [open_image("image", frame) for frame in frames]
         times = [i / float(fps) for i in range(len(images))]  # fps may be a Fraction, as in PyAV
         if len(images) % TEMPORAL:  # an odd last frame is shown twice
@@ -465,7 +467,7 @@ def as_dict(item):
     if item is None or isinstance(item, (list, tuple)):
         raise ValueError(f"a {type(item).__name__}: expected a string, an image, a path or a dict")
     if not isinstance(item, dict):
-        return {"image": item}  # load_image says what it is if it is none
+        return {"image": item}  # load_image refuses what is no image
     return checked("an item", item, ITEM_KEYS)
 
 
@@ -542,8 +544,8 @@ def open_image(name, ref):
 
 
 def checked(what, given, known):
-    """A dict without what is None, as Arrow tables fill every column of a struct. Keys that nobody
-    reads may be typing mistakes: a warning names them. If there are no others, it is an error."""
+    """`given` without what is None (Arrow fills every column of a struct). A key that nobody reads
+    may be a typing mistake: it is a warning, and an error where no other key is there."""
     if not isinstance(given, dict):
         raise ValueError(f"{what} is a {type(given).__name__}, expected a dict")
     given = {name: value for name, value in given.items() if value is not None}
@@ -563,18 +565,12 @@ def require(holds, name, value, wanted):
         raise ValueError(f"{name}={short(value)}: expected {wanted}")
 
 
-def require_positive(**options):
-    """Each is a finite number above 0. True is none, though Python counts it among them."""
+def require_number(kind, **options):
+    """Each is a "finite" or a "whole" number above 0. True is none, though Python says so."""
+    wanted = {"finite": numbers.Real, "whole": numbers.Integral}[kind]
     for name, value in options.items():
-        is_number = isinstance(value, numbers.Real) and value is not True
-        require(is_number and 0 < value < math.inf, name, value, "a finite number above 0")
-
-
-def require_count(**options):
-    """Each is a whole number above 0, of Python or numpy."""
-    for name, value in options.items():
-        is_whole = isinstance(value, numbers.Integral) and value is not True
-        require(is_whole and value > 0, name, value, "a whole number above 0")
+        is_number = isinstance(value, wanted) and value is not True
+        require(is_number and 0 < value < math.inf, name, value, f"a {kind} number above 0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -682,15 +678,8 @@ def collate(prompts, processor, rationales=None, device="cpu"):
 
 
 def lay_out(prompt, branches, config):
-    """One row -> table (5, n) of ids, three positions and branch; ends of its branches.
-
-    A prompt of two tokens and the branches [e], [a, b, e] give
-
-        ids       p p e a b e
-        branch    0 0 1 2 2 2
-        position  0 1 2 2 3 4     (all three axes, without images)
-        ends          2     5
-    """
+    """One row -> table (5, n) of ids, three positions and branch; ends of its branches. embed.py
+    draws one: p p e a b e, whose positions are 0 1 2 2 3 4 on all axes."""
     ids = prompt["ids"]
     positions = rope_positions(ids, prompt["image_grid"], config)  # (3, n)
     first = positions.max() + 1

@@ -408,10 +408,7 @@ def answer_of(choice, accept_cut):
 
 def main():
     """Options in; files of requests or of rationales, and what went wrong with them, out."""
-    # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(
-        description="Rationales by models that run elsewhere.", usage=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     add = parser.add_argument
     act = parser.add_mutually_exclusive_group(required=True)
     act.add_argument("--write-requests", metavar="FILE", help="ask about all pairs of --data")

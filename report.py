@@ -8,7 +8,7 @@ write_report(run, data_root) reads what the stages left in a run folder and writ
 
 The page is one file of less than 3 MB and asks nothing of any server: report_template.html (HTML,
 CSS and JavaScript, no framework) with one JSON object in it. The slider recomputes everything from
-the per-query records of eval.py, by the formulas of eval.mode_table(): a dataset is the mean over
+the per-query records of eval.py, by the formulas of eval.summarise(): a dataset is the mean over
 its queries, the score is the mean over datasets, tokens and rate are means over all queries.
 
 A record is what eval.py wrote about one query, a row of eval/image/PocketWalk_queries.jsonl:
@@ -165,19 +165,28 @@ def what_is_missing(report, log, test_sets):
 def markdown(report, title, sentences):
     """report.md: the sentences, and a table of what each mode gets: "| overall | 0.827 | ..."."""
     modes = report["modes"]
-    rows = {}  # {"overall": [0.827, 0.962, ...], "image": ..., "PocketWalk": ...}
-    for field in ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query"):
-        rows[field] = [row[field] for row in modes.values()]
-    for name in modes["never"]["datasets"]:
-        rows[name] = [row["datasets"][name] for row in modes.values()]
-    table = ["| | " + " | ".join(modes) + " |"]
-    table.append("|---" + "|---:" * len(modes) + "|")  # numbers to the right
-    for name, values in rows.items():
+    scores = [row | row["datasets"] for row in modes.values()]
+    fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query")
+    rows = []
+    for name in (*fields, *modes["never"]["datasets"]):
+        values = [row[name] for row in scores]
         # None: no dataset of that modality.
-        cells = ["–" if value is None else f"{value:.3f}" for value in values]
-        table.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
     made_by = f"Preset {report['preset']}, seed {report['seed']}\n"
-    return "\n\n".join([f"# {title}", *sentences, "\n".join(table), made_by])
+    return "\n\n".join([f"# {title}", *sentences, table(["", *modes], rows) + "\n" + made_by])
+
+
+def table(columns, rows):
+    """Markdown. The first column is words, the others are numbers, aligned to the right.
+
+    ["mode", "n"], [["full", 5]] -> "| mode | n |\\n| --- | --: |\\n| full | 5 |\\n"
+    """
+    rule = ["---"] + ["--:"] * (len(columns) - 1)
+    lines = []
+    for cells in (columns, rule, *rows):
+        text = " | ".join(map(str, cells))
+        lines.append(f"| {text} |\n")
+    return "".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,8 +331,7 @@ def write_report(run, data_root):
 
 
 if __name__ == "__main__":
-    # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     parser.add_argument("run", help="a run folder of train.py")
     parser.add_argument("data", nargs="?", help="the root of its test sets (RUN/data)")
     args = parser.parse_args()

@@ -489,10 +489,7 @@ def pocket_truth(root):
 
 def main():
     """What the rules would keep of a finished run's judged rationales."""
-    # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(
-        description="What the rules would keep of a finished run.", usage=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
     run = parser.parse_args().run
     judged = Rows(os.path.join(run, "select", "judged.jsonl"))

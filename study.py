@@ -42,6 +42,7 @@ import pocket
 import train
 from embed import Embedder
 from model import Rows, read_json, write_json
+from report import table
 
 # Options of train.py. A query reasons if p_reason exceeds the threshold: 1 is never exceeded, -1
 # always. Without rollouts the RL stage goes on with the contrastive loss alone.
@@ -186,19 +187,6 @@ def show(values, digits=3):
     mean, half = interval(values)
     text = f"{mean:.{digits}f}"
     return text if half is None else f"{text} ± {half:.{digits}f}"
-
-
-def table(columns, rows):
-    """Markdown. The first column is words, the others are numbers, aligned to the right.
-
-    ["mode", "n"], [["full", 5]] -> "| mode | n |\\n| --- | --: |\\n| full | 5 |\\n"
-    """
-    rule = ["---"] + ["--:"] * (len(columns) - 1)
-    lines = []
-    for cells in (columns, rule, *rows):
-        text = " | ".join(map(str, cells))
-        lines.append(f"| {text} |\n")
-    return "".join(lines)
 
 
 def results_table(rows):

@@ -100,7 +100,7 @@ spec.loader.exec_module(selection)
 
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
 # {the first stage that reads some tables: which}. It notes their hash: a later change is noticed.
-NOTED_TABLES = {"propose": "training", "eval": "test"}
+NOTED_TABLES = {"propose": "train", "eval": "eval"}
 # A row of selected.jsonl: {"id": "PocketWalk/7", "proposer": "careful", "text": "nw red star ...",
 # "gain": 2.1, "gain_placebo": -0.3, "weight": 0.6}. A pair's weights add up to 1.
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
