@@ -188,8 +188,7 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, advantage):
     """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled (b, K); advantage (b, K),
     which the main loss has multiplied by p_reason.
 
-    The ratio is 1 unless the actor is a bf16 copy of the model: then log-probabilities are up to
-    0.03 off (measured in one update of the pocket model).
+    The ratio is 1 unless the actor is a bf16 copy: then log-probabilities are up to 0.03 off.
     """
     mask = leading(num_sampled, logprobs.shape[2])
     ratio = (logprobs - old_logprobs).exp()

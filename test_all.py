@@ -1924,6 +1924,7 @@ def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
     out = copy_of("propose")
     assert call(out, "--select_margin", "99") == 0
     said = capsys.readouterr().out
+    assert "attention: FLASH_ATTENTION; with branches FLASH_ATTENTION" in said
     assert said.count("WARNING: selection kept rationales of 0 of") == 2
     assert "Try a stronger proposer" in said[said.index("peak_memory_gb") :]
     assert "Try a stronger proposer" in Path(out, "report.md").read_text()
