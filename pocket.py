@@ -107,7 +107,10 @@ def sample(values, n, rng):
 INK = (25, 25, 25)  # of text
 ANGLES = [i * np.pi / 5 for i in range(10)]  # of a star's ten corners, from the top
 REACHES = [1.15, 0.45] * 5  # their distances from the middle: a tip, a notch, ...
+SQUARE = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
 CORNERS = {  # (x, y) in radii from the middle; y grows downwards
+    "square": SQUARE,
+    "frame": SQUARE,
     "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
     "triangle": [(0, -1), (-1, 1), (1, 1)],
     "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
@@ -120,25 +123,18 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
     behind it."""
     shade = COLOURS[colour] + rng.integers(-18, 19, 3)
     ink = tuple(shade.tolist())
+    inside = None if shape in ("frame", "ring") else ink
     r = rng.integers(8, 12)  # radius, pixels
-    box = (x - r, y - r, x + r, y + r)  # left, top, right, bottom
     if shape in CORNERS:
         corners = [(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]]
-        pen.polygon(corners, ink)
+        pen.polygon(corners, inside, ink, width=3)
     elif shape == "cross":
         pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), ink)
         pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), ink)
-    elif shape == "square":
-        pen.rectangle(box, ink)
-    elif shape == "frame":
-        pen.rectangle(box, outline=ink, width=3)
-    elif shape == "ring":
-        pen.ellipse(box, outline=ink, width=3)
-    else:  # a circle, and the disc of a moon
-        pen.ellipse(box, ink)
+    else:  # a circle, a ring, a moon
+        pen.circle((x, y), r, inside, ink, width=3)
     if shape == "moon":  # the bite is a disc of paper at the upper right
-        bite = (x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4)
-        pen.ellipse(bite, paper)
+        pen.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), paper)
 
 
 def draw_tile(kind, rng):
