@@ -134,7 +134,7 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
     else:  # a circle, a ring, a moon
         pen.circle((x, y), r, inside, ink, width=3)
     if shape == "moon":  # the bite is a disc of paper at the upper right
-        pen.ellipse((x - r / 4, y - r - 1, x + r * 1.6, y + r - r / 4), paper)
+        pen.circle((x + 0.69 * r, y - 0.15 * r), 0.92 * r, paper)
 
 
 def draw_tile(kind, rng):
@@ -325,7 +325,7 @@ class Pair:
     video: list = ()  # of frames
     page: tuple = ()  # (words, digits): it is drawn when it is written, and it is the target
     answer: Image.Image | str = ""  # the target, where that is no page
-    wrong: list = ()  # hard negatives; the answer may be among them
+    wrong: list = ()  # hard negatives, texts or images like the answer
     end: str = ""  # the words to which the steps lead; a rationale without them is wrong
     steps: int = 0
 
@@ -382,9 +382,10 @@ def make_at(bank, rng):
     scene = draw_things(9, rng)
     cell = rng.integers(9)
     names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
+    answer = names.pop(cell)
     text = f"what is at {CELLS[cell]} ?"
     explain = look_at(CELLS[cell], scene[cell])
-    return image_pair(bank, scene, rng, explain, text, answer=names[cell], wrong=names)
+    return image_pair(bank, scene, rng, explain, text, answer=answer, wrong=names)
 
 
 def draw_way(rng, steps):
@@ -417,16 +418,17 @@ def make_walk(bank, rng, steps):
             colour = "purple"
         scene.append((colour, shape))
     names = [name(thing) for thing in scene]  # nine different ones
+    answer = names.pop(end)
     text = f"start at {CELLS[start]} and follow the colours . what is at the end ?"
     explain = partial(explain_walk, scene, start)
-    answer = names[end]
     return image_pair(bank, scene, rng, explain, text, answer=answer, wrong=names, end=answer)
 
 
 def summed(digits):
     """What the pairs share that ask for a sum modulo ten: [5, 9] -> the answer "four" and so on."""
-    total = DIGITS[sum(digits) % 10]
-    return {"answer": total, "wrong": DIGITS, "end": f". {total}"}
+    wrong = DIGITS.copy()
+    answer = wrong.pop(sum(digits) % 10)
+    return {"answer": answer, "wrong": wrong, "end": f". {answer}"}
 
 
 def make_sum(bank, rng, steps):
@@ -632,20 +634,20 @@ def write_table(columns, rows, path):
 
 
 def save_images(pair, folder, name, i, most=None):
-    """-> names of the query's image, the target and at most so many wrong ones, each once:
+    """-> names of the query's image, the target and at most so many wrong ones:
     ["PocketPoint/query_0.png", "PocketPoint/target_0.png", "PocketPoint/wrong_0_0.png", ...]
     A text stays: ["PocketAt/query_0.png", "red star", "blue bar", ...]"""
     values = {f"query_{i}": pair.image, f"target_{i}": pair.answer}
     for k, wrong in enumerate(pair.wrong[:most]):
         values[f"wrong_{i}_{k}"] = wrong
-    names = {}  # as keys, for the wrong texts may include the target
+    names = []
     for title, value in values.items():
         path = f"{name}/{title}.png"
         if not isinstance(value, str):
             value.save(with_folder(f"{folder}/{path}"), compress_level=1)
             value = path
-        names[value] = None
-    return list(names)
+        names.append(value)
+    return names
 
 
 def save_clip(pair, folder):
@@ -739,8 +741,7 @@ def write_clips(root, family, learn, held_out, bank, rng):
     rows = []
     for i, pair in enumerate(held_out):
         save_clip(pair, f"{root}/{media}/clip_{i}")
-        options = list(dict.fromkeys([pair.answer, *pair.wrong]))
-        rows.append((f"clip_{i}", pair.answer, options))
+        rows.append((f"clip_{i}", pair.answer, [pair.answer, *pair.wrong]))
     write_table("video_id pos_text neg_text", rows, f"{root}/{hub}/data/test")
     test = {"parser": family.parser, "hub": hub, "modality": "video", "media": media}
     return train, test | {"inst": family.asks}
