@@ -13,9 +13,8 @@ needs. Half of them need none; the others 1 to 4, drawn evenly:
     Total  an account of one to five lines, whose page is wanted                             (page)
 
 A few layers cannot chain several look-ups in one pass; a rationale writes them down one by one.
-Scripted proposers of known quality write rationales, see write_rationales. The truth that selection
-is marked against: a rationale whose statements are all right helps a query of two or more steps;
-one step is left unmarked; every other text does not help.
+Scripted proposers of known quality write rationales, see write_rationales. select.pocket_truth says
+which of them help.
 
 Words of this file. A *step* is a move of a walk, or an addition: three numbers are two steps. A
 tile shows a *kind*: a thing ("red", "star"), a digit 3, a word "tea", a flat patch (r, g, b), or
@@ -43,6 +42,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
+from data import count
 from model import write_rows
 
 TILE = 32  # pixels
@@ -80,9 +80,6 @@ PARROT = (  # rationales that look like reasoning and say nothing
     "let me look , then go step by step , then say the answer",
 )
 LONGEST = 4  # steps of a query in training; clips and accounts have room for one more
-ERRORS = 0.1  # chance that one statement of the proposer "careful" is wrong
-TRIES = 4  # rationales that "careful" writes about a pair
-CANDIDATES = 20  # of a test query, where they are its own
 
 
 def pick(values, rng, but=None):
@@ -138,8 +135,7 @@ def draw_shape(pen, colour, shape, paper, x, y, rng):
 
 
 def draw_tile(kind, rng):
-    """kind: (colour, shape) | digit | word | (r, g, b) | None for a blank -> an image of 32 x 32
-    pixels. Paper, place and size vary."""
+    """An image that shows a kind. Paper, place and size vary."""
     paper = (int(rng.integers(228, 250)),) * 3  # nearly white
     tile = Image.new("RGB", (TILE, TILE), paper)
     pen = ImageDraw.Draw(tile)
@@ -440,13 +436,13 @@ def make_sum(bank, rng, steps):
     start = rng.integers(9)
     way = [(start + i) % 9 for i in range(steps + 2)]  # cells; the last one has no number
     scene = draw_things(9, rng)
-    for cell in way[:-1]:
-        scene[cell] = pick(range(10), rng)
-    kinds = [scene[cell] for cell in way]  # [5, 9, ("red", "star")]
+    digits = draw_digits(steps + 1, rng)
+    for cell, digit in zip(way, digits):
+        scene[cell] = digit
     labels = [CELLS[cell] for cell in way]  # ["n", "ne", "w"]
     text = f"add the numbers from {labels[0]} on , {labels[1]} and so on"
-    explain = partial(explain_sum, labels, kinds)
-    return image_pair(bank, scene, rng, explain, text, **summed(kinds[:-1]))
+    explain = partial(explain_sum, labels, [*digits, scene[way[-1]]])
+    return image_pair(bank, scene, rng, explain, text, **summed(digits))
 
 
 def make_tally(bank, rng, steps):
@@ -609,7 +605,8 @@ FAMILIES = [  # name, maker, parser, what the query says, what an image or page 
 MIXED = ("PocketWalk", "PocketSum", "PocketTally", "PocketTotal")
 
 # --------------------------------------------------------------------------------------------------
-# Writing the world in MMEB's layouts: data.py reads it with the parsers that read the real thing
+# Writing the world in MMEB's layouts: data.py reads it with the parsers that read the real thing.
+# Their docstrings show rows: mmeb_pair and image_set, video_pair and video_cls, page_pair and beir.
 
 TRAIN_HUB = "TIGER-Lab/MMEB-train"  # hub ids, which are folders under the root
 TEST_HUB = "ziyjiang/MMEB_Test_Instruct"
@@ -672,19 +669,8 @@ def draw_pages(pairs, bank, rng):
 
 def write_images(root, family, learn, held_out, bank, rng):
     """MMEB-V2's image tasks: tables that name image files beside them. The target is an image where
-    the family says what it `wants`, else a text. A test query has candidates of its own: the right
-    one first, then the hard ones, then answers of other queries. A row of PocketAt
-
-    in training  qry "<|image_1|>\\nRepresent ... question: what is at nw ?\\n", qry_image_path
-                 "images/PocketAt/Train/query_0.png", pos_text "red star", pos_image_path "",
-                 neg_text ["blue bar", ...], neg_image_path ["", ...]
-    in the test  qry_inst "<|image_1|>\\nRepresent ... question:", qry_text "what is at nw ?",
-                 qry_img_path "PocketAt/query_0.png", tgt_inst "",
-                 tgt_text ["red star", "blue bar", ...], tgt_img_path ["", ...]
-
-    Where the target is an image the texts are "<|image_1|>\\nRepresent the given image.\\n" (in
-    training; in the test that is tgt_inst, and the texts are "").
-    """
+    the family says what it `wants`, else a text. A test query has 20 candidates of its own: the
+    right one first, then the hard ones, then answers of other queries."""
     asks = family.asks if family.parser == "image_t2i" else TOKEN + family.asks
     marked = f"{TOKEN}{family.wants}\n" if family.wants else ""  # the text of a target's side
     most = 3 if family.wants else None  # of wrong images; texts cost nothing
@@ -709,7 +695,7 @@ def write_images(root, family, learn, held_out, bank, rng):
     rows = []
     for pair, (image, *options) in zip(held_out, stored):
         more = [answer for answer in pool if answer not in options]
-        options += sample(more, CANDIDATES - len(options), rng)
+        options += sample(more, 20 - len(options), rng)
         blank = [""] * len(options)
         targets = (blank, options) if family.wants else (options, blank)  # texts, images
         rows.append((asks.strip(), pair.text, image, marked.strip(), *targets))
@@ -720,12 +706,7 @@ def write_images(root, family, learn, held_out, bank, rng):
 
 def write_clips(root, family, learn, held_out, bank, rng):
     """Video classification. A clip is a folder of frames. Training has the layout of LLaVA-Hound:
-    conversations, one a line; the test set names all classes as candidates.
-
-    training  {"id": "PocketTally_0", "video": "PocketTally_0", "conversations": [{"from": "human",
-              "value": "<video> What do ..."}, {"from": "gpt", "value": "four"}]}
-    test      video_id "clip_0", pos_text "two", neg_text ["two", "zero", "one", "three", ...]
-    """
+    conversations, one a line; the test set names all classes as candidates."""
     rows = []
     for i, pair in enumerate(learn):
         video = f"{family.name}_{i}"  # the clip's folder
@@ -749,11 +730,7 @@ def write_clips(root, family, learn, held_out, bank, rng):
 
 def write_pages(root, family, learn, held_out, bank, rng):
     """Visual documents. Tables hold the pages themselves. Training has the layout of ViDoRe's and
-    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them.
-
-    training  query "Find a document ... query: the page ten four about tea and ink", image, source
-    test      queries (0, "the page ten four ..."), corpus (0, image), qrels (0, 0, 1)
-    """
+    VisRAG's sets; the test set is that of BEIR: queries, a corpus, and qrels, which join them."""
     hub = f"pocket/{family.name}-train"  # the source "pocket" has no prompt of its own in data.py
     pages = draw_pages(learn, bank, rng)
     rows = [(family.asks + pair.text, pages[pair.page], "pocket") for pair in learn]
@@ -791,7 +768,7 @@ def write_rationales(pair, rng):
     """What the scripted proposers say about a pair: [(proposer, text)]. Here "add the numbers from
     nw on , n and so on", where three and five are, then a red star:
 
-    careful    right steps, but each statement may err, and what follows from it follows:
+    careful    right steps, four tries. Each statement may err, and what follows from it follows:
                "nw three . n four makes seven . ne red star . seven" is one error
     captioner  true words about what is shown, no steps: "nw three n five ne red star w ..."
     sloppy     right form, one wrong fact
@@ -800,8 +777,8 @@ def write_rationales(pair, rng):
     sharp = Eyes()  # counts the readings
     right = pair.explain(sharp)  # without an error
     texts = []
-    while len(texts) < TRIES:
-        text = pair.explain(Eyes(rng, ERRORS))
+    while len(texts) < 4:
+        text = pair.explain(Eyes(rng, errors=0.1))
         # What errs and yet comes to the right end is drawn again: who can say whether it helps?
         by_luck = text != right and pair.end and pair.end in text
         if not by_luck:
@@ -858,11 +835,11 @@ def main():
     add = parser.add_argument
     add("--out", required=True, help="a new folder")
     add("--seed", type=int, default=0, help="of all that is drawn (0)")
-    add("--train", type=int, default=300, help="pairs of a family (300)")
-    add("--test", type=int, default=100, help="queries of a family (100)")
+    add("--train", type=count, default=300, help="pairs of a family (300)")
+    add("--test", type=count, default=100, help="queries of a family (100)")
     args = parser.parse_args()
-    if args.seed < 0 or min(args.train, args.test) < 1:
-        parser.error("--seed wants at least 0, --train and --test want at least 1")
+    if args.seed < 0:
+        parser.error("--seed wants at least 0")
     try:
         Path(args.out).mkdir(parents=True)
         write_world(args.out, args.seed, args.train, args.test)
