@@ -152,11 +152,11 @@ def interval(values):
 
 def collect(out):
     """{"full": {"seed1": report}} of the reports that are there."""
-    reports = collections.defaultdict(dict)
+    reports = {}
     for name in VARIANTS:
-        for path in sorted(out.glob(f"seed[0-9]*/{name}/report.json")):
-            seed = path.parts[-3]  # seed3/full/report.json -> "seed3"
-            reports[name][seed] = read_json(path)
+        paths = sorted(out.glob(f"seed[0-9]*/{name}/report.json"))
+        if paths:
+            reports[name] = {path.parts[-3]: read_json(path) for path in paths}
     if "full" not in reports:
         raise ValueError(f"{out}: no finished run of the full method in seed*/full")
     return reports
@@ -168,13 +168,12 @@ def measured(reports):
 
     A variant's mode is always "adaptive": its own threshold makes it never or always reason.
     """
-    rows = collections.defaultdict(dict)
+    rows = {}
     for name, by_seed in reports.items():
-        for seed, report in by_seed.items():
-            rows[name][seed] = report["modes"]["adaptive"]
+        rows[name] = {seed: report["modes"]["adaptive"] for seed, report in by_seed.items()}
     for mode in OTHER_MODES:
-        for seed, report in reports["full"].items():
-            rows[f"full, {mode}"][seed] = report["modes"][mode]
+        by_seed = reports["full"].items()
+        rows[f"full, {mode}"] = {seed: report["modes"][mode] for seed, report in by_seed}
     return rows
 
 
@@ -201,10 +200,8 @@ def results_table(rows):
         for key, digits in SCORES.items():
             values = [scores[key] for scores in by_seed.values()]
             cells.append(show(values, digits))
-        differences = []  # paired: of the same seed
-        for seed, scores in by_seed.items():
-            differences.append(full[seed]["overall"] - scores["overall"])
-        cells.append("" if label == "full" else show(differences))
+        paired = [full[seed]["overall"] - scores["overall"] for seed, scores in by_seed.items()]
+        cells.append("" if label == "full" else show(paired))
         lines.append(cells)
     names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]
     return table(names, lines)
@@ -277,10 +274,8 @@ def calibration_table(out):
     lines = []
     for i in np.unique(bins):
         here = bins == i
-        cells = [f"{BINS[i]:.1f} to {BINS[i + 1]:.1f}", here.sum()]
-        cells.append(f"{p_reason[here].mean():.3f}")
-        cells.append(f"{gain[here].mean():+.3f}")
-        lines.append(cells)
+        means = [f"{p_reason[here].mean():.3f}", f"{gain[here].mean():+.3f}"]
+        lines.append([f"{BINS[i]:.1f} to {BINS[i + 1]:.1f}", here.sum(), *means])
     return table(["p_reason", "queries", "mean p_reason", "mean gain"], lines)
 
 
@@ -359,8 +354,7 @@ def draw(rows, full, path):
     axes = figure.add_subplot()
     dials = []  # (seeds, thresholds, 2)
     for report in full:
-        dial = [(point["tokens_per_query"], point["overall"]) for point in report["curve"]]
-        dials.append(dial)
+        dials.append([(point["tokens_per_query"], point["overall"]) for point in report["curve"]])
     x, y = np.mean(dials, axis=0).T  # mean over seeds at the same threshold
     axes.plot(x, y, color="#009E73", alpha=0.5, lw=1.5, zorder=1)
     for name, (marker, colour, label) in shown.items():
@@ -381,11 +375,7 @@ def draw(rows, full, path):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    # Without the usage text a wrong option ends in one line.
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=raw, usage=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="1 to 5")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
