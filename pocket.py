@@ -564,12 +564,8 @@ class Family:
         """Half of a mixed family's queries need no step, the others 1 to `longest`, evenly."""
         if self.name not in MIXED:
             return self.draw(bank, rng)
-        steps = 0
-        if rng.random() >= 0.5:
-            steps = int(rng.integers(1, longest + 1))
-        pair = self.draw(bank, rng, steps)
-        pair.steps = steps
-        return pair
+        steps = 0 if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
+        return replace(self.draw(bank, rng, steps), steps=steps)
 
 
 # Instructions. COLOUR and ADD are ours; the others are MMEB's own, of its question answering,
@@ -611,9 +607,6 @@ MIXED = ("PocketWalk", "PocketSum", "PocketTally", "PocketTotal")
 TRAIN_HUB = "TIGER-Lab/MMEB-train"  # hub ids, which are folders under the root
 TEST_HUB = "ziyjiang/MMEB_Test_Instruct"
 TEST_IMAGES = "TIGER-Lab/MMEB-V2/image-tasks"
-CLIP_HUB = "ShareGPTVideo/train_video_and_instruction"
-TRAIN_CLIPS = f"{CLIP_HUB}/train_300k"
-TEST_CLIPS = "TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls"
 TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
 
 
@@ -707,18 +700,20 @@ def write_images(root, family, learn, held_out, bank, rng):
 def write_clips(root, family, learn, held_out, bank, rng):
     """Video classification. A clip is a folder of frames. Training has the layout of LLaVA-Hound:
     conversations, one a line; the test set names all classes as candidates."""
+    hub = "ShareGPTVideo/train_video_and_instruction"
+    media = f"{hub}/train_300k"
     rows = []
     for i, pair in enumerate(learn):
         video = f"{family.name}_{i}"  # the clip's folder
-        save_clip(pair, f"{root}/{TRAIN_CLIPS}/{video}")
+        save_clip(pair, f"{root}/{media}/{video}")
         asks = {"from": "human", "value": f"<video> {family.asks}"}
         says = {"from": "gpt", "value": pair.answer}
         rows.append({"id": video, "video": video, "conversations": [asks, says]})
-    write_rows(with_folder(f"{root}/{CLIP_HUB}/{family.name}.jsonl"), rows)
-    train = {"parser": "video_caption", "hub": CLIP_HUB, "table": "{hub}/{name}.jsonl"}
-    train["media"] = TRAIN_CLIPS
+    write_rows(f"{root}/{hub}/{family.name}.jsonl", rows)
+    train = {"parser": "video_caption", "hub": hub, "table": "{hub}/{name}.jsonl", "media": media}
 
-    hub, media = f"VLM2Vec/{family.name}", f"{TEST_CLIPS}/{family.name}"
+    hub = f"VLM2Vec/{family.name}"
+    media = f"TIGER-Lab/MMEB-V2/video-tasks/frames/video_cls/{family.name}"
     rows = []
     for i, pair in enumerate(held_out):
         save_clip(pair, f"{root}/{media}/clip_{i}")
@@ -784,12 +779,10 @@ def write_rationales(pair, rng):
         if not by_luck:
             texts.append(("careful", text))
     one_error = Eyes(rng, wrong=rng.integers(sharp.readings))
-    return [
-        *texts,
-        ("captioner", pair.caption),
-        ("sloppy", pair.explain(one_error)),
-        ("parrot", pick(PARROT, rng)),
-    ]
+    texts.append(("captioner", pair.caption))
+    texts.append(("sloppy", pair.explain(one_error)))
+    texts.append(("parrot", pick(PARROT, rng)))
+    return texts
 
 
 def write_world(root, seed, train, test, longest=LONGEST, names=None):
