@@ -460,8 +460,7 @@ def make_tally(bank, rng, steps):
 
 
 def make_total(bank, rng, steps):
-    """An account of one to five lines. Its page bears the last digit of the sum; whose account it
-    is does not count.
+    """An account of one to five lines. Its page bears the last digit of the sum.
 
     "the account of tea and ink with rent three , food five" -> page "no eight"
     rationale of one step: "rent three . food five makes eight . no eight"
