@@ -913,9 +913,7 @@ def step_case(processor):
     return pairs, rationales, [1, 0, 1, -1, 0, -1, 1, 0, 0, 1]
 
 
-def step_config(**changes):
-    values = {"temperature": 0.05, "lm_weight": 0.6, "decision_weight": 0.3, "chunk_tokens": 10**6}
-    return SimpleNamespace(**{**values, "matryoshka_dims": "", **changes})
+STEP = train.Config(temperature=0.05, lm_weight=0.6, decision_weight=0.3)
 
 
 def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
@@ -938,7 +936,7 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
     weights = torch.ones(len(has))
     if posterior:
         p = [(q @ t.T / cfg.temperature).softmax(1).detach() for q in (direct[has], reasoned)]
-        p_direct, p_reason = (x.gather(1, positive[has, None])[:, 0] for x in p)
+        p_direct, p_reason = (x[range(len(has)), positive[has]] for x in p)
         weights = p_reason / (p_reason + p_direct)
         assert weights.max() - weights.min() > 0.05  # else they would prove nothing
 
@@ -961,13 +959,13 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
 def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkeypatch):
     e = tiny_embedder(5)
     case = step_case(e.processor)
-    expected = step_by_loops(e.model, e.processor, *case, step_config(), posterior)
+    expected = step_by_loops(e.model, e.processor, *case, STEP, posterior)
     gradient = gradients_of(e.model)
     monkeypatch.setattr(embed, "LOGITS_AT_ONCE", 3)
     monkeypatch.setattr(embed, "collate", spy := Mock(wraps=embed.collate))
     for budget in (10**6, 64):
         e.model.zero_grad()
-        cfg = step_config(chunk_tokens=budget)
+        cfg = replace(STEP, chunk_tokens=budget)
         metrics = embed.contrastive_step(e.model, e.processor, *case, cfg, posterior)
         if budget == 10**6:  # queries; targets, of which two are one; negatives, one a target
             assert sum(len(call.args[0]) for call in spy.mock_calls) == 10 + 9 + 9
@@ -979,7 +977,7 @@ def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkey
 def test_contrastive_step_without_rationales_is_the_direct_loss():
     e = tiny_embedder(5)
     case = step_case(e.processor)[0], [None] * 10, [-1] * 10
-    configs = step_config(), step_config(matryoshka_dims="8,16")
+    configs = STEP, replace(STEP, matryoshka_dims="8,16")
     full, m = (embed.contrastive_step(e.model, e.processor, *case, cfg) for cfg in configs)
     assert m["nce_reason"] == m["lm"] == m["decision"] == 0
     assert m["loss"] == m["nce_direct"]
@@ -1219,9 +1217,9 @@ def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch):
 # rl.py: worked examples and closed forms
 
 
-def rl_config(**changes):
-    cfg = train.Config(rl_rollouts=2, max_new_tokens=5, rl_decision_weight=0.7, latency_penalty=0.2)
-    return replace(cfg, **{"temperature": 0.5, "chunk_tokens": 10**6, **changes})
+RL = train.Config(
+    rl_rollouts=2, max_new_tokens=5, rl_decision_weight=0.7, latency_penalty=0.2, temperature=0.5
+)
 
 
 def test_group_without_variance_teaches_no_token_but_its_decision():
@@ -1240,16 +1238,11 @@ def test_group_without_variance_teaches_no_token_but_its_decision():
 
 
 def rl_case(cfg):
-    """Four pairs, two with one target and one with a hard negative, and their rollouts: some
+    """Four pairs, two with one target, each with two hard negatives, and their rollouts: some
     rationales close themselves, others are cut. -> model, processor, pairs, rollouts"""
     model, processor = tiny_model(), tiny_processor()
     model.text.embed_tokens.weight.data[processor.think_end_id] *= 6  # often the likeliest
-    pairs = []
-    for i, j in zip((0, 5, 8, 4), (1, 6, 2, 1)):
-        target = processor(ITEMS[j])
-        pair = {"id": f"A/{i}", "query": processor(ITEMS[i]), "target": target, "negatives": []}
-        pairs.append(pair | {"target_key": P.prompt_key(target)})
-    pairs[1]["negatives"] = [processor(ITEMS[3]), processor(ITEMS[7])]  # the first one counts
+    pairs = step_case(processor)[0][:4]
     queries = [pair["query"] for pair in pairs]
     roll = rl.rollouts(model, processor, queries, cfg, torch.Generator().manual_seed(2))
     assert 0 < roll.truncated.sum() < 8
@@ -1263,43 +1256,35 @@ def naive_step(model, processor, pairs, roll, cfg):
     prompts = [pair["query"] for pair in pairs]
     B, K, T = len(prompts), cfg.rl_rollouts, cfg.max_new_tokens
     direct = [processor.eos_id]
-    # Candidates: the targets of the four, of which the last is the first one's, and the negative.
-    documents = [pair["target"] for pair in pairs[:3]] + pairs[1]["negatives"][:1]
+    # Candidates: targets, of which the last is the first one's, and of each pair one negative.
+    documents = [pair["target"] for pair in pairs[:3]] + [pair["negatives"][0] for pair in pairs]
     column = torch.tensor([0, 1, 2, 0])
     t = [vector_of(model, processor, document, direct) for document in documents]
     rows = [(b, branch) for b in range(B) for branch in (direct, *tokens[b])]
     q = [vector_of(model, processor, prompts[b], branch) for b, branch in rows]
     q, t = torch.stack(q).view(B, 1 + K, -1), torch.stack(t)
     p = torch.stack([decision_of(model, processor, prompt).softmax(0)[1] for prompt in prompts])
-    s = ((q @ t.T) / cfg.temperature).exp().detach()  # (B, 1 + K, candidates)
-    reward = torch.zeros(B, 1 + K)
-    for b in range(B):
-        for k in range(1 + K):
-            reward[b, k] = s[b, k, column[b]] / s[b, k].sum() + 0.1
-            if k > 0:
-                price = cfg.latency_penalty * num_sampled[b, k - 1] / T
-                reward[b, k] -= 0.1 * truncated[b, k - 1] + price
+    p_target = ((q @ t.T) / cfg.temperature).softmax(-1).detach()  # (B, 1 + K, candidates)
+    reward = p_target[range(B), :, column] + 0.1
+    reward[:, 1:] -= 0.1 * truncated + cfg.latency_penalty * num_sampled / T
     group = torch.cat((reward[:, :1].expand(-1, K), reward[:, 1:]), dim=1)
     sigma = (group - group.mean(1, keepdim=True)).square().mean().sqrt() + 1e-4
 
-    when = what = 0.0
-    for b in range(B):
-        gain = float(reward[b, 1:].mean() - reward[b, 0])
-        if cfg.rl_one_loss:  # K rollouts chose to reason, K did not; each half's mean advantage
-            when -= K * gain / 2 * (p[b].log() - (1 - p[b]).log())
-        else:
-            when -= abs(gain) * (p[b] if gain > 0 else 1 - p[b]).log()
-        for k in range(K):
-            n = int(num_sampled[b, k])
-            args = prompts[b], tokens[b][k], cfg.rl_temperature
-            old = roll.old_logprobs[b, k, :n]
-            ratio = (logprobs_of(model, processor, *args)[:n] - old).exp()
-            centre = group[b].mean() if cfg.rl_one_loss else reward[b, 1:].mean()
-            weight = 1.0 if cfg.rl_one_loss else p[b].detach()
-            what -= weight * (reward[b, 1 + k] - centre) / sigma * ratio.sum()
-    if cfg.rl_one_loss:
+    gain = reward[:, 1:].mean(1) - reward[:, 0]
+    one_loss = cfg.rl_one_loss
+    centre = group.mean(1) if one_loss else reward[:, 1:].mean(1)
+    weight = torch.ones(B) if one_loss else p.detach()
+    what = 0.0
+    for b, k in itertools.product(range(B), range(K)):
+        n = int(num_sampled[b, k])
+        logp = logprobs_of(model, processor, prompts[b], tokens[b][k], cfg.rl_temperature)
+        ratio = (logp[:n] - roll.old_logprobs[b, k, :n]).exp()
+        what -= weight[b] * (reward[b, 1 + k] - centre[b]) / sigma * ratio.sum()
+    if one_loss:  # K rollouts chose to reason, K did not; each half's mean advantage
+        when = -(K * gain / 2 * p.logit()).sum()
         loss = (when + what) / (num_sampled.sum() + 2 * B * K)
     else:
+        when = F.binary_cross_entropy(p, (gain > 0).float(), gain.abs(), reduction="sum")
         loss = cfg.rl_decision_weight * when / B + what / (B * K * T)
     weights = p.detach().repeat_interleave(K)
     nce = embed.info_nce(q[:, 0], t, column, cfg.temperature)
@@ -1326,7 +1311,7 @@ def test_step_equals_loops_over_ordinary_rows(changes, chunk_tokens, monkeypatch
     log-probabilities are 0.3 off: the ratio matters. The sampled distribution is that of the
     temperature, in training too.
     """
-    cfg = rl_config(chunk_tokens=chunk_tokens, **changes)
+    cfg = replace(RL, chunk_tokens=chunk_tokens, **changes)
     case = model, processor, pairs, roll = rl_case(cfg)
     roll.old_logprobs -= 0.3 * (roll.old_logprobs != 0)
     monkeypatch.setattr(rl, "rollouts", lambda *args: roll)
@@ -1353,10 +1338,10 @@ def test_step_equals_loops_over_ordinary_rows(changes, chunk_tokens, monkeypatch
 
 def rl_step_of(rows):
     """grpo_step on these of the four pairs -> metrics but for times and the sample, gradients."""
-    model, processor, pairs, roll = rl_case(rl_config())
+    model, processor, pairs, roll = rl_case(RL)
     share = rl.Experience(**{name: value[rows] for name, value in vars(roll).items()})
     with patch.object(rl, "rollouts", lambda *args: share):
-        metrics = rl.grpo_step(model, processor, pairs[rows], rl_config(), None)
+        metrics = rl.grpo_step(model, processor, pairs[rows], RL, None)
     left_out = ("sample", "s_rollouts", "s_update")
     return {k: v for k, v in metrics.items() if k not in left_out}, gradients_of(model)
 
