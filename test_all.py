@@ -187,20 +187,8 @@ ITEMS = [
         "video": [make_clip(3, 2), make_clip(2, 0.3)],
         "instruction": "Everything",
     },
+    {"text": ["", None]},
 ]
-
-
-def parts_of(item):
-    """An item as its instruction and the ordered list of its parts, independently of Processor."""
-    if isinstance(item, str):
-        item = {"text": item}
-    videos = item.get("video", [])
-    if isinstance(videos, dict) or (videos and isinstance(videos[0], Image.Image)):
-        videos = [videos]
-    parts = [("video", x) for x in videos]
-    parts += [("image", x) for x in data.listed(item.get("image"))]
-    parts += [("text", x) for x in data.listed(item.get("text"))]
-    return item.get("instruction"), parts or [("text", "NULL")]
 
 
 @functools.cache
@@ -210,46 +198,27 @@ def transformers_tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def transformers_inputs(folder, item):
-    """The ids of one of ITEMS with its <|endoftext|>, and the patches of its images and videos, by
-    transformers' tokenizer and image processor. That makes a clip of an image: the image twice."""
+def transformers_patches(folder, item):
+    """The patches of each segment of one of ITEMS, by transformers' image processor, which knows
+    images alone. An image counts as two equal frames, an odd last frame, too."""
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as library
 
-    size = {"shortest_edge": SMALL["min_pixels"], "longest_edge": SMALL["max_pixels"]}
-    half = [0.5] * 3
-    sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    read = library.Qwen2VLImageProcessorPil(size=size, image_mean=half, image_std=half, **sizes)
-
-    def patches_of(image):
-        return read(images=[image], return_tensors="pt")["pixel_values"]
-
-    instruction, parts = parts_of(item)
-    text = ""
-    if instruction:
-        dot = "" if instruction.strip()[-1] in ".!?" else "."
-        text = f"<|im_start|>system\n{instruction.strip()}{dot}<|im_end|>\n"
-    text += "<|im_start|>user\n"
+    read = library.Qwen2VLImageProcessorPil.from_pretrained(folder)
+    item = item if isinstance(item, dict) else {}
+    clips = data.listed(item.get("video"))
+    if clips and isinstance(clips[0], Image.Image):
+        clips = [{"frames": clips}]
+    segments = []
+    for clip in clips:
+        frames = clip["frames"] + clip["frames"][-1:] * (len(clip["frames"]) % 2)
+        segments += zip(frames[::2], frames[1::2])
+    segments += [(image, image) for image in data.listed(item.get("image"))]
     patches = []
-    for kind, x in parts:
-        if kind == "text":
-            text += x
-        elif kind == "image":
-            patches.append(patches_of(x))
-            pads = "<|image_pad|>" * (len(patches[-1]) // 4)
-            text += f"<|vision_start|>{pads}<|vision_end|>"
-        else:
-            frames, fps = (x["frames"], x["fps"]) if isinstance(x, dict) else (x, 2.0)
-            times = [i / fps for i in range(len(frames))]
-            if len(frames) % 2:
-                frames, times = frames + frames[-1:], times + times[-1:]
-            cut = [patches_of(frame).view(-1, 3, 2, 256)[:, :, 0] for frame in frames]
-            pads = "<|video_pad|>" * 4
-            for i in range(0, len(frames), 2):
-                patches.append(torch.stack(cut[i : i + 2], dim=2).flatten(1))
-                middle = (times[i] + times[i + 1]) / 2
-                text += f"<{middle:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
-    text += "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-    return transformers_tokenizer(folder)(text, add_special_tokens=False).input_ids, patches
+    for frames in segments:
+        pixels = [read(images=[x], return_tensors="pt")["pixel_values"] for x in frames]
+        of_one = [x.view(-1, 3, 2, 256)[:, :, 0] for x in pixels]
+        patches.append(torch.stack(of_one, dim=2).flatten(1))
+    return patches
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2834,8 +2803,25 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 FRAMES = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
-def test_processor_prompt_by_hand():
-    assert shown(tiny_processor()({"text": ["", None]})) == USER + "NULL" + END
+# Of each of ITEMS its instruction and the user's turn.
+TURNS = [
+    ("", "What is this?"),
+    ("", "\n\n你好，世界"),
+    ("", "🙂👩‍👩‍👧 éq\u0307 नमस्ते"),
+    ("", "NULL"),
+    ("Find it.", "x"),
+    ("", IMAGE),
+    ("", f"{IMAGE}a b"),
+    ("Look!", IMAGE + IMAGE),
+    ("", f"<0.2 seconds>{FRAMES}"),
+    ("", f"<0.3 seconds>{FRAMES}<1.3 seconds>{FRAMES}three"),
+    ("", "".join(f"<{time} seconds>{FRAMES}" for time in (0.0, 0.1, 0.1, 0.2))),
+    (
+        "Everything.",
+        f"<0.2 seconds>{FRAMES}<1.0 seconds>{FRAMES}<1.7 seconds>{FRAMES}{IMAGE}\nall of it",
+    ),
+    ("", "NULL"),
+]
 
 
 def test_processor_rationale_by_hand():
@@ -2958,10 +2944,13 @@ def test_processor_smart_resize_equals_transformers():
 
 def test_processor_prompts_equal_transformers(folder):
     """Ids and patches of every kind of item, by transformers' tokenizer and image processor."""
-    processor = tiny_processor()
-    for item in ITEMS:
-        (ids, patches), prompt = transformers_inputs(folder, item), processor(item)
-        assert ids == [*prompt["ids"], processor.eos_id]
+    for item, (instruction, user) in zip(ITEMS, TURNS, strict=True):
+        prompt, patches = tiny_processor()(item), transformers_patches(folder, item)
+        system = f"<|im_start|>system\n{instruction}<|im_end|>\n" if instruction else ""
+        pieces = re.split(r"(<\|\w+_pad\|>)", system + USER + user + END)
+        pieces[1::2] = [pad * (len(x) // 4) for pad, x in zip(pieces[1::2], patches, strict=True)]
+        ids = transformers_tokenizer(folder)("".join(pieces)).input_ids
+        assert ids == [*prompt["ids"], tiny_processor().eos_id]
         if patches:
             ours = P.normalize_pixels(np.concatenate(prompt["pixel_values"]))
             assert (ours - torch.cat(patches)).abs().max() < 1e-6
@@ -3031,8 +3020,6 @@ def test_processor_saved_folder(folder):
     assert len(library) == processor.tokenizer.size
     assert library.pad_token_id == processor.eos_id
     assert library.eos_token_id == processor.im_end_id
-    size = M.read_json(f"{folder}/preprocessor_config.json")["size"]
-    assert size == {"shortest_edge": 1024, "longest_edge": 8192}
 
 
 SETTINGS = {**SMALL, "max_frames": np.int64(5), "fps": Fraction(7, 2), "max_length": 99}
