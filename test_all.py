@@ -184,6 +184,23 @@ def command(monkeypatch, capsys):
     return command
 
 
+def make_pairs(n):
+    """n pairs, rationales of each by v and w, the processor. Every fourth pair has the target of
+    the one before, as its negative, too. Every third query is its target: the pair is easy."""
+    processor, pairs = tiny_processor(), []
+    for i in range(n):
+        number = i - (i % 4 == 3)
+        shown = (f"{number} candles", make_image(32, 64, number))[number % 2]
+        asked = {"image": make_image(64, 32, i), "text": f"How many? {i * i}"}
+        query = processor((shown, asked, {"video": make_clip(2, 2, seed=i)})[i % 3])
+        target = processor(shown)
+        negatives = [processor(f"{i} lamps"), processor("no lamp"), target]
+        pair = {"id": f"A/{i}", "dataset": "A", "query": query, "target": target, "key": f"k{i}"}
+        pairs.append(pair | {"negatives": negatives, "target_key": P.prompt_key(target)})
+    texts = {p["id"]: {name: f"{name} {p['id'][2:]} candles" for name in "vw"} for p in pairs}
+    return pairs, texts, processor
+
+
 # One item of every kind.
 ITEMS = [
     "What is this?",
@@ -406,27 +423,13 @@ def test_select_mined_candidates_are_near_but_no_copies(monkeypatch):
     assert own[4] in (20, 340)  # its hard negatives come first
 
 
-def text_pairs(n):
-    """n pairs. Every fourth has the target of the one before, as its negative, too. Every third
-    query is its target, which makes the pair easy."""
-    processor, pairs = tiny_processor(), []
-    for i in range(n):
-        target = processor(f"{i - (i % 4 == 3)} candles")
-        query = processor(f"How many? {i * i}") if i % 3 else target
-        negatives = [processor(f"{i} lamps"), processor("no lamp"), target]
-        pair = {"id": f"A/{i}", "dataset": "A", "query": query, "target": target, "key": f"k{i}"}
-        pairs.append(pair | {"negatives": negatives, "target_key": P.prompt_key(target)})
-    texts = {p["id"]: {name: f"{name} {p['id'][2:]} candles" for name in "vw"} for p in pairs}
-    return pairs, texts, processor
-
-
 @pytest.mark.parametrize("many", [10, 9])
 def test_select_judge_is_its_naive_twin(many, monkeypatch):
     """Every prompt and text in a forward pass of its own, over candidates of the same draws. Where
     targets are many (these are nine) candidates are mined."""
     monkeypatch.setattr(selection, "MANY", many)
     monkeypatch.setattr(selection, "CANDIDATES", 4)
-    model, (pairs, texts, processor) = tiny_model(3), text_pairs(12)
+    model, (pairs, texts, processor) = tiny_model(3), make_pairs(12)
     cfg = train.Config(temperature=0.05, select_rule="none", chunk_tokens=200)
     rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
     rng = np.random.default_rng(0)
@@ -470,10 +473,10 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
 
 @pytest.mark.parametrize("rule", ["full", "no_placebo"])
 def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
-    model, (pairs, texts, processor) = tiny_model(3), text_pairs(40)
+    model, (pairs, texts, processor) = tiny_model(9), make_pairs(40)
     kept, reports = [], []
     for judged_under in ("none", rule):
-        cfg = train.Config(select_rule=judged_under, select_margin=1.0)
+        cfg = train.Config(select_rule=judged_under, select_margin=1.0, temperature=0.05)
         rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
         chosen = list(selection.choose(rows, rule, 1.0, 0.8))
         kept.append({(row["id"], row["proposer"]): row["weight"] for row in chosen})
@@ -489,7 +492,7 @@ def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
 
 @pytest.mark.parametrize("folds", [1, 2])
 def test_select_evaluator_never_trains_on_the_pairs_that_it_judges(monkeypatch, folds):
-    pairs, texts, processor = text_pairs(24)
+    pairs, texts, processor = make_pairs(24)
     texts["A/5"] = {}
     cfg, seen = train.Config(select_folds=folds), {}
 
@@ -553,7 +556,7 @@ def test_select_does_not_hide_pythons(tmp_path):
 
 
 def test_propose_samples_and_names_rationales():
-    model, (pairs, _, processor) = tiny_model(), text_pairs(5)
+    model, (pairs, _, processor) = tiny_model(), make_pairs(5)
     cfg = SimpleNamespace(num_candidates=3, max_new_tokens=6, chunk_tokens=64)
 
     def sampled(ask):
@@ -570,7 +573,7 @@ def test_propose_samples_and_names_rationales():
 
 def test_propose_asks_a_chat_model_in_words(monkeypatch):
     """Nothing is forced. <|im_end|> ends the answer and is no part of it; thoughts are."""
-    pairs, _, processor = text_pairs(1)
+    pairs, _, processor = make_pairs(1)
 
     def generate(model, batch, max_new_tokens, num_return, **options):
         assert options["stop_ids"] == (processor.im_end_id,) and "prefix" not in options
@@ -859,21 +862,11 @@ def test_info_nce_against_a_double_loop(dims):
         embed.info_nce(q, t, positive, dims=(7,))
 
 
-def step_case(processor):
-    """Ten pairs: images, clips, text. Two share a target, a negative is another pair's target, a
-    second negative is left alone; five have a rationale, two an unknown decision."""
-    pairs = []
-    for i in range(10):
-        image, clip = make_image(64, 32, i), make_clip(2, 2, seed=i)
-        query = (f"query {i}", {"image": image, "text": "what?"}, {"video": clip})[i % 3]
-        target = (make_image(32, 64, i), f"answer {7 * i}")[i % 2]
-        negatives = [processor(f"wrong {i}"), processor("left alone")]
-        pair = {"id": str(i), "query": processor(query), "target": processor(target)}
-        pairs.append({**pair, "negatives": negatives})
-    pairs[3]["target"] = pairs[0]["target"]
-    pairs[5]["negatives"] = [pairs[1]["target"]]
-    for pair in pairs:
-        pair["target_key"] = P.prompt_key(pair["target"])
+def step_case():
+    """Ten pairs, of which one's negative is another's target; five have a rationale, two an unknown
+    decision."""
+    pairs, _, processor = make_pairs(10)
+    pairs[5]["negatives"][0] = pairs[1]["target"]
     texts = ["red", None, "two", "left up", None, None, "let me think", None, "sun three", None]
     rationales = [text and processor.rationale(text) for text in texts]
     return pairs, rationales, [1, 0, 1, -1, 0, -1, 1, 0, 0, 1]
@@ -924,7 +917,7 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
 @pytest.mark.parametrize("posterior", [False, True])
 def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkeypatch):
     e = tiny_embedder(5)
-    case = step_case(e.processor)
+    case = step_case()
     expected = step_by_loops(e.model, e.processor, *case, STEP, posterior)
     gradient = gradients_of(e.model)
     monkeypatch.setattr(embed, "LOGITS_AT_ONCE", 3)
@@ -933,8 +926,10 @@ def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkey
         e.model.zero_grad()
         cfg = replace(STEP, chunk_tokens=budget)
         metrics = embed.contrastive_step(e.model, e.processor, *case, cfg, posterior)
-        if budget == 10**6:  # queries; targets, of which two are one; negatives, one a target
-            assert sum(len(call.args[0]) for call in spy.mock_calls) == 10 + 9 + 9
+        if (
+            budget == 10**6
+        ):  # queries; targets, of which two are twice there; negatives, one a target
+            assert sum(len(call.args[0]) for call in spy.mock_calls) == 10 + 8 + 9
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4), name
         assert_same_gradients(gradients_of(e.model), gradient)
@@ -942,7 +937,7 @@ def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkey
 
 def test_contrastive_step_without_rationales_is_the_direct_loss():
     e = tiny_embedder(5)
-    case = step_case(e.processor)[0], [None] * 10, [-1] * 10
+    case = make_pairs(10)[0], [None] * 10, [-1] * 10
     configs = STEP, replace(STEP, matryoshka_dims="8,16")
     full, m = (embed.contrastive_step(e.model, e.processor, *case, cfg) for cfg in configs)
     assert m["nce_reason"] == m["lm"] == m["decision"] == 0
@@ -1217,7 +1212,7 @@ def rl_case(cfg):
     rationales close themselves, others are cut. -> model, processor, pairs, rollouts"""
     model, processor = tiny_model(), tiny_processor()
     model.text.embed_tokens.weight.data[processor.think_end_id] *= 6  # often the likeliest
-    pairs = step_case(processor)[0][:4]
+    pairs = make_pairs(4)[0]
     queries = [pair["query"] for pair in pairs]
     roll = rl.rollouts(model, processor, queries, cfg, torch.Generator().manual_seed(2))
     assert 0 < roll.truncated.sum() < 8
@@ -1231,9 +1226,9 @@ def naive_step(model, processor, pairs, roll, cfg):
     prompts = [pair["query"] for pair in pairs]
     B, K, T = len(prompts), cfg.rl_rollouts, cfg.max_new_tokens
     direct = [processor.eos_id]
-    # Candidates: targets, of which the last is the first one's, and of each pair one negative.
+    # Candidates: targets, of which the last is the third one's, and of each pair one negative.
     documents = [pair["target"] for pair in pairs[:3]] + [pair["negatives"][0] for pair in pairs]
-    column = torch.tensor([0, 1, 2, 0])
+    column = torch.tensor([0, 1, 2, 2])
     t = [vector_of(model, processor, document, direct) for document in documents]
     rows = [(b, branch) for b in range(B) for branch in (direct, *tokens[b])]
     q = [vector_of(model, processor, prompts[b], branch) for b, branch in rows]
@@ -1322,8 +1317,8 @@ def rl_step_of(rows):
 
 
 def rl_step_of_a_process(rank, folder):
-    """The first of the four pairs in one process, the others in the other."""
-    torch.save(rl_step_of(slice(rank, 1 + 3 * rank)), f"{folder}/{rank}.pt")
+    """The last of the four pairs in the second process, the others in the first."""
+    torch.save(rl_step_of(slice(3 * rank, 3 + rank)), f"{folder}/{rank}.pt")
 
 
 def test_step_of_two_processes_equals_one(tmp_path):
