@@ -701,7 +701,7 @@ def read_items(path):
         try:
             if line.strip():
                 items[place] = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{place}: not valid JSON ({e})") from None
     return items
 

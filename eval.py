@@ -80,7 +80,8 @@ def ndcg(gain, at, k):
     what the best order would gain, both discounted by place."""
     best = np.sort(gain)[::-1][:k]
     reached = (gain @ at) * DISCOUNT  # (10,)
-    return reached[:k].sum() / (best @ DISCOUNT[: len(best)])
+    ideal = best @ DISCOUNT[: len(best)]
+    return reached[:k].sum() / ideal if ideal else 0.0  # 2^grade - 1 of a tiny grade is 0
 
 
 def score_ranks(ranks, grades=None):
@@ -504,6 +505,8 @@ def main(argv=None):
 
     device = scale.join_processes()
     Path(args.out).mkdir(exist_ok=True, parents=True)  # a path that is a file is noticed now
+    if not os.access(args.out, os.W_OK):
+        raise ValueError(f"--out {args.out}: no folder to write to")
     embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
     if not embedder.processor.trained_here:
         args.threshold = 1.0

@@ -838,9 +838,14 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
+def plain_number(number):
+    """A Fraction or a number of numpy, which json does not know, as Python's int or float."""
+    return int(number) if number == int(number) else float(number)
+
+
 def write_json(path, value):
     """Written aside and renamed: nobody reads half a file. ValueError for NaN and infinities."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=np.generic.item)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain_number)
     Path(f"{path}.tmp").write_bytes(text.encode())
     os.replace(f"{path}.tmp", path)
 

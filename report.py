@@ -165,11 +165,12 @@ def what_is_missing(report, log, test_sets):
 def markdown(report, title, sentences):
     """report.md: the sentences, and a table of what each mode gets: "| overall | 0.827 | ..."."""
     modes = report["modes"]
-    scores = [row | row["datasets"] for row in modes.values()]
     fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query")
+    lines = [(name, [row[name] for row in modes.values()]) for name in fields]
+    for name in modes["never"]["datasets"]:  # one may be called "image", too
+        lines.append((name, [row["datasets"][name] for row in modes.values()]))
     rows = []
-    for name in (*fields, *modes["never"]["datasets"]):
-        values = [row[name] for row in scores]
+    for name, values in lines:
         # None: no dataset of that modality.
         rows.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
     made_by = f"Preset {report['preset']}, seed {report['seed']}\n"

@@ -466,8 +466,11 @@ def save_state(path, step, model, optimizer):
     parts = {"step": step, "model": trainable(model), "optimizer": optimizer.state_dict()}
     state = for_file(parts)
     if is_main():
-        with open(f"{path}.part", "wb") as f:
-            torch.save(state, f)
+        try:
+            with open(f"{path}.part", "wb") as f:
+                torch.save(state, f)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise OSError(f"{path}: not written ({e.__context__ or e})") from None
         os.replace(f"{path}.part", path)
 
 

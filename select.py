@@ -459,6 +459,11 @@ def few_kept(rows, kept):
     keep = {row["id"] for row in kept}
     if len(keep) >= max(1, 0.01 * len(hard)):
         return None
+    if not hard:
+        return (
+            "WARNING: selection kept nothing, for no pair is hard: the direct vectors give every "
+            "target more than exp(-select_margin), and nothing teaches the model to reason"
+        )
     return (
         f"WARNING: selection kept rationales of {len(keep)} of {len(hard)} hard pairs: trained "
         "on this, the model will hardly ever reason. Try a stronger proposer (propose.py "

@@ -344,7 +344,7 @@ def test_select_says_when_few_are_kept():
     rows = [judged(f"A/{i}", 1.0 if i < 300 else None) for i in range(900)]
     assert selection.few_kept(rows, rows[:3]) is None
     assert "2 of 300 hard" in selection.few_kept(rows, rows[:2])
-    assert "stronger proposer" in selection.few_kept(rows[300:], [])
+    assert "no pair is hard" in selection.few_kept(rows[300:], [])
 
 
 def test_select_shows_what_other_rules_would_keep(tmp_path, command):
@@ -1104,6 +1104,7 @@ def test_command_line(run_embed, folder, tmp_path):
 BAD_RUNS = {  # lines, options, what is said
     "no image": (b'"a"\n\n{"image": "no.png"}', "", "in.jsonl line 3: no.png: cannot be read"),
     "not UTF-8": (b'"a"\n"\xff"', "", "in.jsonl line 2: not valid JSON .*utf-8"),
+    "too deep": (b"[" * 10**5, "", "in.jsonl line 1: not valid JSON"),
     "nowhere": (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
     "no input": (b'"a"', "--input no.jsonl", "no.jsonl"),
     "no folder": (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder to"),
@@ -1695,6 +1696,11 @@ def test_run_fork(finished, own_root, call, copy_of, fails):
         fails(arguments(own_root, out, *more), 2, "config.json was made with l")
     assert call(out, "--latency_penalty", "3") == 0
     assert "eval" in read_json(f"{out}/stages.json")
+    # Older folders have options of other names.
+    options = read_json(f"{out}/config.json")
+    options["embed_lr"] = options.pop("embed_lr_factor") * 2
+    write_json(f"{out}/config.json", options)
+    fails(arguments(own_root, out, "--latency_penalty", "3"), 2, "with embed_lr_factor=1.0, this")
 
 
 def test_run_other_rule_on_the_same_judgements(finished, call, tmp_path, monkeypatch):
@@ -1828,6 +1834,11 @@ def test_run_a_kill_loses_one_window(finished, call, copy_of, monkeypatch):
     again = [pair["id"] for judged in spy.call_args_list for pair in judged.args[2]]
     assert sorted([*again, *seen[0], *seen[1]]) == sorted(READABLE)
     assert contents(out)["select/judged.jsonl"] == contents(whole)["select/judged.jsonl"]
+    # The kill came behind the last window, before the stage was done.
+    shutil.copytree(f"{out}/propose", f"{out}/propose.part")
+    write_json(f"{out}/propose.part/options.json", read_json(f"{out}/config.json"))
+    monkeypatch.setattr(train, "by_window", None)
+    assert call(out, "--resume", "auto", stage="propose") == 0
 
 
 def test_run_broken_stage_leaves_what_was_done(own_root, copy_of, monkeypatch, fails):
@@ -1858,15 +1869,27 @@ def test_run_full_disk_is_said_before_the_first_step(
     fails(arguments(own_root, out, stage=stage), 1, f".part: {what} of 0.")
 
 
+def test_run_disk_that_fills_up_is_said(own_root, copy_of, monkeypatch, fails):
+    out = copy_of("select")
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("unexpected pos 64")))
+    argv = arguments(own_root, out, "--save_every", "1", stage="embed")
+    fails(argv, 1, "embed.state: not written (unexpected pos 64)")
+
+
+def test_run_matryoshka_dims_are_held_against_the_model(own_root, tmp_path, fails):
+    argv = arguments(own_root, tmp_path / "run", "--matryoshka_dims", "8,65", stage="base")
+    fails(argv, 2, "--matryoshka_dims 8,65: vectors of")
+
+
 def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
     """While it selects, in its last lines, in the report."""
     out = copy_of("propose")
     assert call(out, "--select_margin", "99") == 0
     said = capsys.readouterr().out
     assert "attention: FLASH_ATTENTION; with branches FLASH_ATTENTION" in said
-    assert said.count("WARNING: selection kept rationales of 0 of") == 2
-    assert "Try a stronger proposer" in said[said.index("peak_memory_gb") :]
-    assert "Try a stronger proposer" in Path(out, "report.md").read_text()
+    assert said.count("WARNING: selection kept nothing, for no pair is hard") == 2
+    assert "no pair is hard" in said[said.index("peak_memory_gb") :]
+    assert "no pair is hard" in Path(out, "report.md").read_text()
 
 
 def test_run_a_linked_stage_is_replaced_and_what_it_leads_to_stays(call, copy_of, tmp_path):
@@ -3001,6 +3024,7 @@ def test_processor_saved_folder(folder):
 
 
 SETTINGS = {**SMALL, "max_frames": np.int64(5), "fps": Fraction(7, 2), "max_length": 99}
+SETTINGS["min_pixels"] = Fraction(1024)
 SETTINGS["default_instruction"] = "Do."
 
 
@@ -4032,6 +4056,7 @@ def test_metrics_of_a_worked_example():
     graded = score([2, 1], [3, 1])
     assert graded["ndcg_linear@5"] == pytest.approx((1 + 3 / log(3)) / (3 + 1 / log(3)))
     assert graded["ndcg_exponential@5"] == pytest.approx((1 + 7 / log(3)) / (7 + 1 / log(3)))
+    assert score([1], [1e-17])["ndcg_exponential@5"] == 0
     # The reference gives 0.855 to these 23 pages in perfect order, one of grade 3, the others 2.
     pages = score([8, *range(2, 8), 1, *range(9, 24)], [2] * 7 + [3] + [2] * 15)
     assert [pages[key] for key in pages if "ndcg" in key] == pytest.approx([1] * 6)

@@ -88,7 +88,7 @@ import propose
 import report
 import rl
 import scale
-from embed import Embedder, contrastive_step
+from embed import Embedder, contrastive_step, prefix_dims
 from model import Rows, read_json, sdpa_kernel, write_json, write_rows
 from processor import prompt_key
 
@@ -101,6 +101,9 @@ spec.loader.exec_module(selection)
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
 # {the first stage that reads some tables: which}. It notes their hash: a later change is noticed.
 NOTED_TABLES = {"propose": "train", "eval": "eval"}
+# Older run folders have these options under other names.
+RENAMED = {"select_lr": "select_lr_factor", "embed_lr": "embed_lr_factor"}
+RENAMED |= {"rl_lr": "rl_lr_factor", "rl_when": "rl_decision_weight"}
 # A row of selected.jsonl: {"id": "PocketWalk/7", "proposer": "careful", "text": "nw red star ...",
 # "gain": 2.1, "gain_placebo": -0.3, "weight": 0.6}. A pair's weights add up to 1.
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
@@ -387,7 +390,8 @@ class Run:
         option (of --stage rl), or use another --out
         """
         path = self.path(name)
-        before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
+        # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
+        before = {RENAMED.get(option, option): x for option, x in self.read(name).items()}
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
             group = f.metadata["group"]
@@ -498,6 +502,8 @@ class Run:
             os.replace(part, final)
             for name in (*final.glob("*.state"), final / "options.json"):
                 name.unlink()  # only a stage that is resumed needs checkpoints and its options
+            for folder in final.glob("*.windows"):  # a kill came before they were taken away
+                shutil.rmtree(folder)
             for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
@@ -793,6 +799,9 @@ def base_stage(run, part):
     embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
     if not embedder.model.has_head:
         raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales")
+    if max(prefix_dims(c.matryoshka_dims), default=0) > embedder.model.c.hidden:
+        length = f"vectors of {c.model} have {embedder.model.c.hidden} numbers"
+        raise UsageError(f"--matryoshka_dims {c.matryoshka_dims}: {length}")
     return embedder
 
 
@@ -835,6 +844,11 @@ def pretrain_base(run, part):
     if weakest_skill(optimizer.steps) < pretrain.SKILL_WANTED:
         run.say(f"base: a skill is below {pretrain.SKILL_WANTED}; expect weak rationales")
     return Embedder(model, processor)
+
+
+def written_bytes(part):
+    """Of the rows that an earlier try of a stage has left in its folder."""
+    return sum(path.stat().st_size for path in Path(part).rglob("*.jsonl"))
 
 
 def by_window(run, path, pairs, is_wanted, rows_of, title):
@@ -888,15 +902,17 @@ def propose_stage(run, part):
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
-    # What is read and what is written (a token has some four bytes, a row some 200 more), twice:
-    # in files of windows, and in the one that joins them.
-    size = c.num_candidates * (4 * c.max_new_tokens + 200) * sum(map(len, pairs.rows))
-    if given:
-        size += os.path.getsize(given_path)
-    scale.need_space(part, 2 * size, "rationales")
 
     def is_wanted(pair_id):
         return hard is None or pair_id in hard
+
+    # What is read and what is written (a token has some four bytes, a row some 200 more), twice:
+    # in files of windows, and in the one that joins them.
+    num_wanted = sum(map(len, pairs.windows(is_wanted)))
+    size = c.num_candidates * (4 * c.max_new_tokens + 200) * num_wanted
+    if given:
+        size += os.path.getsize(given_path)
+    scale.need_space(part, 2 * size - written_bytes(part), "rationales")
 
     def rows_of(n, window):
         rows = []
@@ -909,7 +925,8 @@ def propose_stage(run, part):
         return rows
 
     path = f"{part}/rationales.jsonl"
-    by_window(run, path, pairs, is_wanted, rows_of, "propose")
+    if not os.path.exists(path):  # else a kill came after the last window
+        by_window(run, path, pairs, is_wanted, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if not written.offsets:
@@ -930,7 +947,8 @@ def select_stage(run, part):
     written = propose.Rationales(run.path("propose/rationales.jsonl"))  # by pair id
     # A judged row is about twice as long as its rationale. It is written three times: into a file
     # of its window, of its fold and of all.
-    scale.need_space(part, 3 * 2 * os.path.getsize(written.path), "judged rationales")
+    size = 3 * 2 * os.path.getsize(written.path)
+    scale.need_space(part, size - written_bytes(part), "judged rationales")
 
     # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]
@@ -1123,7 +1141,8 @@ def write_report(run):
     """report.json, report.md and report.html, and the numbers that matter on the screen, one a
     line, for people and for grep: "adaptive: 0.9586". In report.json is
 
-    {"preset": "pocket", "seed": 1, "seconds": {"base": 292.8, ...}, "selection": audit.json,
+    {"preset": "pocket", "seed": 1, "selection": audit.json,
+     "seconds": {"base": 292.8, ...}, of a resumed stage those of its last call,
      "modes": {"never": {"overall": 0.827, "tokens_per_query": 0.0, ...}, "adaptive": ...},
      "curve": [{"threshold", "overall", ...}], "adaptivity": {"PocketWalk": {"auc", ...}}}
     """
