@@ -4526,9 +4526,10 @@ def test_data_does_not_need_torch():
 
 
 def test_readme():
-    """Its commands are those of .ci/run, its options exist, its links lead somewhere, the removed
-    lines of its diffs stand in the files that they name."""
+    """It is short. Its commands are those of .ci/run, its options exist, its links lead somewhere,
+    the removed lines of its diffs stand in the files that they name."""
     readme, script = text_of("README.md"), text_of(".ci/run")
+    assert readme.count("\n") < 250 and len(readme.split()) <= 2400
     assert "pip install -q -r requirements.txt" in script
     for command in ("python -m pytest -q test_all.py", "python train.py --stage all"):
         assert command in script and command in readme
