@@ -4389,6 +4389,13 @@ def payload_of(run, root):
     return page, json.loads(text)
 
 
+def test_report_a_dataset_may_be_called_image():
+    fields = ("overall", "video", "visdoc", "reason_rate", "tokens_per_query", "ms_per_query")
+    never = dict.fromkeys(fields, 0.5) | {"image": None, "datasets": {"image": 0.25}}
+    text = report.markdown({"modes": {"never": never}, "preset": "p", "seed": 1}, "title", [])
+    assert "| image | – |\n" in text and "| image | 0.250 |\n" in text
+
+
 def test_the_page_computes_the_curve_from_its_own_numbers(first_root, run):
     _, page = payload_of(run, first_root)
     assert page["curve"] == read_json(run / "report.json")["curve"] and page["threshold"] == 0.5
