@@ -1834,11 +1834,15 @@ def test_run_a_kill_loses_one_window(finished, call, copy_of, monkeypatch):
     again = [pair["id"] for judged in spy.call_args_list for pair in judged.args[2]]
     assert sorted([*again, *seen[0], *seen[1]]) == sorted(READABLE)
     assert contents(out)["select/judged.jsonl"] == contents(whole)["select/judged.jsonl"]
-    # The kill came behind the last window, before the stage was done.
-    shutil.copytree(f"{out}/propose", f"{out}/propose.part")
-    write_json(f"{out}/propose.part/options.json", read_json(f"{out}/config.json"))
+    # The kill came behind the last window, before the stage was done. What is there needs no room.
     monkeypatch.setattr(train, "by_window", None)
+    monkeypatch.setattr(train.scale, "need_space", spy := Mock())
+    with pytest.raises(TypeError, match="not callable"):
+        call(out, stage="propose")
+    shutil.copy(f"{out}/propose/rationales.jsonl", f"{out}/propose.part")
     assert call(out, "--resume", "auto", stage="propose") == 0
+    at_first, now = (asked.args[1] for asked in spy.call_args_list)
+    assert at_first - now == os.path.getsize(f"{out}/propose/rationales.jsonl")
 
 
 def test_run_broken_stage_leaves_what_was_done(own_root, copy_of, monkeypatch, fails):
