@@ -573,7 +573,7 @@ class Pairs:
     """
 
     MAX_BYTES = 2**30  # of patches that are kept in memory
-    MAX_PAIRS = 50_000  # that are kept there; one of short texts takes 2.5 kB
+    MAX_PAIRS = 50_000  # that are kept there; one of short texts takes 2 to 3 kB
     PART = 32  # pairs that a worker reads at a time
 
     def __init__(self, run, processor, for_rl=False, question=None):
