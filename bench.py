@@ -34,9 +34,12 @@ Left out: clips; vLLM (another process, other pins); TRL (it generates with tran
 the GRPO step. Images are noise and weights are random: the speed is real, the content is not.
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in train.py
+
 import argparse
 import dataclasses
-import os
 import platform
 import sys
 import tempfile

@@ -588,7 +588,8 @@ OLDER_FILES = ["processor_config.json", "chat_template.json", "special_tokens_ma
 OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
 # Processor.__call__ for other programs. They hand over images apart, so that a part may be no more
-# than its type, "image" or "video", and they add the markers around a video's frames.
+# than its type, "image" or "video", and they add the markers around a video's frames. The loop goes
+# over message.content itself: where vLLM finds none it joins the parts by line breaks beforehand.
 TEMPLATE = r"""
 {%- set instruction = DEFAULT -%}
 {%- if instruction and messages[0].role != 'system' -%}
@@ -596,8 +597,8 @@ TEMPLATE = r"""
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
-{%- set contents = [message.content] if message.content is string else message.content -%}
-{%- for content in contents -%}
+{%- if message.content is string -%}{{- message.content -}}{%- else -%}
+{%- for content in message.content -%}
 {%- set part = {'text': content} if content is string else content -%}
 {%- set video = part.type == 'video' or part.get('video') is not none -%}
 {%- set image = part.type in ('image', 'image_url') or part.get('image') is not none
@@ -609,6 +610,7 @@ TEMPLATE = r"""
 {%- if image -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- endif -%}
 {{- part.text or '' -}}
 {%- endfor -%}
+{%- endif -%}
 {{- '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}

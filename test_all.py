@@ -45,6 +45,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import huggingface_hub
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -2984,6 +2985,12 @@ def test_processor_chat_template_equals_ours(default, opening, tmp_path):
         ours = shown(processor({"messages": messages}), processor)
         clip = rf"(<[\d.]+ seconds>{re.escape(FRAMES)})+"
         assert text == re.sub(clip, "<|video_pad|>", ours)
+
+
+def test_processor_chat_template_shows_vllm_a_loop_over_the_parts():
+    """vLLM looks for it before it runs a template. Without one it joins the parts by "\\n"."""
+    loops = jinja2.Environment().parse(P.TEMPLATE).find_all(jinja2.nodes.For)
+    assert [getattr(loop.iter, "attr", None) for loop in loops] == [None, "content"]
 
 
 @pytest.mark.parametrize("part", [{"image": None}, {"type": "audio", "audio": "a"}], ids=str)
