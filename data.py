@@ -466,7 +466,7 @@ def complete(row, kind):
     retrieval = parser in ("pairs", "video_ret", "beir")
     has_labels = parser == "video_cls" and row["labels"]
     row["scope"] = row["scope"] or ("global" if retrieval or has_labels else "local")
-    if any(len(listed(part)) != 3 for part in row["fetch"]):
+    if any(len(listed(part)) != 3 or not isinstance(part[0], str) for part in row["fetch"]):
         raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
     if len(row["columns"]) != 2:
         raise BadData(name, "columns: those of the video and of the caption are wanted")
@@ -785,7 +785,11 @@ class Source(Files):
         """Has each side of the table's row i something? One that cannot be read is for pair()."""
         try:
             row = self.rows[i]
-            return all(any(any(listed(row[c])) for c in side) for side in self.sides)
+            for side in self.sides:
+                values = [value for c in side for value in listed(row[c])]
+                if all(value in ("", None) for value in values):  # 0 and false are for pair()
+                    return False
+            return True
         except ROW_FAULTS:
             return True
 
@@ -840,15 +844,16 @@ class TrainData:
     def pair(self, source, row):
         return self.sources[source].pair(row)
 
-    def fetch(self, source, row, read=opened):
-        """read() of this row's pair, or of the next one that can be read. A row that cannot
-        (ValueError) is named once, whichever process meets it.
+    def fetch(self, source, row, read=opened, rows=None):
+        """read() of this row's pair, or of the next one of `rows`, a range (None: all), that can be
+        read. A row that cannot (ValueError) is named once, whichever process meets it.
 
         read: e.g. of train.py, pair -> its prompts of tokens and patches, which opens the images.
         """
-        size = self.sizes[source]
+        rows = rows or range(self.sizes[source])
         errors = {}  # {row: BadData}
-        for i in itertools.chain(range(row, size), range(row)):  # on from row, then from the start
+        # On from row, then from the start.
+        for i in itertools.chain(range(row, rows.stop), range(rows.start, row)):
             if self.named[source][i]:  # a run of broken rows is not read again at every visit
                 continue
             try:
@@ -862,7 +867,7 @@ class TrainData:
                     tqdm.write(f"skipped ({self.skipped} so far): {error}")
             return pair
         why = next(iter(errors.values()), "all are named above")
-        raise BadData(self.names[source], f"none of its {size} rows can be read; the first: {why}")
+        raise BadData(self.names[source], f"none of {len(rows)} rows can be read; the first: {why}")
 
     @property
     def skipped(self):
@@ -1241,12 +1246,12 @@ def flat(path):
 
 def pairs(es, row):
     """A user's test set in MMEB-train's columns, each row a query and one right target. All targets
-    are candidates. Equal queries are one with several positives."""
-    query, target = mmeb_side(es, row, *QUERY), mmeb_side(es, row, *TARGET)
+    and hard negatives are candidates. Equal queries are one with several positives."""
+    query, target, negatives = mmeb_pair(es, row)
     if {"text": ""} in (query, target):
         raise BadData("a side", "is empty")
-    key = side_key(row, *QUERY)
-    number = es.cand(side_key(row, *TARGET), make_item, **target)
+    key = side_key(es, query)
+    number, *_ = [es.cand(side_key(es, item), make_item, **item) for item in (target, *negatives)]
     if key not in es.asked:
         es.query(query, [number], [number])
         es.asked[key] = es.positives[-1]  # the list itself: what is added to it counts
@@ -1254,14 +1259,15 @@ def pairs(es, row):
         es.asked[key].append(number)
 
 
-def side_key(row, text, image):
-    """The text and the image that tell a side from others: '["a cat", "pics/a.jpg"]'. An image
-    inside a table has no name: a hash of its bytes."""
-    return json.dumps(
-        [row[text] or "", row[image] or ""],
-        ensure_ascii=False,
-        default=lambda ref: hashlib.sha256(ref.read()).hexdigest(),
-    )
+def side_key(es, item):
+    """The text and the images that tell a side from others: '["a cat", "pics/a.jpg"]', however its
+    row spells them. An image inside a table has no name: a hash of its bytes."""
+    names = []
+    for ref in refs(item):
+        inside = isinstance(ref, TableImage)
+        name = hashlib.sha256(ref.read()).hexdigest() if inside else os.path.relpath(ref, es.root)
+        names.append(name)
+    return json.dumps([item.get("text", ""), *(names or [""])], ensure_ascii=False)
 
 
 def beir(es, row):

@@ -35,6 +35,7 @@ import numbers
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +47,15 @@ from tqdm import tqdm
 
 import scale
 from model import Cache, generate, load_model, numbered_lines, save_model, write_json, write_rows
-from processor import Processor, collate, prompt_key, refuse_one_that_seeks, require, require_number
+from processor import (
+    Processor,
+    collate,
+    image_of,
+    prompt_key,
+    refuse_one_that_seeks,
+    require,
+    require_number,
+)
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -480,7 +489,7 @@ class Embedder:
             warnings.warn(why, stacklevel=2)
             reason = "never"
 
-        if isinstance(items, (str, bytes, dict)) or not hasattr(items, "__iter__"):
+        if isinstance(items, (str, bytes, Mapping)) or not hasattr(items, "__iter__"):
             items = [items]
         no_bar = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=no_bar, delay=1)
@@ -520,7 +529,7 @@ class Embedder:
         # Threads help: Pillow decodes and resizes outside Python's lock.
         with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             while window := list(itertools.islice(numbered, 8 * batch_size)):
-                refuse_one_that_seeks(item for _, item in window)
+                refuse_one_that_seeks(image_of(item) for _, item in window)
                 yield list(threads.map(read, window))
 
     def batches(self, lengths, batch_size):
@@ -723,8 +732,11 @@ def run(model, source, output, opening, encoding):
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
         raise ValueError(f"{list(items)[e.index]}: {e.why}") from e
-    with open(f"{output}.part", "wb") as f:  # aside: on a full disk the file before it stays whole
-        np.save(f, v)
+    try:
+        with open(f"{output}.part", "wb") as f:  # aside: the file before it stays whole
+            np.save(f, v)
+    except OSError as e:  # numpy's, of a full disk, says numbers of bytes alone
+        raise OSError(f"{output}: not written ({e})") from None
     write_rows(facts, infos)
     os.replace(f"{output}.part", output)
     reasoned = sum(info["reasoned"] for info in infos)

@@ -37,6 +37,7 @@ import numbers
 import os
 import unicodedata
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -287,7 +288,9 @@ class Processor:
         pieces = []
         for message in messages:
             pieces += [self.im_start_id, message["role"] + "\n"]
-            for part in listed(message["content"]):
+            parts = listed(message["content"])
+            refuse_one_that_seeks(image_of(part) for part in parts)
+            for part in parts:
                 pieces += self.part(part)
             pieces += [self.im_end_id, "\n"]
         return self.finish([*pieces, self.im_start_id, "assistant\n"])
@@ -466,7 +469,7 @@ def as_dict(item):
         return {"text": item}
     if item is None or isinstance(item, (list, tuple)):
         raise ValueError(f"a {type(item).__name__}: expected a string, an image, a path or a dict")
-    if not isinstance(item, dict):
+    if not isinstance(item, Mapping):
         return {"image": item}  # load_image refuses what is no image
     return checked("an item", item, ITEM_KEYS)
 
@@ -511,6 +514,11 @@ def content_of(item):
     return parts + [{"text": text} for text in texts]
 
 
+def image_of(item):
+    """What a dict has as its image, else the item itself."""
+    return item.get("image") if isinstance(item, Mapping) else item
+
+
 def refuse_one_that_seeks(images):
     """list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame."""
     for image, after in itertools.pairwise(images):
@@ -537,8 +545,8 @@ def open_image(name, ref):
         ref = ref.rpartition(",")[2]
     if name == "base64":
         try:
-            ref = base64.b64decode(ref)  # it may come in lines of 76 letters
-        except (TypeError, ValueError) as e:
+            ref = base64.b64decode("".join(ref.split()), validate=True)  # it may come in lines
+        except (AttributeError, TypeError, ValueError) as e:
             raise ValueError(f"{short(ref)}: not an image in base64 ({e})") from None
     return load_image(ref)
 
@@ -546,7 +554,7 @@ def open_image(name, ref):
 def checked(what, given, known):
     """`given` without what is None (Arrow fills every column of a struct). A key that nobody reads
     may be a typing mistake: it is a warning, and an error where no other key is there."""
-    if not isinstance(given, dict):
+    if not isinstance(given, Mapping):
         raise ValueError(f"{what} is a {type(given).__name__}, expected a dict")
     given = {name: value for name, value in given.items() if value is not None}
     unread = [name for name in given if name not in known]
@@ -570,7 +578,7 @@ def require_number(kind, **options):
     wanted = {"finite": numbers.Real, "whole": numbers.Integral}[kind]
     for name, value in options.items():
         is_number = isinstance(value, wanted) and value is not True
-        require(is_number and 0 < value < math.inf, name, value, f"a {kind} number above 0")
+        require(is_number and 0 < value < 2**60, name, value, f"a {kind} number above 0")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -165,14 +165,17 @@ class Rationales:
         self.cut = self.left_out = 0
         offset = 0
         for place, line in numbered_lines([path]):  # a line is bytes, its line break included
+            start = offset
+            offset += len(line)
+            if not line.strip():
+                continue
             row = read_rationale(place, line, numbers)
             if row["side"] == "target" or not row["text"].strip():
                 self.left_out += 1
             elif not only or author(row["proposer"]) in only:
-                self.offsets.setdefault(row["id"], array("q")).append(offset)
+                self.offsets.setdefault(row["id"], array("q")).append(start)
                 self.authors[author(row["proposer"])] += 1
                 self.cut += bool(row.get("truncated"))  # only our own propose() says so
-            offset += len(line)
 
     def of(self, pair):
         """The rows about a pair, in the file's order, each with the pair's key and under a name of
@@ -325,11 +328,12 @@ def image_url(ref, options):
 def read_responses(options, asked):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
-    asked: the custom ids of all requests; empty: not known. Failures are a request without a
-    response, a response that nobody asked for, an error, an answer without text and one that did
-    not come to its end: a rationale without its conclusion. --accept-cut takes what was cut off at
-    max_tokens. If nothing of the first response to a request was usable, a second one takes its
-    place (a retry); any other second response is a failure. One failure costs nothing else.
+    asked: {custom id: how many answers} of all requests; empty: not known. Failures are a request
+    without a response, a response that nobody asked for, an error, an answer that is missing, has
+    no text or did not come to its end: a rationale without its conclusion. --accept-cut takes what
+    was cut off at max_tokens. If nothing of the first response to a request was usable, a second
+    one takes its place (a retry); any other second response is a failure. One failure costs nothing
+    else.
     """
     rows, failed, answered = [], [], set()
     unusable = {}  # {custom id: [why]}, of responses without any usable answer
@@ -354,6 +358,7 @@ def read_responses(options, asked):
             unusable.setdefault(custom_id, []).extend(why for _, why in answers)
             continue
         answered.add(custom_id)
+        failed += [(custom_id, "no answer")] * (asked.get(custom_id, 0) - len(answers))
         for k, (text, why) in enumerate(answers):  # the k-th answer to one request
             if why:
                 failed.append((custom_id, why))
@@ -405,6 +410,10 @@ def answer_of(choice, accept_cut):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
+# Options of --write-requests and of --read-responses.
+ASKING = "data model_name k prompts limit hard max_tokens max_pixels image_urls".split()
+READING = "requests accept_cut proposer out".split()
+
 
 def main():
     """Options in; files of requests or of rationales, and what went wrong with them, out."""
@@ -435,19 +444,25 @@ def main():
     options = parser.parse_args()
     if options.write_requests and not options.data:
         parser.error("--write-requests needs --data")
-    read = [*(options.read_responses or []), *options.requests]
-    if os.path.realpath(options.out) in map(os.path.realpath, read):
-        parser.error(f"--out {options.out}: would take the place of what is read")
+    unused = READING if options.write_requests else ASKING
+    for name in unused:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} goes with the other of the two tasks")
+    written = options.write_requests or options.out
+    read = [*(options.read_responses or []), *options.requests, options.hard]
+    if os.path.realpath(written) in [os.path.realpath(path) for path in read if path]:
+        parser.error(f"{written}: would take the place of what is read")
 
     if options.write_requests:
         write_rows(options.write_requests, requests(options))
         print(f"written: {options.write_requests}")
         return
     # Without the requests nobody knows what is missing: then no response counts as foreign either.
-    asked = {}  # custom ids, in order
+    asked = {}  # {custom id: answers that are wanted}
     for place, line in numbered_lines(options.requests):
         with naming(place):
-            asked[json.loads(line)["custom_id"]] = True
+            request = json.loads(line)
+            asked[request["custom_id"]] = request["body"].get("n", 1)
     rows, failed = read_responses(options, asked)
     for custom_id, why in failed:
         line = " ".join(f"no rationale for {custom_id}: {why}".split())  # a server's words

@@ -107,8 +107,8 @@ def difference(modes, records, mode):
     variance = 0.0  # Σ_d var_d / n_d
     for rows in records.values():
         gaps = [row["adaptive"] - row[mode] for row in rows]
-        # One query shows no spread: a large one is assumed.
-        spread = np.var(gaps, ddof=1) if len(gaps) > 1 else 1.0
+        # A few queries may show no spread: a large one is assumed.
+        spread = np.var(gaps, ddof=1) if len(gaps) >= 10 else 1.0
         variance += spread / len(gaps)
     sure = 2 * math.sqrt(variance) / len(records)  # two standard errors
     score = modes[mode]["overall"]

@@ -616,15 +616,18 @@ class Pairs:
     def bytes(self, source):
         """What a dataset's patches would weigh, if all pairs' weigh what the first one's do."""
         rows = self.rows[source]
-        pair = self.tables.fetch(source, rows[0], read=self.prompts)
+        pair = self.tables.fetch(source, rows[0], self.prompts, rows)
         size = 0
         for prompt in (pair["query"], pair["target"], *pair["negatives"]):
             size += sum(patches.nbytes for patches in prompt["pixel_values"])
         return len(rows) * size
 
     def __getitem__(self, ref):
-        """ref (source, row) -> its pair. A broken row's place is taken by the next one."""
-        pair = self.cache.get(ref) or self.tables.fetch(*ref, read=self.prompts)
+        """ref (source, row) -> its pair. A broken row's place is taken by the share's next one."""
+        if ref in self.cache:
+            return self.cache[ref]
+        source, row = ref
+        pair = self.tables.fetch(source, row, self.prompts, self.rows[source])
         if self.fits_in_memory:
             self.cache[ref] = pair
         return pair
@@ -882,6 +885,18 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
     scale.barrier()
 
 
+def rows_within(given, pairs, processor, most):
+    """Rows of a propose.Rationales about these pairs, and how many more there are whose text has
+    too many tokens: the model could not write them to their end."""
+    rows = [row for pair in pairs for row in given.of(pair)]
+    num_forced = len(processor.prefix) + len(processor.tail)
+    within = []
+    for row in rows:
+        if len(processor.rationale(row["text"])) - num_forced <= most:
+            within.append(row)
+    return within, len(rows) - len(within)
+
+
 def propose_stage(run, part):
     """Candidate rationales of every query, window by window.
 
@@ -917,8 +932,9 @@ def propose_stage(run, part):
     def rows_of(n, window):
         rows = []
         if given:
-            for pair in window:
-                rows += given.of(pair)
+            rows, num_longer = rows_within(given, window, processor, c.max_new_tokens)
+            if num_longer:
+                run.say(f"propose: {num_longer} rationales exceed --max_new_tokens: not used")
         if c.num_candidates:
             rng = run.generator("propose", n)
             rows += propose.propose(embedder.model, processor, window, c, rng, ask)
