@@ -30,7 +30,7 @@ import collections
 import os
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,8 @@ VARIANTS = {
     "dear_penalty": ("full", "rl", {"latency_penalty": 1.2}),  # twice the default
     "one_loss": ("full", "rl", {"rl_one_loss": True}),  # decision and words in one mean
 }
+# Options that all runs of a variant have in common, but for the seed.
+COMPARED = {f.name for f in fields(train.Config) if f.metadata["group"] != "machine"} - {"seed"}
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
 SCORES = {"overall": 3, "reason_rate": 2, "tokens_per_query": 1}  # digits that are shown
 OTHER_MODES = ("never", "always", "per_task", "random", "oracle")  # of the full method
@@ -97,6 +99,7 @@ def fork(parent, folder, first, same_judge):
         (folder / name).symlink_to(os.path.relpath(parent / name, folder))
     if same_judge:  # an unfinished stage works in STAGE.part: select takes what it finds there
         shutil.copytree(parent / "select", folder / "select.part")  # judged0.jsonl ...
+    shutil.copy(parent / "config.json", folder)  # what the links were made with
     done = read_json(parent / "stages.json")  # {"base": {"seconds": 900.0, ...}}
     write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
 
@@ -107,9 +110,12 @@ def run_variant(cfg, name, seed, out):
     parent, first, changes = VARIANTS[name]  # "full", "rl", {"rl_steps": 0}
     folder = out / f"seed{seed}" / name
     if (folder / "report.json").exists():
-        before = read_json(folder / "config.json")["scale"]
-        if before != cfg.scale:  # a page of small runs and large ones would compare nothing
-            raise ValueError(f"{folder}: a run of --scale {before}; use another --out")
+        before = read_json(folder / "config.json")
+        for option, value in {**vars(cfg), **changes}.items():
+            # A page of runs with these options and with others would compare nothing.
+            if option in COMPARED and before.get(option, value) != value:
+                change = f"a run of --{option} {before[option]}, not {value}"
+                raise ValueError(f"{folder}: {change}; use another --out")
     else:
         if parent:
             run_variant(cfg, parent, seed, out)  # what is forked has to be there

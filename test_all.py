@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import base64
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -1712,11 +1713,49 @@ def test_run_fork(finished, own_root, call, copy_of, fails):
         fails(arguments(own_root, out, *more), 2, "config.json was made with l")
     assert call(out, "--latency_penalty", "3") == 0
     assert "eval" in read_json(f"{out}/stages.json")
+    before = weights(f"{out}/rl")
+    shutil.rmtree(f"{out}/rl")  # whoever takes a stage's folder away wants it done again
+    assert call(out, "--latency_penalty", "3") == 0
+    assert same(weights(f"{out}/rl"), before)
     # Older folders have options of other names.
     options = read_json(f"{out}/config.json")
     options["embed_lr"] = options.pop("embed_lr_factor") * 2
     write_json(f"{out}/config.json", options)
     fails(arguments(own_root, out, "--latency_penalty", "3"), 2, "with embed_lr_factor=1.0, this")
+
+
+def test_run_a_world_that_is_drawn_again_changes_no_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket, "write_world", lambda *args: None)
+    for stages in ({"base": {}}, {}):
+        run = SimpleNamespace(cfg=train.Config(), stages=stages, data_root=f"{tmp_path}/{stages}")
+        run.path = lambda name: f"{tmp_path}/{name}"
+        train.draw_world(run)
+        assert os.path.exists(tmp_path / "config.json") == (not stages)
+
+
+ORPHAN = """
+import os, time, train
+worker = os.fork()
+if not worker:
+    train.leave_group(0)
+    time.sleep(99)
+time.sleep(0.5)
+print(worker, flush=True)
+time.sleep(99)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no such signal")
+def test_run_workers_end_with_a_main_process_that_is_killed():
+    main = subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=HERE, stdout=subprocess.PIPE)
+    stat = Path("/proc", main.stdout.readline().decode().strip(), "stat")  # of the worker
+    main.kill()
+    main.wait()
+    deadline = time.time() + 20
+    with contextlib.suppress(FileNotFoundError):  # it is gone
+        while " Z " not in stat.read_text():  # nor waits to be buried
+            assert time.time() < deadline
+            time.sleep(0.1)
 
 
 def test_run_other_rule_on_the_same_judgements(finished, call, tmp_path, monkeypatch):
@@ -3872,6 +3911,7 @@ BAD_ROWS = [
     ("mmeb", b"[" * 10**5, "maximum recursion depth"),
     ("mmeb", b'{"qry": "x"}', "no column qry_image_path: there are qry$"),
     ("mmeb", pair(3), "column qry: text is wanted, got 3"),
+    ("mmeb", pair(pos_text=0), "column pos_text: text is wanted, got 0"),
     ("mmeb", pair("q", "gone.png"), "image 'gone.png': missing, looked in .$"),
     ("mmeb", pair("q", "../x.png"), "path '../x.png': leaves the root"),
     ("mmeb", pair("q", "link.png"), "path .*link.png': leaves the root"),
@@ -4744,8 +4784,8 @@ def test_study_shares_judgements_where_only_the_rule_differs(tmp_path, monkeypat
     monkeypatch.setattr(train, "run_stages", lambda cfg: None)
     os.makedirs(tmp_path / "seed1/full/longer")
     for name in ("report.json", "config.json", "longer/summary.json"):
-        write_json(tmp_path / "seed1/full" / name, {"scale": 1.0})
-    with pytest.raises(ValueError, match="full: a run of --scale 1.0"):
+        write_json(tmp_path / "seed1/full" / name, {"scale": 1.0, "seed": 9, "out": "x"})
+    with pytest.raises(ValueError, match="full: a run of --scale 1.0, not 0.5"):
         study.run_variant(train.Config(scale=0.5), "never", 1, tmp_path)
     for name in study.VARIANTS:
         study.run_variant(train.Config(), name, 1, tmp_path)

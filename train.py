@@ -16,7 +16,7 @@ Everything in order. A stage is a function below; the maths stands in the files 
 
 An ablation is a copy of a finished run in which one stage is done again with another option:
 
-    cp -r runs/pocket runs/dear
+    cp -rL runs/pocket runs/dear
     python train.py --stage rl  --latency_penalty 3 --out runs/dear
     python train.py --stage all --latency_penalty 3 --out runs/dear      whatever follows from it
 
@@ -32,12 +32,12 @@ The run folder:
     eval/summary.json ...                       scores, see eval.py
     report.json  report.md  report.html         the same for people
 
---stage all skips finished stages; --stage NAME does one again. Options that differ from the
-folder's are refused, but for those of the machine, of the stage that is done again and of stages
-still to do. A stage works in STAGE.part, which takes its place when it is finished. With --resume
-auto a stage that broke off goes on from its last checkpoint or window (eval starts again), and ends
-with the same weights, to the last bit, as if nothing had happened. SIGTERM ends a run with exit
-code 143; a training loop writes a checkpoint first.
+--stage all skips finished stages, up to a folder that was taken away; --stage NAME does one again.
+Options that differ from the folder's are refused, but for those of the machine, of the stage that
+is done again and of stages still to do. A stage works in STAGE.part, which takes its place when it
+is finished. With --resume auto a stage that broke off goes on from its last checkpoint or window
+(eval starts again), and ends with the same weights, to the last bit, as if nothing had happened.
+SIGTERM ends a run with exit code 143; a training loop writes a checkpoint first.
 An error is one line. `python -X dev train.py ...` shows where it came from.
 
 Randomness: every draw has a generator of its own, made from --seed and what is drawn (Run.rng). So
@@ -58,6 +58,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -359,7 +360,11 @@ class Run:
                 self.say(f"{cfg.out}: not locked ({error}); let no other run use this folder")
         # Those that are done, in order: {"base": {"seconds": 292.8}, "propose": {"seconds": 44.6,
         # "tables": the hash of the training tables}}
-        self.stages = self.read("stages.json")
+        self.stages = {}
+        for stage, done in self.read("stages.json").items():
+            if not os.path.lexists(self.path(stage)):  # taken away, to be done again
+                break
+            self.stages[stage] = done
         # A call that failed at once, say at a mistyped --model, has left neither a stage nor a
         # world: its options do not count.
         made = self.stages or os.path.exists(self.path("data"))
@@ -387,7 +392,7 @@ class Run:
         `free` may differ. Where none are noted yet, note ours. It says
 
         runs/dear/config.json was made with latency_penalty=3.0, this call says 0.6: repeat the
-        option (of --stage rl), or use another --out
+        option, do --stage rl with yours, or use another --out
         """
         path = self.path(name)
         # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
@@ -400,8 +405,8 @@ class Run:
             if group in free or then == value:
                 continue
             change = f"was made with {f.name}={then!r}, this call says {value!r}"
-            stage = f" (of --stage {group})" if group in STAGES else ""
-            remedy = f"repeat the option{stage}, or use another --out"
+            redo = f", do --stage {group} with yours" if group in STAGES else ""
+            remedy = f"repeat the option{redo}, or use another --out"
             raise UsageError(f"{path} {change}: {remedy}")
         if not before and scale.is_main():
             write_json(path, asdict(self.cfg))
@@ -710,8 +715,10 @@ class Pairs:
 
 def leave_group(worker):
     """A worker leaves the process group, so that SIGTERM to the group reaches the main process
-    alone, which saves first."""
+    alone, which saves first. On Linux it ends with that process, also one that was killed."""
     os.setpgrp()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 class Batches:
@@ -1209,7 +1216,8 @@ def draw_world(run):
         train = max(4, round(cfg.world_train * cfg.scale))
         test = max(4, round(cfg.world_test * cfg.scale))
         pocket.write_world(part, cfg.seed, train, test)
-        write_json(run.path("config.json"), asdict(cfg))  # from now on they belong to the folder
+        if not run.stages:  # else its options are known
+            write_json(run.path("config.json"), asdict(cfg))  # from now on they are the folder's
         os.replace(part, folder)
     scale.barrier()
 
