@@ -1937,7 +1937,9 @@ def test_run_disk_that_fills_up_is_said(own_root, copy_of, monkeypatch, fails):
 
 def test_run_matryoshka_dims_are_held_against_the_model(own_root, tmp_path, fails):
     argv = arguments(own_root, tmp_path / "run", "--matryoshka_dims", "8,65", stage="base")
-    fails(argv, 2, "--matryoshka_dims 8,65: vectors of")
+    fails(argv, 2, "--matryoshka_dims 8,65: this model's vectors have 64 numbers")
+    small = f"--world_train 4 --world_test 4 --matryoshka_dims 129 --out {tmp_path}/pocket".split()
+    fails(small, 2, "--matryoshka_dims 129: this model's vectors have 128 numbers")
 
 
 def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):

@@ -809,10 +809,16 @@ def base_stage(run, part):
     embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
     if not embedder.model.has_head:
         raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales")
-    if max(prefix_dims(c.matryoshka_dims), default=0) > embedder.model.c.hidden:
-        length = f"vectors of {c.model} have {embedder.model.c.hidden} numbers"
-        raise UsageError(f"--matryoshka_dims {c.matryoshka_dims}: {length}")
+    check_prefixes(c, embedder.model)
     return embedder
+
+
+def check_prefixes(cfg, model):
+    """UsageError if --matryoshka_dims are longer than the model's vectors."""
+    hidden = model.c.hidden
+    if max(prefix_dims(cfg.matryoshka_dims), default=0) > hidden:
+        length = f"this model's vectors have {hidden} numbers"
+        raise UsageError(f"--matryoshka_dims {cfg.matryoshka_dims}: {length}")
 
 
 def pretrain_base(run, part):
@@ -820,6 +826,7 @@ def pretrain_base(run, part):
     up in a picture, a clip or an account, and to add two digits (pretrain.STEP_SKILLS)."""
     c = run.cfg
     model, processor = pretrain.new_model(run.torch_seed("weights"), run.device)
+    check_prefixes(c, model)
     planned = run.steps(c.base_steps)
     describe_steps = run.steps(pretrain.DESCRIBE_STEPS)
     # The rate falls over the last quarter of the planned steps: with 450 from step 338 on.
@@ -1303,4 +1310,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a run without a traceback
     main(sys.argv[1:])
