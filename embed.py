@@ -117,11 +117,11 @@ def decision_logits(model, h, batch, processor):
 LOGITS_AT_ONCE = 1024  # tokens: with Qwen's vocabulary 0.6 GB in fp32
 
 
-def rationale_logprobs(model, h, batch, processor, temperature=1.0):
+def rationale_logprobs(model, h, batch, processor):
     r"""log π of a rationale's tokens: after <think>\n, up to </think> inclusive.
 
     h (B, S, H) -> (n,) in the order of rows, then of their text. At least one row has a rationale.
-    π is the sampled distribution: of that temperature, and without the ids that are never sampled.
+    π is the sampled distribution, without the ids that are never sampled.
     """
     branch, ends = batch["branch"], batch["ends"]
 
@@ -142,16 +142,16 @@ def rationale_logprobs(model, h, batch, processor, temperature=1.0):
     # Logits are large. They are not kept for backward, which computes them again: checkpoint().
     for start in range(0, len(ids), LOGITS_AT_ONCE):
         part = slice(start, start + LOGITS_AT_ONCE)
-        args = model, states[part], ids[part], processor.suppress_tokens, temperature
+        args = model, states[part], ids[part], processor.suppress_tokens
         logp.append(checkpoint(token_logprobs, *args, use_reentrant=False))
     return torch.cat(logp)
 
 
-def token_logprobs(model, states, ids, suppress_tokens, temperature):
+def token_logprobs(model, states, ids, suppress_tokens):
     """States (n, H) and the ids (n,) that follow them -> log-probabilities (n,)."""
     logits = model.logits(states)
     logits[:, suppress_tokens] = float("-inf")
-    return (logits / temperature).log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+    return logits.log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
 
 
 # --------------------------------------------------------------------------------------------------

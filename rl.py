@@ -97,7 +97,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
     """Sample K rationales for each of b prompts -> Experience. The K share the prompt's prefill."""
     actor.eval()
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
-    sampling = dict(processor.generation, temperature=cfg.rl_temperature, generator=generator)
+    sampling = dict(processor.generation, temperature=1.0, generator=generator)  # on-policy
     longest = max(processor.padded([1 + len(prompt["ids"]) for prompt in prompts]))
     # chunk_tokens fit in a pass that keeps its activations; here none are kept.
     together = max(1, 4 * cfg.chunk_tokens // longest)
@@ -136,9 +136,8 @@ def unflatten(flat, count, width):
 
 def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
     """Log-probabilities of the rollouts' tokens under the model that learns: states h (b, S, H) ->
-    (b, K, T), laid out like Experience.old_logprobs, and of the same distribution, that of
-    rl_temperature."""
-    flat = rationale_logprobs(model, h, batch, processor, cfg.rl_temperature)
+    (b, K, T), laid out like Experience.old_logprobs."""
+    flat = rationale_logprobs(model, h, batch, processor)
     # `flat` has num_sampled tokens per rollout, and for a truncated one, which has sampled T, also
     # the forced closing with its </think>. Lay out (b, K, T + num_closing), keep the first T.
     num_closing = len(processor.closing)

@@ -102,9 +102,6 @@ spec.loader.exec_module(selection)
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
 # {the first stage that reads some tables: which}. It notes their hash: a later change is noticed.
 NOTED_TABLES = {"propose": "train", "eval": "eval"}
-# Older run folders have these options under other names.
-RENAMED = {"select_lr": "select_lr_factor", "embed_lr": "embed_lr_factor"}
-RENAMED |= {"rl_lr": "rl_lr_factor", "rl_when": "rl_decision_weight"}
 # A row of selected.jsonl: {"id": "PocketWalk/7", "proposer": "careful", "text": "nw red star ...",
 # "gain": 2.1, "gain_placebo": -0.3, "weight": 0.6}. A pair's weights add up to 1.
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
@@ -227,7 +224,6 @@ class Config:
     rl_steps: int = opt("rl", 60)  # updates
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
-    rl_temperature: float = opt("rl", 1.0, 0.01)  # of sampling
     rl_lr_factor: float = opt("rl", 0.05)  # times lr
     latency_penalty: float = opt("rl", 0.6)  # reward charged for max_new_tokens tokens
     rl_decision_weight: float = opt("rl", 1.0)  # weight of the decision's loss
@@ -395,8 +391,7 @@ class Run:
         option, do --stage rl with yours, or use another --out
         """
         path = self.path(name)
-        # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
-        before = {RENAMED.get(option, option): x for option, x in self.read(name).items()}
+        before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
         scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
             group = f.metadata["group"]
