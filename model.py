@@ -497,7 +497,7 @@ class Qwen3VL(nn.Module):
         the lengths of the segments change with every batch.
         """
         # Training, prefill, decoding and several shapes each want a compilation. Beyond this limit
-        # (8 by default) torch silently stops compiling.
+        # (8 by default) torch warns and stops compiling.
         torch._dynamo.config.recompile_limit = 64
         for block in self.visual.blocks:
             block.before = torch.compile(block.before, **options)

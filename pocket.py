@@ -292,7 +292,7 @@ def explain_walk(scene, start, eyes):
 
 
 def explain_sum(places, kinds, eyes, tens=""):
-    """ "n five . ne nine makes fourteen keep four . e red star . four": digits, then perhaps what
+    """ "n five . ne nine makes fourteen keep four . w red star . four": digits, then perhaps what
     ends them, and the sum modulo ten. tens: a word that stands before it."""
     total = 0
     text = []
@@ -661,8 +661,8 @@ def draw_pages(pairs, bank, rng):
 
 def write_images(root, family, learn, held_out, bank, rng):
     """MMEB-V2's image tasks: tables that name image files beside them. The target is an image where
-    the family says what it `wants`, else a text. A test query has 20 candidates of its own: the
-    right one first, then the hard ones, then answers of other queries."""
+    the family says what it `wants`, else a text. A test query has at most 20 candidates of its own:
+    the right one first, then the hard ones, then answers of other queries."""
     asks = family.asks if family.parser == "image_t2i" else TOKEN + family.asks
     marked = f"{TOKEN}{family.wants}\n" if family.wants else ""  # the text of a target's side
     most = 3 if family.wants else None  # of wrong images; texts cost nothing

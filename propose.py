@@ -78,8 +78,8 @@ BRIEFLY = "Use at most 60 words."  # so that it ends before --max_new_tokens
 
 
 def question(item, prompt_number=0):
-    """The query's item with an instruction behind its text, for a model that follows them. The
-    system turn is empty unless the item brings one: Qwen's default one asks for an embedding."""
+    """The query's item with an instruction behind its text, for a model that follows them. There is
+    no system turn unless the item brings one: Qwen's default one asks for an embedding."""
     text = f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]} {BRIEFLY}".strip()
     return {"instruction": "", **item, "text": text}  # the item's own instruction wins
 
@@ -100,8 +100,9 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
     options = processor.generation  # <think>\n is forced, </think> ends; special ids are banned
     if ask:
-        # Nothing is forced. Behind a forced <think> an Instruct checkpoint rambles: it was never
-        # taught to close one.
+        # Nothing is forced. Behind a forced <think> an Instruct checkpoint may ramble: it was
+        # never taught to close one.
+        # May be written, too.
         free = {processor.im_end_id, processor.think_id, processor.think_end_id}
         suppress_tokens = [i for i in processor.suppress_tokens if i not in free]
         options = {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}

@@ -74,7 +74,7 @@ from model import generate
 from processor import collate
 
 FORMAT_BONUS = 0.1  # a sixth of what T tokens cost at the default penalty
-EPSILON = 1e-4  # on sigma, whose usual size is 0.1, for a batch without any variance
+EPSILON = 1e-4  # on sigma, whose usual size is 0.15, for a batch without any variance
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts
@@ -274,7 +274,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         at = ours[rows]  # their places in the joined batch
         if cfg.rl_one_loss:
             loss = one_mean_loss(decision, gain[at], sampled, advantage[at], sigma)
-            return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # a decision per rollout
+            return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # 2K decisions a query
         when = decision_loss(decision, gain[at]) / B
         what = rationale_loss(*sampled, weighted_advantage[at]) / (B * K * T)
         return vectors, cfg.rl_decision_weight * when + what, {"loss_when": float(when.detach())}

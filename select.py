@@ -6,7 +6,7 @@ every candidate r of a pair (q, t) goes through a controlled experiment. On one 
 target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q, r)·e(c, ∅),
 
     logp(q, r)   = log softmax_{c in C}( s(q, r; c) / temperature )[t]
-    gain         = logp(q, r) − logp(q, ∅)         with minus without: the paper's counterfactual
+    gain         = logp(q, r) − logp(q, ∅)         with minus without: the counterfactual
     gain_placebo = logp(q, r') − logp(q, ∅)        r': the same author about another target  [ours]
     gain_guess   = −log|C| − logp(q, ∅)            what knowing nothing would gain           [ours]
 
@@ -127,9 +127,8 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     itself is embed.contrastive_step; pairs as there.
 
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
-    good or bad: hence the posterior weights. With equal ones those that only look like reasoning
-    would teach it to ignore them all. With a single fold (an ablation) it also learns on what it
-    will judge.
+    good or bad: hence the posterior weights. With equal weights empty talk would teach it to ignore
+    every rationale. With a single fold (an ablation) it also learns on what it will judge.
     texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale:
     one of its own, so that the draw does not depend on how pairs are dealt out to processes.
     """
@@ -166,7 +165,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
     Candidate targets and placebos come from the window: its rows depend on nothing else, and memory
     does not grow with the data. All is drawn before anything is measured, so which pairs are easy
     (see can_keep) changes no draw.
-    The row of a rationale, here of one whose placebo is audited (at most a quarter are):
+    The row of a rationale, here of one whose placebo is audited (about a quarter are):
         {"id": "A/7", "dataset": "A", "proposer": "base#2", "text": "nw red star",
          "direct": -2.3, "gain": 1.9, "gain_placebo": -0.2, "gain_second": 0.1, "gain_guess": -0.5,
          "similarity_gain": [2.4, -0.1, 0.3], "audited": True}

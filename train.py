@@ -913,7 +913,7 @@ def propose_stage(run, part):
     writes --num_candidates for each query. --hard leaves out the pairs for which, at select's
     default margin and rule, no rationale can be kept. A row of rationales.jsonl:
         {"id": "PocketColour/0", "side": "query", "proposer": "careful#2", "text":
-         "mid yellow triangle", "key": "cdc3e1a641d90b4f"}
+         "mid green square", "key": "cdc3e1a641d90b4f"}
     """
     c = run.cfg
     embedder = run.embedder("base")
@@ -1105,7 +1105,7 @@ class Lessons:
         """-> (a text or None, the right decision: 1 to reason, 0 to answer directly, -1 unknown).
 
         a rationale was kept           ("nw red star . right n blue moon", 1)
-        some were judged, none kept    ("mid green square", 0), by the trusted author, or
+        some were written, none kept   ("mid green square", 0), by the trusted author, or
                                        (None, 0) if that author wrote none about it
         nobody wrote any               (None, 0) if the pair is easy, else (None, -1)
         """
