@@ -687,7 +687,7 @@ def write_images(root, family, learn, held_out, bank, rng):
     rows = []
     for pair, (image, *options) in zip(held_out, stored):
         more = [answer for answer in pool if answer not in options]
-        options += sample(more, 20 - len(options), rng)
+        options += sample(more, max(0, 20 - len(options)), rng)
         blank = [""] * len(options)
         targets = (blank, options) if family.wants else (options, blank)  # texts, images
         rows.append((asks.strip(), pair.text, image, marked.strip(), *targets))

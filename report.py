@@ -168,7 +168,8 @@ def markdown(report, title, sentences):
     fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query")
     lines = [(name, [row[name] for row in modes.values()]) for name in fields]
     for name in modes["never"]["datasets"]:  # one may be called "image", too
-        lines.append((name, [row["datasets"][name] for row in modes.values()]))
+        cell = " ".join(name.replace("|", "\\|").split())  # as a cell of the table
+        lines.append((cell, [row["datasets"][name] for row in modes.values()]))
     rows = []
     for name, values in lines:
         # None: no dataset of that modality.

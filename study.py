@@ -109,14 +109,14 @@ def run_variant(cfg, name, seed, out):
     out: the study's folder."""
     parent, first, changes = VARIANTS[name]  # "full", "rl", {"rl_steps": 0}
     folder = out / f"seed{seed}" / name
-    if (folder / "report.json").exists():
-        before = read_json(folder / "config.json")
+    for path in out.glob(f"seed[0-9]*/{name}/report.json"):  # of any seed: the page has them all
+        before = read_json(path.with_name("config.json"))
         for option, value in {**vars(cfg), **changes}.items():
             # A page of runs with these options and with others would compare nothing.
             if option in COMPARED and before.get(option, value) != value:
                 change = f"a run of --{option} {before[option]}, not {value}"
-                raise ValueError(f"{folder}: {change}; use another --out")
-    else:
+                raise ValueError(f"{path.parent}: {change}; use another --out")
+    if not (folder / "report.json").exists():
         if parent:
             run_variant(cfg, parent, seed, out)  # what is forked has to be there
             # These rules read the same judgements as full; positive_only those of easy pairs, too.
