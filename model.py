@@ -262,7 +262,7 @@ class VisionTower(nn.Module):
                 block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, cos, sin, lengths)
             if i in self.c.v_deepstack:
-                merger = self.deepstack_merger_list[len(deep)]
+                merger = self.deepstack_merger_list[self.c.v_deepstack.index(i)]
                 deep.append(merger(x))
         return self.merger(x), deep
 
@@ -787,7 +787,8 @@ def config_from_hf(path):
         flat.setdefault(key.replace("rope_scaling", "rope_parameters"), flat[key])
     theta = "text_config.rope_parameters.rope_theta"
     flat.setdefault(theta, flat.get("text_config.rope_theta"))
-    flat.setdefault("tie_word_embeddings", flat.get("text_config.tie_word_embeddings", False))
+    tied = "tie_word_embeddings"  # transformers 5 goes by this one, 4.57 by text_config's
+    flat[tied] = flat.get(tied) or flat.get(f"text_config.{tied}", False)
     for key, value in FIXED.items():
         if flat.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
@@ -903,7 +904,12 @@ def load_model(folder, dtype=None, device="cpu"):
     c = config_from_hf(Path(folder, "config.json"))
     state = {}
     single = [*Path(folder).glob("model.safetensors")]  # beside it nothing else counts
-    for path in single or sorted(Path(folder).glob("model*.safetensors")):  # or shards
+    shards = sorted(Path(folder).glob("model*.safetensors"))
+    index = Path(folder, "model.safetensors.index.json")
+    if index.exists():  # shards of an older download may lie beside its own
+        named = read_json(index).get("weight_map", {}).values()
+        shards = [path for path in shards if path.name in named]
+    for path in single or shards:
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
@@ -922,6 +928,7 @@ def load_model(folder, dtype=None, device="cpu"):
         state["lm_head.weight"] = state.get("model.language_model.embed_tokens.weight")
     try:
         model.load_state_dict(state, assign=True)
+        widest = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     except RuntimeError as error:  # names every tensor at fault, in as many lines
         why = " ".join(str(error).split())
         raise ValueError(f"{folder}: {why[:300]}") from None
@@ -931,9 +938,7 @@ def load_model(folder, dtype=None, device="cpu"):
     if c.tie or not model.has_head:  # a missing head costs no memory and is never used
         model.lm_head.weight = embedding
     del state, tensors, tensor  # what model.to has converted is then free
-    if dtype is None:
-        dtype = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device=device, dtype=dtype or widest).eval()
 
 
 def save_model(model, folder, eos_id, pad_id):

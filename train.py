@@ -574,6 +574,7 @@ class Pairs:
 
     MAX_BYTES = 2**30  # of patches that are kept in memory
     MAX_PAIRS = 50_000  # that are kept there; one of short texts takes 2 to 3 kB
+    SAMPLE = 16  # pairs of a dataset that tell how much its patches weigh
     PART = 32  # pairs that a worker reads at a time
 
     def __init__(self, run, processor, for_rl=False, question=None):
@@ -614,13 +615,15 @@ class Pairs:
         return range(first_held, n) if for_rl else range(first_held)
 
     def bytes(self, source):
-        """What a dataset's patches would weigh, if all pairs' weigh what the first one's do."""
+        """What a dataset's patches would weigh, if all pairs' weigh what a few of them do."""
         rows = self.rows[source]
-        pair = self.tables.fetch(source, rows[0], self.prompts, rows)
+        some = rows[:: math.ceil(len(rows) / self.SAMPLE)]
         size = 0
-        for prompt in (pair["query"], pair["target"], *pair["negatives"]):
-            size += sum(patches.nbytes for patches in prompt["pixel_values"])
-        return len(rows) * size
+        for row in some:
+            pair = self.tables.fetch(source, row, self.prompts, rows)
+            for prompt in (pair["query"], pair["target"], *pair["negatives"]):
+                size += sum(patches.nbytes for patches in prompt["pixel_values"])
+        return len(rows) * size // len(some)
 
     def __getitem__(self, ref):
         """ref (source, row) -> its pair. A broken row's place is taken by the share's next one."""
