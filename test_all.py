@@ -601,7 +601,7 @@ def test_propose_keeps_every_rationale_of_a_file(tmp_path):
     other_pair = row | odd | {"id": "a/2", "proposer": "v"}
     rows = [row, old | nulls, row | {"key": None}, row | {"proposer": "w#2"}]
     rows += [about_target, row | {"text": ""}, row | {"text": "\n "}, other_pair]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n\n".join(map(json.dumps, rows)))  # blank lines are skipped
     file = propose.Rationales(path)
     rows = file.of({"id": "a/1", "key": "k"})
     assert [row["proposer"] for row in rows] == ["w", "w#2", "w#3", "w#2#2"]
@@ -990,6 +990,7 @@ def test_encode_options():
     raw = e.encode_document(items, normalize=False, convert_to_numpy=False)
     assert torch.allclose(F.normalize(raw, dim=-1), torch.from_numpy(v))
     assert raw.norm() > 4
+    assert e.encode(MappingProxyType({"text": "a", "instruction": "b"})).shape == (1, 64)
     short = e.encode_document(items, dim=8)
     assert np.allclose(short, F.normalize(raw[:, :8], dim=-1), atol=1e-6)
     assert e.encode("alone").shape == e.encode(make_image(40, 40)).shape == (1, 64)
@@ -1150,7 +1151,7 @@ def test_bad_input_is_one_line(fault, run_embed, tmp_path):
 
 BAD_OPTIONS = [("reason", "yes"), ("dim", -1), ("dim", True), ("batch_size", "8")]
 BAD_OPTIONS += [("max_new_tokens", 0), ("threshold", None), ("temperature", None)]
-BAD_OPTIONS += [("temperature", math.inf), ("temperature", -1)]
+BAD_OPTIONS += [("temperature", math.inf), ("temperature", -1), ("batch_size", 10**30)]
 
 
 @pytest.mark.parametrize("name, value", BAD_OPTIONS)
@@ -1765,6 +1766,7 @@ def test_run_other_rule_on_the_same_judgements(finished, call, tmp_path, monkeyp
     out = tmp_path / "fork"
     os.makedirs(out / "select.part")  # an earlier try was killed
     study.fork(Path(finished), out, "select", True)
+    assert read_json(out / "config.json") == read_json(f"{finished}/config.json")
     monkeypatch.setattr(train, "judge_fold", None)
     assert call(out, "--select_rule", "none", "--resume", "auto", stage="select") == 0
     kept, judged = (json_rows(out, "select", f"{name}.jsonl") for name in ("selected", "judged"))
@@ -3210,7 +3212,7 @@ BAD_ITEMS = [
     ({"text": "a", "instruction": 3}, "instruction=3: expected text"),
     ("half \ud83d an emoji", r"text='half .ud83d an emoji': expected a string"),
     ({"image": "data:image/png;base64,abc"}, "'abc': not an image in base64"),
-    ({"image": "data:image/png;base64,abc%3D"}, "'abc%3D': not an image in base64"),
+    ({"image": "data:image/png;base64,QUJD%QUJD"}, "'QUJD%QUJD': not an image in base64"),
     ({**said("a"), "text": "b"}, "not both"),
     ({**said("a"), "fps": 2.0}, "not both"),
     ({"text": 0}, "text=0: expected a string"),
@@ -4480,11 +4482,12 @@ def payload_of(run, root):
     return page, json.loads(text)
 
 
-def test_report_a_dataset_may_be_called_image():
+def test_report_a_dataset_may_be_called_anything():
     fields = ("overall", "video", "visdoc", "reason_rate", "tokens_per_query", "ms_per_query")
-    never = dict.fromkeys(fields, 0.5) | {"image": None, "datasets": {"image": 0.25}}
+    never = dict.fromkeys(fields, 0.5) | {"image": None, "datasets": {"image": 0.25, "a|b\nc": 1}}
     text = report.markdown({"modes": {"never": never}, "preset": "p", "seed": 1}, "title", [])
     assert "| image | – |\n" in text and "| image | 0.250 |\n" in text
+    assert "| a\\|b c | 1.000 |\n" in text
 
 
 def test_the_page_computes_the_curve_from_its_own_numbers(first_root, run):
@@ -4690,6 +4693,15 @@ def test_pretraining_reads_a_document_as_one_text():
     torch.testing.assert_close(sums[:2], torch.stack([loss, summary]), atol=1e-4, rtol=1e-5)
 
 
+def test_a_family_with_many_wrong_answers_has_its_own_alone(tmp_path):
+    wrong = [f"w{k}" for k in range(25)]
+    pairs = [pocket.Pair(None, "", str(i), answer=f"a{i}", wrong=wrong) for i in range(9)]
+    family = pocket.Family("Own", None, "image_qa", "ask")
+    _, test = pocket.write_images(tmp_path, family, pairs, pairs, None, np.random.default_rng(0))
+    table = pq.read_table(next((tmp_path / test["hub"] / "Own").glob("test-*")))
+    assert table["tgt_text"][0].as_py() == ["a0", *wrong]
+
+
 def test_rationales_of_the_pocket_world():
     """Worked examples. Red leads right, green down, blue left; purple ends a walk. A misread digit
     changes all that follows."""
@@ -4804,7 +4816,7 @@ def test_study_shares_judgements_where_only_the_rule_differs(tmp_path, monkeypat
     for name in ("report.json", "config.json", "longer/summary.json"):
         write_json(tmp_path / "seed1/full" / name, {"scale": 1.0, "seed": 9, "out": "x"})
     with pytest.raises(ValueError, match="full: a run of --scale 1.0, not 0.5"):
-        study.run_variant(train.Config(scale=0.5), "never", 1, tmp_path)
+        study.run_variant(train.Config(scale=0.5), "full", 2, tmp_path)
     for name in study.VARIANTS:
         study.run_variant(train.Config(), name, 1, tmp_path)
     assert len(shared) == 11
