@@ -31,7 +31,6 @@ import contextlib
 import itertools
 import json
 import math
-import numbers
 import os
 import sys
 import warnings
@@ -78,25 +77,24 @@ def pool(h, ends):
     return vectors * (ends >= 0)[..., None]
 
 
-def embed_direct(model, processor, prompts):
-    """e(x, ∅) of n prompts, in one pass: (n, H)."""
-    batch = collate(prompts, processor, device=model.device)
-    return pool(model(batch), batch["ends"])[:, 0]
+def row_lengths(prompts, branches=None):
+    """Tokens of each row that collate makes of a prompt and its rationales, before padding."""
+    branches = branches or [[]] * len(prompts)
+    # + 1 is the direct branch, <|endoftext|> alone.
+    return [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
 
 
 @torch.no_grad()
 def branch_vectors(model, processor, prompts, budget, branches=None):
     """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1 + K, H).
 
-    branches: of each prompt a list of rationales, as ids; None: there are none. A prompt's are one
-    packed row, in which they share its prefill. budget: tokens of a pass.
+    branches: of each prompt a list of rationales, as ids; None: there are none. budget: tokens of
+    a pass.
     """
     if branches is None:
         branches = [[]] * len(prompts)
-    # + 1 is the direct branch, <|endoftext|> alone.
-    lengths = [len(p["ids"]) + 1 + sum(map(len, b)) for p, b in zip(prompts, branches)]
     vectors = [None] * len(prompts)
-    for rows in scale.chunks_of(lengths, budget):
+    for rows in scale.chunks_of(row_lengths(prompts, branches), budget):
         rationales = [branches[i] for i in rows]
         batch = collate([prompts[i] for i in rows], processor, rationales, model.device)
         pooled = pool(model(batch), batch["ends"])  # (B, 1 + K, H), zeros where a row has fewer
@@ -218,7 +216,7 @@ def log_target_prob(q, t, target, temperature=0.02):
 NEGATIVES = 1  # hard negatives of each pair that join the candidates of the batch
 
 
-def candidates_of(pairs):
+def candidates_of(pairs, device):
     """The targets and hard negatives of the joined batch, which is the batches of all processes
     together (gather_objects joins their lists). Each distinct one is a column of the scores, in
     the order of the keys: two queries with the same target share a column.
@@ -234,7 +232,44 @@ def candidates_of(pairs):
             candidates.setdefault(prompt_key(negative), negative)
     keys, row_of_column = np.unique(scale.gather_objects(list(candidates)), return_index=True)
     target_keys = scale.gather_objects([pair["target_key"] for pair in pairs])
-    return list(candidates.values()), row_of_column, np.searchsorted(keys, target_keys)
+    positive = torch.from_numpy(np.searchsorted(keys, target_keys)).to(device)
+    return list(candidates.values()), row_of_column, positive
+
+
+def gradcache_step(
+    model, processor, queries, rationales, K, documents, query_loss, contrast, budget
+):
+    """The gradient of a loss on all vectors, and of a loss on each query's tokens (GradCache).
+
+    queries     this process' prompts; rationales: of each a list, as ids, at most K
+    documents   this process' candidates, prompts
+    query_loss  (rows, h, batch) -> loss of the queries of these numbers, metrics; h (b, S, H)
+    contrast    {"query": (N, 1 + K, H), "document": (M, 1, H)} of all processes -> loss
+    budget      tokens of a pass
+    -> loss, metrics: sums over the rows of all processes
+    """
+    prompts = {"query": queries, "document": documents}
+    branches = {"query": rationales, "document": [[]] * len(documents)}
+
+    # scale.backward calls this on chunks of rows: first for the vectors alone; then, when it knows
+    # the gradient of `contrast` in each vector, with the losses. If all rows fit in one budget,
+    # each chunk passes once and does both.
+    def forward(kind, rows, with_loss):
+        some_prompts = [prompts[kind][i] for i in rows]
+        some_branches = [branches[kind][i] for i in rows]
+        batch = collate(some_prompts, processor, some_branches, model.device)
+        h = model(batch)
+        vectors = pool(h, batch["ends"])
+        if kind == "query":  # of these rows none may have K rationales
+            vectors = F.pad(vectors, (0, 0, 0, 1 + K - vectors.shape[1]))
+            if with_loss:
+                return vectors, *query_loss(rows, h, batch)
+        return vectors, None, {}
+
+    lengths = {}
+    for kind in prompts:
+        lengths[kind] = processor.padded(row_lengths(prompts[kind], branches[kind]))
+    return scale.backward(lengths, forward, contrast, budget)
 
 
 def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior_weights=False):
@@ -242,24 +277,20 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
 
     pairs       this process' share of a batch. "query", "target", "negatives": prompts;
                 "target_key": its prompt_key; "id"
-    rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path;
-                train.py draws a kept one by its weight. Where none was kept (label 0) it takes an
-                unselected one of the author with most kept ones, if that author wrote one:
-                NCE(reasoned) and CE(rationale) learn how to think if forced, the decision not to
-    labels      of each pair the right decision: 1 (reason) if a rationale was kept, 0 (direct) if
-                none was, -1 (unknown) if nobody wrote one and the direct vector is not good enough
+    rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path.
+                train.py (Lessons) draws them
+    labels      of each pair the right decision: 1 to reason, 0 to answer directly, -1 unknown.
+                A pair with label 0 may have a rationale: NCE(reasoned) and CE(rationale) then learn
+                how to think if forced, and the decision learns not to
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (evaluators of select): in the mean
                 NCE(reasoned) each weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)), its posterior against ∅
     -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels)
     """
     model.train()
+    documents, row_of_column, positive = candidates_of(pairs, model.device)
 
-    # 1) Candidates. A process embeds its own; row_of_column puts those of all processes together.
-    documents, row_of_column, positive = candidates_of(pairs)
-    positive = torch.from_numpy(positive).to(model.device)  # (N,) columns
-
-    # 2) What the loss needs of all N pairs of the joined batch
+    # 1) What the losses need of all N pairs of the joined batch
     has_rationale = scale.gather_objects([bool(rationale) for rationale in rationales])
     has_rationale = torch.tensor(has_rationale, device=model.device)  # (N,)
     num_forced = len(processor.prefix) + len(processor.tail)
@@ -267,30 +298,26 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     num_labels = sum(scale.gather_objects([label >= 0 for label in labels]))
     dims = prefix_dims(cfg.matryoshka_dims)
 
-    # scale.backward (GradCache) calls
-    #     forward(kind, rows, with_loss) -> vectors, loss of these rows or None, metrics
-    #     contrast({kind: vectors of the joined batch, in the order of gather_objects}) -> loss
-    # forward on chunks of rows: first for the vectors alone; then, when it knows the gradient of
-    # contrast in each vector, with the token losses. Where all rows fit in one budget, each chunk
-    # passes once and does both. Losses and metrics are sums over chunks and processes.
-    def forward(kind, rows, with_loss):
-        """Some rows' vectors: queries (rows, 2, H), direct and reasoned; documents (rows, 1, H)."""
-        if kind == "document":
-            return embed_direct(model, processor, [documents[i] for i in rows])[:, None], None, {}
-        queries = [pairs[i]["query"] for i in rows]
-        branches = [[rationales[i]] if rationales[i] else [] for i in rows]
-        batch = collate(queries, processor, branches, model.device)
-        h = model(batch)
-        vectors = pool(h, batch["ends"])
-        vectors = F.pad(vectors, (0, 0, 0, 2 - vectors.shape[1]))  # if none has a rationale
-        if not with_loss:
-            return vectors, None, {}
-        label = torch.tensor([labels[i] for i in rows], device=model.device)
-        loss, metrics = token_losses(
-            model, processor, h, batch, label, cfg, num_rationale_tokens, num_labels
-        )
-        return vectors, loss, metrics
+    # 2) The loss on tokens
+    def query_loss(rows, h, batch):
+        """λ·CE(rationale) + μ·CE(decision) of some queries, as parts of the batch's means."""
+        loss = torch.zeros((), device=h.device)
+        metrics = {"lm": 0.0, "decision": 0.0, "decision_right": 0.0}
+        if cfg.lm_weight and batch["branch"] is not None:  # None: none of these has a rationale
+            lm = -rationale_logprobs(model, h, batch, processor).sum() / num_rationale_tokens
+            loss = loss + cfg.lm_weight * lm
+            metrics["lm"] = lm.item()
+        if cfg.decision_weight and num_labels:
+            label = torch.tensor([labels[i] for i in rows], device=h.device)
+            logits = decision_logits(model, h, batch, processor)
+            decision = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum")
+            decision = decision / num_labels
+            loss = loss + cfg.decision_weight * decision
+            metrics["decision"] = decision.item()
+            metrics["decision_right"] = (logits.argmax(1) == label).sum().item() / num_labels
+        return loss, metrics
 
+    # 3) The loss on vectors
     log = {}
 
     def contrast(vectors):
@@ -312,39 +339,18 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         log.update(nce_direct=nce_direct.item(), nce_reason=nce_reason.item())
         return nce_direct + nce_reason
 
-    # 3) Gradients, in as many passes as memory asks for
-    tokens = {"query": [], "document": [len(document["ids"]) + 1 for document in documents]}
-    for pair, rationale in zip(pairs, rationales):
-        tokens["query"].append(len(pair["query"]["ids"]) + 1 + len(rationale or ()))
-    lengths = {kind: processor.padded(tokens[kind]) for kind in tokens}  # as collate pads them
-    value, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
-    return {"loss": value, **log, **metrics}
+    # 4) Gradients
+    queries = [pair["query"] for pair in pairs]
+    branches = [[rationale] if rationale else [] for rationale in rationales]
+    loss, metrics = gradcache_step(
+        model, processor, queries, branches, 1, documents, query_loss, contrast, cfg.chunk_tokens
+    )
+    return {"loss": loss, **log, **metrics}
 
 
 def prefix_dims(text):
     """Config.matryoshka_dims as numbers: "64,128" -> (64, 128)."""
     return tuple(int(d) for d in text.split(",") if d)
-
-
-def token_losses(model, processor, h, batch, labels, cfg, num_rationale_tokens, num_labels):
-    """λ·CE(rationale tokens) + μ·CE(decision) of some rows, as parts of the joined batch's means.
-
-    h (B, S, H), labels (B,); both numbers are of the joined batch -> scalar, metrics
-    """
-    loss = torch.zeros((), device=h.device)
-    metrics = {"lm": 0.0, "decision": 0.0, "decision_right": 0.0}
-    if cfg.lm_weight and batch["branch"] is not None:  # None: none of these rows has a rationale
-        lm = -rationale_logprobs(model, h, batch, processor).sum() / num_rationale_tokens
-        loss = loss + cfg.lm_weight * lm
-        metrics["lm"] = lm.item()
-    if cfg.decision_weight and num_labels:
-        logits = decision_logits(model, h, batch, processor)
-        decision = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / num_labels
-        loss = loss + cfg.decision_weight * decision
-        metrics["decision"] = decision.item()
-        right = (logits.argmax(1) == labels).sum().item()
-        metrics["decision_right"] = right / num_labels
-    return loss, metrics
 
 
 # --------------------------------------------------------------------------------------------------
@@ -471,37 +477,35 @@ class Embedder:
         if tau is not None:
             warnings.warn("tau= is spelled threshold=", DeprecationWarning, stacklevel=2)
             threshold = tau
-        # What can be refused before anything is computed
         H, has_head = self.model.c.hidden, self.model.has_head
+        dim = H if dim is None else dim
         require(reason in ("auto", "never", "always"), "reason", reason, "auto, never or always")
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
-        is_number = isinstance(threshold, numbers.Real) and not math.isnan(threshold)
-        require(is_number, "threshold", threshold, "a number")
-        is_number = isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf
-        require(is_number, "temperature", temperature, "a finite number, 0 or above")
-        require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens)
-        if dim is not None:
-            require_number("whole", dim=dim)
-            require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
+        require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens, dim=dim)
+        require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
 
         if reason == "auto" and not (has_head and self.processor.trained_here):
             why = "this checkpoint never learnt to decide: it embeds directly"
             warnings.warn(why, stacklevel=2)
             reason = "never"
+        threshold = {"auto": threshold, "never": math.inf, "always": -math.inf}[reason]
 
         if isinstance(items, (str, bytes, Mapping)) or not hasattr(items, "__iter__"):
             items = [items]
         no_bar = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=no_bar, delay=1)
-        generation = reason, threshold, max_new_tokens, temperature, generator
+        sampling = {"temperature": temperature, "generator": generator}
         order, vectors, infos = [], [torch.zeros(0, H, dtype=torch.float32)], []
         for prompts in self.windows(items, instruction, batch_size):
             first = len(infos)  # this window's first item
-            lengths = [len(prompt["ids"]) + 1 for prompt in prompts]
-            for rows in self.batches(lengths, batch_size):
-                places = [first + row for row in rows]
-                v, info = self.embed_prompts([prompts[row] for row in rows], places, *generation)
-                order += places
+            for rows in self.batches(row_lengths(prompts), batch_size):
+                batch = [prompts[row] for row in rows]
+                v, info = self.embed_prompts(batch, threshold, max_new_tokens, sampling)
+                for row, length in zip(rows, v.norm(dim=1).tolist()):
+                    if not 1e-12 <= length < math.inf:
+                        why = f"its vector is zero or not finite in {self.model.dtype}"
+                        raise ItemError(first + row, why)
+                order += [first + row for row in rows]
                 vectors.append(v.cpu())
                 infos += info
             prompts = None  # their images are free before the next window is read
@@ -544,41 +548,32 @@ class Embedder:
                 yield rows[i : i + batch_size]
 
     @torch.no_grad()
-    def embed_prompts(
-        self, prompts, places, reason, threshold, max_new_tokens, temperature, generator
-    ):
+    def embed_prompts(self, prompts, threshold, max_new_tokens, sampling):
         """One batch of n prompts -> final states (n, H), fp32, not yet of length 1, and infos.
 
         One prefill gives the direct vector and the decision; rows that reason continue its cache.
-        places: of the items among all that encode() was given, for ItemError.
         """
         model, processor = self.model, self.processor
         batch = collate(prompts, processor, device=model.device)
-        cache = Cache() if model.has_head and reason != "never" else None
+        cache = Cache() if threshold < 1 else None
         h = model(batch, cache)
         v = states_at(h, batch["ends"])[:, 0].float()
-        p_reason, rows = [None] * len(prompts), []
+        p_reason = [None] * len(prompts)
+        rows = []  # those that reason
         if model.has_head:
-            decision = decision_logits(model, h, batch, processor).softmax(-1)  # (n, 2)
-            require_finite(decision, model.dtype, places)
-            p_reason = decision[:, 1].tolist()
-            least = {"never": math.inf, "always": -1.0, "auto": threshold}[reason]
-            rows = [row for row, p in enumerate(p_reason) if p > least]
+            p_reason = decision_logits(model, h, batch, processor).softmax(-1)[:, 1].tolist()
+            rows = [row for row, p in enumerate(p_reason) if p > threshold]
         infos = []
         for p in p_reason:
             infos.append({"reasoned": False, "p_reason": p, "rationale": None, "new_tokens": 0})
         if rows:
-            # The keys of the prompt are in the cache: only the rationale's tokens are computed.
-            sampling = {"temperature": temperature, "generator": generator, **processor.generation}
-            rollouts = generate(
-                model, batch, max_new_tokens, prefill=(h, cache), rows=rows, **sampling
-            )
+            options = {"prefill": (h, cache), "rows": rows, **sampling, **processor.generation}
+            rollouts = generate(model, batch, max_new_tokens, **options)
             v[rows] = rollouts.last[:, 0].float()
             for i, row in enumerate(rows):
                 text = processor.rationale_text(rollouts.tokens[i][0])
                 count = int(rollouts.num_sampled[i, 0])
                 infos[row].update(reasoned=True, rationale=text, new_tokens=count)
-        require_finite(v, model.dtype, places)
         return v, infos
 
     def encode_query(self, items, instruction=None, **options):
@@ -611,16 +606,6 @@ class Embedder:
             write_json(path, value)
 
 
-def require_finite(values, dtype, places):
-    """values (n, d) of the items at these places: raises ItemError for the first that has no
-    direction, because a number or the sum of the squares is not finite, or because all are zero."""
-    for length, place in zip(values.norm(dim=1).tolist(), places):
-        if not 1e-12 <= length < math.inf:
-            why = f"its vector or p_reason is zero or not finite in {dtype}"
-            remedy = "are its weights?" if dtype == torch.float32 else "try float32"
-            raise ItemError(place, f"{why}; {remedy}")
-
-
 def find_folder(path_or_id, revision=None):
     """A local folder as it is, without any network; else owner/name on the Hugging Face hub, of
     which only data files are fetched, no programs. Only the hub has revisions."""
@@ -633,14 +618,8 @@ def find_folder(path_or_id, revision=None):
         raise ValueError(f"{path}: expected a checkpoint folder, or owner/name on the hub")
     from huggingface_hub import snapshot_download
 
-    try:
-        # An adapter_config.json is fetched, too, so that load_model refuses the adapter.
-        return snapshot_download(
-            path, revision=revision, allow_patterns=["*.json", "*.safetensors"]
-        )
-    except (OSError, ValueError) as e:  # the hub's errors are OSErrors, of many lines
-        why = " ".join(str(e).split())[:160]
-        raise ValueError(f"{path}: no folder, and the hub does not give {revision=} ({why})") from e
+    # An adapter_config.json is fetched, too, so that load_model refuses the adapter.
+    return snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"])
 
 
 def sentence_transformers_files(hidden):
@@ -649,21 +628,22 @@ def sentence_transformers_files(hidden):
     tokenizer.json appends <|endoftext|> by itself, and the chat template opens the answer: so the
     last token is the one to pool.
     """
-    kinds = {
-        "": "base.modules.transformer.Transformer",
-        "1_Pooling": "sentence_transformer.modules.pooling.Pooling",
-        "2_Normalize": "base.modules.normalize.Normalize",
-    }
-    modules = []
-    for i, (path, name) in enumerate(kinds.items()):
-        kind = f"sentence_transformers.{name}"
-        modules.append({"idx": i, "name": str(i), "path": path, "type": kind})
+    modules = [
+        {"path": "", "type": "base.modules.transformer.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformer.modules.pooling.Pooling"},
+        {"path": "2_Normalize", "type": "base.modules.normalize.Normalize"},
+    ]
+    for i, module in enumerate(modules):
+        module.update(idx=i, name=str(i), type=f"sentence_transformers.{module['type']}")
     state = {"method": "forward", "method_output_name": "last_hidden_state"}
-    modalities = dict.fromkeys(("text", "image", "image+text"), state)
-    modalities["message"] = {**state, "format": "structured"}
     transformer = {
         "transformer_task": "feature-extraction",
-        "modality_config": modalities,
+        "modality_config": {
+            "text": state,
+            "image": state,
+            "image+text": state,
+            "message": {**state, "format": "structured"},
+        },
         "module_output_name": "token_embeddings",
         "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
     }
@@ -710,17 +690,17 @@ def read_items(path):
         try:
             if line.strip():
                 items[place] = json.loads(line)
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             raise ValueError(f"{place}: not valid JSON ({e})") from None
     return items
 
 
 def run(model, source, output, opening, encoding):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
-    facts = output.removesuffix(".npy") + ".jsonl"
-    written = [os.path.realpath(path) for path in (output, facts)]
-    usable = output.endswith(".npy") and os.access(f"{os.path.dirname(output) or '.'}/", os.W_OK)
-    if not usable or os.path.realpath(source) in written or any(map(os.path.isdir, written)):
+    output = Path(output)
+    facts = output.with_suffix(".jsonl")
+    is_usable = output.suffix == ".npy" and os.access(output.parent, os.W_OK)
+    if not is_usable or facts.resolve() == Path(source).resolve():
         expected = "a .npy file, in a folder to write to, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
     items = read_items(source)
@@ -732,13 +712,8 @@ def run(model, source, output, opening, encoding):
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
         raise ValueError(f"{list(items)[e.index]}: {e.why}") from e
-    try:
-        with open(f"{output}.part", "wb") as f:  # aside: the file before it stays whole
-            np.save(f, v)
-    except OSError as e:  # numpy's, of a full disk, says numbers of bytes alone
-        raise OSError(f"{output}: not written ({e})") from None
+    np.save(output, v)
     write_rows(facts, infos)
-    os.replace(f"{output}.part", output)
     reasoned = sum(info["reasoned"] for info in infos)
     print(f"{output}: {v.shape[0]} vectors of {v.shape[1]} numbers; {reasoned} reasoned")
 
@@ -749,21 +724,18 @@ def main():
         "vectors (.npy, float32) and, beside them, a .jsonl with reasoned, p_reason, rationale "
         "and new_tokens. The docstrings of Embedder explain the options.",
         argument_default=argparse.SUPPRESS,
-        usage=argparse.SUPPRESS,  # without it a wrong option ends in one line
+        usage=argparse.SUPPRESS,  # a wrong option ends in one line
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--input", required=True, help="items, one JSON value a line")
     parser.add_argument("--output", required=True, help="vectors, a .npy file")
     for name, (kind, about) in {**OPENING, **ENCODING}.items():
-        names = {f"--{name.replace('_', '-')}", f"--{name}"}  # train.py's spelling, too
-        parser.add_argument(*sorted(names), type=kind, help=about)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
     given = vars(parser.parse_args())
     opening = {name: given[name] for name in OPENING if name in given}
     encoding = {name: given[name] for name in ENCODING if name in given}
     try:
         run(given["model"], given["input"], given["output"], opening, encoding)
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"embed.py: out of memory: lower --batch-size or --max-pixels ({e})")
     except (ValueError, OSError) as e:
         sys.exit(f"embed.py: {e}")
 

@@ -52,7 +52,6 @@ Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominat
 wins: outcome weighted learning, Zhao et al., JASA 107 (2012); to use it here is ours.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +62,13 @@ from embed import (
     branch_vectors,
     candidates_of,
     decision_logits,
-    embed_direct,
+    gradcache_step,
     info_nce,
     log_target_prob,
     pool,
     prefix_dims,
     rationale_logprobs,
+    row_lengths,
 )
 from model import generate
 from processor import collate
@@ -98,7 +98,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
     actor.eval()
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
     sampling = dict(processor.generation, temperature=1.0, generator=generator)  # on-policy
-    longest = max(processor.padded([1 + len(prompt["ids"]) for prompt in prompts]))
+    longest = max(processor.padded(row_lengths(prompts)))
     # chunk_tokens fit in a pass that keeps its activations; here none are kept.
     together = max(1, 4 * cfg.chunk_tokens // longest)
     parts = []  # of generate: model.Rollouts
@@ -223,11 +223,9 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     and the other options of group rl.
     -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward.
     """
-    started = time.time()
     actor = actor or model
     prompts = [pair["query"] for pair in pairs]
-    documents, row_of_column, positive = candidates_of(pairs)
-    positive = torch.from_numpy(positive).to(model.device)  # (B,) columns of the joined batch
+    documents, row_of_column, positive = candidates_of(pairs, model.device)
     B, K, T = len(positive), cfg.rl_rollouts, cfg.max_new_tokens
     dims = prefix_dims(cfg.matryoshka_dims)
 
@@ -249,35 +247,24 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     # 3) Credit: against the same query's rationales; one sigma for the whole batch.
     gain, advantage, sigma = credit(reward)  # (B,), (B, K), ()
     weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
-    rolled_out = time.time()
 
-    # 4) Both losses of some queries, beside the vectors of queries or candidates for InfoNCE.
-    # scale.backward may ask for the vectors first, without the losses (see contrastive_step).
-    train_logprobs = torch.zeros_like(roll.old_logprobs)  # for the log
-
-    def forward(kind, rows, with_loss):
-        if kind == "document":
-            return embed_direct(model, processor, [documents[i] for i in rows])[:, None], None, {}
-        branches = [roll.tokens[i] for i in rows]
-        batch = collate([prompts[i] for i in rows], processor, branches, model.device)
-        h = model(batch)
-        vectors = pool(h, batch["ends"])  # (b, 1 + K, H)
-        if not with_loss:
-            return vectors, None, {}
+    # 4) Both losses of some queries (see embed.gradcache_step).
+    def query_loss(rows, h, batch):
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
         decision = reason - direct  # (b,)
         count = roll.num_sampled[rows]
-        truncated_rows = roll.truncated[rows]
-        logprobs = sampled_logprobs(model, h, batch, processor, count, truncated_rows, cfg)
-        train_logprobs[rows] = logprobs.detach()
+        logprobs = sampled_logprobs(model, h, batch, processor, count, roll.truncated[rows], cfg)
         sampled = logprobs, roll.old_logprobs[rows], count
         at = ours[rows]  # their places in the joined batch
+        gap = roll.old_logprobs[rows] - logprobs.detach()
+        metrics = {"logp_k2": float(gap.square().sum() / num_sampled.sum() / 2)}
         if cfg.rl_one_loss:
             loss = one_mean_loss(decision, gain[at], sampled, advantage[at], sigma)
-            return vectors, loss / (num_sampled.sum() + 2 * B * K), {}  # 2K decisions a query
+            return loss / (num_sampled.sum() + 2 * B * K), metrics  # 2K decisions a query
         when = decision_loss(decision, gain[at]) / B
         what = rationale_loss(*sampled, weighted_advantage[at]) / (B * K * T)
-        return vectors, cfg.rl_decision_weight * when + what, {"loss_when": float(when.detach())}
+        metrics["loss_when"] = float(when.detach())
+        return cfg.rl_decision_weight * when + what, metrics
 
     # 5) InfoNCE on the direct and on the reasoned path keeps the space in place.
     def contrast(vectors):
@@ -293,15 +280,11 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         return nce_direct + p_reason.mean() * nce_reasoned
 
     model.train()
-    tokens = [len(p["ids"]) + 1 + sum(map(len, ids)) for p, ids in zip(prompts, roll.tokens)]
-    lengths = {
-        "query": processor.padded(tokens),
-        "document": processor.padded([len(document["ids"]) + 1 for document in documents]),
-    }
-    loss, metrics = scale.backward(lengths, forward, contrast, cfg.chunk_tokens)
+    loss, metrics = gradcache_step(
+        model, processor, prompts, roll.tokens, K, documents, query_loss, contrast, cfg.chunk_tokens
+    )
 
     # 6) The log.
-    difference, _ = scale.gather(roll.old_logprobs - train_logprobs)  # (B, K, T)
     worst = int(reward[ours, 1:].mean(1).argmin())
     sample = {
         "id": pairs[worst]["id"],
@@ -310,12 +293,9 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         "direct": float(reward[ours[worst], 0]),
     }
     metrics |= summary(reward, p_reason, gain, advantage)
-    metrics |= sampling_gap(difference, num_sampled)
     metrics["loss"] = loss
     metrics["tokens"] = float(num_sampled.float().mean())
     metrics["truncated"] = float(truncated.float().mean())
-    metrics["s_rollouts"] = rolled_out - started
-    metrics["s_update"] = time.time() - rolled_out
     return metrics | {"sample": sample}
 
 
@@ -333,14 +313,3 @@ def summary(reward, p_reason, gain, advantage):
         "zero_variance": (advantage == 0).all(1),
     }
     return {name: float(x.float().mean()) for name, x in figures.items()}
-
-
-def sampling_gap(difference, num_sampled):
-    """log p of sampling minus log p of training: the largest and, over all tokens, Schulman's
-    estimators of their KL divergence: k1, the mean, and k2, half the mean square."""
-    n = num_sampled.sum()
-    return {
-        "logp_gap": float(difference.abs().max()),
-        "logp_k1": float(difference.sum() / n),
-        "logp_k2": float(difference.square().sum() / n / 2),
-    }
