@@ -58,9 +58,9 @@ from processor import (
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
-# A row of a batch is one packed sequence: a prompt, then its continuations, the branches: first
-# <|endoftext|> alone (direct), then rationale 1 ... K. A branch sees the prompt and itself. B rows,
-# S tokens, H numbers of a state. Two tokens p of a prompt, <|endoftext|> e and one rationale a b e:
+# A row of a batch is one packed sequence: a prompt, then its branches. The first branch is direct,
+# <|endoftext|> alone; the others are rationales 1 ... K. A branch sees the prompt and itself.
+# B rows, S tokens, H numbers of a state. Here p p is a prompt, e <|endoftext|>, a b e a rationale:
 #     ids     p p e a b e
 #     branch  0 0 1 2 2 2     (B, S); -1 in padding; None where no row has a rationale
 #     ends        2     5     (B, 1 + K): where each branch ends; -1 where there is none
@@ -88,8 +88,7 @@ def row_lengths(prompts, branches=None):
 def branch_vectors(model, processor, prompts, budget, branches=None):
     """Unit vectors e(x, ∅), e(x, r) ... of every prompt and its branches -> list of (1 + K, H).
 
-    branches: of each prompt a list of rationales, as ids; None: there are none. budget: tokens of
-    a pass.
+    branches: of each prompt a list of rationales, as ids. budget: tokens of a pass.
     """
     if branches is None:
         branches = [[]] * len(prompts)
@@ -121,17 +120,14 @@ def rationale_logprobs(model, h, batch, processor):
     h (B, S, H) -> (n,) in the order of rows, then of their text. At least one row has a rationale.
     π is the sampled distribution, without the ids that are never sampled.
     """
-    branch, ends = batch["branch"], batch["ends"]
-
-    # The places of rationale k, which is branch k + 1:
-    #     ends[k-1] + 1 -> prefix <think>\n | text </think> | tail \n\n<|endoftext|> <- ends[k]
-    # column (B, S): the column of `ends` that belongs to each token's branch; outside rationales
-    # its value does not matter, since `chosen` drops those tokens.
-    column = (branch - 1).clamp(min=1)
-    first = ends.gather(1, column - 1) + 1 + len(processor.prefix)
-    last = ends.gather(1, column) - len(processor.tail)
-    place = torch.arange(branch.shape[1], device=h.device)
-    chosen = (branch >= 2) & (first <= place) & (place <= last)
+    ends = batch["ends"]
+    places = torch.arange(h.shape[1], device=h.device)
+    chosen = torch.zeros_like(batch["branch"], dtype=torch.bool)  # (B, S)
+    for k in range(1, ends.shape[1]):
+        # Rationale k: prefix <think>\n | text </think> | tail \n\n<|endoftext|> <- ends[k]
+        first = ends[:, k - 1, None] + 1 + len(processor.prefix)
+        last = ends[:, k, None] - len(processor.tail)  # below 0 where a row has no rationale k
+        chosen |= (first <= places) & (places <= last)
     row, place = chosen.nonzero(as_tuple=True)
 
     states = h[row, place - 1]  # (n, H): what predicts each token
@@ -164,8 +160,8 @@ def one_direction(scores, positive, temperature, equal):
     """−log softmax of scores / temperature at the positive -> (n,).
 
     scores (n, m) cosines; positive (n,) the column of each row's target. Candidates that are
-    probably right answers, too, are left out, so that they are not pushed away: columns that are
-    `equal` (n, m) to the target, and those that score far above it.
+    probably right, too, are not pushed away: columns that are `equal` (n, m) to the target, and
+    those that score far above it.
     """
     target = positive[:, None]
     false_negative = equal | (scores > scores.gather(1, target) + FALSE_NEGATIVE_MARGIN)
@@ -178,9 +174,9 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     """InfoNCE in both directions: the target among all candidates, the query among all queries.
 
     q (n, H), t (m, H) unit vectors, every candidate one row of t; positive (n,) the row of t that
-    is each query's target; weights (n,) of the queries, of any sum.
+    is each query's target. -> scalar, the mean over queries, weighted by weights (n,).
     dims: the loss is summed over the full vectors and over these prefixes of them, each scaled to
-    length 1 again. So a vector's first numbers are a vector too (Matryoshka). -> scalar
+    length 1 again. So a vector's first numbers are a vector too (Matryoshka).
     """
     H = q.shape[1]
     if max(dims, default=0) > H:
@@ -204,12 +200,9 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
 
 
 def log_target_prob(q, t, target, temperature=0.02):
-    """log p(t|q) = log softmax over candidates of s/temperature, at the target. No candidate is
-    left out here.
-
-    q (..., H), t (m, H) or (..., m, H), target (...) -> (...)
-    """
-    s = torch.einsum("...h,...mh->...m", q, t)
+    """log p(t|q) = log softmax over candidates of s/temperature, at the target: no candidate is
+    left out. q (..., H), t (m, H), target (...) -> (...)"""
+    s = torch.einsum("...h,mh->...m", q, t)
     return (s / temperature).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
 
 
@@ -255,9 +248,9 @@ def gradcache_step(
     # the gradient of `contrast` in each vector, with the losses. If all rows fit in one budget,
     # each chunk passes once and does both.
     def forward(kind, rows, with_loss):
-        some_prompts = [prompts[kind][i] for i in rows]
-        some_branches = [branches[kind][i] for i in rows]
-        batch = collate(some_prompts, processor, some_branches, model.device)
+        chunk = [prompts[kind][i] for i in rows]
+        chunk_branches = [branches[kind][i] for i in rows]
+        batch = collate(chunk, processor, chunk_branches, model.device)
         h = model(batch)
         vectors = pool(h, batch["ends"])
         if kind == "query":  # of these rows none may have K rationales
@@ -395,27 +388,15 @@ class Embedder:
         self.model, self.processor = model, processor
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id,
-        device=None,
-        dtype=None,
-        revision=None,
-        max_pixels=None,
-        min_pixels=None,
-        frame_max_pixels=None,
-        frame_min_pixels=None,
-        max_frames=None,
-        fps=None,
-        max_length=None,
-        default_instruction=None,
-    ):
+    def from_pretrained(cls, path_or_id, device=None, dtype=None, revision=None, **settings):
         """Any dense Qwen3-VL or Qwen3-VL-Embedding, and ours: a folder, or owner/name on the hub.
 
         device    "cpu", "cuda:1" ...; CUDA where there is one
         dtype     "bfloat16", torch.float32 ...; None: the file's
         revision  branch, tag or commit of a hub repository
-        The others are settings of the Processor. None: what a checkpoint of ours says, else Qwen's.
+        settings  of the Processor: min_pixels, max_pixels, frame_min_pixels, frame_max_pixels,
+                  max_frames, fps, max_length, default_instruction. None: what a checkpoint of ours
+                  says, else Qwen's
         Raises ValueError, one line, for what cannot be opened.
         """
         if dtype is not None:
@@ -426,19 +407,7 @@ class Embedder:
         device = scale.find_device(device)
         folder = find_folder(path_or_id, revision)
         model = load_model(folder, dtype, device)
-        processor = Processor.from_folder(
-            folder,
-            model.c,
-            max_pixels=max_pixels,
-            min_pixels=min_pixels,
-            frame_max_pixels=frame_max_pixels,
-            frame_min_pixels=frame_min_pixels,
-            max_frames=max_frames,
-            fps=fps,
-            max_length=max_length,
-            default_instruction=default_instruction,
-        )
-        return cls(model, processor)
+        return cls(model, Processor.from_folder(folder, model.c, **settings))
 
     def encode(
         self,
@@ -485,8 +454,9 @@ class Embedder:
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
 
         if reason == "auto" and not (has_head and self.processor.trained_here):
-            why = "this checkpoint never learnt to decide: it embeds directly"
-            warnings.warn(why, stacklevel=2)
+            warnings.warn(
+                "this checkpoint never learnt to decide: it embeds directly", stacklevel=2
+            )
             reason = "never"
         threshold = {"auto": threshold, "never": math.inf, "always": -math.inf}[reason]
 
@@ -495,24 +465,24 @@ class Embedder:
         no_bar = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=no_bar, delay=1)
         sampling = {"temperature": temperature, "generator": generator}
-        order, vectors, infos = [], [torch.zeros(0, H, dtype=torch.float32)], []
+        vectors, infos = [torch.zeros(0, H, dtype=torch.float32)], []
         for prompts in self.windows(items, instruction, batch_size):
-            first = len(infos)  # this window's first item
+            window_vectors = torch.empty(len(prompts), H, dtype=torch.float32)
+            window_infos = [None] * len(prompts)
             for rows in self.batches(row_lengths(prompts), batch_size):
                 batch = [prompts[row] for row in rows]
-                v, info = self.embed_prompts(batch, threshold, max_new_tokens, sampling)
-                for row, length in zip(rows, v.norm(dim=1).tolist()):
-                    if not 1e-12 <= length < math.inf:
-                        why = f"its vector is zero or not finite in {self.model.dtype}"
-                        raise ItemError(first + row, why)
-                order += [first + row for row in rows]
-                vectors.append(v.cpu())
-                infos += info
+                v, batch_infos = self.embed_prompts(batch, threshold, max_new_tokens, sampling)
+                window_vectors[rows] = v.cpu()
+                for row, length, info in zip(rows, v.norm(dim=1).tolist(), batch_infos):
+                    if not math.isfinite(length):
+                        why = f"its vector is not finite in {self.model.dtype}"
+                        raise ItemError(len(infos) + row, why)
+                    window_infos[row] = info
+            vectors.append(window_vectors)
+            infos += window_infos
             prompts = None  # their images are free before the next window is read
 
-        back = np.argsort(order)  # of each item the place where it was computed
-        infos = [infos[i] for i in back]
-        v = torch.cat(vectors)[back, :dim]
+        v = torch.cat(vectors)[:, :dim]
         if normalize:
             v = F.normalize(v, dim=-1)
         if convert_to_numpy:
@@ -537,12 +507,10 @@ class Embedder:
                 yield list(threads.map(read, window))
 
     def batches(self, lengths, batch_size):
-        """Lengths of n rows -> lists of row numbers: batches of rows about as long as each other,
-        within the budget of padded tokens. The longest come first."""
-        # On a CPU 2048 tokens are enough: more are no quicker, and pad more.
-        budget = self.budget
-        if self.model.device.type == "cpu":
-            budget = min(budget, 2048)
+        """Lengths of n rows -> lists of row numbers, of rows about as long as each other. The
+        longest come first."""
+        # On a CPU more than 2048 tokens are no quicker, and pad more.
+        budget = min(self.budget, 2048) if self.model.device.type == "cpu" else self.budget
         for rows in scale.chunks_of(lengths, budget):
             for i in range(0, len(rows), batch_size):
                 yield rows[i : i + batch_size]
@@ -695,20 +663,23 @@ def read_items(path):
     return items
 
 
-def run(model, source, output, opening, encoding):
+def run(options):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
-    output = Path(output)
+    source = Path(options["input"])
+    output = Path(options["output"])
     facts = output.with_suffix(".jsonl")
     is_usable = output.suffix == ".npy" and os.access(output.parent, os.W_OK)
-    if not is_usable or facts.resolve() == Path(source).resolve():
+    if not is_usable or facts.resolve() == source.resolve():
         expected = "a .npy file, in a folder to write to, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
     items = read_items(source)
     if not items:
         raise ValueError(f"{source}: no items")
-    embedder = Embedder.from_pretrained(model, **opening)
+    opening = {name: options[name] for name in OPENING if name in options}
+    encoding = {name: options[name] for name in ENCODING if name in options}
+    embedder = Embedder.from_pretrained(options["model"], **opening)
     try:
-        with contextlib.chdir(Path(source).parent):  # there the paths of images start
+        with contextlib.chdir(source.parent):  # there the paths of images start
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
         raise ValueError(f"{list(items)[e.index]}: {e.why}") from e
@@ -731,11 +702,8 @@ def main():
     parser.add_argument("--output", required=True, help="vectors, a .npy file")
     for name, (kind, about) in {**OPENING, **ENCODING}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
-    given = vars(parser.parse_args())
-    opening = {name: given[name] for name in OPENING if name in given}
-    encoding = {name: given[name] for name in ENCODING if name in given}
     try:
-        run(given["model"], given["input"], given["output"], opening, encoding)
+        run(vars(parser.parse_args()))
     except (ValueError, OSError) as e:
         sys.exit(f"embed.py: {e}")
 

@@ -1,55 +1,50 @@
 """
 GRPO by hand: learn what to write, and whether to write at all, at a price on latency.
 
-The idea. For each query K rationales are sampled. The direct answer, which writes nothing, is
-deterministic and needs no sampling. The reward R says how well the embedding after a rationale (or
-after none) finds the query's target t:
+The idea. For each query K rationales are sampled; the direct answer needs no sampling. The reward R
+says how well the embedding after a rationale (or after none) finds the query's target t:
 
     R = p(t | q, r) + format - latency_penalty * tokens / T
 
-    p(t | q, r)  in [0, 1]: softmax of similarities / temperature over the batch's candidates, the
-                 targets and a hard negative of each pair
+    p(t | q, r)  softmax of similarities / temperature over the batch's candidates: the targets and
+                 a hard negative of each pair
     format       0.1, but not for a rationale that ran out of tokens
     tokens       those that were sampled, at most T: seconds would not be reproducible
 
 The step minimises
 
     rl_decision_weight * when + what
-        + NCE(direct) + mean over the rationales of p_reason * nce(reasoned)
+        + NCE(direct) + mean over the rationales of p_reason * NCE(reasoned)
 
-where `when` alone moves p_reason: elsewhere it is the rollout's, a constant. `when` and `what` have
-a denominator each: in one mean over tokens a decision, one token among dozens, would carry a few
-percent (option rl_one_loss takes that mean).
+Only `when` moves p_reason; elsewhere p_reason is the rollout's, a constant. `when` and `what` have
+a denominator each: in one mean over tokens (option rl_one_loss) a decision, one token among dozens,
+would carry a few percent.
 
-    when   With p = p_reason and gain = mean R_reason - R_direct (of rewards; select.py's is of
-           log-probabilities) a query's expected reward is R_direct + p * gain. It is known without
+    when   With p = p_reason and gain = mean R_reason - R_direct (select.py's gain is one of
+           log-probabilities) a query's expected reward is R_direct + p * gain, known without
            sampling the action. A wrong decision costs |gain|, so the loss is
-               |gain| * cross-entropy of p and [gain > 0],
-           whose gradient in the logit is |gain| * (p - [gain > 0]). Over queries that look alike
-           its minimum is at p = G+ / (G+ + G-), the sums of what thinking wins and what it costs:
-           p exceeds 1/2 where the mean gain is positive; it exceeds a threshold x where
-           G+ > G- * x / (1 - x).
+               |gain| * cross-entropy of p and [gain > 0].
+           Over queries that look alike its minimum is at p = G+ / (G+ + G-), the sums of what
+           thinking wins and what it costs: p exceeds 1/2 where the mean gain is positive.
            Without the factor |gain| p would be a majority's vote: where thinking wins 1 for three
            queries of ten and costs 0.06 for seven, it would not think. The policy gradient has the
-           factor p * (1 - p), which vanishes where the model is sure: one that was taught to think
-           would not learn that the price has gone up.
+           factor p * (1 - p): a model that is sure would not learn that the price has gone up.
     what   the policy gradient on the sampled tokens. Each rationale counts by its importance weight
            p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
 Which GRPO this is, in five points:
-    advantage   (R - mean R of the query's rationales) / sigma. Their mean is the business of `when`
-    sigma       one number for the batch: see credit(). One for each query would let a tiny price
-                decide where all rationales are equally good
+    advantage   (R - mean R of the query's rationales) / sigma. `when` learns from that mean
+    sigma       one for the batch: see credit(). With one for each query a tiny price would decide
+                where all rationales are equally good
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
-    stop token  </think> is trained. Forced tokens are not: the opening, the tail, the closing of
-                a rationale that ran out of tokens
+    stop token  </think> is trained, forced tokens are not: opening, tail, closing of what was cut
 
 How to run: python train.py --stage rl     (its options: group rl of --help; T is max_new_tokens)
 Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
-2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. A decision weighted by what it
-wins: outcome weighted learning, Zhao et al., JASA 107 (2012); to use it here is ours.
+2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. `when`: outcome weighted
+learning, Zhao et al., JASA 107 (2012); to use it here is ours.
 """
 
 from dataclasses import dataclass
@@ -82,7 +77,7 @@ EPSILON = 1e-4  # on sigma, whose usual size is 0.15, for a batch without any va
 
 @dataclass
 class Experience:
-    """K rationales of at most T tokens for each of b queries; nothing in it has a gradient."""
+    """K rationales of at most T tokens for each of b queries, without gradients."""
 
     tokens: list  # [b][K] ids from <think> to <|endoftext|>
     num_sampled: torch.Tensor  # (b, K) tokens that the actor chose
@@ -101,7 +96,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
     longest = max(processor.padded(row_lengths(prompts)))
     # chunk_tokens fit in a pass that keeps its activations; here none are kept.
     together = max(1, 4 * cfg.chunk_tokens // longest)
-    parts = []  # of generate: model.Rollouts
+    parts = []
     vectors = []
     logits = []
     for start in range(0, len(prompts), together):
@@ -111,7 +106,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
         direct = pool(part.hidden, batch["ends"])  # (b, 1, H)
         reasoned = F.normalize(part.last.float(), dim=-1)  # (b, K, H), at each <|endoftext|>
         vectors.append(torch.cat((direct, reasoned), dim=1))
-        logits.append(decision_logits(actor, part.hidden, batch, processor))  # (b, 2)
+        logits.append(decision_logits(actor, part.hidden, batch, processor))
     return Experience(
         tokens=[row for part in parts for row in part.tokens],
         num_sampled=torch.cat([part.num_sampled for part in parts]).to(device),
@@ -138,11 +133,10 @@ def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
     """Log-probabilities of the rollouts' tokens under the model that learns: states h (b, S, H) ->
     (b, K, T), laid out like Experience.old_logprobs."""
     flat = rationale_logprobs(model, h, batch, processor)
-    # `flat` has num_sampled tokens per rollout, and for a truncated one, which has sampled T, also
-    # the forced closing with its </think>. Lay out (b, K, T + num_closing), keep the first T.
+    # A truncated rollout has T sampled tokens in `flat` and then the closing, cut off here.
     num_closing = len(processor.closing)
-    width = cfg.max_new_tokens + num_closing
-    return unflatten(flat, num_sampled + num_closing * truncated, width)[..., : cfg.max_new_tokens]
+    T = cfg.max_new_tokens
+    return unflatten(flat, num_sampled + num_closing * truncated, T + num_closing)[..., :T]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,10 +154,10 @@ def rewards(p_target, num_sampled, truncated, cfg):
 def credit(reward):
     """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
 
-    sigma is one standard deviation for the whole batch, of rewards around their query's mean, in
-    which the direct reward weighs as much as all K rationales together. So that mean lies midway:
-    the direct reward is gain / 2 below it, the rationales are gain / 2 above it, plus their
-    `spread`, and sigma² = mean(gain²) / 4 + mean(spread²) / 2.
+    sigma is one standard deviation for the whole batch, of rewards around their query's centre. The
+    centre lies midway between the direct reward and the mean of the rationales; both sides have the
+    same weight. The direct reward is gain / 2 below the centre, a rationale gain / 2 above it, plus
+    its `spread`. So sigma² = mean(gain²) / 4 + mean(spread²) / 2.
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
@@ -184,11 +178,8 @@ def decision_loss(decision, gain):
 
 
 def rationale_loss(logprobs, old_logprobs, num_sampled, advantage):
-    """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled (b, K); advantage (b, K),
-    which the main loss has multiplied by p_reason.
-
-    The ratio is 1 unless the actor is a bf16 copy: then log-probabilities are up to 0.03 off.
-    """
+    """Policy gradient. logprobs and old_logprobs (b, K, T), num_sampled and advantage (b, K). The
+    ratio is 1 unless the actor is a bf16 copy: then log-probabilities are up to 0.03 off."""
     mask = leading(num_sampled, logprobs.shape[2])
     ratio = (logprobs - old_logprobs).exp()
     return -(advantage[..., None] * ratio * mask).sum()
@@ -197,12 +188,10 @@ def rationale_loss(logprobs, old_logprobs, num_sampled, advantage):
 def one_mean_loss(decision, gain, sampled, advantage, sigma):
     """Ablation: decision and rationale tokens in one sum, with one denominator.
 
-    A query counts as 2K rollouts: K reason and K answer directly, whatever p is, and nothing is
-    reweighted. Around their common mean the former have the advantage gain / 2, the latter
-    -gain / 2. So the decisions bring K * gain / 2 * (log p - log(1 - p)), and that difference is
-    the logit: unlike that of a GRPO that samples its decisions, the loss is linear in it. As in
-    the main loss the decision's gain is not divided by sigma.
-    sampled: (logprobs, old_logprobs, num_sampled), as rationale_loss takes them.
+    A query counts as K rollouts that reason and K that answer directly, whatever p is. Around their
+    common mean the former have the advantage gain / 2, the latter -gain / 2. So the decisions bring
+    K * gain / 2 * (log p - log(1 - p)), and that difference of logs is the logit. As in the main
+    loss the decision's gain is not divided by sigma. sampled: what rationale_loss takes first.
     """
     K = advantage.shape[1]
     when = -(K * gain / 2 * decision).sum()
@@ -216,12 +205,12 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
 def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     """One on-policy update; leaves gradients in the model's parameters.
 
-    pairs [b]: this process' share of the batch's B pairs, as in embed.contrastive_step.
-    actor: writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
-    None, the model itself, if all of it is fp32.
-    cfg: of train.Config rl_rollouts K, max_new_tokens T, temperature, chunk_tokens, matryoshka_dims
-    and the other options of group rl.
-    -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward.
+    pairs  [b] this process' share of the batch's B pairs, as in embed.contrastive_step
+    cfg    train.Config: the options of group rl, max_new_tokens, temperature, chunk_tokens and
+           matryoshka_dims
+    actor  writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
+           None, the model itself, if all of it is fp32
+    -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward
     """
     actor = actor or model
     prompts = [pair["query"] for pair in pairs]
@@ -242,25 +231,26 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     p_target = log_target_prob(roll.vectors, t, column, cfg.temperature).exp()
     reward, _ = scale.gather(rewards(p_target, roll.num_sampled, roll.truncated, cfg))  # (B, 1 + K)
     num_sampled, _ = scale.gather(roll.num_sampled)  # (B, K)
-    truncated, _ = scale.gather(roll.truncated)  # (B, K)
+    truncated, _ = scale.gather(roll.truncated)
 
     # 3) Credit: against the same query's rationales; one sigma for the whole batch.
-    gain, advantage, sigma = credit(reward)  # (B,), (B, K), ()
+    gain, advantage, sigma = credit(reward)
     weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
 
-    # 4) Both losses of some queries (see embed.gradcache_step).
+    # 4) Both losses of some queries, as embed.gradcache_step asks for them.
     def query_loss(rows, h, batch):
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
-        decision = reason - direct  # (b,)
+        decision = reason - direct
         count = roll.num_sampled[rows]
         logprobs = sampled_logprobs(model, h, batch, processor, count, roll.truncated[rows], cfg)
         sampled = logprobs, roll.old_logprobs[rows], count
         at = ours[rows]  # their places in the joined batch
+        # Schulman's k2, an estimate of KL(actor, model): half the mean square of log p - log p'
         gap = roll.old_logprobs[rows] - logprobs.detach()
         metrics = {"logp_k2": float(gap.square().sum() / num_sampled.sum() / 2)}
         if cfg.rl_one_loss:
             loss = one_mean_loss(decision, gain[at], sampled, advantage[at], sigma)
-            return loss / (num_sampled.sum() + 2 * B * K), metrics  # 2K decisions a query
+            return loss / (num_sampled.sum() + 2 * B * K), metrics
         when = decision_loss(decision, gain[at]) / B
         what = rationale_loss(*sampled, weighted_advantage[at]) / (B * K * T)
         metrics["loss_when"] = float(when.detach())
