@@ -151,7 +151,6 @@ def token_logprobs(model, states, ids, suppress_tokens):
 # --------------------------------------------------------------------------------------------------
 # Contrastive learning
 
-
 # A candidate that scores so far above the target is probably right, too (Qwen3-VL-Embedding).
 FALSE_NEGATIVE_MARGIN = 0.1
 
@@ -253,7 +252,7 @@ def gradcache_step(
         batch = collate(chunk, processor, chunk_branches, model.device)
         h = model(batch)
         vectors = pool(h, batch["ends"])
-        if kind == "query":  # of these rows none may have K rationales
+        if kind == "query":  # zeros where no row of the chunk has K rationales
             vectors = F.pad(vectors, (0, 0, 0, 1 + K - vectors.shape[1]))
             if with_loss:
                 return vectors, *query_loss(rows, h, batch)
@@ -355,7 +354,8 @@ class ItemError(ValueError):
 
     def __init__(self, index, why):
         super().__init__(f"item {index}: {why}")
-        self.index, self.why = index, why
+        self.index = index
+        self.why = why
 
 
 class Embedder:
@@ -385,7 +385,8 @@ class Embedder:
     budget = 16384  # padded tokens of a batch: this bounds memory, not the number of items
 
     def __init__(self, model, processor):
-        self.model, self.processor = model, processor
+        self.model = model
+        self.processor = processor
 
     @classmethod
     def from_pretrained(cls, path_or_id, device=None, dtype=None, revision=None, **settings):
@@ -446,7 +447,8 @@ class Embedder:
         if tau is not None:
             warnings.warn("tau= is spelled threshold=", DeprecationWarning, stacklevel=2)
             threshold = tau
-        H, has_head = self.model.c.hidden, self.model.has_head
+        H = self.model.c.hidden
+        has_head = self.model.has_head
         dim = H if dim is None else dim
         require(reason in ("auto", "never", "always"), "reason", reason, "auto, never or always")
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
@@ -454,9 +456,8 @@ class Embedder:
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
 
         if reason == "auto" and not (has_head and self.processor.trained_here):
-            warnings.warn(
-                "this checkpoint never learnt to decide: it embeds directly", stacklevel=2
-            )
+            why = "this checkpoint never learnt to decide: it embeds directly"
+            warnings.warn(why, stacklevel=2)
             reason = "never"
         threshold = {"auto": threshold, "never": math.inf, "always": -math.inf}[reason]
 
@@ -464,19 +465,23 @@ class Embedder:
             items = [items]
         no_bar = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=no_bar, delay=1)
-        sampling = {"temperature": temperature, "generator": generator}
-        vectors, infos = [torch.zeros(0, H, dtype=torch.float32)], []
+        sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "generator": generator,
+        }
+        vectors = [torch.zeros(0, H, dtype=torch.float32)]
+        infos = []
         for prompts in self.windows(items, instruction, batch_size):
             window_vectors = torch.empty(len(prompts), H, dtype=torch.float32)
             window_infos = [None] * len(prompts)
             for rows in self.batches(row_lengths(prompts), batch_size):
-                batch = [prompts[row] for row in rows]
-                v, batch_infos = self.embed_prompts(batch, threshold, max_new_tokens, sampling)
-                window_vectors[rows] = v.cpu()
-                for row, length, info in zip(rows, v.norm(dim=1).tolist(), batch_infos):
-                    if not math.isfinite(length):
+                of_rows = self.embed_prompts([prompts[row] for row in rows], threshold, sampling)
+                for row, v, info in zip(rows, *of_rows):
+                    if not v.norm().isfinite():
                         why = f"its vector is not finite in {self.model.dtype}"
                         raise ItemError(len(infos) + row, why)
+                    window_vectors[row] = v
                     window_infos[row] = info
             vectors.append(window_vectors)
             infos += window_infos
@@ -507,8 +512,7 @@ class Embedder:
                 yield list(threads.map(read, window))
 
     def batches(self, lengths, batch_size):
-        """Lengths of n rows -> lists of row numbers, of rows about as long as each other. The
-        longest come first."""
+        """Lengths of n rows -> lists of row numbers: rows about as long, the longest first."""
         # On a CPU more than 2048 tokens are no quicker, and pad more.
         budget = min(self.budget, 2048) if self.model.device.type == "cpu" else self.budget
         for rows in scale.chunks_of(lengths, budget):
@@ -516,11 +520,9 @@ class Embedder:
                 yield rows[i : i + batch_size]
 
     @torch.no_grad()
-    def embed_prompts(self, prompts, threshold, max_new_tokens, sampling):
-        """One batch of n prompts -> final states (n, H), fp32, not yet of length 1, and infos.
-
-        One prefill gives the direct vector and the decision; rows that reason continue its cache.
-        """
+    def embed_prompts(self, prompts, threshold, sampling):
+        """One batch of n prompts -> final states (n, H) on the CPU, fp32, and infos. One prefill
+        gives the direct vector and the decision; rows that reason continue its cache."""
         model, processor = self.model, self.processor
         batch = collate(prompts, processor, device=model.device)
         cache = Cache() if threshold < 1 else None
@@ -535,14 +537,14 @@ class Embedder:
         for p in p_reason:
             infos.append({"reasoned": False, "p_reason": p, "rationale": None, "new_tokens": 0})
         if rows:
-            options = {"prefill": (h, cache), "rows": rows, **sampling, **processor.generation}
-            rollouts = generate(model, batch, max_new_tokens, **options)
+            options = sampling | processor.generation
+            rollouts = generate(model, batch, prefill=(h, cache), rows=rows, **options)
             v[rows] = rollouts.last[:, 0].float()
             for i, row in enumerate(rows):
                 text = processor.rationale_text(rollouts.tokens[i][0])
                 count = int(rollouts.num_sampled[i, 0])
                 infos[row].update(reasoned=True, rationale=text, new_tokens=count)
-        return v, infos
+        return v.cpu(), infos
 
     def encode_query(self, items, instruction=None, **options):
         """What is searched for: it may reason. Options as of encode."""
