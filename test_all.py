@@ -1539,7 +1539,7 @@ def test_run_folder(finished, own_root):
     logged = {(row["stage"], row["step"]) for row in metrics(finished)}
     expected = {("select0", 2), ("select1", 2), ("select audit", 1), ("embed", 5), ("rl", 2)}
     assert logged == expected
-    assert metrics(finished)[-1]["logp_gap"] < 1e-3  # the actor has the weights of its step
+    assert metrics(finished)[-1]["logp_k2"] < 1e-9  # the actor has the weights of its step
 
 
 def test_run_every_stage_has_its_pairs(finished, opened):
