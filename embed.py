@@ -389,15 +389,27 @@ class Embedder:
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, path_or_id, device=None, dtype=None, revision=None, **settings):
+    def from_pretrained(
+        cls,
+        path_or_id,
+        device=None,
+        dtype=None,
+        revision=None,
+        max_pixels=None,
+        min_pixels=None,
+        frame_max_pixels=None,
+        frame_min_pixels=None,
+        max_frames=None,
+        fps=None,
+        max_length=None,
+        default_instruction=None,
+    ):
         """Any dense Qwen3-VL or Qwen3-VL-Embedding, and ours: a folder, or owner/name on the hub.
 
         device    "cpu", "cuda:1" ...; CUDA where there is one
         dtype     "bfloat16", torch.float32 ...; None: the file's
         revision  branch, tag or commit of a hub repository
-        settings  of the Processor: min_pixels, max_pixels, frame_min_pixels, frame_max_pixels,
-                  max_frames, fps, max_length, default_instruction. None: what a checkpoint of ours
-                  says, else Qwen's
+        The others are settings of the Processor. None: what a checkpoint of ours says, else Qwen's.
         Raises ValueError, one line, for what cannot be opened.
         """
         if dtype is not None:
@@ -408,7 +420,19 @@ class Embedder:
         device = scale.find_device(device)
         folder = find_folder(path_or_id, revision)
         model = load_model(folder, dtype, device)
-        return cls(model, Processor.from_folder(folder, model.c, **settings))
+        processor = Processor.from_folder(
+            folder,
+            model.c,
+            max_pixels=max_pixels,
+            min_pixels=min_pixels,
+            frame_max_pixels=frame_max_pixels,
+            frame_min_pixels=frame_min_pixels,
+            max_frames=max_frames,
+            fps=fps,
+            max_length=max_length,
+            default_instruction=default_instruction,
+        )
+        return cls(model, processor)
 
     def encode(
         self,
