@@ -412,16 +412,13 @@ def test_select_mined_candidates_are_near_but_no_copies(monkeypatch):
     monkeypatch.setattr(selection, "CANDIDATES", 5)
     angles = torch.deg2rad(torch.tensor([*range(0, 360, 1), 0.5]))
     t = torch.stack((angles.cos(), angles.sin()), dim=1)
-    numbers = [[0], *([i] for i in range(1, 361))]
+    numbers = [[i] for i in range(361)]
+    numbers[100] = [100, 7, 119]
     mined = selection.candidate_sets(numbers, None, t)
     assert mined[0][0] == 0
     assert sorted(mined[0][1:]) == [19, 20, 340, 341]
-    assert mined[100][0] == 100
-    assert sorted(mined[100][1:]) == [80, 81, 119, 120]
-    numbers[0] = [0, 7, 19]
-    *first, last = selection.candidate_sets(numbers, None, t)[0]
-    assert first == [0, 7, 19, 341]  # its hard negatives come first
-    assert last in (20, 340)
+    assert mined[100][:4] == [100, 7, 119, 81]  # its hard negatives come first
+    assert mined[100][4] in (80, 120)
 
 
 @pytest.mark.parametrize("many", [10, 9])
@@ -475,16 +472,17 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
 @pytest.mark.parametrize("rule", ["full", "no_placebo"])
 def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
     model, (pairs, texts, processor) = tiny_model(9), make_pairs(40)
-    kept, reports = [], []
+    kept, reports, num_easy = [], [], []
     for judged_under in ("none", rule):
         cfg = train.Config(select_rule=judged_under, select_margin=1.0, temperature=0.05)
         rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
         chosen = list(selection.choose(rows, rule, 1.0, 0.8))
         kept.append({(row["id"], row["proposer"]): row["weight"] for row in chosen})
         reports.append(selection.audit(rows, chosen, rule, 1.0, 0.8))
-        easy = [row for row in rows if row["gain"] is None]
-        assert all(row["direct"] >= -1.0 for row in easy)
-        assert (len(easy) == 0) if judged_under == "none" else (20 < len(easy) < 60)
+        easy = [row["direct"] for row in rows if row["gain"] is None]
+        assert min(easy, default=0.0) >= -1.0
+        num_easy.append(len(easy))
+    assert num_easy[0] == 0 and 20 < num_easy[1] < 60
     assert kept[0] == pytest.approx(kept[1], abs=1e-3)
     assert len(kept[0]) > 3
     assert reports[0] == reports[1]  # easy pairs stay in the denominators
@@ -622,8 +620,8 @@ def test_propose_stage_leaves_out_what_is_longer_than_a_rationale_may_be(tmp_pat
     rows = [{"id": "a/1", "proposer": "w", "text": text} for text in ("17", "178", "4")]
     M.write_rows(tmp_path / "r.jsonl", rows)
     given = propose.Rationales(tmp_path / "r.jsonl")
-    pairs = [{"id": "a/1", "key": "k"}, {"id": "a/2", "key": "k"}]
-    within, num_longer = train.rows_within(given, pairs, tiny_processor(), 4)
+    pair = {"id": "a/1", "key": "k"}
+    within, num_longer = train.rows_within(given, [pair], tiny_processor(), 4)
     assert [row["text"] for row in within] == ["17", "4"] and num_longer == 1
 
 
@@ -672,18 +670,30 @@ def test_propose_names_damaged_rationales(tmp_path, line, why):
         propose.Rationales(path, numbers=("n",))
 
 
+@pytest.fixture
+def written_requests(command, tmp_path):
+    """written_requests(root, "--k", 3) -> the requests, and what was printed."""
+
+    def written_requests(root, *options):
+        path = tmp_path / "q.jsonl"
+        code, said = command("propose.py", "--write-requests", path, "--data", root, *options)
+        assert code is None
+        return json_rows(path), said.out
+
+    return written_requests
+
+
 @pytest.mark.parametrize("urls", ["data", "file"])
 @pytest.mark.parametrize("max_pixels, size", [(64, (8, 8)), (16, (4, 4))])
-def test_propose_writes_requests(command, first_root, tmp_path, urls, max_pixels, size):
+def test_propose_writes_requests(written_requests, first_root, urls, max_pixels, size):
     """Two ways to ask about five pairs of easy, then about five of hard."""
-    write = ["--write-requests", tmp_path / "q.jsonl", "--data", first_root, "--k", 3]
-    command("propose.py", *write, "--prompts", 2, "--image-urls", urls, "--max-pixels", max_pixels)
-    rows = json_rows(tmp_path, "q.jsonl")
+    options = ["--k", 3, "--prompts", 2, "--image-urls", urls, "--max-pixels", max_pixels]
+    rows, _ = written_requests(first_root, *options)
     pair = data.train_sets(first_root).pair(0, 1)
     assert rows[3]["custom_id"] == f"easy/1|{data.pair_key(pair)}|1"
     assert len({row["custom_id"] for row in rows}) == 2 * 5 * 2
-    assert "answer" not in str(rows[3]["body"]).replace(propose.PROMPTS[3], "")
     body = rows[3]["body"]
+    assert "answer" not in str(body).replace(propose.PROMPTS[3], "")
     assert (body["n"], body["max_tokens"], body["temperature"]) == (3, 128, 0.7)
     image, text = body["messages"][0]["content"]
     assert text["text"] == f"easy 1 </script>\n\n{propose.PROMPTS[1]} {propose.BRIEFLY}"
@@ -695,30 +705,27 @@ def test_propose_writes_requests(command, first_root, tmp_path, urls, max_pixels
         assert load_image(base64.b64decode(url.split("base64,")[1])).size == size
 
 
-def test_propose_shows_frames_as_images():
-    """A frame that is no file is spelled out, whatever is wanted."""
+def test_propose_spells_frames_out_that_are_no_files():
     options = SimpleNamespace(image_urls="file", max_pixels=100)
     [frame] = data.refs({"video": {"frames": [make_image(40, 20)], "fps": 1.0}})
     url = propose.image_url(frame, options)
     assert load_image(base64.b64decode(url.split("base64,")[1])).size == (14, 7)
 
 
-def test_propose_asks_about_few_or_hard_pairs_alone(command, first_root, tmp_path):
-    judged = tmp_path / "judged.jsonl"
-    write = ["--write-requests", tmp_path / "q.jsonl", "--data", first_root, "--k", 1]
-    command("propose.py", *write, "--limit", 1)
-    requests = json_rows(tmp_path, "q.jsonl")
+def test_propose_asks_about_few_or_hard_pairs_alone(written_requests, first_root, tmp_path):
+    requests, _ = written_requests(first_root, "--k", 1, "--limit", 1)
     assert [request["custom_id"][:6] for request in requests] == ["easy/0", "hard/0"]
     assert requests[0]["body"]["temperature"] == 0.0
     row = {"proposer": "w", "text": "t", "gain": None}
     direct = {"easy/0": -0.6, "easy/1": -0.7, "hard/2": -0.1}  # log 2 is 0.693
-    M.write_rows(judged, [row | {"id": key, "direct": value} for key, value in direct.items()])
-    command("propose.py", *write, "--hard", judged)
-    [request] = json_rows(tmp_path, "q.jsonl")
+    rows = [row | {"id": key, "direct": value} for key, value in direct.items()]
+    M.write_rows(tmp_path / "judged.jsonl", rows)
+    [request], _ = written_requests(first_root, "--hard", tmp_path / "judged.jsonl")
     assert request["custom_id"].startswith("easy/1|")
 
 
-def test_propose_asks_about_sound_rows_alone(command, tmp_path):
+@pytest.mark.parametrize("urls", ["data", "file"])
+def test_propose_asks_about_sound_rows_alone(written_requests, tmp_path, urls):
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "huge.ppm").write_bytes(b"P6 30000 30000 255\n")
     row = {"qry": "q", "pos_text": "t", "pos_image_path": ""}
@@ -726,13 +733,10 @@ def test_propose_asks_about_sound_rows_alone(command, tmp_path):
     M.write_rows(tmp_path / "own.jsonl", [row | {"qry_image_path": path} for path in paths])
     sets = [{"name": name, "table": f"{name}.jsonl"} for name in ("own", "gone")]
     write_json(tmp_path / "datasets.json", {"train": sets})
-    write = ["--write-requests", tmp_path / "q.jsonl", "--data", tmp_path, "--image-urls", "file"]
-    code, said = command("propose.py", *write)
-    assert code is None
-    for why in ("missing: gone", "skipped: own/0: ", "skipped: own/1: ", "exceeds limit"):
-        assert why in said.out
-    [request] = json_rows(tmp_path, "q.jsonl")
+    [request], said = written_requests(tmp_path, "--image-urls", urls)
     assert request["custom_id"].startswith("own/2|")
+    for why in ("missing: gone", "skipped: own/0: ", "skipped: own/1: ", "exceeds limit"):
+        assert why in said
 
 
 def response(custom_id, *contents, finish="stop", status=200, **more):
@@ -756,7 +760,6 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (["a list"], [], "line 9: not a response"),
     (response(P0_AGAIN, status=500), [], "status 500"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
-    (response(P0_AGAIN) | {"response": {"body": {"choices": [{}]}}}, [], f"{P0_AGAIN}: no text"),
 ]
 
 
@@ -767,10 +770,11 @@ def test_propose_reads_responses(command, tmp_path):
     M.write_rows(answers, [line for line, _, _ in RESPONSES])
     read = ["--read-responses", answers, "--proposer", "big", "--out", out]
     code, shown = command("propose.py", *read, "--requests", asked)
-    said = [why for _, _, why in RESPONSES if why]
-    said += [f"{P1_AGAIN}: no response", f"{P1}: no answer"]
+    said = [f"{P1_AGAIN}: no response", f"{P1}: no answer"]
+    said += [why for _, _, why in RESPONSES if why]
     assert len(shown.err.splitlines()) == len(said)
-    assert all(why in shown.err for why in said), shown.err
+    for why in said:
+        assert why in shown.err
     assert code is None and f"rationales: 4\nfailed: {len(said)}\n" in shown.out
     rows = json_rows(out)
     assert [row["text"] for row in rows] == [text for _, used, _ in RESPONSES for text in used]
