@@ -39,8 +39,8 @@ one placebo may lie there, too. Without such a bar the stratum keeps nothing.
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
 rationales is judged, and none need be written (`propose.py --hard`). The pair teaches to embed
-directly. Under the ablations positive_only and none every pair is judged, for they could keep
-rationales of easy pairs.
+directly. A pair whose target is alone in C is easy, too: its logp is 0. Under the ablations
+positive_only and none every pair is judged, for they could keep rationales of easy pairs.
 
 Candidate targets. Up to 1024 pairs of one dataset and fold are judged together: a window. Where it
 has few targets, as in the pocket world, C is filled with random ones. Where it has many, random
@@ -290,7 +290,7 @@ def draw_trials(pairs, texts, rng):
             target = pairs[i]["target_key"]
             foreign = (words for j, _, words in onwards if pairs[j]["target_key"] != target)
             placebo, second = next(foreign, None), next(foreign, None)
-            if second == placebo or rng.random() >= AUDITED:  # audit compares the two
+            if second == placebo or rng.random() >= AUDITED:  # the audit compares the two
                 second = None
             trials[i].append((proposer, text, placebo, second))
     return trials
