@@ -349,16 +349,22 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, command):
     for name in ("select", "world"):
         (tmp_path / name).mkdir()
     rows = [judged(f"A/{i}", 1.0 + i, 2.0, "careful") for i in range(20)] + [judged("B/0", None)]
-    M.write_rows(tmp_path / "select" / "judged.jsonl", rows)
+    unwritten = {"id": "B/1", "dataset": "B", "proposer": "", "text": "", "gain": None}
+    M.write_rows(tmp_path / "select" / "judged.jsonl", [*rows, unwritten])
     config = {"select_margin": 0.7, "select_fdr": 0.1, "data": str(tmp_path / "world")}
     M.write_json(str(tmp_path / "config.json"), config)
     truth = {row["id"]: {"steps": 2, "rationale": row["text"]} for row in rows}
+    truth["A/19"]["steps"] = 1  # unmarked
+    truth["B/0"]["steps"] = 0  # nothing helps
     M.write_json(str(tmp_path / "world" / "pocket.json"), {"train": truth})
     _, printed = command("select.py", "--run", tmp_path)
     shown = [line.split()[:5] for line in printed.out.splitlines()]
     # No positive_only: it would ask for easy pairs, too.
-    kept = {"full": "18", "no_placebo": "20", "none": "21"}
-    assert shown == [[rule, "kept", n, "precision", "1.0"] for rule, n in kept.items()]
+    assert shown == [
+        ["full", "kept", "18", "precision", "1.0"],
+        ["no_placebo", "kept", "20", "precision", "1.0"],
+        ["none", "kept", "21", "precision", "0.95"],
+    ]
 
 
 # What is drawn, and the experiment beside its naive twin
