@@ -15,20 +15,18 @@ A file of rationales has one object a line:
 
     {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus", "key": "0b7..."}
 
-The id is that of the pair. The key is a hash of the pair's content, which ties the text to it: a
-row number alone would fit another table, too. A row without a key is taken on trust. "proposer"
-names the writer and its try: "base", "base#2" ... about one pair. What is counted by writer goes by
-author(): "base" for all of them.
+"id" is the pair's. "key" is a hash of the pair's content, because a row number alone would fit
+another table, too; a row without a key is taken on trust. "proposer" is an author and the number of
+a try: "base", "base#2" and "base#3" are three texts by the author "base" about one pair.
 
     python propose.py --write-requests requests.jsonl --data ROOT --model-name NAME --k 4
     split -l 20000 requests.jsonl                    shards, for as many servers
     vllm run-batch -i xaa -o xaa.responses --model NAME --runner generate
     python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
---image-urls file writes paths instead of images that are files within --max-pixels: a request then
-has a few kilobytes. The server must allow it (vllm: --allowed-local-media-path ROOT). Responses may
-come in any order; what is missing, doubled, broken or cut off is counted and named, and the rest is
-used.
+--image-urls file writes paths in place of images: a request then has a few kilobytes. The server
+must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
+missing, doubled, broken or cut off is counted and named, and the rest is used.
 
 Left out: rationales about targets, tools, retries (send the requests of the failures again).
 Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts are ours.
@@ -37,7 +35,6 @@ Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts a
 import argparse
 import base64
 import collections
-import contextlib
 import io
 import json
 import math
@@ -50,17 +47,17 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import generate, numbered_lines, write_rows
+from model import Rows, generate, numbered_lines, write_rows
 from processor import collate
 
-# Sampling temperature: several answers of one proposer have to differ. The number is ours.
-TEMPERATURE = 0.7
+TEMPERATURE = 0.7  # several answers of one proposer have to differ; the number is ours
 # The columns that are kept of a file of rationales. Others may hold NaN, which write_rows refuses.
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 # What reading a line of JSON raises where it holds something else than was expected.
-BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-# How a query is put to whoever follows instructions. --write-requests asks in the first --prompts
-# of these ways, each a proposer of its own, NAME-0, NAME-1 ...; train.py in the first.
+BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+# How a query is put to a model that follows instructions. --write-requests asks in as many of
+# these ways as --prompts says, each a proposer of its own: NAME-0, NAME-1 ... train.py asks in the
+# first.
 PROMPTS = (
     "Think step by step about what the query shows or asks for, look up whatever is needed, and "
     "end with what should be found.",
@@ -78,33 +75,31 @@ BRIEFLY = "Use at most 60 words."  # so that it ends before --max_new_tokens
 
 
 def question(item, prompt_number=0):
-    """The query's item with an instruction behind its text, for a model that follows them. There is
-    no system turn unless the item brings one: Qwen's default one asks for an embedding."""
+    """The query's item with one of PROMPTS behind its text. Without an instruction of its own it
+    has no system turn: Qwen's default one asks for an embedding."""
     text = f"{item.get('text', '')}\n\n{PROMPTS[prompt_number]} {BRIEFLY}".strip()
-    return {"instruction": "", **item, "text": text}  # the item's own instruction wins
+    return {"instruction": "", **item, "text": text}
 
 
 def propose(model, processor, pairs, cfg, generator, ask=False):
     """Sample cfg.num_candidates rationales for every pair's query -> rows of a rationales file.
 
-    pairs: {"id", "query", "key"}; a query is what the Processor makes of an item ("ids"
-    and patches). ask: the queries were made of `question(item)`, and <|im_end|> ends an answer.
-    The proposer "base" is the model itself. A "truncated" row ran out of cfg.max_new_tokens; it
-    stays, for selection judges it. An empty rationale is left out: it says no more than the direct
-    embedding.
+    pairs: {"id", "query", "key"}; a query is what the Processor makes of an item. ask: the queries
+    were made of `question(item)`, and <|im_end|> ends an answer. A "truncated" row ran out of
+    cfg.max_new_tokens; it stays, for selection judges it. An empty rationale is left out: it says
+    no more than the direct embedding.
     """
     pairs = sorted(pairs, key=lambda p: len(p["query"]["ids"]))  # neighbours need little padding
-    longest = max(len(p["query"]["ids"]) for p in pairs)
-    # Option chunk_tokens: what fits in a pass with gradients. Without them 4 times as many tokens
-    # do. At most 64 prompts, because each holds the key-value caches of its answers, too.
+    longest = len(pairs[-1]["query"]["ids"])
+    # cfg.chunk_tokens fit in a pass with gradients, and 4 times as many without. At most 64 prompts
+    # go together, because each holds the key-value caches of its answers, too.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
     options = processor.generation  # <think>\n is forced, </think> ends; special ids are banned
     if ask:
-        # Nothing is forced. Behind a forced <think> an Instruct checkpoint may ramble: it was
-        # never taught to close one.
-        # May be written, too.
-        free = {processor.im_end_id, processor.think_id, processor.think_end_id}
-        suppress_tokens = [i for i in processor.suppress_tokens if i not in free]
+        # No <think> is forced: a checkpoint that was never taught to close it may ramble. A model
+        # that thinks by itself may write both markers.
+        allowed = {processor.im_end_id, processor.think_id, processor.think_end_id}
+        suppress_tokens = [i for i in processor.suppress_tokens if i not in allowed]
         options = {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}
     options = options | {"temperature": TEMPERATURE, "generator": generator}
     rows = []
@@ -135,7 +130,7 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
 
 
 def without_markers(text):
-    """Thoughts and answer as one text: a thinking model puts <think> around the former."""
+    """Thoughts and answer as one text."""
     for marker in ("<think>", "</think>", "<|im_end|>"):
         text = text.replace(marker, "")
     return text.strip()
@@ -146,6 +141,11 @@ def nth(proposer, k):
     return f"{proposer}#{k + 1}" if k else proposer
 
 
+def author(proposer):
+    """Who wrote it: "careful#2" is the second try of "careful" about the same pair."""
+    return proposer.split("#")[0]
+
+
 # --------------------------------------------------------------------------------------------------
 # Files of rationales (for the method alone, go on with select.py)
 
@@ -153,21 +153,20 @@ def nth(proposer, k):
 class Rationales:
     """A file of rationales by pair. The texts stay on the disk; in memory is where they stand.
 
-    path, numbers: as of read_rationale. only: authors whose rows count; empty: all.
-    authors {author: rows}; cut: rows that were cut off ("truncated"); left_out: rows about a
-    target, or without a word.
+    numbers: as of read_rationale. only: authors whose rows count; empty: all.
     """
 
     def __init__(self, path, numbers=(), only=()):
-        self.path, self.numbers = path, numbers
-        # {"OK-VQA/17": bytes at which its rows begin, an array of integers}
-        self.offsets = {}
-        self.authors = collections.Counter()
-        self.cut = self.left_out = 0
-        offset = 0
+        self.path = path
+        self.numbers = numbers
+        self.offsets = {}  # {"OK-VQA/17": the bytes at which its rows begin}
+        self.authors = collections.Counter()  # {author: number of rows}
+        self.cut = 0  # rows that were cut off ("truncated")
+        self.left_out = 0  # rows about a target, or without a word
+        end = 0
         for place, line in numbered_lines([path]):  # a line is bytes, its line break included
-            start = offset
-            offset += len(line)
+            start = end
+            end += len(line)
             if not line.strip():
                 continue
             row = read_rationale(place, line, numbers)
@@ -180,8 +179,8 @@ class Rationales:
 
     def of(self, pair):
         """The rows about a pair, in the file's order, each with the pair's key and under a name of
-        its own: the second "base" is called "base#2". ValueError where a row has another key: it
-        was written when this id was another pair's."""
+        its own: a second "base" becomes "base#2". ValueError where a row has another key: it was
+        written when this id was another pair's."""
         rows = {}
         with open(self.path, "rb") as file:
             for offset in self.offsets.get(pair["id"], ()):
@@ -207,27 +206,12 @@ class Rationales:
         return texts
 
 
-def author(proposer):
-    """Whose words: "careful#2" is the second try of "careful" for the same pair."""
-    return proposer.split("#")[0]
-
-
-@contextlib.contextmanager
-def naming(place):
-    """Whatever is wrong with a line of JSON becomes a ValueError that names its place."""
-    try:
-        yield
-    except BROKEN as e:
-        raise ValueError(f"{place}: {type(e).__name__}: {e}") from None
-
-
 def read_rationale(place, line, numbers=()):
-    """One line of a rationales file -> its row; ValueError names the place.
+    """One line of a rationales file -> its row. ValueError names the place of a broken one.
 
-    numbers: more columns, of select's files, which have to be finite numbers. Older files say
-    "worker" for "proposer".
+    numbers: more columns, which have to be finite numbers. Older files say "worker" for "proposer".
     """
-    with naming(place):
+    try:
         row = {key: value for key, value in json.loads(line).items() if value is not None}
         row = {"side": "query", "proposer": row.get("worker")} | row
         for key in ("id", "proposer", "text"):
@@ -236,6 +220,8 @@ def read_rationale(place, line, numbers=()):
         for key in numbers:
             if not math.isfinite(row[key]):
                 raise ValueError(f"{key!r}: expected a finite number, got {row[key]}")
+    except BROKEN as e:
+        raise ValueError(f"{place}: {type(e).__name__}: {e}") from None
     return {key: row[key] for key in (*COLUMNS, *numbers) if key in row}
 
 
@@ -244,16 +230,14 @@ def read_rationale(place, line, numbers=()):
 
 
 def requests(options):
-    """The chat requests of every training pair, or of the hard ones, one per prompt, each for
-    options.k answers.
+    """Yields the chat requests of every training pair, or of the hard ones, one per prompt.
 
-    All answers come from one request (n = k), so the images travel and are encoded once. The
+    One request asks for all options.k answers, so the images travel and are encoded once. The
     custom id, say "OK-VQA/17|1f0c...|0", holds pair, key and number of the prompt; responses repeat
-    it. Only the query's side is shown. Rationales about the pairs that train.py keeps for rl
-    (--rl_holdout) are not used, but which these are is not known here.
+    it. The pairs that train.py keeps for rl (--rl_holdout) are asked about in vain: which these are
+    is not known here.
     """
-    # A single answer is greedy.
-    temperature = TEMPERATURE if options.k > 1 else 0.0
+    temperature = TEMPERATURE if options.k > 1 else 0.0  # a single answer is greedy
     train = data.train_sets(options.data)
     if train.missing:
         tqdm.write(f"missing: {', '.join(train.missing)}")
@@ -293,9 +277,8 @@ def requests(options):
 
 
 def hard_pairs(path):
-    """Ids of the pairs in a run's select/judged.jsonl whose target has a probability of less than a
-    half without a rationale: at select's default margin no other pair can keep one (select.py,
-    "Direct first")."""
+    """Ids of the pairs in a run's select/judged.jsonl to whose target the direct embedding gives
+    less than a half: at select's default margin no other pair can keep a rationale."""
     hard = set()
     for place, line in numbered_lines([path]):
         row = read_rationale(place, line, ("direct",))
@@ -305,10 +288,10 @@ def hard_pairs(path):
 
 
 def image_url(ref, options):
-    """An image as a URL, within options.max_pixels: the path of its file where paths are wanted and
-    it has one of that size, else the image spelled out, as PNG, which loses nothing.
+    """An image of at most options.max_pixels as a URL: the path of its file where --image-urls asks
+    for it and the file is small enough, else a PNG, which loses nothing.
 
-    Servers shrink what is larger, each by rules of its own; a page spelled out takes 9 MB.
+    Servers shrink what is larger, each by rules of its own, and a page as PNG takes 9 MB.
     """
     if options.image_urls == "file" and isinstance(ref, str):
         with Image.open(ref) as image:  # reads the header alone
@@ -330,17 +313,14 @@ def read_responses(options, asked):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
     asked: {custom id: how many answers} of all requests; empty: not known. Failures are a request
-    without a response, a response that nobody asked for, an error, an answer that is missing, has
-    no text or did not come to its end: a rationale without its conclusion. --accept-cut takes what
-    was cut off at max_tokens. If nothing of the first response to a request was usable, a second
-    one takes its place (a retry); any other second response is a failure. One failure costs nothing
-    else.
+    without a response, a second response, an error, an answer that is missing, has no text or was
+    cut off, without its conclusion (--accept-cut takes those). Where no answer of a response is
+    usable, a later response to the same request takes its place: a retry.
     """
-    rows, failed, answered = [], [], set()
-    unusable = {}  # {custom id: [why]}, of responses without any usable answer
+    rows, failed = [], []
+    answered = set()  # custom ids with a usable answer
+    unusable = {}  # {custom id: [why]}, of requests without any
     for place, line in numbered_lines(options.read_responses):
-        if not line.strip():
-            continue
         try:
             response = json.loads(line)
             custom_id = response["custom_id"]
@@ -352,15 +332,13 @@ def read_responses(options, asked):
         if custom_id in answered:
             failed.append((custom_id, "a second response"))
             continue
-        if asked and custom_id not in asked:
-            failed.append((custom_id, "was not asked for"))
-            continue
         if all(why for _, why in answers):
             unusable.setdefault(custom_id, []).extend(why for _, why in answers)
             continue
         answered.add(custom_id)
+        unusable.pop(custom_id, None)
         failed += [(custom_id, "no answer")] * (asked.get(custom_id, 0) - len(answers))
-        for k, (text, why) in enumerate(answers):  # the k-th answer to one request
+        for k, (text, why) in enumerate(answers):
             if why:
                 failed.append((custom_id, why))
                 continue
@@ -368,8 +346,7 @@ def read_responses(options, asked):
             row = {"id": pair, "side": "query", "proposer": proposer, "text": text, "key": key}
             rows.append(row)
     for custom_id, reasons in unusable.items():
-        if custom_id not in answered:
-            failed += [(custom_id, why) for why in reasons]
+        failed += [(custom_id, why) for why in reasons]
     heard = answered | set(unusable)
     failed += [(custom_id, "no response") for custom_id in asked if custom_id not in heard]
     return rows, failed
@@ -383,8 +360,8 @@ def answers_of(response, accept_cut):
     """
     reply = response.get("response") or {}
     body = reply.get("body") or {}
-    # Of a request that failed the error stands beside the response (it never reached the model) or
-    # in its body (the model's server refused it).
+    # The error stands beside the response where the request never reached the model, and in its
+    # body where the model's server refused it.
     error = response.get("error") or body.get("error")
     if error or not body.get("choices"):
         return [("", str(error or f"no choices, status {reply.get('status_code')}")[:200])]
@@ -394,11 +371,10 @@ def answers_of(response, accept_cut):
 def answer_of(choice, accept_cut):
     """(text, why it cannot be used, or "") of one choice. Thoughts that the server keeps in a field
     of their own belong to the text."""
-    message = choice.get("message") or {}
     finish = choice.get("finish_reason")
-    usable = (None, "stop", "length", "max_tokens") if accept_cut else (None, "stop")
-    if finish not in usable:
+    if finish not in (None, "stop") and not accept_cut:
         return "", f"cut off: finish_reason {finish}"
+    message = choice.get("message") or {}
     thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
     content = message.get("content") or ""
     for part in (thoughts, content):
@@ -411,18 +387,14 @@ def answer_of(choice, accept_cut):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-# Options of --write-requests and of --read-responses.
-ASKING = "data model_name k prompts limit hard max_tokens max_pixels image_urls".split()
-READING = "requests accept_cut proposer out".split()
-
 
 def main():
     """Options in; files of requests or of rationales, and what went wrong with them, out."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
-    add = parser.add_argument
     act = parser.add_mutually_exclusive_group(required=True)
     act.add_argument("--write-requests", metavar="FILE", help="ask about all pairs of --data")
     act.add_argument("--read-responses", metavar="FILE", nargs="+", help="responses -> rationales")
+    add = parser.add_argument_group("with --write-requests").add_argument
     add("--data", metavar="ROOT", help="training data, see data.py")
     add("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", help="whom the requests ask")
     add("--k", type=data.count, default=4, help="answers to a request; a single one is greedy")
@@ -432,23 +404,14 @@ def main():
     add("--max-tokens", type=data.count, default=128, help="of an answer (128)")
     add("--max-pixels", type=data.count, default=501760, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
-    add(
-        "--requests",
-        metavar="FILE",
-        nargs="+",
-        default=[],
-        help="the requests: what is missing is named",
-    )
+    add = parser.add_argument_group("with --read-responses").add_argument
+    add("--requests", metavar="FILE", nargs="+", default=[], help="to name what is missing")
     add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
     add("--proposer", default="model", help="its name: rows have NAME-0, NAME-1 ... by prompt")
     add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")
     options = parser.parse_args()
     if options.write_requests and not options.data:
         parser.error("--write-requests needs --data")
-    unused = READING if options.write_requests else ASKING
-    for name in unused:
-        if getattr(options, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} goes with the other of the two tasks")
     written = options.write_requests or options.out
     read = [*(options.read_responses or []), *options.requests, options.hard]
     if os.path.realpath(written) in [os.path.realpath(path) for path in read if path]:
@@ -458,12 +421,9 @@ def main():
         write_rows(options.write_requests, requests(options))
         print(f"written: {options.write_requests}")
         return
-    # Without the requests nobody knows what is missing: then no response counts as foreign either.
-    asked = {}  # {custom id: answers that are wanted}
-    for place, line in numbered_lines(options.requests):
-        with naming(place):
-            request = json.loads(line)
-            asked[request["custom_id"]] = request["body"].get("n", 1)
+    asked = {}  # {custom id: answers that are wanted}; empty without --requests
+    for request in Rows(*options.requests):
+        asked[request["custom_id"]] = request["body"]["n"]
     rows, failed = read_responses(options, asked)
     for custom_id, why in failed:
         line = " ".join(f"no rationale for {custom_id}: {why}".split())  # a server's words

@@ -13,15 +13,15 @@ target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q
     keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > bar
     weight  = softmax of gain over the pair's kept rationales
 
-The weight is the posterior p(r | q, t) among them: r was drawn from π(r | q), so what is left is
-p(t | q, r), which is exp(gain) times a constant. ∅ has no weight: embed learns every
-pair's direct vector and, from the label "was any kept?", whether to reason.
+Why this weight. By Bayes the posterior is p(r | q, t) ∝ π(r | q) p(t | q, r). The candidates were
+sampled from π, so π is accounted for already. What is left is p(t | q, r), which is exp(gain) times
+p(t | q, ∅), the same for all rationales of the pair. ∅ has no weight: embed learns every pair's
+direct vector and, from the label "was any kept?", whether to reason.
 
-The words must help (gain), and help because they are about this pair (placebo). An author is who
-writes (propose.author), whatever the number of the try.
-Where the direct vector is confidently wrong, any words raise the target by flattening the softmax.
-So what a uniform guess would gain is subtracted first. The bar is at least the margin (option
-select_margin, 0.7), just above log 2: a rationale must at least double the target's probability.
+Why these conditions. The words must help (gain), and help because they are about this pair
+(placebo). Where the direct vector is confidently wrong, any words raise the target by flattening
+the softmax: so what a uniform guess would gain is subtracted. The bar is at least the margin
+(option select_margin, 0.7), just above log 2: a rationale must double the target's probability.
 
 Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
 well. So each stratum (what one author wrote for one dataset) has a bar of its own. Let g be the
@@ -31,31 +31,28 @@ smallest value, among the margin and those g that exceed it, for which
     1 + #{g' above the bar}  <=  fdr · #{g above the bar}
 
 Counting decoys plus 1 is the knockoff filter's (Barber & Candès, arXiv 1404.5609). Its guarantee
-asks for decoys that are paired and exchangeable with what they stand for, which is not shown of
-placebos. So fdr (option select_fdr), the share of what is above the bar that may be luck, is a
-target and no proven bound. At 0.1, its default, at least ten rationales must lie above the bar;
-from twenty on one placebo may lie there, too. Without such a bar the stratum keeps nothing. A
-stratum that has no placebos counts zero of them.
+asks for decoys that are exchangeable with what they stand for, which is not shown of placebos. So
+fdr (option select_fdr), the share of what is above the bar that may be luck, is a target and no
+proven bound. At 0.1, its default, at least ten rationales must lie above the bar; from twenty on
+one placebo may lie there, too. Without such a bar the stratum keeps nothing.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
 target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
-rationales is judged, and the decision it teaches is "direct". So nobody need write about an easy
-pair: `propose.py --hard` asks about the hard pairs of an earlier run alone. Two ablations below,
-positive_only and none, could keep rationales of easy pairs: under them those of every pair are
-judged.
+rationales is judged, and none need be written (`propose.py --hard`). The pair teaches to embed
+directly. A pair whose target is alone in C is easy, too: its logp is 0. Under the ablations
+positive_only and none every pair is judged, for they could keep rationales of easy pairs.
 
 Candidate targets. Up to 1024 pairs of one dataset and fold are judged together: a window. Where it
 has few targets, as in the pocket world, C is filled with random ones. Where it has many, random
 ones are easy: the right target wins with any words or none. So C takes those nearest to the target;
-near-copies of it, which may be right as well, come last. Where the target is alone in C, logp is 0
-whatever is said: its pair counts as easy.
+near-copies of it, which may be right as well, come last.
 
 Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
 
-`rule` offers the ablations: positive_only is the full rule, placebo and bar included, on gains of
-s(q, r; t)/temperature in place of logp, and cannot see that a wrong candidate rose even more;
-no_placebo drops the placebo and its bar; none keeps all.
+Ablations (`rule`): positive_only is the full rule on gains of s(q, r; t)/temperature in place of
+logp: it cannot see that a wrong candidate rose even more. no_placebo drops the placebo and its bar;
+none keeps all.
 
     python train.py --stage select           the experiment, inside a run
     python select.py --run runs/pocket       what other rules would keep of a finished run
@@ -100,15 +97,14 @@ else:
     from processor import prompt_key
     from propose import author
 
-# From here on only `def` and constants: in the first case nothing above is imported.
+# From here on only definitions: in the first case nothing above is imported.
 
 RULES = ("full", "positive_only", "no_placebo", "none")
-WINDOW = 1024  # pairs of one dataset that are judged against each other, and in memory together
+WINDOW = 1024  # pairs of one dataset that are judged together
 CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
 MANY = 768  # different targets in a window: from here on C is mined
 COPY = 0.95  # cosine of two targets that may be the same one in other words (arXiv 2407.15831)
-# Share of the placebos that are put through the rule themselves, with a second placebo as theirs.
-AUDITED = 0.25
+AUDITED = 0.25  # share of the placebos that are put through the rule, against a second placebo
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,8 +112,7 @@ AUDITED = 0.25
 
 
 def fold_of(pair_id, folds):
-    """The fold in which this pair is judged, by an evaluator that did not learn on it. A hash: the
-    same everywhere, whatever else is in the data."""
+    """The fold in which this pair is judged: a hash, so that it depends on no other pair."""
     digest = hashlib.blake2b(pair_id.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % folds
 
@@ -129,8 +124,8 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
     good or bad: hence the posterior weights. With equal weights empty talk would teach it to ignore
     every rationale. With a single fold (an ablation) it also learns on what it will judge.
-    texts: {pair id: {proposer: text}}. rng_of(pair id) -> the generator that draws its rationale:
-    one of its own, so that the draw does not depend on how pairs are dealt out to processes.
+    texts: {pair id: {proposer: text}}. rng_of(pair id): the pair's own generator, which draws its
+    rationale, so that the draw does not depend on how pairs are dealt out to processes.
     """
     folds = cfg.select_folds
     pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
@@ -145,10 +140,9 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
             continue
         text = written[rng_of(p["id"]).integers(len(written))]
         drawn.append(processor.rationale(text))
-    # NCE(direct) + NCE(reasoned) alone, of whole vectors. No decision is taught, so all labels are
-    # unknown.
+    # NCE(direct) + NCE(reasoned) alone, of whole vectors
     cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")
-    labels = [-1] * len(pairs)
+    labels = [-1] * len(pairs)  # unknown: no decision is taught
     return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
 
 
@@ -157,21 +151,20 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
 
 
 def judge(model, processor, pairs, texts, cfg, rng):
-    """The experiment, by an evaluator, on one window of pairs -> rows, one per rationale. A pair
-    about which nobody wrote has one row, with an empty text, "direct", and None as its gain.
+    """The experiment, by an evaluator, on one window of pairs -> rows, one per rationale.
 
     pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
     fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
-    Candidate targets and placebos come from the window: its rows depend on nothing else, and memory
-    does not grow with the data. All is drawn before anything is measured, so which pairs are easy
-    (see can_keep) changes no draw.
-    The row of a rationale, here of one whose placebo is audited (about a quarter are):
+    Candidate targets and placebos come from the window: its rows depend on nothing else. All is
+    drawn before anything is measured, so which pairs are easy changes no draw.
+    The row of a rationale, here of one whose placebo is audited:
         {"id": "A/7", "dataset": "A", "proposer": "base#2", "text": "nw red star",
          "direct": -2.3, "gain": 1.9, "gain_placebo": -0.2, "gain_second": 0.1, "gain_guess": -0.5,
          "similarity_gain": [2.4, -0.1, 0.3], "audited": True}
-    "direct" is logp(q, ∅). The gains of texts are None where there is no such text, and where the
-    pair is easy; gain_guess never is.
-    "similarity_gain" are the same three (text, placebo, second placebo) of s(q, r; t)/temperature.
+    "direct" is logp(q, ∅). "similarity_gain" has the gains of text, placebo and second placebo in
+    s(q, r; t)/temperature. A gain is None where there is no such text, and where the pair is easy;
+    gain_guess never is. A pair about which nobody wrote has one row: with an empty text, "direct",
+    and None as its gain.
     """
     documents, places = distinct_documents(pairs)
     candidates = candidate_sets(places, rng)  # step 1 may replace them by nearer ones
@@ -182,9 +175,9 @@ def judge(model, processor, pairs, texts, cfg, rng):
     if len({target for target, *_ in places}) >= MANY:
         candidates = candidate_sets(places, rng, t)
 
-    # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of those that can keep any. There
-    # logp(q, ∅) is measured again beside the texts: both sides of a gain then have the same batch
-    # shape and rounding. A score is {text: [logp, similarity]}, with "" for ∅.
+    # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of hard pairs. With the texts
+    # logp(q, ∅) is measured again: both sides of a gain then have the same batch shape and
+    # rounding. A score is {text: [logp, similarity]}, with "" for ∅.
     cases = [(p["query"], c, []) for p, c in zip(pairs, candidates)]
     scores = log_probs(model, processor, cases, t, cfg)
     hard = [i for i, score in enumerate(scores) if can_keep(score[""][0], cfg)]
@@ -202,7 +195,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
     rows = []
     for p, c, trials_of_pair, score in zip(pairs, candidates, trials, scores):
         direct, _ = score[""]
-        if not trials_of_pair:  # its row says how good the direct vector is, and no more
+        if not trials_of_pair:
             row = {"id": p["id"], "dataset": p["dataset"], "proposer": "", "text": ""}
             rows.append(row | {"direct": direct, "gain": None})
         for proposer, text, placebo, second_placebo in trials_of_pair:
@@ -239,8 +232,8 @@ def can_keep(direct, cfg):
 
 
 def distinct_documents(pairs):
-    """Targets and negatives, each once -> documents, and each pair's places among them, its target
-    first. Targets a, b with negatives [b, c], [] -> [a, b, c], [[0, 1, 2], [1]]."""
+    """Targets and negatives, each once, and each pair's places among them, its target first.
+    Targets a, b with negatives [b, c], [] -> [a, b, c], [[0, 1, 2], [1]]."""
     documents = []
     place_of = {}  # {prompt_key: place in documents}
     places = []
@@ -258,8 +251,8 @@ def distinct_documents(pairs):
 
 
 def candidate_sets(places, rng, t=None):
-    """C of every pair: its target, then hard negatives (half of C at most), then other targets:
-    random ones or, where t (N, H), the documents' vectors, is given, those nearest to its own.
+    """C of every pair: its target, then hard negatives (half of C at most), then other targets.
+    These are random or, given the documents' vectors t (N, H), those nearest to its own.
 
     places: [n] lists, the target first, all different -> [n] lists likewise.
     """
@@ -281,9 +274,9 @@ def candidate_sets(places, rng, t=None):
 def draw_trials(pairs, texts, rng):
     """-> [n] lists of (proposer, text, placebo, second placebo): None where there is none.
 
-    An author's rationales (propose.author) are laid out in a random circle. The next one in it that
-    is about another target is the placebo (words about the same target may well fit), the next such
-    one after it the second placebo.
+    An author's rationales, of all tries, are laid out in a random circle. The next one that is
+    about another target is the placebo (words about the same target may well fit), and the next
+    such one the second placebo.
     """
     written = collections.defaultdict(list)
     for i, p in enumerate(pairs):
@@ -297,9 +290,7 @@ def draw_trials(pairs, texts, rng):
             target = pairs[i]["target_key"]
             foreign = (words for j, _, words in onwards if pairs[j]["target_key"] != target)
             placebo, second = next(foreign, None), next(foreign, None)
-            # The audit puts the placebo in the rationale's place and the second in the placebo's:
-            # they must differ.
-            if second == placebo or rng.random() >= AUDITED:
+            if second == placebo or rng.random() >= AUDITED:  # the audit compares the two
                 second = None
             trials[i].append((proposer, text, placebo, second))
     return trials
@@ -328,7 +319,7 @@ def log_probs(model, processor, cases, t, cfg):
 def gains_above_guess(row, rule):
     """(gain, gain_placebo, gain_second), each less max(0, gain_guess); -inf where not measured.
 
-    positive_only sees those of the similarity, which has no candidates to guess among.
+    positive_only sees the similarity's, which has no candidates to guess among.
     """
     gains = (row["gain"], row["gain_placebo"], row["gain_second"])
     guess = max(0.0, row["gain_guess"])
@@ -352,7 +343,7 @@ def stratum(row):
 
 
 def bars(rows, rule, margin, fdr):
-    """{stratum: bar}. Rules that know no placebos have the margin for all."""
+    """{stratum: bar}. Rules without placebos have the margin for all."""
     gains, placebos = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
         gain, placebo, _ = gains_above_guess(row, rule)
@@ -367,8 +358,8 @@ def stratum_bar(gains, placebos, margin, fdr):
     """The smallest bar, of the margin and the gains above it, with 1 + #{placebos > bar} <=
     fdr · #{gains > bar}; inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
-    # A bar between two of these keeps what the lower one keeps, and could count fewer placebos. So
-    # to try only these errs on the safe side.
+    # A bar between two gains keeps the same rationales as the lower gain, and may let fewer
+    # placebos pass. It is not tried, so the bar may come out too high, never too low.
     tried = np.concatenate(([margin], gains[gains > margin]))
     passed = len(gains) - np.searchsorted(gains, tried, "right")
     lucky = len(placebos) - np.searchsorted(placebos, tried, "right")
@@ -382,12 +373,22 @@ def posterior(gains):
     return (w / w.sum()).tolist()
 
 
+class Judged:
+    """The judged rows that have a text: a pair about which nobody wrote has a row without. They are
+    read anew each time one goes through them."""
+
+    def __init__(self, *paths):
+        self.rows = Rows(*paths)
+
+    def __iter__(self):
+        return (row for row in self.rows if row["text"])
+
+
 def choose(rows, rule, margin, fdr):
     """Judged rows, pair after pair -> yields those that the rule keeps, each with its "weight".
-    All have a text: the caller leaves out the rows of pairs about which nobody wrote.
 
-    `rows` is gone through twice; one pair's rows are in memory. Rule none gives a pair's rationales
-    equal weights.
+    `rows` is gone through twice. Memory holds the gains of all rows, for the bars, and the texts of
+    one pair. Rule none gives a pair's rationales equal weights.
     """
     bar = bars(rows, rule, margin, fdr)
     for _, same_pair in itertools.groupby(rows, key=operator.itemgetter("id")):
@@ -396,7 +397,7 @@ def choose(rows, rule, margin, fdr):
             gain, placebo, _ = gains_above_guess(row, rule)
             if keeps(gain, placebo, bar[stratum(row)], rule):
                 kept.append(row)
-                # What a guess gains is the same for all of a pair: it drops out of the softmax.
+                # What was subtracted for the guess is the pair's constant: softmax ignores it.
                 gains.append(0.0 if rule == "none" else gain)
         for row, weight in zip(kept, posterior(gains)):
             yield row | {"weight": weight}
@@ -408,16 +409,13 @@ def choose(rows, rule, margin, fdr):
 
 def audit(rows, kept, rule, margin, fdr, helps=None):
     """What share of each author's rationales was kept, and how often a placebo passes for one.
-    rows: as of choose; kept: what it keeps of them. In the result "candidates" are rationales, and
-    "by_proposer" goes by author.
 
-    No independent check of the bar: these placebos were among those that it was set by. Those of
-    easy pairs count as rejected: whatever is said about such a pair cannot pass.
+    rows: as of choose; kept: what it keeps of them. This is no independent check of the bar: it was
+    set by these placebos, among others. Placebos of easy pairs count as rejected.
 
     helps(row) -> True, False, or None for a row that nobody can mark. With it, precision is the
-    share of the kept and marked rows that help, 0 without any; recall: of the pairs about which
-    something helpful was written, the share for which such a row was kept. Without it both are
-    None.
+    share of the kept and marked rows that help, 0 without any, and recall the share of the pairs
+    with a helpful rationale that keep one. Without it both are None.
     """
     bar = bars(rows, rule, margin, fdr)
     accepted = []
@@ -453,7 +451,7 @@ def share(marks):
 
 
 def few_kept(rows, kept):
-    """A line for the user if under 1 % of the hard pairs kept a rationale, else None."""
+    """A warning if under 1 % of the hard pairs kept a rationale, else None."""
     hard = {row["id"] for row in rows if row["gain"] is not None}
     keep = {row["id"] for row in kept}
     if len(keep) >= max(1, 0.01 * len(hard)):
@@ -473,9 +471,8 @@ def few_kept(rows, kept):
 def pocket_truth(root):
     """helps(row) for a pocket world, whose makers know the truth; else None.
 
-    A rationale without an error helps a query of two or more steps. Where one step is needed it is
-    left unmarked: a model may or may not do that at a look. Nothing else helps: a text with an
-    error, whatever is said about a query that needs no step.
+    A rationale without an error helps a query of two or more steps. It is left unmarked where one
+    step is needed: a model may or may not do that at a look. Nothing else helps.
     """
     path = os.path.join(root, "pocket.json")
     if not os.path.exists(path):
@@ -484,9 +481,9 @@ def pocket_truth(root):
 
     def helps(row):
         pair = truth[row["id"]]
-        if row["text"] != pair["rationale"]:
+        if row["text"] != pair["rationale"] or pair["steps"] == 0:
             return False
-        return None if pair["steps"] == 1 else pair["steps"] >= 2
+        return None if pair["steps"] == 1 else True
 
     return helps
 
@@ -496,9 +493,7 @@ def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     parser.add_argument("--run", required=True, metavar="DIR", help="a run folder of train.py")
     run = parser.parse_args().run
-    judged = Rows(os.path.join(run, "select", "judged.jsonl"))
-    # Older files say "worker" for "proposer".
-    rows = [{"proposer": row.get("worker")} | row for row in judged if row["text"]]
+    rows = list(Judged(os.path.join(run, "select", "judged.jsonl")))
     config = read_json(os.path.join(run, "config.json"))
     helps = pocket_truth(config["data"] or os.path.join(run, "data"))
     for rule in RULES:

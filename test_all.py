@@ -264,15 +264,12 @@ selection = train.selection
 def test_select_rules_by_hand():
     no = -math.inf  # not measured
     cases = [(0.69, -1.0), (0.70, 0.70), (0.70, 0.0), (2.0, no), (2.0, 3.0), (no, no)]
-    expected = {
-        "full": [False, False, True, True, False, False],
-        "positive_only": [False, False, True, True, False, False],
-        "no_placebo": [False, True, True, True, True, False],
-        "none": [True] * 6,
-    }
+    expected = {"full": [2, 3], "positive_only": [2, 3], "no_placebo": [1, 2, 3, 4]}
+    expected["none"] = [0, 1, 2, 3, 4, 5]
     assert set(expected) == set(selection.RULES)
     for rule in selection.RULES:
-        assert [selection.keeps(*case, 0.69, rule) for case in cases] == expected[rule], rule
+        kept = [i for i, case in enumerate(cases) if selection.keeps(*case, 0.69, rule)]
+        assert kept == expected[rule], rule
 
 
 def judged(pair_id, gain, placebo=None, proposer="w", **changes):
@@ -288,7 +285,6 @@ def test_select_threshold_by_hand():
     assert at(gains, placebos, 1.1, fdr=0.2) == 3.0
     assert at(gains, placebos, 1.1, fdr=0.25) == 1.1
     assert at(gains[:4], placebos, 1.1, fdr=0.2) == math.inf  # too few to tell from luck
-    assert at(gains, [], 1.1, fdr=0.2) == 1.1
     assert at(10 * [2.0], [], 2.0, fdr=0.2) == math.inf  # a gain has to exceed it
     assert at([2.0 + i for i in range(12)], [3.0, 3.0], 1.1, fdr=0.12) == 3.0  # at 3 is not above 3
 
@@ -338,8 +334,8 @@ def test_select_audit_by_hand():
     for second, accepted in ((1.0, 0.3333), (1.6, 0.0)):  # the rule asks placebos to beat another
         offered = [row | {"gain_second": second} for row in rows]
         assert selection.audit(offered, [], "full", 1.1, 9.0)["placebo_accepted"] == accepted
-    blind = selection.audit(rows[9:], kept[3:], "full", 1.1, 0.1)
-    assert {blind[name] for name in ("precision", "recall", "placebo_accepted")} == {None}
+    blind = selection.audit(rows[9:], [], "full", 1.1, 0.1)
+    assert (blind["precision"], blind["recall"], blind["placebo_accepted"]) == (None, None, None)
 
 
 def test_select_says_when_few_are_kept():
@@ -353,16 +349,22 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, command):
     for name in ("select", "world"):
         (tmp_path / name).mkdir()
     rows = [judged(f"A/{i}", 1.0 + i, 2.0, "careful") for i in range(20)] + [judged("B/0", None)]
-    M.write_rows(tmp_path / "select" / "judged.jsonl", rows)
+    unwritten = {"id": "B/1", "dataset": "B", "proposer": "", "text": "", "gain": None}
+    M.write_rows(tmp_path / "select" / "judged.jsonl", [*rows, unwritten])
     config = {"select_margin": 0.7, "select_fdr": 0.1, "data": str(tmp_path / "world")}
     M.write_json(str(tmp_path / "config.json"), config)
     truth = {row["id"]: {"steps": 2, "rationale": row["text"]} for row in rows}
+    truth["A/19"]["steps"] = 1  # unmarked
+    truth["B/0"]["steps"] = 0  # nothing helps
     M.write_json(str(tmp_path / "world" / "pocket.json"), {"train": truth})
     _, printed = command("select.py", "--run", tmp_path)
     shown = [line.split()[:5] for line in printed.out.splitlines()]
     # No positive_only: it would ask for easy pairs, too.
-    kept = {"full": "18", "no_placebo": "20", "none": "21"}
-    assert shown == [[rule, "kept", n, "precision", "1.0"] for rule, n in kept.items()]
+    assert shown == [
+        ["full", "kept", "18", "precision", "1.0"],
+        ["no_placebo", "kept", "20", "precision", "1.0"],
+        ["none", "kept", "21", "precision", "0.95"],
+    ]
 
 
 # What is drawn, and the experiment beside its naive twin
@@ -374,20 +376,21 @@ def test_select_placebo_never_shares_the_target():
     texts["P/0"]["alone"] = "nobody else"
     texts["P/1"]["w#2"] = "P/1|1|w"
     texts["P/11"] = {}
-    seen, num_second = collections.Counter(), 0
+    seen = collections.Counter()
+    num_second = 0
     for seed in range(20):
         trials = selection.draw_trials(pairs, texts, np.random.default_rng(seed))
         assert trials[11] == []
-        assert ("alone", "nobody else", None, None) in trials[0]
-        assert sorted(proposer for proposer, *_ in trials[1]) == ["v", "w", "w#2"]
+        assert trials[0][-1] == ("alone", "nobody else", None, None)
         for p, of_pair in zip(pairs, trials):
-            for proposer, text, *placebos in of_pair:
-                assert text == texts[p["id"]][proposer]
+            assert {proposer: text for proposer, text, *_ in of_pair} == texts[p["id"]]
+            for proposer, _, *placebos in of_pair:
                 assert placebos[0] != placebos[1] or placebos == [None, None]
                 num_second += placebos[1] is not None
                 for words in filter(None, placebos):
-                    pair_id, answer, author = words.split("|")
-                    assert author == proposer[0] and answer != str(p["target_key"])
+                    pair_id, target, author = words.split("|")
+                    assert author == proposer[0]
+                    assert target != str(p["target_key"])
                     seen[p["id"], pair_id] += 1
     assert len(seen) > 11 * 6  # each has 7 or 8 possible ones: drawn, not always the first
     assert 0.15 < num_second / (20 * 23) < 0.35
@@ -398,12 +401,11 @@ def test_select_candidate_sets(monkeypatch):
     numbers = [[i % 9, 20 + i, 40] for i in range(18)] + [[9, 3, 50]]
     numbers += [[63, *range(70, 90)]]  # more negatives than fit
     possible = {target for target, *_ in numbers}
-    for seed in range(5):
-        sets = selection.candidate_sets(numbers, np.random.default_rng(seed))
-        for of_pair, chosen in zip(numbers, sets):
-            assert len(chosen) == len(set(chosen)) == 8
-            assert set(chosen) <= possible | set(of_pair)
-            assert chosen[: len(of_pair[:5])] == of_pair[:5]
+    sets = selection.candidate_sets(numbers, np.random.default_rng(0))
+    for of_pair, chosen in zip(numbers, sets):
+        assert len(chosen) == len(set(chosen)) == 8
+        assert set(chosen) <= possible | set(of_pair)
+        assert chosen[: len(of_pair[:5])] == of_pair[:5]
     few = selection.candidate_sets([[1], [2], [1]], np.random.default_rng(0))
     assert few == [[1, 2], [2, 1], [1, 2]]
 
@@ -414,14 +416,12 @@ def test_select_mined_candidates_are_near_but_no_copies(monkeypatch):
     angles = torch.deg2rad(torch.tensor([*range(0, 360, 1), 0.5]))
     t = torch.stack((angles.cos(), angles.sin()), dim=1)
     numbers = [[i] for i in range(361)]
-    first, *rest = selection.candidate_sets(numbers, None, t)
-    assert first[0] == 0
-    assert sorted(first[1:]) == [19, 20, 340, 341]
-    assert len(rest) == 360 and rest[99][0] == 100
-    assert sorted(rest[99][1:]) == [80, 81, 119, 120]
-    own = selection.candidate_sets([[0, 7, 19], *numbers[1:]], None, t)[0]
-    assert own[:4] == [0, 7, 19, 341]
-    assert own[4] in (20, 340)  # its hard negatives come first
+    numbers[100] = [100, 7, 119]
+    mined = selection.candidate_sets(numbers, None, t)
+    assert mined[0][0] == 0
+    assert sorted(mined[0][1:]) == [19, 20, 340, 341]
+    assert mined[100][:4] == [100, 7, 119, 81]  # its hard negatives come first
+    assert mined[100][4] in (80, 120)
 
 
 @pytest.mark.parametrize("many", [10, 9])
@@ -457,7 +457,7 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
 
     expected = [(i, trial) for i, of_pair in enumerate(trials) for trial in of_pair]
     assert len(rows) == len(expected) == 24
-    assert 0 < sum(row["audited"] for row in rows) < 20
+    assert {row["audited"] for row in rows} == {True, False}
     for row, (i, trial) in zip(rows, expected):
         direct = score(i)
         gains = []
@@ -475,16 +475,17 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
 @pytest.mark.parametrize("rule", ["full", "no_placebo"])
 def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
     model, (pairs, texts, processor) = tiny_model(9), make_pairs(40)
-    kept, reports = [], []
+    kept, reports, num_easy = [], [], []
     for judged_under in ("none", rule):
         cfg = train.Config(select_rule=judged_under, select_margin=1.0, temperature=0.05)
         rows = selection.judge(model, processor, pairs, texts, cfg, np.random.default_rng(0))
         chosen = list(selection.choose(rows, rule, 1.0, 0.8))
         kept.append({(row["id"], row["proposer"]): row["weight"] for row in chosen})
         reports.append(selection.audit(rows, chosen, rule, 1.0, 0.8))
-        easy = [row for row in rows if row["gain"] is None]
-        assert all(row["direct"] >= -1.0 for row in easy)
-        assert (len(easy) == 0) if judged_under == "none" else (20 < len(easy) < 60)
+        easy = [row["direct"] for row in rows if row["gain"] is None]
+        assert min(easy, default=0.0) >= -1.0
+        num_easy.append(len(easy))
+    assert num_easy[0] == 0 and 20 < num_easy[1] < 60
     assert kept[0] == pytest.approx(kept[1], abs=1e-3)
     assert len(kept[0]) > 3
     assert reports[0] == reports[1]  # easy pairs stay in the denominators
@@ -495,7 +496,8 @@ def test_select_direct_first_keeps_exactly_what_judging_everything_keeps(rule):
 def test_select_evaluator_never_trains_on_the_pairs_that_it_judges(monkeypatch, folds):
     pairs, texts, processor = make_pairs(24)
     texts["A/5"] = {}
-    cfg, seen = train.Config(select_folds=folds), {}
+    cfg = train.Config(select_folds=folds)
+    seen = {}
 
     def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior_weights):
         assert posterior_weights and cfg.lm_weight == 0
@@ -505,20 +507,23 @@ def test_select_evaluator_never_trains_on_the_pairs_that_it_judges(monkeypatch, 
             assert rationale in (written or [None])
             seen[p["id"]] = rationale
 
+    def step(pairs):
+        selection.evaluator_step(None, processor, pairs, texts, cfg, 0, rng_of)
+
     def rng_of(pair_id):
         return np.random.default_rng(int(pair_id[2:]))
 
     monkeypatch.setattr(selection, "contrastive_step", contrastive_step)
     judged_here = [p for p in pairs if selection.fold_of(p["id"], folds) == 0]
-    selection.evaluator_step(None, processor, pairs, texts, cfg, 0, rng_of)
+    step(pairs)
     assert set(seen) == {p["id"] for p in pairs if folds == 1 or p not in judged_here}
     first = dict(seen)
-    selection.evaluator_step(None, processor, pairs[::-1], texts, cfg, 0, rng_of)
+    step(pairs[::-1])
     assert seen == first  # a pair's draw does not depend on the batch
     if folds == 2:
         assert 5 < len(judged_here) < 19
         with pytest.raises(ValueError, match="--batch"):
-            selection.evaluator_step(None, processor, judged_here, texts, cfg, 0, rng_of)
+            step(judged_here)
 
 
 # Beside the standard library's `select`
@@ -618,8 +623,8 @@ def test_propose_stage_leaves_out_what_is_longer_than_a_rationale_may_be(tmp_pat
     rows = [{"id": "a/1", "proposer": "w", "text": text} for text in ("17", "178", "4")]
     M.write_rows(tmp_path / "r.jsonl", rows)
     given = propose.Rationales(tmp_path / "r.jsonl")
-    pairs = [{"id": "a/1", "key": "k"}, {"id": "a/2", "key": "k"}]
-    within, num_longer = train.rows_within(given, pairs, tiny_processor(), 4)
+    pair = {"id": "a/1", "key": "k"}
+    within, num_longer = train.rows_within(given, [pair], tiny_processor(), 4)
     assert [row["text"] for row in within] == ["17", "4"] and num_longer == 1
 
 
@@ -631,10 +636,7 @@ BAD_PROPOSALS = [  # options, what is said
     (f"{WRITE} --hard given.jsonl", "given.jsonl line 1: KeyError: 'direct'"),  # not judged
     (f"{WRITE} --data=", "--write-requests needs --data"),
     (f"{WRITE} --hard given.jsonl --write-requests given.jsonl", "would take the place"),
-    (f"{WRITE} --accept-cut", "--accept-cut goes with the other"),
-    (f"{READ} --max-tokens 9", "--max-tokens goes with the other"),
     (f"{READ} --out ./a.jsonl", "would take the place"),
-    (f"{READ} --requests broken.jsonl --out broken.jsonl", "would take the place"),
     (f"{READ} --requests broken.jsonl", "broken.jsonl line 1: .*Expecting"),
     (READ, "no rationale to write"),
 ]
@@ -661,7 +663,6 @@ def test_propose_refuses_before_it_writes(command, first_root, tmp_path, monkeyp
         ('"text"', "AttributeError"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
         (GOOD.replace("café", "\\ud83d"), "'text': expected text, got"),
-        (GOOD.replace('"n"', '"m"'), "KeyError: 'n'"),
         (GOOD.replace("1}", "NaN}"), "'n'"),
     ],
 )
@@ -672,18 +673,30 @@ def test_propose_names_damaged_rationales(tmp_path, line, why):
         propose.Rationales(path, numbers=("n",))
 
 
+@pytest.fixture
+def written_requests(command, tmp_path):
+    """written_requests(root, "--k", 3) -> the requests, and what was printed."""
+
+    def written_requests(root, *options):
+        path = tmp_path / "q.jsonl"
+        code, said = command("propose.py", "--write-requests", path, "--data", root, *options)
+        assert code is None
+        return json_rows(path), said.out
+
+    return written_requests
+
+
 @pytest.mark.parametrize("urls", ["data", "file"])
 @pytest.mark.parametrize("max_pixels, size", [(64, (8, 8)), (16, (4, 4))])
-def test_propose_writes_requests(command, first_root, tmp_path, urls, max_pixels, size):
+def test_propose_writes_requests(written_requests, first_root, urls, max_pixels, size):
     """Two ways to ask about five pairs of easy, then about five of hard."""
-    write = ["--write-requests", tmp_path / "q.jsonl", "--data", first_root, "--k", 3]
-    command("propose.py", *write, "--prompts", 2, "--image-urls", urls, "--max-pixels", max_pixels)
-    rows = json_rows(tmp_path, "q.jsonl")
+    options = ["--k", 3, "--prompts", 2, "--image-urls", urls, "--max-pixels", max_pixels]
+    rows, _ = written_requests(first_root, *options)
     pair = data.train_sets(first_root).pair(0, 1)
     assert rows[3]["custom_id"] == f"easy/1|{data.pair_key(pair)}|1"
     assert len({row["custom_id"] for row in rows}) == 2 * 5 * 2
-    assert "answer" not in str(rows[3]["body"]).replace(propose.PROMPTS[3], "")
     body = rows[3]["body"]
+    assert "answer" not in str(body).replace(propose.PROMPTS[3], "")
     assert (body["n"], body["max_tokens"], body["temperature"]) == (3, 128, 0.7)
     image, text = body["messages"][0]["content"]
     assert text["text"] == f"easy 1 </script>\n\n{propose.PROMPTS[1]} {propose.BRIEFLY}"
@@ -695,30 +708,27 @@ def test_propose_writes_requests(command, first_root, tmp_path, urls, max_pixels
         assert load_image(base64.b64decode(url.split("base64,")[1])).size == size
 
 
-def test_propose_shows_frames_as_images():
-    """A frame that is no file is spelled out, whatever is wanted."""
+def test_propose_spells_frames_out_that_are_no_files():
     options = SimpleNamespace(image_urls="file", max_pixels=100)
     [frame] = data.refs({"video": {"frames": [make_image(40, 20)], "fps": 1.0}})
     url = propose.image_url(frame, options)
     assert load_image(base64.b64decode(url.split("base64,")[1])).size == (14, 7)
 
 
-def test_propose_asks_about_few_or_hard_pairs_alone(command, first_root, tmp_path):
-    judged = tmp_path / "judged.jsonl"
-    write = ["--write-requests", tmp_path / "q.jsonl", "--data", first_root, "--k", 1]
-    command("propose.py", *write, "--limit", 1)
-    requests = json_rows(tmp_path, "q.jsonl")
+def test_propose_asks_about_few_or_hard_pairs_alone(written_requests, first_root, tmp_path):
+    requests, _ = written_requests(first_root, "--k", 1, "--limit", 1)
     assert [request["custom_id"][:6] for request in requests] == ["easy/0", "hard/0"]
     assert requests[0]["body"]["temperature"] == 0.0
     row = {"proposer": "w", "text": "t", "gain": None}
     direct = {"easy/0": -0.6, "easy/1": -0.7, "hard/2": -0.1}  # log 2 is 0.693
-    M.write_rows(judged, [row | {"id": key, "direct": value} for key, value in direct.items()])
-    command("propose.py", *write, "--hard", judged)
-    [request] = json_rows(tmp_path, "q.jsonl")
+    rows = [row | {"id": key, "direct": value} for key, value in direct.items()]
+    M.write_rows(tmp_path / "judged.jsonl", rows)
+    [request], _ = written_requests(first_root, "--hard", tmp_path / "judged.jsonl")
     assert request["custom_id"].startswith("easy/1|")
 
 
-def test_propose_asks_about_sound_rows_alone(command, tmp_path):
+@pytest.mark.parametrize("urls", ["data", "file"])
+def test_propose_asks_about_sound_rows_alone(written_requests, tmp_path, urls):
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "huge.ppm").write_bytes(b"P6 30000 30000 255\n")
     row = {"qry": "q", "pos_text": "t", "pos_image_path": ""}
@@ -726,13 +736,10 @@ def test_propose_asks_about_sound_rows_alone(command, tmp_path):
     M.write_rows(tmp_path / "own.jsonl", [row | {"qry_image_path": path} for path in paths])
     sets = [{"name": name, "table": f"{name}.jsonl"} for name in ("own", "gone")]
     write_json(tmp_path / "datasets.json", {"train": sets})
-    write = ["--write-requests", tmp_path / "q.jsonl", "--data", tmp_path, "--k", 1]
-    for how in ("data", "file"):
-        code, said = command("propose.py", *write, "--image-urls", how)
-        assert code is None and "missing: gone" in said.out and "skipped: own/0: " in said.out
-        assert "skipped: own/1: " in said.out and "exceeds limit" in said.out
-        [request] = json_rows(tmp_path, "q.jsonl")
-        assert request["custom_id"].startswith("own/2|")
+    [request], said = written_requests(tmp_path, "--image-urls", urls)
+    assert request["custom_id"].startswith("own/2|")
+    for why in ("missing: gone", "skipped: own/0: ", "skipped: own/1: ", "exceeds limit"):
+        assert why in said
 
 
 def response(custom_id, *contents, finish="stop", status=200, **more):
@@ -753,12 +760,9 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (response(P1, "a retry", reasoning="why"), ["why\na retry"], ""),
     (response(P2_AGAIN, "\ud83d"), [], "got '\\ud83d'"),
     (response("no bars", "x"), [], "line 8: not a response"),
-    ({"custom_id": P2_AGAIN, "response": {"body": "x"}}, [], "line 9: not a response"),
-    (["a list"], [], "line 10: not a response"),
+    (["a list"], [], "line 9: not a response"),
     (response(P0_AGAIN, status=500), [], "status 500"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
-    (response(P0_AGAIN) | {"response": {"body": {"choices": [{}]}}}, [], f"{P0_AGAIN}: no text"),
-    (response("c|key|0", "x"), [], "c|key|0: was not asked for"),
 ]
 
 
@@ -767,14 +771,13 @@ def test_propose_reads_responses(command, tmp_path):
     asked, answers, out = (tmp_path / name for name in ("q.jsonl", "a.jsonl", "r.jsonl"))
     M.write_rows(asked, [{"custom_id": key, "body": {"n": 1 + (key == P1)}} for key in ASKED])
     M.write_rows(answers, [line for line, _, _ in RESPONSES])
-    with answers.open("a") as file:
-        file.write("\n")  # a blank line
     read = ["--read-responses", answers, "--proposer", "big", "--out", out]
     code, shown = command("propose.py", *read, "--requests", asked)
-    said = [why for _, _, why in RESPONSES if why]
-    said += [f"{P1_AGAIN}: no response", f"{P1}: no answer"]
+    said = [f"{P1_AGAIN}: no response", f"{P1}: no answer"]
+    said += [why for _, _, why in RESPONSES if why]
     assert len(shown.err.splitlines()) == len(said)
-    assert all(why in shown.err for why in said), shown.err
+    for why in said:
+        assert why in shown.err
     assert code is None and f"rationales: 4\nfailed: {len(said)}\n" in shown.out
     rows = json_rows(out)
     assert [row["text"] for row in rows] == [text for _, used, _ in RESPONSES for text in used]

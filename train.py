@@ -984,7 +984,7 @@ def select_stage(run, part):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
     # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge
-    judged = Judged(*paths)
+    judged = selection.Judged(*paths)
 
     # 2) The rule
     rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
@@ -1009,14 +1009,6 @@ def select_stage(run, part):
             audit["warning"] = warning  # the run's last lines and report.md repeat it
         write_json(f"{part}/audit.json", audit)
     scale.barrier()
-
-
-class Judged(Rows):
-    """The rows of rationales alone: a pair about which nobody wrote has a row, too, whose text
-    is ""."""
-
-    def __iter__(self):
-        return (row for row in super().__iter__() if row["text"])
 
 
 def judge_fold(run, part, fold, written, path):
