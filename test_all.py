@@ -1952,7 +1952,6 @@ def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
     out = copy_of("propose")
     assert call(out, "--select_margin", "99") == 0
     said = capsys.readouterr().out
-    assert "attention: FLASH_ATTENTION; with branches FLASH_ATTENTION" in said
     assert said.count("WARNING: selection kept nothing, for no pair is hard") == 2
     assert "no pair is hard" in said[said.index("peak_memory_gb") :]
     assert "no pair is hard" in Path(out, "report.md").read_text()
@@ -2567,53 +2566,6 @@ def test_model_parity(shape, tmp_path):
             assert (p - judge.lm_head(want).softmax(-1)).abs().max() < 1e-5
 
 
-def plain_attention(q, k, v, mask):
-    """softmax(q kᵀ / √d) v in float64: q (B, A, S, d), k and v (B, C, L, d), mask (B, 1, S, L)."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).double() for x in (k, v))
-    scores = q.double() @ k.mT / q.shape[-1] ** 0.5
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-
-
-ROW = [0] * 30 + [1] * 20 + [2] * 15 + [-1] * 5  # a prompt with two branches, padded
-BRANCHES = {
-    "causal": [[0] * 70, [0] * 70],
-    "padded": [[0] * 60 + [-1] * 10, [0] * 70],
-    "branches": [ROW, ROW],
-    "continuations": [[0] * 30 + [1, 2, 3, 4] * 10] * 2,  # of these the last ten tokens look
-    "segments": [[0] * 48],
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", BRANCHES)
-def test_model_attention_equals_a_plain_softmax(form, dtype):
-    """Six query heads, two key heads; of the vision tower three of each."""
-    torch.manual_seed(0)
-    branch = torch.tensor(BRANCHES[form])
-    B, L = branch.shape
-    heads = (3, 3, 3) if form == "segments" else (6, 2, 2)
-    q, k, v = (torch.randn(B, n, L, 16).to(dtype) for n in heads)
-    columns = torch.arange(60, 70) if form == "continuations" else torch.arange(L)
-    mask = M.tree_mask(branch, columns)
-    q = q[:, :, columns]
-    if form == "segments":
-        lengths = [8, 8, 20, 12]
-        segment = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
-        mask = (segment[:, None] == segment)[None, None]
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, A, d)
-        fused = M.attend_segments(*rows, lengths).transpose(0, 1)[None]
-    elif form == "causal":
-        fused = M.attend(q, k, v, None)
-    else:
-        bias = q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-        fused = M.attend(q, k, v, bias.repeat(1, 1, 3, 1))
-    plain = plain_attention(q, k, v, mask)
-    if dtype == torch.float32:
-        assert (fused - plain).abs().max() < 1e-5
-    else:
-        assert F.cosine_similarity(fused.double(), plain, dim=-1).min() > 0.999
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
 def test_model_branches_equal_separate_rows(dtype, tolerance):
@@ -2625,8 +2577,6 @@ def test_model_branches_equal_separate_rows(dtype, tolerance):
         for k, tokens in enumerate([[processor.eos_id], *RATIONALES[i]], start=1):
             want = states_of(model, processor, prompt, tokens)[len(prompt["ids"]) :]
             assert unit_gap(h[i, batch["branch"][i] == k], want) < tolerance
-    for with_branches in (False, True):
-        assert M.sdpa_kernel(model, dtype, with_branches) == "FLASH_ATTENTION"
 
 
 @torch.no_grad()
@@ -2805,20 +2755,19 @@ def test_model_keeps_the_widest_type_unless_another_is_given(copied):
     state = load_file(copied / "model.safetensors")
     half = {name: x.bfloat16() for name, x in state.items()}
     first = min(half)
-    cases = [({first: half[first]}, torch.float32), (half, torch.bfloat16)]
-    for tensors, dtype in cases:
+    for tensors, dtype in (({first: half[first]}, torch.float32), (half, torch.bfloat16)):
         change_checkpoint(copied, tensors=tensors)
         assert M.load_model(copied).dtype == dtype
         assert M.load_model(copied, torch.float32).dtype == torch.float32
 
 
 def test_model_save_leaves_exactly_what_was_saved(tmp_path):
-    stale = "model.safetensors.index.json model-00001-of-00002.safetensors model_old.safetensors"
-    for name in f"{stale} adapter_config.json adapter_model.safetensors".split():
+    index, shard = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+    for name in (index, shard, "adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("{}")
     model = tiny_model(8)
     M.save_model(model, tmp_path, 1, 2)
-    files = {"config.json", "generation_config.json", "model.safetensors", "model_old.safetensors"}
+    files = {"config.json", "generation_config.json", "model.safetensors"}
     assert set(os.listdir(tmp_path)) == files
     assert same(model.state_dict(), M.load_model(tmp_path).state_dict())
 
@@ -2829,21 +2778,19 @@ def test_model_json_is_json_or_not_written(tmp_path):
     for bad in (float("nan"), "\ud83d"):
         with pytest.raises(ValueError):
             M.write_json(path, bad)
-    assert M.read_json(path) == {"é": 1} and os.listdir(tmp_path) == ["a.json"]
+    assert M.read_json(path) == {"é": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 BIAS = "model.visual.merger.norm.bias"
 WEIGHTS = "model.safetensors"
 BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
-    ({"tensors": {BIAS: None}}, f"Missing key.*{BIAS}"),
-    ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete safetensors file"),
-    ({"files": {WEIGHTS: None, "pytorch_model.bin": ""}}, "copy: no model.* never opened"),
-    ({"files": {"adapter_config.json": "{}"}}, "copy: an adapter .LoRA.: merge it"),
+    ({"tensors": {BIAS: None}}, f"copy: .*Missing key.*{BIAS}"),
+    ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete file"),
+    ({"files": {WEIGHTS: None}}, "model.safetensors.index.json: No such file"),
+    ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
     ({"files": {"config.json": "{"}}, "config.json: not valid JSON"),
-    ({"files": {"config.json": None}}, "config.json: No such file"),
     ({"config": {"model_type": "qwen3_vl_moe"}}, "config.json: model_type is .*, this code imple"),
-    ({"config": {"text_config.vocab_size": None}}, "text_config.vocab_size is None, expected int"),
-    ({"config": {"text_config.rms_norm_eps": "x"}}, "rms_norm_eps is 'x', expected float"),
     ({"config": {"text_config.rope_parameters.rope_type": "yarn"}}, "rope_type is 'yarn', this"),
 ]
 
@@ -2998,10 +2945,6 @@ def test_processor_tokenizer_equals_tokenizers():
         ids = tokenizer.encode(text)
         assert ids == library.encode(text).ids
         assert tokenizer.decode(ids) == tokenizer.nfc.normalize_str(text)
-    spec = copy.deepcopy(tokenizer.spec)
-    spec["model"]["merges"].reverse()
-    with pytest.raises(ValueError, match="two merges .* in another order"):
-        P.Tokenizer(spec)
 
 
 def test_processor_smart_resize_equals_transformers():
@@ -3066,44 +3009,36 @@ def test_processor_chat_template_shows_vllm_a_loop_over_the_parts():
     assert [getattr(loop.iter, "attr", None) for loop in loops] == [None, "content"]
 
 
-@pytest.mark.parametrize("part", [{"image": None}, {"type": "audio", "audio": "a"}], ids=str)
-def test_processor_chat_template_refuses_what_we_refuse(folder, part):
-    library, messages = transformers_tokenizer(folder), said(part)["messages"]
-    for kind in ("image", "video"):  # for who hands over images apart
-        alone = said({"type": kind})["messages"]
-        assert f"<|{kind}_pad|>" in library.apply_chat_template(alone, tokenize=False)
+def test_processor_chat_template_refuses_a_part_without_content(folder):
+    """ "image" and "video" alone are content: who asks so hands the images over apart."""
+    library, part = transformers_tokenizer(folder), {"type": "audio", "audio": "a"}
+    for kind in ("image", "video"):
+        text = library.apply_chat_template(said({"type": kind})["messages"], tokenize=False)
+        assert f"<|{kind}_pad|>" in text
     with pytest.raises(Exception, match="a part of content"):
-        library.apply_chat_template(messages, tokenize=False)
-    with pytest.raises(ValueError):
-        tiny_processor()({"messages": messages})
+        library.apply_chat_template(said(part)["messages"], tokenize=False)
 
 
-def test_processor_save_writes_through_no_link(tmp_path):
-    """A hub's snapshot is a folder of links into its cache. What another tokenizer left goes."""
-    blobs, links = tmp_path / "blobs", tmp_path / "links"
-    tiny_processor().save(blobs)
-    before = contents(blobs)
-    links.mkdir()
-    for name in (*before, "vocab.json"):
-        (links / name).symlink_to(blobs / name)
-    tiny_processor(max_length=99, default_instruction="Do.").save(links)
-    assert before == contents(blobs)
-    assert before.keys() == {path.name for path in links.iterdir() if not path.is_symlink()}
-    assert not (links / "vocab.json").is_symlink()
-
-
-def test_processor_saved_folder(folder):
-    """transformers' tokenizer appends <|endoftext|> by itself and has the roles of the tokens."""
-    library, processor = transformers_tokenizer(folder), tiny_processor()
+def test_processor_saved_folder(tmp_path):
+    """transformers' tokenizer appends <|endoftext|> by itself and has the roles of the tokens.
+    What another processor saved goes; a link, as in a hub's snapshot, is not written through."""
+    cached, folder = tmp_path / "cached", tmp_path / "folder"
+    cached.write_text("a template")
+    folder.mkdir()
+    (folder / "chat_template.jinja").symlink_to(cached)
+    (folder / "vocab.json").write_text("{}")
+    processor = tiny_processor()
+    processor.save(folder)
+    assert cached.read_text() == "a template"
+    assert not (folder / "vocab.json").exists()
+    library = transformers_tokenizer(str(folder))
     assert library("hi").input_ids == [*processor.tokenizer.encode("hi"), processor.eos_id]
     assert len(library) == processor.tokenizer.size
     assert library.pad_token_id == processor.eos_id
     assert library.eos_token_id == processor.im_end_id
 
 
-SETTINGS = {**SMALL, "max_frames": np.int64(5), "fps": Fraction(7, 2), "max_length": 99}
-SETTINGS["min_pixels"] = Fraction(1024)
-SETTINGS["default_instruction"] = "Do."
+SETTINGS = {**SMALL, "max_frames": 5, "fps": 3.5, "max_length": 99, "default_instruction": "Do."}
 
 
 def settings_of(processor):
@@ -3161,17 +3096,6 @@ def test_processor_one_lazy_image_shared_by_threads(tmp_path):
             assert len({P.prompt_key(prompt) for prompt in pool.map(processor, [lazy] * 8)}) == 1
 
 
-def test_processor_one_image_that_seeks_is_refused():
-    """A GIF's frames as Pillow's iterator leaves them: one object, at its last frame."""
-    file = io.BytesIO()
-    make_image(40, 40).save(file, "GIF", save_all=True, append_images=[make_image(40, 40, 1)])
-    frames = list(ImageSequence.Iterator(Image.open(file)))
-    parts = [{"image": frame} for frame in frames]
-    for items in (frames, {"image": frames}, {"video": frames}, parts, said(*parts)):
-        with pytest.raises(ValueError, match="one image that seeks"):
-            tiny_embedder().encode(items)
-
-
 def test_processor_markers_in_text_are_text():
     """User text cannot open an image, end a turn or close a rationale, wherever it stands."""
     processor = tiny_processor()
@@ -3191,8 +3115,7 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for item, message in (
         ({"text": "a", "img": 3}, "an item: 'img' is not read"),
-        (said("a", name="x"), "message 0: 'name' is not read"),
-        (said({"type": "text", "text": "a", "x": 1}, name=None), "content: 'x' is not read"),
+        (said({"type": "text", "text": "a", "x": 1}), "content: 'x' is not read"),
         ({"video": {**make_clip(2, 1), "FPS": 2}}, "a video: 'FPS' is not read"),
         ({"text": ["see", "cat.PNG"]}, re.escape("give Path('cat.PNG')")),
     ):
@@ -3206,23 +3129,27 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
 # Bad input
 
 
+def gif_frames():
+    """As Pillow's iterator leaves them: one object, at its last frame."""
+    file = io.BytesIO()
+    make_image(40, 40).save(file, "GIF", save_all=True, append_images=[make_image(40, 40, 1)])
+    return list(ImageSequence.Iterator(Image.open(file)))
+
+
 BAD_ITEMS = [
     (None, "a NoneType: expected a string"),
     ({"txt": "a", "text": None}, "an item with the keys 'txt': expected text"),
-    ({"text": "a", "instruction": 3}, "instruction=3: expected text"),
     ("half \ud83d an emoji", r"text='half .ud83d an emoji': expected a string"),
-    ({"image": "data:image/png;base64,abc"}, "'abc': not an image in base64"),
-    ({"image": "data:image/png;base64,QUJD%QUJD"}, "'QUJD%QUJD': not an image in base64"),
-    ({**said("a"), "text": "b"}, "not both"),
-    ({**said("a"), "fps": 2.0}, "not both"),
     ({"text": 0}, "text=0: expected a string"),
+    ({"image": "data:image/png;base64,QUJD%QUJD"}, "base64"),
     ({"video": []}, "a video without frames"),
     ({"video": "film.mp4"}, "a video without frames"),
     ({"video": make_clip(2, 0)}, "fps=0: expected a finite number"),
-    ({"messages": []}, "messages: expected a list"),
-    (said("x", role="tool"), "message 0: expected a role"),
-    (said("x", content=7), "message 0: expected a role .* and a content"),
+    ({"video": gif_frames()}, "one image that seeks"),
+    ({**said("a"), "text": "b"}, "not both"),
+    ({"messages": ["a"]}, "message='a': expected {.role"),
     (said(7), "a part of content is a int"),
+    (said({"image": None}), "a part of content: expected text, video or image"),
 ]
 
 
@@ -3231,7 +3158,6 @@ def test_processor_bad_items(item, message):
     with pytest.raises(ValueError, match=message) as error:
         tiny_processor()(item)
     assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 320
 
 
 BAD_FOLDERS = [
@@ -3254,10 +3180,6 @@ def test_processor_bad_folders(name, change, message, tmp_path):
 
 BAD_SETTINGS = [
     ({"max_frames": 2.5}, "^max_frames=2.5: expected a whole number"),
-    ({"max_length": 0}, "^max_length=0: expected a whole number above 0"),
-    ({"fps": math.nan}, "^fps=nan: expected a finite number above 0"),
-    ({"max_pixels": "9000"}, "^max_pixels='9000': expected a finite number above 0"),
-    ({"default_instruction": 3}, "^instruction=3: expected text"),
     ({"min_pixels": 9, "max_pixels": 1023}, "max >= 1024"),
     ({"frame_max_pixels": 1000}, "expected min <= max"),
     ({"config": tiny_config(vocab=9)}, "ids, the model 9"),
