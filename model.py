@@ -32,7 +32,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, fields
-from functools import partial, reduce
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 
@@ -866,7 +866,7 @@ class Rows:
 
 
 def load_model(folder, dtype=None, device="cpu"):
-    """A Qwen3VL from a folder in the Hugging Face layout. dtype None: the widest of the tensors.
+    """A Qwen3VL from a folder in the Hugging Face layout. dtype None: as it was saved.
 
     ValueError names what is missing, unexpected, of another shape or not implemented. Tensors are
     memory-mapped and move one by one: there are never two copies of the weights. Only safetensors
@@ -896,7 +896,6 @@ def load_model(folder, dtype=None, device="cpu"):
         state["lm_head.weight"] = state.get("model.language_model.embed_tokens.weight")
     try:
         model.load_state_dict(state, assign=True)
-        widest = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     except RuntimeError as error:  # names every tensor at fault, in as many lines
         why = " ".join(str(error).split())
         raise ValueError(f"{folder}: {why[:300]}") from None
@@ -906,7 +905,7 @@ def load_model(folder, dtype=None, device="cpu"):
     if c.tie or not model.has_head:  # a missing head costs no memory and is never used
         model.lm_head.weight = embedding
     del state  # what model.to has converted is then free
-    return model.to(device=device, dtype=dtype or widest).eval()
+    return model.to(device=device, dtype=dtype or model.dtype).eval()
 
 
 def save_model(model, folder, eos_id, pad_id):

@@ -38,7 +38,7 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -223,15 +223,15 @@ class Processor:
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
 
     def __post_init__(self):
-        images = self.min_pixels, self.max_pixels
-        frames = self.frame_min_pixels, self.frame_max_pixels
-        for low, high in (images, frames):
+        image_limits = self.min_pixels, self.max_pixels
+        frame_limits = self.frame_min_pixels, self.frame_max_pixels
+        for low, high in (image_limits, frame_limits):
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_number("whole", max_frames=self.max_frames, max_length=self.max_length)
-        config = self.config
         special = self.tokenizer.special
         size = self.tokenizer.size
+        vocab = self.config.vocab
         self.eos_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]
         self.im_end_id = special["<|im_end|>"]
@@ -239,17 +239,17 @@ class Processor:
         self.think_end_id = special["</think>"]
         # Tokenizer and model must be of one checkpoint.
         ids = self.tokenizer.markers
-        model = {name: getattr(config, name) for name in ids}
+        model = {name: getattr(self.config, name) for name in ids}
         if ids != model:
             raise ValueError(f"markers of images: the tokenizer has {ids}, the model {model}")
-        if size > config.vocab:
-            raise ValueError(f"tokenizer has {size} ids, the model {config.vocab}")
+        if size > vocab:
+            raise ValueError(f"tokenizer has {size} ids, the model {vocab}")
         # A rationale is prefix, sampled tokens, </think>, tail; closing ends one that was cut off.
         self.prefix = [self.think_id, *self.tokenizer.encode("\n")]
         self.tail = [*self.tokenizer.encode("\n\n"), self.eos_id]
         self.closing = [*self.tokenizer.encode("\n"), self.think_end_id]
         # Never sampled: special tokens but </think>, which ends a rationale, and ids of no token.
-        unused = range(size, config.vocab)
+        unused = range(size, vocab)
         self.suppress_tokens = sorted({*special.values(), *unused} - {self.think_end_id})
         self.generation = {
             "prefix": self.prefix,
@@ -417,11 +417,7 @@ class Processor:
         checkpoint says, if it is ours, or else Qwen's."""
         spec = read_json(Path(folder, "tokenizer.json"))
         given = {name: value for name, value in settings.items() if value is not None}
-        try:
-            saved = cls(Tokenizer(spec), config, **saved_settings(folder))
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{folder}: not a tokenizer and settings as ours ({e!r})") from None
-        return replace(saved, **given)
+        return cls(Tokenizer(spec), config, **(saved_settings(folder) | given))
 
     def save(self, folder):
         """Writes what from_folder and transformers' AutoProcessor read."""
@@ -475,7 +471,7 @@ def messages_of(item):
     messages = list(item["messages"])
     for message in messages:
         is_message = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
-        require(is_message, "message", message, '{"role": ..., "content": ...}')
+        require(is_message, "message", message, 'a dict of "role" and "content"')
     return messages
 
 
