@@ -169,8 +169,8 @@ class VisionBlock(nn.Module):
 
     def before(self, x, cos, sin):
         """x (N, D) -> queries, keys and values (N, A, d). The rotation is in fp32, as published."""
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(1, (3, self.heads, -1))
-        q, k, v = qkv.unbind(1)
+        qkv = self.attn["qkv"](self.norm1(x))  # (N, 3 D)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
         q = rotate(q.float(), cos, sin).to(v.dtype)
         k = rotate(k.float(), cos, sin).to(v.dtype)
         return q, k, v
@@ -252,7 +252,8 @@ class VisionTower(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         # A convolution whose stride is its kernel is a matrix product; on CPUs that is much faster.
         conv = self.patch_embed["proj"]
-        x = F.linear(pixel_values.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
+        pixels = pixel_values.to(conv.weight.dtype)
+        x = F.linear(pixels, conv.weight.flatten(1), conv.bias)
         x = x + torch.cat([positions[grid] for grid in image_grid])  # (N, D)
         lengths = [h * w for h, w in image_grid]
         deep = []
@@ -328,10 +329,12 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        q_width = c.heads * c.head_dim
+        kv_width = c.kv_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden, q_width, bias=False)
+        self.k_proj = nn.Linear(c.hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(c.hidden, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, c.hidden, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.eps)
         self.k_norm = RMSNorm(c.head_dim, c.eps)
 
@@ -576,8 +579,10 @@ class Cache:
         room = (0, 0, 0, len(new))  # behind the last column
         layers = []
         for keys, values in self.layers:
-            layers.append((F.pad(keys[rows], room), F.pad(values[rows], room)))
-        S = keys.shape[2]
+            keys = F.pad(keys[rows], room)
+            values = F.pad(values[rows], room)
+            layers.append((keys, values))
+        S = self.layers[0][0].shape[2]
         place = torch.arange(S, device=lengths.device)
         prompt = torch.where(place < lengths[:, None], 0, -1)  # (B, S)
         branch = torch.cat((prompt, new.expand(len(rows), -1)), dim=1)
@@ -592,7 +597,9 @@ def read(model, cache, ids, positions):
     columns = torch.arange(start, cache.used, device=ids.device)
     past = []
     for keys, values in cache.layers:
-        past.append((keys[:, :, : cache.used], values[:, :, : cache.used], columns))
+        keys = keys[:, :, : cache.used]
+        values = values[:, :, : cache.used]
+        past.append((keys, values, columns))
     mask = tree_mask(cache.branch[:, : cache.used], columns)
     x = model.text.embed_tokens(ids)  # (B, Q, H)
     return model.text(x, positions.expand(3, -1, -1), mask, past)
@@ -609,8 +616,8 @@ def sample(logits, suppress, temperature, generator):
     if temperature == 0:
         ids = logp.argmax(-1)
     else:
-        ids = torch.multinomial(logp.flatten(0, 1).exp(), 1, generator=generator)
-        ids = ids.view(logp.shape[:2])
+        p = logp.flatten(0, 1).exp()  # (B * K, V)
+        ids = torch.multinomial(p, 1, generator=generator).view(logp.shape[:2])
     return ids, logp.gather(-1, ids[..., None]).squeeze(-1)
 
 
@@ -709,7 +716,8 @@ def generate(
     ids = torch.cat((last_id, endings.transpose(1, 2)), dim=1)  # (B, 1 + closing + tail, K)
     place = arange(ids.shape[1])[:, None]
     positions = (position + num_sampled - 1)[:, None] + place  # as ids
-    states = read(model, cache, ids.flatten(1), positions.flatten(1)).view(*ids.shape, H)
+    states = read(model, cache, ids.flatten(1), positions.flatten(1))
+    states = states.view(*ids.shape, H)  # (B, 1 + closing + tail, K, H)
     final = len(tail) + len(closing) * live  # (B, K): where in its ending a continuation ends
     last = states[arange(B)[:, None], final, arange(K)]  # (B, K, H)
 

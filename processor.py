@@ -333,8 +333,9 @@ class Processor:
         frames, fps = clip.get("frames"), clip.get("fps", fps)
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
+        first, last = frames[0], frames[-1]
         # list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame.
-        if isinstance(frames[0], Image.Image) and frames[0] is frames[-1] and frames[0].tell():
+        if first is last and isinstance(first, Image.Image) and first.tell():
             raise ValueError("the frames are one image that seeks: expected a copy of each")
         if fps is None:
             fps = self.fps
