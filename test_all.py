@@ -2566,6 +2566,13 @@ def test_model_parity(shape, tmp_path):
             assert (p - judge.lm_head(want).softmax(-1)).abs().max() < 1e-5
 
 
+def test_model_tree_mask_by_hand():
+    """The table in its docstring."""
+    mask = M.tree_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0]
+    rows = ["100000", "110000", "111000", "111100", "110010", "110000"]
+    assert mask.int().tolist() == [[int(x) for x in row] for row in rows]
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
 def test_model_branches_equal_separate_rows(dtype, tolerance):
