@@ -46,15 +46,7 @@ from tqdm import tqdm
 
 import scale
 from model import Cache, generate, load_model, numbered_lines, save_model, write_json, write_rows
-from processor import (
-    Processor,
-    collate,
-    image_of,
-    prompt_key,
-    refuse_one_that_seeks,
-    require,
-    require_number,
-)
+from processor import Processor, collate, prompt_key, require, require_number
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -532,7 +524,6 @@ class Embedder:
         # Threads help: Pillow decodes and resizes outside Python's lock.
         with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             while window := list(itertools.islice(numbered, 8 * batch_size)):
-                refuse_one_that_seeks(image_of(item) for _, item in window)
                 yield list(threads.map(read, window))
 
     def batches(self, lengths, batch_size):

@@ -23,17 +23,16 @@ Shapes, in all files:
   A segment is one image or one group of two video frames: a grid of (h, w) patches.
 
 How to run: nothing runs here. `pytest test_all.py -k parity` compares it with transformers.
-Sources: the Qwen3-VL technical report (arXiv 2511.21631) and Qwen's published configs; the names of
-the tensors are transformers' (modeling_qwen3_vl.py).
-Left out: mixture of experts, quantisation, kernels of our making (attention is torch's SDPA),
-tensor parallelism, beam search.
+Sources: the Qwen3-VL technical report (arXiv 2511.21631), Qwen's published configs. Tensors are
+named as in transformers (modeling_qwen3_vl.py).
+Left out: mixture of experts, quantisation, own kernels, tensor parallelism, beam search.
 """
 
 import json
 import math
 import os
 from dataclasses import dataclass, field, fields
-from functools import partial, reduce
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 
@@ -170,8 +169,8 @@ class VisionBlock(nn.Module):
 
     def before(self, x, cos, sin):
         """x (N, D) -> queries, keys and values (N, A, d). The rotation is in fp32, as published."""
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(1, (3, self.heads, -1))
-        q, k, v = qkv.unbind(1)
+        qkv = self.attn["qkv"](self.norm1(x))  # (N, 3 D)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
         q = rotate(q.float(), cos, sin).to(v.dtype)
         k = rotate(k.float(), cos, sin).to(v.dtype)
         return q, k, v
@@ -253,7 +252,8 @@ class VisionTower(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         # A convolution whose stride is its kernel is a matrix product; on CPUs that is much faster.
         conv = self.patch_embed["proj"]
-        x = F.linear(pixel_values.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
+        pixels = pixel_values.to(conv.weight.dtype)
+        x = F.linear(pixels, conv.weight.flatten(1), conv.bias)
         x = x + torch.cat([positions[grid] for grid in image_grid])  # (N, D)
         lengths = [h * w for h, w in image_grid]
         deep = []
@@ -312,7 +312,7 @@ def attend(q, k, v, bias):
 
     A/C query heads share a key head. With a bias and `enable_gqa`, SDPA on CUDA would silently take
     its slow kernel, "math". So the query heads of a key head become one longer list of queries:
-    then the memory-efficient kernel serves it, and no key is copied. See `sdpa_kernel`.
+    then the memory-efficient kernel serves it, and no key is copied.
     """
     if bias is None:
         grouped = q.shape[1] > k.shape[1]
@@ -329,10 +329,12 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        q_width = c.heads * c.head_dim
+        kv_width = c.kv_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden, q_width, bias=False)
+        self.k_proj = nn.Linear(c.hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(c.hidden, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, c.hidden, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.eps)
         self.k_norm = RMSNorm(c.head_dim, c.eps)
 
@@ -449,6 +451,7 @@ class Qwen3VL(nn.Module):
     positions (3, B, S) int64        of `rope_positions`
     branch None or (B, S) int64      of `tree_mask`; None: every row is one sequence (causal)
     pixel_values None or (N, 1536)   image_grid [(h, w)] of all segments, in the order of the rows
+    ends (B, 1 + K) int64            the last token of each branch; not read here, see embed.py
     """
 
     def __init__(self, c):
@@ -491,13 +494,11 @@ class Qwen3VL(nn.Module):
         self.text.checkpointing = on
 
     def compile_layers(self, **options):
-        """torch.compile, with its options, of the layers of both towers.
+        """torch.compile of the layers of both towers; those of a tower share one compilation.
 
-        The layers of a tower share one compilation. Attention in the vision tower stays out of it:
-        the lengths of the segments change with every batch.
+        The vision tower's attention stays out of it: its segments change with every batch.
         """
-        # Training, prefill, decoding and several shapes each want a compilation. Beyond this limit
-        # (8 by default) torch warns and stops compiling.
+        # Training, prefill, decoding and several shapes want a compilation each; 8 are the default.
         torch._dynamo.config.recompile_limit = 64
         for block in self.visual.blocks:
             block.before = torch.compile(block.before, **options)
@@ -506,10 +507,7 @@ class Qwen3VL(nn.Module):
             layer.compile(**options)
 
     def forward(self, batch, cache=None):
-        """-> (B, S, H) states after the final norm.
-
-        cache: an empty Cache, to be given the keys and values of every layer.
-        """
+        """-> (B, S, H) states after the final norm. An empty Cache is given keys and values."""
         ids, branch = batch["ids"], batch.get("branch")
         x = self.text.embed_tokens(ids)
         deep, where = (), None
@@ -554,17 +552,6 @@ def rope_positions(ids, image_grid, config):
     return positions
 
 
-def sdpa_kernel(model, dtype, branches):
-    """SDPA's choice of kernel on this device (EFFICIENT_ATTENTION, MATH ...), to be logged."""
-    c = model.c
-    heads = c.kv_heads if branches else c.heads
-    q = torch.empty(1, heads, 8, c.head_dim, dtype=dtype, device=model.device)
-    k = q[:, : c.kv_heads]
-    bias = q.new_zeros(1, 1, 8, 8) if branches else None
-    choice = torch._fused_sdp_choice(q, k, k, bias, 0.0, not branches, enable_gqa=not branches)
-    return torch.nn.attention.SDPBackend(choice).name
-
-
 # --------------------------------------------------------------------------------------------------
 # Generation: one prefill per row, K continuations on top of it
 #
@@ -580,7 +567,7 @@ def sdpa_kernel(model, dtype, branches):
 
 @dataclass
 class Cache:
-    """What has been read. `model(batch, cache)` puts the prompts' layers into an empty one."""
+    """What has been read. `model(batch, cache)` fills an empty one with the prompts' layers."""
 
     layers: list = field(default_factory=list)  # of each the keys and the values (B, C, L, d)
     branch: torch.Tensor | None = None  # (B, L) of each column; set by `extended`
@@ -592,8 +579,10 @@ class Cache:
         room = (0, 0, 0, len(new))  # behind the last column
         layers = []
         for keys, values in self.layers:
-            layers.append((F.pad(keys[rows], room), F.pad(values[rows], room)))
-        S = keys.shape[2]
+            keys = F.pad(keys[rows], room)
+            values = F.pad(values[rows], room)
+            layers.append((keys, values))
+        S = self.layers[0][0].shape[2]
         place = torch.arange(S, device=lengths.device)
         prompt = torch.where(place < lengths[:, None], 0, -1)  # (B, S)
         branch = torch.cat((prompt, new.expand(len(rows), -1)), dim=1)
@@ -608,7 +597,9 @@ def read(model, cache, ids, positions):
     columns = torch.arange(start, cache.used, device=ids.device)
     past = []
     for keys, values in cache.layers:
-        past.append((keys[:, :, : cache.used], values[:, :, : cache.used], columns))
+        keys = keys[:, :, : cache.used]
+        values = values[:, :, : cache.used]
+        past.append((keys, values, columns))
     mask = tree_mask(cache.branch[:, : cache.used], columns)
     x = model.text.embed_tokens(ids)  # (B, Q, H)
     return model.text(x, positions.expand(3, -1, -1), mask, past)
@@ -625,8 +616,8 @@ def sample(logits, suppress, temperature, generator):
     if temperature == 0:
         ids = logp.argmax(-1)
     else:
-        ids = torch.multinomial(logp.flatten(0, 1).exp(), 1, generator=generator)
-        ids = ids.view(logp.shape[:2])
+        p = logp.flatten(0, 1).exp()  # (B * K, V)
+        ids = torch.multinomial(p, 1, generator=generator).view(logp.shape[:2])
     return ids, logp.gather(-1, ids[..., None]).squeeze(-1)
 
 
@@ -725,7 +716,8 @@ def generate(
     ids = torch.cat((last_id, endings.transpose(1, 2)), dim=1)  # (B, 1 + closing + tail, K)
     place = arange(ids.shape[1])[:, None]
     positions = (position + num_sampled - 1)[:, None] + place  # as ids
-    states = read(model, cache, ids.flatten(1), positions.flatten(1)).view(*ids.shape, H)
+    states = read(model, cache, ids.flatten(1), positions.flatten(1))
+    states = states.view(*ids.shape, H)  # (B, 1 + closing + tail, K, H)
     final = len(tail) + len(closing) * live  # (B, K): where in its ending a continuation ends
     last = states[arange(B)[:, None], final, arange(K)]  # (B, K, H)
 
@@ -780,13 +772,13 @@ def nest(flat):
 def config_from_hf(path):
     """A config.json, as transformers 4 or 5 writes it -> Config.
 
-    ValueError names what is missing, of the wrong type, or not implemented here.
+    ValueError names a setting that is not implemented here, KeyError one that is missing.
     """
     flat = flatten(read_json(path))
     for key in list(flat):  # version 4 says rope_scaling for rope_parameters
         flat.setdefault(key.replace("rope_scaling", "rope_parameters"), flat[key])
-    theta = "text_config.rope_parameters.rope_theta"
-    flat.setdefault(theta, flat.get("text_config.rope_theta"))
+    if "text_config.rope_theta" in flat:
+        flat["text_config.rope_parameters.rope_theta"] = flat["text_config.rope_theta"]
     tied = "tie_word_embeddings"  # transformers 5 goes by this one, 4.57 by text_config's
     flat[tied] = flat.get(tied) or flat.get(f"text_config.{tied}", False)
     for key, value in FIXED.items():
@@ -794,12 +786,7 @@ def config_from_hf(path):
             raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
     values = {}
     for f in fields(Config):
-        key = f.metadata["key"]
-        try:
-            values[f.name] = f.type(flat.get(key))  # int("5"), tuple([24, 20, 20]) ...
-        except (TypeError, ValueError):
-            kind = f.type.__name__
-            raise ValueError(f"{path}: {key} is {flat.get(key)!r}, expected {kind}") from None
+        values[f.name] = f.type(flat[f.metadata["key"]])  # tuple([24, 20, 20]), float(5000000)
     return Config(**values)
 
 
@@ -839,21 +826,15 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def plain_number(number):
-    """A Fraction or a number of numpy, which json does not know, as Python's int or float."""
-    return int(number) if number == int(number) else float(number)
-
-
 def write_json(path, value):
     """Written aside and renamed: nobody reads half a file. ValueError for NaN and infinities."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain_number)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     Path(f"{path}.tmp").write_bytes(text.encode())
     os.replace(f"{path}.tmp", path)
 
 
 def write_rows(path, rows):
-    """A file of JSON lines, written aside and renamed. Half an emoji stays what it was in JSON, an
-    escape: \\ud83d."""
+    """A file of JSON lines, written aside and renamed. Half an emoji is escaped: \\ud83d."""
     with open(f"{path}.part", "w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -861,7 +842,7 @@ def write_rows(path, rows):
 
 
 def numbered_lines(paths):
-    """(place, line) of files, as bytes: a line that is no UTF-8 can be named by its number, too."""
+    """(place, line) of files. A line is bytes, so that one that is no UTF-8 has a number, too."""
     for path in paths:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -869,10 +850,10 @@ def numbered_lines(paths):
 
 
 class Rows:
-    """Files of JSON lines, read anew each time one goes through them: memory holds one row.
+    """Files of JSON lines, read anew by each loop over them. Memory holds one row.
 
-    may_be_cut: a kill may have left half a line at the end, as of a log: it is left out. ValueError
-    names any other line that is no JSON object.
+    may_be_cut: half a line at the end, left by a kill, is skipped. ValueError names any other line
+    that is no JSON object.
     """
 
     def __init__(self, *paths, may_be_cut=False):
@@ -893,33 +874,28 @@ class Rows:
 
 
 def load_model(folder, dtype=None, device="cpu"):
-    """A Qwen3VL from a folder in the Hugging Face layout. dtype None: the widest of the tensors.
+    """A Qwen3VL from a folder in the Hugging Face layout. dtype None: as it was saved.
 
     ValueError names what is missing, unexpected, of another shape or not implemented. Tensors are
-    memory-mapped and move one by one: there are never two copies of the weights.
+    memory-mapped and move one by one: there are never two copies of the weights. Only safetensors
+    are opened, never pickled weights.
     """
-    if any(Path(folder).glob("adapter_*")):
-        how = "merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
-        raise ValueError(f"{folder}: an adapter (LoRA): {how}")
+    if Path(folder, "adapter_config.json").exists():
+        raise ValueError(f"{folder}: a LoRA adapter: merge it into its base model first")
     c = config_from_hf(Path(folder, "config.json"))
+    files = ["model.safetensors"]
+    if not Path(folder, files[0]).exists():  # in shards, which an index names
+        index = read_json(Path(folder, "model.safetensors.index.json"))
+        files = sorted(set(index["weight_map"].values()))
     state = {}
-    single = [*Path(folder).glob("model.safetensors")]  # beside it nothing else counts
-    shards = sorted(Path(folder).glob("model*.safetensors"))
-    index = Path(folder, "model.safetensors.index.json")
-    if index.exists():  # shards of an older download may lie beside its own
-        named = read_json(index).get("weight_map", {}).values()
-        shards = [path for path in shards if path.name in named]
-    for path in single or shards:
+    for file in files:
         try:
-            tensors = load_file(path)
+            state |= load_file(Path(folder, file))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-        for key, tensor in tensors.items():
-            # Embedding checkpoints come without the first part of the names.
-            is_full = key.startswith(("model.", "lm_head."))
-            state[key if is_full else f"model.{key}"] = tensor
-    if not state:
-        raise ValueError(f"{folder}: no model*.safetensors (pickled weights are never opened)")
+            raise ValueError(f"{folder}/{file}: not a complete file ({error})") from None
+    # Embedding checkpoints come without the first part of the names.
+    if not any(key.startswith("model.") for key in state):
+        state = {f"model.{key}": tensor for key, tensor in state.items()}
     with torch.device("meta"):  # shapes without memory
         model = Qwen3VL(c)
     own_head = "lm_head.weight" in state
@@ -928,24 +904,23 @@ def load_model(folder, dtype=None, device="cpu"):
         state["lm_head.weight"] = state.get("model.language_model.embed_tokens.weight")
     try:
         model.load_state_dict(state, assign=True)
-        widest = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     except RuntimeError as error:  # names every tensor at fault, in as many lines
         why = " ".join(str(error).split())
         raise ValueError(f"{folder}: {why[:300]}") from None
     embedding = model.text.embed_tokens.weight
-    # Two that differ are not tied, whatever the config says: transformers keeps both, too.
+    # Two that differ are not tied, whatever the config says; transformers keeps both, too.
     c.tie = c.tie and (not own_head or torch.equal(model.lm_head.weight, embedding))
     if c.tie or not model.has_head:  # a missing head costs no memory and is never used
         model.lm_head.weight = embedding
-    del state, tensors, tensor  # what model.to has converted is then free
-    return model.to(device=device, dtype=dtype or widest).eval()
+    del state  # what model.to has converted is then free
+    return model.to(device=device, dtype=dtype or model.dtype).eval()
 
 
 def save_model(model, folder, eos_id, pad_id):
-    """config.json, generation_config.json and model.safetensors. Shards and adapters there go.
+    """config.json, generation_config.json and model.safetensors.
 
-    A tied head is not written, nor is a missing one. The file is written aside and renamed: nobody
-    reads half of it, and a memory map of the old one stays valid.
+    A tied head is not written, nor is a missing one. The weights are written aside and renamed:
+    nobody reads half of them, and a memory map of the old ones stays valid.
     """
     os.makedirs(folder, exist_ok=True)
     path = Path(folder, "model.safetensors")
@@ -953,10 +928,7 @@ def save_model(model, folder, eos_id, pad_id):
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or (model.has_head and not model.c.tie):
             state[name] = tensor.detach().contiguous().cpu()
-    try:
-        save_file(state, f"{path}.tmp", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: not written ({error})") from None
+    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
     os.replace(f"{path}.tmp", path)
     # Shards, their index or an adapter of an earlier save would be taken for a part of this one.
     for pattern in ("model-*.safetensors", "model.safetensors.index.json", "adapter_*"):
