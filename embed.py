@@ -517,7 +517,7 @@ class Embedder:
             index, item = numbered_item
             try:
                 return self.processor(item, instruction)
-            except ValueError as e:
+            except (ValueError, TypeError, LookupError, AttributeError) as e:
                 raise ItemError(index, e) from e
 
         numbered = enumerate(items)

@@ -312,7 +312,7 @@ def attend(q, k, v, bias):
 
     A/C query heads share a key head. With a bias and `enable_gqa`, SDPA on CUDA would silently take
     its slow kernel, "math". So the query heads of a key head become one longer list of queries:
-    then the memory-efficient kernel serves it, and no key is copied.
+    then the memory-efficient kernel serves it, and no key is copied. See `sdpa_kernel`.
     """
     if bias is None:
         grouped = q.shape[1] > k.shape[1]
@@ -552,6 +552,17 @@ def rope_positions(ids, image_grid, config):
     return positions
 
 
+def sdpa_kernel(model, dtype, branches):
+    """SDPA's choice of kernel on this device (EFFICIENT_ATTENTION, MATH ...), to be logged."""
+    c = model.c
+    heads = c.kv_heads if branches else c.heads
+    q = torch.empty(1, heads, 8, c.head_dim, dtype=dtype, device=model.device)
+    k = q[:, : c.kv_heads]
+    bias = q.new_zeros(1, 1, 8, 8) if branches else None
+    choice = torch._fused_sdp_choice(q, k, k, bias, 0.0, not branches, enable_gqa=not branches)
+    return torch.nn.attention.SDPBackend(choice).name
+
+
 # --------------------------------------------------------------------------------------------------
 # Generation: one prefill per row, K continuations on top of it
 #
@@ -772,7 +783,7 @@ def nest(flat):
 def config_from_hf(path):
     """A config.json, as transformers 4 or 5 writes it -> Config.
 
-    ValueError names a setting that is not implemented here, KeyError one that is missing.
+    ValueError names a setting that is missing, or not implemented here.
     """
     flat = flatten(read_json(path))
     for key in list(flat):  # version 4 says rope_scaling for rope_parameters
@@ -786,7 +797,10 @@ def config_from_hf(path):
             raise ValueError(f"{path}: {key} is {flat[key]!r}, this code implements {value!r}")
     values = {}
     for f in fields(Config):
-        values[f.name] = f.type(flat[f.metadata["key"]])  # tuple([24, 20, 20]), float(5000000)
+        key = f.metadata["key"]
+        if key not in flat:
+            raise ValueError(f"{path}: {key} is missing")
+        values[f.name] = f.type(flat[key])  # tuple([24, 20, 20]), float(5000000)
     return Config(**values)
 
 

@@ -418,7 +418,10 @@ class Processor:
         checkpoint says, if it is ours, or else Qwen's."""
         spec = read_json(Path(folder, "tokenizer.json"))
         given = {name: value for name, value in settings.items() if value is not None}
-        return cls(Tokenizer(spec), config, **(saved_settings(folder) | given))
+        try:
+            return cls(Tokenizer(spec), config, **(saved_settings(folder) | given))
+        except (AttributeError, KeyError, TypeError) as e:
+            raise ValueError(f"{folder}: not a tokenizer and settings as ours ({e!r})") from None
 
     def save(self, folder):
         """Writes what from_folder and transformers' AutoProcessor read."""
