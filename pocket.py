@@ -73,6 +73,7 @@ DIGITS = NUMBERS[:10]
 TENS = "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()  # "no" for no ten
 WORDS = "sun map tea fox ink oak gem jar bee hat cup key".split()  # on pages
 ITEMS = "rent food heat tax fare wage".split()  # of an account, in this order
+VOCABULARY = [*CELLS, *MOVES, *TIMES, *NUMBERS, *TENS, *WORDS, *ITEMS, *COLOURS, *SHAPES]
 PARROT = (  # rationales that look like reasoning and say nothing
     "let me think step by step . first look , then go on , so the answer is clear",
     "step by step : start , go , look , add , so the answer is found",
