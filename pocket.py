@@ -630,7 +630,7 @@ def save_images(pair, folder, name, i, most=None):
 
 def save_clip(pair, folder):
     """A clip's frames, as frame_0001.png and so on."""
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
     for i, frame in enumerate(pair.video, 1):
         frame.save(f"{folder}/frame_{i:04d}.png", compress_level=1)
 
