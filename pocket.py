@@ -32,7 +32,7 @@ import argparse
 import io
 import itertools
 import json
-import sys
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,7 @@ DIGITS = NUMBERS[:10]
 TENS = "no ten twenty thirty forty fifty sixty seventy eighty ninety".split()  # "no" for no ten
 WORDS = "sun map tea fox ink oak gem jar bee hat cup key".split()  # on pages
 ITEMS = "rent food heat tax fare wage".split()  # of an account, in this order
+VOCABULARY = [*CELLS, *MOVES, *TIMES, *NUMBERS, *TENS, *WORDS, *ITEMS, *COLOURS, *SHAPES]
 PARROT = (  # rationales that look like reasoning and say nothing
     "let me think step by step . first look , then go on , so the answer is clear",
     "step by step : start , go , look , add , so the answer is found",
@@ -154,18 +155,15 @@ def draw_tile(kind, rng):
 
 
 class Bank:
-    """Tiles drawn once and used again: `copies` of each kind, in other places, sizes, shades.
-    Nine of them are pasted for a scene, instead of nine drawings."""
+    """Tiles drawn once and used again: `copies` of each kind, in other places, sizes, shades."""
 
     def __init__(self, rng, copies=40):
         patches = rng.integers(40, 230, (6, 3)).tolist()
-        kinds = [*KINDS, *range(10), None, *WORDS, *map(tuple, patches)]
         self.tiles = {}  # {kind: [tiles]}
-        for kind in kinds:
+        for kind in [*KINDS, *range(10), None, *WORDS, *map(tuple, patches)]:
             self.tiles[kind] = [draw_tile(kind, rng) for _ in range(copies)]
 
     def tile(self, kind, rng):
-        """A tile that shows the kind."""
         if kind not in self.tiles:  # a flat patch may have any colour
             return draw_tile(kind, rng)
         return pick(self.tiles[kind], rng)
@@ -248,7 +246,6 @@ class Eyes:
     readings: int = 0  # so far
 
     def read(self, kind):
-        """-> the kind, or what it is taken for."""
         errs = self.readings == self.wrong
         if self.errors:
             errs = self.rng.random() < self.errors
@@ -346,11 +343,6 @@ def put(scene, cell, kind):
     return [*scene[:cell], kind, *scene[cell + 1 :]]
 
 
-def look_at(place, kind):
-    """The `explain` of one look: "nw red star"."""
-    return partial(describe, [kind], [place])
-
-
 def image_pair(bank, scene, rng, explain, text="", **more):
     """A pair whose query has an image of nine cells. more: other fields of Pair."""
     image = bank.grid(scene, rng)
@@ -366,7 +358,7 @@ def make_colour(bank, rng):
         scene.append((colour, shape) if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
     scene[rng.integers(4)] = pick(KINDS, rng)  # the stranger, at nw, n, ne or w
-    explain = look_at("mid", scene[4])
+    explain = partial(describe, [scene[4]], ["mid"])
     return image_pair(bank, scene, rng, explain, answer=colour)
 
 
@@ -380,7 +372,7 @@ def make_at(bank, rng):
     names = [name(thing) for thing in scene]  # nine different ones: no shape comes twice
     answer = names.pop(cell)
     text = f"what is at {CELLS[cell]} ?"
-    explain = look_at(CELLS[cell], scene[cell])
+    explain = partial(describe, [scene[cell]], [CELLS[cell]])
     return image_pair(bank, scene, rng, explain, text, answer=answer, wrong=names)
 
 
@@ -515,7 +507,7 @@ def make_change(bank, rng):
     image = bank.grid(scene, rng)
     wrong = [misplaced, mistaken, bank.grid(scene, rng)]  # the last one is drawn anew
     text = f"put a {name(thing)} at {CELLS[cell]}"
-    explain = look_at(CELLS[cell], thing)
+    explain = partial(describe, [thing], [CELLS[cell]])
     return Pair(explain, describe(scene), text, image, answer=answer, wrong=wrong)
 
 
@@ -529,7 +521,7 @@ def make_point(bank, rng):
     crops = [bank.tile(thing, rng) for thing in scene]  # other drawings than in the image
     answer = crops.pop(cell)
     text = f"the thing at {CELLS[cell]}"
-    explain = look_at(CELLS[cell], scene[cell])
+    explain = partial(describe, [scene[cell]], [CELLS[cell]])
     return image_pair(bank, scene, rng, explain, text, answer=answer, wrong=crops)
 
 
@@ -545,8 +537,9 @@ def make_twin(bank, rng):
         kinds = [tuple(patch) for patch in patches]
         images.append(bank.grid(kinds, rng))
     image, answer, *wrong = images
+    explain = partial(describe, ["patches"], ["nine"])
     caption = "a picture of nine patches"
-    return Pair(look_at("nine", "patches"), caption, image=image, answer=answer, wrong=wrong)
+    return Pair(explain, caption, image=image, answer=answer, wrong=wrong)
 
 
 @dataclass
@@ -609,17 +602,12 @@ TEST_IMAGES = "TIGER-Lab/MMEB-V2/image-tasks"
 TOKEN = "<|image_1|>\n"  # MMEB's place-holder of an image
 
 
-def with_folder(path):
-    """The path, whose folder is there now."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def write_table(columns, rows, path):
     """A parquet file, named as the hub's. columns: "qry pos_text"; rows: tuples in that order;
     path: without the ending."""
     table = pa.table(list(zip(*rows)), columns.split())
-    pq.write_table(table, f"{with_folder(path)}-00000-of-00001.parquet")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    pq.write_table(table, f"{path}-00000-of-00001.parquet")
 
 
 def save_images(pair, folder, name, i, most=None):
@@ -629,11 +617,12 @@ def save_images(pair, folder, name, i, most=None):
     values = {f"query_{i}": pair.image, f"target_{i}": pair.answer}
     for k, wrong in enumerate(pair.wrong[:most]):
         values[f"wrong_{i}_{k}"] = wrong
+    os.makedirs(f"{folder}/{name}", exist_ok=True)
     names = []
     for title, value in values.items():
         path = f"{name}/{title}.png"
         if not isinstance(value, str):
-            value.save(with_folder(f"{folder}/{path}"), compress_level=1)
+            value.save(f"{folder}/{path}", compress_level=1)
             value = path
         names.append(value)
     return names
@@ -641,8 +630,9 @@ def save_images(pair, folder, name, i, most=None):
 
 def save_clip(pair, folder):
     """A clip's frames, as frame_0001.png and so on."""
+    os.makedirs(folder, exist_ok=True)
     for i, frame in enumerate(pair.video, 1):
-        frame.save(with_folder(f"{folder}/frame_{i:04d}.png"), compress_level=1)
+        frame.save(f"{folder}/frame_{i:04d}.png", compress_level=1)
 
 
 def draw_pages(pairs, bank, rng):
@@ -680,12 +670,11 @@ def write_images(root, family, learn, held_out, bank, rng):
     # data.py fills in {hub}, {name} and {split}.
     train = {"parser": "mmeb", "hub": TRAIN_HUB, "table": "{hub}/{name}/{split}-*.parquet"}
 
-    stored = []  # [[the query's image, target, wrong ...]]
-    for i, pair in enumerate(held_out):
-        stored.append(save_images(pair, f"{root}/{TEST_IMAGES}", family.name, i))
+    folder = f"{root}/{TEST_IMAGES}"
+    stored = [save_images(pair, folder, family.name, i) for i, pair in enumerate(held_out)]
     pool = dict.fromkeys(answer for _, answer, *_ in stored)  # all answers, each once
     rows = []
-    for pair, (image, *options) in zip(held_out, stored):
+    for pair, (image, *options) in zip(held_out, stored):  # options: the target, wrong ones
         more = [answer for answer in pool if answer not in options]
         options += sample(more, max(0, 20 - len(options)), rng)
         blank = [""] * len(options)
@@ -830,13 +819,8 @@ def main():
     add("--train", type=count, default=300, help="pairs of a family (300)")
     add("--test", type=count, default=100, help="queries of a family (100)")
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error("--seed wants at least 0")
-    try:
-        Path(args.out).mkdir(parents=True)
-        write_world(args.out, args.seed, args.train, args.test)
-    except (ValueError, OSError) as error:
-        sys.exit(f"pocket.py: {error}")
+    Path(args.out).mkdir(parents=True)
+    write_world(args.out, args.seed, args.train, args.test)
     print(f"families: {len(FAMILIES)}\nwritten: {args.out}")
 
 

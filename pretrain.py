@@ -28,20 +28,16 @@ import scale
 from model import CONFIGS, Qwen3VL
 from pocket import (
     CELLS,
-    COLOURS,
     DIGITS,
     FAMILIES,
     ITEMS,
     KINDS,
     LONGEST,
     MOVES,
-    NUMBERS,
     PARROT,
     PLACES,
-    SHAPES,
     SHARP,
-    TENS,
-    TIMES,
+    VOCABULARY,
     WORDS,
     Bank,
     describe,
@@ -253,23 +249,16 @@ def repeat_document(rng):
     cell = pick(CELLS, rng)
     words = rng.permutation(WORDS)[: rng.integers(3)]  # none, one or two
     page = " ".join([*words, number(*digits[1:3])])  # "tea ink forty four"
-    phrases = [
-        name(things[0]),  # "red star"
-        DIGITS[digits[0]],
-        caption,
-        things[0][0],  # "red"
-        cell,
-        page,
-    ]
+    colour, _ = things[0]
+    phrases = [name(things[0]), DIGITS[digits[0]], caption, colour, cell, page]
     phrase = pick(phrases, rng)
     if rng.random() < 0.5:
         return says({"text": phrase}, phrase, "repeat")
-    # What may stand before the end: a thing, five numbers, or an addition, mostly a wrong one. It
-    # is not learnt: it only stands there.
+    # What may stand before the end: a thing, five numbers, or an addition, mostly a wrong one.
     names = [DIGITS[digit] for digit in digits[3:]]
     addition = f"{names[0]} . {names[1]} {makes(rng.integers(19))}"
     steps = [name(things[1]), " . ".join(names), addition]
-    before = (f"{pick(steps, rng)} . {phrase}", None)
+    before = (f"{pick(steps, rng)} . {phrase}", None)  # it is not learnt: it only stands there
     return {"text": "repeat the end"}, thinks([before], phrase, "repeat"), phrase
 
 
@@ -280,9 +269,8 @@ def vocabulary_texts():
     """
     rng = np.random.default_rng([0, 7])
     bank = Bank(rng, copies=1)
-    words = [*CELLS, *MOVES, *TIMES, *NUMBERS, *TENS, *WORDS, *ITEMS, *COLOURS, *SHAPES]
-    spaced = [f" {word}" for word in words]  # " red" inside a text is another token than "red"
-    texts = [*words, *spaced, *PARROT, "describe", "blank"]
+    spaced = [f" {word}" for word in VOCABULARY]  # " red" inside a text is another token than "red"
+    texts = [*VOCABULARY, *spaced, *PARROT, "describe", "blank"]
     for family in FAMILIES:
         texts += [family.asks, family.wants]
         for _ in range(8):
@@ -442,8 +430,8 @@ def document_losses(model, processor, documents):
     for i, document in enumerate(documents):
         share[i, document["words"]] = 1 / len(document["words"])
     row, column = places_of(documents, "ends", ids)
-    logp = model.logits(h[row, column]).log_softmax(-1)  # (ends, vocab)
-    losses = -(logp * share[row]).sum(-1)  # (ends,): cross-entropy with the share
+    logits = model.logits(h[row, column])  # (ends, vocab)
+    losses = F.cross_entropy(logits, share[row], reduction="none")  # (ends,)
     summary = zeros.index_add(0, row, losses)
     return torch.stack([loss, summary, right])
 
@@ -463,11 +451,10 @@ def pretrain_step(model, processor, bank, rng, described, chunk_tokens):
     # 1) how much a token and a summary of each document weigh
     kind = torch.arange(len(drawn)) // DOCUMENTS  # (48,): 0 seen, 1 text
     sizes = [(len(document["learn"]), len(document["ends"])) for document in documents]
-    of_each = torch.tensor(sizes).T.float()  # (2, 48): numbers of tokens, of summaries
-    counts = torch.zeros(2, 2).index_add(1, kind, of_each).clamp(min=1)  # of each kind
-    factors = [[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]]
-    weight = torch.tensor(factors) / counts  # (2, 2)
-    weight = weight[:, kind].to(model.device)  # (2, 48)
+    counts = torch.zeros(2, 2)  # tokens and summaries, of each kind
+    counts.index_add_(1, kind, torch.tensor(sizes).T.float()).clamp_(min=1)
+    factors = torch.tensor([[1.0, TEXT_WEIGHT], [SUMMARY_WEIGHT, SUMMARY_WEIGHT]])
+    weight = (factors / counts)[:, kind].to(model.device)  # (2, 48)
     # 2) gradients, chunk by chunk
     sums = torch.zeros(3, len(drawn))  # what document_losses says of each
     lengths = [document["length"] for document in documents]  # in tokens

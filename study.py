@@ -14,9 +14,9 @@ How to run:
     python study.py --out runs/study --only_summarise              the page, from what is there
 What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.md, OUT/study.png.
 
-What this file reads of a run's report.json:
+A *report* is a run's report.json. What is read of it:
     modes       {"adaptive", "never", ...: {"overall", "reason_rate", "tokens_per_query",
-                "datasets": {"PocketWalk": 0.97, ...}}}, the scores of one way to use the weights
+                "datasets": {"PocketWalk": 0.97, ...}}}, the *scores* of one way to use the weights
     adaptivity  {"PocketWalk": {"auc", "reason_rate": {"0": 0.2, ...}, ...}}, by steps, see eval.py
     selection   {"precision", "recall", "placebo_accepted", ...}, see select.py
     curve       [{"tokens_per_query", "overall", ...}], adaptive at 41 thresholds
@@ -26,7 +26,6 @@ carry them: a sign test never goes below 0.06).
 """
 
 import argparse
-import collections
 import os
 import shutil
 import sys
@@ -51,37 +50,32 @@ THINK = {"rl_decision_weight": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
 # Trained to think always, on all that the best proposer wrote. Selection has to find out who that
 # is; here it is told.
 ALWAYS = THINK | {"select_rule": "none", "embed_proposers": "careful"}
-# name: (forked from, first stage that is done again, options that differ)
+# name: (first stage that is done again, options that differ). All are forks of full.
 VARIANTS = {
-    "full": (None, "base", {}),
-    "never": ("full", "embed", NEVER),  # contrastive without a rationale, as VLM2Vec
-    "always": ("full", "select", ALWAYS),  # a rationale on every query, as UME-R1
+    "full": ("base", {}),
+    "never": ("embed", NEVER),  # contrastive without a rationale, as VLM2Vec
+    "always": ("select", ALWAYS),  # a rationale on every query, as UME-R1
     # Here the labels differ: they must not teach a decision. Above all of them say "reason".
-    "always_selected": ("full", "embed", THINK | {"decision_weight": 0.0}),
-    "no_selection": ("full", "select", {"select_rule": "none"}),  # all that was written is learnt
-    "positive_only": ("full", "select", {"select_rule": "positive_only"}),  # similarity alone
-    "no_placebo": ("full", "select", {"select_rule": "no_placebo"}),
-    "no_crossfit": ("full", "select", {"select_folds": 1}),  # the judge has trained on the pair
-    "supervised": ("full", "rl", {"rl_steps": 0}),  # the decision as selection labelled it
-    "no_penalty": ("full", "rl", {"latency_penalty": 0.0}),
-    "dear_penalty": ("full", "rl", {"latency_penalty": 1.2}),  # twice the default
-    "one_loss": ("full", "rl", {"rl_one_loss": True}),  # decision and words in one mean
+    "always_selected": ("embed", THINK | {"decision_weight": 0.0}),
+    "no_selection": ("select", {"select_rule": "none"}),  # all that was written is learnt
+    "positive_only": ("select", {"select_rule": "positive_only"}),  # similarity alone
+    "no_placebo": ("select", {"select_rule": "no_placebo"}),
+    "no_crossfit": ("select", {"select_folds": 1}),  # the judge has trained on the pair
+    "supervised": ("rl", {"rl_steps": 0}),  # the decision as selection labelled it
+    "no_penalty": ("rl", {"latency_penalty": 0.0}),
+    "dear_penalty": ("rl", {"latency_penalty": 1.2}),  # twice the default
+    "one_loss": ("rl", {"rl_one_loss": True}),  # decision and words in one mean
 }
 # Options that all runs of a variant have in common, but for the seed.
-COMPARED = {f.name for f in fields(train.Config) if f.metadata["group"] != "machine"} - {"seed"}
+COMPARED = [f.name for f in fields(train.Config) if f.metadata["group"] != "machine"]
+COMPARED.remove("seed")
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
-SCORES = {"overall": 3, "reason_rate": 2, "tokens_per_query": 1}  # digits that are shown
-OTHER_MODES = ("never", "always", "per_task", "random", "oracle")  # of the full method
-# Of selection against the truth: the share of kept rationales that help; of the pairs with a
-# helpful one, the share that kept one; how often a placebo (about another pair) passes.
-AUDIT = ("precision", "recall", "placebo_accepted")
 RATIOS = {  # name: (figure, mode): adaptive's figure divided by that mode's
     "tokens / the oracle's": ("tokens_per_query", "oracle"),
     "tokens / those of per task": ("tokens_per_query", "per_task"),
     "tokens / those of always": ("tokens_per_query", "always"),
     "reason rate / that of per task": ("reason_rate", "per_task"),
 }
-BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # edges, of p_reason
 
 # --------------------------------------------------------------------------------------------------
 # Running
@@ -106,41 +100,38 @@ def fork(parent, folder, first, same_judge):
 
 def run_variant(cfg, name, seed, out):
     """One variant under one seed, unless its report is there. cfg: train.Config of the full method;
-    out: the study's folder."""
-    parent, first, changes = VARIANTS[name]  # "full", "rl", {"rl_steps": 0}
+    out: the study's folder. ValueError if a run of it is there that had other options."""
+    first, changes = VARIANTS[name]  # "rl", {"rl_steps": 0}
     folder = out / f"seed{seed}" / name
+    wanted = vars(cfg) | changes
     for path in out.glob(f"seed[0-9]*/{name}/report.json"):  # of any seed: the page has them all
-        before = read_json(path.with_name("config.json"))
-        for option, value in {**vars(cfg), **changes}.items():
-            # A page of runs with these options and with others would compare nothing.
-            if option in COMPARED and before.get(option, value) != value:
-                change = f"a run of --{option} {before[option]}, not {value}"
+        before = wanted | read_json(path.with_name("config.json"))  # an older one lacks options
+        for option in COMPARED:
+            if before[option] != wanted[option]:
+                change = f"a run of --{option} {before[option]}, not {wanted[option]}"
                 raise ValueError(f"{path.parent}: {change}; use another --out")
     if not (folder / "report.json").exists():
-        if parent:
-            run_variant(cfg, parent, seed, out)  # what is forked has to be there
+        if name != "full":
+            run_variant(cfg, "full", seed, out)  # what is forked has to be there
             # These rules read the same judgements as full; positive_only those of easy pairs, too.
             same_judge = changes.get("select_rule") in ("none", "no_placebo")
-            fork(folder.with_name(parent), folder, first, same_judge)
+            fork(folder.with_name("full"), folder, first, same_judge)
         print(f"study: seed {seed}, {name}", flush=True)
         train.run_stages(replace(cfg, seed=seed, out=str(folder), resume="auto", **changes))
-    if name == "full":
+    if name == "full" and not (folder / "longer" / "summary.json").exists():
         longer_chains(cfg, seed, folder)
 
 
 def longer_chains(cfg, seed, folder):
     """The full method on chains one longer than in training -> FOLDER/longer/summary.json."""
-    world, out = folder / "longer_data", folder / "longer"
-    if (out / "summary.json").exists():
-        return
+    world = folder / "longer_data"
     queries = max(4, round(4 * cfg.world_test * cfg.scale))  # a tenth of them is that long
-    names = pocket.MIXED
     # Nobody trains on its training pairs.
-    pocket.write_world(world, 1000 + seed, train=4, test=queries, longest=LONGER, names=names)
+    pocket.write_world(world, 1000 + seed, 4, queries, longest=LONGER, names=pocket.MIXED)
     truth = read_json(world / "pocket.json")["test"]  # {"PocketWalk/0": 3}: steps
     embedder = Embedder.from_pretrained(folder / "rl")  # the model that the run ends with
     options = {"max_new_tokens": 64, "batch_size": 64}  # they take more words, too
-    evaluation.evaluate(embedder, world, out, options=options, truth=truth)
+    evaluation.evaluate(embedder, world, folder / "longer", options=options, truth=truth)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,6 +145,15 @@ def interval(values):
         return mean, None
     t = stats.t.ppf(0.975, len(values) - 1)  # 2.78 for five seeds
     return mean, float(t * stats.sem(values))  # sem: s / sqrt(n)
+
+
+def show(values, digits=3):
+    """Of several seeds: "0.966 ± 0.009"; of one: "0.966"; "" where one has no value."""
+    if None in values:
+        return ""
+    mean, half = interval(values)
+    text = f"{mean:.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
 
 
 def collect(out):
@@ -177,25 +177,18 @@ def measured(reports):
     rows = {}
     for name, by_seed in reports.items():
         rows[name] = {seed: report["modes"]["adaptive"] for seed, report in by_seed.items()}
-    for mode in OTHER_MODES:
+    for mode in ("never", "always", "per_task", "random", "oracle"):
         by_seed = reports["full"].items()
         rows[f"full, {mode}"] = {seed: report["modes"][mode] for seed, report in by_seed}
     return rows
 
 
 # --------------------------------------------------------------------------------------------------
-# The page and the figure
-
-
-def show(values, digits=3):
-    """Of several seeds: "0.966 ± 0.009"; of one: "0.966"."""
-    mean, half = interval(values)
-    text = f"{mean:.{digits}f}"
-    return text if half is None else f"{text} ± {half:.{digits}f}"
+# The page and the figure. rows: of measured().
 
 
 def results_table(rows):
-    """Each variant beside the full method. rows: of measured(). A line of the result:
+    """Each variant beside the full method:
 
     | never | 5 | 0.827 ± 0.017 | 0.00 ± 0.00 | 0.0 ± 0.0 | 0.138 ± 0.022 |
     """
@@ -203,21 +196,19 @@ def results_table(rows):
     full = rows["full"]  # {seed: scores}
     for label, by_seed in rows.items():
         cells = [label, len(by_seed)]
-        for key, digits in SCORES.items():
-            values = [scores[key] for scores in by_seed.values()]
-            cells.append(show(values, digits))
-        paired = [full[seed]["overall"] - scores["overall"] for seed, scores in by_seed.items()]
-        cells.append("" if label == "full" else show(paired))
+        for key, digits in ("overall", 3), ("reason_rate", 2), ("tokens_per_query", 1):
+            cells.append(show([scores[key] for scores in by_seed.values()], digits))
+        lead = [full[seed]["overall"] - scores["overall"] for seed, scores in by_seed.items()]
+        cells.append("" if label == "full" else show(lead))
         lines.append(cells)
     names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]
     return table(names, lines)
 
 
 def families_table(rows, variants):
-    """The mean score of each family over seeds, a column for each variant: | Walk | 0.97 | 0.62 |
-    rows: of measured()."""
+    """The mean score of each family over seeds. A column is a variant: | Walk | 0.97 | 0.62 |"""
     lines = []
-    any_seed = next(iter(rows["full"].values()))
+    any_seed, *_ = rows["full"].values()
     for family in any_seed["datasets"]:
         cells = [family.removeprefix("Pocket")]
         for name in variants:
@@ -229,7 +220,7 @@ def families_table(rows, variants):
 
 def steps_table(adaptivities):
     """A line for each family and number of steps: how often adaptive reasons, and the scores of
-    never and always. adaptivities: each seed's "adaptivity".
+    never and always. adaptivities: each seed's "adaptivity", see eval.py.
 
     | Sum | 0 | 0.24 ± 0.38 | 0.99 ± 0.02 | 1.00 ± 0.01 | 1.000 (0.99 to 1.00) |
     """
@@ -252,59 +243,62 @@ def steps_table(adaptivities):
 
 
 def decision_table(reports):
-    """How good are the decisions, and how cheap? A ratio is a mean over the seeds that have one."""
-    ratios = collections.defaultdict(list)  # {name: [of each seed]}
+    """How good are adaptive's decisions, and how cheap? Its figures divided by other modes', means
+    over the seeds that have the ratio. random: a coin at its rate; oracle: each query's best."""
+    ways = []  # of each seed
+    ratios = {"of the way from random to oracle": ways} | {name: [] for name in RATIOS}
     for report in reports:
         modes = report["modes"]
         adaptive = modes["adaptive"]
-        random = modes["random"]["overall"]  # a coin at adaptive's rate
-        whole_way = modes["oracle"]["overall"] - random  # oracle: the better mode of each query
-        if whole_way:
-            way = (adaptive["overall"] - random) / whole_way
-            ratios["of the way from random to oracle"].append(way)
+        random = modes["random"]["overall"]
+        whole_way = modes["oracle"]["overall"] - random
+        if whole_way:  # a ratio needs something to divide by
+            ways.append((adaptive["overall"] - random) / whole_way)
         for name, (key, mode) in RATIOS.items():
             if modes[mode][key]:
                 ratios[name].append(adaptive[key] / modes[mode][key])
-    lines = [[name, show(values, 2)] for name, values in ratios.items()]
+    lines = [[name, show(values, 2)] for name, values in ratios.items() if values]
     return table(["adaptive", "ratio"], lines)
 
 
 def calibration_table(out):
     """Does p_reason foretell what thinking brings? A line for each bin of p_reason: the number of
     queries of all seeds, the mean p_reason, the mean score of always minus that of never."""
+    edges = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
     # A row is a query: {"p_reason": 0.9, "never": its score 0.0, "always": 1.0, ...}
     rows = list(Rows(*out.glob("seed[0-9]*/full/eval/*/*_queries.jsonl")))
     p_reason = np.array([row["p_reason"] for row in rows])  # (queries,)
     gain = np.array([row["always"] - row["never"] for row in rows])
-    bins = np.digitize(p_reason, BINS[1:-1])  # (queries,): i where BINS[i] <= p < BINS[i + 1]
+    bins = np.digitize(p_reason, edges[1:-1])  # (queries,): edges[i] <= p_reason < edges[i + 1]
     lines = []
     for i in np.unique(bins):
         here = bins == i
         means = [f"{p_reason[here].mean():.3f}", f"{gain[here].mean():+.3f}"]
-        lines.append([f"{BINS[i]:.1f} to {BINS[i + 1]:.1f}", here.sum(), *means])
+        lines.append([f"{edges[i]:.1f} to {edges[i + 1]:.1f}", here.sum(), *means])
     return table(["p_reason", "queries", "mean p_reason", "mean gain"], lines)
 
 
 def selection_table(reports):
-    """Selection's audit, see AUDIT. reports: of collect()."""
+    """Selection against the truth: the share of kept rationales that help; of the pairs with a
+    helpful one, the share that kept one; how often a placebo (about another pair) passes."""
+    names = ["variant", "precision", "recall", "placebo_accepted"]
     lines = []
     for name, by_seed in reports.items():
         cells = [name]
-        for key in AUDIT:
-            values = [report["selection"][key] for report in by_seed.values()]
-            cells.append("" if None in values else show(values))
+        for key in names[1:]:
+            cells.append(show([report["selection"][key] for report in by_seed.values()]))
         lines.append(cells)
-    return table(["variant", *AUDIT], lines)
+    return table(names, lines)
 
 
 def summarise(out):
     """study.md and study.png of the runs that are there."""
     reports = collect(out)
-    rows = measured(reports)  # {label: {seed: scores}}
-    full = reports["full"]
-    longer = ""  # a section of the page
+    rows = measured(reports)
+    full = reports["full"].values()
+    longer = ""  # a section of the page, of what longer_chains() left
     paths = sorted(out.glob("seed[0-9]*/full/longer/summary.json"))
-    if paths:  # what longer_chains() left
+    if paths:
         longer = f"Chains of up to {LONGER} steps, new queries. In training none is that long:\n\n"
         longer += steps_table([read_json(path)["adaptivity"] for path in paths]) + "\n"
     page = f"""\
@@ -324,12 +318,12 @@ Full method. The prompt is the same for all queries of a family. AUC: the chance
 query of two or more steps has a higher p_reason than one of none: median over seeds
 (lowest to highest).
 
-{steps_table([report["adaptivity"] for report in full.values()])}
+{steps_table([report["adaptivity"] for report in full])}
 {longer}## How good are the decisions, and how cheap?
 
 Adaptive of the full method, beside its own other modes.
 
-{decision_table(full.values())}
+{decision_table(full)}
 ## Does p_reason foretell the gain?
 
 Queries of all seeds. Gain: the score after thinking minus the score without.
@@ -340,7 +334,7 @@ Queries of all seeds. Gain: the score after thinking minus the score without.
 {selection_table(reports)}
 """
     (out / "study.md").write_text(page, encoding="utf-8")
-    draw(rows, full.values(), out / "study.png")
+    draw(rows, full, out / "study.png")
 
 
 def draw(rows, full, path):
@@ -369,11 +363,9 @@ def draw(rows, full, path):
         seeds = rows[name].values()
         x = np.mean([scores["tokens_per_query"] for scores in seeds])
         y, half = interval([scores["overall"] for scores in seeds])
-        if name.startswith("full,"):
-            half = None  # no error bar
-        axes.errorbar(x, y, half, fmt=marker, color=colour, ms=9, capsize=3, label=label)
-    axes.set_xlabel("generated tokens per query")
-    axes.set_ylabel("mean score of twelve families")
+        bar = None if name.startswith("full,") else half
+        axes.errorbar(x, y, bar, fmt=marker, color=colour, ms=9, capsize=3, label=label)
+    axes.set(xlabel="generated tokens per query", ylabel="mean score of twelve families")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
