@@ -169,8 +169,7 @@ class TableImage:
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
-        place = f"{self.path} row {self.row} column {self.column}"
-        return place if self.index is None else f"{place} image {self.index}"
+        return f"{self.path} row {self.row} column {self.column}"
 
 
 # Threads may share a PIL image that was opened lazily: the first to load it closes its file.
@@ -1042,20 +1041,17 @@ def video_qa(es, row):
         words=" ".join(options),
         lettered="\n".join(lettered).rstrip(),
     )
-    keys = lettered if es.parser == "mvbench" else options
-    text = bare if es.parser in ("videomme", "egoschema") else str
-    cands = [es.cand(key, make_item, text(key)) for key in keys]
+    cands = []
+    for key in lettered if es.parser == "mvbench" else options:
+        text = key
+        if es.parser in ("videomme", "egoschema"):  # "C. Berries." -> "Berries"
+            text = (key.partition(". ")[2] or key).strip(". ")
+        cands.append(es.cand(key, make_item, text))
     clip = before.format(config=es.config) + cell(row, column, "id")
     query = es.say(es.inst, question, clip=clip)
     # Where an answer stands twice (MVBench) the last is right, as upstream.
     right = dict(zip(names, cands))[answer]
     es.query(query, cands, [right])
-
-
-def bare(option):
-    """'C. Berries.' -> 'Berries'."""
-    _, _, text = option.partition(". ")
-    return (text or option).strip(". ")
 
 
 def stem(path):
@@ -1158,45 +1154,39 @@ def side_key(es, item):
 def beir(es, row):
     """Pages in the three tables of the BEIR benchmark, read in this order: corpus {"corpus-id": 4,
     "image": ...}, qrels {"query-id": 7, "corpus-id": 4, "score": 3}, queries {"query-id": 7,
-    "query": "what?"}. So page 4 is relevant for query 7, with grade 3."""
-    {"corpus": page, "qrels": qrel, "queries": page_query}[es.config](es, row)
+    "query": "what?"}. So page 4 is relevant for query 7, with grade 3.
 
-
-def page(es, row):
-    """A row of the corpus. An image is in the table, or lies in the media folders as the table
-    says, as NAME.png (ViDoRe) or as short_name(NAME) (VisRAG)."""
+    An image is in the table, or lies in the media folders as the table says, as NAME.png (ViDoRe)
+    or as short_name(NAME) (VisRAG). Grades are 0 (not at all) ... 3; a duplicate keeps the higher.
+    """
+    if es.config == "queries":
+        qid = cell(row, "query-id", "id")
+        grades = es.relevant.get(qid, {})  # {page id: grade}
+        right = [es.index[key] for key in grades]
+        query = es.say(es.inst, cell(row, "query"))
+        es.query(query, [], right, list(grades.values()), qid)
+        return
     key = cell(row, "corpus-id", "id")
-    if key in es.index:
-        raise BadData("column corpus-id", f"{key!r} occurs twice")
-    image = row.get("image")
-    if not isinstance(image, TableImage):
-        image = es.find(*listed(image or None), f"{key}.png", short_name(key))
-    es.cand(key, es.say, es.tgt, image=image)
+    if es.config == "corpus":
+        if key in es.index:
+            raise BadData("column corpus-id", f"{key!r} occurs twice")
+        image = row.get("image")
+        if not isinstance(image, TableImage):
+            image = es.find(*listed(image or None), f"{key}.png", short_name(key))
+        es.cand(key, es.say, es.tgt, image=image)
+    else:
+        if key not in es.index:
+            raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
+        grade = row["score"]
+        if grade > 0:
+            grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
+            grades[key] = max(grades.get(key, 0), grade)
 
 
 def short_name(page):
     """VisRAG's page ids are longer than a file name may be: VLM2Vec cuts them and adds a hash."""
     base, ending = os.path.splitext(page)
     return f"{base[:50]}_{hashlib.md5(page.encode()).hexdigest()[:8]}{ending}"
-
-
-def qrel(es, row):
-    """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher. Of
-    ViDoSeek-doc every page of the right document has 2, the page with the answer 3."""
-    key, grade = cell(row, "corpus-id", "id"), row["score"]
-    if key not in es.index:
-        raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
-    if grade > 0:
-        grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
-        grades[key] = max(grades.get(key, 0), grade)
-
-
-def page_query(es, row):
-    """A question; its pages are known by now."""
-    qid, text = cell(row, "query-id", "id"), cell(row, "query")
-    grades = es.relevant.get(qid, {})  # {page id: grade}
-    right = [es.index[key] for key in grades]
-    es.query(es.say(es.inst, text), [], right, list(grades.values()), qid)
 
 
 EVAL_PARSERS = {
