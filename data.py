@@ -84,9 +84,7 @@ class BadData(ValueError):
         text = f"no column {why.args[0]}" if isinstance(why, KeyError) else str(why or where)
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
-        # A row may hold text that cannot be printed; a library's message may span lines.
-        text = text.encode("utf-8", "backslashreplace").decode()
-        super().__init__(" ".join(text.splitlines())[:300])
+        super().__init__(" ".join(text.splitlines())[:300])  # a library's may span lines
 
 
 class Missing(BadData):
@@ -126,7 +124,7 @@ def make_item(text="", image=None, video=None, instruction=None):
     """make_item("a cat", image="/a.jpg") -> {"text": "a cat", "image": "/a.jpg"}: what is there. A
     side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
     parts = {"text": text, "image": image, "video": video, "instruction": instruction}
-    return {key: value for key, value in parts.items() if value not in (None, "")} or {"text": ""}
+    return {key: value for key, value in parts.items() if value} or {"text": ""}
 
 
 def listed(value):
@@ -281,7 +279,7 @@ def json_lines(path, changed):
 
 
 class Table:
-    """The first `cap` rows of some files by number: table[i] -> {column: value}."""
+    """The first `cap` rows of some files: table[i] -> {"qry": "a cat", "neg_text": None, ...}."""
 
     def __init__(self, paths, cap):
         # NAME-00000-of-00003.parquet without its siblings is refused.
@@ -303,7 +301,6 @@ class Table:
 
 
 def read_row(path, file, i):
-    """Row i of an open_table(path) -> {"qry": "a cat", "neg_text": None, ...}."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     if not path.endswith(".parquet"):
         return json.loads(row.column("line")[0].as_py())
@@ -537,8 +534,8 @@ class Files:
     def image(self, value):
         """A cell -> a reference (a path, a TableImage), a list of them, or None for nothing."""
         if isinstance(value, list):
-            return [self.image(part) for part in value if part not in (None, "")] or None
-        if value in (None, ""):
+            return [self.image(part) for part in value if part] or None
+        if not value:
             return None
         return value if isinstance(value, TableImage) else self.find(value)
 
@@ -681,8 +678,8 @@ class Source(Files):
         super().__init__(spec, root)
         self.parse, self.sides = TRAIN_PARSERS[self.parser]
         self.rows = self.table(self.configs[0])
-        # (usable rows,): usable row -> row of the table, 4 bytes each.
-        self.keep = np.fromiter(filter(self.is_full, range(len(self.rows))), np.int32)
+        full = [i for i in range(len(self.rows)) if self.is_full(i)]
+        self.keep = np.array(full, np.int32)  # (usable rows,): usable row -> row of the table
         if not len(self.keep):
             raise BadData(self.name, "no usable row: each has an empty side")
 
@@ -692,7 +689,7 @@ class Source(Files):
             row = self.rows[i]
             for side in self.sides:
                 values = [value for c in side for value in listed(row[c])]
-                if all(value in ("", None) for value in values):  # 0 and false are for pair()
+                if not any(values):
                     return False
             return True
         except ROW_FAULTS:
@@ -1131,8 +1128,10 @@ def pairs(es, row):
     query, target, negatives = mmeb_pair(es, row)
     if {"text": ""} in (query, target):
         raise BadData("a side", "is empty")
+    number = es.cand(side_key(es, target), make_item, **target)
+    for item in negatives:
+        es.cand(side_key(es, item), make_item, **item)
     key = side_key(es, query)
-    number, *_ = [es.cand(side_key(es, item), make_item, **item) for item in (target, *negatives)]
     if key not in es.asked:
         es.query(query, [number], [number])
         es.asked[key] = es.positives[-1]  # the list itself: what is added to it counts
@@ -1143,12 +1142,15 @@ def pairs(es, row):
 def side_key(es, item):
     """The text and the images that tell a side from others: '["a cat", "pics/a.jpg"]', however its
     row spells them. An image inside a table has no name: a hash of its bytes."""
-    names = []
+    key = [item.get("text", "")]
     for ref in refs(item):
-        inside = isinstance(ref, TableImage)
-        name = hashlib.sha256(ref.read()).hexdigest() if inside else os.path.relpath(ref, es.root)
-        names.append(name)
-    return json.dumps([item.get("text", ""), *(names or [""])], ensure_ascii=False)
+        if isinstance(ref, TableImage):
+            key.append(hashlib.sha256(ref.read()).hexdigest())
+        else:
+            key.append(os.path.relpath(ref, es.root))
+    if len(key) == 1:
+        key.append("")
+    return json.dumps(key, ensure_ascii=False)
 
 
 def beir(es, row):
@@ -1208,13 +1210,14 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
     (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". problems: a list that takes
     all that is broken, images included; without it the first stops the evaluation.
     """
-    spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
-    es = EvalSet(spec, root, frames, prompts, problems)
+    if isinstance(row, str):
+        [row] = wanted(tables(root, "eval"), [row])
+    es = EvalSet(row, root, frames, prompts, problems)
     es.read(limit)
     es.cand_ids = list(es.index)  # the candidates' keys
     if es.parser != "beir":
         es.grades = None  # only pages are graded
-    if spec["scope"] == "global":
+    if row["scope"] == "global":
         es.local = None
     es.protocol = f"{prompts} prompts"  # what a score must be quoted with
     if es.modality == "video":
