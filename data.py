@@ -10,12 +10,11 @@ a parser of a few lines, and the model only ever sees items:
     ref  = an absolute path, or a TableImage inside a parquet file; load_image(ref) decodes either
     e.g.   {"text": "\nWhat is the man by the bags awaiting?\n", "image": "/ROOT/.../image_0.jpg"}
 
-Strings are VLM2Vec's to the byte, without its visual placeholder (our chat template puts images
-first) and with all other white space. prompts="qwen" moves the instruction of a test query to
-item["instruction"] and leaves out that of a candidate.
+Strings are VLM2Vec's to the byte, without its visual placeholder: our chat template puts images
+first. prompts="qwen" moves a test query's instruction to item["instruction"].
 
-The way of a dataset through this file. Two things are called a row: a dataset's row of mmeb.json
-(complete, with every default filled in, it is called spec), and a row of the dataset's own files.
+Two things are called a row: a dataset's row of mmeb.json (with every default filled in, it is
+called spec), and a row of the dataset's own files.
 
     mmeb.json --expand()--> short rows --complete()--> spec
     spec, ROOT --Source----> a training row --mmeb_pair() ...--> query, target, hard negatives
@@ -34,8 +33,8 @@ qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path), in
 and ROOT/test.jsonl (or .parquet, which may hold the images themselves), images next to them; or
 describe your files in ROOT/datasets.json (see Row).
 
-Broken rows. In training a row that cannot be read is named, counted and replaced by the next one.
-It stops an evaluation, whose score would be that of another test. --check names them all.
+In training a row that cannot be read is named, counted and replaced by the next one. It stops an
+evaluation, whose score would be that of another test. --check names them all.
 
 Left out: decoding videos (the published frame folders are read), audio, the agent and text-only
 tasks of MMEB-V3, the English-only copies of ViDoRe-V2 that the leaderboard does not count.
@@ -55,42 +54,37 @@ import re
 import shlex
 import sys
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-# Phi-3.5-V's token in MMEB's text: "<|image_1|>\nWhat?\n". In WebQA it stands where no image
-# follows, in the split diverse_instruction in the middle of a sentence.
+# Phi-3.5-V's token in MMEB's text: "<|image_1|>\nWhat?\n". In WebQA no image follows it.
 IMG = "<|image_1|>"
 TABLE_FILES = (".parquet", ".jsonl", ".json")
 
 # labels: class names of test sets whose candidates are all classes, also those that no clip shows:
 #     {"K700": ["abseiling", "acting_in_play", ...]}, from VLM2Vec's video_classification_utils.py.
 # visrag: VLM2Vec's prompts for VisRAG's training pages, {source: [before query, before page]}.
-# tables: where a row that names no table has it, {"hub": ["{hub}/{config}/{split}-*.parquet", ...],
-#     "beir": the same of sets of pages}.
+# tables: patterns of where a row's table lies if it names none, "beir" those of sets of pages.
 # train, eval: the rows, in groups (see expand()).
 MMEB = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
 LABELS = MMEB["labels"]
 
 
 class BadData(ValueError):
-    """Something in the data is not what it should be. The message is one line of at most 300
-    characters: BadData("CIRR/7", error) -> "CIRR/7: ...", also if the error began so already."""
+    """Something in the data is not what it should be. The message is one line:
+    BadData("CIRR/7", error) -> "CIRR/7: ...", also if the error began so already."""
 
     def __init__(self, where, why=""):
-        text = repr(why) if isinstance(why, KeyError) else str(why or where)  # str: only 'qry'
+        text = f"no column {why.args[0]}" if isinstance(why, KeyError) else str(why or where)
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
-        # A row may hold text that cannot be printed; a library's message may span lines.
-        line = " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())
-        super().__init__(line if len(line) <= 300 else f"{line[:190]} ... {line[-105:]}")
+        super().__init__(" ".join(text.splitlines())[:300])  # a library's may span lines
 
 
 class Missing(BadData):
@@ -98,7 +92,7 @@ class Missing(BadData):
 
 
 # What a parser may raise at a row that is not as it should be; BadData is a ValueError.
-ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError)
+ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError, OSError)
 
 
 def is_text(value):
@@ -130,7 +124,7 @@ def make_item(text="", image=None, video=None, instruction=None):
     """make_item("a cat", image="/a.jpg") -> {"text": "a cat", "image": "/a.jpg"}: what is there. A
     side with nothing at all (OK-VQA has blank answers) is {"text": ""}."""
     parts = {"text": text, "image": image, "video": video, "instruction": instruction}
-    return {key: value for key, value in parts.items() if value not in (None, "")} or {"text": ""}
+    return {key: value for key, value in parts.items() if value} or {"text": ""}
 
 
 def listed(value):
@@ -154,8 +148,8 @@ def open_images(*items):
 
 @dataclass(frozen=True)
 class TableImage:
-    """Where an image lies inside a parquet file. The cell holds its encoded bytes, or what the hub
-    writes: {"bytes": b"...", "path": "a.jpg"}. It is read when the image is wanted, not before."""
+    """Where an image lies inside a parquet file: it is read when it is wanted, not before. The cell
+    holds its encoded bytes, or what the hub writes: {"bytes": b"...", "path": "a.jpg"}."""
 
     path: str
     file: object  # what open_table(path) gave
@@ -173,14 +167,11 @@ class TableImage:
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
-        place = f"{self.path} row {self.row} column {self.column}"
-        return place if self.index is None else f"{place} image {self.index}"
+        return f"{self.path} row {self.row} column {self.column}"
 
 
 # Threads may share a PIL image that was opened lazily: the first to load it closes its file.
 SHARED = threading.Lock()
-# Pillow refuses images of more than 179 Mpx, and warns of half of that.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def load_image(ref):
@@ -188,13 +179,10 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
-    in_memory = isinstance(ref, (bytes, Image.Image))
-    name = "image" if in_memory else str(ref)  # for messages
-    if not in_memory and not isinstance(ref, (str, os.PathLike, TableImage)) or not name:
+    if not isinstance(ref, (str, os.PathLike, bytes, TableImage, Image.Image)):
         wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
         raise BadData("image", f"{wanted} is wanted, got {short(ref)}")
-    if name.startswith(("http://", "https://")):
-        raise BadData(name, "images from the web are not fetched")
+    name = "image" if isinstance(ref, (bytes, Image.Image)) else str(ref)  # for messages
     try:
         if isinstance(ref, Image.Image):
             image = ref
@@ -205,12 +193,8 @@ def load_image(ref):
             image.load()  # Image.open() has read the header only
         if not 0 < max(image.size) <= 200 * min(image.size):  # Qwen's processors refuse it, too
             size = f"{image.width}x{image.height} pixels"
-            raise BadData(f"{size}: expected sides that differ by no more than 200 to 1")
+            raise ValueError(f"{size}: expected sides that differ by no more than 200 to 1")
         return to_rgb(image)
-    except BadData as error:
-        raise BadData(name, error) from error
-    except UnidentifiedImageError as error:  # its message names an object in memory
-        raise BadData(name, "cannot be read as an image") from error
     except Exception as error:  # Pillow raises nearly anything at mutilated bytes
         raise BadData(name, f"cannot be read as an image ({error})") from error
 
@@ -219,22 +203,17 @@ def image_bytes(ref):
     """The encoded bytes of a path, bytes or a TableImage."""
     if isinstance(ref, bytes):
         return ref
-    if isinstance(ref, TableImage):
-        return ref.read()
-    encoded = Path(ref).read_bytes()
-    refuse_pointer(ref, encoded)
-    return encoded
+    return ref.read() if isinstance(ref, TableImage) else Path(ref).read_bytes()
 
 
 def to_rgb(image):
-    """An image of any mode -> RGB as a viewer shows it. The reference says convert("RGB"), which
-    drops alpha (a page of transparent black letters turns black; here alpha is laid on white) and
-    cuts 16-bit grey off at 255 (here it is scaled)."""
+    """An image of any mode -> RGB as a viewer shows it: alpha is laid on white, 16-bit grey scaled.
+    The reference's convert("RGB") turns transparent pages black, and cuts grey off at 255."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image) * (255 / 65535)  # 0 ... 65535 -> 0 ... 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):  # a mask, a depth map: no file says which level is white
-        raise BadData(f"mode {image.mode}", "expected grey levels of 8 or 16 bits, or colours")
+        raise ValueError(f"mode {image.mode}: expected grey levels of 8 or 16 bits, or colours")
     if image.has_transparency_data:  # alpha, a transparent colour, a palette with alpha
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -242,10 +221,10 @@ def to_rgb(image):
 
 
 def visible(folder):
-    """The names in a folder in natural order, without AppleDouble files (._x.jpg), as VisDial's
-    archive holds them (VLM2Vec's issue 108)."""
+    """The names in a folder, frame_2 before frame_10, without AppleDouble files (._x.jpg), as
+    VisDial's archive holds them (VLM2Vec's issue 108)."""
 
-    def natural(name):  # frame_2 before frame_10: "frame_2.jpg" -> ["frame_", 2, ".jpg"]
+    def natural(name):  # "frame_2.jpg" -> ["frame_", 2, ".jpg"]
         return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name.lower())]
 
     return sorted((name for name in os.listdir(folder) if name[0] != "."), key=natural)
@@ -255,27 +234,17 @@ def visible(folder):
 # Tables: rows by number out of parquet files, JSON lines and JSON lists
 
 
-def refuse_pointer(path, head):
-    """A clone without git-lfs has pointers, texts of three lines, in the place of large files."""
-    if head.startswith(b"version https://git-lfs"):
-        raise BadData(path, "is a git-lfs pointer: run `git lfs pull` or download it again")
-
-
 OPENING = threading.Lock()  # --check opens tables in threads, `datasets` was not made for that
 
 
 def open_table(path):
-    """A parquet or JSON file -> a datasets.Dataset of it as it is now: an Arrow copy in the cache
-    of `datasets`, which is mapped. A row is in memory while it is used.
+    """A parquet or JSON file -> a datasets.Dataset: a mapped Arrow copy in the cache of `datasets`.
 
-    Of JSON the Dataset has one column, "line": it is parsed when a row is read. For Arrow wants
-    columns of one type (neg_text is text or a list), takes text for dates, and does not name the
-    line at fault.
+    Of JSON the Dataset has one column, "line", parsed when a row is read: Arrow wants columns of
+    one type (neg_text is text or a list), takes text for dates, and does not name a bad line.
     """
     import datasets  # takes seconds, which load_image alone need not wait for
 
-    with open(path, "rb") as file:
-        refuse_pointer(path, file.read(64))
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     changed = str(os.stat(path).st_ctime_ns)  # mtime may be what an archive says
@@ -291,17 +260,13 @@ def open_table(path):
                 features=datasets.Features({"line": datasets.Value("binary")}),
                 gen_kwargs={"path": path, "changed": changed},
             )
-    except Exception as error:  # of pyarrow, fsspec, the file system: here they become one line
-        # An empty file is to `datasets` a split that "corresponds to no data". Its own errors hide
-        # the one that explains them in __cause__.
-        why = "no rows" if "to no data" in str(error) else error.__cause__ or error
-        raise BadData(path, f"cannot be read: {why}") from error
+    except Exception as error:  # of pyarrow, fsspec ...; __cause__: what one of `datasets` hides
+        raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
 
 
 def json_lines(path, changed):
-    """Lines of a JSONL file that are not blank, or the elements of a JSON list, as bytes:
-    {"line": b'{"qry": "a cat"}'}, ... A hash of the arguments names the Arrow copy: a changed file
-    is read anew."""
+    """Lines of a JSONL file, or the elements of a JSON list: {"line": b'{"qry": "a cat"}'}, ... A
+    hash of the arguments names the Arrow copy: a changed file is read anew."""
     with open(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark, white space
         file.seek(0)
@@ -313,15 +278,8 @@ def json_lines(path, changed):
                 yield {"line": line}
 
 
-class Cells(dict):
-    """A row, {column: value}, that names a column it does not have."""
-
-    def __missing__(self, column):  # of row["qry"]; row.get("qry") still gives None
-        raise BadData(f"no column {column}", f"there are {', '.join(self)}")
-
-
 class Table:
-    """The first `cap` rows of some files by number: table[i] -> Cells, images as TableImage."""
+    """The first `cap` rows of some files: table[i] -> {"qry": "a cat", "neg_text": None, ...}."""
 
     def __init__(self, paths, cap):
         # NAME-00000-of-00003.parquet without its siblings is refused.
@@ -338,23 +296,18 @@ class Table:
     def __getitem__(self, i):
         for path, file in self.files:
             if i < len(file):
-                return Cells(read_row(path, file, i))
+                return read_row(path, file, i)
             i -= len(file)  # row 12 of files of 10 and 5 rows is row 2 of the second
 
 
 def read_row(path, file, i):
-    """Row i of an open_table(path) -> {"qry": "a cat", "neg_text": None, ...}."""
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
-    if path.endswith(".parquet"):
-        cells = {}
-        for name in row.column_names:
-            cells[name] = arrow_value(row.column(name)[0], TableImage(path, file, i, name))
-        return cells
-    line = row.column("line")[0].as_py()
-    value = json.loads(line.decode("utf-8-sig"))  # with or without a byte order mark
-    if not isinstance(value, dict):
-        raise BadData(f"a JSON object is wanted, got {short(value)}")
-    return value
+    if not path.endswith(".parquet"):
+        return json.loads(row.column("line")[0].as_py())
+    cells = {}
+    for name in row.column_names:
+        cells[name] = arrow_value(row.column(name)[0], TableImage(path, file, i, name))
+    return cells
 
 
 def arrow_value(cell, image):
@@ -391,7 +344,7 @@ def text_list(row, column):
     values = row[column]
     if not isinstance(values, list) or not values:
         raise BadData(f"column {column}", f"a list of texts is wanted, got {str(values)[:60]}")
-    return [cell({column: value}, column) for value in values]  # each as if it were a row's
+    return [cell({column: value}, column) for value in values]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -406,13 +359,12 @@ class Row:
     {"train": [{"name": "shop", "table": "shop.jsonl", "media": ["photos"], "weight": 2}]}
     """
 
-    name: str  # unique; the key of every score and id
+    name: str  # unique, without /; the key of every score and id
     parser: str  # of TRAIN_PARSERS (default mmeb) or EVAL_PARSERS (default pairs)
     split: str  # "original" (default in training), "test" (default) ...
     hub: str = ""  # hub id = folder under ROOT; "": ROOT itself
     # Where in ROOT the rows lie: patterns of which the first that matches wins (default: a list in
-    # mmeb.json). In "{hub}/{config}/{split}-*.parquet" and the like Files.paths() fills in
-    # {hub} {repo} {name} {lower} {under} {split} {config}; of pages {part}.
+    # mmeb.json). Files.paths() says what "{hub}/{config}/{split}-*.parquet" and the like mean.
     table: str | list | None = None
     config: str | list = ""  # the hub's config; a test set may have several, read in turn (MVBench)
     cap: int | None = None  # only so many first rows are used, as in train_alltasks.yaml
@@ -425,8 +377,8 @@ class Row:
     # Test sets only.
     modality: str = "image"  # or video, visdoc (pages of documents)
     family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
-    # "local": the row lists its candidates. "global": every query has all of them, so in pairs,
-    # pages and video_ret, and by default where labels are given.
+    # "local": a row lists its candidates. "global": every query has all of them (pairs, pages,
+    # video_ret; the default where labels are given).
     scope: str | None = None
     inst: str = ""  # videos, pages: said before a query, e.g. "Select a video that fits ...:"
     tgt: str = ""  # and before a candidate, e.g. "Understand the content of the provided video."
@@ -445,45 +397,32 @@ def complete(row, kind):
     """A short row of kind "train" or "eval" -> its spec, a dict of all keys of Row.
 
     {"name": "own", "table": "test.jsonl"} -> {"name": "own", "table": ["test.jsonl"],
-    "parser": "pairs", "split": "test", "scope": "global", "media": [""], ...}. A typing mistake
-    must not become a default: BadData names it.
+    "parser": "pairs", "scope": "global", ...}. A typing mistake must not become a default.
     """
     given = {key: value for key, value in row.items() if value is not None}
     try:
-        row = asdict(Row(**(DEFAULTS[kind] | given)))
+        spec = asdict(Row(**(DEFAULTS[kind] | given)))
     except TypeError as error:  # a key that no Row has, or no name
         raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
-    name = row["name"]
     for key in fields(Row):
-        value = row[key.name]
-        if not isinstance(value, key.type):  # of table: str | list | None
-            raise BadData(name, f"{key.name}: {short(value)} is not of the type {key.type}")
-        if isinstance(value, (int, float)) and not 0 < value < math.inf:  # nor NaN
-            raise BadData(name, f"{key.name}: {value} is not above 0, and finite")
-    if "/" in name:
-        raise BadData(name, "a name that can name a file is wanted, without /")
-    parser = row["parser"]
+        if not isinstance(spec[key.name], key.type):  # of table: str | list | None
+            raise BadData(spec["name"], f"{key.name}: {short(spec[key.name])} is no {key.type}")
+    parser = spec["parser"]
     retrieval = parser in ("pairs", "video_ret", "beir")
-    has_labels = parser == "video_cls" and row["labels"]
-    row["scope"] = row["scope"] or ("global" if retrieval or has_labels else "local")
-    if any(len(listed(part)) != 3 or not isinstance(part[0], str) for part in row["fetch"]):
-        raise BadData(name, "fetch: lists of hub id, pattern and command are wanted")
-    if len(row["columns"]) != 2:
-        raise BadData(name, "columns: those of the video and of the caption are wanted")
-    if kind == "train" and len(listed(row["config"])) > 1:
-        raise BadData(name, "config: one is wanted, only a test set may have several")
-    row["media"] = listed(row["media"]) or [row["hub"]]
-    row["table"] = listed(row["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
+    has_labels = parser == "video_cls" and spec["labels"]
+    spec["scope"] = spec["scope"] or ("global" if retrieval or has_labels else "local")
+    spec["media"] = listed(spec["media"]) or [spec["hub"]]
+    spec["table"] = listed(spec["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
     choices = {
         "modality": ["image", "video", "visdoc"],
         "scope": ["global"] if retrieval else ["local", "global"],
         "parser": TRAIN_PARSERS if kind == "train" else EVAL_PARSERS,
-        "labels": LABELS,
     }
     for key, values in choices.items():
-        if isinstance(row[key], str) and row[key] not in values:
-            raise BadData(name, f"{key} {row[key]!r}: one of {', '.join(values)} is wanted")
-    return row
+        if spec[key] not in values:
+            why = f"one of {', '.join(values)} is wanted"
+            raise BadData(spec["name"], f"{key} {spec[key]!r}: {why}")
+    return spec
 
 
 def expand(groups):
@@ -500,47 +439,39 @@ def expand(groups):
     return rows
 
 
-USER_FILES = {"train.jsonl", "train.parquet", "test.jsonl", "test.parquet"}
-
-
-def read_listing(path, kind):
-    """The rows of a kind in datasets.json; either kind may be absent."""
-    try:
-        listing = json.loads(Path(path).read_bytes())
-        unknown = set(listing) - {"train", "eval"}
-        if unknown:
-            raise ValueError(f"unknown key {min(unknown)!r}")
-        return [dict(row) for row in listing.get(kind, [])]
-    except (AttributeError, TypeError, ValueError) as error:
-        # It is no JSON, or has a list in the place of a dict.
-        form = '{"train": [rows], "eval": [rows]}'
-        raise BadData(path, f"expected JSON of the form {form} ({error})") from error
-
-
 def tables(root, kind):
     """A root's datasets of kind "train" or "eval" -> their specs: those of its datasets.json, else
     its train.jsonl and test.jsonl (or .parquet), else those of mmeb.json, there or not."""
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
-    own = sorted(USER_FILES & set(os.listdir(root)))
-    rows = expand(MMEB[kind])  # 25 and 78 short rows
+    files = os.listdir(root)
+    users = [file for file in files if re.fullmatch(r"(train|test)\.(jsonl|parquet)", file)]
     if os.path.exists(listing):
-        if not Path(os.path.realpath(listing)).is_relative_to(os.path.realpath(root)):
-            raise BadData(listing, "leaves the root")
         rows = read_listing(listing, kind)
-    elif own:
-        part = "train." if kind == "train" else "test."
-        files = [file for file in own if file.startswith(part)]
-        if len(files) > 1:
-            raise BadData(root, f"{' and '.join(files)}: expected one of them")
-        rows = [{"name": "own", "table": file} for file in files]  # of train.jsonl alone: no test
+    elif users:
+        part = "train." if kind == "train" else "test."  # of train.jsonl alone: no test
+        rows = [{"name": "own", "table": file} for file in users if file.startswith(part)]
+    else:
+        rows = expand(MMEB[kind])  # 25 and 78 short rows
     specs = [complete(row, kind) for row in rows]
     names = [spec["name"] for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise BadData(root, f"{kind} dataset {name!r} is there twice")
     return specs
+
+
+def read_listing(path, kind):
+    """The rows of a kind in datasets.json; either kind may be absent."""
+    try:
+        listing = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise BadData(path, error) from error
+    for key in listing:
+        if key not in DEFAULTS:
+            raise BadData(path, f"unknown key {key!r}, train and eval are known")
+    return listing.get(kind, [])
 
 
 def wanted(specs, names):
@@ -555,8 +486,8 @@ def wanted(specs, names):
 
 
 def fingerprint(root, kind):
-    """A hash of a root's tables of a kind: their specs and, of every file, name, size, the first
-    and the last megabyte. By it train.py notices that a finished stage had other data."""
+    """A hash of a root's tables of a kind: their specs and each file's name, size, first and last
+    megabyte. By it train.py notices that a finished stage had other data."""
     digest = hashlib.sha256()
     for spec in tables(root, kind):
         digest.update(json.dumps(spec, sort_keys=True).encode())
@@ -588,24 +519,12 @@ class Files:
         self.root = os.path.realpath(root)
         self.frames = frames or spec["frames"]
 
-    def inside(self, name, folder=""):
-        """A name in a folder of ROOT -> its path. None leads out of ROOT, also through a symbolic
-        link. So a hub cache, whose snapshots are links, is no root; `hf download --local-dir`
-        writes real files."""
-        if not isinstance(name, str) or not name:
-            raise BadData(short(name), "not a path")
-        relative = os.path.normpath(os.path.join(folder, name))
-        path = os.path.join(self.root, relative)
-        if not Path(os.path.realpath(path)).is_relative_to(self.root):
-            raise BadData(f"path {relative!r}", "leaves the root")
-        return path
-
     def find(self, *names, clip=False):
         """Path of an image (or a clip's folder) in the first media folder that has one of these
         names. mmeb.json lists several: archives unpack otherwise than VLM2Vec's settings say."""
         there = os.path.isdir if clip else os.path.isfile
         for folder, name in itertools.product(self.spec["media"], names):
-            path = self.inside(name, folder)
+            path = os.path.normpath(os.path.join(self.root, folder, name))
             if there(path):
                 return path
         folders = ", ".join(folder or "." for folder in self.spec["media"])
@@ -613,22 +532,17 @@ class Files:
         raise BadData(f"{what} {' or '.join(map(repr, names))}", f"missing, looked in {folders}")
 
     def image(self, value):
-        """A cell -> a reference, a list of them, or None where there is nothing.
-
-        "images/CIRR/Train/1.jpg" -> "/ROOT/TIGER-Lab/MMEB-train/images/CIRR/Train/1.jpg"
-        """
+        """A cell -> a reference (a path, a TableImage), a list of them, or None for nothing."""
         if isinstance(value, list):
-            return [self.image(part) for part in value if part not in (None, "")] or None
-        if value in (None, ""):
+            return [self.image(part) for part in value if part] or None
+        if not value:
             return None
         return value if isinstance(value, TableImage) else self.find(value)
 
     def clip(self, name):
         """Name of a video, whose frames are a folder's files -> {"frames": [paths], "fps": 2.0}.
 
-        n frames at np.linspace(0, last, n), all of MomentSeeker's. Fewer are taken as they are:
-        VLM2Vec pads with the last one since 63ee24a (June 2026).
-        """
+        n frames at np.linspace(0, last, n), all of MomentSeeker's; fewer are taken as they are."""
         folder = self.find(name, clip=True)
         endings = (".jpg", ".jpeg", ".png")  # that the reference accepts
         frames = [file for file in visible(folder) if file.lower().endswith(endings)]
@@ -637,18 +551,15 @@ class Files:
         if self.parser != "momentseeker" and self.frames <= len(frames):
             places = np.linspace(0, len(frames) - 1, self.frames, dtype=int)
             frames = [frames[i] for i in places]  # 8 of 64: 0, 9, 18, 27, 36, 45, 54, 63
-        frames = [self.inside(file, folder) for file in frames]
+        frames = [os.path.join(folder, file) for file in frames]
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
         """The Table of a config, else Missing. A dataset without one of its parts is broken."""
-        try:
-            paths = self.paths(config)
-            if paths:
-                return Table(paths, self.spec["cap"])
-            kind = BadData if self.all_paths() else Missing
-        except BadData as error:
-            raise BadData(self.name, error) from error
+        paths = self.paths(config)
+        if paths:
+            return Table(paths, self.spec["cap"])
+        kind = BadData if self.all_paths() else Missing
         looked = f"looked for {', '.join(self.spec['table'])} ({', '.join(TABLE_FILES)} are read)"
         raise kind(self.name, f"no {config or 'table'} in {self.root}, {looked}")
 
@@ -662,23 +573,18 @@ class Files:
         "{hub}/{config}/{split}-*.parquet" for the config "MC" of NExTQA
         -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
         """
-        fill = self.spec | {"part": config}  # "corpus", "qrels" or "queries" of a set of pages
-        if self.parser != "beir":
-            fill["config"] = config
+        # Beside the spec's own keys, such as {hub}, {name} and {split}, there are four more.
+        lower = self.name.lower()  # "charades-sta"
+        fill = self.spec | {"lower": lower, "under": lower.replace("-", "_")}
         fill["repo"] = os.path.basename(fill["hub"])  # "vidore/x_beir" -> "x_beir"
-        fill["lower"] = self.name.lower()  # "Charades-STA" -> "charades-sta"
-        fill["under"] = fill["lower"].replace("-", "_")  # -> "charades_sta"
-        fill = {key: glob.escape(value) for key, value in fill.items() if isinstance(value, str)}
+        fill["part" if self.parser == "beir" else "config"] = config
         for pattern in self.spec["table"]:
-            try:
-                pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
-            except (AttributeError, LookupError, ValueError) as error:
-                raise BadData(self.name, f"table {pattern!r} is no pattern ({error})") from error
+            pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
             names = sorted(glob.glob(pattern, root_dir=self.root))
-            files = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
-            files = [path for path in files if os.path.isfile(path)]  # no link that leads nowhere
-            if files:
-                return files
+            paths = [os.path.normpath(os.path.join(self.root, name)) for name in names]
+            paths = [path for path in paths if path.endswith(TABLE_FILES)]
+            if paths:
+                return paths
         return []
 
 
@@ -698,8 +604,7 @@ def mmeb_pair(files, row):
     -> {"text": "\nRepresent the ...?\n", "image": "/ROOT/.../A-OKVQA_image_0.jpg"},
        {"text": "cab"}, [{"text": "train"}]
 
-    Hard negatives (text, image or both; a value, or lists as in mmE5's columns; CIRR and others
-    have none) are kept: VLM2Vec reads and drops them.
+    Hard negatives (none, a value, or lists as in mmE5's columns) are kept: VLM2Vec drops them.
     """
     texts = listed(row.get("neg_text") or None)  # "" and null: none
     images = listed(row.get("neg_image_path") or None)
@@ -742,11 +647,9 @@ def video_pair(files, row):
 def page_pair(files, row):
     """Pages. The odd spaces are VLM2Vec's: it joins prompt, query and token, which may be empty.
 
-    page_qa  colpali_train_set: page and question -> answer, without its own long prompts, as in
-             VLM2Vec. {"image", "query": "what?", "answer": "7"} -> page and " what?"; "7"
-    page     VisRAG: text -> page, with prompts of its source (mmeb.json).
-             {"image", "query": "x", "source": "PlotQA"} -> "This query relates to ...:  x "; page
-             and "A numerical data visualization, ...  "
+    page_qa  colpali_train_set: {"image", "query": "what?", "answer": "7"} -> page and " what?"; "7"
+    page     VisRAG, with prompts of its source: {"image", "query": "x", "source": "PlotQA"} ->
+             "This query relates to ...:  x "; page and "A numerical data visualization, ...  "
     """
     query, page = cell(row, "query", "text?"), files.image(row["image"])
     if files.parser == "page_qa":
@@ -775,11 +678,10 @@ class Source(Files):
         super().__init__(spec, root)
         self.parse, self.sides = TRAIN_PARSERS[self.parser]
         self.rows = self.table(self.configs[0])
-        # (usable rows,): usable row -> row of the table, 4 bytes each.
-        self.keep = np.fromiter(filter(self.is_full, range(len(self.rows))), np.int32)
+        full = [i for i in range(len(self.rows)) if self.is_full(i)]
+        self.keep = np.array(full, np.int32)  # (usable rows,): usable row -> row of the table
         if not len(self.keep):
-            first = self.rows.files[0][0]
-            raise BadData(self.name, f"no usable row in {first}: each has an empty side")
+            raise BadData(self.name, "no usable row: each has an empty side")
 
     def is_full(self, i):
         """Has each side of the table's row i something? One that cannot be read is for pair()."""
@@ -787,7 +689,7 @@ class Source(Files):
             row = self.rows[i]
             for side in self.sides:
                 values = [value for c in side for value in listed(row[c])]
-                if all(value in ("", None) for value in values):  # 0 and false are for pair()
+                if not any(values):
                     return False
             return True
         except ROW_FAULTS:
@@ -845,16 +747,13 @@ class TrainData:
         return self.sources[source].pair(row)
 
     def fetch(self, source, row, read=opened, rows=None):
-        """read() of this row's pair, or of the next one of `rows`, a range (None: all), that can be
-        read. A row that cannot (ValueError) is named once, whichever process meets it.
-
-        read: e.g. of train.py, pair -> its prompts of tokens and patches, which opens the images.
-        """
+        """read(pair) of this row's pair, or of the next one of `rows`, a range (None: all), that
+        can be read. A row that cannot (ValueError) is named once, whichever process meets it."""
         rows = rows or range(self.sizes[source])
-        errors = {}  # {row: BadData}
-        # On from row, then from the start.
+        named = self.named[source]
+        errors = {}  # row: BadData. They are printed when a sound row follows.
         for i in itertools.chain(range(row, rows.stop), range(rows.start, row)):
-            if self.named[source][i]:  # a run of broken rows is not read again at every visit
+            if named[i]:  # a run of broken rows is not read again at every visit
                 continue
             try:
                 pair = read(self.pair(source, i))
@@ -862,8 +761,8 @@ class TrainData:
                 errors[i] = BadData(self.id(source, i), error)
                 continue
             for broken, error in errors.items():
-                if not self.named[source][broken]:
-                    self.named[source][broken] = 1
+                if not named[broken]:
+                    named[broken] = 1
                     tqdm.write(f"skipped ({self.skipped} so far): {error}")
             return pair
         why = next(iter(errors.values()), "all are named above")
@@ -895,8 +794,7 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     """Endless batches [(source, row), ...]. The state is the step: islice() skips what is done.
 
     Every rank draws the global batch and takes every world-th sub-batch, or an equal part of one
-    where ranks are more. A walk that ends inside a sub-batch goes on with the next epoch's order; a
-    source smaller than a sub-batch repeats rows in it (the loss masks equal targets).
+    where ranks are more. A walk that ends inside a sub-batch goes on with the next epoch's order.
 
     next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
@@ -931,12 +829,9 @@ def walk(source, size, start, seed):
 
 
 class EvalSet(Files):
-    """A test set opened and filled by its parser. load_eval() adds .cand_ids, the candidates' keys,
-    and .protocol: what a score of it must be quoted with.
-
-    Of two rows that list the options "yes" and "no", of which the first and the second is right:
-    candidates [{"text": "yes"}, {"text": "no"}], local [[0, 1], [0, 1]], positives [[0], [1]].
-    """
+    """A test set opened and filled by its parser. Of two rows that list the options "yes" and "no",
+    of which the first and the second is right: candidates [{"text": "yes"}, {"text": "no"}],
+    local [[0, 1], [0, 1]], positives [[0], [1]]."""
 
     def __init__(self, spec, root, frames, prompts, problems):
         super().__init__(spec, root, frames)
@@ -984,12 +879,11 @@ class EvalSet(Files):
 
     def say(self, inst, content=None, image=None, clip=None, full=None):
         """The item of an instruction and a content, with the image and the clip of these names.
+        say("About:", "why?", "a.jpg") -> {"text": " About: why?", "image": ...}, or with Qwen's
+        prompts {"text": "why?", "instruction": "About:", "image": ...}.
 
-        VLM2Vec joins visual token, instruction and content by spaces (`full`: another rule). Our
-        chat template places images, so the token goes. Its space stays, as does the one before a
-        blank content.
-        Qwen's instruction goes to the system turn. say("About:", "why?", "a.jpg")
-        -> {"text": " About: why?", "image": ...} or {"text": "why?", "instruction": "About:", ...}
+        VLM2Vec joins visual token, instruction and content by spaces (`full`: another rule). The
+        token goes, as our chat template places images. Its space stays.
         """
         image = self.find(image) if isinstance(image, str) else image  # or a TableImage, or None
         video = None if clip is None else self.clip(clip)
@@ -1055,7 +949,7 @@ def image_set(es, row):
         image, full = None, f"{inst} {text}"
     else:
         image = cell(row, "qry_img_path")
-        # Two of VLM2Vec's parsers strip the instruction, two do not.
+        # VLM2Vec's parsers differ.
         lead = inst if kind in ("image_cls", "image_i2t") else "\n" + inst.strip()
         full = f" {lead} {text}" if text else f" {lead}"
         full = full.replace(" \n", "\n")
@@ -1075,13 +969,11 @@ def image_targets(es, row):
     captions = [""] * len(paths)
     if row.get("tgt_text") not in (None, [], [""]):
         captions = text_list(row, "tgt_text")
-    if len(captions) != len(paths):
-        raise BadData("tgt_text", f"{len(captions)} of them for {len(paths)} tgt_img_path")
     cands = []
     blank = not captions[0].strip()
     grounding = es.parser == "image_i2i_vg"
     end = "" if blank and grounding else "\n"  # VLM2Vec's two parsers differ here
-    for path, caption in zip(paths, captions):
+    for path, caption in zip(paths, captions, strict=True):
         full = f" {inst}" if blank else f" {inst} {caption}"
         full = full.replace(" \n", "\n") + end
         content = "" if blank else caption.strip()
@@ -1091,11 +983,10 @@ def image_targets(es, row):
 
 
 def video_cls(es, row):
-    """A clip's class. Global over all labels, shown by a clip or not, or local over neg_text.
+    """A clip's class, of all labels (global) or of those in neg_text (local: SmthSmthV2).
 
     {"video_id": "v_1", "pos_text": "archery"} of K700 -> " Recognize the category of the video
-    content." and the clip; 700 labels, positive {"text": "archery"}. SmthSmthV2 lists its 174
-    options, the right one among them, in "neg_text".
+    content." and the clip; 700 labels, positive {"text": "archery"}.
     """
     label, labels = cell(row, "pos_text"), es.spec["labels"]
     if es.spec["scope"] == "local":
@@ -1109,13 +1000,10 @@ def video_cls(es, row):
     es.query(query, cands, [es.index[label]])
 
 
-# How the multiple-choice sets differ. All of it is VLM2Vec's. parser: (
-#     column of the clip's name,
-#     what stands before that name in its folder's,
-#     columns of the options: one that lists them, one for each, or none (yes and no),
-#     how the answer names the first, second ... option; "": by the option itself,
-#     the question: {lines} are the options joined by "\n", {words} by " ", {lettered} by "\n" with
-#     "(A) ", "(B) " ... before them)
+# How VLM2Vec's multiple-choice sets differ: the column of the clip's name, what stands before that
+# name in its folder's, columns of the options (one that lists them, one for each, or none: yes and
+# no), how the answer names the first, second ... option ("": by the option itself), the question.
+# {lines} are the options joined by "\n", {words} by " ", {lettered} are lines with "(A) " ...
 LETTERED = "{question}\nOptions:\n{lettered}"
 VIDEO_QA = {
     "videomme": ("videoID", "", ["options"], "ABCDEFGH", "{question}\n{lines}"),
@@ -1150,9 +1038,12 @@ def video_qa(es, row):
         words=" ".join(options),
         lettered="\n".join(lettered).rstrip(),
     )
-    keys = lettered if es.parser == "mvbench" else options
-    text = bare if es.parser in ("videomme", "egoschema") else str
-    cands = [es.cand(key, make_item, text(key)) for key in keys]
+    cands = []
+    for key in lettered if es.parser == "mvbench" else options:
+        text = key
+        if es.parser in ("videomme", "egoschema"):  # "C. Berries." -> "Berries"
+            text = (key.partition(". ")[2] or key).strip(". ")
+        cands.append(es.cand(key, make_item, text))
     clip = before.format(config=es.config) + cell(row, column, "id")
     query = es.say(es.inst, question, clip=clip)
     # Where an answer stands twice (MVBench) the last is right, as upstream.
@@ -1160,16 +1051,8 @@ def video_qa(es, row):
     es.query(query, cands, [right])
 
 
-def bare(option):
-    """'C. Berries.' -> 'Berries'. Upstream takes the last letter of an option without '. ', we the
-    option."""
-    _, _, text = option.partition(". ")
-    return (text or option).strip(". ")
-
-
 def stem(path):
-    """Name of a video without folders and ending: "x/v.m4v" -> "v", "AB_210.0" stays. An ending is
-    2 to 4 letters and digits, a letter among them."""
+    """Name of a video without folders and ending: "x/v.m4v" -> "v", but "AB_210.0" stays."""
     return re.sub(r"\.(?=\d*[a-z])[a-z\d]{2,4}$", "", os.path.basename(path), flags=re.I)
 
 
@@ -1190,11 +1073,8 @@ def video_ret(es, row):
 
 def moment(es, row):
     """QVHighlight, Charades-STA: which clip of a video shows it? {"query": "a man runs",
-    "video_path": "x/AB.mp4"} names a folder of clips, each a folder of frames:
-
-        AB/query/                            the given video, shown with the query
-        AB/positive/                         the right candidate
-        AB/negative_0/, AB/negative_1/ ...   the other candidates
+    "video_path": "x/AB.mp4"} -> the clip AB/query goes with the text, AB/positive is right, and
+    AB/negative_0, AB/negative_1 ... are the other candidates.
     """
     text = cell(row, "query")
     video = stem(cell(row, "video_path", "id"))
@@ -1227,8 +1107,6 @@ def momentseeker(es, row):
     text = cell(row, "query", "text?")
     given = cell(row, "input_frames", "text?")  # "", "1.jpg" or "m/a.mp4"
     kind = os.path.splitext(given)[1]  # "", ".jpg" or ".mp4"
-    if kind not in SEEK:
-        raise BadData("column input_frames", f"{given!r} is no .jpg and no .mp4")
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
     right = listed(row["positive_frames"])
@@ -1245,13 +1123,15 @@ def flat(path):
 
 
 def pairs(es, row):
-    """A user's test set in MMEB-train's columns, each row a query and one right target. All targets
-    and hard negatives are candidates. Equal queries are one with several positives."""
+    """A user's test set in MMEB-train's columns. All targets and hard negatives are candidates, and
+    equal queries are one with several positives."""
     query, target, negatives = mmeb_pair(es, row)
     if {"text": ""} in (query, target):
         raise BadData("a side", "is empty")
+    number = es.cand(side_key(es, target), make_item, **target)
+    for item in negatives:
+        es.cand(side_key(es, item), make_item, **item)
     key = side_key(es, query)
-    number, *_ = [es.cand(side_key(es, item), make_item, **item) for item in (target, *negatives)]
     if key not in es.asked:
         es.query(query, [number], [number])
         es.asked[key] = es.positives[-1]  # the list itself: what is added to it counts
@@ -1262,34 +1142,47 @@ def pairs(es, row):
 def side_key(es, item):
     """The text and the images that tell a side from others: '["a cat", "pics/a.jpg"]', however its
     row spells them. An image inside a table has no name: a hash of its bytes."""
-    names = []
+    key = [item.get("text", "")]
     for ref in refs(item):
-        inside = isinstance(ref, TableImage)
-        name = hashlib.sha256(ref.read()).hexdigest() if inside else os.path.relpath(ref, es.root)
-        names.append(name)
-    return json.dumps([item.get("text", ""), *(names or [""])], ensure_ascii=False)
+        if isinstance(ref, TableImage):
+            key.append(hashlib.sha256(ref.read()).hexdigest())
+        else:
+            key.append(os.path.relpath(ref, es.root))
+    if len(key) == 1:
+        key.append("")
+    return json.dumps(key, ensure_ascii=False)
 
 
 def beir(es, row):
-    """Pages of documents in three tables, after the benchmark of this layout. They are read in this
-    order; for query 7 page 4 is relevant, with grade 3:
+    """Pages in the three tables of the BEIR benchmark, read in this order: corpus {"corpus-id": 4,
+    "image": ...}, qrels {"query-id": 7, "corpus-id": 4, "score": 3}, queries {"query-id": 7,
+    "query": "what?"}. So page 4 is relevant for query 7, with grade 3.
 
-    corpus {"corpus-id": 4, "image": ...}, qrels {"query-id": 7, "corpus-id": 4, "score": 3},
-    queries {"query-id": 7, "query": "what?"}
+    An image is in the table, or lies in the media folders as the table says, as NAME.png (ViDoRe)
+    or as short_name(NAME) (VisRAG). Grades are 0 (not at all) ... 3; a duplicate keeps the higher.
     """
-    {"corpus": page, "qrels": qrel, "queries": page_query}[es.config](es, row)
-
-
-def page(es, row):
-    """A row of the corpus. An image is in the table, or lies in the media folders as the table
-    says, as NAME.png (ViDoRe) or as short_name(NAME) (VisRAG)."""
+    if es.config == "queries":
+        qid = cell(row, "query-id", "id")
+        grades = es.relevant.get(qid, {})  # {page id: grade}
+        right = [es.index[key] for key in grades]
+        query = es.say(es.inst, cell(row, "query"))
+        es.query(query, [], right, list(grades.values()), qid)
+        return
     key = cell(row, "corpus-id", "id")
-    if key in es.index:
-        raise BadData("column corpus-id", f"{key!r} occurs twice")
-    image = row.get("image")
-    if not isinstance(image, TableImage):
-        image = es.find(*listed(image or None), f"{key}.png", short_name(key))
-    es.cand(key, es.say, es.tgt, image=image)
+    if es.config == "corpus":
+        if key in es.index:
+            raise BadData("column corpus-id", f"{key!r} occurs twice")
+        image = row.get("image")
+        if not isinstance(image, TableImage):
+            image = es.find(*listed(image or None), f"{key}.png", short_name(key))
+        es.cand(key, es.say, es.tgt, image=image)
+    else:
+        if key not in es.index:
+            raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
+        grade = row["score"]
+        if grade > 0:
+            grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
+            grades[key] = max(grades.get(key, 0), grade)
 
 
 def short_name(page):
@@ -1298,33 +1191,16 @@ def short_name(page):
     return f"{base[:50]}_{hashlib.md5(page.encode()).hexdigest()[:8]}{ending}"
 
 
-def qrel(es, row):
-    """How relevant a page is to a query: 0 (not at all) ... 3. A duplicate keeps the higher. Of
-    ViDoSeek-doc every page of the right document has 2, the page with the answer 3."""
-    key, grade = cell(row, "corpus-id", "id"), row["score"]
-    if key not in es.index:
-        raise BadData("column corpus-id", f"{key!r} names no document of the corpus")
-    if not isinstance(grade, (int, float)) or not -100 < grade < 100:  # refuses NaN, too
-        raise BadData("column score", f"a grade is wanted, got {short(grade)}")
-    if grade > 0:
-        grades = es.relevant.setdefault(cell(row, "query-id", "id"), {})
-        grades[key] = max(grades.get(key, 0), grade)
-
-
-def page_query(es, row):
-    """A question; its pages are known by now."""
-    qid, text = cell(row, "query-id", "id"), cell(row, "query")
-    if qid in es.query_ids:
-        raise BadData("column query-id", f"{qid!r} occurs twice")
-    grades = es.relevant.get(qid, {})  # {page id: grade}
-    right = [es.index[key] for key in grades]
-    es.query(es.say(es.inst, text), [], right, list(grades.values()), qid)
-
-
-IMAGE_SETS = ["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"]
-EVAL_PARSERS = dict.fromkeys(IMAGE_SETS, image_set) | dict.fromkeys(VIDEO_QA, video_qa)
-EVAL_PARSERS |= {"video_cls": video_cls, "video_ret": video_ret, "moment": moment}
-EVAL_PARSERS |= {"momentseeker": momentseeker, "pairs": pairs, "beir": beir}
+EVAL_PARSERS = {
+    **dict.fromkeys(["image_cls", "image_i2t", "image_qa", "image_t2i", "image_i2i_vg"], image_set),
+    **dict.fromkeys(VIDEO_QA, video_qa),
+    "video_cls": video_cls,
+    "video_ret": video_ret,
+    "moment": moment,
+    "momentseeker": momentseeker,
+    "pairs": pairs,
+    "beir": beir,
+}
 
 
 def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=None):
@@ -1334,15 +1210,16 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
     (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". problems: a list that takes
     all that is broken, images included; without it the first stops the evaluation.
     """
-    spec = wanted(tables(root, "eval"), [row])[0] if isinstance(row, str) else row
-    es = EvalSet(spec, root, frames, prompts, problems)
+    if isinstance(row, str):
+        [row] = wanted(tables(root, "eval"), [row])
+    es = EvalSet(row, root, frames, prompts, problems)
     es.read(limit)
+    es.cand_ids = list(es.index)  # the candidates' keys
     if es.parser != "beir":
         es.grades = None  # only pages are graded
-    es.cand_ids = list(es.index)  # in the order of .candidates
-    if spec["scope"] == "global":
+    if row["scope"] == "global":
         es.local = None
-    es.protocol = f"{prompts} prompts"
+    es.protocol = f"{prompts} prompts"  # what a score must be quoted with
     if es.modality == "video":
         es.protocol = f"{es.frames} frames, {es.protocol}"  # "8 frames, vlm2vec prompts"
     return es
@@ -1358,7 +1235,8 @@ def check_one(task, root):
     spec, kind = task
     status = "found"
     rows = usable = 0
-    problems, remedy = [], []
+    problems = []
+    commands = downloads(spec, root)
     try:
         if kind == "eval":
             es = load_eval(root, spec, frames=sys.maxsize, problems=problems)  # every frame
@@ -1374,19 +1252,16 @@ def check_one(task, root):
                     problems.append(str(BadData(source.id(row), error)))
     except Missing as error:
         status = "missing"
-        remedy = [str(error)]  # for a user's own, which has no download
+        commands = commands or [str(error)]  # a user's own has no download
     except (BadData, OSError) as error:
         problems.append(str(error))
     if problems:
         status = "broken"
-    published = spec["rows"] or "?"
-    line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {published:>8} rows"
+    line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {spec['rows'] or '?':>8} rows"
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
     if not usable and len(problems) > 20:  # images that were never fetched
         problems[20:] = [f"... and {len(problems) - 20} more: no row is usable"]
-    if status != "found":
-        remedy = downloads(spec, root) or remedy
-    return status, [line, *problems, *remedy]
+    return status, [line] if status == "found" else [line, *problems, *commands]
 
 
 def downloads(spec, root):
@@ -1411,17 +1286,16 @@ def check(root, names=None):
     if names:
         wanted([spec for spec, _ in todo], names)  # an unknown name is an error
         todo = [(spec, kind) for spec, kind in todo if spec["name"] in names]
-    statuses = []
+    tally = dict.fromkeys(["found", "missing", "broken"], 0)
     with ThreadPoolExecutor() as pool:
         verdicts = pool.map(check_one, todo, itertools.repeat(root))
         for status, lines in tqdm(verdicts, total=len(todo), disable=None):
-            statuses.append(status)
+            tally[status] += 1
             tqdm.write("\n         ".join(lines))
-    tally = {status: statuses.count(status) for status in ("found", "missing", "broken")}
     print(", ".join(f"{status}: {number}" for status, number in tally.items()))
-    if "broken" in statuses:
+    if tally["broken"]:
         return 1
-    return 0 if "found" in statuses else 2
+    return 0 if tally["found"] else 2
 
 
 def main():
