@@ -466,11 +466,11 @@ def read_listing(path, kind):
     """The rows of a kind in datasets.json; either kind may be absent."""
     try:
         listing = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+        unknown = listing.keys() - {"train", "eval"}
+    except (AttributeError, ValueError) as error:
         raise BadData(path, error) from error
-    for key in listing:
-        if key not in DEFAULTS:
-            raise BadData(path, f"unknown key {key!r}, train and eval are known")
+    if unknown:
+        raise BadData(path, f"unknown key {min(unknown)!r}, train and eval are known")
     return listing.get(kind, [])
 
 
@@ -483,23 +483,6 @@ def wanted(specs, names):
         if name not in by_name:
             raise BadData(f"no dataset {name!r} in the table; there are {', '.join(by_name)}")
     return [by_name[name] for name in dict.fromkeys(names)]  # a name given twice counts once
-
-
-def fingerprint(root, kind):
-    """A hash of a root's tables of a kind: their specs and each file's name, size, first and last
-    megabyte. By it train.py notices that a finished stage had other data."""
-    digest = hashlib.sha256()
-    for spec in tables(root, kind):
-        digest.update(json.dumps(spec, sort_keys=True).encode())
-        files = Files(spec, root)
-        for path in files.all_paths():
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(f"{os.path.relpath(path, files.root)} {size}".encode())
-                digest.update(file.read(2**20))  # all of a small file
-                file.seek(max(0, size - 2**20))
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -519,12 +502,20 @@ class Files:
         self.root = os.path.realpath(root)
         self.frames = frames or spec["frames"]
 
+    def inside(self, *parts):
+        """A path in ROOT. None leads out of it, also through a symbolic link. So a hub cache, whose
+        snapshots are links, is no root; `hf download --local-dir` writes real files."""
+        path = os.path.normpath(os.path.join(self.root, *parts))
+        if not Path(os.path.realpath(path)).is_relative_to(self.root):
+            raise BadData(f"path {os.path.join(*parts)!r}", "leaves the root")
+        return path
+
     def find(self, *names, clip=False):
         """Path of an image (or a clip's folder) in the first media folder that has one of these
         names. mmeb.json lists several: archives unpack otherwise than VLM2Vec's settings say."""
         there = os.path.isdir if clip else os.path.isfile
         for folder, name in itertools.product(self.spec["media"], names):
-            path = os.path.normpath(os.path.join(self.root, folder, name))
+            path = self.inside(folder, name)
             if there(path):
                 return path
         folders = ", ".join(folder or "." for folder in self.spec["media"])
@@ -551,7 +542,7 @@ class Files:
         if self.parser != "momentseeker" and self.frames <= len(frames):
             places = np.linspace(0, len(frames) - 1, self.frames, dtype=int)
             frames = [frames[i] for i in places]  # 8 of 64: 0, 9, 18, 27, 36, 45, 54, 63
-        frames = [os.path.join(folder, file) for file in frames]
+        frames = [self.inside(folder, file) for file in frames]
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
@@ -581,8 +572,7 @@ class Files:
         for pattern in self.spec["table"]:
             pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
             names = sorted(glob.glob(pattern, root_dir=self.root))
-            paths = [os.path.normpath(os.path.join(self.root, name)) for name in names]
-            paths = [path for path in paths if path.endswith(TABLE_FILES)]
+            paths = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
             if paths:
                 return paths
         return []

@@ -3773,10 +3773,13 @@ BAD_ROWS = [
     ("mmeb", b'{"qry": "x"}', "no column qry_image_path$"),
     ("mmeb", pair(3), "column qry: text is wanted, got 3"),
     ("mmeb", pair("q", "gone.png"), "image 'gone.png': missing, looked in .$"),
+    ("mmeb", pair("q", "../x.png"), "path '.*/x.png': leaves the root"),
+    ("mmeb", pair("q", "link.png"), "path '.*link.png': leaves the root"),
     ("mmeb", pair("q", {"a": 1}), ".* not 'dict'"),
     ("mmeb", pair("q", "empty.png"), ".*empty.png: cannot be read as an image"),
     ("mmeb", pair(neg_text=["x", "y"], neg_image_path=["a.png"]), "negatives: 2 neg_text"),
     ("video_qa", {"conversations": CHAT[:1]}, "not enough values"),
+    ("video_qa", {"video": "linked"}, "path .*linked/2.png': leaves the root"),
     ("video_qa", {"video": "none"}, "clip folder .*none: has no frames"),
     ("image_cls", {"tgt_text": ["a", None]}, "column tgt_text: .*, got null"),
     ("image_cls", {"tgt_text": "a"}, "column tgt_text: a list of texts .* got a"),
@@ -3797,7 +3800,10 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, bad, message):
     with open(f"{root}/t.jsonl", "ab") as file:
         file.write(b"\n" + bad)
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "none").mkdir()
+    for folder in ("none", "linked"):
+        (tmp_path / folder).mkdir()
+    for link in ("link.png", "linked/2.png"):
+        os.symlink(f"{media()}/a.png", f"{root}/{link}")
     assert data.check(root) == 1
     out = capsys.readouterr().out
     assert re.search(f"^broken +{kind} +d .* 2 of +. rows, 1 usable", out, re.M)
@@ -3806,6 +3812,7 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, bad, message):
 
 BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is said
     (b"{", "datasets.json: Expecting property name"),
+    (b"[]", "datasets.json: 'list' object has no attribute 'keys'"),
     (b'{"trian": []}', "datasets.json: unknown key 'trian'"),
     (b'{"train": [{"name": "x"}, {"name": "x"}]}', "train dataset 'x' is there twice"),
     ({"weigth": 2}, "train dataset x: .* unexpected keyword argument 'weigth'"),
