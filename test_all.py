@@ -4350,7 +4350,7 @@ def test_a_run_and_its_files(first_root, tmp_path):
     got = evaluation.evaluate(Fake(), first_root, str(tmp_path), truth=TRUTH)
     modes = got["modes"]
     # A further call, with other tasks: all that is there is in the leaderboard.
-    few = evaluation.evaluate(Fake(), first_root, str(tmp_path), ["easy"], ["adaptive", "never"])
+    few = evaluation.evaluate(Fake(), first_root, str(tmp_path), ["easy"], ["adaptive"])
     assert few["mode"] == "adaptive"
     assert few["overall"] == 1
     assert list(few["datasets"]) == ["easy"]
@@ -4402,7 +4402,7 @@ def test_grades_of_pages_are_written(tmp_path):
     es.cand_ids = ["x", "y", "z"]
     es.positives, es.grades = [[0, 2]], [[1, 2]]
     results = evaluation.measure(Fake(), es, ["never"], 0.5, {})
-    about, records = evaluation.write_dataset(es, results, "never", str(tmp_path))
+    about, records = evaluation.write_dataset(es, results, str(tmp_path))
     assert about["score"] == records[0]["never"] == score([1, 3], [1, 2])["ndcg_linear@5"]
     want = {"prediction": ["x", "y", "z"], "label": ["x", "z"], "rel_scores": [1, 2]}
     assert json_rows(tmp_path, "visdoc/pages_pred.jsonl") == [want]
@@ -4439,7 +4439,6 @@ def test_eval_hands_its_options_over(monkeypatch, tmp_path, first_root, ours, th
 MISTAKES = [  # program, options, what is said
     ("data.py", "--check nowhere", "data.py: nowhere: no such folder"),
     ("eval.py", "--limit 0", "--limit: 0 is less than 1"),
-    ("eval.py", "--threshold inf", "--threshold inf"),
     ("eval.py", "--data nowhere", "nowhere"),
     ("eval.py", "--tasks nothing", "no dataset 'nothing'"),
     ("study.py", "--out out --seeds 1 -1", "--seed -1: expected a number, at least 0"),
