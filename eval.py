@@ -16,9 +16,14 @@ The maths. The rank of a positive p is pessimistic: 1 + #{wrong candidates with 
 + #{positives before it}. A collapsed model so scores 0, not 100 % (the reference's argsort returns
 index 0, which is the answer in 36 image sets). Scores are float64 products rounded to 2^-25, the
 largest error of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
-hit, precision, recall, F1 and MRR at k = 1, 5, 10 are the textbook's. With L the set of positives:
-    map    sum over hits of precision@rank, over min(|L|, k)
-    ndcg   sum over hits of g/log2(rank + 1), over the same of the ideal order
+With L the set of positives and k = 1, 5, 10:
+    hit         1 if any rank <= k
+    precision   |hits|/k
+    recall      |hits|/|L|
+    f1          harmonic mean of precision and recall
+    map         sum over hits of precision@rank, over min(|L|, k)
+    mrr         1/first rank <= k
+    ndcg        sum over hits of g/log2(rank + 1), over the same of the ideal order
 where g = grade (linear) or 2^grade - 1 (exponential), grade 1 where there is none. A dataset is the
 mean over its queries; a modality and the overall are plain means over datasets.
 
@@ -72,9 +77,11 @@ def ndcg(gain, at, k):
     """gain (p,) of a query's positives, at (p, 10) as in score_ranks -> what the ranking gains over
     what the best order would gain, both discounted by place."""
     best = np.sort(gain)[::-1][:k]
-    reached = (gain @ at) * DISCOUNT  # (10,)
     ideal = best @ DISCOUNT[: len(best)]
-    return reached[:k].sum() / ideal if ideal else 0.0  # 2^grade - 1 of a tiny grade is 0
+    if not ideal:  # 2^grade - 1 of a tiny grade is 0
+        return 0.0
+    reached = (gain @ at) * DISCOUNT  # (10,)
+    return reached[:k].sum() / ideal
 
 
 def score_ranks(ranks, grades=None):
@@ -119,7 +126,9 @@ def rank_candidates(queries, candidates, positives, grades=None, local=None):
     """
     # 1) Of each query: its positives' scores, how many wrong candidates are ahead of each of them,
     # and the best wrong ones so far.
-    scores, ahead, best = [], [], []
+    scores = []
+    ahead = []
+    best = []
     for i, right in enumerate(positives):
         scores.append(grid_scores(queries[i : i + 1], candidates[right])[0])
         ahead.append(np.zeros(len(right), np.int64))
@@ -148,7 +157,8 @@ def rank_candidates(queries, candidates, positives, grades=None, local=None):
 
     # 3) Put the positives among them. A positive's rank counts the positives before it, too: those
     # of higher scores, of equal scores those of lower grades, of equal grades as they come.
-    ranks, top = [], []
+    ranks = []
+    top = []
     for i, right in enumerate(positives):
         grade = grades[i] if grades else np.zeros(len(right))
         order = np.lexsort((grade, -scores[i]))
@@ -178,9 +188,11 @@ def embed_share(embedder, items, title, names, **how):
     Each process embeds a part of them: of five items by two processes the first has two.
     how: of Embedder.encode. infos: what it returns of each item, and "ms", the part's mean.
     """
-    n, world = len(items), scale.world_size()
+    n = len(items)
+    world = scale.world_size()
     first = n * scale.rank() // world
-    part = items[first : n * (scale.rank() + 1) // world]
+    end = n * (scale.rank() + 1) // world
+    part = items[first:end]
     start = time.perf_counter()
     try:
         vectors, infos = embedder.encode(part, return_info=True, **how)
@@ -189,7 +201,8 @@ def embed_share(embedder, items, title, names, **how):
     ms = 1000 * (time.perf_counter() - start)
     for info in infos:
         info["ms"] = ms / len(infos)
-    return np.concatenate(scale.gather_objects([vectors])), scale.gather_objects(infos)
+    vectors = np.concatenate(scale.gather_objects([vectors]))
+    return vectors, scale.gather_objects(infos)
 
 
 def measure(embedder, es, modes, threshold, options):
@@ -231,7 +244,10 @@ def write_dataset(es, results, out):
     # A rationale is of interest where adaptive did not ask for it, too.
     thoughts = results.get("always", primary)
     number = KEYS.index(es.metric)
-    predictions, records = [], []
+
+    # 1) Query by query.
+    predictions = []
+    records = []
     for i, row in enumerate(primary):
         label = [es.cand_ids[c] for c in es.positives[i]]
         grades = es.grades[i] if es.grades else None
@@ -251,6 +267,7 @@ def write_dataset(es, results, out):
             record["top3"][mode] = rows[i]["top"][:3]
         records.append(record)
 
+    # 2) All together.
     means = column(primary, "scores").mean(0)  # (24,)
     score = dict(zip(KEYS, means.tolist()))
     score["num_pred"] = score["num_data"] = len(records)
@@ -263,6 +280,8 @@ def write_dataset(es, results, out):
         "reason_rate": column(primary, "reasoned").mean(),
         "tokens_per_query": column(primary, "new_tokens").mean(),
     }
+
+    # 3) The files, and a line for the reader.
     if scale.is_main():
         folder = Path(out, es.modality)
         folder.mkdir(exist_ok=True, parents=True)
@@ -309,7 +328,8 @@ def mode_table(records, modality, threshold):
     # 1) All queries of all datasets in one table.
     rows = []
     for name, queries in records.items():
-        rows += [{**query, "dataset": name} for query in queries]
+        for query in queries:
+            rows.append({**query, "dataset": name})
     fields = ("dataset", "never", "always", "p_reason", "new_tokens", "ms_never", "ms_always")
     table = {key: column(rows, key) for key in fields}  # columns (n,)
 
@@ -333,8 +353,8 @@ def mode_table(records, modality, threshold):
     # 3) The dial: adaptive again, at other thresholds.
     curve = []
     for limit in np.linspace(0, 1, 41).round(6).tolist():
-        mode = summarise(table, modality, table["p_reason"] > limit)
-        point = {key: mode[key] for key in ("overall", "tokens_per_query", "reason_rate")}
+        row = summarise(table, modality, table["p_reason"] > limit)
+        point = {key: row[key] for key in ("overall", "tokens_per_query", "reason_rate")}
         curve.append({"threshold": limit, **point})
     return modes, curve
 
@@ -355,11 +375,14 @@ def adaptivity(records, truth):
         if not len(known):
             continue
         p_reason = column(rows, "p_reason")
-        gap = np.subtract.outer(p_reason[steps >= 2], p_reason[steps == 0])  # each against each
+        many = p_reason[steps >= 2]
+        none = p_reason[steps == 0]
+        gap = np.subtract.outer(many, none)  # each against each
         auc = np.mean((gap > 0) + 0.5 * (gap == 0)) if gap.size else None
         out[name] = {"auc": auc}
-        for title, key in (("reason_rate", "reasoned"), ("never", "never"), ("always", "always")):
-            values = column(rows, key)
+        fields = {"reason_rate": "reasoned", "never": "never", "always": "always"}
+        for title, field in fields.items():
+            values = column(rows, field)
             out[name][title] = {str(n): values[steps == n].mean() for n in known}
     return out
 
@@ -384,7 +407,8 @@ def leaderboard(out, rows):
     metadata["report_generated_date"] = datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
     for row in rows:
-        name, modality = row["name"], row["modality"]
+        name = row["name"]
+        modality = row["modality"]
         path = Path(out, modality, f"{name}_score.json")
         title = f"{name}-fixed" if name in RELABELLED else name
         absent = "FILE_N/A" if path.parent.exists() else "DIR_N/A"
@@ -407,7 +431,9 @@ def evaluate(
     asked = data.wanted(rows, tasks)
 
     # 1) One by one.
-    datasets, records, missing = {}, {}, []
+    datasets = {}
+    records = {}
+    missing = []
     for row in asked:
         try:
             es = data.load_eval(root, row, **reading)
@@ -415,7 +441,9 @@ def evaluate(
             missing.append(row["name"])
             continue
         results = measure(embedder, es, modes, threshold, options or {})
-        datasets[es.name], records[es.name] = write_dataset(es, results, out)
+        about, queries = write_dataset(es, results, out)
+        datasets[es.name] = about
+        records[es.name] = queries
     if not datasets:
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
 
@@ -472,8 +500,12 @@ def main(argv=None):
     if not embedder.processor.trained_here:
         args.threshold = 1.0
         print("this checkpoint never learnt to decide: adaptive answers directly")
-    options = {key: getattr(args, key) for key in ("batch_size", "max_new_tokens", "dim")}
-    reading = {key: getattr(args, key) for key in ("limit", "frames", "prompts")}
+    options = {
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "dim": args.dim,
+    }
+    reading = {"limit": args.limit, "frames": args.frames, "prompts": args.prompts}
     how = tasks, REASON[args.reason], args.threshold, options
     summary = evaluate(embedder, args.data, args.out, *how, **reading)
     if not scale.is_main():
@@ -487,9 +519,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"eval.py: out of memory: lower --batch_size ({error})")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"eval.py: {error}")
     if "RANK" in os.environ:  # see the end of train.py
         sys.stdout.flush()
