@@ -4481,14 +4481,6 @@ def payload_of(run, root):
     return page, json.loads(text)
 
 
-def test_report_a_dataset_may_be_called_anything():
-    fields = ("overall", "video", "visdoc", "reason_rate", "tokens_per_query", "ms_per_query")
-    never = dict.fromkeys(fields, 0.5) | {"image": None, "datasets": {"image": 0.25, "a|b\nc": 1}}
-    text = report.markdown({"modes": {"never": never}, "preset": "p", "seed": 1}, "title", [])
-    assert "| image | – |\n" in text and "| image | 0.250 |\n" in text
-    assert "| a\\|b c | 1.000 |\n" in text
-
-
 def test_the_page_computes_the_curve_from_its_own_numbers(first_root, run):
     _, page = payload_of(run, first_root)
     assert page["curve"] == read_json(run / "report.json")["curve"] and page["threshold"] == 0.5
@@ -4526,29 +4518,19 @@ def test_without_steps_or_images(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     M.write_rows(f"{root}/easy.jsonl", rows)
     result = read_json(run / "report.json")
-    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
+    write_json(run / "report.json", result | {"adaptivity": {}})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
     assert any("steps" in sentence for sentence in payload["sentences"])
 
 
-@pytest.mark.parametrize("limit, cards", [(9_500, range(1, 9)), (10, [0])])
-def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch, limit, cards):
-    monkeypatch.setattr(report, "BYTES", limit)
+def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch):
+    monkeypatch.setattr(report, "BYTES", 9_500)
     page, payload = payload_of(run, first_root)
-    assert len(payload["cards"]) in cards
-    assert limit == 10 or len(page) < limit + len(text_of("report_template.html")) + 200
-    assert bool(payload["datasets"]) == (limit > 10)
-
-
-@pytest.mark.parametrize("name", ["report.json", "easy_queries.jsonl"])
-def test_a_damaged_file_is_named(first_root, run, name):
-    [path] = run.rglob(name)
-    path.write_text('{"a\n')
-    with pytest.raises(ValueError, match=path.name) as stop:
-        report.write_report(run, first_root)
-    assert "\n" not in str(stop.value)
+    assert 1 <= len(payload["cards"]) <= 8
+    template = len(text_of("report_template.html"))
+    assert len(page) < 9_500 + template + 1_500  # the last card
 
 
 def test_queries_of_other_data_are_refused(root, run):
@@ -4564,7 +4546,7 @@ def test_queries_of_other_data_are_refused(root, run):
 def test_another_evaluation_is_refused(first_root, run):
     """eval.py has written into the run's eval/ since."""
     write_json(run / "eval" / "summary.json", {"mode": "never"})
-    with pytest.raises(ValueError, match="of different evaluations"):
+    with pytest.raises(ValueError, match="not of this eval/"):
         report.write_report(run, first_root)
 
 
