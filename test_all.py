@@ -1368,7 +1368,7 @@ def test_bench_notices_a_different_computation():
             bench.agree("embed", torch.zeros(2), torch.tensor([0, different]), 1e-4)
 
 
-def test_bench_writes_what_is_promised(tmp_path, capsys):
+def test_bench_writes_what_is_promised(tmp_path):
     """A small run of the real thing: both sides agree, every kind of row is there."""
     out = str(tmp_path / "bench.json")
     small = "--queries 2 --rollouts 2 --tokens 2 --items 2 --batch 2 --repeats 1"
@@ -1383,10 +1383,8 @@ def test_bench_writes_what_is_promised(tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
         assert row["unit"] and row["peer_name"].startswith("transformers")
     rates = bench.measure("pocket", bench.parse(argv))  # what a GPU prints
-    *common, write, contrastive = [row["name"] for row in rates]
-    assert [row["name"] for row in result["rows"][:4]] == [*common, contrastive]
-    assert write == "propose 2x2x2, pocket"
-    assert "compiled path: not used" in capsys.readouterr().out
+    assert [row["name"] for row in rates] == [row["name"] for row in result["rows"][:4]]
+    assert rates[-1]["graphs"] == 0  # nothing was compiled
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4442,7 +4440,7 @@ MISTAKES = [  # program, options, what is said
     ("eval.py", "--data nowhere", "nowhere"),
     ("eval.py", "--tasks nothing", "no dataset 'nothing'"),
     ("study.py", "--out out --seeds 1 -1", "--seed -1: expected a number, at least 0"),
-    ("bench.py", "--device cuda:9", "cuda:9"),
+    ("bench.py", "--device cuda:9 --out x.json", "cuda:9"),
     ("bench.py", "--device cpu --out nowhere/x.json", "nowhere/x.json"),
 ]
 
