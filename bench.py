@@ -241,17 +241,18 @@ class Peer:
         self.processor = processor
         self.cfg = cfg
 
-    def inputs(self, prompts, branches, side="right"):
-        """Prompts with their branches' ids behind them -> inputs of transformers' model."""
+    def inputs(self, prompts, branches):
+        """Prompts with their branches' ids behind them -> inputs of transformers' model, padded on
+        the left: all rows end in the last column."""
         rows = []
         for prompt, branch in zip(prompts, branches):
             row = np.concatenate([prompt["ids"], branch])
             rows.append(torch.from_numpy(row))
-        ids = pad_sequence(rows, batch_first=True, padding_side=side)  # (B, S)
+        ids = pad_sequence(rows, batch_first=True, padding_side="left")  # (B, S)
         ones = [torch.ones_like(row) for row in rows]  # 0 where there is padding
         inputs = {
             "input_ids": ids,
-            "attention_mask": pad_sequence(ones, batch_first=True, padding_side=side),
+            "attention_mask": pad_sequence(ones, batch_first=True, padding_side="left"),
             "mm_token_type_ids": (ids == self.processor.config.image_token).long(),  # 1: image
         }
         patches = []  # of each image (h * w, 1536)
@@ -268,11 +269,8 @@ class Peer:
         """-> unit vectors (B, H) at the end of the branches, states (B, S, H)."""
         if branches is None:  # the direct path
             branches = [[self.processor.eos_id]] * len(prompts)
-        inputs = self.inputs(prompts, branches)
-        h = self.model.model(**inputs).last_hidden_state  # (B, S, H)
-        last = inputs["attention_mask"].sum(1) - 1  # (B,) places of <|endoftext|>
-        vectors = F.normalize(h[torch.arange(len(h)), last], dim=-1)
-        return vectors, h
+        h = self.model.model(**self.inputs(prompts, branches)).last_hidden_state  # (B, S, H)
+        return F.normalize(h[:, -1], dim=-1), h
 
     @torch.no_grad()
     def embed(self, prompts):
@@ -291,8 +289,7 @@ class Peer:
     def generate(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         processor = self.processor
-        # It continues the last column, so all prompts have to end there.
-        inputs = self.inputs(prompts, [processor.prefix] * len(prompts), side="left")
+        inputs = self.inputs(prompts, [processor.prefix] * len(prompts))
         out = self.model.generate(  # (B * K, S + T)
             **inputs,
             do_sample=temperature > 0,
@@ -341,10 +338,8 @@ class Peer:
         reasoned, h = self.forward(prompts, branches)  # (B * K, H), (B * K, S, H)
 
         # 3) Log-probabilities of the sampled tokens, from the states that predict them.
-        states = []
-        for row, prompt, ids in zip(h, prompts, sampled):
-            start = len(prompt["ids"]) + len(processor.prefix) - 1  # one before the first token
-            states.append(row[start : start + len(ids)])
+        end = h.shape[1] - len(processor.tail) - 1  # one before the tail's first token
+        states = [row[end - len(ids) : end] for row, ids in zip(h, sampled)]
         logits = self.model.lm_head(torch.cat(states))  # (n, vocab), of the sampled tokens alone
         logits[:, processor.suppress_tokens] = float("-inf")  # as when they were sampled
         tokens = torch.tensor([token for ids in sampled for token in ids])  # (n,)
