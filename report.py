@@ -25,8 +25,8 @@ How to run: train.py does it at the end of stage eval; again, by hand:
     python report.py runs/pocket                  with the run's data/
     python report.py runs/mine MMEB_ROOT
 
-What a run does not have (a test set, a stage, steps) is left out and said in words. Of a large
-test set only the first queries are cards, as BYTES bound the page.
+A missing test set is left out and said in words. Of a large test set only the first queries are
+cards, as BYTES bound the page.
 """
 
 import argparse
@@ -135,19 +135,15 @@ def verdict(modes, records):
     ]
 
 
-def what_is_missing(report, log, test_sets):
+def what_is_missing(report, test_sets):
     """-> sentences about it. test_sets: names of those that the data lacks."""
     sentences = []
     if test_sets:
         sentences.append(f"In no mean, as the data lacks them: {', '.join(test_sets)}.")
-    if "warning" in report.get("selection", {}):
+    if "warning" in report["selection"]:
         sentences.append(report["selection"]["warning"])
-    if not report.get("adaptivity"):
+    if not report["adaptivity"]:
         sentences.append("How many steps the queries need is not known for this data.")
-    logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}
-    for stage in ("base", "embed", "rl"):
-        if stage not in logged:
-            sentences.append(f"Stage {stage} left no training log.")
     return sentences
 
 
@@ -284,7 +280,7 @@ def write_report(run, data_root):
 
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)
-    sentences += what_is_missing(report, log, summary.get("missing"))
+    sentences += what_is_missing(report, summary["missing"])
     payload = {key: report[key] for key in FIELDS}
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
@@ -293,7 +289,7 @@ def write_report(run, data_root):
     for name, rows in records.items():
         payload["datasets"][name] = {key: [six_digits(row[key]) for row in rows] for key in COLUMNS}
     room = BYTES - len(page_json(payload))
-    cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
+    cards, images = make_cards(records, data_root, summary["reading"], room)
     sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")
     payload["sentences"] = sentences
     payload["cards"] = cards
