@@ -426,16 +426,15 @@ def measure(size, options):
     last row's graphs are what dynamo has compiled: 0 means that training ran eagerly, too. No
     optimizer is there: AdamW's two moments, 8 bytes a weight, come on top of the peak.
     """
-    dtype = torch.bfloat16 if options.gpu else torch.float32
-    embedder = make_model(size, options.device, dtype)
+    embedder = make_model(size, options.device, torch.bfloat16)
     ours = Ours(embedder, train.Config())
     tasks = make_tasks(embedder.processor, options)[:-1]  # all but the GRPO step
     rows = []
     for task in tasks:
         if task.method == "contrastive":
             # This makes the weights fp32.
-            scale.prepare(embedder.model, dtype, checkpointing=True, compile=options.gpu)
-            embedder.processor.pad_to = 128 if options.gpu else 1  # few shapes to compile
+            scale.prepare(embedder.model, torch.bfloat16, checkpointing=True, compile=options.gpu)
+            embedder.processor.pad_to = 128  # few shapes to compile
         if options.gpu:  # each task has a peak of its own
             torch.cuda.reset_peak_memory_stats()
         (rate,) = rates(task, [ours], options.repeats)
@@ -461,7 +460,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     add = parser.add_argument
     add("--out", required=True, help="JSON file of what is printed")
-    add("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
+    add("--device", choices=["cpu", "cuda"], help="cuda where there is one")
     add("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
     add("--queries", type=data.count, default=64, help="to write rationales for (64)")
     add("--rollouts", type=data.count, default=8, help="rationales of each query (8)")
@@ -471,7 +470,7 @@ def parse(argv):
     add("--repeats", type=data.count, default=5, help="turns, whose median counts (5)")
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
-    options.gpu = options.device.startswith("cuda")
+    options.gpu = options.device == "cuda"
     default = ["2b"] if options.gpu else ["pocket", "large"]
     options.size = options.size or default
     return options
@@ -482,8 +481,7 @@ def main(argv=None):
     options = parse(argv)
     device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if options.gpu:
-        torch.cuda.set_device(torch.device(options.device).index or 0)
-        device = torch.cuda.get_device_name(options.device)
+        device = torch.cuda.get_device_name()
     # {"torch": "2.13.0+cpu", "transformers": "5.23.0", "numpy": "2.4.6", "python": "3.11.7"}
     versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
     versions["python"] = platform.python_version()
