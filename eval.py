@@ -1,21 +1,22 @@
 """
 Evaluation: MMEB-V2's 24 metrics per dataset, and every mode of reasoning with what it costs.
 
-The idea. A test set is queries, candidates and the right ones among them. Candidates are ranked by
-the dot product of unit vectors. With --reason all, as in train.py, each query is measured twice:
-never reasoning and always reasoning. The other modes follow without another run, because
-rationales are greedy:
+The idea. Candidates are ranked by the dot product of unit vectors. With --reason all, as in
+train.py, each query is measured twice: never reasoning and always reasoning. The other modes follow
+without another run, because rationales are greedy:
     adaptive   the always-result of a query with p_reason > threshold, else its never-result
     per_task   all or none of a dataset's queries reason, whichever scores higher on the test itself
                (direct on ties): the best that a policy can do that sees only the task's name
-    random     a coin per query, with adaptive's rate
+    random     a coin per query, with adaptive's rate: (1 - rate) never + rate always, exactly
     oracle     the better of the two results, with hindsight (direct on ties)
 Adaptive should reach always and per_task at fewer tokens; what it has above per_task comes from
 the query's content.
 
 The maths. The rank of a positive p is pessimistic: 1 + #{wrong candidates with s >= s_p}
 + #{positives before it}. A collapsed model so scores 0, not 100 % (the reference's argsort returns
-index 0, which is the answer in 36 image sets). With L the set of positives and k = 1, 5, 10:
+index 0, which is the answer in 36 image sets). Scores are float64 products rounded to 2^-25, the
+largest error of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
+With L the set of positives and k = 1, 5, 10:
     hit         1 if any rank <= k
     precision   |hits|/k
     recall      |hits|/|L|
@@ -24,9 +25,7 @@ index 0, which is the answer in 36 image sets). With L the set of positives and 
     mrr         1/first rank <= k
     ndcg        sum over hits of g/log2(rank + 1), over the same of the ideal order
 where g = grade (linear) or 2^grade - 1 (exponential), grade 1 where there is none. A dataset is the
-mean over its queries; a modality and the overall are plain means over datasets. The coin's
-expectation is exact: (1 - rate) never + rate always. Scores are float64 products rounded to 2^-25,
-the largest error of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
+mean over its queries; a modality and the overall are plain means over datasets.
 
 How to run:
     python eval.py --model runs/pocket/rl --data runs/pocket/data --out DIR --reason all
@@ -34,12 +33,11 @@ How to run:
         --reason never --prompts qwen --frames 64 --tasks CIRR,MSVD
     torchrun --nproc_per_node=8 eval.py ...     deals each dataset's items out to 8 processes
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/summary.json of this
-call, and DIR/leaderboard.json of all score files in DIR. So --tasks can finish what broke off, and
-each model and setting has a DIR of its own.
+call, and DIR/leaderboard.json of all score files in DIR: --tasks can finish what broke off.
 
-The numbers and the leaderboard's file are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590).
-Left out: ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's
-metadata. Not followed: the reference pairs labels and grades wrongly where grades are mixed.
+Numbers and the leaderboard's file are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590). Left out:
+ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's metadata.
+Not followed: the reference pairs labels and grades wrongly where grades are mixed.
 """
 
 import argparse
@@ -79,9 +77,11 @@ def ndcg(gain, at, k):
     """gain (p,) of a query's positives, at (p, 10) as in score_ranks -> what the ranking gains over
     what the best order would gain, both discounted by place."""
     best = np.sort(gain)[::-1][:k]
-    reached = (gain @ at) * DISCOUNT  # (10,)
     ideal = best @ DISCOUNT[: len(best)]
-    return reached[:k].sum() / ideal if ideal else 0.0  # 2^grade - 1 of a tiny grade is 0
+    if not ideal:  # 2^grade - 1 of a tiny grade is 0
+        return 0.0
+    reached = (gain @ at) * DISCOUNT  # (10,)
+    return reached[:k].sum() / ideal
 
 
 def score_ranks(ranks, grades=None):
@@ -90,9 +90,7 @@ def score_ranks(ranks, grades=None):
     Three positives, at the ranks 2, 4 and inf: precision@5 = 2/5, recall@5 = 2/3,
     map@5 = (1/2 + 2/4)/3, ndcg@5 = (1/log 3 + 1/log 5)/(1/log 2 + 1/log 3 + 1/log 4).
     """
-    if grades is None:
-        grades = np.ones(len(ranks))
-    linear = np.asarray(grades)
+    linear = np.ones(len(ranks)) if grades is None else np.asarray(grades)
     exponential = 2.0**linear - 1
     at = np.reshape(ranks, (-1, 1)) == PLACES  # (p, 10): which positive stands at which place
     found = at.any(0)  # (10,)
@@ -100,15 +98,14 @@ def score_ranks(ranks, grades=None):
     columns = []
     for k in KS:
         hits = found[:k].sum()
-        hit = hits > 0
         precision = hits / k
         recall = hits / len(ranks)
-        f1 = 2 * precision * recall / (precision + recall) if hit else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
         average = (found * precisions)[:k].sum() / min(len(ranks), k)  # so many hits are possible
         reciprocal = (found / PLACES)[:k].max()
         gains = [ndcg(linear, at, k), ndcg(exponential, at, k)]
         # In the order of METRICS.
-        columns.append([hit, *gains, precision, recall, f1, average, reciprocal])
+        columns.append([hits > 0, *gains, precision, recall, f1, average, reciprocal])
     return np.array(columns, float).T.flatten()  # from (3, 8), metric by metric
 
 
@@ -120,23 +117,6 @@ def grid_scores(queries, candidates):
     return np.rint(product * GRID).astype(np.int64)
 
 
-def blocks(queries, candidates, local):
-    """What is scored at a time: pairs (numbers of queries, numbers of candidates).
-
-    A query and its small corpus, or all queries and a chunk of their one corpus: memory does not
-    grow with the corpus, which may be a memory-mapped array.
-    """
-    if local is not None:
-        for i, corpus in enumerate(local):
-            yield [i], np.asarray(corpus)
-        return
-    everyone = range(len(queries))
-    numbers = np.arange(len(candidates))
-    size = max(1, BUDGET // len(queries))
-    for first in range(0, len(numbers), size):
-        yield everyone, numbers[first : first + size]
-
-
 def rank_candidates(queries, candidates, positives, grades=None, local=None):
     """(n, d), (m, d) unit vectors, per query its positives' numbers -> (ranks, top), per query.
 
@@ -144,19 +124,29 @@ def rank_candidates(queries, candidates, positives, grades=None, local=None):
     local: per query the candidates it is ranked among, else all; a wrong one that is listed twice
     takes two places, as in the reference.
     """
-    # 1) Of each query: the scores of its positives, how many wrong candidates are ahead of each of
-    # them, and the best wrong candidates so far.
-    scores, ahead, best = [], [], []
+    # 1) Of each query: its positives' scores, how many wrong candidates are ahead of each of them,
+    # and the best wrong ones so far.
+    scores = []
+    ahead = []
+    best = []
     for i, right in enumerate(positives):
         scores.append(grid_scores(queries[i : i + 1], candidates[right])[0])
         ahead.append(np.zeros(len(right), np.int64))
         best.append(np.empty(0, np.int64))
 
-    # 2) Meet all candidates, a block at a time.
-    for rows, numbers in blocks(queries, candidates, local):
+    # 2) Meet all candidates, a block at a time: all queries and a chunk of their one corpus, or a
+    # query and its small corpus. Memory does not grow with the corpus, which may be a memory map.
+    if local is None:
+        everyone = range(len(queries))
+        numbers = np.arange(len(candidates))
+        chunk = max(1, BUDGET // len(queries))
+        blocks = [(everyone, numbers[i : i + chunk]) for i in range(0, len(numbers), chunk)]
+    else:
+        blocks = [([i], np.asarray(corpus)) for i, corpus in enumerate(local)]
+    for rows, numbers in blocks:
         block = grid_scores(queries[rows], candidates[numbers])  # (rows, numbers)
-        # Score and number in one integer: sorting it puts higher scores first and, among equal
-        # scores, earlier candidates. So the result does not depend on where a block ends.
+        # Score and number in one integer: it sorts by score and, among equal scores, puts earlier
+        # candidates first. So the result does not depend on where a block ends.
         keys = (block << 32) | (LAST - numbers)
         for i, row, key in zip(rows, block, keys):
             wrong = ~np.isin(numbers, positives[i])
@@ -167,7 +157,8 @@ def rank_candidates(queries, candidates, positives, grades=None, local=None):
 
     # 3) Put the positives among them. A positive's rank counts the positives before it, too: those
     # of higher scores, of equal scores those of lower grades, of equal grades as they come.
-    ranks, top = [], []
+    ranks = []
+    top = []
     for i, right in enumerate(positives):
         grade = grades[i] if grades else np.zeros(len(right))
         order = np.lexsort((grade, -scores[i]))
@@ -192,15 +183,16 @@ def column(rows, key):
 
 
 def embed_share(embedder, items, title, names, **how):
-    """n items -> (vectors (n, d), infos). BadData names an item that is broken.
+    """n items -> (vectors (n, d), infos). title, names: what BadData calls a broken item.
 
-    title, names: what an error calls them. how: of Embedder.encode.
-    infos: per item {"reasoned", "p_reason", "rationale", "new_tokens", "ms"}.
+    Each process embeds a part of them: of five items by two processes the first has two.
+    how: of Embedder.encode. infos: what it returns of each item, and "ms", the part's mean.
     """
-    # Each process embeds a part of the items: of five by two processes the first has two.
-    n, world = len(items), scale.world_size()
+    n = len(items)
+    world = scale.world_size()
     first = n * scale.rank() // world
-    part = items[first : n * (scale.rank() + 1) // world]
+    end = n * (scale.rank() + 1) // world
+    part = items[first:end]
     start = time.perf_counter()
     try:
         vectors, infos = embedder.encode(part, return_info=True, **how)
@@ -208,8 +200,9 @@ def embed_share(embedder, items, title, names, **how):
         raise data.BadData(f"{title} {names[first + error.index]}: {error.why}") from error
     ms = 1000 * (time.perf_counter() - start)
     for info in infos:
-        info["ms"] = ms / len(infos)  # the mean, the same for all of a part
-    return np.concatenate(scale.gather_objects([vectors])), scale.gather_objects(infos)
+        info["ms"] = ms / len(infos)
+    vectors = np.concatenate(scale.gather_objects([vectors]))
+    return vectors, scale.gather_objects(infos)
 
 
 def measure(embedder, es, modes, threshold, options):
@@ -219,45 +212,43 @@ def measure(embedder, es, modes, threshold, options):
     "reasoned", "p_reason", "rationale", "new_tokens"}. options: more of Embedder.encode.
     """
     title = f"{es.name} candidate first met at"
-    targets, _ = embed_share(
-        embedder, es.candidates, title, es.cand_where, reason="never", **options
-    )
-    how = {**options, "threshold": threshold}
+    direct = {"reason": "never", **options}
+    targets, _ = embed_share(embedder, es.candidates, title, es.cand_where, **direct)
     results = {}
     for mode in modes:
-        if mode == "adaptive" and "never" in results and "always" in results:
-            rows = []  # nothing is left to compute
-            for direct, reasoned in zip(results["never"], results["always"]):
-                rows.append(reasoned if direct["p_reason"] > threshold else direct)
-        else:
-            how["reason"] = "auto" if mode == "adaptive" else mode
-            vectors, rows = embed_share(
-                embedder, es.queries, f"{es.name} query", es.query_ids, **how
-            )
-            ranks, top = rank_candidates(vectors, targets, es.positives, es.grades, es.local)
-            for i, row in enumerate(rows):
-                grades = es.grades[i] if es.grades else None
-                row["scores"] = score_ranks(ranks[i], grades)
-                row["top"] = [es.cand_ids[c] for c in top[i]]
+        if mode == "adaptive" and "always" in results:  # of MODES: nothing is left to compute
+            results[mode] = []
+            for never, always in zip(results["never"], results["always"]):
+                results[mode].append(always if never["p_reason"] > threshold else never)
+            continue
+        reason = "auto" if mode == "adaptive" else mode
+        how = {"reason": reason, "threshold": threshold, **options}
+        title = f"{es.name} query"
+        vectors, rows = embed_share(embedder, es.queries, title, es.query_ids, **how)
+        ranks, top = rank_candidates(vectors, targets, es.positives, es.grades, es.local)
+        for i, row in enumerate(rows):
+            grades = es.grades[i] if es.grades else None
+            row["scores"] = score_ranks(ranks[i], grades)
+            row["top"] = [es.cand_ids[c] for c in top[i]]
         results[mode] = rows
     return results
 
 
-def write_dataset(es, results, primary, out):
+def write_dataset(es, results, out):
     """The dataset's three files -> (what summary.json says of it, its records).
 
-    results: of measure(); primary: the mode that counts. pred.jsonl and score.json are those of
-    MMEB-V2. queries.jsonl is ours: per query the decision, the rationale, and per mode the score,
-    the first three candidates and ms, which is all that report.py and mode_table() need.
+    results: of measure(); the last mode is the one that counts. pred.jsonl and score.json are those
+    of MMEB-V2. queries.jsonl, the records, is ours: what report.py and mode_table() need.
     """
-    of_primary = results[primary]
+    primary = [*results.values()][-1]
     # A rationale is of interest where adaptive did not ask for it, too.
-    thoughts = results.get("always", of_primary)
+    thoughts = results.get("always", primary)
     number = KEYS.index(es.metric)
 
     # 1) Query by query.
-    predictions, records = [], []
-    for i, row in enumerate(of_primary):
+    predictions = []
+    records = []
+    for i, row in enumerate(primary):
         label = [es.cand_ids[c] for c in es.positives[i]]
         grades = es.grades[i] if es.grades else None
         predictions.append({"prediction": row["top"], "label": label, "rel_scores": grades})
@@ -277,7 +268,7 @@ def write_dataset(es, results, primary, out):
         records.append(record)
 
     # 2) All together.
-    means = column(of_primary, "scores").mean(0)  # (24,)
+    means = column(primary, "scores").mean(0)  # (24,)
     score = dict(zip(KEYS, means.tolist()))
     score["num_pred"] = score["num_data"] = len(records)
     about = {
@@ -286,8 +277,8 @@ def write_dataset(es, results, primary, out):
         "metric": es.metric,
         "queries": len(records),
         "score": score[es.metric],
-        "reason_rate": column(of_primary, "reasoned").mean(),
-        "tokens_per_query": column(of_primary, "new_tokens").mean(),
+        "reason_rate": column(primary, "reasoned").mean(),
+        "tokens_per_query": column(primary, "new_tokens").mean(),
     }
 
     # 3) The files, and a line for the reader.
@@ -315,11 +306,8 @@ def plain_means(scores, modality):
 
 
 def summarise(table, modality, share):
-    """One mode. share: the probability that a query reasons, (n,) or one number for all.
-
-    It is 0 or 1, but for the coin the rate: so the expectation is exact. Costs are means over all
-    queries.
-    """
+    """One mode. share: the probability that a query reasons, (n,) or one number for all. It is 0 or
+    1, but for the coin the rate. Costs are means over all queries."""
     score = (1 - share) * table["never"] + share * table["always"]
     ms = (1 - share) * table["ms_never"] + share * table["ms_always"]
     datasets = {name: score[table["dataset"] == name].mean() for name in modality}
@@ -333,15 +321,15 @@ def summarise(table, modality, share):
 
 
 def mode_table(records, modality, threshold):
-    """Records of never and always -> (modes, curve), as report.json has them.
+    """{dataset: its records}, {dataset: "image", "video" or "visdoc"} -> (modes, curve).
 
-    records, modality: {dataset: rows of its queries.jsonl}, {dataset: "image", "video" or "visdoc"}
     modes: {mode: what summarise() returns}. curve: adaptive at 41 thresholds.
     """
     # 1) All queries of all datasets in one table.
     rows = []
     for name, queries in records.items():
-        rows += [{**query, "dataset": name} for query in queries]
+        for query in queries:
+            rows.append({**query, "dataset": name})
     fields = ("dataset", "never", "always", "p_reason", "new_tokens", "ms_never", "ms_always")
     table = {key: column(rows, key) for key in fields}  # columns (n,)
 
@@ -365,19 +353,18 @@ def mode_table(records, modality, threshold):
     # 3) The dial: adaptive again, at other thresholds.
     curve = []
     for limit in np.linspace(0, 1, 41).round(6).tolist():
-        point = summarise(table, modality, table["p_reason"] > limit)
-        shown = {key: point[key] for key in ("overall", "tokens_per_query", "reason_rate")}
-        curve.append({"threshold": limit, **shown})
+        row = summarise(table, modality, table["p_reason"] > limit)
+        point = {key: row[key] for key in ("overall", "tokens_per_query", "reason_rate")}
+        curve.append({"threshold": limit, **point})
     return modes, curve
 
 
 def adaptivity(records, truth):
     """Does the decision follow the content within a dataset? -> {dataset: {auc, ...}}.
 
-    records: {dataset: rows of its queries.jsonl}; truth: {"dataset/query id": steps it needs}.
+    truth: {"dataset/query id": steps it needs}. A dataset without any known steps is left out.
     auc: the chance that a query of 2 or more steps has a higher p_reason than one of 0 (ties count
     half), None where a dataset lacks either kind. reason_rate, never, always: {steps: mean}.
-    A dataset without any known steps is left out.
     """
     out = {}
     for name, rows in records.items():
@@ -388,11 +375,14 @@ def adaptivity(records, truth):
         if not len(known):
             continue
         p_reason = column(rows, "p_reason")
-        gap = np.subtract.outer(p_reason[steps >= 2], p_reason[steps == 0])  # each against each
+        many = p_reason[steps >= 2]
+        none = p_reason[steps == 0]
+        gap = np.subtract.outer(many, none)  # each against each
         auc = np.mean((gap > 0) + 0.5 * (gap == 0)) if gap.size else None
         out[name] = {"auc": auc}
-        for title, key in (("reason_rate", "reasoned"), ("never", "never"), ("always", "always")):
-            values = column(rows, key)
+        fields = {"reason_rate": "reasoned", "never": "never", "always": "always"}
+        for title, field in fields.items():
+            values = column(rows, field)
             out[name][title] = {str(n): values[steps == n].mean() for n in known}
     return out
 
@@ -401,7 +391,7 @@ def adaptivity(records, truth):
 # All datasets
 
 
-# The leaderboard adds "-fixed" to their names since their labels were corrected in November 2025.
+# Their labels were corrected in November 2025: the leaderboard calls them "-fixed".
 RELABELLED = ("ViDoSeek-page", "MMLongBench-page")
 LEADERBOARD_FIELDS = (  # of its "metadata"
     "model_name model_backbone model_size embedding_dimension max_length_tokens "
@@ -410,14 +400,15 @@ LEADERBOARD_FIELDS = (  # of its "metadata"
 
 
 def leaderboard(out, rows):
-    """The leaderboard's file, of the score files that are there; a string stands for a dataset that
+    """The leaderboard's file, of the score files that are there. A string stands for a dataset that
     was not run, as in the reference's script."""
     metadata = dict.fromkeys(LEADERBOARD_FIELDS)
     metadata["data_source"] = "Self-Reported"
     metadata["report_generated_date"] = datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
     for row in rows:
-        name, modality = row["name"], row["modality"]
+        name = row["name"]
+        modality = row["modality"]
         path = Path(out, modality, f"{name}_score.json")
         title = f"{name}-fixed" if name in RELABELLED else name
         absent = "FILE_N/A" if path.parent.exists() else "DIR_N/A"
@@ -430,19 +421,19 @@ def evaluate(
 ):
     """Every dataset of a root (or the tasks named) -> the summary, written with the other files.
 
-    The score files hold adaptive, or the last of the modes. A dataset that the root does not have
-    is named in "missing"; anything broken in the others stops the run. With never and always the
-    summary has modes, curve and adaptivity (which wants the truth).
-    options: more of Embedder.encode (batch_size, dim, max_new_tokens).
-    reading: more of data.load_eval (limit, frames, prompts).
-    Several processes, each with the same model, share the items; all return the same summary.
+    modes: MODES, or one of them. The score files hold the last one; of MODES the summary also has
+    modes, curve and adaptivity (which wants the truth). A dataset that the root does not have is
+    named in "missing"; anything broken in the others stops the run.
+    options: of Embedder.encode (batch_size, dim, max_new_tokens). reading: of data.load_eval
+    (limit, frames, prompts). Several processes share the items; all return the same summary.
     """
     rows = data.tables(root, "eval")
     asked = data.wanted(rows, tasks)
-    primary = "adaptive" if "adaptive" in modes else modes[-1]
 
     # 1) One by one.
-    datasets, records, missing = {}, {}, []
+    datasets = {}
+    records = {}
+    missing = []
     for row in asked:
         try:
             es = data.load_eval(root, row, **reading)
@@ -450,7 +441,9 @@ def evaluate(
             missing.append(row["name"])
             continue
         results = measure(embedder, es, modes, threshold, options or {})
-        datasets[es.name], records[es.name] = write_dataset(es, results, primary, out)
+        about, queries = write_dataset(es, results, out)
+        datasets[es.name] = about
+        records[es.name] = queries
     if not datasets:
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
 
@@ -461,11 +454,11 @@ def evaluate(
         **plain_means(scores, modality),
         "missing": missing,
         "datasets": datasets,
-        "mode": primary,
+        "mode": modes[-1],
         "threshold": threshold,
         "reading": reading,
     }
-    if "never" in modes and "always" in modes:
+    if {"never", "always"} <= set(modes):
         summary["modes"], summary["curve"] = mode_table(records, modality, threshold)
         summary["adaptivity"] = adaptivity(records, truth or {})
     if scale.is_main():
@@ -498,24 +491,23 @@ def main(argv=None):
     add("--frames", type=data.count, help="per video (8; Qwen3-VL-Embedding takes 64)")
     add("--limit", type=data.count, help="so many queries a dataset, for a quick look")
     args = parser.parse_args(argv)
-    if not np.isfinite(args.threshold):  # no JSON has such a number
-        raise ValueError(f"--threshold {args.threshold}: expected a finite number")
     tasks = None if args.tasks is None else args.tasks.split(",")
     data.wanted(data.tables(args.data, "eval"), tasks)  # before a model is opened
 
     device = scale.join_processes()
     Path(args.out).mkdir(exist_ok=True, parents=True)  # a path that is a file is noticed now
-    if not os.access(args.out, os.W_OK):
-        raise ValueError(f"--out {args.out}: no folder to write to")
     embedder = Embedder.from_pretrained(args.model, device, revision=args.revision)
     if not embedder.processor.trained_here:
         args.threshold = 1.0
         print("this checkpoint never learnt to decide: adaptive answers directly")
-    modes = REASON[args.reason]
-    options = {key: getattr(args, key) for key in ("batch_size", "max_new_tokens", "dim")}
-    reading = {key: getattr(args, key) for key in ("limit", "frames", "prompts")}
-    where = embedder, args.data, args.out
-    summary = evaluate(*where, tasks, modes, args.threshold, options, **reading)
+    options = {
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "dim": args.dim,
+    }
+    reading = {"limit": args.limit, "frames": args.frames, "prompts": args.prompts}
+    how = tasks, REASON[args.reason], args.threshold, options
+    summary = evaluate(embedder, args.data, args.out, *how, **reading)
     if not scale.is_main():
         return
     for key in (*MODALITIES, "overall", "missing"):
@@ -527,9 +519,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"eval.py: out of memory: lower --batch_size ({error})")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"eval.py: {error}")
     if "RANK" in os.environ:  # see the end of train.py
         sys.stdout.flush()
