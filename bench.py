@@ -9,6 +9,7 @@ turns, and a row compares the medians: ratio > 1 means that ours is faster.
     embed        direct vectors of mixed items: short and long texts, one image, two images
     preprocess   images -> patches
     generate     rationales: Q queries x K rollouts x T tokens at most
+    propose      candidate rationales, as the stage writes them (on a GPU alone)
     contrastive  one contrastive step: queries and targets, InfoNCE, backward
     grpo         one GRPO step: rollouts, policy gradient and InfoNCE, backward
 
@@ -19,7 +20,7 @@ it: it gets our token ids and patches, and its GRPO step has no rewards to compu
 How to run:
     python bench.py --out FILE.json                     on a CPU: pocket and large size
     python bench.py --out FILE.json --queries 4 --tokens 16 --items 12 --batch 6
-    python bench.py --out FILE.json --device cuda       on a GPU: our rates at 2B in bf16, the peak
+    python bench.py --device cuda                       on a GPU: our rates at 2B in bf16, the peak
                                                         of its memory, and whether it was compiled
 
 FILE.json. A CPU fills rows, a GPU rates:
@@ -44,7 +45,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import pocket
 import pretrain
+import propose
 import rl
 import scale
 import train
@@ -118,11 +119,12 @@ def make_items(n, processor, seed):
     return items[:n]
 
 
-class Task(NamedTuple):
-    """What both sides do, each by its method of this name: amount / seconds is its rate.
+@dataclasses.dataclass
+class Task:
+    """What both sides do, each by its method of this name.
 
     Task("generate", "generate 64x8x64", (prompts, 8, 64), 32768, "tokens/s"): a side's
-    generate(prompts, 8, 64) writes 32768 tokens at most.
+    generate(prompts, 8, 64) writes 32768 tokens at most, and its rate is 32768 / seconds.
     """
 
     method: str
@@ -133,30 +135,23 @@ class Task(NamedTuple):
     tolerance: float | None = None  # of the results, in absolute size; None: nothing to compare
 
     def run(self, side):
+        """side: an Ours or a Peer -> what its method returns."""
         return getattr(side, self.method)(*self.inputs)
 
 
 def make_tasks(processor, options):
     """The tasks of one size. Both sides get the same prompts."""
-    Q = options.queries
-    K = options.rollouts
-    T = options.tokens
+    Q, K, T = options.queries, options.rollouts, options.tokens
     n = options.items
     B = options.batch  # pairs of the contrastive step
     items = make_items(max(n, Q, B), processor, seed=0)
     prompts = [processor(item) for item in items]
-    images = []
-    for item in items[:n]:
-        images += item.get("image", [])
+    images = [image for item in items[:n] for image in item.get("image", [])]
     pairs = []  # as train.Pairs makes them
     for i, target in enumerate(make_items(B, processor, seed=1)):
-        pair = {
-            "id": str(i),
-            "query": prompts[i],
-            "target": processor(target),
-            "target_key": str(i),  # all targets differ
-            "negatives": [],
-        }
+        pair = {"id": str(i), "query": prompts[i], "target": processor(target), "negatives": []}
+        pair["key"] = ""  # of rationales' files, which are not used here
+        pair["target_key"] = str(i)  # all targets differ
         pairs.append(pair)
     # The peer keeps the activations of every rollout, and its prompt's: they must fit.
     few = pairs[: max(2, Q // 16)]
@@ -168,6 +163,7 @@ def make_tasks(processor, options):
         Task("embed", "embed mixed", (prompts[:n],), n, "items/s", 1e-4),
         Task("preprocess", "preprocess", (images,), len(images), "images/s", 1e-5),
         Task("generate", f"generate {Q}x{K}x{T}", (prompts[:Q], K, T), Q * K * T, "tokens/s"),
+        Task("propose", f"propose {B}x{K}x{T}", (pairs,), B * K, "rationales/s"),
         Task("contrastive", f"contrastive {B} pairs", (pairs,), B, "pairs/s", 1e-3),
         Task("grpo", f"grpo {b}x{K}x{T}", (few,), b, "queries/s"),
     ]
@@ -178,8 +174,11 @@ def make_tasks(processor, options):
 
 
 class Ours:
-    """The project's functions as a user calls them. Rows are sorted by length and cut into batches
-    of few tokens; a query's rollouts share its prompt; steps go through GradCache."""
+    """The project's functions as a user calls them.
+
+    Rows are sorted by length and cut into batches of few tokens; a query's rollouts share its
+    prompt; steps go through GradCache.
+    """
 
     def __init__(self, embedder, cfg):
         self.embedder = embedder
@@ -209,6 +208,11 @@ class Ours:
             for ids, count in zip(branches, counts):
                 sampled.append(ids[start : start + count])
         return sampled
+
+    def propose(self, pairs):
+        """Candidate rationales, as the stage writes them."""
+        generator = torch.Generator(self.model.device).manual_seed(0)
+        return propose.propose(self.model, self.processor, pairs, self.cfg, generator)
 
     def contrastive(self, pairs):
         """The loss of one step on the direct path. Gradients are computed, and thrown away."""
@@ -241,18 +245,18 @@ class Peer:
         self.processor = processor
         self.cfg = cfg
 
-    def inputs(self, prompts, branches):
-        """Prompts with their branches' ids behind them -> inputs of transformers' model, padded on
-        the left: all rows end in the last column."""
+    def inputs(self, prompts, branches, side="right"):
+        """Prompts, each with the ids of its branch behind it -> inputs of transformers' model,
+        padded on that side."""
         rows = []
         for prompt, branch in zip(prompts, branches):
             row = np.concatenate([prompt["ids"], branch])
             rows.append(torch.from_numpy(row))
-        ids = pad_sequence(rows, batch_first=True, padding_side="left")  # (B, S)
+        ids = pad_sequence(rows, batch_first=True, padding_side=side)  # (B, S)
         ones = [torch.ones_like(row) for row in rows]  # 0 where there is padding
         inputs = {
             "input_ids": ids,
-            "attention_mask": pad_sequence(ones, batch_first=True, padding_side="left"),
+            "attention_mask": pad_sequence(ones, batch_first=True, padding_side=side),
             "mm_token_type_ids": (ids == self.processor.config.image_token).long(),  # 1: image
         }
         patches = []  # of each image (h * w, 1536)
@@ -269,8 +273,11 @@ class Peer:
         """-> unit vectors (B, H) at the end of the branches, states (B, S, H)."""
         if branches is None:  # the direct path
             branches = [[self.processor.eos_id]] * len(prompts)
-        h = self.model.model(**self.inputs(prompts, branches)).last_hidden_state  # (B, S, H)
-        return F.normalize(h[:, -1], dim=-1), h
+        inputs = self.inputs(prompts, branches)
+        h = self.model.model(**inputs).last_hidden_state  # (B, S, H)
+        last = inputs["attention_mask"].sum(1) - 1  # (B,) places of <|endoftext|>
+        vectors = F.normalize(h[torch.arange(len(h)), last], dim=-1)
+        return vectors, h
 
     @torch.no_grad()
     def embed(self, prompts):
@@ -289,7 +296,8 @@ class Peer:
     def generate(self, prompts, K, T, temperature=1.0):
         """Ids [B * K] of the sampled tokens, query by query."""
         processor = self.processor
-        inputs = self.inputs(prompts, [processor.prefix] * len(prompts))
+        # It continues the last column, so all prompts have to end there.
+        inputs = self.inputs(prompts, [processor.prefix] * len(prompts), side="left")
         out = self.model.generate(  # (B * K, S + T)
             **inputs,
             do_sample=temperature > 0,
@@ -338,8 +346,10 @@ class Peer:
         reasoned, h = self.forward(prompts, branches)  # (B * K, H), (B * K, S, H)
 
         # 3) Log-probabilities of the sampled tokens, from the states that predict them.
-        end = h.shape[1] - len(processor.tail) - 1  # one before the tail's first token
-        states = [row[end - len(ids) : end] for row, ids in zip(h, sampled)]
+        states = []
+        for row, prompt, ids in zip(h, prompts, sampled):
+            start = len(prompt["ids"]) + len(processor.prefix) - 1  # one before the first token
+            states.append(row[start : start + len(ids)])
         logits = self.model.lm_head(torch.cat(states))  # (n, vocab), of the sampled tokens alone
         logits[:, processor.suppress_tokens] = float("-inf")  # as when they were sampled
         tokens = torch.tensor([token for ids in sampled for token in ids])  # (n,)
@@ -360,8 +370,8 @@ class Peer:
 def rates(task, sides, repeats):
     """Units a second of each side, by the medians: [135.4, 50.2].
 
-    The sides take turns, so that a machine that slows down for a while slows both. The first turn
-    is not counted: it pays for what happens once, as kernels and compiling.
+    The sides take turns, so that a machine that slows down for a while slows both. A first
+    turn, which is not counted, pays for what happens once: buffers, kernels, compiling.
     """
     turns = np.zeros((1 + repeats, len(sides)))  # seconds
     for turn in turns:
@@ -390,6 +400,7 @@ def compare(size, options):
         embedder.save(folder)
         peer = Peer(folder, embedder.processor, cfg)
     tasks = make_tasks(embedder.processor, options)
+    tasks = [task for task in tasks if task.method != "propose"]  # transformers has no such stage
 
     # 1) Both must agree, or their times say nothing. Losses are not compared for grpo: each side
     # samples rationales of its own. Greedy tokens are equal unless two logits are.
@@ -420,21 +431,23 @@ def compare(size, options):
 
 
 def measure(size, options):
-    """Our rates, with nothing beside them -> rates of FILE.json.
+    """Our rates, with nothing beside them -> [{name, rate, unit, peak_gb}].
 
-    On a GPU in bf16, as the large presets run: what is trained is compiled, all else is eager. The
-    last row's graphs are what dynamo has compiled: 0 means that training ran eagerly, too. No
+    On a GPU in bf16, as the large presets run: what is trained is compiled, all else is eager.
+    dynamo counts the graphs that it has compiled: none means that training ran eagerly, too. No
     optimizer is there: AdamW's two moments, 8 bytes a weight, come on top of the peak.
     """
-    embedder = make_model(size, options.device, torch.bfloat16)
-    ours = Ours(embedder, train.Config())
+    dtype = torch.bfloat16 if options.gpu else torch.float32
+    embedder = make_model(size, options.device, dtype)
+    cfg = train.Config(max_new_tokens=options.tokens, num_candidates=options.rollouts)
+    ours = Ours(embedder, cfg)
     tasks = make_tasks(embedder.processor, options)[:-1]  # all but the GRPO step
     rows = []
     for task in tasks:
         if task.method == "contrastive":
             # This makes the weights fp32.
-            scale.prepare(embedder.model, torch.bfloat16, checkpointing=True, compile=options.gpu)
-            embedder.processor.pad_to = 128  # few shapes to compile
+            scale.prepare(embedder.model, dtype, checkpointing=True, compile=options.gpu)
+            embedder.processor.pad_to = 128 if options.gpu else 1  # few shapes to compile
         if options.gpu:  # each task has a peak of its own
             torch.cuda.reset_peak_memory_stats()
         (rate,) = rates(task, [ours], options.repeats)
@@ -445,9 +458,10 @@ def measure(size, options):
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,  # 0 on a CPU
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],  # compiled so far
         }
-        figures = f"{rate:.2f} {task.unit}, {row['peak_gb']:.1f} GB, {row['graphs']} graphs"
-        print(f"{row['name']}: {figures}", flush=True)
+        print(f"{row['name']}: {rate:.2f} {task.unit}, {row['peak_gb']:.1f} GB", flush=True)
         rows.append(row)
+    graphs = rows[-1]["graphs"]
+    print(f"compiled path: {'used' if graphs else 'not used'}, {graphs} graphs")
     return rows
 
 
@@ -459,8 +473,8 @@ def parse(argv):
     """Command line -> options; .gpu and .size follow from the machine where they are not given."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     add = parser.add_argument
-    add("--out", required=True, help="JSON file of what is printed")
-    add("--device", choices=["cpu", "cuda"], help="cuda where there is one")
+    add("--out", help="JSON file of what is printed")
+    add("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     add("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
     add("--queries", type=data.count, default=64, help="to write rationales for (64)")
     add("--rollouts", type=data.count, default=8, help="rationales of each query (8)")
@@ -470,7 +484,7 @@ def parse(argv):
     add("--repeats", type=data.count, default=5, help="turns, whose median counts (5)")
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
-    options.gpu = options.device == "cuda"
+    options.gpu = options.device.startswith("cuda")
     default = ["2b"] if options.gpu else ["pocket", "large"]
     options.size = options.size or default
     return options
@@ -481,18 +495,21 @@ def main(argv=None):
     options = parse(argv)
     device = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if options.gpu:
-        device = torch.cuda.get_device_name()
+        torch.cuda.set_device(torch.device(options.device).index or 0)
+        device = torch.cuda.get_device_name(options.device)
     # {"torch": "2.13.0+cpu", "transformers": "5.23.0", "numpy": "2.4.6", "python": "3.11.7"}
     versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
     versions["python"] = platform.python_version()
     out = {"device": device, "versions": versions, "rows": [], "rates": []}
-    write_json(options.out, out)  # here a wrong path costs seconds, not minutes
+    if options.out:
+        write_json(options.out, out)  # here a wrong path costs seconds, not minutes
     for size in options.size:
         if options.gpu:
             out["rates"] += measure(size, options)
         else:
             out["rows"] += compare(size, options)
-        write_json(options.out, out)
+        if options.out:
+            write_json(options.out, out)
 
 
 if __name__ == "__main__":

@@ -491,6 +491,8 @@ def main(argv=None):
     add("--frames", type=data.count, help="per video (8; Qwen3-VL-Embedding takes 64)")
     add("--limit", type=data.count, help="so many queries a dataset, for a quick look")
     args = parser.parse_args(argv)
+    if not np.isfinite(args.threshold):  # no JSON has such a number
+        raise ValueError(f"--threshold {args.threshold}: expected a finite number")
     tasks = None if args.tasks is None else args.tasks.split(",")
     data.wanted(data.tables(args.data, "eval"), tasks)  # before a model is opened
 

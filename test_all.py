@@ -1321,29 +1321,31 @@ def test_summary_by_hand():
 
 
 def test_bench_notices_a_different_computation():
-    bench.agree("embed", 0.0, 1e-6, 1e-4)
+    bench.agree("embed", torch.zeros(2), torch.tensor([0, 1e-6]), 1e-4)
     for different in (1.0, math.nan):
         with pytest.raises(ValueError, match="not the same computation"):
-            bench.agree("embed", 0.0, different, 1e-4)
+            bench.agree("embed", torch.zeros(2), torch.tensor([0, different]), 1e-4)
 
 
-def test_bench_writes_what_is_promised(tmp_path):
+def test_bench_writes_what_is_promised(tmp_path, capsys):
     """A small run of the real thing: both sides agree, every kind of row is there."""
     out = str(tmp_path / "bench.json")
     small = "--queries 2 --rollouts 2 --tokens 2 --items 2 --batch 2 --repeats 1"
-    argv = ["--out", out, "--device", "cpu", "--size", "pocket", *small.split()]
+    argv = ["--out", out, *"--device cpu --size pocket".split(), *small.split()]
     bench.main(argv)
     result = M.read_json(out)
     assert result["device"].startswith("CPU")
     assert {"torch", "transformers"} <= result["versions"].keys()
-    names = [row["name"] for row in result["rows"]]
-    kinds = {name.split()[0].rstrip(",") for name in names}
+    kinds = {row["name"].split()[0].rstrip(",") for row in result["rows"]}
     assert kinds == {"embed", "generate", "grpo", "contrastive", "preprocess"}
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
         assert row["unit"] and row["peer_name"].startswith("transformers")
     rates = bench.measure("pocket", bench.parse(argv))  # what a GPU prints
-    assert [row["name"] for row in rates] == names[:4]
+    *common, write, contrastive = [row["name"] for row in rates]
+    assert [row["name"] for row in result["rows"][:4]] == [*common, contrastive]
+    assert write == "propose 2x2x2, pocket"
+    assert "compiled path: not used" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
