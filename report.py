@@ -78,8 +78,11 @@ def training_curves(log):
         stage, *fields = panel.split()
         series = []
         for field in fields:
-            rows = [row for row in log if row["stage"] == stage and field in row]
-            points = [[row["step"], row[field]] for row in rows]
+            points = []
+            for row in log:
+                value = row.get(field, math.nan)
+                if row["stage"] == stage and math.isfinite(value):  # a metric may be NaN
+                    points.append([row["step"], value])
             if points:
                 series.append({"name": field.replace("_", " "), "points": points})
         if series:
