@@ -1656,8 +1656,9 @@ def test_run_a_foreign_checkpoint_is_asked_in_words(own_root, call, tmp_path, mo
     model = ["--model", str(foreign)]
     assert call(out, *model, stage="base") == call(out, *model, stage="propose") == 0
     assert spy.call_args.args[-1] is True
-    cut = sum(row.get("truncated", False) for row in json_rows(out, "propose", "rationales.jsonl"))
-    assert f"{cut} of them cut off" in capsys.readouterr().out and cut
+    written = json_rows(out, "propose", "rationales.jsonl")
+    cut = len([row for row in written if row.get("truncated")])
+    assert cut and f"{cut} of them cut off" in capsys.readouterr().out
     # Options of stages that are not done are free.
     assert call(out, *model, "--rl_steps", "3", stage="select") == 0
     assert read_json(out / "base/embedder_config.json")["trained_here"] is False
@@ -1732,8 +1733,9 @@ def test_run_other_rule_on_the_same_judgements(finished, call, tmp_path, monkeyp
     assert read_json(out / "config.json") == read_json(f"{finished}/config.json")
     monkeypatch.setattr(train, "judge_fold", None)
     assert call(out, "--select_rule", "none", "--resume", "auto", stage="select") == 0
-    kept, judged = (json_rows(out, "select", f"{name}.jsonl") for name in ("selected", "judged"))
-    assert len(kept) == len(judged) and judged == json_rows(finished, "select", "judged.jsonl")
+    judged = json_rows(out, "select", "judged.jsonl")
+    assert judged == json_rows(finished, "select", "judged.jsonl")
+    assert len(json_rows(out, "select", "selected.jsonl")) == len(judged)
 
 
 # Whatever breaks off
@@ -1742,13 +1744,12 @@ def test_run_other_rule_on_the_same_judgements(finished, call, tmp_path, monkeyp
 def test_run_sigterm_and_resume(finished, own_root, copy_of, monkeypatch, fails):
     """SIGTERM in the third step leaves a checkpoint. Resumed, the stage ends with equal bits."""
     out = copy_of("select")
-    step, calls = train.contrastive_step, []
+    spy = Mock(wraps=train.contrastive_step)
 
     def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3:
+        if spy.call_count == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+        return spy(*args)
 
     monkeypatch.setattr(train, "contrastive_step", interrupted)
     more = ("--save_every", "100", "--resume", "auto")
@@ -1757,7 +1758,7 @@ def test_run_sigterm_and_resume(finished, own_root, copy_of, monkeypatch, fails)
     shutil.copy(f"{finished}/embed/config.json", f"{out}/embed.part")  # as if it had been saved
     fails([*argv, "--embed_lr_factor", "9"], 2, "options.json was made with embed_lr_factor")
     assert exit_code(argv) == 0
-    assert len(calls) == 5
+    assert spy.call_count == 5
     assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
 
 
@@ -1808,16 +1809,16 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
     one, two = copy_of("propose", "one"), copy_of("propose", "two")
     assert call(one, stage="select") == 0
     train_in_two(arguments(own_root, two, stage="select"))
-    for name, numbers in (("judged", ("direct", "gain")), ("selected", ("weight",))):
-        a, b, in_one_window = (
-            json_rows(out, "select", f"{name}.jsonl") for out in (one, two, finished)
-        )
-        if name == "judged":
-            assert [x["id"] for x in a] == [x["id"] for x in in_one_window]
-        for x, y in zip(a, b, strict=True):
-            assert (x["id"], x["proposer"]) == (y["id"], y["proposer"])
-            for number in numbers:
-                assert x[number] == pytest.approx(y[number], abs=1e-2)
+    in_one_window = json_rows(finished, "select", "judged.jsonl")
+    a, b = (json_rows(out, "select", "judged.jsonl") for out in (one, two))
+    assert [row["id"] for row in a] == [row["id"] for row in in_one_window]
+    for x, y in zip(a, b, strict=True):
+        del x["similarity_gain"], y["similarity_gain"]
+        assert x == pytest.approx(y, abs=1e-2)
+    a, b = (json_rows(out, "select", "selected.jsonl") for out in (one, two))
+    for x, y in zip(a, b, strict=True):
+        assert (x["id"], x["proposer"]) == (y["id"], y["proposer"])
+        assert x["weight"] == pytest.approx(y["weight"], abs=1e-2)
 
 
 def test_run_a_kill_loses_one_window(finished, call, copy_of, monkeypatch):
@@ -1865,7 +1866,6 @@ def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
     out = copy_of("propose")
     assert call(out, "--select_margin", "99") == 0
     said = capsys.readouterr().out
-    assert "attention: FLASH_ATTENTION; with branches FLASH_ATTENTION" in said
     assert said.count("WARNING: selection kept nothing, for no pair is hard") == 2
     assert "no pair is hard" in said[said.index("peak_memory_gb") :]
     assert "no pair is hard" in Path(out, "report.md").read_text()
@@ -1898,12 +1898,6 @@ def test_run_two_runs_in_one_folder(own_root, copy_of, fails):
         other.communicate(b"\n")
 
 
-def test_run_a_call_that_made_nothing_leaves_no_options(own_root, tmp_path, fails):
-    argv = arguments(own_root, tmp_path / "run", stage="base")
-    fails([*argv, "--model", f"{own_root}/mistyped/here"], 1, "mistyped/here")
-    assert exit_code(argv) == 0
-
-
 def test_run_nobody_wrote_a_rationale(own_root, copy_of, tmp_path, fails):
     M.write_rows(tmp_path / "r.jsonl", [{"id": "own/99", "proposer": "a", "text": "a"}])
     more = ("--rationales", f"{tmp_path}/r.jsonl", "--num_candidates", "0")
@@ -1922,14 +1916,13 @@ def test_run_proposes_for_hard_pairs_alone(call, copy_of):
 
 def test_rows_name_a_broken_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    for text, message in (('{"a": 1}\n{"b"', "line 2: not valid JSON"), ("[]", "line 1: expected")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            list(M.Rows(path))
     path.write_text('{"a": 1}\n{"b"')
+    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+        list(M.Rows(path))
     assert list(M.Rows(path, may_be_cut=True)) == [{"a": 1}]
-    path.write_text('{"a": 1}')
-    assert list(M.Rows(path)) == [{"a": 1}]
+    path.write_text('{"a": 1}\n[]')
+    with pytest.raises(ValueError, match="line 2: expected"):
+        list(M.Rows(path))
 
 
 @pytest.mark.parametrize("stage", ["propose", "select"])

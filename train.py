@@ -83,7 +83,7 @@ import report
 import rl
 import scale
 from embed import Embedder, contrastive_step, prefix_dims
-from model import Rows, read_json, sdpa_kernel, write_json, write_rows
+from model import Rows, read_json, write_json, write_rows
 from processor import prompt_key
 
 # select.py as a module. `import select` would give the standard library's; see select.py.
@@ -905,9 +905,6 @@ def embed_stage(run, part):
     """
     c = run.cfg
     embedder = run.trainee(*[f"select/judge{fold}" for fold in range(c.select_folds)])
-    plain = sdpa_kernel(embedder.model, run.dtype, branches=False)
-    branched = sdpa_kernel(embedder.model, run.dtype, branches=True)
-    run.say(f"attention: {plain}; with branches {branched}")
     processor = embedder.processor
     pairs = run.pairs(processor)
     lessons = Lessons(run)
