@@ -224,15 +224,15 @@ class Config:
 
 
 class UsageError(Exception):
-    """A mistake of the caller's: one line."""
+    """A mistake of the caller's."""
 
     exit_code = 2
 
 
 class Interrupted(Exception):
-    """SIGTERM ended the training loop: one line, and the exit code that a shell would give."""
+    """SIGTERM ended the training loop."""
 
-    exit_code = 143
+    exit_code = 143  # as a shell has it
 
 
 def true_or_false(text):
@@ -973,17 +973,14 @@ def rl_stage(run, part):
     pairs = run.pairs(processor, for_rl=True)
     actor = scale.merge(model, run.dtype)  # a plain copy, which writes the rollouts
 
-    def grpo(i, batch):
-        rng = run.generator("rl", i, scale.rank())
+    def one_step(i, batch):
+        if not c.rl_rollouts:  # ablation: no rationale is written, and no decision is taught
+            n = len(batch)
+            return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
         scale.merge(model, run.dtype, into=actor)  # it gets the weights of this step
+        rng = run.generator("rl", i, scale.rank())
         return rl.grpo_step(model, processor, batch, c, rng, actor)
 
-    def contrast(i, batch):
-        """Ablation: no rationale is written, and no decision is taught."""
-        n = len(batch)
-        return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
-
-    one_step = grpo if c.rl_rollouts else contrast
     stream = partial(pairs.stream, "rl", c.rl_batch, RL_SUB_BATCH)
     fit(run, "rl", part, embedder, stream, one_step, c.rl_steps, c.rl_lr_factor)
     return embedder
