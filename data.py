@@ -554,23 +554,6 @@ def wanted(specs, names):
     return [by_name[name] for name in dict.fromkeys(names)]  # a name given twice counts once
 
 
-def fingerprint(root, kind):
-    """A hash of a root's tables of a kind: their specs and, of every file, name, size, the first
-    and the last megabyte. By it train.py notices that a finished stage had other data."""
-    digest = hashlib.sha256()
-    for spec in tables(root, kind):
-        digest.update(json.dumps(spec, sort_keys=True).encode())
-        files = Files(spec, root)
-        for path in files.all_paths():
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(f"{os.path.relpath(path, files.root)} {size}".encode())
-                digest.update(file.read(2**20))  # all of a small file
-                file.seek(max(0, size - 2**20))
-                digest.update(file.read())
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------
 # Files of a root
 
