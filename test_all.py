@@ -1434,10 +1434,11 @@ def test_train_every_option_is_read_and_explained(capsys):
     options = {f.name for f in dataclasses.fields(train.Config)}
     names = ("train", "embed", "propose", "select", "rl", "scale")
     source = "".join(text_of(f"{name}.py") for name in names)
-    assert len(options) <= 57 and options <= set(re.findall(r"\b(?:c|cfg)\.(\w+)", source))
+    assert options <= set(re.findall(r"\b(?:c|cfg)\.(\w+)", source))
     assert exit_code(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"--{name} " in text for name in options) and "None (" not in text
+    assert options <= set(re.findall(r"--(\w+) ", text))
+    assert "None (" not in text
 
 
 # One tiny run on data of one's own, which the tests below copy
@@ -1636,15 +1637,6 @@ def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages(for_rl, rows, ope
     pairs = train.Pairs(*opened)
     pairs.run.cfg.rl_holdout = 0.9
     assert pairs.share_of(2, for_rl) == rows
-
-
-def test_run_revision_is_fetched_and_written_down(call, tmp_path, monkeypatch):
-    fetch = Mock(return_value=tiny_embedder())
-    monkeypatch.setattr(train.Embedder, "from_pretrained", fetch)
-    out = tmp_path / "run"
-    assert call(out, "--model", "a/b", "--revision", "v1", stage="base") == 0
-    fetch.assert_called_once_with("a/b", "cpu", "float32", "v1")
-    assert read_json(f"{out}/config.json")["revision"] == "v1"
 
 
 def test_run_a_foreign_checkpoint_is_asked_in_words(own_root, call, tmp_path, monkeypatch, capsys):
@@ -1936,7 +1928,7 @@ def test_run_rationales_of_another_table_are_refused(stage, own_root, copy_of, f
     fails(argv, 1, "rationales.jsonl' is about another pair")
 
 
-@pytest.mark.parametrize("kind, missing", [("train", "test"), ("eval", "training")])
+@pytest.mark.parametrize("kind, missing", [("train", "eval"), ("eval", "train")])
 def test_run_without_a_test_set_is_refused_first(kind, missing, tmp_path, fails):
     write_json(tmp_path / "datasets.json", {kind: [{"name": "gone", "table": "gone.jsonl"}]})
     fails(arguments(tmp_path, tmp_path / "run"), 2, f"no {missing} set")

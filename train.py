@@ -159,7 +159,6 @@ class Config:
 
     preset: str = opt("run", "pocket", choices=PRESETS)  # default values of the other options
     model: str = opt("run", "")  # start from this Qwen3-VL folder or hub id; empty: from nothing
-    revision: str = opt("run", "")  # commit or tag of the model on the hub
     data: str = opt("run", "")  # training and test root, see data.py; empty: the pocket world
     seed: int = opt("run", 1)  # of the world, the weights, the order and the sampling
     scale: float = opt("run", 1.0)  # times the world's sizes and all step counts
@@ -283,6 +282,7 @@ def check(cfg):
     cannot_shard = cfg.optimizer == "muon" or cfg.lora or cfg.compile
     prefix_dims(cfg.matryoshka_dims)  # ValueError unless these are numbers
     mistakes = {  # {what is said: whether it is the case}
+        f"--seed {cfg.seed}: expected a number, at least 0": cfg.seed < 0,
         f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
         "--batch is not a multiple of --sub_batch": cfg.batch % cfg.sub_batch,
         f"--batch is not a multiple of the {processes} processes": cfg.batch % processes,
@@ -402,8 +402,10 @@ class Run:
         path = self.path("metrics.jsonl")
         if not scale.is_main() or not os.path.exists(path):
             return
-        rows = Rows(path, may_be_cut=True)
-        kept = [r for r in rows if not r["stage"].startswith(stage) or r["step"] <= step]
+        kept = []
+        for row in Rows(path, may_be_cut=True):
+            if not row["stage"].startswith(stage) or row["step"] <= step:
+                kept.append(row)
         write_rows(path, kept)
 
     def begin(self, stage):
@@ -580,7 +582,10 @@ class Pairs:
         size = selection.WINDOW
         windows = []
         for source, rows in enumerate(self.rows):
-            refs = [(source, row) for row in rows if is_wanted(self.tables.id(source, row))]
+            refs = []
+            for row in rows:
+                if is_wanted(self.tables.id(source, row)):
+                    refs.append((source, row))
             for start in range(0, len(refs), size):
                 windows.append(refs[start : start + size])
         return windows
@@ -686,7 +691,7 @@ def base_stage(run, part):
     if not c.model:
         return pretrain_base(run, part)
     # A copy of --model in the run folder. A broken one is refused in a minute, not in an hour.
-    embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
+    embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype)
     if not embedder.model.has_head:
         raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales")
     return embedder
@@ -762,16 +767,16 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
     scale.barrier()
 
 
-def rows_within(run, given, pairs, processor):
-    """Rows of `given`, a propose.Rationales, about these pairs. A text with more tokens than
-    --max_new_tokens is left out: the model could not write it to its end."""
+def rows_within(given, pairs, processor, most):
+    """Rows of a propose.Rationales about these pairs, and how many more there are whose text has
+    too many tokens: the model could not write them to their end."""
     rows = [row for pair in pairs for row in given.of(pair)]
-    most = run.cfg.max_new_tokens + len(processor.prefix) + len(processor.tail)
-    within = [row for row in rows if len(processor.rationale(row["text"])) <= most]
-    if len(within) < len(rows):
-        num_longer = len(rows) - len(within)
-        run.say(f"propose: {num_longer} rationales exceed --max_new_tokens: not used")
-    return within
+    num_forced = len(processor.prefix) + len(processor.tail)
+    within = []
+    for row in rows:
+        if len(processor.rationale(row["text"])) - num_forced <= most:
+            within.append(row)
+    return within, len(rows) - len(within)
 
 
 def propose_stage(run, part):
@@ -799,7 +804,11 @@ def propose_stage(run, part):
         return hard is None or pair_id in hard
 
     def rows_of(n, window):
-        rows = rows_within(run, given, window, processor) if given else []
+        rows = []
+        if given:
+            rows, num_longer = rows_within(given, window, processor, c.max_new_tokens)
+            if num_longer:
+                run.say(f"propose: {num_longer} rationales exceed --max_new_tokens: not used")
         if c.num_candidates:
             rng = run.generator("propose", n)
             rows += propose.propose(embedder.model, processor, window, c, rng, ask)
@@ -841,11 +850,13 @@ def select_stage(run, part):
     rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
     chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
     selected = f"{part}/selected.jsonl"
-    write_rows(selected, ({key: row[key] for key in SELECTED} for row in chosen))
+    short = ({key: row[key] for key in SELECTED} for row in chosen)
+    write_rows(selected, short)
 
     # 3) The audit: against the truth, where it is known, and against placebos
     kept = Rows(selected)
-    audit = selection.audit(judged, kept, *rule, selection.pocket_truth(run.data_root))
+    truth = selection.pocket_truth(run.data_root)
+    audit = selection.audit(judged, kept, *rule, truth)
     numbers = {name: x for name, x in audit.items() if not isinstance(x, dict)}
     run.forget("select audit")
     run.log("select audit", 1, 1, numbers)
@@ -1007,7 +1018,6 @@ def write_report(run):
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
-        "revision": run.cfg.revision,
         # {"base": 292.8, ...}, of a resumed stage those of its last call
         "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
         "selection": run.read("select/audit.json"),
@@ -1057,10 +1067,10 @@ def draw_world(run):
 def run_stages(cfg):
     """The stages that cfg asks for, and the report."""
     whole = cfg.stage == "all"
-    if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
-        raise UsageError(f"{cfg.data} has no training set")
-    if cfg.data and whole and not data.tables(cfg.data, "eval"):
-        raise UsageError(f"{cfg.data} has no test set, with which --stage all ends: name a stage")
+    if cfg.data and whole:
+        for kind in ("train", "eval"):
+            if not data.tables(cfg.data, kind):
+                raise UsageError(f"{cfg.data} has no {kind} set; --stage all needs one")
     run = Run(cfg)
     next_stage = len(run.stages)  # those that are done are the first ones: finish() sees to it
     first = next_stage if whole else STAGES.index(cfg.stage)
