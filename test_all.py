@@ -1639,6 +1639,13 @@ def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages(for_rl, rows, ope
     assert pairs.share_of(2, for_rl) == rows
 
 
+def test_run_revision_is_fetched(call, tmp_path, monkeypatch):
+    fetch = Mock(return_value=tiny_embedder())
+    monkeypatch.setattr(train.Embedder, "from_pretrained", fetch)
+    assert call(tmp_path / "run", "--model", "a/b", "--revision", "v1", stage="base") == 0
+    fetch.assert_called_once_with("a/b", "cpu", "float32", "v1")
+
+
 def test_run_a_foreign_checkpoint_is_asked_in_words(own_root, call, tmp_path, monkeypatch, capsys):
     """Its base stage leaves it what it is; what we have trained opens with <think>."""
     foreign = shutil.copytree(f"{own_root}/model", tmp_path / "model")

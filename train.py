@@ -159,6 +159,7 @@ class Config:
 
     preset: str = opt("run", "pocket", choices=PRESETS)  # default values of the other options
     model: str = opt("run", "")  # start from this Qwen3-VL folder or hub id; empty: from nothing
+    revision: str = opt("run", "")  # commit or tag of the model on the hub
     data: str = opt("run", "")  # training and test root, see data.py; empty: the pocket world
     seed: int = opt("run", 1)  # of the world, the weights, the order and the sampling
     scale: float = opt("run", 1.0)  # times the world's sizes and all step counts
@@ -691,7 +692,7 @@ def base_stage(run, part):
     if not c.model:
         return pretrain_base(run, part)
     # A copy of --model in the run folder. A broken one is refused in a minute, not in an hour.
-    embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype)
+    embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
     if not embedder.model.has_head:
         raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales")
     return embedder
@@ -1018,6 +1019,7 @@ def write_report(run):
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
+        "revision": run.cfg.revision,
         # {"base": 292.8, ...}, of a resumed stage those of its last call
         "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
         "selection": run.read("select/audit.json"),
