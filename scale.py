@@ -1,9 +1,9 @@
 """
 Scale: the same maths on several GPUs and in little memory.
 
-The idea files (embed.py and rl.py) state a loss on a batch. This file computes
-its gradient when neither the batch nor the model fits. It knows processes, chunks, shards, adapters
-and checkpoints, and nothing of prompts, rationales or rewards.
+The idea files (embed.py and rl.py) state a loss on a batch. This file computes its gradient when
+neither the batch nor the model fits. It knows processes, chunks, shards, adapters and checkpoints,
+and nothing of prompts, rationales or rewards.
 
     gather      rows of all processes side by side: each has the joined batch's negatives
     backward    GradCache: the gradient of a loss over the joined batch, in the memory of one chunk
@@ -12,13 +12,10 @@ and checkpoints, and nothing of prompts, rationales or rewards.
     Optimizer   Muon for the layers' matrices, AdamW for the rest; warm-up, flat, linear cool-down
     save_state  what is trained, inside a stage; a kill at any moment leaves a good file
 
-How to run. In one process nothing is gathered, and backward leaves the loss' plain gradient. On a
-node:
-    torchrun --nproc_per_node=8 train.py --preset qwen3vl-2b ...
-
+How to run: torchrun --nproc_per_node=8 train.py --preset qwen3vl-2b ...
 The contract of several processes: each holds its share of the batch's rows; all compute the same
 loss on the joined vectors; each leaves the part of the gradient that comes from its rows; the parts
-are added up, not averaged.
+are added up, not averaged. One process has nothing to gather, and leaves the plain gradient.
 
 Sources: GradCache, arXiv 2101.06983; LoRA, arXiv 2106.09685; FSDP, arXiv 2304.11277; Muon, Keller
 Jordan 2024 (kellerjordan.github.io/posts/muon) and, for the size of its updates, arXiv 2502.16982.
@@ -29,8 +26,6 @@ import collections
 import datetime
 import math
 import os
-import pickle
-import shutil
 
 import torch
 import torch.distributed as dist
@@ -88,9 +83,9 @@ def gather(x):
 def chunks_of(lengths, budget):
     """Cut rows into chunks that one forward pass can take.
 
-    lengths: tokens of each row. A chunk is padded to its longest row, so rows are sorted by length,
-    longest first. A new chunk begins where the padded tokens would exceed the budget, or where
-    the longest row is more than 1.25 times the shortest. A row above the budget is alone.
+    lengths: tokens of each row. A chunk is padded to its longest row, so rows go by length, longest
+    first. A new chunk begins where the padded tokens would exceed the budget, or where the longest
+    row is more than 1.25 times the shortest. A row above the budget is alone.
     -> lists of row numbers. chunks_of([5, 9, 5], budget=10) -> [[1], [0, 2]]
     """
     chunks = []
@@ -121,10 +116,8 @@ def backward(lengths, forward, loss, budget):
     loss     {name: (n, k, H)} of all processes, in process order, then row order -> scalar
     budget   padded tokens of a pass. Where all rows of every process fit in one budget, the first
              pass keeps its activations, and there is no second
-
     -> loss (a float: with the further losses of all rows) and metrics, summed over rows and
-    processes. Leaves in every parameter's .grad this process' part of the gradient: Optimizer.step
-    adds the parts up.
+    processes. Leaves this process' part of the gradient: Optimizer.step adds the parts up.
     """
     # 1) Passes. Sharded layers meet in each, so all processes make equally many: those with fewer
     # chunks repeat their last with weight zero.
@@ -256,7 +249,7 @@ def is_sharded(tensor):
 
 
 def complete(tensor):
-    """The same in one piece."""
+    """A tensor in one piece. Of one in shards all processes ask together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -366,12 +359,9 @@ def schedule(i, steps, warmup, cool):
 class Optimizer:
     """Muon for the matrices of the layers and AdamW for the rest, or AdamW alone.
 
-    cfg      .optimizer "muon" or "adamw", .lr, .warmup in steps
-    steps    of the schedule; the attribute may grow while the rate is still flat
-    factor   times lr
-    cool     the share of the steps in which the rate falls
-    patches  Muon for the patch embedding too. From nothing, images are then read sooner; later, on
-             a few thousand images, it only disturbs
+    cfg: .optimizer, .lr, .warmup in steps. steps: of the schedule; may grow while the rate is flat.
+    factor: times lr. cool: the share of the steps in which the rate falls. patches: Muon for the
+    patch embedding too. From nothing, images are then read sooner; later it only disturbs.
 
     Muon learns to look things up in the pocket world sooner than AdamW. Embedding and head stay
     with AdamW: a row of theirs is a token, and most tokens are not in a batch.
@@ -397,8 +387,7 @@ class Optimizer:
             self.parts.append(Muon(matrices.values(), self.peak))
 
     def step(self, i):
-        """Update number i (from 0) -> norm of the gradient before clipping. Where it is not finite
-        the weights are lost, and the caller stops."""
+        """Update number i (from 0) -> norm of the gradient before clipping."""
         add_gradients(self.params)
         norm = clip_gradients(self.params, limit=1.0)
         rate = self.peak * schedule(i, self.steps, self.warmup, self.cool_steps)
@@ -447,16 +436,8 @@ def for_file(value):
         return [for_file(x) for x in value]
     if not is_sharded(value):
         return value
-    value = value.full_tensor()
-    return value.cpu() if is_main() else None
-
-
-def need_space(folder, size, what):
-    """OSError, in one line, unless the disk has room for `size` bytes more of `what`."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        room = f"{size / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free"
-        raise OSError(f"{folder}: {what} of {room}")
+    whole = complete(value)
+    return whole.cpu() if is_main() else None
 
 
 def save_state(path, step, model, optimizer):
@@ -476,15 +457,11 @@ def save_state(path, step, model, optimizer):
 
 @torch.no_grad()
 def load_state(path, model, optimizer):
-    """Put a state into model and optimizer -> its step; 0 where there is none. ValueError names a
-    file that is damaged. (train.py refuses a state of other options.)"""
+    """Put a state into model and optimizer -> its step; 0 where there is none. (train.py refuses a
+    state of other options.)"""
     if not os.path.exists(path):
         return 0
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        remedy = "without --resume the stage starts again"
-        raise ValueError(f"{path}: damaged ({type(e).__name__}); {remedy}") from None
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for name, p in trainable(model).items():
         p.copy_(like(saved["model"][name], p))
     optimizer.load_state_dict(saved["optimizer"])

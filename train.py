@@ -14,12 +14,6 @@ Everything in order. A stage is a function below; the maths stands in the files 
     torchrun --nproc_per_node=8 train.py ... --preset qwen3vl-8b --lora 0 --lr 1e-5 \\
         --rl_lr_factor 0.1 --fsdp true --compile false
 
-An ablation is a copy of a finished run in which one stage is done again with another option:
-
-    cp -rL runs/pocket runs/dear
-    python train.py --stage rl  --latency_penalty 3 --out runs/dear
-    python train.py --stage all --latency_penalty 3 --out runs/dear      whatever follows from it
-
 The run folder:
 
     config.json  stages.json  metrics.jsonl     options; stages that are done; the log
@@ -32,13 +26,14 @@ The run folder:
     eval/summary.json ...                       scores, see eval.py
     report.json  report.md  report.html         the same for people
 
---stage all skips finished stages, up to a folder that was taken away; --stage NAME does one again.
+--stage all skips finished stages, up to a folder that was taken away; --stage NAME does one again,
+in a copy of the folder for an ablation (README.md, "Fork it").
 Options that differ from the folder's are refused, but for those of the machine, of the stage that
 is done again and of stages still to do. A stage works in STAGE.part, which takes its place when it
 is finished. With --resume auto a stage that broke off goes on from its last checkpoint or window
 (eval starts again), and ends with the same weights, to the last bit, as if nothing had happened.
 SIGTERM ends a run with exit code 143; a training loop writes a checkpoint first.
-An error is one line. `python -X dev train.py ...` shows where it came from.
+`python -X dev train.py ...` shows where an error came from.
 
 Randomness: every draw has a generator of its own, made from --seed and what is drawn (Run.rng). So
 nothing has to be saved, and a stage does not depend on what was drawn before it.
@@ -57,8 +52,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
-import contextlib
-import ctypes
 import fcntl
 import gc
 import hashlib
@@ -100,8 +93,6 @@ selection = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(selection)
 
 STAGES = ("base", "propose", "select", "embed", "rl", "eval")
-# {the first stage that reads some tables: which}. It notes their hash: a later change is noticed.
-NOTED_TABLES = {"propose": "train", "eval": "eval"}
 # A row of selected.jsonl: {"id": "PocketWalk/7", "proposer": "careful", "text": "nw red star ...",
 # "gain": 2.1, "gain_placebo": -0.3, "weight": 0.6}. A pair's weights add up to 1.
 SELECTED = ("id", "proposer", "text", "gain", "gain_placebo", "weight")
@@ -150,12 +141,12 @@ PRESETS = {
 }
 
 
-def opt(group, default, least=0, choices=None):
-    """A field of Config. least: the smallest number that makes sense; choices: all that do.
+def opt(group, default, choices=None):
+    """A field of Config. choices: all values that it may have; None: any of its type.
 
-    rl_batch: int = opt("rl", 32, 1) is --rl_batch of --help's group "rl", 32 by default.
+    rl_batch: int = opt("rl", 32) is --rl_batch of --help's group "rl", 32 by default.
     """
-    return field(default=default, metadata={"group": group, "least": least, "choices": choices})
+    return field(default=default, metadata={"group": group, "choices": choices})
 
 
 @dataclass
@@ -171,37 +162,37 @@ class Config:
     revision: str = opt("run", "")  # commit or tag of the model on the hub
     data: str = opt("run", "")  # training and test root, see data.py; empty: the pocket world
     seed: int = opt("run", 1)  # of the world, the weights, the order and the sampling
-    scale: float = opt("run", 1.0, 1e-6)  # times the world's sizes and all step counts
+    scale: float = opt("run", 1.0)  # times the world's sizes and all step counts
     dtype: str = opt("run", "float32", choices=("float32", "bfloat16"))  # arithmetic, saved weights
-    max_pixels: int = opt("run", 65536, 1024)  # area of an image; a token covers 32 x 32
-    max_frames: int = opt("run", 8, 1)  # of a user's video without fps; datasets have their own
-    max_new_tokens: int = opt("run", 48, 1)  # longest rationale; T of the latency penalty
+    max_pixels: int = opt("run", 65536)  # area of an image; a token covers 32 x 32
+    max_frames: int = opt("run", 8)  # of a user's video without fps; datasets have their own
+    max_new_tokens: int = opt("run", 48)  # longest rationale; T of the latency penalty
 
     stage: str = opt("machine", "all", choices=("all", *STAGES))  # one of them, or all not done
     out: str = opt("machine", "")  # run folder; empty: runs/PRESET
     resume: str = opt("machine", "", choices=("", "auto"))  # auto: go on inside a stage
     device: str = opt("machine", "")  # cpu, cuda or cuda:N; empty: cuda where there is one
-    workers: int = opt("machine", 0)  # processes that read data too large to keep
-    chunk_tokens: int = opt("machine", 16384, 1)  # tokens of one forward pass (GradCache)
-    save_every: int = opt("machine", 100, 1)  # steps between checkpoints inside a stage
+    workers: int = opt("machine", 0)  # processes that read pairs; 0: none, and 1 GB is kept
+    chunk_tokens: int = opt("machine", 16384)  # tokens of one forward pass (GradCache)
+    save_every: int = opt("machine", 100)  # steps between checkpoints inside a stage
     checkpointing: bool = opt("machine", False)  # recompute activations: less memory, slower by 1/3
     compile: bool = opt("machine", False)  # torch.compile of the layers
     fsdp: bool = opt("machine", False)  # shard the text layers over the GPUs
 
-    world_train: int = opt("world", 750, 4)  # training pairs of each pocket family
-    world_test: int = opt("world", 100, 4)  # test queries of each pocket family
+    world_train: int = opt("world", 750)  # training pairs of each pocket family
+    world_test: int = opt("world", 100)  # test queries of each pocket family
 
     optimizer: str = opt("training", "muon", choices=("muon", "adamw"))  # of matrices; AdamW: rest
     lr: float = opt("training", 0.002)  # peak rate; a stage's factor multiplies it
     warmup: int = opt("training", 30)  # steps, a quarter of the stage at most
-    batch: int = opt("training", 32, 1)  # pairs of a contrastive step
-    sub_batch: int = opt("training", 8, 1)  # of one dataset, which makes negatives hard
-    temperature: float = opt("training", 0.02, 1e-4)  # of every softmax over targets
+    batch: int = opt("training", 32)  # pairs of a contrastive step
+    sub_batch: int = opt("training", 8)  # of one dataset, which makes negatives hard
+    temperature: float = opt("training", 0.02)  # of every softmax over targets
     lora: int = opt("training", 0)  # rank of LoRA; 0 trains all weights
     train_vision: bool = opt("training", True)  # the vision tower, too
     rl_holdout: float = opt("training", 0.2)  # share of each dataset's pairs that rl alone sees
 
-    base_steps: int = opt("base", 450, 1)  # up to twice as many until the skills are there
+    base_steps: int = opt("base", 450)  # up to twice as many until the skills are there
 
     num_candidates: int = opt("propose", 1)  # rationales of a query by the base model
     rationales: str = opt("propose", "")  # a file of rationales that were written elsewhere
@@ -210,9 +201,9 @@ class Config:
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
     select_steps: int = opt("select", 300)  # updates of each evaluator
     select_lr_factor: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
-    select_margin: float = opt("select", 0.7, -math.inf)  # least gain; log 2 doubles p(target)
+    select_margin: float = opt("select", 0.7)  # least gain; log 2 doubles p(target)
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
-    select_folds: int = opt("select", 2, 1)  # 2: the judge never trained on the pair; 1: it did
+    select_folds: int = opt("select", 2)  # 2: the judge never trained on the pair; 1: it did
 
     embed_steps: int = opt("embed", 400)  # updates
     embed_lr_factor: float = opt("embed", 0.5)  # times lr
@@ -222,33 +213,26 @@ class Config:
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
 
     rl_steps: int = opt("rl", 60)  # updates
-    rl_batch: int = opt("rl", 32, 1)  # queries of an update
+    rl_batch: int = opt("rl", 32)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_lr_factor: float = opt("rl", 0.05)  # times lr
     latency_penalty: float = opt("rl", 0.6)  # reward charged for max_new_tokens tokens
     rl_decision_weight: float = opt("rl", 1.0)  # weight of the decision's loss
     rl_one_loss: bool = opt("rl", False)  # ablation: decision and rationale in one mean
 
-    threshold: float = opt("eval", 0.5, -math.inf)  # reason when p_reason exceeds it
+    threshold: float = opt("eval", 0.5)  # reason when p_reason exceeds it
 
 
 class UsageError(Exception):
-    """A mistake of the caller's: one line."""
+    """A mistake of the caller's."""
 
     exit_code = 2
 
 
 class Interrupted(Exception):
-    """SIGTERM ended the training loop: one line, and the exit code that a shell would give."""
+    """SIGTERM ended the training loop."""
 
-    exit_code = 143
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse would print the usage and exit. Here main() writes one line."""
-
-    def error(self, message):
-        raise UsageError(f"{message}; --help lists the options")
+    exit_code = 143  # as a shell has it
 
 
 def true_or_false(text):
@@ -258,24 +242,20 @@ def true_or_false(text):
     return text in ("true", "1")
 
 
-def underscored(argument):
-    """--rl-steps=9 -> --rl_steps=9; what is no option stays as it is."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--"):
-        name = "--" + name[2:].replace("-", "_")
-    return name + equals + value
-
-
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
-    parse(["--seed=7", "--rl-steps", "9"]) -> Config(seed=7, rl_steps=9, out="runs/pocket")
+    parse(["--seed=7", "--rl_steps", "9"]) -> Config(seed=7, rl_steps=9, out="runs/pocket")
     """
     # {"seed": "of the world, the weights, the order and the sampling"}: Config's own comments.
     source = inspect.getsource(Config)
     why = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
-    layout = argparse.RawDescriptionHelpFormatter  # leaves the docstring's lines as they are
-    parser = Parser("train.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="train.py --stage all [--option value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # leaves the docstring's lines
+        allow_abbrev=False,
+    )
     for title, options in itertools.groupby(fields(Config), lambda f: f.metadata["group"]):
         group = parser.add_argument_group(title)
         for f in options:
@@ -286,7 +266,6 @@ def parse(argv):
                 default=argparse.SUPPRESS,  # so `given` has what the caller wrote, nothing else
                 help=f"{why.get(f.name)} ({f.default!r})",
             )
-    argv = [underscored(argument) for argument in argv]
     given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_steps": 9}
     preset = given.get("preset", "pocket")
     cfg = Config(**PRESETS[preset] | given)
@@ -298,30 +277,22 @@ def parse(argv):
 
 def check(cfg):
     """UsageError for options that cannot be meant."""
-    for f in fields(Config):
-        if f.type not in (int, float):
-            continue
-        value = getattr(cfg, f.name)
-        least = f.metadata["least"]
-        if not math.isfinite(value) or value < least:
-            raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
     no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
     cannot_shard = cfg.optimizer == "muon" or cfg.lora or cfg.compile
-    numbers = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.matryoshka_dims)  # "64,128" or ""
+    prefix_dims(cfg.matryoshka_dims)  # ValueError unless these are numbers
     mistakes = {  # {what is said: whether it is the case}
+        f"--seed {cfg.seed}: expected a number, at least 0": cfg.seed < 0,
         f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
         "--batch is not a multiple of --sub_batch": cfg.batch % cfg.sub_batch,
         f"--batch is not a multiple of the {processes} processes": cfg.batch % processes,
         f"--rl_batch is not a multiple of the {processes} processes": cfg.rl_batch % processes,
         f"--rl_batch is not a multiple of {RL_SUB_BATCH}": cfg.rl_batch % RL_SUB_BATCH,
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
-        "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
         "--fsdp needs torchrun and several processes": cfg.fsdp and processes == 1,
-        "--matryoshka_dims: expected 64,128": not numbers,
     }
     for mistake, is_made in mistakes.items():
         if is_made:
@@ -354,45 +325,27 @@ class Run:
                 raise UsageError(f"{cfg.out}: another train.py works in this folder") from None
             except OSError as error:  # some clusters' file systems have no locks
                 self.say(f"{cfg.out}: not locked ({error}); let no other run use this folder")
-        # Those that are done, in order: {"base": {"seconds": 292.8}, "propose": {"seconds": 44.6,
-        # "tables": the hash of the training tables}}
-        self.stages = {}
+        self.stages = {}  # that are done, in order: {"base": {"seconds": 292.8}, ...}
         for stage, done in self.read("stages.json").items():
             if not os.path.lexists(self.path(stage)):  # taken away, to be done again
                 break
             self.stages[stage] = done
-        # A call that failed at once, say at a mistyped --model, has left neither a stage nor a
-        # world: its options do not count.
-        made = self.stages or os.path.exists(self.path("data"))
-        scale.barrier()  # all have looked, before the first process draws a world
-        if made:
-            # This call must have the folder's options, but for those of the stage that is wanted
-            # and of stages that are still to do.
-            todo = set(STAGES) - set(self.stages)
-            self.same_options({"machine", cfg.stage, *todo}, "config.json")
+        todo = set(STAGES) - set(self.stages)
+        self.same_options({"machine", cfg.stage, *todo}, "config.json")
 
     def path(self, name):
         """run.path("select/judged.jsonl") -> "runs/pocket/select/judged.jsonl"."""
         return os.path.join(self.cfg.out, name)
 
     def read(self, name):
-        """A JSON object of the folder; {} where there is none."""
+        """A JSON file of the folder; {} where there is none."""
         path = self.path(name)
-        value = read_json(path) if os.path.exists(path) else {}
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: expected a JSON object")
-        return value
+        return read_json(path) if os.path.exists(path) else {}
 
     def same_options(self, free, name):
-        """Refuse what was made with other options, as noted in the folder's file `name`; groups in
-        `free` may differ. Where none are noted yet, note ours. It says
-
-        runs/dear/config.json was made with latency_penalty=3.0, this call says 0.6: repeat the
-        option, do --stage rl with yours, or use another --out
-        """
-        path = self.path(name)
+        """Refuse what was made with other options, as noted in the folder's file `name`, if it is
+        there. Groups in `free` may differ."""
         before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
-        scale.barrier()  # all have read, before the first process writes
         for f in fields(Config):
             group = f.metadata["group"]
             value = getattr(self.cfg, f.name)
@@ -402,21 +355,7 @@ class Run:
             change = f"was made with {f.name}={then!r}, this call says {value!r}"
             redo = f", do --stage {group} with yours" if group in STAGES else ""
             remedy = f"repeat the option{redo}, or use another --out"
-            raise UsageError(f"{path} {change}: {remedy}")
-        if not before and scale.is_main():
-            write_json(path, asdict(self.cfg))
-
-    def same_tables(self, todo):
-        """Refuse tables that changed since a stage noted them, unless it is in `todo`. Rows are
-        known by their numbers, and the last ones of a dataset are rl's: a row more moves them."""
-        for stage, kind in NOTED_TABLES.items():
-            if stage in todo:
-                continue
-            noted = self.stages[stage].get("tables")  # a hash; older folders have none
-            if noted and noted != data.fingerprint(self.data_root, kind):
-                change = f"the {kind} table has changed since {stage}"
-                remedy = f"do --stage {stage} and what follows again"
-                raise UsageError(f"{self.data_root}: {change}: {remedy}")
+            raise UsageError(f"{self.path(name)} {change}: {remedy}")
 
     def rng(self, *key):
         """A generator that depends on seed and key alone.
@@ -464,19 +403,25 @@ class Run:
         path = self.path("metrics.jsonl")
         if not scale.is_main() or not os.path.exists(path):
             return
-        rows = Rows(path, may_be_cut=True)
-        kept = [r for r in rows if not r["stage"].startswith(stage) or r["step"] <= step]
+        kept = []
+        for row in Rows(path, may_be_cut=True):
+            if not row["stage"].startswith(stage) or row["step"] <= step:
+                kept.append(row)
         write_rows(path, kept)
 
     def begin(self, stage):
         """-> STAGE.part, the folder in which an unfinished stage works."""
         part = self.path(f"{stage}.part")
         if scale.is_main():
-            if self.cfg.resume != "auto":
+            if not self.cfg.resume:
                 shutil.rmtree(part, ignore_errors=True)
+            if not os.path.exists(part):  # it starts from the beginning
+                self.forget(stage)
             os.makedirs(part, exist_ok=True)
         scale.barrier()  # what is left of an earlier try is gone, before anybody looks
-        self.same_options(("machine",), f"{stage}.part/options.json")
+        self.same_options({"machine"}, f"{stage}.part/options.json")
+        if scale.is_main():
+            write_json(f"{part}/options.json", asdict(self.cfg))
         return part
 
     def finish(self, stage, part, seconds):
@@ -486,37 +431,22 @@ class Run:
         """
         scale.barrier()  # all processes have written into `part`
         number = STAGES.index(stage)
-        done = {"seconds": seconds}
-        if stage in NOTED_TABLES:
-            done["tables"] = data.fingerprint(self.data_root, NOTED_TABLES[stage])
-
-        # 1) Neither this stage nor a later one is done, as long as folders change.
-        self.note({name: self.stages[name] for name in STAGES[:number]})
-
-        # 2) The folders
-        final = Path(self.path(stage))
+        earlier = {name: self.stages[name] for name in STAGES[:number]}
+        self.stages = earlier | {stage: {"seconds": seconds}}
         if scale.is_main():
+            write_json(self.path("stages.json"), earlier)  # as long as folders change
+            final = Path(self.path(stage))
             if final.is_symlink():  # of a study's fork: its parent's stays
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for name in (*final.glob("*.state"), final / "options.json"):
                 name.unlink()  # only a stage that is resumed needs checkpoints and its options
-            for folder in final.glob("*.windows"):  # a kill came before they were taken away
-                shutil.rmtree(folder)
             for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
+            write_json(self.path("stages.json"), self.stages)
         scale.barrier()
-
-        # 3) This stage is done.
-        self.note(self.stages | {stage: done})
-
-    def note(self, stages):
-        """Write down which stages are done."""
-        self.stages = stages
-        if scale.is_main():
-            write_json(self.path("stages.json"), stages)
 
     def stop(self, *_):
         """What SIGTERM does in the training loop. Elsewhere it ends the process, as kill -9."""
@@ -567,15 +497,12 @@ class Pairs:
     for_rl: the pairs that rl alone sees. question: None, or how a query is put to a proposer
     (propose.question).
 
-    Where all fits in memory, what was read is kept; else worker processes read it while the model
-    computes. The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by
-    heart the direct embedding is so good that thinking never seems to pay.
+    What was read is kept, up to MAX_BYTES; with --workers worker processes read, and keep nothing.
+    The last rl_holdout of every dataset belongs to rl alone: on pairs that embed knows by heart the
+    direct embedding is so good that thinking never seems to pay.
     """
 
-    MAX_BYTES = 2**30  # of patches that are kept in memory
-    MAX_PAIRS = 50_000  # that are kept there; one of short texts takes 2 to 3 kB
-    SAMPLE = 16  # pairs of a dataset that tell how much its patches weigh
-    PART = 32  # pairs that a worker reads at a time
+    MAX_BYTES = 2**30
 
     def __init__(self, run, processor, for_rl=False, question=None):
         self.run = run
@@ -587,22 +514,7 @@ class Pairs:
         # A range of rows of each dataset: [range(0, 600), range(0, 600), ...]
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
         self.cache = {}  # {(source, row): pair}
-        num_bytes = sum(self.bytes(source) for source in range(len(self.rows)))
-        num_pairs = sum(map(len, self.rows))
-        self.fits_in_memory = num_bytes <= self.MAX_BYTES and num_pairs <= self.MAX_PAIRS
-        workers = 0 if self.fits_in_memory else run.cfg.workers
-        # One loader, and one crew of workers, for all passes: load() says what is to be read.
-        self.batches = Batches()
-        self.loader = DataLoader(
-            self,
-            batch_sampler=self.batches,
-            collate_fn=list,  # prompts differ in shape: a batch stays a list
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            # Forked: a generator, which self.batches has, cannot be sent to a new process.
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=leave_group,
-        )
+        self.cached_bytes = 0
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?
@@ -614,25 +526,17 @@ class Pairs:
         first_held = max(1, n - num_held)  # at least one pair on either side
         return range(first_held, n) if for_rl else range(first_held)
 
-    def bytes(self, source):
-        """What a dataset's patches would weigh, if all pairs' weigh what a few of them do."""
-        rows = self.rows[source]
-        some = rows[:: math.ceil(len(rows) / self.SAMPLE)]
-        size = 0
-        for row in some:
-            pair = self.tables.fetch(source, row, self.prompts, rows)
-            for prompt in (pair["query"], pair["target"], *pair["negatives"]):
-                size += sum(patches.nbytes for patches in prompt["pixel_values"])
-        return len(rows) * size // len(some)
-
     def __getitem__(self, ref):
         """ref (source, row) -> its pair. A broken row's place is taken by the share's next one."""
         if ref in self.cache:
             return self.cache[ref]
         source, row = ref
         pair = self.tables.fetch(source, row, self.prompts, self.rows[source])
-        if self.fits_in_memory:
+        if not self.run.cfg.workers and self.cached_bytes < self.MAX_BYTES:
             self.cache[ref] = pair
+            self.cached_bytes += 2500  # of a pair of short texts
+            for prompt in (pair["query"], pair["target"], *pair["negatives"]):
+                self.cached_bytes += sum(patches.nbytes for patches in prompt["pixel_values"])
         return pair
 
     def prompts(self, pair):
@@ -652,22 +556,23 @@ class Pairs:
         }
 
     def load(self, lists):
-        """Lists of (source, row) -> yields lists of pairs. An earlier call then ends.
-
-        Each worker reads two parts of PART pairs ahead: whole windows of pages would take 3 GB.
-        """
-        # The same lists twice: one is read ahead in parts, the other says what is to be yielded.
+        """Lists of (source, row) -> yields lists of pairs. Workers read ahead, pair by pair: whole
+        windows of pages would take 3 GB each."""
         lists, to_read = itertools.tee(lists)
-        size = self.PART
-        self.batches.lists = (
-            refs[at : at + size] for refs in to_read for at in range(0, len(refs), size)
+        workers = self.run.cfg.workers
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=itertools.chain.from_iterable(to_read),
+            collate_fn=dict,  # a pair stays as it is
+            num_workers=workers,
+            prefetch_factor=64 if workers else None,  # pairs of each worker
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=leave_group,
         )
-        loaded = iter(self.loader)
+        loaded = iter(loader)
         for refs in lists:
-            pairs = []
-            while len(pairs) < len(refs):
-                pairs += next(loaded)
-            yield pairs
+            yield [next(loaded) for _ in refs]
 
     def windows(self, is_wanted):
         """(source, row) of the pairs whose id is_wanted(id) accepts, dataset by dataset, in lists
@@ -700,8 +605,8 @@ class Pairs:
             world=scale.world_size(),
             first=[rows.start for rows in self.rows],
         )
-        sampler = itertools.islice(sampler, first_step, None)  # without the steps that are done
-        for step, pairs in enumerate(self.load(sampler), first_step):
+        todo = itertools.islice(sampler, first_step, None)  # without the steps that are done
+        for step, pairs in enumerate(self.load(todo), first_step):
             shuffled = []
             for pair in pairs:
                 rng = self.run.rng(name, "negatives", step, pair["id"])
@@ -713,19 +618,8 @@ class Pairs:
 
 def leave_group(worker):
     """A worker leaves the process group, so that SIGTERM to the group reaches the main process
-    alone, which saves first. On Linux it ends with that process, also one that was killed."""
+    alone, which saves first."""
     os.setpgrp()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-
-
-class Batches:
-    """A batch sampler whose lists may be exchanged between two passes."""
-
-    lists = ()  # of (source, row); see Pairs.load
-
-    def __iter__(self):
-        return iter(self.lists)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -738,16 +632,10 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
     stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
     after_step(step) may prolong the stage, by optimizer.steps
-    It goes on from the checkpoint PART/NAME.state, if there is one: begin() removes it unless the
-    call says --resume auto.
+    It goes on from the checkpoint PART/NAME.state, if begin() left one.
     """
     state = f"{part}/{name}.state"
     step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
-    if step == 0:  # a full disk is noticed now, not hours later
-        # Two states, the last one and the one that is being written: of each weight itself and at
-        # most two moments.
-        weights = sum(p.nbytes for p in scale.trainable(model).values())
-        scale.need_space(part, 2 * 3 * weights, "checkpoints")
     run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
@@ -807,16 +695,7 @@ def base_stage(run, part):
     embedder = Embedder.from_pretrained(c.model, "cpu", c.dtype, c.revision or None)
     if not embedder.model.has_head:
         raise UsageError(f"{c.model} has no lm_head: it can neither decide nor write rationales")
-    check_prefixes(c, embedder.model)
     return embedder
-
-
-def check_prefixes(cfg, model):
-    """UsageError if --matryoshka_dims are longer than the model's vectors."""
-    hidden = model.c.hidden
-    if max(prefix_dims(cfg.matryoshka_dims), default=0) > hidden:
-        length = f"this model's vectors have {hidden} numbers"
-        raise UsageError(f"--matryoshka_dims {cfg.matryoshka_dims}: {length}")
 
 
 def pretrain_base(run, part):
@@ -824,7 +703,6 @@ def pretrain_base(run, part):
     up in a picture, a clip or an account, and to add two digits (pretrain.STEP_SKILLS)."""
     c = run.cfg
     model, processor = pretrain.new_model(run.torch_seed("weights"), run.device)
-    check_prefixes(c, model)
     planned = run.steps(c.base_steps)
     describe_steps = run.steps(pretrain.DESCRIBE_STEPS)
     # The rate falls over the last quarter of the planned steps: with 450 from step 338 on.
@@ -854,16 +732,9 @@ def pretrain_base(run, part):
             optimizer.steps = min(2 * planned, steps + planned // 10)
 
     train_loop(run, "base", part, model, optimizer, one_step, after_step=after_step)
-    # A try that was killed after its last checkpoint may have logged these already.
-    run.forget("base skills", optimizer.steps - 1)
     if weakest_skill(optimizer.steps) < pretrain.SKILL_WANTED:
         run.say(f"base: a skill is below {pretrain.SKILL_WANTED}; expect weak rationales")
     return Embedder(model, processor)
-
-
-def written_bytes(part):
-    """Of the rows that an earlier try of a stage has left in its folder."""
-    return sum(path.stat().st_size for path in Path(part).rglob("*.jsonl"))
 
 
 def by_window(run, path, pairs, is_wanted, rows_of, title):
@@ -933,14 +804,6 @@ def propose_stage(run, part):
     def is_wanted(pair_id):
         return hard is None or pair_id in hard
 
-    # What is read and what is written (a token has some four bytes, a row some 200 more), twice:
-    # in files of windows, and in the one that joins them.
-    num_wanted = sum(map(len, pairs.windows(is_wanted)))
-    size = c.num_candidates * (4 * c.max_new_tokens + 200) * num_wanted
-    if given:
-        size += os.path.getsize(given_path)
-    scale.need_space(part, 2 * size - written_bytes(part), "rationales")
-
     def rows_of(n, window):
         rows = []
         if given:
@@ -958,8 +821,7 @@ def propose_stage(run, part):
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if not written.offsets:
-        where = f"{run.data_root} in {c.hard}" if c.hard else run.data_root
-        raise ValueError(f"nobody wrote a rationale about a pair of {where}")
+        raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
     if given:
         unused = len(given.offsets.keys() - written.offsets.keys())  # rl's, easy or unknown
         left_out = f"{given.left_out} of targets or without a word"
@@ -973,49 +835,43 @@ def select_stage(run, part):
     """
     c = run.cfg
     written = propose.Rationales(run.path("propose/rationales.jsonl"))  # by pair id
-    # A judged row is about twice as long as its rationale. It is written three times: into a file
-    # of its window, of its fold and of all.
-    size = 3 * 2 * os.path.getsize(written.path)
-    scale.need_space(part, size - written_bytes(part), "judged rationales")
 
     # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]
     for fold, path in enumerate(paths):
         if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
             judge_fold(run, part, fold, written, path)
+    if not scale.is_main():
+        return
     # {"id", "dataset", "proposer", "text", "gain", "gain_placebo" ...}: see selection.judge
     judged = selection.Judged(*paths)
+    write_rows(f"{part}/judged.jsonl", Rows(*paths))
 
     # 2) The rule
     rule = (c.select_rule, c.select_margin, c.select_fdr)  # ("full", 0.7, 0.1)
+    chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
     selected = f"{part}/selected.jsonl"
-    if scale.is_main():
-        chosen = selection.choose(judged, *rule)  # the rows that are kept, each with its "weight"
-        short = ({key: row[key] for key in SELECTED} for row in chosen)  # some of its columns
-        write_rows(selected, short)
-        write_rows(f"{part}/judged.jsonl", Rows(*paths))
+    short = ({key: row[key] for key in SELECTED} for row in chosen)
+    write_rows(selected, short)
 
-        # 3) The audit: against the truth, where it is known, and against placebos
-        kept = Rows(selected)
-        truth = selection.pocket_truth(run.data_root)
-        audit = selection.audit(judged, kept, *rule, truth)
-        numbers = {name: x for name, x in audit.items() if not isinstance(x, dict)}
-        run.forget("select audit")
-        run.forget(f"select{c.select_folds}")  # of an earlier try with more folds
-        run.log("select audit", 1, 1, numbers)
-        warning = selection.few_kept(judged, kept)
-        if warning:
-            run.say(warning)
-            audit["warning"] = warning  # the run's last lines and report.md repeat it
-        write_json(f"{part}/audit.json", audit)
-    scale.barrier()
+    # 3) The audit: against the truth, where it is known, and against placebos
+    kept = Rows(selected)
+    truth = selection.pocket_truth(run.data_root)
+    audit = selection.audit(judged, kept, *rule, truth)
+    numbers = {name: x for name, x in audit.items() if not isinstance(x, dict)}
+    run.forget("select audit")
+    run.log("select audit", 1, 1, numbers)
+    warning = selection.few_kept(judged, kept)
+    if warning:
+        run.say(warning)
+        audit["warning"] = warning  # the run's last lines and report.md repeat it
+    write_json(f"{part}/audit.json", audit)
 
 
 def judge_fold(run, part, fold, written, path):
     """Train an evaluator on the pairs of the other fold, and judge this fold's rationales with it.
 
-    written: propose.Rationales; its texts(pairs) -> {"PocketWalk/7": {"careful": "nw red star ...",
-    "base": "ne red bar"}, ...}. path: of the file that gets a row for each rationale.
+    written: propose.Rationales. path: of the file that gets a row for each rationale.
     """
     c = run.cfg
     name = f"select{fold}"
@@ -1023,9 +879,8 @@ def judge_fold(run, part, fold, written, path):
     processor = embedder.processor
     pairs = run.pairs(processor)
 
-    # 1) The evaluator learns.
     def one_step(i, batch):
-        texts = written.texts(batch)
+        texts = written.texts(batch)  # {"PocketWalk/7": {"careful": "nw red star ...", ...}, ...}
         rng_of = partial(run.rng, name, i)  # rng_of(pair id) -> a generator
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
 
@@ -1036,7 +891,6 @@ def judge_fold(run, part, fold, written, path):
     if scale.is_main():
         embedder.save(f"{part}/judge{fold}")
 
-    # 2) It judges.
     def rows_of(n, window):
         texts = written.texts(window)
         rng = run.rng("judge", fold, n)
@@ -1124,17 +978,14 @@ def rl_stage(run, part):
     pairs = run.pairs(processor, for_rl=True)
     actor = scale.merge(model, run.dtype)  # a plain copy, which writes the rollouts
 
-    def grpo(i, batch):
-        rng = run.generator("rl", i, scale.rank())
+    def one_step(i, batch):
+        if not c.rl_rollouts:  # ablation: no rationale is written, and no decision is taught
+            n = len(batch)
+            return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
         scale.merge(model, run.dtype, into=actor)  # it gets the weights of this step
+        rng = run.generator("rl", i, scale.rank())
         return rl.grpo_step(model, processor, batch, c, rng, actor)
 
-    def contrast(i, batch):
-        """Ablation: no rationale is written, and no decision is taught."""
-        n = len(batch)
-        return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
-
-    one_step = grpo if c.rl_rollouts else contrast
     stream = partial(pairs.stream, "rl", c.rl_batch, RL_SUB_BATCH)
     fit(run, "rl", part, embedder, stream, one_step, c.rl_steps, c.rl_lr_factor)
     return embedder
@@ -1156,25 +1007,18 @@ def eval_stage(run, part):
 
 def write_report(run):
     """report.json, report.md and report.html, and the numbers that matter on the screen, one a
-    line, for people and for grep: "adaptive: 0.9586". In report.json is
-
-    {"preset": "pocket", "seed": 1, "selection": audit.json,
-     "seconds": {"base": 292.8, ...}, of a resumed stage those of its last call,
-     "modes": {"never": {"overall": 0.827, "tokens_per_query": 0.0, ...}, "adaptive": ...},
-     "curve": [{"threshold", "overall", ...}], "adaptivity": {"PocketWalk": {"auc", ...}}}
-    """
+    line, for people and for grep: "adaptive: 0.9586"."""
     summary = run.read("eval/summary.json")
-    if not {"modes", "curve", "adaptivity"} <= set(summary):  # eval.py wrote there
-        raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
         "revision": run.cfg.revision,
+        # {"base": 292.8, ...}, of a resumed stage those of its last call
         "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
         "selection": run.read("select/audit.json"),
-        "modes": summary["modes"],
-        "curve": summary["curve"],
-        "adaptivity": summary["adaptivity"],
+        "modes": summary["modes"],  # {"never": {"overall": 0.827, "tokens_per_query": 0.0, ...}}
+        "curve": summary["curve"],  # [{"threshold", "overall", ...}]
+        "adaptivity": summary["adaptivity"],  # {"PocketWalk": {"auc", ...}}
     }
     write_json(run.path("report.json"), result)
     report.write_report(run.cfg.out, run.data_root)
@@ -1210,50 +1054,25 @@ def draw_world(run):
         train = max(4, round(cfg.world_train * cfg.scale))
         test = max(4, round(cfg.world_test * cfg.scale))
         pocket.write_world(part, cfg.seed, train, test)
-        if not run.stages:  # else its options are known
-            write_json(run.path("config.json"), asdict(cfg))  # from now on they are the folder's
+        write_json(run.path("config.json"), asdict(cfg))  # from now on these are the folder's
         os.replace(part, folder)
     scale.barrier()
 
 
-def look_at_tests(root):
-    """Read every test set, so that a broken row is named before anything is trained, not after."""
-    rows = data.tables(root, "eval")
-    if not rows:
-        raise UsageError(f"{root} has no test set, with which --stage all ends: name a stage")
-    found = 0
-    for row in rows:
-        with contextlib.suppress(data.Missing):
-            data.load_eval(root, row)
-            found += 1
-    if not found:
-        raise UsageError(f"{root}: none of its {len(rows)} test sets is there")
-
-
 def run_stages(cfg):
     """The stages that cfg asks for, and the report."""
-    # 1) What is missing is said before anything is made.
     whole = cfg.stage == "all"
-    if cfg.stage not in ("all", "base") and not os.path.exists(f"{cfg.out}/stages.json"):
-        raise UsageError(f"{cfg.out} holds no run: --stage all makes one")
-    if cfg.data and cfg.stage != "eval" and not data.tables(cfg.data, "train"):
-        raise UsageError(f"{cfg.data} has no training set")
-    if whole and cfg.data:
-        look_at_tests(cfg.data)
-    proposes = cfg.stage == "propose" or whole and not os.path.exists(f"{cfg.out}/propose")
-    for path in (cfg.rationales, cfg.hard):
-        if proposes and path and not os.path.isfile(path):
-            raise UsageError(f"{path}: no such file")
-
-    # 2) Stages that are done are always the first ones: finish() drops those that follow.
+    if cfg.data and whole:
+        for kind in ("train", "eval"):
+            if not data.tables(cfg.data, kind):
+                raise UsageError(f"{cfg.data} has no {kind} set; --stage all needs one")
     run = Run(cfg)
-    if not cfg.data:
-        draw_world(run)
-    next_stage = len(run.stages)
+    next_stage = len(run.stages)  # those that are done are the first ones: finish() sees to it
     first = next_stage if whole else STAGES.index(cfg.stage)
     if first > next_stage:
         raise UsageError(f"{cfg.out}: stage {STAGES[next_stage]} is not done; --stage all does it")
-    run.same_tables(STAGES[first:])
+    if not cfg.data:
+        draw_world(run)
     for stage in STAGES[first:] if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
@@ -1265,8 +1084,6 @@ def run_stages(cfg):
         seconds = round(time.time() - started, 1)
         run.finish(stage, part, seconds)
         run.say(f"{stage}: {seconds} s")
-
-    # 3) The report
     if "eval" in run.stages and scale.is_main():
         write_report(run)
 
