@@ -1371,7 +1371,10 @@ def test_train_options_and_presets():
         ("--rl_batch=12", 2, "--rl_batch"),
         ("--fsdp=1", 2, "--optimizer adamw"),
         ("--fsdp=1 --optimizer=adamw", 2, "--fsdp needs torchrun"),
-        ("--matryoshka_dims=64,x", 1, "'x'"),
+        ("--matryoshka_dims=64,x", 2, "--matryoshka_dims"),
+        ("--scale=nan", 2, "--scale nan"),
+        ("--sub_batch=0", 2, "--sub_batch 0"),
+        ("--rl_holdout=1", 2, "--rl_holdout leaves no pair"),
         ("--data . --num_candidates 0", 2, "--rationales"),
         ("--data nowhere --model m", 1, "nowhere"),
     ],
@@ -1379,7 +1382,9 @@ def test_train_options_and_presets():
 def test_train_refuses_options(options, code, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert exit_code(options.split()) == code
-    assert word in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert word in said
+    assert said.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 
@@ -1824,6 +1829,7 @@ def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
     out = copy_of("propose")
     assert call(out, "--select_margin", "99") == 0
     said = capsys.readouterr().out
+    assert "attention: FLASH_ATTENTION; with branches FLASH_ATTENTION" in said
     assert said.count("WARNING: selection kept nothing, for no pair is hard") == 2
     assert "no pair is hard" in said[said.index("peak_memory_gb") :]
     assert "no pair is hard" in Path(out, "report.md").read_text()
@@ -4119,9 +4125,11 @@ def test_eval_hands_its_options_over(monkeypatch, tmp_path, first_root, ours, th
 MISTAKES = [  # program, options, what is said
     ("data.py", "--check nowhere", "data.py: nowhere: no such folder"),
     ("eval.py", "--limit 0", "--limit: 0 is less than 1"),
+    ("eval.py", "--threshold inf", "--threshold inf"),
     ("eval.py", "--data nowhere", "nowhere"),
     ("eval.py", "--tasks nothing", "no dataset 'nothing'"),
     ("study.py", "--out out --seeds 1 -1", "--seed -1: expected a number, at least 0"),
+    ("bench.py", "--device cuda:9", "cuda:9"),
     ("bench.py", "--device cpu --out nowhere/x.json", "nowhere/x.json"),
 ]
 

@@ -82,8 +82,8 @@ import propose
 import report
 import rl
 import scale
-from embed import Embedder, contrastive_step, prefix_dims
-from model import Rows, read_json, write_json, write_rows
+from embed import Embedder, contrastive_step
+from model import Rows, read_json, sdpa_kernel, write_json, write_rows
 from processor import prompt_key
 
 # select.py as a module. `import select` would give the standard library's; see select.py.
@@ -141,12 +141,12 @@ PRESETS = {
 }
 
 
-def opt(group, default, choices=None):
-    """A field of Config. choices: all values that it may have; None: any of its type.
+def opt(group, default, least=0, choices=None):
+    """A field of Config. least: the smallest number that makes sense; choices: all that do.
 
-    rl_batch: int = opt("rl", 32) is --rl_batch of --help's group "rl", 32 by default.
+    rl_batch: int = opt("rl", 32, 1) is --rl_batch of --help's group "rl", 32 by default.
     """
-    return field(default=default, metadata={"group": group, "choices": choices})
+    return field(default=default, metadata={"group": group, "least": least, "choices": choices})
 
 
 @dataclass
@@ -162,37 +162,37 @@ class Config:
     revision: str = opt("run", "")  # commit or tag of the model on the hub
     data: str = opt("run", "")  # training and test root, see data.py; empty: the pocket world
     seed: int = opt("run", 1)  # of the world, the weights, the order and the sampling
-    scale: float = opt("run", 1.0)  # times the world's sizes and all step counts
+    scale: float = opt("run", 1.0, 1e-6)  # times the world's sizes and all step counts
     dtype: str = opt("run", "float32", choices=("float32", "bfloat16"))  # arithmetic, saved weights
-    max_pixels: int = opt("run", 65536)  # area of an image; a token covers 32 x 32
-    max_frames: int = opt("run", 8)  # of a user's video without fps; datasets have their own
-    max_new_tokens: int = opt("run", 48)  # longest rationale; T of the latency penalty
+    max_pixels: int = opt("run", 65536, 1024)  # area of an image; a token covers 32 x 32
+    max_frames: int = opt("run", 8, 1)  # of a user's video without fps; datasets have their own
+    max_new_tokens: int = opt("run", 48, 1)  # longest rationale; T of the latency penalty
 
     stage: str = opt("machine", "all", choices=("all", *STAGES))  # one of them, or all not done
     out: str = opt("machine", "")  # run folder; empty: runs/PRESET
     resume: str = opt("machine", "", choices=("", "auto"))  # auto: go on inside a stage
     device: str = opt("machine", "")  # cpu, cuda or cuda:N; empty: cuda where there is one
     workers: int = opt("machine", 0)  # processes that read pairs; 0: none, and 1 GB is kept
-    chunk_tokens: int = opt("machine", 16384)  # tokens of one forward pass (GradCache)
-    save_every: int = opt("machine", 100)  # steps between checkpoints inside a stage
+    chunk_tokens: int = opt("machine", 16384, 1)  # tokens of one forward pass (GradCache)
+    save_every: int = opt("machine", 100, 1)  # steps between checkpoints inside a stage
     checkpointing: bool = opt("machine", False)  # recompute activations: less memory, slower by 1/3
     compile: bool = opt("machine", False)  # torch.compile of the layers
     fsdp: bool = opt("machine", False)  # shard the text layers over the GPUs
 
-    world_train: int = opt("world", 750)  # training pairs of each pocket family
-    world_test: int = opt("world", 100)  # test queries of each pocket family
+    world_train: int = opt("world", 750, 4)  # training pairs of each pocket family
+    world_test: int = opt("world", 100, 4)  # test queries of each pocket family
 
     optimizer: str = opt("training", "muon", choices=("muon", "adamw"))  # of matrices; AdamW: rest
     lr: float = opt("training", 0.002)  # peak rate; a stage's factor multiplies it
     warmup: int = opt("training", 30)  # steps, a quarter of the stage at most
-    batch: int = opt("training", 32)  # pairs of a contrastive step
-    sub_batch: int = opt("training", 8)  # of one dataset, which makes negatives hard
-    temperature: float = opt("training", 0.02)  # of every softmax over targets
+    batch: int = opt("training", 32, 1)  # pairs of a contrastive step
+    sub_batch: int = opt("training", 8, 1)  # of one dataset, which makes negatives hard
+    temperature: float = opt("training", 0.02, 1e-4)  # of every softmax over targets
     lora: int = opt("training", 0)  # rank of LoRA; 0 trains all weights
     train_vision: bool = opt("training", True)  # the vision tower, too
     rl_holdout: float = opt("training", 0.2)  # share of each dataset's pairs that rl alone sees
 
-    base_steps: int = opt("base", 450)  # up to twice as many until the skills are there
+    base_steps: int = opt("base", 450, 1)  # up to twice as many until the skills are there
 
     num_candidates: int = opt("propose", 1)  # rationales of a query by the base model
     rationales: str = opt("propose", "")  # a file of rationales that were written elsewhere
@@ -201,9 +201,9 @@ class Config:
     select_rule: str = opt("select", "full", choices=selection.RULES)  # which rationales are kept
     select_steps: int = opt("select", 300)  # updates of each evaluator
     select_lr_factor: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
-    select_margin: float = opt("select", 0.7)  # least gain; log 2 doubles p(target)
+    select_margin: float = opt("select", 0.7, -math.inf)  # least gain; log 2 doubles p(target)
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
-    select_folds: int = opt("select", 2)  # 2: the judge never trained on the pair; 1: it did
+    select_folds: int = opt("select", 2, 1)  # 2: the judge never trained on the pair; 1: it did
 
     embed_steps: int = opt("embed", 400)  # updates
     embed_lr_factor: float = opt("embed", 0.5)  # times lr
@@ -213,14 +213,14 @@ class Config:
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
 
     rl_steps: int = opt("rl", 60)  # updates
-    rl_batch: int = opt("rl", 32)  # queries of an update
+    rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_lr_factor: float = opt("rl", 0.05)  # times lr
     latency_penalty: float = opt("rl", 0.6)  # reward charged for max_new_tokens tokens
     rl_decision_weight: float = opt("rl", 1.0)  # weight of the decision's loss
     rl_one_loss: bool = opt("rl", False)  # ablation: decision and rationale in one mean
 
-    threshold: float = opt("eval", 0.5)  # reason when p_reason exceeds it
+    threshold: float = opt("eval", 0.5, -math.inf)  # reason when p_reason exceeds it
 
 
 class UsageError(Exception):
@@ -251,7 +251,7 @@ def parse(argv):
     source = inspect.getsource(Config)
     why = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
     parser = argparse.ArgumentParser(
-        usage="train.py --stage all [--option value ...]",
+        usage=argparse.SUPPRESS,  # a wrong option ends in one line
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # leaves the docstring's lines
         allow_abbrev=False,
@@ -277,22 +277,28 @@ def parse(argv):
 
 def check(cfg):
     """UsageError for options that cannot be meant."""
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        least = f.metadata["least"]
+        if f.type in (int, float) and not least <= value < math.inf:  # nor NaN
+            raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
     no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
     cannot_shard = cfg.optimizer == "muon" or cfg.lora or cfg.compile
-    prefix_dims(cfg.matryoshka_dims)  # ValueError unless these are numbers
+    numbers = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.matryoshka_dims)  # "64,128" or ""
     mistakes = {  # {what is said: whether it is the case}
-        f"--seed {cfg.seed}: expected a number, at least 0": cfg.seed < 0,
         f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
         "--batch is not a multiple of --sub_batch": cfg.batch % cfg.sub_batch,
         f"--batch is not a multiple of the {processes} processes": cfg.batch % processes,
         f"--rl_batch is not a multiple of the {processes} processes": cfg.rl_batch % processes,
         f"--rl_batch is not a multiple of {RL_SUB_BATCH}": cfg.rl_batch % RL_SUB_BATCH,
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
+        "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
         "--fsdp needs torchrun and several processes": cfg.fsdp and processes == 1,
+        "--matryoshka_dims: expected 64,128": not numbers,
     }
     for mistake, is_made in mistakes.items():
         if is_made:
@@ -910,6 +916,9 @@ def embed_stage(run, part):
     """
     c = run.cfg
     embedder = run.trainee(*[f"select/judge{fold}" for fold in range(c.select_folds)])
+    plain = sdpa_kernel(embedder.model, run.dtype, branches=False)
+    branched = sdpa_kernel(embedder.model, run.dtype, branches=True)
+    run.say(f"attention: {plain}; with branches {branched}")
     processor = embedder.processor
     pairs = run.pairs(processor)
     lessons = Lessons(run)
