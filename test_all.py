@@ -1767,11 +1767,27 @@ def test_run_two_processes_equal_one(finished, own_root, copy_of):
 
 
 def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monkeypatch):
-    """The windows are dealt out, and their rows come back in order."""
+    """The windows are dealt out, and their rows come back in order. Without training each process
+    opens about half of the images: its windows'."""
     monkeypatch.setattr(train.selection, "WINDOW", 2)  # many of each fold
     one, two = copy_of("propose", "one"), copy_of("propose", "two")
     assert call(one, stage="select") == 0
     train_in_two(arguments(own_root, two, stage="select"))
+
+    opened = f"{two}/opened."
+
+    def load_image(ref, load=P.load_image):
+        with open(opened + os.environ["RANK"], "a") as f:
+            f.write(f"{Path(ref).name}\n")
+        return load(ref)
+
+    monkeypatch.setattr(P, "load_image", load_image)
+    shutil.copytree(two, f"{two}/again")
+    train_in_two(arguments(own_root, f"{two}/again", "--select_steps", "0", stage="select"))
+    images = [Path(opened + rank).read_text().split() for rank in "01"]
+    assert {*images[0], *images[1]} == {f"{i}.png" for i in (0, 8, 12, 16, 20)}
+    assert sorted(map(len, images)) == [2, 3]
+
     in_one_window = json_rows(finished, "select", "judged.jsonl")
     a, b = (json_rows(out, "select", "judged.jsonl") for out in (one, two))
     assert [row["id"] for row in a] == [row["id"] for row in in_one_window]

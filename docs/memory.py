@@ -80,7 +80,8 @@ def main():
     options = (
         f"--data {root} --model {root}/model --rationales {root}/rationales.jsonl --out {root}/run"
     )
-    options += " --num_candidates 0 --rl_holdout 0 --batch 32 --workers 1 --device cpu"
+    options += " --num_candidates 0 --rl_holdout 0 --max_new_tokens 512"
+    options += " --batch 32 --workers 1 --device cpu"
     run = train.Run(train.parse(options.split()))
     run.say = lambda text: None
     train.fit = read_only
