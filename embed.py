@@ -603,8 +603,12 @@ def find_folder(path_or_id, revision=None):
         raise ValueError(f"{path}: expected a checkpoint folder, or owner/name on the hub")
     from huggingface_hub import snapshot_download
 
-    # An adapter_config.json is fetched, too, so that load_model refuses the adapter.
-    return snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    kinds = ["*.json", "*.safetensors"]  # adapter_config.json, too: load_model refuses adapters
+    try:
+        return snapshot_download(path, revision=revision, allow_patterns=kinds)
+    except (OSError, ValueError) as e:  # the hub's, of many lines, which may not name the path
+        why = " ".join(str(e).split())
+        raise ValueError(f"{path}: no folder, and the hub does not give it ({why})") from e
 
 
 def sentence_transformers_files(hidden):
@@ -721,7 +725,7 @@ def main():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
     try:
         run(vars(parser.parse_args()))
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"embed.py: {e}")
 
 

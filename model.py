@@ -798,7 +798,7 @@ def config_from_hf(path):
     values = {}
     for f in fields(Config):
         key = f.metadata["key"]
-        if key not in flat:
+        if flat.get(key) is None:
             raise ValueError(f"{path}: {key} is missing")
         values[f.name] = f.type(flat[key])  # tuple([24, 20, 20]), float(5000000)
     return Config(**values)
@@ -898,9 +898,9 @@ def load_model(folder, dtype=None, device="cpu"):
         raise ValueError(f"{folder}: a LoRA adapter: merge it into its base model first")
     c = config_from_hf(Path(folder, "config.json"))
     files = ["model.safetensors"]
-    if not Path(folder, files[0]).exists():  # in shards, which an index names
-        index = read_json(Path(folder, "model.safetensors.index.json"))
-        files = sorted(set(index["weight_map"].values()))
+    index = Path(folder, "model.safetensors.index.json")
+    if index.exists() and not Path(folder, files[0]).exists():  # in shards, which an index names
+        files = sorted(set(read_json(index)["weight_map"].values()))
     state = {}
     for file in files:
         try:

@@ -199,7 +199,7 @@ class UserText(str):
 
 @dataclass(eq=False)
 class Processor:
-    """Turns items into prompts. Whatever cannot be read is a ValueError of one line.
+    """Turns items into prompts. What cannot be read is an error, of Embedder a ValueError.
 
     The fields are settings; beside them it knows the ids of the chat format:
         eos_id (<|endoftext|>, where vectors are; the tokenizer's eos_token is <|im_end|>, a turn's
@@ -335,7 +335,7 @@ class Processor:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
         first, last = frames[0], frames[-1]
         # list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame.
-        if first is last and isinstance(first, Image.Image) and first.tell():
+        if first is last and len(frames) > 1 and isinstance(first, Image.Image) and first.tell():
             raise ValueError("the frames are one image that seeks: expected a copy of each")
         if fps is None:
             fps = self.fps

@@ -1069,6 +1069,9 @@ def test_hub_ids(folder, monkeypatch):
     Embedder.from_pretrained("Qwen/Some", revision="v1")
     patterns = ["*.json", "*.safetensors"]  # an adapter_config.json is among them
     hub.assert_called_once_with("Qwen/Some", revision="v1", allow_patterns=patterns)
+    hub.side_effect = OSError("not\nthere")
+    with pytest.raises(ValueError, match="^runs/typo: .*not there"):
+        Embedder.from_pretrained("runs/typo")
 
 
 # The command line, and bad input
@@ -2644,7 +2647,7 @@ def test_model_json_is_json_or_not_written(tmp_path):
 BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"tensors": {BIAS: None}}, f"copy: .*Missing key.*{BIAS}"),
     ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete file"),
-    ({"files": {WEIGHTS: None}}, "model.safetensors.index.json: No such file"),
+    ({"files": {WEIGHTS: None}}, "model.safetensors: not a complete file"),
     ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
     ({"files": {"config.json": "{"}}, "config.json: not valid JSON"),
     ({"config": {"model_type": "qwen3_vl_moe"}}, "config.json: model_type is .*, this code imple"),
@@ -3704,14 +3707,16 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, bad, message):
 
 
 BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is said
-    (b"{", "datasets.json: Expecting property name"),
-    (b"[]", "datasets.json: 'list' object has no attribute 'keys'"),
+    (b"{", "datasets.json: expected JSON of the form"),
+    (b"[]", "datasets.json: expected JSON of the form"),
+    (b'{"train": {"name": "x"}}', "datasets.json: expected JSON of the form"),
     (b'{"trian": []}', "datasets.json: unknown key 'trian'"),
     (b'{"train": [{"name": "x"}, {"name": "x"}]}', "train dataset 'x' is there twice"),
     ({"weigth": 2}, "train dataset x: .* unexpected keyword argument 'weigth'"),
     ({"parser": "no"}, "^x: parser 'no': one of mmeb, "),
     ({"parser": "pairs", "scope": "local"}, "^x: scope 'local': one of global is wanted"),
     ({"cap": "9"}, "^x: cap: '9' is no int"),
+    ({"table": "{nmae}.jsonl"}, "^x: table '{nmae}.jsonl': no pattern .'nmae'.$"),
     ({"table": "gone.jsonl"}, "none of its 1 training datasets is there"),
     ({"table": "s-*"}, "s-00001-of-00003.parquet: 1 shards are there"),
     ({"table": "bad.parquet"}, "bad.parquet: cannot be read: Parquet"),
