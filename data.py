@@ -684,7 +684,7 @@ class Source(Files):
             row = self.rows[i]
             for side in self.sides:
                 values = [value for c in side for value in listed(row[c])]
-                if not any(values):
+                if all(value in ("", None) for value in values):  # 0 and false are for pair()
                     return False
             return True
         except ROW_FAULTS:

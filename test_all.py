@@ -3668,6 +3668,7 @@ BAD_ROWS = [
     ("mmeb", b"[1]", "'list' object has no attribute"),
     ("mmeb", b'{"qry": "x"}', "no column qry_image_path$"),
     ("mmeb", pair(3), "column qry: text is wanted, got 3"),
+    ("mmeb", pair(pos_text=0), "column pos_text: text is wanted, got 0"),
     ("mmeb", pair("q", "gone.png"), "image 'gone.png': missing, looked in .$"),
     ("mmeb", pair("q", "../x.png"), "path '.*/x.png': leaves the root"),
     ("mmeb", pair("q", "link.png"), "path '.*link.png': leaves the root"),
