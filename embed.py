@@ -603,8 +603,12 @@ def find_folder(path_or_id, revision=None):
         raise ValueError(f"{path}: expected a checkpoint folder, or owner/name on the hub")
     from huggingface_hub import snapshot_download
 
-    # An adapter_config.json is fetched, too, so that load_model refuses the adapter.
-    return snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    patterns = ["*.json", "*.safetensors"]  # an adapter_config.json, too: load_model refuses it
+    try:
+        return snapshot_download(path, revision=revision, allow_patterns=patterns)
+    except (OSError, ValueError) as e:  # the hub's, of many lines, do not name the path
+        why = " ".join(str(e).split())
+        raise ValueError(f"{path}: no folder, and not to be had from the hub ({why})") from e
 
 
 def sentence_transformers_files(hidden):
