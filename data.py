@@ -84,7 +84,7 @@ class BadData(ValueError):
         text = f"no column {why.args[0]}" if isinstance(why, KeyError) else str(why or where)
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
-        super().__init__(" ".join(text.splitlines())[:300])  # a library's may span lines
+        super().__init__(" ".join(text.splitlines()))  # a library's may span lines
 
 
 class Missing(BadData):
@@ -467,11 +467,13 @@ def read_listing(path, kind):
     try:
         listing = json.loads(Path(path).read_bytes())
         unknown = listing.keys() - {"train", "eval"}
-    except (AttributeError, ValueError) as error:
-        raise BadData(path, error) from error
+        rows = [dict(row) for row in listing.get(kind, [])]
+    except (AttributeError, TypeError, ValueError) as error:
+        form = '{"train": [{...}], "eval": [{...}]}'
+        raise BadData(path, f"{error}; expected {form}") from error
     if unknown:
         raise BadData(path, f"unknown key {min(unknown)!r}, train and eval are known")
-    return listing.get(kind, [])
+    return rows
 
 
 def wanted(specs, names):
@@ -570,7 +572,10 @@ class Files:
         fill["repo"] = os.path.basename(fill["hub"])  # "vidore/x_beir" -> "x_beir"
         fill["part" if self.parser == "beir" else "config"] = config
         for pattern in self.spec["table"]:
-            pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
+            try:
+                pattern = "./" + pattern.format(**fill)  # not /data/..., where hub is ""
+            except (LookupError, ValueError) as error:
+                raise BadData(self.name, f"table {pattern!r}: unknown {error}") from error
             names = sorted(glob.glob(pattern, root_dir=self.root))
             paths = [self.inside(name) for name in names if name.endswith(TABLE_FILES)]
             if paths:

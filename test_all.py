@@ -1117,6 +1117,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"\n"\xff"', "", "in.jsonl line 2: not valid JSON .*utf-8"),
     (b"\n", "", "in.jsonl: no items"),
     (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
+    (b'"a"', "--model no/where", "no/where: no folder, and not to be had from the hub"),
     (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder to"),
     (b'"a"', "--output v.txt", "v.txt: expected a .npy file"),
     (b'"a"', "--output IN/in.npy", "in.npy: .* not named like --input"),
@@ -1800,7 +1801,7 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
         assert x["weight"] == pytest.approx(y["weight"], abs=1e-2)
 
 
-def test_run_a_kill_loses_one_window(finished, call, copy_of, monkeypatch):
+def test_run_a_kill_loses_one_window(call, copy_of, monkeypatch):
     monkeypatch.setattr(train.selection, "WINDOW", 4)
     out, whole = copy_of("propose"), copy_of("propose", "whole")
     assert call(whole, stage="select") == 0
@@ -3706,12 +3707,14 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, bad, message):
 BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is said
     (b"{", "datasets.json: Expecting property name"),
     (b"[]", "datasets.json: 'list' object has no attribute 'keys'"),
+    (b'{"train": ["x"]}', 'datasets.json: dictionary .* expected {"train"'),
     (b'{"trian": []}', "datasets.json: unknown key 'trian'"),
     (b'{"train": [{"name": "x"}, {"name": "x"}]}', "train dataset 'x' is there twice"),
     ({"weigth": 2}, "train dataset x: .* unexpected keyword argument 'weigth'"),
     ({"parser": "no"}, "^x: parser 'no': one of mmeb, "),
     ({"parser": "pairs", "scope": "local"}, "^x: scope 'local': one of global is wanted"),
     ({"cap": "9"}, "^x: cap: '9' is no int"),
+    ({"table": "{no}.jsonl"}, "^x: table '{no}.jsonl': unknown 'no'"),
     ({"table": "gone.jsonl"}, "none of its 1 training datasets is there"),
     ({"table": "s-*"}, "s-00001-of-00003.parquet: 1 shards are there"),
     ({"table": "bad.parquet"}, "bad.parquet: cannot be read: Parquet"),
