@@ -199,7 +199,7 @@ class UserText(str):
 
 @dataclass(eq=False)
 class Processor:
-    """Turns items into prompts. Whatever cannot be read is a ValueError of one line.
+    """Turns items into prompts. Whatever cannot be read is an error of one line.
 
     The fields are settings; beside them it knows the ids of the chat format:
         eos_id (<|endoftext|>, where vectors are; the tokenizer's eos_token is <|im_end|>, a turn's
