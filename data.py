@@ -84,7 +84,7 @@ class BadData(ValueError):
         text = f"no column {why.args[0]}" if isinstance(why, KeyError) else str(why or where)
         if not text.startswith(str(where)):
             text = f"{where}: {text}"
-        super().__init__(" ".join(text.splitlines())[:300])  # a library's may span lines
+        super().__init__(" ".join(text.splitlines()))  # a library's may span lines
 
 
 class Missing(BadData):

@@ -942,7 +942,10 @@ def save_model(model, folder, eos_id, pad_id):
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or (model.has_head and not model.c.tie):
             state[name] = tensor.detach().contiguous().cpu()
-    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
+    try:
+        save_file(state, f"{path}.tmp", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk; it is no OSError
+        raise OSError(f"{path}: not written ({error})") from None
     os.replace(f"{path}.tmp", path)
     # Shards, their index or an adapter of an earlier save would be taken for a part of this one.
     for pattern in ("model-*.safetensors", "model.safetensors.index.json", "adapter_*"):

@@ -315,3 +315,5 @@ if __name__ == "__main__":
         write_report(args.run, args.data or Path(args.run, "data"))
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")
+    except KeyError as error:
+        sys.exit(f"report.py: {args.run}: an older run without {error}; do --stage eval again")

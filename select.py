@@ -37,10 +37,10 @@ proven bound. At 0.1, its default, at least ten rationales must lie above the ba
 one placebo may lie there, too. Without such a bar the stratum keeps nothing.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
-target more than exp(−margin), about a half, the pair is easy: nothing can be kept, so none of its
-rationales is judged, and none need be written (`propose.py --hard`). The pair teaches to embed
-directly. A pair whose target is alone in C is easy, too: its logp is 0. Under the ablations
-positive_only and none every pair is judged, for they could keep rationales of easy pairs.
+target more than exp(−margin), about a half, the pair is easy, else hard. An easy one can keep
+nothing: none of its rationales is judged, none need be written (`propose.py --hard`), and it
+teaches to embed directly. A pair whose target is alone in C is easy, too: its logp is 0. Under the
+ablations positive_only and none every pair is judged: they could keep rationales of easy pairs.
 
 Candidate targets. Up to 1024 pairs of one dataset and fold are judged together: a window. Where it
 has few targets, as in the pocket world, C is filled with random ones. Where it has many, random

@@ -26,8 +26,8 @@ The run folder:
     eval/summary.json ...                       scores, see eval.py
     report.json  report.md  report.html         the same for people
 
---stage all skips finished stages, up to a folder that was taken away; --stage NAME does one again,
-in a copy of the folder for an ablation (README.md, "Fork it").
+--stage all skips finished stages, up to a folder that was taken away; --stage NAME does one again.
+For an ablation, copy the folder first (README.md, "Fork it").
 Options that differ from the folder's are refused, but for those of the machine, of the stage that
 is done again and of stages still to do. A stage works in STAGE.part, which takes its place when it
 is finished. With --resume auto a stage that broke off goes on from its last checkpoint or window
@@ -1018,6 +1018,8 @@ def write_report(run):
     """report.json, report.md and report.html, and the numbers that matter on the screen, one a
     line, for people and for grep: "adaptive: 0.9586"."""
     summary = run.read("eval/summary.json")
+    if "modes" not in summary:  # eval.py has written there since
+        raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
