@@ -8,7 +8,8 @@ write_report(run, data_root) reads what the stages left in a run folder and writ
 
 The page is one file of less than 3 MB and asks nothing of any server: report_template.html (HTML,
 CSS and JavaScript, no framework) with one JSON object in it. The slider recomputes everything from
-the per-query records of eval.py, by the formulas of eval.summarise().
+the per-query records of eval.py, by the formulas of eval.summarise(): a dataset is the mean over
+its queries, the score is the mean over datasets, tokens and rate are means over all queries.
 
 A record is what eval.py wrote about one query, a row of eval/image/PocketWalk_queries.jsonl:
     {"id": "PocketWalk/2", "label": ["purple triangle"], "rationale": "nw green star . down ...",
@@ -25,8 +26,8 @@ How to run: train.py does it at the end of stage eval; again, by hand:
     python report.py runs/pocket                  with the run's data/
     python report.py runs/mine MMEB_ROOT
 
-A missing test set is left out and said in words. Of a large test set only the first queries are
-cards, as BYTES bound the page.
+What a run does not have (a test set, a stage, steps) is left out and said in words. Left out, too:
+most queries of a large test set, as BYTES bound the page.
 """
 
 import argparse
@@ -56,15 +57,15 @@ PANELS = [
     "rl tokens",
     "rl reason_rate p_reason",
 ]
-FIELDS = ("preset", "seed", "modes", "curve", "seconds", "adaptivity")  # of report.json
+NEEDED = ("preset", "seed", "modes", "curve")  # of report.json; older ones may lack the rest
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
-BYTES = 2_800_000  # of the JSON in the page: the last card and the template take some 100 kB more
+BYTES = 2_800_000  # of the JSON in the page; the template takes some 24 kB more
 SIDE = 144  # pixels of a thumbnail
 LONGEST = 600  # characters of a text
 
 
 # --------------------------------------------------------------------------------------------------
-# What the numbers say
+# What a run left
 
 
 def training_curves(log):
@@ -72,6 +73,8 @@ def training_curves(log):
 
     [{"stage": "embed", "step": 10, "nce_direct": 0.1}, ...]
     -> [{"title": "embed: nce direct", "series": [{"name": "nce direct", "points": [[10, 0.1]]}]}]
+
+    A panel without a point is left out, and so is a value that is not finite.
     """
     curves = []
     for panel in PANELS:
@@ -81,7 +84,7 @@ def training_curves(log):
             points = []
             for row in log:
                 value = row.get(field, math.nan)
-                if row["stage"] == stage and math.isfinite(value):  # a metric may be NaN
+                if row["stage"] == stage and math.isfinite(value):
                     points.append([row["step"], value])
             if points:
                 series.append({"name": field.replace("_", " "), "points": points})
@@ -91,11 +94,15 @@ def training_curves(log):
     return curves
 
 
+# --------------------------------------------------------------------------------------------------
+# What the numbers say
+
+
 def difference(modes, records, mode):
     """Adaptive against `mode`: "The verdict" in the docstring above.
 
     modes {"never": {"overall": 0.827, ...}, "adaptive": ..., ...}; records {dataset: its records}
-    -> ("beats", "never 0.827 (+0.131 ± 0.016)")
+    -> what adaptive does to it, and the numbers: ("beats", "never 0.827 (+0.131 ± 0.016)")
     """
     variance = 0.0  # Σ_d var_d / n_d
     for rows in records.values():
@@ -138,15 +145,20 @@ def verdict(modes, records):
     ]
 
 
-def what_is_missing(report, test_sets):
-    """-> sentences about it. test_sets: names of those that the data lacks."""
+def what_is_missing(report, log, test_sets):
+    """-> sentences about what this run does not have, in place of empty figures and zeros.
+    test_sets: names of those that the data lacks."""
     sentences = []
     if test_sets:
         sentences.append(f"In no mean, as the data lacks them: {', '.join(test_sets)}.")
-    if "warning" in report["selection"]:
+    if "warning" in report.get("selection", {}):
         sentences.append(report["selection"]["warning"])
-    if not report["adaptivity"]:
+    if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
+    logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}
+    for stage in ("base", "embed", "rl"):
+        if stage not in logged:
+            sentences.append(f"Stage {stage} left no training log.")
     return sentences
 
 
@@ -156,7 +168,8 @@ def markdown(report, title, sentences):
     fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query")
     lines = [(name, [row[name] for row in modes.values()]) for name in fields]
     for name in modes["never"]["datasets"]:  # one may be called "image", too
-        lines.append((name, [row["datasets"][name] for row in modes.values()]))
+        cell = " ".join(name.replace("|", "\\|").split())  # as a cell of the table
+        lines.append((cell, [row["datasets"][name] for row in modes.values()]))
     rows = []
     for name, values in lines:
         # None: no dataset of that modality.
@@ -186,7 +199,7 @@ def show(item, images):
     """An item -> {"text": "what is it ?", "images": [0, 3]}; of a video at most four frames.
 
     images {reference: data: URI} grows by the new ones; 0 and 3 are places in it, so an image that
-    occurs twice is stored once.
+    occurs twice is stored once. A data: URI is the image itself and needs no file beside it.
     """
     refs = data.listed(item.get("image"))
     if "video" in item:
@@ -207,9 +220,12 @@ def show(item, images):
 
 
 def make_card(es, i, record, images):
-    """Query i of a data.EvalSet, its record -> {"dataset", "row", "id", "text", "images",
-    "rationale", "never", "always"}: never and always are the first three candidates, {"text",
-    "images", "right"}. images: as in show()."""
+    """Query i of a data.EvalSet; record is its row of queries.jsonl. images: as in show().
+
+    -> {"dataset", "row", "id", "text", "images", "rationale", "never", "always"}. row is its place
+    in the page's per-query records; never and always are the first three candidates,
+    {"text", "images", "right"}.
+    """
     card = {"dataset": es.name, "row": i, "id": str(record["id"])}
     card |= show(es.queries[i], images)
     card["rationale"] = record["rationale"] or ""
@@ -223,11 +239,12 @@ def make_card(es, i, record, images):
 
 
 def make_cards(records, root, reading, room):
-    """-> (cards, {reference: data: URI} of their images), until `room` bytes are full.
+    """-> (cards, {reference: data: URI} of their images), as long as there is room (bytes).
 
     The first query of each dataset, then the second ...: chosen by a rule, not by hand. So what is
     seen of a dataset is a fair sample of it, failures included. reading: the options of load_eval
-    in the evaluation. ValueError where its queries are not those of the records.
+    in the evaluation, so that queries and candidates are the same. ValueError if they are not: the
+    run belongs to other data.
     """
     sets = {}
     for name, rows in records.items():
@@ -240,31 +257,36 @@ def make_cards(records, root, reading, room):
     images = {}  # shared by all cards
     for i in range(max(len(rows) for rows in records.values())):
         for name, rows in records.items():
-            if room <= 0:
-                return cards, images
             if i < len(rows):
-                known = len(images)
-                cards.append(make_card(sets[name], i, rows[i], images))
-                new = list(images.values())[known:]
-                room -= len(page_json([cards[-1], new]))
+                more = dict(images)
+                card = make_card(sets[name], i, rows[i], more)
+                new = [*more.values()][len(images) :]  # images that no earlier card has
+                room -= len(page_json([card, new]))
+                if room < 0:
+                    return cards, images
+                cards.append(card)
+                images = more
     return cards, images
 
 
 def page_json(value):
-    """JSON as it stands in the page. < is an escape: no text can end the script element."""
+    """JSON as it stands in the page. < is written as an escape: no text of the run can end the
+    script element that it is in."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
 def six_digits(value):
-    """0.671393096446991 -> 0.671393, 1.0 -> 1: MMEB-V2's 83,530 queries then fit into the page."""
+    """0.671393096446991 -> 0.671393, 1.0 -> 1. So MMEB-V2's 83,530 queries take two thirds of the
+    page, and all digits would take more than all of it."""
     return json.loads(f"{value:.6g}")
 
 
 def write_report(run, data_root):
     """report.md and report.html of a run folder whose test sets lie in data_root.
 
-    The page's JSON is FIELDS of report.json, and "title", "sentences", "threshold", "training":
-    panels, "datasets": {name: {column: a number per query}}, "cards", "images": data: URIs.
+    The page's JSON is NEEDED, seconds and adaptivity of report.json, and "title", "sentences",
+    "threshold", "training": panels, "datasets": {name: {column: a number per query}}, "cards",
+    "images": data: URIs.
     """
     run = Path(run)
 
@@ -272,9 +294,8 @@ def write_report(run, data_root):
     report = read_json(run / "report.json")
     summary = read_json(run / "eval" / "summary.json")
     if summary.get("modes") != report["modes"]:
-        raise ValueError(
-            f"{run}: report.json is not of this eval/: train.py --stage eval makes both"
-        )
+        remedy = "train.py --stage eval makes both again"
+        raise ValueError(f"{run}: report.json and eval/ are of different evaluations; {remedy}")
     records = {}  # {dataset: its records}
     for name, about in summary["datasets"].items():
         records[name] = list(Rows(run / "eval" / about["modality"] / f"{name}_queries.jsonl"))
@@ -283,8 +304,10 @@ def write_report(run, data_root):
 
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)
-    sentences += what_is_missing(report, summary["missing"])
-    payload = {key: report[key] for key in FIELDS}
+    sentences += what_is_missing(report, log, summary.get("missing"))
+    payload = {key: report[key] for key in NEEDED}
+    for key in ("seconds", "adaptivity"):
+        payload[key] = report.get(key, {})
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
     payload["training"] = training_curves(log)
@@ -292,7 +315,10 @@ def write_report(run, data_root):
     for name, rows in records.items():
         payload["datasets"][name] = {key: [six_digits(row[key]) for row in rows] for key in COLUMNS}
     room = BYTES - len(page_json(payload))
-    cards, images = make_cards(records, data_root, summary["reading"], room)
+    if room <= 0:
+        payload["datasets"] = {}  # the page then has neither slider nor cards
+        sentences.append("There are too many queries for the page: report.md has the numbers.")
+    cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
     sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")
     payload["sentences"] = sentences
     payload["cards"] = cards
@@ -313,7 +339,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         write_report(args.run, args.data or Path(args.run, "data"))
+    except KeyError as error:
+        older = "of an older layout, or a bug; train.py --stage eval measures it again"
+        sys.exit(f"report.py: {args.run}: no {error} in its evaluation, {older}")
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")
-    except KeyError as error:
-        sys.exit(f"report.py: {args.run}: an older run without {error}; do --stage eval again")

@@ -26,6 +26,7 @@ import collections
 import datetime
 import math
 import os
+import shutil
 
 import torch
 import torch.distributed as dist
@@ -438,6 +439,14 @@ def for_file(value):
         return value
     whole = complete(value)
     return whole.cpu() if is_main() else None
+
+
+def need_space(folder, size, what):
+    """OSError, in one line, unless the disk has room for `size` bytes more of `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        room = f"{size / 1e9:.2f} GB do not fit, {free / 1e9:.2f} GB are free"
+        raise OSError(f"{folder}: {what} of {room}")
 
 
 def save_state(path, step, model, optimizer):

@@ -1836,6 +1836,24 @@ def test_run_broken_stage_leaves_what_was_done(own_root, copy_of, monkeypatch, f
     assert contents(out, "rl.part", "metrics") == before
 
 
+@pytest.mark.parametrize(
+    "stage, free, what",
+    [
+        ("propose", 999, "rationales"),
+        ("select", 999, "judged rationales"),
+        ("embed", 2**20, "checkpoints"),
+    ],
+)
+def test_run_full_disk_is_said_before_the_first_step(
+    stage, free, what, own_root, copy_of, monkeypatch, fails
+):
+    out = copy_of(train.STAGES[train.STAGES.index(stage) - 1])
+    for step in ("contrastive_step", "by_window", "judge_fold"):
+        monkeypatch.setattr(train, step, None)
+    monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    fails(arguments(own_root, out, stage=stage), 1, f".part: {what} of 0.")
+
+
 def test_run_disk_that_fills_up_is_said(own_root, copy_of, monkeypatch, fails):
     out = copy_of("select")
     monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("unexpected pos 64")))
@@ -4178,8 +4196,7 @@ def run(first_root, tmp_path):
     run = tmp_path / "run"
     got = evaluation.evaluate(Fake(), first_root, run / "eval", truth=TRUTH)
     result = {key: got[key] for key in ("modes", "curve", "adaptivity")}
-    result |= {"preset": "pocket", "seed": 0, "seconds": {}, "selection": {}}
-    write_json(run / "report.json", result)
+    write_json(run / "report.json", result | {"preset": "pocket", "seed": 0, "seconds": {}})
     M.write_rows(run / "metrics.jsonl", [{"stage": "embed", "step": 10, "nce_direct": 0.1}])
     return run
 
@@ -4192,10 +4209,17 @@ def payload_of(run, root):
     return page, json.loads(text)
 
 
+def test_report_a_dataset_may_be_called_anything():
+    fields = ("overall", "video", "visdoc", "reason_rate", "tokens_per_query", "ms_per_query")
+    never = dict.fromkeys(fields, 0.5) | {"image": None, "datasets": {"image": 0.25, "a|b\nc": 1}}
+    text = report.markdown({"modes": {"never": never}, "preset": "p", "seed": 1}, "title", [])
+    assert "| image | – |\n" in text and "| image | 0.250 |\n" in text
+    assert "| a\\|b c | 1.000 |\n" in text
+
+
 def test_the_page_computes_the_curve_from_its_own_numbers(first_root, run):
     _, page = payload_of(run, first_root)
-    assert page["curve"] == read_json(run / "report.json")["curve"]
-    assert page["threshold"] == 0.5
+    assert page["curve"] == read_json(run / "report.json")["curve"] and page["threshold"] == 0.5
     assert [report.six_digits(p) for p in (0.671393096, 2e-7, 1.0)] == [0.671393, 2e-7, 1]
     for point in page["curve"]:
         scores, tokens, thinks = [], 0, 0
@@ -4205,8 +4229,7 @@ def test_the_page_computes_the_curve_from_its_own_numbers(first_root, run):
             tokens += yes @ d["new_tokens"]
             thinks += yes.sum()
         assert point["overall"] == pytest.approx(np.mean(scores))
-        assert point["tokens_per_query"] == tokens / 10
-        assert point["reason_rate"] == thinks / 10
+        assert (point["tokens_per_query"], point["reason_rate"]) == (tokens / 10, thinks / 10)
 
 
 def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
@@ -4214,39 +4237,46 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//|url\(|@import|fetch\(", page)
     assert "default-src 'none'" in page
     assert page.count("<script") == page.count("</script>") == 2
-    assert len(payload["cards"]) == 10
-    easy, hard = payload["cards"][:2]
-    assert "</script>" in easy["text"]
-    assert hard["rationale"] == "see <b>"
-    assert not hard["never"][0]["right"]
+    assert len(payload["cards"]) == 10 and "</script>" in payload["cards"][0]["text"]
+    hard = payload["cards"][1]
+    assert hard["rationale"] == "see <b>" and not hard["never"][0]["right"]
     assert hard["always"][0] == {"text": "answer 0", "images": [], "right": True}
-    assert len(payload["images"]) == 5
-    assert payload["images"][0].startswith("data:image/")
+    assert len(payload["images"]) == 5 and payload["images"][0].startswith("data:image/")
     series = [{"name": "nce direct", "points": [[10, 0.1]]}]
     assert payload["training"] == [{"title": "embed: nce direct", "series": series}]
+    assert "Stage rl left no training log." in payload["sentences"]
     assert "In no mean, as the data lacks them: absent." in payload["sentences"]
     text = (run / "report.md").read_text(encoding="utf-8")
-    assert "| hard | 0.000 | 1.000 |" in text
-    assert "| video | – |" in text
+    assert "| hard | 0.000 | 1.000 |" in text and "| video | – |" in text
 
 
 def test_without_steps_or_images(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     M.write_rows(f"{root}/easy.jsonl", rows)
     result = read_json(run / "report.json")
-    write_json(run / "report.json", result | {"adaptivity": {}})
+    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
     assert any("steps" in sentence for sentence in payload["sentences"])
 
 
-def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch):
-    monkeypatch.setattr(report, "BYTES", 9_500)
+@pytest.mark.parametrize("limit, cards", [(9_500, range(1, 9)), (10, [0])])
+def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatch, limit, cards):
+    monkeypatch.setattr(report, "BYTES", limit)
     page, payload = payload_of(run, first_root)
-    assert 1 <= len(payload["cards"]) <= 8
-    template = len(text_of("report_template.html"))
-    assert len(page) < 9_500 + template + 1_500  # the last card
+    assert len(payload["cards"]) in cards
+    assert limit == 10 or len(page) < limit + len(text_of("report_template.html")) + 200
+    assert bool(payload["datasets"]) == (limit > 10)
+
+
+@pytest.mark.parametrize("name", ["report.json", "easy_queries.jsonl"])
+def test_a_damaged_file_is_named(first_root, run, name):
+    [path] = run.rglob(name)
+    path.write_text('{"a\n')
+    with pytest.raises(ValueError, match=path.name) as stop:
+        report.write_report(run, first_root)
+    assert "\n" not in str(stop.value)
 
 
 def test_queries_of_other_data_are_refused(root, run):
@@ -4262,15 +4292,14 @@ def test_queries_of_other_data_are_refused(root, run):
 def test_another_evaluation_is_refused(first_root, run):
     """eval.py has written into the run's eval/ since."""
     write_json(run / "eval" / "summary.json", {"mode": "never"})
-    with pytest.raises(ValueError, match="not of this eval/"):
+    with pytest.raises(ValueError, match="of different evaluations"):
         report.write_report(run, first_root)
 
 
 def test_few_queries_prove_nothing():
     modes = {mode: {"overall": score} for mode, score in (("never", 0.0), ("adaptive", 1.0))}
     word, numbers = report.difference(modes, {"a": 4 * [{"never": 0, "adaptive": 1}]}, "never")
-    assert word == "is level with"
-    assert "± 1.000" in numbers
+    assert word == "is level with" and "± 1.000" in numbers
 
 
 @pytest.mark.parametrize(

@@ -521,6 +521,21 @@ class Pairs:
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
         self.cache = {}  # {(source, row): pair}
         self.cached_bytes = 0
+        # One loader, and one crew of workers, for all passes: load() says what is to be read.
+        workers = run.cfg.workers
+        self.order = Order()
+        self.loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=self.order,
+            collate_fn=dict,  # a pair stays as it is
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=64 if workers else None,  # pairs of each worker
+            # Forked: self.order, which may hold a generator, cannot be sent to a new process.
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=leave_group,
+        )
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?
@@ -562,21 +577,11 @@ class Pairs:
         }
 
     def load(self, lists):
-        """Lists of (source, row) -> yields lists of pairs. Workers read ahead, pair by pair: whole
-        windows of pages would take 3 GB each."""
+        """Lists of (source, row) -> yields lists of pairs. An earlier call then ends. Workers read
+        ahead, pair by pair: whole windows of pages would take 3 GB each."""
         lists, to_read = itertools.tee(lists)
-        workers = self.run.cfg.workers
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=itertools.chain.from_iterable(to_read),
-            collate_fn=dict,  # a pair stays as it is
-            num_workers=workers,
-            prefetch_factor=64 if workers else None,  # pairs of each worker
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=leave_group,
-        )
-        loaded = iter(loader)
+        self.order.refs = itertools.chain.from_iterable(to_read)
+        loaded = iter(self.loader)
         for refs in lists:
             yield [next(loaded) for _ in refs]
 
@@ -628,6 +633,15 @@ def leave_group(worker):
     os.setpgrp()
 
 
+class Order:
+    """A sampler whose references may be exchanged between two passes."""
+
+    refs = ()  # (source, row); see Pairs.load
+
+    def __iter__(self):
+        return iter(self.refs)
+
+
 # --------------------------------------------------------------------------------------------------
 # The training loop
 
@@ -642,6 +656,11 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
     """
     state = f"{part}/{name}.state"
     step = scale.load_state(state, model, optimizer)  # steps done; 0 without a checkpoint
+    if step == 0:  # a full disk is noticed now, not hours later
+        # Two states, the last one and the one that is being written: of each weight itself and at
+        # most two moments.
+        weights = sum(p.nbytes for p in scale.trainable(model).values())
+        scale.need_space(part, 2 * 3 * weights, "checkpoints")
     run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
@@ -810,6 +829,14 @@ def propose_stage(run, part):
     def is_wanted(pair_id):
         return hard is None or pair_id in hard
 
+    # What is read and what is written (a token has some four bytes, a row some 200 more), twice:
+    # in files of windows, and in the one that joins them.
+    num_wanted = sum(map(len, pairs.windows(is_wanted)))
+    size = c.num_candidates * (4 * c.max_new_tokens + 200) * num_wanted
+    if given:
+        size += os.path.getsize(given_path)
+    scale.need_space(part, 2 * size, "rationales")
+
     def rows_of(n, window):
         rows = []
         if given:
@@ -841,6 +868,9 @@ def select_stage(run, part):
     """
     c = run.cfg
     written = propose.Rationales(run.path("propose/rationales.jsonl"))  # by pair id
+    # A judged row is about twice as long as its rationale. It is written three times: into a file
+    # of its window, of its fold and of all.
+    scale.need_space(part, 3 * 2 * os.path.getsize(written.path), "judged rationales")
 
     # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]
