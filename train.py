@@ -1018,6 +1018,8 @@ def write_report(run):
     """report.json, report.md and report.html, and the numbers that matter on the screen, one a
     line, for people and for grep: "adaptive: 0.9586"."""
     summary = run.read("eval/summary.json")
+    if "modes" not in summary:  # eval.py wrote there
+        raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
