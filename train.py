@@ -52,6 +52,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -624,8 +625,10 @@ class Pairs:
 
 def leave_group(worker):
     """A worker leaves the process group, so that SIGTERM to the group reaches the main process
-    alone, which saves first."""
+    alone, which saves first. On Linux it ends with that process, also one that was killed."""
     os.setpgrp()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 # --------------------------------------------------------------------------------------------------
