@@ -406,7 +406,7 @@ def main():
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
     add = parser.add_argument_group("with --read-responses").add_argument
     add("--requests", metavar="FILE", nargs="+", default=[], help="to name what is missing")
-    add("--accept-cut", action="store_true", help="use answers that were cut off at --max-tokens")
+    add("--accept-cut", action="store_true", help="use answers that were cut off, too")
     add("--proposer", default="model", help="its name: rows have NAME-0, NAME-1 ... by prompt")
     add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")
     options = parser.parse_args()
@@ -423,6 +423,8 @@ def main():
         return
     asked = {}  # {custom id: answers that are wanted}; empty without --requests
     for request in Rows(*options.requests):
+        if "body" not in request:
+            raise ValueError(f"--requests {' '.join(options.requests)}: these are no requests")
         asked[request["custom_id"]] = request["body"]["n"]
     rows, failed = read_responses(options, asked)
     for custom_id, why in failed:

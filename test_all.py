@@ -1120,7 +1120,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"\n"\xff"', "", "in.jsonl line 2: not valid JSON .*utf-8"),
     (b"\n", "", "in.jsonl: no items"),
     (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
-    (b'"a"', "--model no/where", "no/where: no folder, and not to be had from the hub"),
+    (b'"a"', "--model no/where", "no/where: no folder, and the hub does not give it"),
     (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder to"),
     (b'"a"', "--output v.txt", "v.txt: expected a .npy file"),
     (b'"a"', "--output IN/in.npy", "in.npy: .* not named like --input"),
@@ -1939,7 +1939,13 @@ def test_run_rationales_of_another_table_are_refused(stage, own_root, copy_of, f
 
 @pytest.mark.parametrize("kind, missing", [("train", "eval"), ("eval", "train")])
 def test_run_without_a_training_or_a_test_set_is_refused_first(kind, missing, tmp_path, fails):
-    write_json(tmp_path / "datasets.json", {kind: [{"name": "gone", "table": "gone.jsonl"}]})
+    """One is not listed, or its table is not there."""
+    gone = [{"name": "gone", "table": "gone.jsonl"}]
+    listing = {kind: [{"name": "own", "table": "own.jsonl"}], missing: gone}
+    (tmp_path / "own.jsonl").touch()
+    write_json(tmp_path / "datasets.json", listing)
+    fails(arguments(tmp_path, tmp_path / "run"), 2, f"no {missing} set")
+    write_json(tmp_path / "datasets.json", {kind: listing[kind]})
     fails(arguments(tmp_path, tmp_path / "run"), 2, f"no {missing} set")
 
 

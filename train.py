@@ -52,6 +52,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -629,8 +630,10 @@ class Pairs:
 
 def leave_group(worker):
     """A worker leaves the process group, so that SIGTERM to the group reaches the main process
-    alone, which saves first."""
+    alone, which saves first. On Linux it ends with that process, also one that was killed."""
     os.setpgrp()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 class Order:
@@ -1105,7 +1108,8 @@ def run_stages(cfg):
     whole = cfg.stage == "all"
     if cfg.data and whole:
         for kind in ("train", "eval"):
-            if not data.tables(cfg.data, kind):
+            datasets = [data.Files(spec, cfg.data) for spec in data.tables(cfg.data, kind)]
+            if not any(dataset.all_paths() for dataset in datasets):
                 raise UsageError(f"{cfg.data} has no {kind} set; --stage all needs one")
     run = Run(cfg)
     next_stage = len(run.stages)  # those that are done are the first ones: finish() sees to it
