@@ -3236,7 +3236,7 @@ QA = {"question": "Q", "video": "v", "videoID": "v", "video_idx": "v", "video_na
 MME = QA | {"options": ["A. Apples.", "B. Mr. B.", "C. Figs"], "answer": " C"}
 NEXT = QA | {"answer": 1, "a0": "no", "a1": "yes", "a2": "no", "a3": "d", "a4": "e"}
 MV = QA | {"candidates": ["3", "2", "3"], "answer": "3"}
-EGO = QA | {"option": ["A. o", "B. p"], "answer": "1"}
+EGO = QA | {"option": ["A. o", "B. p", "q"], "answer": "1"}
 CLS = {"video_id": "v", "pos_text": "B", "neg_text": ["A", "B"]}
 CLIP = {"video_id": "w.x", "video": "x/v.m4v", "caption": ["c", "d"]}
 MOMENT = {"query": "q", "video_path": "x/AB_210.0.mp4"}
@@ -3274,7 +3274,8 @@ EVALUATION = [
      {"labels": ["A", "B", "C"]}),
     ("videomme", MME, (" do? Q\nA. Apples.\nB. Mr. B.\nC. Figs", V),
      [("Apples",), ("Mr. B",), ("Figs",)], MME["options"], [0, 1, 2], [2]),
-    ("egoschema", EGO, (" do? QA. o B. p", V), [("o",), ("p",)], ["A. o", "B. p"], [0, 1], [1]),
+    ("egoschema", EGO, (" do? QA. o B. p q", V), [("o",), ("p",), ("q",)], EGO["option"],
+     [0, 1, 2], [1]),
     ("nextqa", NEXT, (" do? Q\nOptions:\n(A) no\n(B) yes\n(C) no\n(D) d\n(E) e", V),
      [("no",), ("yes",), ("d",), ("e",)], ["no", "yes", "d", "e"], [0, 1, 0, 2, 3], [1]),
     # An answer that stands there twice: the last, as upstream.
@@ -4079,6 +4080,8 @@ def test_a_run_and_its_files(first_root, tmp_path):
     assert modes["never"]["datasets"] == {"easy": 1, "hard": 0}
     assert modes["adaptive"]["tokens_per_query"] == 3.5
     assert got["adaptivity"]["hard"]["auc"] == 0.5
+    tie = evaluation.evaluate(Fake(), first_root, str(tmp_path / "tie"), threshold=0.9)
+    assert tie["modes"]["adaptive"]["tokens_per_query"] == 0  # p_reason must exceed it
     # A further call, with other tasks: all that is there is in the leaderboard.
     few = evaluation.evaluate(Fake(), first_root, str(tmp_path), ["easy"], ["adaptive"])
     assert few["mode"] == "adaptive"
