@@ -4081,7 +4081,8 @@ def test_a_run_and_its_files(first_root, tmp_path):
     assert modes["adaptive"]["tokens_per_query"] == 3.5
     assert got["adaptivity"]["hard"]["auc"] == 0.5
     tie = evaluation.evaluate(Fake(), first_root, str(tmp_path / "tie"), threshold=0.9)
-    assert tie["modes"]["adaptive"]["tokens_per_query"] == 0  # p_reason must exceed it
+    assert tie["overall"] == 0.5  # p_reason must exceed it
+    assert tie["modes"]["adaptive"]["tokens_per_query"] == 0
     # A further call, with other tasks: all that is there is in the leaderboard.
     few = evaluation.evaluate(Fake(), first_root, str(tmp_path), ["easy"], ["adaptive"])
     assert few["mode"] == "adaptive"
