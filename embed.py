@@ -85,7 +85,8 @@ def branch_vectors(model, processor, prompts, budget, branches=None):
     if branches is None:
         branches = [[]] * len(prompts)
     vectors = [None] * len(prompts)
-    for rows in scale.chunks_of(row_lengths(prompts, branches), budget):
+    lengths = processor.padded(row_lengths(prompts, branches))
+    for rows in scale.chunks_of(lengths, budget):
         rationales = [branches[i] for i in rows]
         batch = collate([prompts[i] for i in rows], processor, rationales, model.device)
         pooled = pool(model(batch), batch["ends"])  # (B, 1 + K, H), zeros where a row has fewer
@@ -180,8 +181,8 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        # Query to target: candidates are distinct, so the target's own column alone is equal to it,
-        # and that one stays. Target to query: row i is query i's target, column j is query j; the
+        # Query to target: candidates are distinct, so is_target leaves nothing out (the target's
+        # own column stays). Target to query: row i is query i's target, column j is query j; the
         # positives are on the diagonal, and other queries with the same target are left out.
         losses = losses + one_direction(s, positive, temperature, is_target) / 2
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
@@ -227,10 +228,10 @@ def gradcache_step(
 
     queries     this process' prompts; rationales: of each a list, as ids, at most K
     documents   this process' candidates, prompts
-    query_loss  (rows, h, batch) -> loss of the queries of these numbers, metrics; h (b, S, H)
+    query_loss  (rows, h, batch) -> loss of queries[rows], metrics; h (b, S, H)
     contrast    {"query": (N, 1 + K, H), "document": (M, 1, H)} of all processes -> loss
     budget      tokens of a pass
-    -> loss, metrics: sums over the rows of all processes
+    -> contrast + all query losses; metrics, summed over the rows of all processes
     """
     prompts = {"query": queries, "document": documents}
     branches = {"query": rationales, "document": [[]] * len(documents)}

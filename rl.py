@@ -16,9 +16,9 @@ The step minimises
     rl_decision_weight * when + what
         + NCE(direct) + mean over the rationales of p_reason * NCE(reasoned)
 
-Only `when` moves p_reason; elsewhere p_reason is the rollout's, a constant. `when` and `what` have
-a denominator each: in one mean over tokens (option rl_one_loss) a decision, one token among dozens,
-would carry a few percent.
+Only `when` has a gradient in p_reason; elsewhere p_reason is the rollout's, a constant. `when` and
+`what` have a denominator each: in one mean over tokens (option rl_one_loss) the many tokens of long
+rationales would drown the decision.
 
     when   With p = p_reason and gain = mean R_reason - R_direct (select.py's gain is one of
            log-probabilities) a query's expected reward is R_direct + p * gain, known without
@@ -33,9 +33,9 @@ would carry a few percent.
            p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
 Which GRPO this is, in five points:
-    advantage   (R - mean R of the query's rationales) / sigma. `when` learns from that mean
-    sigma       one for the batch: see credit(). With one for each query a tiny price would decide
-                where all rationales are equally good
+    advantage   (R - mean R of the query's rationales) / sigma. That mean goes into `when`
+    sigma       one for the batch: see credit(). One for each query would blow up tiny differences
+                in price where all rationales are equally good
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained, forced tokens are not: opening, tail, closing of what was cut
@@ -94,7 +94,8 @@ def rollouts(actor, processor, prompts, cfg, generator):
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
     sampling = dict(processor.generation, temperature=1.0, generator=generator)  # on-policy
     longest = max(processor.padded(row_lengths(prompts)))
-    # chunk_tokens fit in a pass that keeps its activations; here none are kept.
+    # chunk_tokens fit in a pass that keeps its activations; here none are kept. rl_batch is small,
+    # so the caches of the answers need no limit of their own, as in propose.py.
     together = max(1, 4 * cfg.chunk_tokens // longest)
     parts = []
     vectors = []
@@ -109,6 +110,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
         logits.append(decision_logits(actor, part.hidden, batch, processor))
     return Experience(
         tokens=[row for part in parts for row in part.tokens],
+        # generate leaves its counts on the CPU.
         num_sampled=torch.cat([part.num_sampled for part in parts]).to(device),
         truncated=torch.cat([part.truncated for part in parts]).to(device),
         old_logprobs=torch.cat([part.logprobs for part in parts]),
@@ -133,7 +135,7 @@ def sampled_logprobs(model, h, batch, processor, num_sampled, truncated, cfg):
     """Log-probabilities of the rollouts' tokens under the model that learns: states h (b, S, H) ->
     (b, K, T), laid out like Experience.old_logprobs."""
     flat = rationale_logprobs(model, h, batch, processor)
-    # A truncated rollout has T sampled tokens in `flat` and then the closing, cut off here.
+    # A truncated rollout has T sampled tokens in `flat`, then the closing \n</think>: cut off here.
     num_closing = len(processor.closing)
     T = cfg.max_new_tokens
     return unflatten(flat, num_sampled + num_closing * truncated, T + num_closing)[..., :T]
@@ -154,15 +156,15 @@ def rewards(p_target, num_sampled, truncated, cfg):
 def credit(reward):
     """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
 
-    sigma is one standard deviation for the whole batch, of rewards around their query's centre. The
-    centre lies midway between the direct reward and the mean of the rationales; both sides have the
-    same weight. The direct reward is gain / 2 below the centre, a rationale gain / 2 above it, plus
-    its `spread`. So sigma² = mean(gain²) / 4 + mean(spread²) / 2.
+    sigma, one for the batch, is a standard deviation from the query's centre, which lies midway
+    between the direct reward and the rationales' mean; both sides weigh a half. So sigma² =
+    mean(gain²) / 4 + mean(spread²) / 2. With the gain in it a batch of equally good rationales has
+    no tiny sigma.
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
     sigma = (spread.square().mean() / 2 + gain.square().mean() / 4).sqrt() + EPSILON
-    varies = spread.abs().amax(1, keepdim=True) > 1e-6  # below that it is rounding
+    varies = spread.abs().amax(1, keepdim=True) > 1e-6  # rounding becomes exactly 0
     return gain, varies * spread / sigma, sigma
 
 
@@ -191,7 +193,8 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
     A query counts as K rollouts that reason and K that answer directly, whatever p is. Around their
     common mean the former have the advantage gain / 2, the latter -gain / 2. So the decisions bring
     K * gain / 2 * (log p - log(1 - p)), and that difference of logs is the logit. As in the main
-    loss the decision's gain is not divided by sigma. sampled: what rationale_loss takes first.
+    loss sigma divides what tokens get, not the decision's gain. sampled: rationale_loss's first
+    three.
     """
     K = advantage.shape[1]
     when = -(K * gain / 2 * decision).sum()
@@ -209,7 +212,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     cfg    train.Config: the options of group rl, max_new_tokens, temperature, chunk_tokens and
            matryoshka_dims
     actor  writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
-           None, the model itself, if all of it is fp32
+           None, the model itself, which must be plain and fp32: generation has no autocast
     -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward
     """
     actor = actor or model
@@ -221,9 +224,9 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
     t = torch.cat(branch_vectors(actor, processor, documents, cfg.chunk_tokens))
+    # The joined batch is that of all processes. gather also gives the places of our rows in it.
     t, _ = scale.gather(t)
     t = t[row_of_column]  # (columns, H)
-    # The joined batch is that of all processes. ours (b,): the places of our b pairs in it.
     p_reason, ours = scale.gather(roll.p_reason)  # (B,)
 
     # 2) Reward: probability of the target, a bonus for good form, minus the price of latency.

@@ -122,8 +122,9 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     itself is embed.contrastive_step; pairs as there.
 
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
-    good or bad: hence the posterior weights. With equal weights empty talk would teach it to ignore
-    every rationale. With a single fold (an ablation) it also learns on what it will judge.
+    good or bad; posterior_weights lets what helps count for more. With equal weights empty talk
+    would teach it to ignore every rationale. With a single fold (an ablation) it also learns on
+    what it will judge.
     texts: {pair id: {proposer: text}}. rng_of(pair id): the pair's own generator, which draws its
     rationale, so that the draw does not depend on how pairs are dealt out to processes.
     """
@@ -163,8 +164,8 @@ def judge(model, processor, pairs, texts, cfg, rng):
          "similarity_gain": [2.4, -0.1, 0.3], "audited": True}
     "direct" is logp(q, ∅). "similarity_gain" has the gains of text, placebo and second placebo in
     s(q, r; t)/temperature. A gain is None where there is no such text, and where the pair is easy;
-    gain_guess never is. A pair about which nobody wrote has one row: with an empty text, "direct",
-    and None as its gain.
+    gain_guess never is. A pair about which nobody wrote has one row: id, dataset and "direct", gain
+    None, proposer and text empty.
     """
     documents, places = distinct_documents(pairs)
     candidates = candidate_sets(places, rng)  # step 1 may replace them by nearer ones
@@ -290,7 +291,7 @@ def draw_trials(pairs, texts, rng):
             target = pairs[i]["target_key"]
             foreign = (words for j, _, words in onwards if pairs[j]["target_key"] != target)
             placebo, second = next(foreign, None), next(foreign, None)
-            if second == placebo or rng.random() >= AUDITED:  # the audit compares the two
+            if second == placebo or rng.random() >= AUDITED:  # equal ones audit nothing
                 second = None
             trials[i].append((proposer, text, placebo, second))
     return trials
@@ -308,7 +309,7 @@ def log_probs(model, processor, cases, t, cfg):
     for (_, c, texts), q in zip(cases, vectors):
         s = q @ t[c].T / cfg.temperature  # (1+K, |C|)
         table = torch.stack((s.log_softmax(-1)[:, 0], s[:, 0]), dim=1)  # (1+K, 2)
-        scores.append(dict(zip(["", *texts], table.double().tolist())))
+        scores.append(dict(zip(["", *texts], table.tolist())))
     return scores
 
 
