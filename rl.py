@@ -94,8 +94,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
     sampling = dict(processor.generation, temperature=1.0, generator=generator)  # on-policy
     longest = max(processor.padded(row_lengths(prompts)))
-    # chunk_tokens fit in a pass that keeps its activations; here none are kept. rl_batch is small,
-    # so the caches of the answers need no limit of their own, as in propose.py.
+    # As in propose.py, but rl_batch is small: the caches of the answers need no limit of their own.
     together = max(1, 4 * cfg.chunk_tokens // longest)
     parts = []
     vectors = []
@@ -110,8 +109,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
         logits.append(decision_logits(actor, part.hidden, batch, processor))
     return Experience(
         tokens=[row for part in parts for row in part.tokens],
-        # generate leaves its counts on the CPU.
-        num_sampled=torch.cat([part.num_sampled for part in parts]).to(device),
+        num_sampled=torch.cat([part.num_sampled for part in parts]).to(device),  # from the CPU
         truncated=torch.cat([part.truncated for part in parts]).to(device),
         old_logprobs=torch.cat([part.logprobs for part in parts]),
         vectors=torch.cat(vectors),
@@ -193,8 +191,7 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
     A query counts as K rollouts that reason and K that answer directly, whatever p is. Around their
     common mean the former have the advantage gain / 2, the latter -gain / 2. So the decisions bring
     K * gain / 2 * (log p - log(1 - p)), and that difference of logs is the logit. As in the main
-    loss sigma divides what tokens get, not the decision's gain. sampled: rationale_loss's first
-    three.
+    loss sigma divides what tokens get, not the decision's gain. sampled: of rationale_loss.
     """
     K = advantage.shape[1]
     when = -(K * gain / 2 * decision).sum()
