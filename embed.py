@@ -471,6 +471,7 @@ class Embedder:
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
         require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens, dim=dim)
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
+        require(not math.isnan(threshold), "threshold", threshold, "a number")
 
         if reason == "auto" and not (has_head and self.processor.trained_here):
             why = "this checkpoint never learnt to decide: it embeds directly"

@@ -1127,6 +1127,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"', "--reason yes", "reason='yes': expected auto, never or always"),
     (b'"a"', "--batch-size 0", "batch_size=0: expected a whole number above 0"),
     (b'"a"', "--dim 0", "dim=0: expected a whole number above 0"),
+    (b'"a"', "--threshold nan", "threshold=nan: expected a number"),
     (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
     (b'"a"', "--revision v1", "a local folder has no revisions"),
