@@ -91,8 +91,7 @@ TEMPORAL = 2  # frames in a patch; an image counts as two equal frames
 MERGE = 2  # patches per side of a visual token
 FACTOR = PATCH * MERGE  # image sides are multiples of this
 
-# The pocket model reads images of 3 x 3 tiles. Its vocabulary size and the ids of its image tokens
-# come with its tokenizer.
+# The pocket model's vocabulary size and the ids of its image tokens come with its tokenizer.
 POCKET_TEXT = {"vocab": 0, "hidden": 128, "mlp": 384, "layers": 4, "heads": 4, "kv_heads": 2}
 POCKET_ROPE = {"head_dim": 32, "rope_theta": 1e4, "mrope_section": (8, 4, 4)}
 POCKET_VISION = {"v_hidden": 128, "v_mlp": 256, "v_layers": 2, "v_heads": 4, "v_positions": 144}

@@ -115,8 +115,8 @@ def backward(lengths, forward, loss, budget):
              (a scalar tensor, or None) and {metric: float}; a function of the weights alone. A row
              has k vectors: a target one, a query perhaps two (direct, reasoned)
     loss     {name: (n, k, H)} of all processes, in process order, then row order -> scalar
-    budget   padded tokens of a pass. Where all rows of every process fit in one budget, the first
-             pass keeps its activations, and there is no second
+    budget   padded tokens of a pass. Where every process' tokens, without padding, fit in one, the
+             first pass keeps its activations, and there is no second
     -> loss (a float: with the further losses of all rows) and metrics, summed over rows and
     processes. Leaves this process' part of the gradient: Optimizer.step adds the parts up.
     """
@@ -230,8 +230,8 @@ def prepare(model, dtype, lora=0, checkpointing=False, compile=False, train_visi
 
 def shard(model, dtype):
     """FSDP2: each process holds a part of every text layer in fp32, and gathers a layer in `dtype`
-    while it runs. The vision tower and the embedding stay in one piece: which of them a batch uses
-    differs between processes, and nobody must wait for one that stays away."""
+    while it runs. The vision tower stays in one piece: not every process has images in a pass, and
+    nobody must wait for one that stays away. So do embedding and head, used outside the layers."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes 1.2 s to import
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -97,7 +97,7 @@ else:
     from processor import prompt_key
     from propose import author
 
-# From here on only definitions: in the first case nothing above is imported.
+# From here on only definitions: the first case lacks the imports of `else`.
 
 RULES = ("full", "positive_only", "no_placebo", "none")
 WINDOW = 1024  # pairs of one dataset that are judged together

@@ -131,7 +131,7 @@ LARGE = {
 LORA = {  # 4B in full needs 71 GB before an activation
     "lora": 32,  # Qwen3-VL-Embedding
     "lr": 5e-5,  # VLM2Vec-V2
-    # So 1e-5: below that the update of a merged bf16 copy gets lost in rounding.
+    # So 1e-5: below that the updates of rl's merged bf16 copy get lost in rounding.
     "rl_lr_factor": 0.2,
 }
 PRESETS = {
@@ -859,7 +859,7 @@ def propose_stage(run, part):
     if not written.offsets:
         raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
     if given:
-        unused = len(given.offsets.keys() - written.offsets.keys())  # rl's, easy or unknown
+        unused = len(given.offsets.keys() - written.offsets.keys())  # rl's, easy, unknown, too long
         left_out = f"{given.left_out} of targets or without a word"
         run.say(f"propose: not used: those of {unused} pairs, and {left_out}")
 
@@ -908,9 +908,9 @@ def select_stage(run, part):
 
 
 def judge_fold(run, part, fold, written, path):
-    """Train an evaluator on the pairs of the other fold, and judge this fold's rationales with it.
+    """Train an evaluator on the pairs of other folds, and judge this fold's rationales with it.
 
-    written: propose.Rationales. path: of the file that gets a row for each rationale.
+    written: propose.Rationales. path: of the file that gets selection.judge's rows.
     """
     c = run.cfg
     name = f"select{fold}"
@@ -923,7 +923,7 @@ def judge_fold(run, part, fold, written, path):
         rng_of = partial(run.rng, name, i)  # rng_of(pair id) -> a generator
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
 
-    # Half of a batch belongs to the fold that is judged and drops out: draw twice as much.
+    # Of two folds half of a batch is judged here and drops out: draw twice as much.
     twice = 2 if c.select_folds > 1 else 1
     stream = partial(pairs.stream, name, twice * c.batch, twice * c.sub_batch)
     fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr_factor)
@@ -942,7 +942,7 @@ def judge_fold(run, part, fold, written, path):
 
 
 def embed_stage(run, part):
-    """Learn both vectors from the rationales that were kept, and the decision: was any kept?
+    """Learn both vectors, and the decision: was any rationale kept? Lessons.draw gives the texts.
 
     It starts from the mean of the evaluators' weights (a model soup, arXiv 2203.05482): they have
     learnt to find targets, which the base model has not.
@@ -981,7 +981,7 @@ class Lessons:
         authors = {"none", *self.written.authors}  # {"none", "base", "careful", "sloppy"}
         if wanted - authors:
             raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
-        counts = self.kept.authors  # {"careful": 900, "sloppy": 12}
+        counts = self.kept.authors  # rows that were kept: {"careful": 900, "sloppy": 12}
         self.trusted = max(counts, key=counts.get, default=None)
         # Pairs without a rationale, whose direct vector is so good that none could be kept.
         self.easy = set()
@@ -993,8 +993,8 @@ class Lessons:
         """-> (a text or None, the right decision: 1 to reason, 0 to answer directly, -1 unknown).
 
         a rationale was kept           ("nw red star . right n blue moon", 1)
-        some were written, none kept   ("mid green square", 0), by the trusted author, or
-                                       (None, 0) if that author wrote none about it
+        some were written, none kept   ("mid green square", 0), by the trusted author, which teaches
+                                       how to think if forced; (None, 0) if there is none by it
         nobody wrote any               (None, 0) if the pair is easy, else (None, -1)
         """
         written = self.written.of(pair)  # rows of rationales.jsonl
@@ -1134,7 +1134,7 @@ def run_stages(cfg):
 
 
 def main(argv):
-    """Run, and exit: 0, or one line and 2 (a mistake), 143 (SIGTERM) or 1 (all else)."""
+    """Run, and exit: 0, or one line and 2 (a mistake), 143 (SIGTERM) or 1 (data, disk, memory)."""
     code = 0
     try:
         run_stages(parse(argv))
