@@ -1117,6 +1117,7 @@ def test_command_line(run_embed, folder, tmp_path):
 
 BAD_RUNS = [  # lines, options, what is said
     (b'"a"\n\n{"image": "no.png"}', "", "in.jsonl line 3: no.png: cannot be read"),
+    (b'{"messages": []}', "", "in.jsonl line 1: "),
     (b'"a"\n"\xff"', "", "in.jsonl line 2: not valid JSON .*utf-8"),
     (b"\n", "", "in.jsonl: no items"),
     (b'"a"', "--model nowhere", "nowhere: expected a checkpoint folder"),
@@ -2675,6 +2676,7 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"files": {WEIGHTS: None}}, "model.safetensors: not a complete file"),
     ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
     ({"files": {"config.json": "{"}}, "config.json: not valid JSON"),
+    ({"without": "hidden_size"}, "config.json: text_config.hidden_size is missing"),
     ({"config": {"model_type": "qwen3_vl_moe"}}, "config.json: model_type is .*, this code imple"),
     ({"config": {"text_config.rope_parameters.rope_type": "yarn"}}, "rope_type is 'yarn', this"),
 ]
