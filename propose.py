@@ -54,7 +54,7 @@ TEMPERATURE = 0.7  # several answers of one proposer have to differ; the number 
 # The columns that are kept of a file of rationales. Others may hold NaN, which write_rows refuses.
 COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 # What reading a line of JSON raises where it holds something else than was expected.
-BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # How a query is put to a model that follows instructions. --write-requests asks in as many of
 # these ways as --prompts says, each a proposer of its own: NAME-0, NAME-1 ... train.py asks in the
 # first.

@@ -659,6 +659,7 @@ def test_propose_refuses_before_it_writes(command, first_root, tmp_path, monkeyp
     [
         ('{"id": "\udcff"}', "decode"),  # written as a byte that is not UTF-8
         ('"text"', "AttributeError"),
+        pytest.param("[" * 20_000, "RecursionError", id="brackets"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
         (GOOD.replace("café", "\\ud83d"), "'text': expected text, got"),
         (GOOD.replace("1}", "NaN}"), "'n'"),
