@@ -2,9 +2,9 @@
 How fast: ours beside transformers' own Qwen3-VL, in one process, on the same weights and inputs.
 
 The idea. A model of random weights is saved in the Hugging Face layout and opened twice: by
-model.py and by transformers. First both must give the same result (vectors and patches within
-rounding, equal losses, equal greedy tokens), or the bench stops with an error. Then they take
-turns, and a row compares the medians: ratio > 1 means that ours is faster.
+model.py and by transformers. First both must give the same result, or the bench stops with
+an error: vectors, patches and the contrastive loss within rounding, equal greedy tokens. Then they
+take turns, and a row compares the medians: ratio > 1 means that ours is faster.
 
     embed        direct vectors of mixed items: short and long texts, one image, two images
     preprocess   images -> patches
@@ -88,7 +88,7 @@ def make_model(size, device, dtype):
     """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder."""
     with torch.device(device):
         model, given = pretrain.new_model(0, device, SIZES[size])
-    # Pixels: 64 tokens of an image at most, 256, and 484: the presets' 501,760 pixels.
+    # At most 64 tokens of an image, 256, and 489: nearly the presets' 490 (501,760 pixels).
     side = {"pocket": 256, "large": 512}.get(size, 708)
     processor = ReadyProcessor(given.tokenizer, given.config, max_pixels=side * side)
     return Embedder(model.to(dtype).eval(), processor)
@@ -435,7 +435,8 @@ def measure(size, options):
 
     On a GPU in bf16, as the large presets run: what is trained is compiled, all else is eager.
     dynamo counts the graphs that it has compiled: none means that training ran eagerly, too. No
-    optimizer is there: AdamW's two moments, 8 bytes a weight, come on top of the peak.
+    optimizer is there: AdamW's two moments, 8 bytes a weight, come on top of the peak. main() calls
+    this on a GPU alone; a test runs it on a CPU.
     """
     dtype = torch.bfloat16 if options.gpu else torch.float32
     embedder = make_model(size, options.device, dtype)
@@ -470,7 +471,7 @@ def measure(size, options):
 
 
 def parse(argv):
-    """Command line -> options; .gpu and .size follow from the machine where they are not given."""
+    """Command line -> options. Without --device or --size the machine decides; .gpu: is it one?"""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     add = parser.add_argument
     add("--out", help="JSON file of what is printed")

@@ -2,7 +2,7 @@ r"""
 MMEB as two tables: the training sources of VLM2Vec-V2 and the 78 test sets of MMEB-V2.
 
 The idea. A benchmark is a table, not code. Every dataset is a row of mmeb.json (see Row below):
-where its files lie, which columns they have, what is said before the image. Every kind of file has
+where its files lie, which columns they have, which prompts go with them. Every kind of file has
 a parser of a few lines, and the model only ever sees items:
 
     item = {"text": str, "image": ref | [ref, ...], "video": {"frames": [ref, ...], "fps": float},
@@ -159,7 +159,7 @@ class TableImage:
 
     def read(self):
         """The encoded bytes (of a JPEG, PNG ...)."""
-        # data: the pyarrow Table behind it; a slice of it copies nothing.
+        # data: the Arrow table as `datasets` wraps it; a slice of it copies nothing.
         value = self.file.data.fast_slice(self.row, 1).column(self.column)[0]
         if self.index is not None:
             value = value.values[self.index]  # the others of a list are not copied
@@ -221,8 +221,8 @@ def to_rgb(image):
 
 
 def visible(folder):
-    """The names in a folder, frame_2 before frame_10, without AppleDouble files (._x.jpg), as
-    VisDial's archive holds them (VLM2Vec's issue 108)."""
+    """The names in a folder, frame_2 before frame_10, without those that begin with a dot.
+    VisDial's archive holds AppleDouble files, ._x.jpg (VLM2Vec's issue 108)."""
 
     def natural(name):  # "frame_2.jpg" -> ["frame_", 2, ".jpg"]
         return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name.lower())]
@@ -252,6 +252,7 @@ def open_table(path):
         with OPENING:
             if path.endswith(".parquet"):
                 pattern = glob.escape(path)  # a folder may be called run[1]
+                # `description` is a part of the Arrow copy's name: a changed file is read anew.
                 return datasets.Dataset.from_parquet(
                     pattern, split="train", batch_size=1000, description=changed
                 )
@@ -327,8 +328,8 @@ def arrow_value(cell, image):
 
 
 def cell(row, column, kind="text"):
-    """A row's text. Of kind "text?" null is "", as everywhere in training. Of kind "id" a number
-    becomes text: hubs store ids as either, and pandas makes 7.0 of a 7 next to a null."""
+    """A row's text. With kind "text?" null is "". With kind "id" a number becomes text: hubs store
+    ids as either, and pandas makes 7.0 of a 7 next to a null."""
     value = row[column]
     if kind == "text?" and value is None:
         return ""
@@ -367,7 +368,7 @@ class Row:
     # mmeb.json). Files.paths() says what "{hub}/{config}/{split}-*.parquet" and the like mean.
     table: str | list | None = None
     config: str | list = ""  # the hub's config; a test set may have several, read in turn (MVBench)
-    cap: int | None = None  # only so many first rows are used, as in train_alltasks.yaml
+    cap: int | None = None  # only so many first rows are used, as in VLM2Vec's train_alltasks.yaml
     media: str | list | None = None  # folders where images and clips are looked for, in this order
     frames: int = 8  # frames per video: VLM2Vec looks at 8
     fps: int | float = 2.0  # what the item says of their rate; Qwen assumes 2 per second
@@ -505,8 +506,8 @@ class Files:
         self.frames = frames or spec["frames"]
 
     def inside(self, *parts):
-        """A path in ROOT. None leads out of it, also through a symbolic link. So a hub cache, whose
-        snapshots are links, is no root; `hf download --local-dir` writes real files."""
+        """A path in ROOT. No path may lead out of it, not even by a symbolic link. So a hub cache,
+        whose snapshots are links, is no root; `hf download --local-dir` writes real files."""
         path = os.path.normpath(os.path.join(self.root, *parts))
         if not Path(os.path.realpath(path)).is_relative_to(self.root):
             raise BadData(f"path {os.path.join(*parts)!r}", "leaves the root")
@@ -566,7 +567,8 @@ class Files:
         "{hub}/{config}/{split}-*.parquet" for the config "MC" of NExTQA
         -> ["/ROOT/VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet"]
         """
-        # Beside the spec's own keys, such as {hub}, {name} and {split}, there are four more.
+        # A pattern may use the spec's keys, such as {hub}, {name} and {split}, and {lower}, {under}
+        # and {repo}. {config} is the one at hand; of sets of pages it is called {part}.
         lower = self.name.lower()  # "charades-sta"
         fill = self.spec | {"lower": lower, "under": lower.replace("-", "_")}
         fill["repo"] = os.path.basename(fill["hub"])  # "vidore/x_beir" -> "x_beir"
@@ -649,9 +651,9 @@ def page_pair(files, row):
     query, page = cell(row, "query", "text?"), files.image(row["image"])
     if files.parser == "page_qa":
         return make_item(" " + query, page), make_item(cell(row, "answer", "text?")), []
-    before, after = MMEB["visrag"].get(str(row.get("source")), ("", ""))
-    query = f"{before}  {query} " if before else f"{query} "
-    return make_item(query), make_item(f"{after}  " if after else " ", page), []
+    for_query, for_page = MMEB["visrag"].get(str(row.get("source")), ("", ""))
+    query = f"{for_query}  {query} " if for_query else f"{query} "
+    return make_item(query), make_item(f"{for_page}  " if for_page else " ", page), []
 
 
 # name: (parser, the columns of each side)
@@ -742,8 +744,9 @@ class TrainData:
         return self.sources[source].pair(row)
 
     def fetch(self, source, row, read=opened, rows=None):
-        """read(pair) of this row's pair, or of the next one of `rows`, a range (None: all), that
-        can be read. A row that cannot (ValueError) is named once, whichever process meets it."""
+        """read(pair) of this row, or of the next row that can be read. rows: the range to choose
+        from (None: all). A row at which ValueError is raised is named once, whichever process
+        meets it."""
         rows = rows or range(self.sizes[source])
         named = self.named[source]
         errors = {}  # row: BadData. They are printed when a sound row follows.
@@ -788,8 +791,9 @@ def train_sets(root):
 def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
     """Endless batches [(source, row), ...]. The state is the step: islice() skips what is done.
 
-    Every rank draws the global batch and takes every world-th sub-batch, or an equal part of one
-    where ranks are more. A walk that ends inside a sub-batch goes on with the next epoch's order.
+    Every rank draws the global batch. It is dealt out in parts of gcd(sub_batch, batch / world)
+    pairs: whole sub-batches where each rank gets a whole number of them. A walk that ends inside a
+    sub-batch goes on with the next epoch's order.
 
     next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
@@ -824,9 +828,9 @@ def walk(source, size, start, seed):
 
 
 class EvalSet(Files):
-    """A test set opened and filled by its parser. Of two rows that list the options "yes" and "no",
-    of which the first and the second is right: candidates [{"text": "yes"}, {"text": "no"}],
-    local [[0, 1], [0, 1]], positives [[0], [1]]."""
+    """A test set opened and filled by its parser. Two rows list the options "yes" and "no"; the
+    first row's answer is yes, the second's no. Then candidates are [{"text": "yes"},
+    {"text": "no"}], local [[0, 1], [0, 1]], positives [[0], [1]]."""
 
     def __init__(self, spec, root, frames, prompts, problems):
         super().__init__(spec, root, frames)
@@ -955,6 +959,7 @@ def image_set(es, row):
 def image_targets(es, row):
     r"""The numbers of candidates that are images: {"text": "\nIt:\n", "image": path}. If the first
     caption is not blank (WebQA, EDIS, OVEN, ...), captions follow: "\nIt: a caption\n".
+    Without captions the text of image_i2i_vg has no line break at its end.
 
     In image_t2i the key is the path alone, so a path with another caption collapses; in
     image_i2i_vg it is path:caption (several objects of an image are targets in RefCOCO-Matching).
@@ -995,10 +1000,11 @@ def video_cls(es, row):
     es.query(query, cands, [es.index[label]])
 
 
-# How VLM2Vec's multiple-choice sets differ: the column of the clip's name, what stands before that
-# name in its folder's, columns of the options (one that lists them, one for each, or none: yes and
-# no), how the answer names the first, second ... option ("": by the option itself), the question.
-# {lines} are the options joined by "\n", {words} by " ", {lettered} are lines with "(A) " ...
+# How VLM2Vec's multiple-choice sets differ:
+# 1 the column of the clip's name; 2 what its folder's name has before that
+# 3 columns of the options: one with a list, one for each, or none (then yes and no)
+# 4 the letters by which the answer names an option; "": by the option itself
+# 5 the question: {lines} joins the options by "\n", {words} by " ", {lettered} adds "(A) " ...
 LETTERED = "{question}\nOptions:\n{lettered}"
 VIDEO_QA = {
     "videomme": ("videoID", "", ["options"], "ABCDEFGH", "{question}\n{lines}"),
@@ -1010,7 +1016,8 @@ VIDEO_QA = {
 
 
 def video_qa(es, row):
-    r"""Multiple choice about a clip; key = the option as listed, text = what is embedded.
+    r"""Multiple choice about a clip; key = the option as listed (MVBench: with its letter), text =
+    what is embedded.
 
         {"videoID": "v", "question": "Which?", "options": ["A. Apples.", "B. Figs."], "answer": "B"}
     of Video-MME -> the prompt, then " Which?\nA. Apples.\nB. Figs." and the clip; candidates
@@ -1102,6 +1109,8 @@ def momentseeker(es, row):
     text = cell(row, "query", "text?")
     given = cell(row, "input_frames", "text?")  # "", "1.jpg" or "m/a.mp4"
     kind = os.path.splitext(given)[1]  # "", ".jpg" or ".mp4"
+    if kind not in SEEK:
+        raise BadData("column input_frames", f"{given!r}: .jpg, .mp4 or nothing is wanted")
     image = f"query_{given}" if kind == ".jpg" else None
     clip = flat(given) if kind == ".mp4" else None
     right = listed(row["positive_frames"])

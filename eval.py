@@ -9,14 +9,14 @@ without another run, because rationales are greedy:
                (direct on ties): the best that a policy can do that sees only the task's name
     random     a coin per query, with adaptive's rate: (1 - rate) never + rate always, exactly
     oracle     the better of the two results, with hindsight (direct on ties)
-Adaptive should reach always and per_task at fewer tokens; what it has above per_task comes from
-the query's content.
+Adaptive should score like always and per_task at fewer tokens. What it saves, or scores above
+per_task, comes from the query's content.
 
 The maths. The rank of a positive p is pessimistic: 1 + #{wrong candidates with s >= s_p}
-+ #{positives before it}. A collapsed model so scores 0, not 100 % (the reference's argsort returns
++ #{positives before it}. So a collapsed model scores 0, not 100 % (the reference's argsort returns
 index 0, which is the answer in 36 image sets). Scores are float64 products rounded to 2^-25, the
 largest error of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
-With L the set of positives and k = 1, 5, 10:
+With s the score, L the set of positives, k = 1, 5, 10, and hits the positives of rank <= k:
     hit         1 if any rank <= k
     precision   |hits|/k
     recall      |hits|/|L|
@@ -35,9 +35,9 @@ How to run:
 Writes DIR/<modality>/<dataset>_{score.json, pred.jsonl, queries.jsonl}, DIR/summary.json of this
 call, and DIR/leaderboard.json of all score files in DIR: --tasks can finish what broke off.
 
-Numbers and the leaderboard's file are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590). Left out:
+Metrics and files are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590), but for two things: ties are
+ranked as above, and where grades are mixed the reference pairs labels and grades wrongly. Left out:
 ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's metadata.
-Not followed: the reference pairs labels and grades wrongly where grades are mixed.
 """
 
 import argparse
@@ -62,7 +62,7 @@ DISCOUNT = 1 / np.log2(PLACES + 1)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # num_pred and num_data make 26
 MODALITIES = ("image", "video", "visdoc")
-MODES = ("never", "always", "adaptive")  # what --reason asks for; mode_table() adds the others
+MODES = ("never", "always", "adaptive")  # of --reason all; mode_table() adds the others
 GRID = 2.0**25
 TOP = 100  # candidates of a query that are kept
 BUDGET = 1 << 22  # scores that exist at a time
@@ -241,7 +241,7 @@ def write_dataset(es, results, out):
     of MMEB-V2. queries.jsonl, the records, is ours: what report.py and mode_table() need.
     """
     primary = [*results.values()][-1]
-    # A rationale is of interest where adaptive did not ask for it, too.
+    # A reader wants to see the rationale also where adaptive did not reason.
     thoughts = results.get("always", primary)
     number = KEYS.index(es.metric)
 
@@ -421,9 +421,9 @@ def evaluate(
 ):
     """Every dataset of a root (or the tasks named) -> the summary, written with the other files.
 
-    modes: MODES, or one of them. The score files hold the last one; of MODES the summary also has
-    modes, curve and adaptivity (which wants the truth). A dataset that the root does not have is
-    named in "missing"; anything broken in the others stops the run.
+    modes: MODES, or a list of one of them. The score files hold the last one; of MODES the summary
+    also has modes, curve and adaptivity (which wants the truth). A dataset that the root does not
+    have is named in "missing"; anything broken in the others stops the run.
     options: of Embedder.encode (batch_size, dim, max_new_tokens). reading: of data.load_eval
     (limit, frames, prompts). Several processes share the items; all return the same summary.
     """

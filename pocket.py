@@ -4,8 +4,8 @@ laptop, and is marked against the truth.
 
 An image is a 3x3 grid of 32-pixel tiles, one visual token each: coloured shapes, digits or nothing.
 Twelve families of query-target pairs cover MMEB-V2's kinds. Eight need one look. Four are mixed:
-the prompt is the same for all their queries, and only the content says how many steps a query
-needs. Half of them need none; the others 1 to 4, drawn evenly:
+all their queries have the same form, and only the content says how many steps a query needs. Half
+of them need none; the others 1 to 4, drawn evenly:
 
     Walk   "start at nw and follow the colours": until a purple thing                        (image)
     Sum    "add the numbers from ne on , w and so on": until a cell without a number         (image)
@@ -159,6 +159,7 @@ class Bank:
     """Tiles drawn once and used again: `copies` of each kind, in other places, sizes, shades."""
 
     def __init__(self, rng, copies=40):
+        # Nobody asks for these six patches. Without them every seed would draw another world.
         patches = rng.integers(40, 230, (6, 3)).tolist()
         self.tiles = {}  # {kind: [tiles]}
         for kind in [*KINDS, *range(10), None, *WORDS, *map(tuple, patches)]:
@@ -212,8 +213,8 @@ def name(kind):
 
 
 def number(tens, ones):
-    """The number on a page: (4, 4) -> "forty four", (0, 8) -> "no eight". Tens and ones have other
-    words, because pretraining learns a page's words without their order: 48 is not 84."""
+    """The number on a page: (4, 4) -> "forty four", (0, 8) -> "no eight". Tens and ones use
+    different words, because pretraining learns a page's words without their order: 48 is not 84."""
     return f"{TENS[tens]} {DIGITS[ones]}"
 
 
@@ -305,7 +306,7 @@ def explain_sum(places, kinds, eyes, tens=""):
 
 
 # --------------------------------------------------------------------------------------------------
-# Families. Each maker draws one pair, a mixed one of so many steps.
+# Families. Each maker draws one pair. Makers of mixed families are told the number of steps.
 
 
 @dataclass
@@ -752,7 +753,7 @@ def write_rationales(pair, rng):
     """What the scripted proposers say about a pair: [(proposer, text)]. Here "add the numbers from
     nw on , n and so on", where three and five are, then a red star:
 
-    careful    right steps, four tries. Each statement may err, and what follows from it follows:
+    careful    right steps, four tries. Each reading may err; later statements build on the error:
                "nw three . n four makes seven . ne red star . seven" is one error
     captioner  true words about what is shown, no steps: "nw three n five ne red star w ..."
     sloppy     right form, one wrong fact

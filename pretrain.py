@@ -6,13 +6,13 @@ a question and its answer, or a question, a <think> block that looks things up o
 answer. So it can see and look up before anybody asks it to reason about a pair: what steps of
 reasoning are made of is here, when to take them is not.
 
-The maths. Next-token cross-entropy on what follows the prompt, and a summary loss: the state at
-<|endoftext|>, which is pooled later, is asked for all words of the answer at once.
+The maths. Next-token cross-entropy on the texts that have a skill (see below), and a summary loss:
+the state at <|endoftext|>, which is pooled later, is asked for all words of the answer at once.
 
 How to run: it is the first stage of train.py (see pretrain_base there):
     python train.py --stage base
 
-Left out: any text or image from outside the pocket world. With --model none of this runs.
+Left out: any text or image from outside the pocket world. A run with --model skips this file.
 """
 
 import json
@@ -61,9 +61,10 @@ from processor import Processor, Tokenizer, collate
 #     parts    [(text, skill)], which follow it: the model learns the texts that have a skill (its
 #              name); the others, whose skill is None, only ask
 #     summary  "red star": the words that <|endoftext|> sums up, or "" for no summary
-# Skills: describe, clip, page, crop and change say what is seen or would be; at, follow and move
-# look one thing up in an image; account does so in a text; table adds two digits; answer and repeat
-# say again what was read last; form closes a <think> block.
+# Skills: describe, page, crop and change say what is seen or would be; clip does so for a clip or
+# for one of its places; at, follow and move look one thing up in an image; account does so in a
+# text; table adds two digits; answer answers, at once or after a <think> block; repeat repeats a
+# phrase; form ends a <think> block, and a document.
 
 
 def says(item, text, skill):
@@ -82,9 +83,9 @@ def thinks(steps, answer, skill):
 
 
 def answers(item, facts, rng):
-    """facts [(question, cue, statement, answer, skill)], of which the user asks the last: it is
-    answered at once, and the other look-ups follow as practice, or after a <think> block that looks
-    up all of them.
+    """facts [(question, cue, statement, answer, skill)]. The user asks the last one. In half of the
+    documents the answer comes first, and the other look-ups follow as practice. In the rest a
+    <think> block looks up all facts, and the answer follows it.
 
     ("what is right of nw ?", "nw red star . right", "n blue moon", "blue moon", "move")
     """
@@ -169,6 +170,8 @@ def scene_facts(scene, rng):
     at      what is at a cell               nw -> "red star"
     follow  where the thing's colour leads  nw red star . -> "right n blue moon" (pocket.RULE)
     move    what is next to it              nw red star . down -> "w green bar"
+
+    To the user's question, follow is the same as at: the thing is the answer.
     """
     cells = [cell for cell, kind in enumerate(scene) if kind is not None]
     facts = []
@@ -176,7 +179,7 @@ def scene_facts(scene, rng):
         return facts
     for cell in rng.choice(cells, 8).tolist():  # a cell may come twice
         label, thing = CELLS[cell], name(scene[cell])
-        draw = rng.random()  # at 30 %, follow and move 35 % each, where they are possible
+        draw = rng.random()  # at 30 %, follow 35 % (of a digit: move), move 35 % if possible
         question = f"what is at {label} ?" if rng.random() < 0.6 else f"the thing at {label}"
         if draw < 0.3:
             facts.append((question, label, thing, thing, "at"))

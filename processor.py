@@ -1,7 +1,7 @@
 r"""An item becomes tokens and patches: everything that happens before the network runs.
 
 The idea. An item is any mix of instruction, text, images and video frames. It is written as a chat
-in Qwen3-VL's format (without line breaks; \n is one):
+in Qwen3-VL's format. These lines are broken for the reader; only \n is a line break:
 
     <|im_start|>system\nRepresent the user's input.<|im_end|>\n                     if instructed
     <|im_start|>user\n<|vision_start|><|image_pad|>...<|vision_end|>What is this?<|im_end|>\n
@@ -194,12 +194,12 @@ PART_KEYS = ("type", "text", "video", "fps", *IMAGE_KEYS)
 
 
 class UserText(str):
-    """Text of an item, as opposed to the template's: what `max_length` may cut."""
+    """Text that is not the template's, instructions included: what `max_length` may cut."""
 
 
 @dataclass(eq=False)
 class Processor:
-    """Turns items into prompts. What cannot be read is an error, of Embedder a ValueError.
+    """Turns items into prompts. What cannot be read is an error; Embedder makes it a ValueError.
 
     The fields are settings; beside them it knows the ids of the chat format:
         eos_id (<|endoftext|>, where vectors are; the tokenizer's eos_token is <|im_end|>, a turn's
@@ -263,7 +263,8 @@ class Processor:
         """item -> prompt: a dict of
 
         ids (S,) int64           up to "assistant\\n": <|endoftext|> is what a model may write next
-        pixel_values, image_grid of each segment its patches (h * w, 1536) uint8 and its (h, w)
+        pixel_values, image_grid of each segment (an image, or two frames of a video) its patches
+                                 (h * w, 1536) uint8 and its (h, w)
 
         embed.Embedder says what an item is. Its parts are shown in the order video, image, text.
         Its instruction wins over the call's, the call's over the default; "" writes none.
@@ -622,6 +623,7 @@ def collate(prompts, processor, rationales=None, device="cpu"):
     ids (B, S), positions (3, B, S), lengths (B,), pixel_values (N, 1536), image_grid [(h, w)]
     branch (B, S)    0 in the prompt, 1, 2 ... in its branches, -1 in padding; None if K = 0
     ends (B, 1 + K)  the place of each branch's last token, -1 where there is none
+    K                the most rationales of a prompt
 
     A row: prompt, <|endoftext|> (branch 1, column 0 of ends), rationale 1 (branch 2, column 1) ...
     All branches start at the same position, as if the others were not there. Padding is on the

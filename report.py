@@ -15,7 +15,8 @@ A record is what eval.py wrote about one query, a row of eval/image/PocketWalk_q
     {"id": "PocketWalk/2", "label": ["purple triangle"], "rationale": "nw green star . down ...",
      "p_reason": 0.897, "new_tokens": 27, "never": 0.0, "always": 1.0, "adaptive": 1.0,
      "top3": {"never": ["purple frame", "purple star", "purple triangle"], "always": ...}, ...}
-never, always and adaptive are its scores in these modes, label the keys of the right candidates.
+never, always and adaptive are its scores in these modes, label the keys of the right candidates;
+rationale and new_tokens are those of always.
 
 The verdict. Adaptive is compared with never and with always, query by query: the overall is a mean
 over D datasets of means over n_d queries, so the variance of the difference of two overalls is
@@ -26,8 +27,8 @@ How to run: train.py does it at the end of stage eval; again, by hand:
     python report.py runs/pocket                  with the run's data/
     python report.py runs/mine MMEB_ROOT
 
-What a run does not have (a test set, a stage, steps) is left out and said in words. Left out, too:
-most queries of a large test set, as BYTES bound the page.
+What a run does not have (a test set, a stage, steps) is left out and said in words. Of a
+large test set most cards are left out, because BYTES bounds the page.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def difference(modes, records, mode):
     variance = 0.0  # Σ_d var_d / n_d
     for rows in records.values():
         gaps = [row["adaptive"] - row[mode] for row in rows]
-        # A few queries may show no spread: a large one is assumed.
+        # A few may show none by chance. 1 is the largest variance of numbers in -1 ... 1.
         spread = np.var(gaps, ddof=1) if len(gaps) >= 10 else 1.0
         variance += spread / len(gaps)
     sure = 2 * math.sqrt(variance) / len(records)  # two standard errors
@@ -141,7 +142,7 @@ def verdict(modes, records):
         f"Decision: from a coin of the same rate ({score['random']:.3f}) to hindsight "
         f"({score['oracle']:.3f}), {reached}. Who decides by the task's name alone gets "
         f"{score['per_task']:.3f} at best.",
-        "Never and always are this same model, forced: none was trained for one mode alone.",
+        "Never and always are this same model, forced: it was not trained for one mode alone.",
     ]
 
 
@@ -167,7 +168,7 @@ def markdown(report, title, sentences):
     modes = report["modes"]
     fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query")
     lines = [(name, [row[name] for row in modes.values()]) for name in fields]
-    for name in modes["never"]["datasets"]:  # one may be called "image", too
+    for name in modes["never"]["datasets"]:  # lines, not a dict: one may be called "image"
         cell = " ".join(name.replace("|", "\\|").split())  # as a cell of the table
         lines.append((cell, [row["datasets"][name] for row in modes.values()]))
     rows = []
@@ -241,8 +242,8 @@ def make_card(es, i, record, images):
 def make_cards(records, root, reading, room):
     """-> (cards, {reference: data: URI} of their images), as long as there is room (bytes).
 
-    The first query of each dataset, then the second ...: chosen by a rule, not by hand. So what is
-    seen of a dataset is a fair sample of it, failures included. reading: the options of load_eval
+    The first query of each dataset, then the second ...: chosen by a rule, not by hand, failures
+    included. reading: the options of load_eval
     in the evaluation, so that queries and candidates are the same. ValueError if they are not: the
     run belongs to other data.
     """
@@ -340,7 +341,7 @@ if __name__ == "__main__":
     try:
         write_report(args.run, args.data or Path(args.run, "data"))
     except KeyError as error:
-        older = "of an older layout, or a bug; train.py --stage eval measures it again"
-        sys.exit(f"report.py: {args.run}: no {error} in its evaluation, {older}")
+        why = "an older layout, or a bug; train.py --stage eval measures it again"
+        sys.exit(f"report.py: {args.run}: its evaluation lacks {error}: {why}")
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")

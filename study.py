@@ -21,8 +21,8 @@ A *report* is a run's report.json. What is read of it:
     selection   {"precision", "recall", "placebo_accepted", ...}, see select.py
     curve       [{"tokens_per_query", "overall", ...}], adaptive at 41 thresholds
 
-Left out: corrections for the number of variants, and tests without assumptions (five seeds cannot
-carry them: a sign test never goes below 0.06).
+Left out: corrections for the number of variants, and tests without assumptions (with five
+seeds, the default, a sign test never goes below 0.06).
 """
 
 import argparse
@@ -55,7 +55,7 @@ VARIANTS = {
     "full": ("base", {}),
     "never": ("embed", NEVER),  # contrastive without a rationale, as VLM2Vec
     "always": ("select", ALWAYS),  # a rationale on every query, as UME-R1
-    # Here the labels differ: they must not teach a decision. Above all of them say "reason".
+    # Its labels differ, so they must not teach a decision. In `always` all of them say "reason".
     "always_selected": ("embed", THINK | {"decision_weight": 0.0}),
     "no_selection": ("select", {"select_rule": "none"}),  # all that was written is learnt
     "positive_only": ("select", {"select_rule": "positive_only"}),  # similarity alone
@@ -172,7 +172,7 @@ def measured(reports):
     """{label: {seed: scores}}, the scores of one mode in its report: each variant, which is used as
     it was trained, and the full method's own weights in other modes ("full, never").
 
-    A variant's mode is always "adaptive": its own threshold makes it never or always reason.
+    Each variant is read in its mode "adaptive": its own threshold makes it reason never or always.
     """
     rows = {}
     for name, by_seed in reports.items():
@@ -314,9 +314,9 @@ Intervals are not corrected for the number of rows. `full − it` is of the seed
 {families_table(rows, reports)}
 ## By the number of steps a query needs
 
-Full method. The prompt is the same for all queries of a family. AUC: the chance that a
-query of two or more steps has a higher p_reason than one of none: median over seeds
-(lowest to highest).
+Full method. All queries of a family have the same form. AUC: the chance that a query of
+two or more steps has a higher p_reason than one of none: median over seeds (lowest to
+highest).
 
 {steps_table([report["adaptivity"] for report in full])}
 {longer}## How good are the decisions, and how cheap?

@@ -3712,6 +3712,7 @@ BAD_ROWS = [
     ("image_t2i", {"tgt_text": ["a", "b"]}, "zip.* is shorter"),
     ("video_cls", {"pos_text": "x"}, "column pos_text: 'x' is not among"),
     ("videomme", {"answer": "D"}, "column answer: 'D' is not among A, B, C"),
+    ("momentseeker", {"input_frames": "1.png"}, "column input_frames: '1.png': .jpg, .mp4 or"),
     ("pairs", pair("", pos_text="b"), "a side: is empty"),
     ("pairs", pair("q", "empty.png"), ".*empty.png: cannot be read as an image"),
 ]
