@@ -92,7 +92,7 @@ class Missing(BadData):
 
 
 # What a parser may raise at a row that is not as it should be; BadData is a ValueError.
-ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError, OSError)
+ROW_FAULTS = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError)
 
 
 def is_text(value):
@@ -408,6 +408,11 @@ def complete(row, kind):
     for key in fields(Row):
         if not isinstance(spec[key.name], key.type):  # of table: str | list | None
             raise BadData(spec["name"], f"{key.name}: {short(spec[key.name])} is no {key.type}")
+    for key in ("weight", "frames", "fps", "cap"):
+        if spec[key] is not None and not 0 < spec[key] < math.inf:
+            raise BadData(spec["name"], f"{key}: {spec[key]} is not above 0")
+    if "/" in spec["name"]:
+        raise BadData(spec["name"], "a name without / is wanted")
     parser = spec["parser"]
     retrieval = parser in ("pairs", "video_ret", "beir")
     has_labels = parser == "video_cls" and spec["labels"]
@@ -469,7 +474,7 @@ def read_listing(path, kind):
         listing = json.loads(Path(path).read_bytes())
         unknown = listing.keys() - {"train", "eval"}
         rows = [dict(row) for row in listing.get(kind, [])]
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         form = '{"train": [rows], "eval": [rows]}'
         raise BadData(path, f"expected JSON of the form {form} ({error})") from error
     if unknown:

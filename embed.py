@@ -29,7 +29,6 @@ Left out: pooling other than the last token, several vectors per item, audio.
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import sys
@@ -45,7 +44,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import scale
-from model import Cache, generate, load_model, numbered_lines, save_model, write_json, write_rows
+from model import (
+    Cache,
+    generate,
+    load_model,
+    numbered_lines,
+    parse_json,
+    save_model,
+    write_json,
+    write_rows,
+)
 from processor import Processor, collate, prompt_key, require, require_number
 
 # --------------------------------------------------------------------------------------------------
@@ -472,6 +480,7 @@ class Embedder:
         require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens, dim=dim)
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
         require(not math.isnan(threshold), "threshold", threshold, "a number")
+        require(temperature >= 0, "temperature", temperature, "a number from 0 on")
 
         if reason == "auto" and not (has_head and self.processor.trained_here):
             why = "this checkpoint never learnt to decide: it embeds directly"
@@ -678,11 +687,8 @@ def read_items(path):
     """A JSON Lines file -> {"FILE line 3": item, ...}; blank lines are skipped."""
     items = {}
     for place, line in numbered_lines([path]):
-        try:
-            if line.strip():
-                items[place] = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{place}: not valid JSON ({e})") from None
+        if line.strip():
+            items[place] = parse_json(line, place)
     return items
 
 
@@ -706,7 +712,9 @@ def run(options):
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
     except ItemError as e:
         raise ValueError(f"{list(items)[e.index]}: {e.why}") from e
-    np.save(output, v)
+    with open(f"{output}.tmp", "wb") as file:
+        np.save(file, v)
+    os.replace(f"{output}.tmp", output)
     write_rows(facts, infos)
     reasoned = sum(info["reasoned"] for info in infos)
     print(f"{output}: {v.shape[0]} vectors of {v.shape[1]} numbers; {reasoned} reasoned")

@@ -829,14 +829,21 @@ def config_to_hf(c, dtype, eos_id, pad_id):
 # Files: JSON, and checkpoints in the Hugging Face layout
 
 
+def parse_json(text, place):
+    """The value of a JSON text, str or bytes. ValueError names the place where it stands."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8; brackets without end
+        raise ValueError(f"{place}: not valid JSON ({error})") from None
+
+
 def read_json(path):
     """The value in a JSON file. ValueError names the file and what is wrong with it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(text, path)
 
 
 def write_json(path, value):
@@ -877,10 +884,7 @@ class Rows:
         for place, line in numbered_lines(self.paths):
             if self.may_be_cut and not line.endswith(b"\n"):
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place}: not valid JSON ({error})") from None
+            row = parse_json(line, place)
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: expected a JSON object")
             yield row

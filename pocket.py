@@ -821,6 +821,8 @@ def main():
     add("--train", type=count, default=300, help="pairs of a family (300)")
     add("--test", type=count, default=100, help="queries of a family (100)")
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed is less than 0")
     Path(args.out).mkdir(parents=True)
     write_world(args.out, args.seed, args.train, args.test)
     print(f"families: {len(FAMILIES)}\nwritten: {args.out}")

@@ -229,6 +229,7 @@ class Processor:
             if max(low, FACTOR**2) > high:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_number("whole", max_frames=self.max_frames, max_length=self.max_length)
+        require_number("finite", fps=self.fps)
         special = self.tokenizer.special
         size = self.tokenizer.size
         vocab = self.config.vocab
@@ -272,6 +273,7 @@ class Processor:
         item = as_dict(item)
         messages = messages_of(item)
         given = item.get("instruction", instruction)
+        require(given is None or is_text(given), "instruction", given, "text")
         if messages[0]["role"] != "system":
             text = as_sentence(given if given is not None else self.default_instruction or "")
             if text:
@@ -473,11 +475,13 @@ def messages_of(item):
         return [{"role": "user", "content": content_of(item)}]
     if item.keys() & {"text", "image", "video", "fps"}:
         raise ValueError("an item has messages, or text, image, video and fps, but not both")
-    messages = list(item["messages"])
+    messages = item["messages"]
+    require(isinstance(messages, (list, tuple)) and messages, "messages", messages, "one at least")
     for message in messages:
         is_message = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
         require(is_message, "message", message, 'a dict of "role" and "content"')
-    return messages
+        require(is_text(message["role"]), "role", message["role"], "text")
+    return list(messages)
 
 
 def content_of(item):

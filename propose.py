@@ -214,6 +214,8 @@ def read_rationale(place, line, numbers=()):
     try:
         row = {key: value for key, value in json.loads(line).items() if value is not None}
         row = {"side": "query", "proposer": row.get("worker")} | row
+        if row["side"] not in ("query", "target"):
+            raise ValueError(f"'side': expected query or target, got {data.short(row['side'])}")
         for key in ("id", "proposer", "text"):
             if not data.is_text(row.get(key)):
                 raise ValueError(f"{key!r}: expected text, got {data.short(row.get(key))}")
@@ -422,10 +424,12 @@ def main():
         print(f"written: {options.write_requests}")
         return
     asked = {}  # {custom id: answers that are wanted}; empty without --requests
-    for request in Rows(*options.requests):
-        if "body" not in request:
-            raise ValueError(f"--requests {' '.join(options.requests)}: these are no requests")
-        asked[request["custom_id"]] = request["body"]["n"]
+    try:
+        for request in Rows(*options.requests):
+            asked[request["custom_id"]] = int(request["body"]["n"])
+    except (KeyError, TypeError) as error:
+        names = " ".join(options.requests)
+        raise ValueError(f"--requests {names}: these are no requests ({error!r})") from None
     rows, failed = read_responses(options, asked)
     for custom_id, why in failed:
         line = " ".join(f"no rationale for {custom_id}: {why}".split())  # a server's words

@@ -510,5 +510,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except (KeyError, TypeError) as error:
+        sys.exit(f"select.py: a row or an option is missing or of another kind: {error!r}")
     except (ValueError, OSError) as error:
         sys.exit(f"select.py: {error}")

@@ -636,6 +636,7 @@ BAD_PROPOSALS = [  # options, what is said
     (f"{WRITE} --hard given.jsonl --write-requests given.jsonl", "would take the place"),
     (f"{READ} --out ./a.jsonl", "would take the place"),
     (f"{READ} --requests broken.jsonl", "broken.jsonl line 1: .*Expecting"),
+    (f"{READ} --requests given.jsonl", "given.jsonl: these are no requests"),
     (READ, "no rationale to write"),
 ]
 
@@ -661,6 +662,7 @@ def test_propose_refuses_before_it_writes(command, first_root, tmp_path, monkeyp
         ('"text"', "AttributeError"),
         pytest.param("[" * 20_000, "RecursionError", id="brackets"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
+        (GOOD.replace("}", ', "side": "both"}'), "'side': expected query or target"),
         (GOOD.replace("café", "\\ud83d"), "'text': expected text, got"),
         (GOOD.replace("1}", "NaN}"), "'n'"),
     ],
@@ -3031,7 +3033,10 @@ BAD_ITEMS = [
     ({"video": make_clip(2, 0)}, "fps=0: expected a finite number"),
     ({"video": gif_frames()}, "one image that seeks"),
     ({**said("a"), "text": "b"}, "not both"),
+    ({"text": "a", "instruction": 5}, "instruction=5: expected text"),
+    ({"messages": []}, "messages=a list: expected one at least"),
     ({"messages": ["a"]}, "message='a': expected a dict"),
+    ({"messages": [{"role": None, "content": "a"}]}, "role=null: expected text"),
     (said(7), "a part of content is a int"),
     (said({"image": None}), "a part of content: expected text, video or image"),
 ]
@@ -3052,6 +3057,7 @@ def test_processor_refuses_other_tokenizers(change):
 
 BAD_SETTINGS = [
     ({"max_frames": 2.5}, "^max_frames=2.5: expected a whole number"),
+    ({"fps": 0}, "^fps=0: expected a finite number"),
     ({"min_pixels": 9, "max_pixels": 1023}, "max >= 1024"),
     ({"frame_max_pixels": 1000}, "expected min <= max"),
     ({"config": tiny_config(vocab=9)}, "ids, the model 9"),
@@ -3695,6 +3701,7 @@ ROW_0 |= {"video_cls": CLS, "videomme": MME, "momentseeker": SEEK}
 BAD_ROWS = [
     ("mmeb", b"{oops", "Expecting property name"),
     ("mmeb", b"[1]", "'list' object has no attribute"),
+    ("mmeb", b"[" * 20_000, "maximum recursion depth"),
     ("mmeb", b'{"qry": "x"}', "no column qry_image_path$"),
     ("mmeb", pair(3), "column qry: text is wanted, got 3"),
     ("mmeb", pair(pos_text=0), "column pos_text: text is wanted, got 0"),
@@ -3747,6 +3754,8 @@ BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is 
     ({"parser": "no"}, "^x: parser 'no': one of mmeb, "),
     ({"parser": "pairs", "scope": "local"}, "^x: scope 'local': one of global is wanted"),
     ({"cap": "9"}, "^x: cap: '9' is no int"),
+    ({"weight": -1}, "^x: weight: -1 is not above 0"),
+    ({"name": "a/b"}, "^a/b: a name without / is wanted"),
     ({"table": "{nmae}.jsonl"}, "^x: table '{nmae}.jsonl': no pattern .'nmae'.$"),
     ({"table": "gone.jsonl"}, "none of its 1 training datasets is there"),
     ({"table": "s-*"}, "s-00001-of-00003.parquet: 1 shards are there"),
