@@ -16,7 +16,7 @@ decision: not to reason costs nothing over an embedder that cannot.
 The maths. s(q, t) = e(q)·e(t), the cosine. InfoNCE = −log softmax over candidates of s/temperature,
 at the target; both directions averaged. One update of stage embed minimises
     L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token)
-with λ = 1 and μ = 0.5. The evaluators of select learn its first two parts alone.
+with λ = 1 and μ = 2. The evaluators of select learn its first two parts alone.
 
 How to run: python embed.py --model runs/pocket/rl --input items.jsonl --output vectors.npy
 From Python: see Embedder.

@@ -47,9 +47,11 @@ from report import table
 # always. Without rollouts the RL stage goes on with the contrastive loss alone.
 NEVER = {"embed_proposers": "none", "decision_weight": 0.0, "rl_rollouts": 0, "threshold": 1.0}
 THINK = {"rl_decision_weight": 0.0, "latency_penalty": 0.0, "threshold": -1.0}
+# Every text that was written is kept, so every label says "reason": half a weight is enough.
+WRITTEN = {"select_rule": "none", "decision_weight": 0.5}
 # Trained to think always, on all that the best proposer wrote. Selection has to find out who that
 # is; here it is told.
-ALWAYS = THINK | {"select_rule": "none", "embed_proposers": "careful"}
+ALWAYS = THINK | WRITTEN | {"embed_proposers": "careful"}
 # name: (first stage that is done again, options that differ). All are forks of full.
 VARIANTS = {
     "full": ("base", {}),
@@ -57,7 +59,7 @@ VARIANTS = {
     "always": ("select", ALWAYS),  # a rationale on every query, as UME-R1
     # Its labels differ, so they must not teach a decision. In `always` all of them say "reason".
     "always_selected": ("embed", THINK | {"decision_weight": 0.0}),
-    "no_selection": ("select", {"select_rule": "none"}),  # all that was written is learnt
+    "no_selection": ("select", WRITTEN),  # all that was written is learnt
     "positive_only": ("select", {"select_rule": "positive_only"}),  # similarity alone
     "no_placebo": ("select", {"select_rule": "no_placebo"}),
     "no_crossfit": ("select", {"select_folds": 1}),  # the judge has trained on the pair
