@@ -214,6 +214,7 @@ def read_rationale(place, line, numbers=()):
     try:
         row = {key: value for key, value in json.loads(line).items() if value is not None}
         row = {"side": "query", "proposer": row.get("worker")} | row
+        # A target's words are left out later; an unknown side must not pass for a query's.
         if row["side"] not in ("query", "target"):
             raise ValueError(f"'side': expected query or target, got {data.short(row['side'])}")
         for key in ("id", "proposer", "text"):
@@ -424,6 +425,7 @@ def main():
         print(f"written: {options.write_requests}")
         return
     asked = {}  # {custom id: answers that are wanted}; empty without --requests
+    # What stands in the files may be no request, or one of somebody else's.
     try:
         for request in Rows(*options.requests):
             asked[request["custom_id"]] = int(request["body"]["n"])
