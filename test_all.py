@@ -363,6 +363,9 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, command):
         ["no_placebo", "kept", "20", "precision", "1.0"],
         ["none", "kept", "21", "precision", "0.95"],
     ]
+    M.write_rows(tmp_path / "select" / "judged.jsonl", [{"id": "A/1"}])  # by somebody else
+    code, _ = command("select.py", "--run", tmp_path)
+    assert code.startswith("select.py: ") and "KeyError('text')" in code
 
 
 # What is drawn, and the experiment beside its naive twin
