@@ -1016,6 +1016,8 @@ def test_encode_generates_as_it_is_told():
         for i in (1, 1, 2)
     )
     assert np.array_equal(a, b) and not np.array_equal(a, c)
+    with pytest.raises(ValueError, match="temperature=-1: expected a number from 0 on"):
+        e.encode("a", temperature=-1)
 
 
 def test_a_model_that_never_learnt_to_decide_embeds_directly():
@@ -1119,6 +1121,18 @@ def test_command_line(run_embed, folder, tmp_path):
     facts = json_rows(tmp_path, "v.jsonl")
     assert [fact["rationale"] for fact in facts] == [info["rationale"] for info in infos]
     assert "5 vectors of 64 numbers; 5 reasoned" in printed.out
+
+
+def test_a_full_disk_leaves_the_vectors_of_an_earlier_run(run_embed, tmp_path, monkeypatch):
+    def save(file, vectors):
+        with file if hasattr(file, "write") else open(file, "wb") as half:
+            half.write(b"half")
+        raise OSError("no room")
+
+    (tmp_path / "v.npy").write_bytes(b"earlier")
+    monkeypatch.setattr(np, "save", save)
+    said, _ = run_embed(b'"a"')
+    assert said == "embed.py: no room" and (tmp_path / "v.npy").read_bytes() == b"earlier"
 
 
 BAD_RUNS = [  # lines, options, what is said
@@ -4428,6 +4442,12 @@ def test_a_world_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pocket, "draw_digits", lambda n, rng: [1] * n)
     with pytest.raises(ValueError, match="PocketTopic has no 600 different pairs"):
         pocket.write_world(str(tmp_path), 0, 400, 200, names=["PocketTopic"])
+
+
+def test_a_world_of_a_negative_seed_is_refused(command, tmp_path):
+    code, said = command("pocket.py", "--out", tmp_path / "new", "--seed", -1)
+    assert code == 2 and "--seed is less than 0" in said.err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_family_with_many_wrong_answers_has_its_own_alone(tmp_path):
