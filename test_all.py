@@ -4413,6 +4413,16 @@ def test_readme():
             assert line in text_of(name), line
 
 
+def test_committed_results_have_the_default_options():
+    options = json.loads(text_of("results/seed1/config.json"))
+    assert options == dataclasses.asdict(train.parse([]))
+
+
+def test_brackets_without_end_are_no_json():
+    with pytest.raises(ValueError, match="^x line 7: not valid JSON .*recursion"):
+        M.parse_json("[" * 20_000, "x line 7")
+
+
 # The pocket world
 
 
