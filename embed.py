@@ -16,7 +16,7 @@ decision: not to reason costs nothing over an embedder that cannot.
 The maths. s(q, t) = e(q)·e(t), the cosine. InfoNCE = −log softmax over candidates of s/temperature,
 at the target; both directions averaged. One update of stage embed minimises
     L = NCE(direct) + NCE(reasoned) + λ·CE(rationale tokens) + μ·CE(decision token)
-with λ = 1 and μ = 2. The evaluators of select learn its first two parts alone.
+with λ = 1 and μ = 2. Select's evaluators learn only the NCEs, the second weighted.
 
 How to run: python embed.py --model runs/pocket/rl --input items.jsonl --output vectors.npy
 From Python: see Embedder.
@@ -159,9 +159,9 @@ FALSE_NEGATIVE_MARGIN = 0.1
 def one_direction(scores, positive, temperature, equal):
     """−log softmax of scores / temperature at the positive -> (n,).
 
-    scores (n, m) cosines; positive (n,) the column of each row's target. Candidates that are
-    probably right, too, are not pushed away: columns that are `equal` (n, m) to the target, and
-    those that score far above it.
+    scores (n, m) cosines; positive (n,) the right column of each row. Columns that are
+    probably right, too, are not pushed away: those that `equal` (n, m) marks, and those that
+    score far above it.
     """
     target = positive[:, None]
     false_negative = equal | (scores > scores.gather(1, target) + FALSE_NEGATIVE_MARGIN)
@@ -232,7 +232,7 @@ def candidates_of(pairs, device):
 def gradcache_step(
     model, processor, queries, rationales, K, documents, query_loss, contrast, budget
 ):
-    """The gradient of a loss on all vectors, and of a loss on each query's tokens (GradCache).
+    """Leaves gradients of a loss on all vectors and of one on each query's tokens (GradCache).
 
     queries     this process' prompts; rationales: of each a list, as ids, at most K
     documents   this process' candidates, prompts
@@ -318,7 +318,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
         direct, reasoned = vectors["query"].unbind(1)  # (N, H)
         t = vectors["document"][row_of_column, 0]  # (columns, H)
         weights = None
-        if posterior_weights:  # constants: the E-step
+        if posterior_weights:  # constants
             # a / (a + b) = sigmoid(log a − log b), with a = p(t|q,r) and b = p(t|q,∅)
             with torch.no_grad():
                 after = log_target_prob(reasoned, t, positive, cfg.temperature)

@@ -3,7 +3,7 @@ Rationales: who writes them, and the files in which they travel.
 
 The idea. A rationale is what may be said about a query before it is embedded. A proposer writes
 candidates r ~ π(r | q), and selection (select.py) finds out which of them explain the pair. So
-variety counts, and errors are allowed. No proposer sees the target: words that nobody could write
+variety counts, and errors are allowed. None may see the target: words that nobody could write
 at test time would teach nothing.
 
     the model itself   propose(): a checkpoint of ours continues the query with <think>; any other
@@ -56,7 +56,7 @@ COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 # What reading a line of JSON raises where it holds something else than was expected.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # How a query is put to a model that follows instructions. --write-requests asks in as many of
-# these ways as --prompts says, each a proposer of its own: NAME-0, NAME-1 ... train.py asks in the
+# these ways as --prompts says, each an author of its own: NAME-0, NAME-1 ... train.py asks in the
 # first.
 PROMPTS = (
     "Think step by step about what the query shows or asks for, look up whatever is needed, and "
@@ -137,7 +137,7 @@ def without_markers(text):
 
 
 def nth(proposer, k):
-    """The name of the k-th text, counted from 0, of one proposer about one pair."""
+    """The name of an author's k-th text about one pair, counted from 0."""
     return f"{proposer}#{k + 1}" if k else proposer
 
 
@@ -235,7 +235,7 @@ def read_rationale(place, line, numbers=()):
 def requests(options):
     """Yields the chat requests of every training pair, or of the hard ones, one per prompt.
 
-    One request asks for all options.k answers, so the images travel and are encoded once. The
+    One request asks for all options.k answers, so its images travel and are encoded once. The
     custom id, say "OK-VQA/17|1f0c...|0", holds pair, key and number of the prompt; responses repeat
     it. The pairs that train.py keeps for rl (--rl_holdout) are asked about in vain: which these are
     is not known here.
@@ -281,7 +281,7 @@ def requests(options):
 
 def hard_pairs(path):
     """Ids of the pairs in a run's select/judged.jsonl to whose target the direct embedding gives
-    less than a half: at select's default margin no other pair can keep a rationale."""
+    less than a half: under select's defaults no other pair can keep a rationale."""
     hard = set()
     for place, line in numbered_lines([path]):
         row = read_rationale(place, line, ("direct",))

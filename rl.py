@@ -9,7 +9,7 @@ says how well the embedding after a rationale (or after none) finds the query's 
     p(t | q, r)  softmax of similarities / temperature over the batch's candidates: the targets and
                  a hard negative of each pair
     format       0.1, but not for a rationale that ran out of tokens
-    tokens       those that were sampled, at most T: seconds would not be reproducible
+    tokens       those that were sampled, at most T = max_new_tokens: seconds would vary
 
 The step minimises
 
@@ -33,14 +33,14 @@ rationales would drown the decision.
            p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
 Which GRPO this is, in five points:
-    advantage   (R - mean R of the query's rationales) / sigma. That mean goes into `when`
+    advantage   (R - mean R of the query's rationales) / sigma. `when` uses that mean
     sigma       one for the batch: see credit(). One for each query would blow up tiny differences
                 in price where all rationales are equally good
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
     ratio       pi / pi_old without a clip: a rollout is used once. No reference model, no KL
     stop token  </think> is trained, forced tokens are not: opening, tail, closing of what was cut
 
-How to run: python train.py --stage rl     (its options: group rl of --help; T is max_new_tokens)
+How to run: python train.py --stage rl     (its options: group rl of --help)
 Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
 2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. `when`: outcome weighted
@@ -203,7 +203,7 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
 
 
 def grpo_step(model, processor, pairs, cfg, generator, actor=None):
-    """One on-policy update; leaves gradients in the model's parameters.
+    """One batch's on-policy gradient, left in the model's parameters.
 
     pairs  [b] this process' share of the batch's B pairs, as in embed.contrastive_step
     cfg    train.Config: the options of group rl, max_new_tokens, temperature, chunk_tokens and
@@ -227,17 +227,17 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     p_reason, ours = scale.gather(roll.p_reason)  # (B,)
 
     # 2) Reward: probability of the target, a bonus for good form, minus the price of latency.
-    column = positive[ours][:, None].expand(-1, 1 + K)
-    p_target = log_target_prob(roll.vectors, t, column, cfg.temperature).exp()
+    target = positive[ours][:, None].expand(-1, 1 + K)
+    p_target = log_target_prob(roll.vectors, t, target, cfg.temperature).exp()
     reward, _ = scale.gather(rewards(p_target, roll.num_sampled, roll.truncated, cfg))  # (B, 1 + K)
     num_sampled, _ = scale.gather(roll.num_sampled)  # (B, K)
     truncated, _ = scale.gather(roll.truncated)
 
-    # 3) Credit: against the same query's rationales; one sigma for the whole batch.
+    # 3) Credit: the rationales' mean against the direct reward, each one against that mean.
     gain, advantage, sigma = credit(reward)
     weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
 
-    # 4) Both losses of some queries, as embed.gradcache_step asks for them.
+    # 4) `when` and `what` of some queries, for gradcache_step.
     def query_loss(rows, h, batch):
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
         decision = reason - direct

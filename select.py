@@ -2,13 +2,13 @@
 Counterfactual selection of rationales: which words, if any, explain why this query has this target?
 
 The idea. A rationale that merely looks like reasoning teaches a model the form of reasoning. So
-every candidate r of a pair (q, t) goes through a controlled experiment. On one fixed set C (the
+every candidate r of a pair (q, t) goes through a controlled experiment. On the pair's set C (the
 target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q, r)·e(c, ∅),
 
     logp(q, r)   = log softmax_{c in C}( s(q, r; c) / temperature )[t]
     gain         = logp(q, r) − logp(q, ∅)         with minus without: the counterfactual
-    gain_placebo = logp(q, r') − logp(q, ∅)        r': the same author about another target  [ours]
-    gain_guess   = −log|C| − logp(q, ∅)            what knowing nothing would gain           [ours]
+    gain_placebo = logp(q, r') − logp(q, ∅)        r': the same author about another target
+    gain_guess   = −log|C| − logp(q, ∅)            what knowing nothing would gain
 
     keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > bar
     weight  = softmax of gain over the pair's kept rationales
@@ -24,7 +24,7 @@ the softmax: so what a uniform guess would gain is subtracted. The bar is at lea
 (option select_margin, 0.7), just above log 2: a rationale must double the target's probability.
 
 Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
-well. So each stratum (what one author wrote for one dataset) has a bar of its own. Let g be the
+well. Each stratum (what one author wrote for one dataset) has a bar of its own. Let g be the
 gains of its rationales and g' those of their placebos, each less max(0, gain_guess). The bar is the
 smallest value, among the margin and those g that exceed it, for which
 
@@ -37,7 +37,7 @@ proven bound. At 0.1, its default, at least ten rationales must lie above the ba
 one placebo may lie there, too. Without such a bar the stratum keeps nothing.
 
 Direct first. Since logp <= 0, gain <= −logp(q, ∅). Where the direct embedding already gives the
-target more than exp(−margin), about a half, the pair is easy, else hard. An easy one can keep
+target at least exp(−margin), about a half, the pair is easy, else hard. An easy one can keep
 nothing: none of its rationales is judged, none need be written (`propose.py --hard`), and it
 teaches to embed directly. A pair whose target is alone in C is easy, too: its logp is 0. Under the
 ablations positive_only and none every pair is judged: they could keep rationales of easy pairs.
@@ -50,14 +50,14 @@ near-copies of it, which may be right as well, come last.
 Cross-fitting. The evaluator never trained on the pair that it judges: each of two evaluators learns
 on one half of the pairs and judges the other. What an evaluator knows by heart gains nothing.
 
-Ablations (`rule`): positive_only is the full rule on gains of s(q, r; t)/temperature in place of
-logp: it cannot see that a wrong candidate rose even more. no_placebo drops the placebo and its bar;
+Ablations (`rule`): positive_only has gains of s(q, r; t)/temperature in place of logp, no guess:
+it cannot see that a wrong candidate rose even more. no_placebo drops the placebo and its bar;
 none keeps all.
 
     python train.py --stage select           the experiment, inside a run
     python select.py --run runs/pocket       what other rules would keep of a finished run
 
-Paper: MMEmb-R1 (arXiv 2604.06156), which names the counterfactual; the formulas are ours.
+Paper: MMEmb-R1 (arXiv 2604.06156), which names the counterfactual; what has no source is ours.
 Left out: judges that are no embedders; learnt bars; candidate targets from beyond the window.
 
 The name. The standard library has a module `select`, which subprocess and so torch import, and this
@@ -118,8 +118,8 @@ def fold_of(pair_id, folds):
 
 
 def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
-    """One update of the evaluator that will judge `fold` -> metrics; leaves gradients. The step
-    itself is embed.contrastive_step; pairs as there.
+    """embed.contrastive_step for the evaluator that will judge `fold`: pairs and metrics as there.
+    Leaves gradients.
 
     It learns the direct path, and the reasoned one on a random candidate rationale of each pair,
     good or bad; posterior_weights lets what helps count for more. With equal weights empty talk
@@ -141,9 +141,8 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
             continue
         text = written[rng_of(p["id"]).integers(len(written))]
         drawn.append(processor.rationale(text))
-    # NCE(direct) + NCE(reasoned) alone, of whole vectors
-    cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")
     labels = [-1] * len(pairs)  # unknown: no decision is taught
+    cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")  # no words, no prefixes
     return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
 
 
@@ -157,7 +156,7 @@ def judge(model, processor, pairs, texts, cfg, rng):
     pairs: {"id", "dataset", "query", "target", "negatives", "target_key"} of one dataset and one
     fold, at most WINDOW; equal targets have one key. texts: {pair id: {proposer: text}}.
     Candidate targets and placebos come from the window: its rows depend on nothing else. All is
-    drawn before anything is measured, so which pairs are easy changes no draw.
+    drawn in step 1, so which pairs are easy changes no draw.
     The row of a rationale, here of one whose placebo is audited:
         {"id": "A/7", "dataset": "A", "proposer": "base#2", "text": "nw red star",
          "direct": -2.3, "gain": 1.9, "gain_placebo": -0.2, "gain_second": 0.1, "gain_guess": -0.5,
@@ -167,14 +166,12 @@ def judge(model, processor, pairs, texts, cfg, rng):
     gain_guess never is. A pair about which nobody wrote has one row: id, dataset and "direct", gain
     None, proposer and text empty.
     """
+    # 1) e(c, ∅) of every target and negative: t (N, H). Then all draws.
     documents, places = distinct_documents(pairs)
-    candidates = candidate_sets(places, rng)  # step 1 may replace them by nearer ones
-    trials = draw_trials(pairs, texts, rng)
-
-    # 1) e(c, ∅) of every target and negative: t (N, H)
     t = torch.cat(branch_vectors(model, processor, documents, cfg.chunk_tokens))
-    if len({target for target, *_ in places}) >= MANY:
-        candidates = candidate_sets(places, rng, t)
+    many = len({target for target, *_ in places}) >= MANY
+    candidates = candidate_sets(places, rng, t if many else None)
+    trials = draw_trials(pairs, texts, rng)
 
     # 2) logp(q, ∅) of every pair, then logp(q, r) of the texts of hard pairs. With the texts
     # logp(q, ∅) is measured again: both sides of a gain then have the same batch shape and
@@ -300,7 +297,7 @@ def draw_trials(pairs, texts, rng):
 def log_probs(model, processor, cases, t, cfg):
     """-> for every case {text: [logp(q, r), s(q, r; t)/temperature]}, where "" stands for ∅.
 
-    cases: (query prompt, places of its candidates in t, the target first, texts); t: (N, H).
+    cases: (query prompt, places of its candidates in t, the target first, texts). t (N, H): all.
     """
     queries = [query for query, _, _ in cases]
     branches = [[processor.rationale(text) for text in texts] for _, _, texts in cases]
