@@ -507,10 +507,10 @@ class Qwen3VL(nn.Module):
 
     def forward(self, batch, cache=None):
         """-> (B, S, H) states after the final norm. An empty Cache is given keys and values."""
-        ids, branch = batch["ids"], batch.get("branch")
+        ids, branch = batch["ids"], batch["branch"]
         x = self.text.embed_tokens(ids)
         deep, where = (), None
-        if batch.get("pixel_values") is not None:
+        if batch["pixel_values"] is not None:
             is_visual = (ids == self.c.image_token) | (ids == self.c.video_token)
             where = is_visual.flatten().nonzero().squeeze(1)  # (M,)
             visual, deep = self.visual(batch["pixel_values"], batch["image_grid"])
@@ -581,7 +581,7 @@ class Cache:
 
     layers: list = field(default_factory=list)  # of each the keys and the values (B, C, L, d)
     branch: torch.Tensor | None = None  # (B, L) of each column; set by `extended`
-    used: int = 0  # columns that are written
+    used: int = 0  # columns that are written; set by `extended`, as branch is
 
     def extended(self, rows, lengths, new):
         """A copy of the rows (B,) that hides what follows their first `lengths` (B,) tokens, with

@@ -112,7 +112,7 @@ def backward(lengths, forward, loss, budget):
 
     lengths  {name: [tokens of each row]} of this process; at least one row of each name
     forward  (name, rows, with_loss) -> vectors (len(rows), k, H), a further loss of these rows
-             (a scalar tensor, or None) and {metric: float}; a function of the weights alone. A row
+             (a scalar tensor, or None) and {metric: float}; called twice it gives the same. A row
              has k vectors: a target one, a query perhaps two (direct, reasoned)
     loss     {name: (n, k, H)} of all processes, in process order, then row order -> scalar
     budget   padded tokens of a pass. Where every process' tokens, without padding, fit in one, the
@@ -408,6 +408,9 @@ class Optimizer:
             for i, moments in state["state"].items():
                 state["state"][i] = {key: like(x, params[i]) for key, x in moments.items()}
             part.load_state_dict(state)
+            for moments in part.state.values():  # copies: else the old file stays mapped
+                for key, x in moments.items():
+                    moments[key] = x.clone()
 
 
 def is_matrix(name, p, patches):
@@ -453,8 +456,8 @@ def save_state(path, step, model, optimizer):
     """Write what is trained, the optimizer and its schedule. The order of the data and all random
     numbers follow from the step. Written aside and renamed, so that a kill at any moment leaves
     the state before as it is. All processes call it."""
-    parts = {"step": step, "model": trainable(model), "optimizer": optimizer.state_dict()}
-    state = for_file(parts)
+    state = {"step": step, "model": trainable(model), "optimizer": optimizer.state_dict()}
+    state = for_file(state)
     if is_main():
         try:
             with open(f"{path}.part", "wb") as f:
@@ -481,7 +484,7 @@ def load_state(path, model, optimizer):
 # The machine
 
 
-def find_device(name=""):
+def find_device(name):
     """--device -> a device that exists; empty: CUDA where there is a GPU. ValueError otherwise."""
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"

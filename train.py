@@ -20,7 +20,7 @@ The run folder:
     data/                                       the pocket world, unless --data is given
     base/  embed/  rl/                          checkpoints in the Hugging Face layout
     propose/rationales.jsonl                    all rationales that were written
-    select/judge0/  judge1/                     the evaluators, checkpoints too
+    select/judge0/  judged0.jsonl ...           each fold's evaluator, a checkpoint; what it judged
     select/judged.jsonl  selected.jsonl         all rationales with their gains; those that are kept
     select/audit.json                           how often selection is right
     eval/summary.json ...                       scores, see eval.py
@@ -31,7 +31,7 @@ For an ablation, copy the folder first (README.md, "Fork it").
 Options that differ from the folder's are refused, but for those of the machine, of the stage that
 is done again and of stages still to do. A stage works in STAGE.part, which takes its place when it
 is finished. With --resume auto a stage that broke off goes on from its last checkpoint or window
-(eval starts again), and ends with the same weights, to the last bit, as if nothing had happened.
+(eval starts again); on a CPU it ends with the same bits as if nothing had happened.
 SIGTERM ends a run with exit code 143; a training loop writes a checkpoint first.
 `python -X dev train.py ...` shows where an error came from.
 
@@ -265,7 +265,7 @@ def parse(argv):
                 type=true_or_false if f.type is bool else f.type,
                 choices=f.metadata["choices"],
                 default=argparse.SUPPRESS,  # so `given` has what the caller wrote, nothing else
-                help=f"{why.get(f.name)} ({f.default!r})",
+                help=f"{why[f.name]} ({f.default!r})",
             )
     given = vars(parser.parse_args(argv))  # {"seed": 7, "rl_steps": 9}
     preset = given.get("preset", "pocket")
@@ -365,7 +365,7 @@ class Run:
             raise UsageError(f"{self.path(name)} {change}: {remedy}")
 
     def rng(self, *key):
-        """A generator that depends on seed and key alone.
+        """numpy's generator; it depends on seed and key alone.
         run.rng("embed", 17, "OK-VQA/3") draws the rationale of that pair in embed's step 17."""
         name = repr((self.cfg.seed, *key))  # "(1, 'embed', 17, 'OK-VQA/3')"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
@@ -426,7 +426,8 @@ class Run:
                 self.forget(stage)
             os.makedirs(part, exist_ok=True)
         scale.barrier()  # what is left of an earlier try is gone, before anybody looks
-        self.same_options({"machine"}, f"{stage}.part/options.json")
+        later = STAGES[STAGES.index(stage) + 1 :]
+        self.same_options({"machine", *later}, f"{stage}.part/options.json")
         if scale.is_main():
             write_json(f"{part}/options.json", asdict(self.cfg))
         return part
@@ -447,8 +448,10 @@ class Run:
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-            for name in (*final.glob("*.state"), final / "options.json"):
-                name.unlink()  # only a stage that is resumed needs checkpoints and its options
+            for file in (*final.glob("*.state"), final / "options.json"):
+                file.unlink()  # only a stage that is resumed needs checkpoints and its options
+            for folder in final.glob("*.windows"):  # a kill came before by_window removed it
+                shutil.rmtree(folder)
             for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
@@ -484,10 +487,10 @@ class Run:
         return embedder
 
     def pairs(self, processor, for_rl=False, question=None):
-        """The training pairs. Stages of a call share what was read: their processors are alike."""
+        """The training pairs. Neighbouring stages share what was read: processors are alike."""
         kind = (for_rl, question)
         if kind not in self.pairs_read:
-            self.pairs_read[kind] = Pairs(self, processor, for_rl, question)
+            self.pairs_read = {kind: Pairs(self, processor, for_rl, question)}  # others are freed
         return self.pairs_read[kind]
 
 
@@ -540,7 +543,7 @@ class Pairs:
 
     def share_of(self, n, for_rl):
         """A dataset has n rows: which of them are this stage's?
-        With --rl_holdout 0.2, of 750: range(0, 600), and for rl range(600, 750)."""
+        With --rl_holdout 0.2, of 750: range(600), for rl range(600, 750). An only row is both's."""
         share = self.run.cfg.rl_holdout
         if not share or n == 1:
             return range(n)
@@ -578,8 +581,8 @@ class Pairs:
         }
 
     def load(self, lists):
-        """Lists of (source, row) -> yields lists of pairs. An earlier call then ends. Workers read
-        ahead, pair by pair: whole windows of pages would take 3 GB each."""
+        """Lists of (source, row) -> yields lists of pairs. An earlier call must be over. Workers
+        read ahead, pair by pair: whole windows of pages would take 3 GB each."""
         lists, to_read = itertools.tee(lists)
         self.order.refs = itertools.chain.from_iterable(to_read)
         loaded = iter(self.loader)
@@ -770,7 +773,7 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
 
     rows_of(n, window) -> rows (dicts) of window n, a list of pairs. is_wanted: as of Pairs.windows.
     title: of the lines on the screen.
-    The windows are dealt out to the processes, which read theirs alone. Each leaves a file,
+    The windows are dealt out to the processes; each reads only its own. A window leaves a file,
     PATH.windows/000007.jsonl, and is not done again when the stage is resumed.
     """
     folder = f"{path}.windows"
@@ -781,8 +784,8 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
     mine = [n for n in share if not os.path.exists(paths[n])]  # windows that are still to do
     loaded = pairs.load([windows[n] for n in mine])
     for n, window in zip(mine, loaded):
-        # Where row own/4 is broken, load() puts own/5 in its place, which also has a place of its
-        # own. It counts there alone: own/4's fold may have the evaluator that learnt on own/5.
+        # Where row A/4 is broken, load() puts A/5 in its place, which also has a place of its own.
+        # It counts there alone: A/4's fold may have the evaluator that learnt on A/5.
         sound = []
         for ref, pair in zip(windows[n], window):
             if pair["id"] == pairs.tables.id(*ref):
@@ -924,8 +927,8 @@ def judge_fold(run, part, fold, written, path):
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
 
     # Of two folds half of a batch is judged here and drops out: draw twice as much.
-    twice = 2 if c.select_folds > 1 else 1
-    stream = partial(pairs.stream, name, twice * c.batch, twice * c.sub_batch)
+    times = 2 if c.select_folds > 1 else 1
+    stream = partial(pairs.stream, name, times * c.batch, times * c.sub_batch)
     fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr_factor)
     if scale.is_main():
         embedder.save(f"{part}/judge{fold}")
@@ -1001,7 +1004,7 @@ class Lessons:
         if not written:
             return None, 0 if pair["id"] in self.easy else -1
         kept = self.kept.of(pair)  # rows of selected.jsonl
-        if kept:  # drawn from their posterior
+        if kept:  # drawn from their posterior, over the rows of --embed_proposers
             weights = np.array([row["weight"] for row in kept])
             drawn = rng.choice(len(kept), p=weights / weights.sum())
             return kept[drawn]["text"], 1
@@ -1015,12 +1018,12 @@ def rl_stage(run, part):
     """When to reason, and what to write (rl.py), on pairs held out by --rl_holdout."""
     c = run.cfg
     embedder = run.trainee("embed")
-    model = embedder.model
     processor = embedder.processor
     pairs = run.pairs(processor, for_rl=True)
-    actor = scale.merge(model, run.dtype)  # a plain copy, which writes the rollouts
+    actor = scale.merge(embedder.model, run.dtype)  # a plain copy, which writes the rollouts
 
     def one_step(i, batch):
+        model = embedder.model  # named in here alone, so that fit's gc.collect can free it
         if not c.rl_rollouts:  # ablation: no rationale is written, and no decision is taught
             n = len(batch)
             return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
@@ -1037,7 +1040,7 @@ def eval_stage(run, part):
     """Every mode and what it costs (eval.py). The processes share the items."""
     c = run.cfg
     embedder = run.embedder("rl")
-    # Of Embedder.encode, which holds eight batches: 128 clips of 720p take 2 GB.
+    # Embedder.encode holds eight batches: 8 * 16 clips of 720p take 2 GB.
     options = {"max_new_tokens": c.max_new_tokens, "batch_size": 16 if c.model else 64}
     # Steps that each query needs, {"PocketWalk/76": 3, ...}; None: not known
     truth_path = f"{run.data_root}/pocket.json"
@@ -1112,10 +1115,10 @@ def run_stages(cfg):
             if not any(dataset.all_paths() for dataset in datasets):
                 raise UsageError(f"{cfg.data} has no {kind} set; --stage all needs one")
     run = Run(cfg)
-    next_stage = len(run.stages)  # those that are done are the first ones: finish() sees to it
-    first = next_stage if whole else STAGES.index(cfg.stage)
-    if first > next_stage:
-        raise UsageError(f"{cfg.out}: stage {STAGES[next_stage]} is not done; --stage all does it")
+    num_done = len(run.stages)  # they are the first ones: finish() sees to it
+    first = num_done if whole else STAGES.index(cfg.stage)
+    if first > num_done:
+        raise UsageError(f"{cfg.out}: stage {STAGES[num_done]} is not done; --stage all does it")
     if not cfg.data:
         draw_world(run)
     for stage in STAGES[first:] if whole else [cfg.stage]:
