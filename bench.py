@@ -40,7 +40,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in
 
 import argparse
 import dataclasses
-import platform
 import sys
 import tempfile
 import time
@@ -500,7 +499,7 @@ def main(argv=None):
         device = torch.cuda.get_device_name(options.device)
     # {"torch": "2.13.0+cpu", "transformers": "5.23.0", "numpy": "2.4.6", "python": "3.11.7"}
     versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
-    versions["python"] = platform.python_version()
+    versions["python"] = sys.version.split()[0]
     out = {"device": device, "versions": versions, "rows": [], "rates": []}
     if options.out:
         write_json(options.out, out)  # here a wrong path costs seconds, not minutes

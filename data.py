@@ -73,7 +73,6 @@ TABLE_FILES = (".parquet", ".jsonl", ".json")
 # tables: patterns of where a row's table lies if it names none, "beir" those of sets of pages.
 # train, eval: the rows, in groups (see expand()).
 MMEB = json.loads(Path(__file__).with_name("mmeb.json").read_bytes())
-LABELS = MMEB["labels"]
 
 
 class BadData(ValueError):
@@ -253,14 +252,10 @@ def open_table(path):
             if path.endswith(".parquet"):
                 pattern = glob.escape(path)  # a folder may be called run[1]
                 # `description` is a part of the Arrow copy's name: a changed file is read anew.
-                return datasets.Dataset.from_parquet(
-                    pattern, split="train", batch_size=1000, description=changed
-                )
-            return datasets.Dataset.from_generator(
-                json_lines,
-                features=datasets.Features({"line": datasets.Value("binary")}),
-                gen_kwargs={"path": path, "changed": changed},
-            )
+                return datasets.Dataset.from_parquet(pattern, batch_size=1000, description=changed)
+            features = datasets.Features({"line": datasets.Value("binary")})
+            given = {"path": path, "changed": changed}
+            return datasets.Dataset.from_generator(json_lines, features, gen_kwargs=given)
     except Exception as error:  # of pyarrow, fsspec ...; __cause__: what one of `datasets` hides
         raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
 
@@ -997,7 +992,7 @@ def video_cls(es, row):
     if es.spec["scope"] == "local":
         options = text_list(row, "neg_text")
     else:  # of mmeb.json, or a user's list, or what the rows have
-        options = LABELS[labels] if isinstance(labels, str) else labels or [label]
+        options = MMEB["labels"][labels] if isinstance(labels, str) else labels or [label]
     if label not in options:
         raise BadData("column pos_text", f"{label!r} is not among its {len(options)} options")
     cands = [es.cand(text, make_item, text) for text in options]

@@ -31,7 +31,6 @@ Source: the layouts are those of TIGER-Lab/MMEB-train and MMEB-V2 (see data.py);
 import argparse
 import io
 import itertools
-import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from data import count
-from model import write_rows
+from model import write_json, write_rows
 
 TILE = 32  # pixels
 COLOURS = {  # RGB
@@ -591,7 +590,6 @@ FAMILIES = [  # name, maker, parser, what the query says, what an image or page 
     Family("PocketTopic", make_topic, "beir", FIND_PAGE, PAGE),
     Family("PocketTotal", make_total, "beir", FIND_PAGE, PAGE),
 ]
-# Families whose queries need 0 to LONGEST steps.
 MIXED = ("PocketWalk", "PocketSum", "PocketTally", "PocketTotal")
 
 # --------------------------------------------------------------------------------------------------
@@ -809,8 +807,8 @@ def write_world(root, seed, train, test, longest=LONGEST, names=None):
             for proposer, text in write_rationales(pair, rng):
                 rationales.append({"id": id, "side": "query", "proposer": proposer, "text": text})
     write_rows(f"{root}/proposers.jsonl", rationales)
-    Path(f"{root}/pocket.json").write_text(json.dumps(truth, indent=1))
-    Path(f"{root}/datasets.json").write_text(json.dumps(listing, indent=1))
+    write_json(f"{root}/pocket.json", truth)
+    write_json(f"{root}/datasets.json", listing)
 
 
 def main():

@@ -7,7 +7,8 @@ answer. So it can see and look up before anybody asks it to reason about a pair:
 reasoning are made of is here, when to take them is not.
 
 The maths. Next-token cross-entropy on the texts that have a skill (see below), and a summary loss:
-the state at <|endoftext|>, which is pooled later, is asked for all words of the answer at once.
+the state at <|endoftext|>, which is pooled later, is asked for all words of the answer at once. It
+would else know only how the answer begins.
 
 How to run: it is the first stage of train.py (see pretrain_base there):
     python train.py --stage base
@@ -414,11 +415,7 @@ def places_of(documents, key, ids):
 
 def document_losses(model, processor, documents):
     """Read documents [n] -> (3, n): sums over each document's tokens of the next-token loss, over
-    its <|endoftext|>s of the summary loss, and the number of tokens that were right.
-
-    The summary loss asks the state at <|endoftext|> for all words of the answer at once. That token
-    is pooled later, and would else know only how the answer begins.
-    """
+    its <|endoftext|>s of the summary loss, and the number of tokens that were right."""
     ids, h, before = read_batch(model, processor, documents)
     zeros = h.new_zeros(len(documents))
     row, column = places_of(documents, "learn", ids)

@@ -294,8 +294,7 @@ class Processor:
             "a text"    {"text": t}    {"image": ref}    {"image_url": ref or {"url": ref}}
             {"url" or "path" or "base64": ref}    {"video": clip, "fps": f}
 
-        Each may have a "type", which is not read. All that is not None is shown, in the order
-        video, image, text.
+        Each may have a "type", which is not read. All that is not None is shown.
         """
         part = {"text": part} if isinstance(part, str) else part
         part = checked("a part of content", part, PART_KEYS)
@@ -326,9 +325,7 @@ class Processor:
     def video(self, video, fps=None):
         """One clip -> for each two frames their mean time and a segment (transformers 4.57):
 
-            <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.2 seconds>...
-
-        Frames are never resampled where their fps is known.
+        <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.2 seconds>...
         """
         clip = {"frames": video}
         if isinstance(video, dict):

@@ -243,9 +243,8 @@ def make_cards(records, root, reading, room):
     """-> (cards, {reference: data: URI} of their images), as long as there is room (bytes).
 
     The first query of each dataset, then the second ...: chosen by a rule, not by hand, failures
-    included. reading: the options of load_eval
-    in the evaluation, so that queries and candidates are the same. ValueError if they are not: the
-    run belongs to other data.
+    included. reading: the options of load_eval in the evaluation, so that queries and candidates
+    are the same. ValueError if they are not: the run belongs to other data.
     """
     sets = {}
     for name, rows in records.items():
@@ -283,12 +282,7 @@ def six_digits(value):
 
 
 def write_report(run, data_root):
-    """report.md and report.html of a run folder whose test sets lie in data_root.
-
-    The page's JSON is NEEDED, seconds and adaptivity of report.json, and "title", "sentences",
-    "threshold", "training": panels, "datasets": {name: {column: a number per query}}, "cards",
-    "images": data: URIs.
-    """
+    """report.md and report.html of a run folder whose test sets lie in data_root."""
     run = Path(run)
 
     # 1) What the stages left
@@ -312,7 +306,7 @@ def write_report(run, data_root):
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
     payload["training"] = training_curves(log)
-    payload["datasets"] = {}
+    payload["datasets"] = {}  # {name: {column: a number per query}}
     for name, rows in records.items():
         payload["datasets"][name] = {key: [six_digits(row[key]) for row in rows] for key in COLUMNS}
     room = BYTES - len(page_json(payload))

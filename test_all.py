@@ -3197,7 +3197,7 @@ def test_data_tables_are_complete(tmp_path):
     families = [row["family"] for row in rows]
     counts = [f"{name} {families.count(name)}" for name in dict.fromkeys(families)]
     assert " ".join(counts) == FAMILIES
-    sizes = [len(data.LABELS[name]) for name in ("K700", "UCF101", "HMDB51", "Breakfast")]
+    sizes = [len(data.MMEB["labels"][name]) for name in ("K700", "UCF101", "HMDB51", "Breakfast")]
     assert sizes == [700, 101, 51, 10]
     prompts = {row["name"]: row["inst"] for row in rows}
     assert prompts["HMDB51"].endswith("objects interactions are the person in the video doing?")

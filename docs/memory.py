@@ -51,15 +51,13 @@ def read_only(run, name, part, embedder, stream, *others):
 
 def judge(model, processor, pairs, texts, cfg, rng):
     """In place of select.judge: every pair is hard."""
-    rows = []
     for pair in pairs:
         for proposer, text in texts[pair["id"]].items():
             gain = rng.normal()
             row = {"id": pair["id"], "dataset": pair["dataset"], "proposer": proposer, "text": text}
             row |= {"direct": -2.3, "gain": gain, "gain_placebo": rng.normal() / 10 - 1}
             row |= {"gain_second": None, "gain_guess": -0.5, "audited": False}
-            rows.append(row | {"similarity_gain": [gain, -0.1, None]})
-    return rows
+            yield row | {"similarity_gain": [gain, -0.1, None]}
 
 
 def report(what):
@@ -77,10 +75,8 @@ def main():
     write_rows(root / "rationales.jsonl", rationales(n))
     Embedder(*pretrain.new_model(0)).save(root / "model")
 
-    options = (
-        f"--data {root} --model {root}/model --rationales {root}/rationales.jsonl --out {root}/run"
-    )
-    options += " --num_candidates 0 --rl_holdout 0 --max_new_tokens 512"
+    options = f"--data {root} --model {root}/model --rationales {root}/rationales.jsonl"
+    options += f" --out {root}/run --num_candidates 0 --rl_holdout 0 --max_new_tokens 512"
     options += " --batch 32 --workers 1 --device cpu"
     run = train.Run(train.parse(options.split()))
     run.say = lambda text: None
