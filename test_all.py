@@ -41,7 +41,7 @@ from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from unittest.mock import Mock, patch
+from unittest.mock import DEFAULT, Mock, patch
 
 import huggingface_hub
 import jinja2
@@ -155,7 +155,6 @@ def make_clip(n, fps=None, seed=5):
 
 
 def one_of_two(rank, work, folder, *more):
-    """A process of its own: joins the other one and does work(rank, folder, ...)."""
     group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
     work(rank, folder, *more)
@@ -340,28 +339,27 @@ def test_select_says_when_few_are_kept():
     rows = [judged(f"A/{i}", 1.0 if i < 300 else None) for i in range(900)]
     assert selection.few_kept(rows, rows[:3]) is None
     assert "2 of 300 hard" in selection.few_kept(rows, rows[:2])
-    assert "no pair is hard" in selection.few_kept(rows[300:], [])
 
 
 def test_select_shows_what_other_rules_would_keep(tmp_path, command):
-    for name in ("select", "world"):
-        (tmp_path / name).mkdir()
+    """Two steps or more and every statement right: it helps. One step: nobody can say."""
     rows = [judged(f"A/{i}", 1.0 + i, 2.0, "careful") for i in range(20)] + [judged("B/0", None)]
     unwritten = {"id": "B/1", "dataset": "B", "proposer": "", "text": "", "gain": None}
-    M.write_rows(tmp_path / "select" / "judged.jsonl", [*rows, unwritten])
+    write_table(f"{tmp_path}/select/judged.jsonl", [*rows, unwritten])
     config = {"select_margin": 0.7, "select_fdr": 0.1, "data": str(tmp_path / "world")}
     M.write_json(str(tmp_path / "config.json"), config)
-    truth = {row["id"]: {"steps": 2, "rationale": row["text"]} for row in rows}
+    truth = {row["id"]: {"steps": 2 + i % 3, "rationale": "x"} for i, row in enumerate(rows)}
+    truth["A/0"]["rationale"] = "another"
     truth["A/19"]["steps"] = 1  # unmarked
     truth["B/0"]["steps"] = 0  # nothing helps
-    M.write_json(str(tmp_path / "world" / "pocket.json"), {"train": truth})
+    write_table(f"{tmp_path}/world/pocket.json", {"train": truth})
     _, printed = command("select.py", "--run", tmp_path)
     shown = [line.split()[:5] for line in printed.out.splitlines()]
     # No positive_only: it would ask for easy pairs, too.
     assert shown == [
         ["full", "kept", "18", "precision", "1.0"],
-        ["no_placebo", "kept", "20", "precision", "1.0"],
-        ["none", "kept", "21", "precision", "0.95"],
+        ["no_placebo", "kept", "20", "precision", "0.9474"],
+        ["none", "kept", "21", "precision", "0.9"],
     ]
     M.write_rows(tmp_path / "select" / "judged.jsonl", [{"id": "A/1"}])  # by somebody else
     code, _ = command("select.py", "--run", tmp_path)
@@ -659,23 +657,20 @@ def test_propose_refuses_before_it_writes(command, first_root, tmp_path, monkeyp
     assert not (tmp_path / "q.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "line, why",
-    [
+def test_propose_names_damaged_rationales(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for line, why in (
         ('{"id": "\udcff"}', "decode"),  # written as a byte that is not UTF-8
         ('"text"', "AttributeError"),
-        pytest.param("[" * 20_000, "RecursionError", id="brackets"),
+        ("[" * 20_000, "RecursionError"),
         (GOOD.replace("proposer", "author"), "'proposer'"),
         (GOOD.replace("}", ', "side": "both"}'), "'side': expected query or target"),
         (GOOD.replace("café", "\\ud83d"), "'text': expected text, got"),
         (GOOD.replace("1}", "NaN}"), "'n'"),
-    ],
-)
-def test_propose_names_damaged_rationales(tmp_path, line, why):
-    path = tmp_path / "r.jsonl"
-    path.write_text(f"{GOOD}\n{line}\n", encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ValueError, match=rf"r\.jsonl line 2: .*{why}"):
-        propose.Rationales(path, numbers=("n",))
+    ):
+        path.write_text(f"{GOOD}\n{line}\n", encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(ValueError, match=rf"r\.jsonl line 2: .*{why}"):
+            propose.Rationales(path, numbers=("n",))
 
 
 @pytest.fixture
@@ -713,13 +708,6 @@ def test_propose_writes_requests(written_requests, first_root, urls, max_pixels,
         assert load_image(base64.b64decode(url.split("base64,")[1])).size == size
 
 
-def test_propose_spells_frames_out_that_are_no_files():
-    options = SimpleNamespace(image_urls="file", max_pixels=100)
-    [frame] = data.refs({"video": {"frames": [make_image(40, 20)], "fps": 1.0}})
-    url = propose.image_url(frame, options)
-    assert load_image(base64.b64decode(url.split("base64,")[1])).size == (14, 7)
-
-
 def test_propose_asks_about_few_or_hard_pairs_alone(written_requests, first_root, tmp_path):
     requests, _ = written_requests(first_root, "--k", 1, "--limit", 1)
     assert [request["custom_id"][:6] for request in requests] == ["easy/0", "hard/0"]
@@ -734,15 +722,16 @@ def test_propose_asks_about_few_or_hard_pairs_alone(written_requests, first_root
 
 @pytest.mark.parametrize("urls", ["data", "file"])
 def test_propose_asks_about_sound_rows_alone(written_requests, tmp_path, urls):
+    """An image inside a table is no file: it is spelled out where files are named, too."""
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "huge.ppm").write_bytes(b"P6 30000 30000 255\n")
-    row = {"qry": "q", "pos_text": "t", "pos_image_path": ""}
-    paths = ("broken.png", "huge.ppm", "")
-    M.write_rows(tmp_path / "own.jsonl", [row | {"qry_image_path": path} for path in paths])
-    sets = [{"name": name, "table": f"{name}.jsonl"} for name in ("own", "gone")]
+    cells = ({"path": "broken.png"}, {"path": "huge.ppm"}, {"bytes": png()})
+    write_table(f"{tmp_path}/own.parquet", [pair("q", cell) for cell in cells])
+    sets = [{"name": name, "table": f"{name}.parquet"} for name in ("own", "gone")]
     write_json(tmp_path / "datasets.json", {"train": sets})
     [request], said = written_requests(tmp_path, "--image-urls", urls)
     assert request["custom_id"].startswith("own/2|")
+    assert "'url': 'data:image/png;base64," in str(request)
     for why in ("missing: gone", "skipped: own/0: ", "skipped: own/1: ", "exceeds limit"):
         assert why in said
 
@@ -884,16 +873,6 @@ def test_info_nce_against_a_double_loop(dims):
         embed.info_nce(q, t, positive, dims=(7,))
 
 
-def step_case():
-    """Ten pairs, of which one's negative is another's target; five have a rationale, two an unknown
-    decision."""
-    pairs, _, processor = make_pairs(10)
-    pairs[5]["negatives"][0] = pairs[1]["target"]
-    texts = ["red", None, "two", "left up", None, None, "let me think", None, "sun three", None]
-    rationales = [text and processor.rationale(text) for text in texts]
-    return pairs, rationales, [1, 0, 1, -1, 0, -1, 1, 0, 0, 1]
-
-
 STEP = train.Config(temperature=0.05, lm_weight=0.6, decision_weight=0.3)
 
 
@@ -934,8 +913,13 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
 
 @pytest.mark.parametrize("posterior", [False, True])
 def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkeypatch):
-    e = tiny_embedder(5)
-    case = step_case()
+    """Of ten pairs one's negative is another's target; five have a rationale, two an unknown
+    decision."""
+    e, (pairs, _, processor) = tiny_embedder(5), make_pairs(10)
+    pairs[5]["negatives"][0] = pairs[1]["target"]
+    texts = ["red", None, "two", "left up", None, None, "let me think", None, "sun three", None]
+    rationales = [text and processor.rationale(text) for text in texts]
+    case = pairs, rationales, [1, 0, 1, -1, 0, -1, 1, 0, 0, 1]
     expected = step_by_loops(e.model, e.processor, *case, STEP, posterior)
     gradient = gradients_of(e.model)
     monkeypatch.setattr(embed, "LOGITS_AT_ONCE", 3)
@@ -946,8 +930,7 @@ def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkey
         cfg = replace(STEP, chunk_tokens=budget)
         metrics = embed.contrastive_step(e.model, e.processor, *case, cfg, posterior)
         num_rows.append(sum(len(call.args[0]) for call in spy.mock_calls))
-        for name, value in expected.items():
-            assert metrics[name] == pytest.approx(value, rel=1e-4), name
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
         assert_same_gradients(gradients_of(e.model), gradient)
     # Queries; targets, of which two are twice there; negatives, one a target.
     assert num_rows[0] == 10 + 8 + 9
@@ -1012,10 +995,8 @@ def test_encode_generates_as_it_is_told():
     with pytest.warns(DeprecationWarning, match="tau= is spelled threshold="):
         _, info = e.encode("a", tau=-1.0, **options)
     assert info[0]["reasoned"]
-    a, b, c = (
-        e.encode("a", reason="always", temperature=2.0, generator=torch.Generator().manual_seed(i))
-        for i in (1, 1, 2)
-    )
+    seeded = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    a, b, c = (e.encode("a", reason="always", temperature=2.0, generator=g) for g in seeded)
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     with pytest.raises(ValueError, match="temperature=-1: expected a number from 0 on"):
         e.encode("a", temperature=-1)
@@ -1070,8 +1051,7 @@ def test_a_saved_folder_opens_again_and_in_other_programs(folder, tmp_path):
 
 def test_hub_ids(folder, monkeypatch):
     """owner/name asks the hub for data files of a revision; a folder never does."""
-    hub = Mock(return_value=folder)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub := Mock(return_value=folder))
     monkeypatch.chdir(Path(folder).parent.parent)
     Embedder.from_pretrained("/".join(folder.split("/")[-2:]))  # looks like an id, is a folder
     hub.assert_not_called()
@@ -1088,15 +1068,10 @@ def test_hub_ids(folder, monkeypatch):
 
 @pytest.fixture
 def run_embed(command, folder, tmp_path):
-    """embed.py on these lines -> its last words, what it printed."""
-
-    def run_embed(lines, *more):
-        (tmp_path / "in.jsonl").write_bytes(lines)
-        files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "v.npy"]
-        options = ["--model", folder, "--device", "cpu", "--max-new-tokens", 4]
-        return command("embed.py", *files, *options, *more)
-
-    return run_embed
+    """run_embed("--dim", 8): embed.py on in.jsonl -> its last words, what it printed."""
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "v.npy"]
+    options = ["--model", folder, "--device", "cpu", "--max-new-tokens", 4]
+    return functools.partial(command, "embed.py", *files, *options)
 
 
 def test_command_line(run_embed, folder, tmp_path):
@@ -1113,8 +1088,8 @@ def test_command_line(run_embed, folder, tmp_path):
         {"messages": [{"role": "user", "content": [part]}]},
     ]
     lines = "\ufeff" + "\n\n".join(json.dumps(item) for item in items)
-    options = ("--reason", "always", "--instruction", "Find", "--threshold", "0.1")
-    _, printed = run_embed(lines.encode(), *options)
+    (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
+    _, printed = run_embed("--reason", "always", "--instruction", "Find", "--threshold", "0.1")
     same = ["hello", {"image": image, "text": "p"}, *[{"video": [image] * 2}] * 2, image]
     e = Embedder.from_pretrained(folder)
     expected, infos = e.encode(same, "Find", "always", max_new_tokens=4, return_info=True)
@@ -1126,13 +1101,13 @@ def test_command_line(run_embed, folder, tmp_path):
 
 def test_a_full_disk_leaves_the_vectors_of_an_earlier_run(run_embed, tmp_path, monkeypatch):
     def save(file, vectors):
-        with file if hasattr(file, "write") else open(file, "wb") as half:
-            half.write(b"half")
+        file.write(b"half")
         raise OSError("no room")
 
+    (tmp_path / "in.jsonl").write_text('"a"')
     (tmp_path / "v.npy").write_bytes(b"earlier")
     monkeypatch.setattr(np, "save", save)
-    said, _ = run_embed(b'"a"')
+    said, _ = run_embed()
     assert said == "embed.py: no room" and (tmp_path / "v.npy").read_bytes() == b"earlier"
 
 
@@ -1162,7 +1137,7 @@ def test_bad_input_is_one_line(lines, options, message, run_embed, tmp_path):
     earlier = {"in.jsonl": lines, "v.npy": b"earlier", "v.jsonl": b"too"}
     for name, content in earlier.items():
         (tmp_path / name).write_bytes(content)
-    said, _ = run_embed(lines, *options.replace("IN/", f"{tmp_path}/").split())
+    said, _ = run_embed(*options.replace("IN/", f"{tmp_path}/").split())
     assert re.match(f"embed.py: .*{message}", said) and "\n" not in said
     for name, content in earlier.items():
         assert (tmp_path / name).read_bytes() == content
@@ -1291,14 +1266,9 @@ def test_step_equals_loops_over_ordinary_rows(one_loss, chunk_tokens, monkeypatc
     assert_same_gradients(fast, gradients_of(model))
     reason = reward[:, 1:].mean(1)
     worst = int(reason.argmin())
-    expected = {
-        "loss": loss.item(),
-        "reward_reason": reason.mean().item(),
-        "reward_direct": reward[:, 0].mean().item(),
-        "logp_k2": 0.3**2 / 2,
-    }
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+    expected = {"loss": loss.item(), "logp_k2": 0.3**2 / 2}
+    expected |= {"reward_reason": reason.mean().item(), "reward_direct": reward[:, 0].mean().item()}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert metrics["sample"]["id"] == pairs[worst]["id"]
     assert metrics["sample"]["reward"] == pytest.approx(float(reward[worst, 1]), abs=1e-5)
     # Prefixes that embed trained are trained on: InfoNCE is a sum over them.
@@ -1474,8 +1444,8 @@ def own_root(tmp_path_factory):
     rows = []
     for i in range(26):
         image = f"{i}.png" if i % 4 == 0 else ""
-        row = {"qry": f"what follows {i}?", "qry_image_path": image, "pos_text": f"it is {i + 1}"}
-        rows.append(row | {"pos_image_path": "", "neg_text": f"it is {i}", "neg_image_path": ""})
+        texts = {"pos_text": f"it is {i + 1}", "neg_text": f"it is {i}"}
+        rows.append(pair(f"what follows {i}?", image, **texts))
         make_image(64, 32, i).save(own_root / f"{i}.png")
     (own_root / "4.png").unlink()
     M.write_rows(own_root / "train.jsonl", rows)
@@ -1513,11 +1483,8 @@ def copy_of(finished, tmp_path):
 
     def copy_of(last="eval", name="run"):
         out = str(shutil.copytree(finished, tmp_path / name))
-        stages = train.STAGES[: train.STAGES.index(last) + 1]
-        for stage in set(train.STAGES) - set(stages):
-            shutil.rmtree(f"{out}/{stage}")
-        done = read_json(f"{out}/stages.json")
-        write_json(f"{out}/stages.json", {stage: done[stage] for stage in stages})
+        for stage in train.STAGES[train.STAGES.index(last) + 1 :]:
+            shutil.rmtree(f"{out}/{stage}")  # so it is done again
         return out
 
     return copy_of
@@ -1525,7 +1492,6 @@ def copy_of(finished, tmp_path):
 
 @pytest.fixture
 def opened(finished, own_root):
-    """The finished run and the processor of its stages."""
     run = train.Run(train.parse(arguments(own_root, finished)))
     return run, run.embedder("base").processor
 
@@ -1550,10 +1516,7 @@ def same(a, b, atol=0.0):
 
 def metrics(out):
     """metrics.jsonl without times."""
-    rows = json_rows(out, "metrics.jsonl")
-    for row in rows:
-        row.pop("seconds", None)
-    return rows
+    return [row | {"seconds": 0} for row in json_rows(out, "metrics.jsonl")]
 
 
 def test_run_folder(finished, own_root):
@@ -1599,34 +1562,25 @@ def test_run_every_stage_has_its_pairs(finished, opened):
     pairs.cache.clear()
     pairs.tables.named[0][25] = 1  # broken: another one of rl's takes its place
     assert pairs[0, 25]["id"] == "own/21"
+    pairs.run.cfg.rl_holdout = 0.9  # of two rows each side has one
+    assert [pairs.share_of(2, for_rl) for for_rl in (False, True)] == [range(1), range(1, 2)]
 
 
 def test_run_pairs_without_a_rationale_are_judged_directly(call, copy_of):
-    """So a server can be asked about the hard ones alone; the others learn to answer at once."""
+    """So a server can be asked about the hard ones alone; the others learn to answer at once. One
+    fold leaves no curve of a second evaluator."""
     out = copy_of("propose")
     path = f"{out}/propose/rationales.jsonl"
     written = [row for row in json_rows(path) if row["id"] in ("own/1", "own/2")]
     M.write_rows(path, written)
-    assert call(out, stage="select") == 0
+    assert call(out, "--select_folds", "1", stage="select") == 0
+    assert "select1" not in {row["stage"] for row in metrics(out)}
     rows = json_rows(out, "select", "judged.jsonl")
     assert {row["id"] for row in rows} == READABLE
     assert len([row for row in rows if row["text"]]) == len(written) == 4
     assert read_json(f"{out}/select/audit.json")["candidates"] == 4
     hard = {row["id"] for row in rows if row["direct"] < -math.log(2)}
     assert propose.hard_pairs(f"{out}/select/judged.jsonl") == hard
-
-
-def test_run_one_fold_leaves_no_curve_of_a_second_evaluator(call, copy_of):
-    out = copy_of("propose")
-    assert call(out, "--select_folds", "1", stage="select") == 0
-    assert "select1" not in {row["stage"] for row in json_rows(out, "metrics.jsonl")}
-
-
-@pytest.mark.parametrize("for_rl, rows", [(False, range(1)), (True, range(1, 2))])
-def test_run_a_small_dataset_keeps_a_pair_for_the_other_stages(for_rl, rows, opened):
-    pairs = train.Pairs(*opened)
-    pairs.run.cfg.rl_holdout = 0.9
-    assert pairs.share_of(2, for_rl) == rows
 
 
 def test_run_revision_is_fetched(call, tmp_path, monkeypatch):
@@ -1667,13 +1621,11 @@ def test_run_hard_negatives_come_in_another_order_at_each_visit(opened, monkeypa
 def test_run_pairs_by_workers_equal_those_kept(opened):
     run, processor = opened
     kept = train.Pairs(run, processor)
-    run.cfg.workers = 1
-    read = train.Pairs(run, processor)
-    run.cfg.workers = 0
     stream = kept.stream("x", 8, 4, first_step=0)
     third = [next(stream) for _ in range(3)][2]
     assert kept.cache
     run.cfg.workers = 1
+    read = train.Pairs(run, processor)
     resumed = read.stream("x", 8, 4, first_step=2)
     for a, b in zip(third, next(resumed)):
         assert (a["id"], a["key"], a["target_key"]) == (b["id"], b["key"], b["target_key"])
@@ -1741,8 +1693,7 @@ def test_run_sigterm_and_resume(finished, own_root, copy_of, monkeypatch, fails)
         return spy(*args)
 
     monkeypatch.setattr(train, "contrastive_step", interrupted)
-    more = ("--save_every", "100", "--resume", "auto")
-    argv = arguments(own_root, out, *more, stage="embed")
+    argv = arguments(own_root, out, "--save_every", "100", "--resume", "auto", stage="embed")
     fails(argv, 143, "after step 3 of embed")
     shutil.copy(f"{finished}/embed/config.json", f"{out}/embed.part")  # as if it had been saved
     fails([*argv, "--embed_lr_factor", "9"], 2, "options.json was made with embed_lr_factor")
@@ -1767,9 +1718,8 @@ def test_run_kill_9_and_resume(finished, own_root, call, copy_of):
     assert process.wait() == -signal.SIGKILL
     assert call(out, "--resume", "auto") == 0
     assert metrics(out) == metrics(finished)
-    files = ("embed/model.safetensors", "rl/model.safetensors", "select/judged.jsonl")
-    a, b = contents(out), contents(finished)
-    assert [a[name] for name in files] == [b[name] for name in files]
+    for name in ("embed/model.safetensors", "rl/model.safetensors", "select/judged.jsonl"):
+        assert Path(out, name).read_bytes() == Path(finished, name).read_bytes()
 
 
 def train_of_a_process(rank, argv, port):
@@ -1816,38 +1766,28 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
     assert {*images[0], *images[1]} == {f"{i}.png" for i in (0, 8, 12, 16, 20)}
     assert sorted(map(len, images)) == [2, 3]
 
-    in_one_window = json_rows(finished, "select", "judged.jsonl")
-    a, b = (json_rows(out, "select", "judged.jsonl") for out in (one, two))
-    assert [row["id"] for row in a] == [row["id"] for row in in_one_window]
-    for x, y in zip(a, b, strict=True):
-        del x["similarity_gain"], y["similarity_gain"]
-        assert x == pytest.approx(y, abs=1e-2)
-    a, b = (json_rows(out, "select", "selected.jsonl") for out in (one, two))
-    for x, y in zip(a, b, strict=True):
-        assert (x["id"], x["proposer"]) == (y["id"], y["proposer"])
-        assert x["weight"] == pytest.approx(y["weight"], abs=1e-2)
+    judged = [json_rows(out, "select", "judged.jsonl") for out in (finished, one)]  # one window
+    assert [row["id"] for row in judged[0]] == [row["id"] for row in judged[1]]
+    for name in ("judged.jsonl", "selected.jsonl"):
+        a, b = (json_rows(out, "select", name) for out in (one, two))
+        for x, y in zip(a, b, strict=True):
+            x["similarity_gain"] = y["similarity_gain"] = None
+            assert x == pytest.approx(y, abs=1e-2)
 
 
 def test_run_a_kill_loses_one_window(call, copy_of, monkeypatch):
     monkeypatch.setattr(train.selection, "WINDOW", 4)
     out, whole = copy_of("propose"), copy_of("propose", "whole")
     assert call(whole, stage="select") == 0
-    judge = train.selection.judge
-    seen = []
-
-    def judge_two(model, processor, pairs, *args):
-        if len(seen) == 2:
-            raise KeyboardInterrupt  # nothing is tidied up, as after a kill
-        seen.append([pair["id"] for pair in pairs])
-        return judge(model, processor, pairs, *args)
-
-    monkeypatch.setattr(train.selection, "judge", judge_two)
-    with pytest.raises(KeyboardInterrupt):
+    fates = 3 * [DEFAULT] + [KeyboardInterrupt] + 9 * [DEFAULT]  # killed in fold 1's second window
+    spy = Mock(wraps=train.selection.judge, side_effect=fates)
+    monkeypatch.setattr(train.selection, "judge", spy)
+    with pytest.raises(KeyboardInterrupt):  # nothing is tidied up, as after a kill
         call(out, stage="select")
-    monkeypatch.setattr(train.selection, "judge", spy := Mock(wraps=judge))
     assert call(out, "--resume", "auto", stage="select") == 0
-    again = [pair["id"] for judged in spy.call_args_list for pair in judged.args[2]]
-    assert sorted([*again, *seen[0], *seen[1]]) == sorted(READABLE)
+    del spy.mock_calls[3]
+    judged = [pair["id"] for window in spy.mock_calls for pair in window.args[2]]
+    assert sorted(judged) == sorted(READABLE)
     assert contents(out)["select/judged.jsonl"] == contents(whole)["select/judged.jsonl"]
 
 
@@ -1861,29 +1801,31 @@ def test_run_broken_stage_leaves_what_was_done(own_root, copy_of, monkeypatch, f
     assert contents(out, "rl.part", "metrics") == before
 
 
-@pytest.mark.parametrize(
-    "stage, free, what",
-    [
-        ("propose", 999, "rationales"),
-        ("select", 999, "judged rationales"),
-        ("embed", 2**20, "checkpoints"),
-    ],
-)
-def test_run_full_disk_is_said_before_the_first_step(
-    stage, free, what, own_root, copy_of, monkeypatch, fails
-):
-    out = copy_of(train.STAGES[train.STAGES.index(stage) - 1])
+def test_run_full_disk_is_said_before_the_first_step(own_root, copy_of, monkeypatch, fails):
     for step in ("contrastive_step", "by_window", "judge_fold"):
         monkeypatch.setattr(train, step, None)
-    monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-    fails(arguments(own_root, out, stage=stage), 1, f".part: {what} of 0.")
+    monkeypatch.setattr(scale.shutil, "disk_usage", lambda folder: SimpleNamespace(free=999))
+    kinds = ("rationales", "judged rationales", "checkpoints")  # of propose, select, embed
+    for done, stage, what in zip(train.STAGES, train.STAGES[1:], kinds):
+        fails(arguments(own_root, copy_of(done, stage), stage=stage), 1, f".part: {what} of 0.")
 
 
-def test_run_disk_that_fills_up_is_said(own_root, copy_of, monkeypatch, fails):
-    out = copy_of("select")
-    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("unexpected pos 64")))
-    argv = arguments(own_root, out, "--save_every", "1", stage="embed")
-    fails(argv, 1, "embed.state: not written (unexpected pos 64)")
+def test_run_disk_that_fills_up_leaves_the_state_before(finished, own_root, copy_of, fails):
+    """It is said. From that state a resumed run ends the same in every bit."""
+    out, save = copy_of("select"), torch.save
+
+    def fill_up(state, file):
+        if state["step"] == 3:
+            file.write(b"half")
+            raise RuntimeError("unexpected pos 64")
+        save(state, file)
+
+    argv = arguments(own_root, out, "--save_every", "1", "--resume", "auto", stage="embed")
+    with patch("torch.save", fill_up):
+        fails(argv, 1, "embed.state: not written (unexpected pos 64)")
+    with patch("train.contrastive_step", Mock(wraps=train.contrastive_step)) as spy:
+        assert exit_code(argv) == 0 and spy.call_count == 5 - 2
+    assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
 
 
 def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
@@ -1907,10 +1849,10 @@ def test_run_a_linked_stage_is_replaced_and_what_it_leads_to_stays(call, copy_of
     assert contents(tmp_path / "parent") == before and not os.path.islink(f"{out}/embed")
 
 
-def test_run_stages_are_done_in_order(finished, own_root, copy_of, fails):
+def test_run_stages_are_done_in_order(own_root, copy_of, fails):
     """Else a stage would take what an earlier try of the one before it has left."""
-    out = copy_of("base")
-    shutil.copytree(f"{finished}/propose", f"{out}/propose")
+    out = copy_of("propose")
+    write_json(f"{out}/stages.json", {"base": {"seconds": 0}})
     fails(arguments(own_root, out, stage="select"), 2, "stage propose is not done")
 
 
@@ -1965,13 +1907,11 @@ def test_run_rationales_of_another_table_are_refused(stage, own_root, copy_of, f
 @pytest.mark.parametrize("kind, missing", [("train", "eval"), ("eval", "train")])
 def test_run_without_a_training_or_a_test_set_is_refused_first(kind, missing, tmp_path, fails):
     """One is not listed, or its table is not there."""
-    gone = [{"name": "gone", "table": "gone.jsonl"}]
-    listing = {kind: [{"name": "own", "table": "own.jsonl"}], missing: gone}
+    own, gone = ([{"name": name, "table": f"{name}.jsonl"}] for name in ("own", "gone"))
     (tmp_path / "own.jsonl").touch()
-    write_json(tmp_path / "datasets.json", listing)
-    fails(arguments(tmp_path, tmp_path / "run"), 2, f"no {missing} set")
-    write_json(tmp_path / "datasets.json", {kind: listing[kind]})
-    fails(arguments(tmp_path, tmp_path / "run"), 2, f"no {missing} set")
+    for other in ({}, {missing: gone}):
+        write_json(tmp_path / "datasets.json", {kind: own} | other)
+        fails(arguments(tmp_path, tmp_path / "run"), 2, f"no {missing} set")
 
 
 # The stages
@@ -1986,15 +1926,11 @@ def test_train_lessons(tmp_path):
             written.append({"id": f"a/{i}", "proposer": author, "text": text})
     good, again, bad, *_ = written
     kept = [good | {"weight": 0.6}, again | {"weight": 0.1}, bad | {"weight": 0.1}]
-    judged = [  # the margin is 0.7
-        {"id": "a/8", "text": "", "direct": -0.6},
-        {"id": "a/9", "text": "", "direct": -0.8},
-    ]
-    for stage in ("propose", "select"):
-        os.makedirs(tmp_path / stage)
-    M.write_rows(tmp_path / "propose/rationales.jsonl", written)
-    M.write_rows(tmp_path / "select/selected.jsonl", kept)
-    M.write_rows(tmp_path / "select/judged.jsonl", judged)
+    direct = {"a/8": -0.6, "a/9": -0.8}  # the margin is 0.7
+    judged = [{"id": key, "text": "", "direct": value} for key, value in direct.items()]
+    write_table(f"{tmp_path}/propose/rationales.jsonl", written)
+    write_table(f"{tmp_path}/select/selected.jsonl", kept)
+    write_table(f"{tmp_path}/select/judged.jsonl", judged)
     run = train.Run(train.parse(["--out", str(tmp_path)]))
     lessons = train.Lessons(run)
     rng = np.random.default_rng(0)
@@ -2130,17 +2066,11 @@ def gradients_of(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(
-    "lengths, budget, chunks",
-    [
-        ([5, 9, 5], 10, [[1], [0, 2]]),
-        ([10] * 5, 20, [[0, 1], [2, 3], [4]]),
-        ([50, 40, 39], 1000, [[0, 1], [2]]),  # a quarter of padding at most
-        ([50, 50], 20, [[0], [1]]),  # what fits nowhere is alone
-    ],
-)
-def test_chunks_are_cut_by_padded_tokens_and_by_ragged_lengths(lengths, budget, chunks):
-    assert scale.chunks_of(lengths, budget) == chunks
+def test_chunks_are_cut_by_padded_tokens_and_by_ragged_lengths():
+    assert scale.chunks_of([5, 9, 5], 10) == [[1], [0, 2]]
+    assert scale.chunks_of([10] * 5, 20) == [[0, 1], [2, 3], [4]]
+    assert scale.chunks_of([50, 40, 39], 1000) == [[0, 1], [2]]  # a quarter of padding at most
+    assert scale.chunks_of([50, 50], 20) == [[0], [1]]  # what fits nowhere is alone
 
 
 @pytest.mark.parametrize("budget", [1000, 57, 56, 10, 1])
@@ -2182,6 +2112,7 @@ def work(rank, folder):
             norm = optimizer.step(2)
             out[name, budget] = loss, metrics, norm, scale.for_file(weights_of(model))
     # The last model, of shards: its state goes on in the shards of another.
+    optimizer.steps = 9  # as base prolongs its schedule
     scale.save_state(f"{folder}/toy.state", 3, model, optimizer)
     scale.barrier()
     resumed = scale.shard(Toy(seed=1), torch.float32)
@@ -2190,7 +2121,7 @@ def work(rank, folder):
     after = []
     for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
         toy_step(m, 9, share)
-        o.step(3)
+        o.step(7)
         after.append(scale.for_file(weights_of(m)))
     assert (after[0]["layers.0.weight"] is None) == (rank > 0)  # the main process alone keeps
     # The real model: a text here, an image there.
@@ -2205,7 +2136,6 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """-> the folder of `work` and what it wrote down."""
     folder = tmp_path_factory.mktemp("two")
     in_two_processes(work, folder)
     return folder, torch.load(folder / "out.pt", weights_only=True)
@@ -2346,41 +2276,14 @@ def test_gradients_are_clipped_together():
 # States inside a stage
 
 
-def train_toy(folder, steps, save_at=(), seed=0):
-    """Go on from the folder's state, or from the start -> weights after so many steps."""
-    model = Toy(seed)
-    optimizer = optimizer_of(model, "muon")  # and AdamW, of the embedding and the norm
-    path = folder / "toy.state"
-    for i in range(scale.load_state(path, model, optimizer), steps):
-        toy_step(model)
-        optimizer.step(i)
-        if i == 1:
-            optimizer.steps = 9  # as base prolongs its schedule
-        if i + 1 in save_at:
-            scale.save_state(path, i + 1, model, optimizer)
-    return weights_of(model)
-
-
-def test_a_kill_while_writing_leaves_the_state_before(tmp_path):
-    """From there a resumed run ends the same in every bit."""
-    expected = train_toy(tmp_path, 4, save_at=(1, 2))
-    assert os.listdir(tmp_path) == ["toy.state"]
-
-    def kill(_, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with patch("torch.save", kill), pytest.raises(KeyboardInterrupt):
-        train_toy(tmp_path, 4, save_at=(3,))
-    assert same(train_toy(tmp_path, 4, seed=1), expected)
-
-
 def test_a_resumed_optimizer_lets_go_of_the_file(tmp_path):
     """A file that is mapped keeps its room on the disk after it has been replaced."""
-    train_toy(tmp_path, 2, save_at=(2,))
     model = Toy()
-    optimizer = optimizer_of(model, "muon")
-    assert scale.load_state(tmp_path / "toy.state", model, optimizer) == 2
+    toy_step(model)
+    optimizer = optimizer_of(model, "muon")  # and AdamW, of the embedding and the norm
+    optimizer.step(0)
+    scale.save_state(tmp_path / "toy.state", 1, model, optimizer)
+    assert scale.load_state(tmp_path / "toy.state", model, optimizer) == 1
     maps = Path("/proc/self/maps")  # of Linux
     assert not maps.exists() or "toy.state" not in maps.read_text()
 
@@ -2407,7 +2310,6 @@ AROUND = {"prefix": [5, 6], "tail": [7, 8], "closing": [9], "suppress_tokens": [
 
 
 def model_case(model, items=MODEL_ITEMS, rationales=None):
-    """-> processor, prompts, their batch"""
     processor = tiny_processor(model.c)
     prompts = [processor(item) for item in items]
     return processor, prompts, P.collate(prompts, processor, rationales)
@@ -2609,7 +2511,6 @@ def test_model_compiled_equals_eager():
 
 BIAS = "model.visual.merger.norm.bias"
 WEIGHTS = "model.safetensors"
-TIES = ["tie_word_embeddings", "text_config.tie_word_embeddings"]
 
 
 def change_checkpoint(folder, config=None, without="$^", tensors=None, files=None):
@@ -2646,7 +2547,7 @@ def test_model_opens_embedding_checkpoints(folder, copied):
     want = M.load_model(folder)
     state = load_file(copied / WEIGHTS)
     save_file({n.removeprefix("model."): x for n, x in state.items()}, copied / WEIGHTS)
-    change_checkpoint(copied, dict.fromkeys(TIES, False))
+    change_checkpoint(copied, without="tie_word_embeddings")
     for _ in range(2):
         model = M.load_model(copied)
         assert model.c == replace(want.c, tie=False)
@@ -2676,21 +2577,15 @@ def test_model_ties_a_copy_of_the_embedding_and_keeps_a_head_that_differs(copied
         assert torch.equal(model.lm_head.weight, -want)
 
 
-def test_model_keeps_its_type_unless_another_is_given(copied):
-    state = load_file(copied / WEIGHTS)
-    change_checkpoint(copied, tensors={name: x.bfloat16() for name, x in state.items()})
-    assert M.load_model(copied).dtype == torch.bfloat16
-    assert M.load_model(copied, torch.float32).dtype == torch.float32
-
-
 def test_model_save_leaves_exactly_what_was_saved(tmp_path):
     shards = ("model.safetensors.index.json", "model-00001-of-00002.safetensors")
     for name in (*shards, "adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("{}")
-    model = tiny_model(8)
+    model = tiny_model(8).bfloat16()  # which it stays unless another type is given
     M.save_model(model, tmp_path, 1, 2)
     assert set(os.listdir(tmp_path)) == {"config.json", "generation_config.json", WEIGHTS}
     assert same(model.state_dict(), M.load_model(tmp_path).state_dict())
+    assert M.load_model(tmp_path, torch.float32).dtype == torch.float32
 
 
 def test_model_json_is_json_or_not_written(tmp_path):
@@ -2708,7 +2603,7 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete file"),
     ({"files": {WEIGHTS: None}}, "model.safetensors: not a complete file"),
     ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
-    ({"files": {"config.json": "{"}}, "config.json: not valid JSON"),
+    ({"files": {"config.json": "[" * 20_000}}, "config.json: not valid JSON .*recursion"),
     ({"without": "hidden_size"}, "config.json: text_config.hidden_size is missing"),
     ({"config": {"model_type": "qwen3_vl_moe"}}, "config.json: model_type is .*, this code imple"),
     ({"config": {"text_config.rope_parameters.rope_type": "yarn"}}, "rope_type is 'yarn', this"),
@@ -2780,9 +2675,8 @@ def test_processor_collate_by_hand():
     """The table in the docstring of lay_out, beside a longer prompt without a rationale."""
     processor = tiny_processor()
     eos = processor.eos_id
-    prompts = []
-    for ids in ([7, 8], [7, 8, 9]):
-        prompts.append({"ids": np.array(ids), "pixel_values": [], "image_grid": []})
+    no_image = {"pixel_values": [], "image_grid": []}
+    prompts = [no_image | {"ids": np.array(ids)} for ids in ([7, 8], [7, 8, 9])]
     batch = P.collate(prompts, processor, [[[1, 2, eos]], []])
     assert batch["ids"].tolist() == [[7, 8, eos, 1, 2, eos], [7, 8, 9, eos, eos, eos]]
     assert batch["branch"].tolist() == [[0, 0, 1, 2, 2, 2], [0, 0, 0, 1, -1, -1]]
@@ -3085,20 +2979,17 @@ def test_processor_refuses_other_tokenizers(change):
         P.Tokenizer(tiny_tokenizer().spec | change)
 
 
-BAD_SETTINGS = [
-    ({"max_frames": 2.5}, "^max_frames=2.5: expected a whole number"),
-    ({"fps": 0}, "^fps=0: expected a finite number"),
-    ({"min_pixels": 9, "max_pixels": 1023}, "max >= 1024"),
-    ({"frame_max_pixels": 1000}, "expected min <= max"),
-    ({"config": tiny_config(vocab=9)}, "ids, the model 9"),
-    ({"config": tiny_config(image_token=3)}, "markers of images: .* the model .*: 3,"),
-]
-
-
-@pytest.mark.parametrize("settings, message", BAD_SETTINGS)
-def test_processor_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_processor(**settings)
+def test_processor_bad_settings():
+    for settings, message in (
+        ({"max_frames": 2.5}, "^max_frames=2.5: expected a whole number"),
+        ({"fps": 0}, "^fps=0: expected a finite number"),
+        ({"min_pixels": 9, "max_pixels": 1023}, "max >= 1024"),
+        ({"frame_max_pixels": 1000}, "expected min <= max"),
+        ({"config": tiny_config(vocab=9)}, "ids, the model 9"),
+        ({"config": tiny_config(image_token=3)}, "markers of images: .* the model .*: 3,"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_processor(**settings)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3109,7 +3000,6 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
 IMG = "<|image_1|>"
 TRAIN_HUB, V2 = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-V2"
-VIDEOS = f"{V2}/video-tasks/frames"
 
 
 def write_table(path, rows):
@@ -3214,7 +3104,7 @@ TALK = {"video": "v", "conversations": CHAT}
 SEEN = "Find a video that contains the following visual content: A cat."
 SHOW = "Understand the content of the provided video: "
 ABOUT = "Answer a question based on the content of a video. \nDescribe."
-# fmt: off
+VISRAG = {"query": "x", "image": "a.png"}
 TRAINING = [
     ("mmeb", pair(f"{IMG}\nWhat?\n", "a.png"), ("\nWhat?\n", A), ("a",)),
     ("mmeb", pair(f"In {IMG}, what?"), ("In , what?",), ("a",)),  # in the sentence, without image
@@ -3222,14 +3112,12 @@ TRAINING = [
     ("mmeb", pair(None, "a.png"), (A,), ("a",)),
     ("mmeb", pair("q", ["a.png", "b.png"]), ("q", A, B), ("a",)),
     ("page_qa", {"query": "what?", "image": "a.png", "answer": "it"}, (" what?", A), ("it",)),
-    ("page", {"query": "x", "image": "a.png", "source": "?"}, ("x ",), (" ", A)),
-    ("page", {"query": "x", "image": "a.png", "source": "PlotQA"}, (f"{PLOT[0]}  x ",),
-     (f"{PLOT[1]}  ", A)),
+    ("page", VISRAG | {"source": "?"}, ("x ",), (" ", A)),
+    ("page", VISRAG | {"source": "PlotQA"}, (f"{PLOT[0]}  x ",), (f"{PLOT[1]}  ", A)),
     ("video_caption", TALK, ("\nDescribe.", V), ("A cat.",)),
     ("video_retrieval", TALK, (SEEN,), (SHOW, V)),
     ("video_qa", TALK, (ABOUT, V), ("A cat.",)),
 ]
-# fmt: on
 
 
 def shape(item, root):
@@ -3352,8 +3240,9 @@ def test_data_test_strings(tmp_path, case):
     assert es.query_ids == ["d/0"] and es.rows == 1
 
 
-def test_data_videos_are_8_frames(tmp_path):
-    """At np.linspace(0, last, 8); fewer are taken as they are, MomentSeeker takes all (11)."""
+def test_data_videos_are_8_frames(tmp_path, capsys):
+    """At np.linspace(0, last, 8); fewer are taken as they are, MomentSeeker takes all (11). --check
+    opens all: a broken frame between the 8 is found, which does not stop a run."""
     root = write_root(tmp_path, "eval", [CLIP], parser="video_ret", modality="video")
     frames = data.load_eval(root, "d").candidates[0]["video"]["frames"]
     taken = [f"frame_{i:04d}.jpg" for i in (1, 2, 3, 5, 6, 8, 9, 11)]
@@ -3361,6 +3250,9 @@ def test_data_videos_are_8_frames(tmp_path):
     es = data.load_eval(root, "d", frames=64)
     assert len(es.candidates[0]["video"]["frames"]) == 11
     assert es.protocol == "64 frames, vlm2vec prompts"
+    (tmp_path / "w.x/frame_0004.jpg").write_bytes(b"")
+    assert data.check(root) == 1 and "frame_0004.jpg" in capsys.readouterr().out
+    assert len(data.load_eval(root, "d").queries) == 1
     root = write_root(tmp_path, "eval", [SEEK], parser="momentseeker")
     assert len(data.load_eval(root, "d").candidates[0]["video"]["frames"]) == 11
 
@@ -3411,23 +3303,20 @@ RET = {"video_id": "v", "videoID": "v", "id": "v", "sentence": "c"}
 RET |= {"caption": ["c"], "enCap": ["c"]}
 MIRROR, ZIYAN = f"{V2}/video-tasks/data", "data/ziyan/video_retrieval"
 INSTRUCT = "ziyjiang/MMEB_Test_Instruct/ImageNet-A/test-00000-of-00001.parquet"
-# fmt: off
+STA = {"query": "q", "video_path": "x/v.mp4"}
 DATA_LAYOUTS = [
-    ("ImageNet-A", INSTRUCT, SHOT, f"{V2}/image-tasks/a.png"),
-    ("K700", "VLM2Vec/Kinetics-700/data/test-0.parquet", FLIP, f"{VIDEOS}/video_cls/K700/v"),
-    ("K700", f"{MIRROR}/k700.jsonl", FLIP, f"{VIDEOS}/K700/v"),
-    ("SmthSmthV2", f"{MIRROR}/ssv2.jsonl", FLIP, f"{VIDEOS}/video_cls/SSv2/v"),
-    ("NExTQA", "VLM2Vec/NExTQA/MC/test-0.parquet", NEXT, f"{VIDEOS}/video_qa/NExTQA/v"),
-    ("EgoSchema", "VLM2Vec/EgoSchema/Subset/test-0.parquet", EGO, f"{VIDEOS}/video_qa/egoschema/v"),
-    ("Video-MME", "VLM2Vec/Video-MME/videomme/test-0.parquet", MME,
-     f"{VIDEOS}/video_qa/video_qa/Video-MME/v"),
-    ("MSR-VTT", "VLM2Vec/MSR-VTT/msrvtt_test_1k.json", RET,
-     f"{VIDEOS}/video_ret/{ZIYAN}/MSR-VTT/frames/v"),
-    ("MSVD", "VLM2Vec/MSVD/msvd_test.json", RET, f"{VIDEOS}/{ZIYAN}/MSVD/frames/v"),
-    ("VATEX", "VLM2Vec/VATEX/vatex_test/test-0.parquet", RET, f"{VIDEOS}/video_ret/VATEX/v"),
-    ("YouCook2", "lmms-lab/YouCook2/data/val-0.parquet", RET, f"{VIDEOS}/YouCook2/v"),
-    ("Charades-STA", f"{MIRROR}/charades_sta.jsonl", {"query": "q", "video_path": "x/v.mp4"},
-     f"{VIDEOS}/video_mret/Charades_STA/v"),
+    ("ImageNet-A", INSTRUCT, SHOT, "a.png"),
+    ("K700", "VLM2Vec/Kinetics-700/data/test-0.parquet", FLIP, "video_cls/K700"),
+    ("K700", f"{MIRROR}/k700.jsonl", FLIP, "K700"),
+    ("SmthSmthV2", f"{MIRROR}/ssv2.jsonl", FLIP, "video_cls/SSv2"),
+    ("NExTQA", "VLM2Vec/NExTQA/MC/test-0.parquet", NEXT, "video_qa/NExTQA"),
+    ("EgoSchema", "VLM2Vec/EgoSchema/Subset/test-0.parquet", EGO, "video_qa/egoschema"),
+    ("Video-MME", "VLM2Vec/Video-MME/videomme/test-0.parquet", MME, "video_qa/video_qa/Video-MME"),
+    ("MSR-VTT", "VLM2Vec/MSR-VTT/msrvtt_test_1k.json", RET, f"video_ret/{ZIYAN}/MSR-VTT/frames"),
+    ("MSVD", "VLM2Vec/MSVD/msvd_test.json", RET, f"{ZIYAN}/MSVD/frames"),
+    ("VATEX", "VLM2Vec/VATEX/vatex_test/test-0.parquet", RET, "video_ret/VATEX"),
+    ("YouCook2", "lmms-lab/YouCook2/data/val-0.parquet", RET, "YouCook2"),
+    ("Charades-STA", f"{MIRROR}/charades_sta.jsonl", STA, "video_mret/Charades_STA"),
 ]
 PAGES = [
     (f"{V2}/visdoc-tasks/data/tatdqa_test_beir", "{part}/{split}-0"),
@@ -3436,7 +3325,6 @@ PAGES = [
     ("vidore/tatdqa_test_beir", "{part}-{split}"),
     ("vidore/tatdqa_test_beir", "{part}"),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("name, file, row, media", DATA_LAYOUTS)
@@ -3447,15 +3335,16 @@ def test_data_published_layouts(tmp_path, name, file, row, media):
     write_table(f"{root}/{file}", [row])
     open(f"{root}/{folder}/._{base}", "w").close()
     if media.endswith(".png"):
-        write_image(f"{root}/{media}")
+        media = write_image(f"{root}/{V2}/image-tasks/{media}")
     else:
+        media = f"{root}/{V2}/video-tasks/frames/{media}/v"
         for clip in ("", "/query", "/positive"):
-            write_frames(f"{root}/{media}{clip}", 3)
-        open(f"{root}/{media}/._frame_1.jpg", "w").close()
+            write_frames(media + clip, 3)
+        open(f"{media}/._frame_1.jpg", "w").close()
     es = data.load_eval(root, name)
     assert es.rows == len(es.queries) == 1
     refs = [ref for item in es.queries + es.candidates for ref in data.refs(item)]
-    assert refs and all(ref.startswith(f"{root}/{media}") for ref in refs)
+    assert refs and all(ref.startswith(media) for ref in refs)
 
 
 @pytest.mark.parametrize("hub, file", PAGES)
@@ -3549,14 +3438,8 @@ CELLS = [  # an image column as writers leave it: type and cell; how many images
 def test_data_image_columns_as_other_writers_leave_them(tmp_path, column, value, want):
     root, path = str(tmp_path), str(tmp_path / "a.png")
     Path(path).write_bytes(RED_PNG)
-    table = pa.table(
-        {
-            "qry": ["q"],
-            "qry_image_path": pa.array([value], column),
-            "pos_text": ["a"],
-            "pos_image_path": [""],
-        }
-    )
+    texts = {name: [text] for name, text in pair().items()}
+    table = pa.table(texts | {"qry_image_path": pa.array([value], column)})
     for kind in ("train", "test"):
         pq.write_table(table, tmp_path / f"{kind}.parquet")
     got = data.train_sets(root).pair(0, 0)
@@ -3661,29 +3544,20 @@ def new(mode, color, **info):
     return image
 
 
-WHITE, RED, HALF = (255, 255, 255), (255, 0, 0), (127, 127, 127)
-IMAGES = [  # an image, what a viewer shows of its first pixel; None: refused
-    (new("LA", (0, 128)), HALF),
-    (new("RGBA", (0, 0, 0, 0)), WHITE),
-    (new("PA", (0, 0)), WHITE),
-    (new("P", 0, transparency=0), WHITE),
-    (new("RGB", RED, transparency=RED), WHITE),
-    (new("CMYK", (0, 255, 255, 0)), RED),
-    (new("I;16", 32768), HALF),
-    (new("I", 200), None),
-    (new("F", 0.5), None),
-]
-
-
-@pytest.mark.parametrize("image, pixel", IMAGES, ids=[image.mode for image, _ in IMAGES])
-def test_data_every_mode_is_shown_as_a_viewer_would_or_refused(image, pixel):
-    if pixel is None:
-        with pytest.raises(BadData, match="^image: "):
-            load_image(image)
-    else:
+def test_data_every_mode_is_shown_as_a_viewer_would():
+    white, red, half = (255, 255, 255), (255, 0, 0), (127, 127, 127)
+    for image, pixel in (  # what is shown of its first pixel
+        (new("LA", (0, 128)), half),
+        (new("RGBA", (0, 0, 0, 0)), white),
+        (new("PA", (0, 0)), white),
+        (new("P", 0, transparency=0), white),
+        (new("RGB", red, transparency=red), white),
+        (new("CMYK", (0, 255, 255, 0)), red),
+        (new("I;16", 32768), half),
+    ):
         assert load_image(image).mode == "RGB"
         got = load_image(image).getpixel((0, 0))
-        assert max(abs(a - b) for a, b in zip(got, pixel)) <= 1
+        assert max(abs(a - b) for a, b in zip(got, pixel)) <= 1, image.mode
 
 
 def test_data_images_in_files(tmp_path):
@@ -3700,6 +3574,9 @@ def test_data_images_in_files(tmp_path):
 BAD_IMAGES = [  # bytes of x.png, or a reference; what the message has
     (png(size=(99, 99))[:60], "x.png: cannot be read as an image .*truncated"),
     (b"", "x.png: cannot be read as an image"),
+    (b"P6 30000 30000 255\n", "x.png: cannot be read as an image .* bomb"),
+    (new("I", 200), "^image: .*mode I: expected grey levels"),
+    (new("F", 0.5), "^image: .*mode F: expected grey levels"),
     (Image.new("RGB", (3, 900)), "3x900 pixels: expected sides .* no more than 200 to 1"),
     (np.zeros((9, 9, 3), np.uint8), "^image: a path, bytes or a PIL image .* got a ndarray"),
 ]
@@ -3715,19 +3592,12 @@ def test_data_bad_images_are_named(tmp_path, ref, message):
     assert "\n" not in str(error.value)
 
 
-def test_data_a_decompression_bomb_is_named(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
-    with pytest.raises(BadData, match="^image: cannot be read .* bomb"):
-        load_image(png())
-
-
 # Bad input: (parser, row 1, what is said of it). Row 0 is sound; row 1 is a line of bytes, or what
 # differs from row 0.
 
 SOUND = pair("q", "a.png")
 ROW_0 = {"mmeb": SOUND, "pairs": SOUND, "video_qa": TALK, "image_cls": ASK, "image_t2i": FIND}
 ROW_0 |= {"video_cls": CLS, "videomme": MME, "momentseeker": SEEK}
-# fmt: off
 BAD_ROWS = [
     ("mmeb", b"{oops", "Expecting property name"),
     ("mmeb", b"[1]", "'list' object has no attribute"),
@@ -3753,7 +3623,6 @@ BAD_ROWS = [
     ("pairs", pair("", pos_text="b"), "a side: is empty"),
     ("pairs", pair("q", "empty.png"), ".*empty.png: cannot be read as an image"),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("parser, bad, message", BAD_ROWS, ids=range(len(BAD_ROWS)))
@@ -3808,14 +3677,14 @@ def test_data_bad_listings_are_named(tmp_path, listing, message):
         data.train_sets(str(tmp_path))
 
 
-def test_data_a_format_that_is_not_read_is_missing(tmp_path, capsys):
-    root = write_root(tmp_path, "eval", [SOUND], file="t.csv")
-    assert data.check(root) == 2
-    assert "looked for t.csv (.parquet, .jsonl, .json are read)" in capsys.readouterr().out
+def test_data_a_format_that_is_not_read_is_missing(command, tmp_path):
+    root = write_root(tmp_path / "root", "eval", [SOUND], file="t.csv")
+    code, printed = command("data.py", "--check", root)
+    assert code == 2 and not printed.err
+    assert "looked for t.csv (.parquet, .jsonl, .json are read)" in printed.out
 
 
 EMPTY = {"corpus-id": 6, "image": {"bytes": b"no image", "path": ""}}
-# fmt: off
 PAGE_FAULTS = [  # corpus, ids of queries, the relevant page; what is said, usable queries
     (pages(5, 5), [1], 5, "corpus row 1: column corpus-id: '5' occurs twice", 1),
     ([*pages(5), EMPTY], [1], 5, "corpus row 1: .* row 1 column image: cannot be read", 1),
@@ -3823,7 +3692,6 @@ PAGE_FAULTS = [  # corpus, ids of queries, the relevant page; what is said, usab
     (pages(5), [1, 2], 5, "queries row 1: query: it has no positive", 1),
     (pages(5), [1], 6, "qrels row 0: column corpus-id: '6' names no document", 0),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("corpus, ids, relevant, message, usable", PAGE_FAULTS)
@@ -3867,21 +3735,6 @@ def test_data_check_says_found_missing_and_broken(tmp_path, capsys):
     assert re.search("^found    train CIRR +30 of +26116 rows, 30 usable$", out, re.M)
 
 
-def test_data_check_opens_every_frame(tmp_path, capsys):
-    """A run takes 8, with frames=64 all of these: a broken frame between the 8 is found."""
-    root = write_root(tmp_path, "eval", [CLIP], parser="video_ret")
-    (tmp_path / "w.x/frame_0004.jpg").write_bytes(b"")
-    assert data.check(root) == 1 and "frame_0004.jpg" in capsys.readouterr().out
-    assert len(data.load_eval(root, "d").queries) == 1
-
-
-def test_data_command_line(command, tmp_path):
-    root = write_root(tmp_path / "root", "train", [SOUND, pair("q", "gone.png")])
-    code, printed = command("data.py", "--check", root)
-    assert code == 1 and not printed.err
-    assert "d/1: image 'gone.png': missing" in printed.out
-
-
 # --------------------------------------------------------------------------------------------------
 # eval.py: metrics, ranks and modes
 
@@ -3920,9 +3773,11 @@ def test_metrics_of_a_worked_example():
 
 @pytest.mark.parametrize("budget", [12, 12 * 7, 1 << 20, None])  # None: a corpus for each query
 def test_rank_equals_sorting_however_the_corpus_is_cut(budget, monkeypatch):
-    """The definition: by score, of equal ones the wrong first, then the lower grade."""
+    """The definition: by score, of equal ones the wrong first, then the lower grade. At a time
+    there are as many scores as the budget has: memory does not grow with the corpus."""
     monkeypatch.setattr(evaluation, "BUDGET", budget)
     monkeypatch.setattr(evaluation, "TOP", 20)
+    monkeypatch.setattr(evaluation, "grid_scores", spy := Mock(wraps=evaluation.grid_scores))
     rng = np.random.default_rng(0)
     q = rng.integers(-2, 3, (12, 3)).astype(np.float32)
     c = rng.integers(-2, 3, (57, 3)).astype(np.float32)  # small integers: many ties
@@ -3932,6 +3787,8 @@ def test_rank_equals_sorting_however_the_corpus_is_cut(budget, monkeypatch):
     if budget is None:
         local = [rng.permutation(57)[:30].tolist() + p for p in positives]
     ranks, top = evaluation.rank_candidates(q, c, positives, grades, local)
+    most = max(len(call.args[1]) for call in spy.mock_calls)  # of all candidates
+    assert budget is None or most <= max(budget // 12, 4)  # a query has at most 4 positives
     for i, right in enumerate(positives):
         members = range(57)
         if local:
@@ -3957,31 +3814,13 @@ def test_ties_count_against_the_model_and_nan_is_refused(monkeypatch):
         evaluation.rank_candidates(q, c, [[0], [1], [3]])
 
 
-def test_memory_does_not_grow_with_the_corpus(monkeypatch):
-    monkeypatch.setattr(evaluation, "BUDGET", 20000)
-    grid_scores = Mock(side_effect=evaluation.grid_scores)
-    monkeypatch.setattr(evaluation, "grid_scores", grid_scores)
-    corpus = np.random.default_rng(0).standard_normal((40000, 16))
-    corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
-    ranks, _ = evaluation.rank_candidates(corpus[:20], corpus, [[i] for i in range(20)])
-    assert np.concatenate(ranks).tolist() == [1] * 20
-    assert max(len(call.args[1]) for call in grid_scores.call_args_list) == 1000
-
-
 def make_records(ms_never, ms_always, *queries):
+    """queries: of each never, always, p_reason, new_tokens."""
     records = []
-    for i, (never, always, p_reason, new_tokens) in enumerate(queries):
-        record = {
-            "id": str(i),
-            "never": never,
-            "always": always,
-            "p_reason": p_reason,
-            "reasoned": p_reason > 0.5,
-            "new_tokens": new_tokens,
-            "ms_never": ms_never,
-            "ms_always": ms_always,
-        }
-        records.append(record)
+    for i, query in enumerate(queries):
+        record = dict(zip(("never", "always", "p_reason", "new_tokens"), query))
+        record |= {"id": str(i), "reasoned": record["p_reason"] > 0.5}
+        records.append(record | {"ms_never": ms_never, "ms_always": ms_always})
     return records
 
 
@@ -4049,8 +3888,7 @@ def test_the_overall_is_a_mean_over_datasets():
 
 def test_the_leaderboards_file(tmp_path):
     page = {"ndcg_linear@5": 0.5}
-    (tmp_path / "visdoc").mkdir()
-    write_json(tmp_path / "visdoc/ViDoSeek-page_score.json", page)
+    write_table(f"{tmp_path}/visdoc/ViDoSeek-page_score.json", page)
     board = evaluation.leaderboard(tmp_path, data.expand(data.MMEB["eval"]))
     got = board["metrics"]
     assert [len(got[kind]) for kind in ("image", "video", "visdoc")] == [36, 18, 24]
@@ -4101,8 +3939,7 @@ def first_root(tmp_path_factory):
         rows = []
         for i in range(5):
             make_image(8, 8, i).save(root / f"{i}.png")
-            query = {"qry": f"{name} {i} </script>", "qry_image_path": f"{i}.png"}
-            rows.append({**query, "pos_text": f"answer {i}", "pos_image_path": ""})
+            rows.append(pair(f"{name} {i} </script>", f"{i}.png", pos_text=f"answer {i}"))
         M.write_rows(root / f"{name}.jsonl", rows)
         sets.append({"name": name, "table": f"{name}.jsonl"})
     absent = {"name": "absent", "table": "absent.jsonl", "modality": "video"}
@@ -4191,8 +4028,7 @@ def test_a_broken_row_stops_the_run_with_one_line(root, tmp_path):
     os.truncate(f"{root}/3.png", 45)
     with pytest.raises(BadData, match=r"^easy query easy/3: .*3\.png"):
         evaluation.evaluate(Fake(), root, str(tmp_path / "out"))
-    row = {"qry": "hard 1", "qry_image_path": "", "pos_text": "a", "pos_image_path": "3.png"}
-    M.write_rows(f"{root}/hard.jsonl", [row])
+    M.write_rows(f"{root}/hard.jsonl", [pair("hard 1", pos_image_path="3.png")])
     with pytest.raises(BadData, match=r"^hard candidate first met at hard/0: .*3\.png"):
         evaluation.evaluate(Fake(), root, str(tmp_path / "out"), ["hard"])
 
@@ -4202,9 +4038,8 @@ def test_eval_hands_its_options_over(monkeypatch, tmp_path, first_root, ours, th
     """The decision of a checkpoint that is not ours means nothing: it never reasons."""
     monkeypatch.chdir(tmp_path)
     embedder = SimpleNamespace(processor=SimpleNamespace(trained_here=ours))
-    opened = Mock(return_value=embedder)
+    monkeypatch.setattr(Embedder, "from_pretrained", opened := Mock(return_value=embedder))
     evaluate = Mock(return_value=collections.defaultdict(dict))
-    monkeypatch.setattr(Embedder, "from_pretrained", opened)
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     line = "--model a/m --revision r --out o --tasks easy,hard --reason never --threshold 0.2"
     evaluation.main(["--data", first_root, *line.split(), "--dim", "8", "--limit", "3"])
@@ -4222,6 +4057,7 @@ MISTAKES = [  # program, options, what is said
     ("eval.py", "--threshold inf", "--threshold inf"),
     ("eval.py", "--data nowhere", "nowhere"),
     ("eval.py", "--tasks nothing", "no dataset 'nothing'"),
+    ("pocket.py", "--out new --seed -1", "--seed is less than 0"),
     ("study.py", "--out out --seeds 1 -1", "--seed -1: expected a number, at least 0"),
     ("bench.py", "--device cuda:9", "cuda:9"),
     ("bench.py", "--device cpu --out nowhere/x.json", "nowhere/x.json"),
@@ -4234,9 +4070,8 @@ def test_a_mistake_is_one_line(program, options, says, first_root, command, tmp_
     monkeypatch.chdir(tmp_path)
     needed = ["--model", "m", "--data", first_root, "--out", "out"] if program == "eval.py" else []
     code, printed = command(program, *needed, *options.split())
-    said = printed.err or code
-    assert says in said
-    assert "\n" not in said.strip()
+    said = (printed.err or code).strip()
+    assert says in said and "\n" not in said
     assert not os.listdir(tmp_path)
 
 
@@ -4333,21 +4168,17 @@ def test_a_damaged_file_is_named(first_root, run, name):
     assert "\n" not in str(stop.value)
 
 
-def test_queries_of_other_data_are_refused(root, run):
-    """Fewer, or with other answers."""
+def test_queries_of_other_data_or_another_evaluation_are_refused(root, run):
+    """Fewer, or with other answers; or eval.py has written into the run's eval/ since."""
     rows = json_rows(root, "easy.jsonl")
     other = [row | {"pos_text": "another " + row["pos_text"]} for row in rows]
     for edited in (rows[:1], other):
         M.write_rows(f"{root}/easy.jsonl", edited)
         with pytest.raises(ValueError, match="its easy has other queries"):
             report.write_report(run, root)
-
-
-def test_another_evaluation_is_refused(first_root, run):
-    """eval.py has written into the run's eval/ since."""
     write_json(run / "eval" / "summary.json", {"mode": "never"})
     with pytest.raises(ValueError, match="of different evaluations"):
-        report.write_report(run, first_root)
+        report.write_report(run, root)
 
 
 def test_few_queries_prove_nothing():
@@ -4356,13 +4187,11 @@ def test_few_queries_prove_nothing():
     assert word == "is level with" and "± 1.000" in numbers
 
 
-@pytest.mark.parametrize(
-    "more, word, oracle, decision",
-    [
-        (0.5, "loses to", 0.9, "adaptive went 42% of that way"),
-        (-0.5, "beats", 0.5, "there was nothing to decide"),
-    ],
-)
+LOST = 0.5, "loses to", 0.9, "adaptive went 42% of that way"
+WON = -0.5, "beats", 0.5, "there was nothing to decide"
+
+
+@pytest.mark.parametrize("more, word, oracle, decision", [LOST, WON])
 def test_the_verdict_goes_every_way(more, word, oracle, decision):
     """Adaptive against never: two thirds of the queries are won, one is lost, in two datasets."""
     records = 4 * [{"never": x, "adaptive": 1 - x, "always": 1 - x + more} for x in (0, 1, 0)]
@@ -4431,11 +4260,6 @@ def test_committed_results_have_the_default_options():
     assert options == dataclasses.asdict(train.parse([]))
 
 
-def test_brackets_without_end_are_no_json():
-    with pytest.raises(ValueError, match="^x line 7: not valid JSON .*recursion"):
-        M.parse_json("[" * 20_000, "x line 7")
-
-
 # The pocket world
 
 
@@ -4465,12 +4289,6 @@ def test_a_world_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pocket, "draw_digits", lambda n, rng: [1] * n)
     with pytest.raises(ValueError, match="PocketTopic has no 600 different pairs"):
         pocket.write_world(str(tmp_path), 0, 400, 200, names=["PocketTopic"])
-
-
-def test_a_world_of_a_negative_seed_is_refused(command, tmp_path):
-    code, said = command("pocket.py", "--out", tmp_path / "new", "--seed", -1)
-    assert code == 2 and "--seed is less than 0" in said.err
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_family_with_many_wrong_answers_has_its_own_alone(tmp_path):
@@ -4529,16 +4347,6 @@ def test_four_tries_err_independently():
     assert authors == 4 * ["careful"] + ["captioner", "sloppy", "parrot"]
 
 
-def test_truth_of_the_pocket_world(tmp_path):
-    """Two steps or more and every statement right: it helps. One step: nobody can say."""
-    pairs = {n: {"steps": n, "rationale": "right"} for n in range(4)}
-    write_json(tmp_path / "pocket.json", {"train": pairs})
-    helps = selection.pocket_truth(tmp_path)
-    for n, helpful in enumerate((False, None, True, True)):
-        assert helps({"id": str(n), "text": "right"}) is helpful
-    assert helps({"id": "3", "text": "wrong"}) is False
-
-
 def test_pretraining_reads_a_document_as_one_text():
     """Its branch continues the prompt: the direct <|endoftext|> between them is not seen."""
     model, processor = pretrain.new_model(0)
@@ -4574,12 +4382,10 @@ def write_report(folder, score, seed):
         "selection": {"precision": 0.5, "recall": 0.25 * seed, "placebo_accepted": 0.0},
         "curve": [{"tokens_per_query": 3.0 * seed, "overall": score}],
     }
-    records = []
-    for p_reason, gain in ((0.2, 0.0), (0.95, 1.0), (1.0, 1.0)):
-        records.append({"p_reason": p_reason, "never": 0.0, "always": gain})
-    (folder / "eval" / "image").mkdir(parents=True)
+    gains = ((0.2, 0.0), (0.95, 1.0), (1.0, 1.0))
+    records = [{"p_reason": p, "never": 0.0, "always": gain} for p, gain in gains]
+    write_table(f"{folder}/eval/image/PocketWalk_queries.jsonl", records)
     write_json(folder / "report.json", report)
-    M.write_rows(folder / "eval" / "image" / "PocketWalk_queries.jsonl", records)
 
 
 # Full is 0.91 and 0.92: 0.915 ± t(0.975, 1) * 0.005, and t(0.975, 1) is 12.7. Never, which has one
@@ -4624,8 +4430,7 @@ def test_study_shares_judgements_where_only_the_rule_differs(name, tmp_path, mon
 
 
 def test_study_never_mixes_runs_of_different_options(tmp_path):
-    (tmp_path / "seed1" / "full").mkdir(parents=True)
     for name in ("report.json", "config.json"):
-        write_json(tmp_path / "seed1" / "full" / name, {"scale": 1.0, "seed": 9, "out": "x"})
+        write_table(f"{tmp_path}/seed1/full/{name}", {"scale": 1.0, "seed": 9, "out": "x"})
     with pytest.raises(ValueError, match="full: a run of --scale 1.0, not 0.5"):
         study.run_variant(train.Config(scale=0.5), "full", 2, tmp_path)
