@@ -181,7 +181,7 @@ def load_image(ref):
     if not isinstance(ref, (str, os.PathLike, bytes, TableImage, Image.Image)):
         wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
         raise BadData("image", f"{wanted} is wanted, got {short(ref)}")
-    name = "image" if isinstance(ref, (bytes, Image.Image)) else str(ref)  # for messages
+    name = "image" if isinstance(ref, (bytes, Image.Image)) else str(ref)[:200]  # for messages
     try:
         if isinstance(ref, Image.Image):
             image = ref
@@ -195,7 +195,7 @@ def load_image(ref):
             raise ValueError(f"{size}: expected sides that differ by no more than 200 to 1")
         return to_rgb(image)
     except Exception as error:  # Pillow raises nearly anything at mutilated bytes
-        raise BadData(name, f"cannot be read as an image ({error})") from error
+        raise BadData(name, f"cannot be read as an image ({str(error)[:200]})") from error
 
 
 def image_bytes(ref):
@@ -888,6 +888,8 @@ class EvalSet(Files):
         video = None if clip is None else self.clip(clip)
         if self.prompts == "qwen":
             inst = inst.strip().removesuffix("Question:").strip()  # that ends the prompt of V-QA
+            if self.modality != "image" and inst.endswith(":"):
+                inst = inst[:-1] + "."
             return make_item(content, image, video, inst)
         if full is None:
             full = inst if content is None else f"{inst} {content}"
@@ -1034,6 +1036,10 @@ def video_qa(es, row):
     if answer not in names:
         raise BadData("column answer", f"{answer!r} is not among {', '.join(names)}")
     lettered = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)]  # "(A) Apples."
+    with_letters = ["mvbench"]  # candidates are "(A) Apples." here
+    if es.prompts == "qwen":  # Qwen3-VL-Embedding @ 8ce3aab
+        form = form.replace("{question}{words}", "{question} {words}")
+        with_letters = ["mvbench", "nextqa"]
     question = form.format(
         question=cell(row, "question"),
         lines="\n".join(options),
@@ -1041,7 +1047,7 @@ def video_qa(es, row):
         lettered="\n".join(lettered).rstrip(),
     )
     cands = []
-    for key in lettered if es.parser == "mvbench" else options:
+    for key in lettered if es.parser in with_letters else options:
         text = key
         if es.parser in ("videomme", "egoschema"):  # "C. Berries." -> "Berries"
             text = (key.partition(". ")[2] or key).strip(". ")

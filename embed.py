@@ -480,7 +480,9 @@ class Embedder:
         require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens, dim=dim)
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
         require(not math.isnan(threshold), "threshold", threshold, "a number")
-        require(temperature >= 0, "temperature", temperature, "a number from 0 on")
+        require(0 <= temperature < math.inf, "temperature", temperature, "a number from 0 on")
+        if hasattr(items, "columns"):  # pandas would iterate over their names
+            raise ValueError("items: a table, expected a list of its rows, as dicts")
 
         if reason == "auto" and not (has_head and self.processor.trained_here):
             why = "this checkpoint never learnt to decide: it embeds directly"
@@ -701,6 +703,8 @@ def run(options):
     if not is_usable or facts.resolve() == source.resolve():
         expected = "a .npy file, in a folder to write to, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
+    if facts.exists() and not output.exists():  # of an earlier run both are there
+        raise ValueError(f"--output {output}: {facts} is there, and would be overwritten")
     items = read_items(source)
     if not items:
         raise ValueError(f"{source}: no items")

@@ -903,7 +903,10 @@ def load_model(folder, dtype=None, device="cpu"):
     files = ["model.safetensors"]
     index = Path(folder, "model.safetensors.index.json")
     if index.exists() and not Path(folder, files[0]).exists():  # in shards, which an index names
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        try:
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: no weight_map of tensors to files") from None
     state = {}
     for file in files:
         try:

@@ -230,6 +230,9 @@ class Processor:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_number("whole", max_frames=self.max_frames, max_length=self.max_length)
         require_number("finite", fps=self.fps)
+        self.max_frames = int(self.max_frames)  # what JSON can hold; numpy's cannot be saved
+        self.max_length = int(self.max_length)
+        self.fps = float(self.fps)
         special = self.tokenizer.special
         size = self.tokenizer.size
         vocab = self.config.vocab
@@ -495,9 +498,9 @@ def content_of(item):
             clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     parts += [{"image": image} for image in listed(item.get("image"))]
-    texts = listed(item.get("text"))
-    if not parts and all(text is None or isinstance(text, str) and not text for text in texts):
-        texts = ["NULL"]  # Qwen3-VL-Embedding's word for an empty item
+    texts = [text for text in listed(item.get("text")) if text is not None]
+    if not parts and not texts:
+        texts = ["NULL"]  # Qwen3-VL-Embedding's word for nothing; "" is an empty turn
     return parts + [{"text": text} for text in texts]
 
 

@@ -998,8 +998,11 @@ def test_encode_generates_as_it_is_told():
     seeded = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     a, b, c = (e.encode("a", reason="always", temperature=2.0, generator=g) for g in seeded)
     assert np.array_equal(a, b) and not np.array_equal(a, c)
-    with pytest.raises(ValueError, match="temperature=-1: expected a number from 0 on"):
-        e.encode("a", temperature=-1)
+    for wrong in (-1, math.inf):
+        with pytest.raises(ValueError, match=f"temperature={wrong}: expected a number from 0 on"):
+            e.encode("a", temperature=wrong)
+    with pytest.raises(ValueError, match="items: a table, expected a list of its rows, as dicts"):
+        e.encode(pa.table({"text": ["a", "b"]}))
 
 
 def test_a_model_that_never_learnt_to_decide_embeds_directly():
@@ -1121,6 +1124,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder to"),
     (b'"a"', "--output v.txt", "v.txt: expected a .npy file"),
     (b'"a"', "--output IN/in.npy", "in.npy: .* not named like --input"),
+    (b'"a"', "--output IN/mine.npy", "mine.jsonl is there, and would be overwritten"),
     (b'"a"', "--reason yes", "reason='yes': expected auto, never or always"),
     (b'"a"', "--batch-size 0", "batch_size=0: expected a whole number above 0"),
     (b'"a"', "--dim 0", "dim=0: expected a whole number above 0"),
@@ -1134,7 +1138,7 @@ BAD_RUNS = [  # lines, options, what is said
 @pytest.mark.parametrize("lines, options, message", BAD_RUNS)
 def test_bad_input_is_one_line(lines, options, message, run_embed, tmp_path):
     """And the files of an earlier run stay."""
-    earlier = {"in.jsonl": lines, "v.npy": b"earlier", "v.jsonl": b"too"}
+    earlier = {"in.jsonl": lines, "v.npy": b"earlier", "v.jsonl": b"too", "mine.jsonl": b"own"}
     for name, content in earlier.items():
         (tmp_path / name).write_bytes(content)
     said, _ = run_embed(*options.replace("IN/", f"{tmp_path}/").split())
@@ -2602,6 +2606,7 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"tensors": {BIAS: None}}, f"copy: .*Missing key.*{BIAS}"),
     ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete file"),
     ({"files": {WEIGHTS: None}}, "model.safetensors: not a complete file"),
+    ({"files": {f"{WEIGHTS}.index.json": "[]", WEIGHTS: None}}, "index.json: no weight_map of"),
     ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
     ({"files": {"config.json": "[" * 20_000}}, "config.json: not valid JSON .*recursion"),
     ({"without": "hidden_size"}, "config.json: text_config.hidden_size is missing"),
@@ -2655,7 +2660,7 @@ TURNS = [
         "Everything.",
         f"<0.2 seconds>{FRAMES}<1.0 seconds>{FRAMES}<1.7 seconds>{FRAMES}{IMAGE}\nall of it",
     ),
-    ("", "NULL"),
+    ("", ""),
 ]
 
 
@@ -2979,6 +2984,11 @@ def test_processor_refuses_other_tokenizers(change):
         P.Tokenizer(tiny_tokenizer().spec | change)
 
 
+def test_processor_settings_that_are_accepted_can_be_saved(tmp_path):
+    tiny_processor(fps=Fraction(30000, 1001), max_length=np.int64(77)).save(tmp_path)
+    assert read_json(tmp_path / "embedder_config.json")["max_length"] == 77
+
+
 def test_processor_bad_settings():
     for settings, message in (
         ({"max_frames": 2.5}, "^max_frames=2.5: expected a whole number"),
@@ -3266,6 +3276,17 @@ def test_data_qwen_prompts_put_the_instruction_apart(tmp_path):
     assert es.candidates[1] == {"text": "2", "image": f"{root}/b.png"}
     root = write_root(tmp_path, "eval", [MME], parser="videomme", inst="Pick. Question: ")
     assert data.load_eval(root, "d", prompts="qwen").queries[0]["instruction"] == "Pick."
+    # Qwen's words where they differ: a full stop, a blank before the options, candidates' letters
+    root = write_root(tmp_path, "eval", [RET], parser="video_ret", modality="video", inst="Find:")
+    assert data.load_eval(root, "d", prompts="qwen").queries[0]["instruction"] == "Find."
+    for parser, row, text, answers in (
+        ("egoschema", EGO, "Q A. o B. p q", ["o", "p"]),
+        ("nextqa", NEXT, "Q\nOptions:\n(A) no", ["(A) no", "(B) yes"]),
+    ):
+        root = write_root(tmp_path, "eval", [row], parser=parser, modality="video")
+        es = data.load_eval(root, "d", prompts="qwen")
+        assert es.queries[0]["text"].startswith(text)
+        assert [item["text"] for item in es.candidates[:2]] == answers
 
 
 def test_data_pages(tmp_path):
@@ -3578,6 +3599,7 @@ BAD_IMAGES = [  # bytes of x.png, or a reference; what the message has
     (new("I", 200), "^image: .*mode I: expected grey levels"),
     (new("F", 0.5), "^image: .*mode F: expected grey levels"),
     (Image.new("RGB", (3, 900)), "3x900 pixels: expected sides .* no more than 200 to 1"),
+    ("iVBORw0KGgo" * 10_000, "^.{,500}$"),  # what is said is short
     (np.zeros((9, 9, 3), np.uint8), "^image: a path, bytes or a PIL image .* got a ndarray"),
 ]
 
