@@ -22,7 +22,8 @@ multiples of 32, its area is within limits: 750 x 1000 pixels are read as 736 x 
     states = model(collate(prompts, processor))
 
 How to run: nothing runs here. `python embed.py --input items.jsonl ...` turns items into vectors.
-Left out: audio, video files (a video is a list of frames), images from the web.
+Left out: audio, video files (a video is a list of frames), images from the web; that qwen-vl-utils
+first resizes the frames of a list to sides of multiples of 64: its grids differ from ours a little.
 Sources (facts; every line is ours): template, limits and order of parts are those of
 Qwen3-VL-Embedding's wrapper (2601.04720), frame limits those of qwen-vl-utils 0.0.14, time stamps
 those of transformers 4.57. Byte-level BPE: Sennrich et al. 2016 (1508.07909), GPT-2.
