@@ -1853,6 +1853,13 @@ def test_run_a_linked_stage_is_replaced_and_what_it_leads_to_stays(call, copy_of
     assert contents(tmp_path / "parent") == before and not os.path.islink(f"{out}/embed")
 
 
+def test_run_what_a_worker_raises_is_one_line(own_root, copy_of, fails):
+    """DataLoader puts its traceback before it."""
+    out, argv = copy_of("propose"), ["--workers", "1"]
+    with patch.object(train.data, "pair_key", Mock(side_effect=ValueError("broken"))):
+        fails(arguments(own_root, out, *argv, stage="select"), 1, "train.py: own: none of ")
+
+
 def test_run_stages_are_done_in_order(own_root, copy_of, fails):
     """Else a stage would take what an earlier try of the one before it has left."""
     out = copy_of("propose")

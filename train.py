@@ -1146,6 +1146,7 @@ def main(argv):
             raise
         code = getattr(e, "exit_code", 1)
         line = " ".join(str(e).split())  # without line breaks
+        line = line.rpartition("data.BadData: ")[2]  # without a DataLoader worker's traceback
         if isinstance(e, torch.OutOfMemoryError):
             line += "; lower --chunk_tokens, or --checkpointing true"
         rank = int(os.environ.get("RANK", 0))  # torchrun's; scale.rank() may not be there yet
