@@ -788,7 +788,7 @@ def train_sets(root):
     return data
 
 
-def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None):
+def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None, is_wanted=None):
     """Endless batches [(source, row), ...]. The state is the step: islice() skips what is done.
 
     Every rank draws the global batch. It is dealt out in parts of gcd(sub_batch, batch / world)
@@ -799,6 +799,8 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
     batch: pairs of all ranks, a multiple of sub_batch and of world; a rank gets batch / world.
     first: where in each source its `sizes` rows begin, so that stages can have rows of their own.
+    is_wanted(source, row): the other pairs drop out, and the ranks share what is left as evenly as
+    it goes. A batch that keeps fewer pairs than there are ranks is left out.
     """
     p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
     starts = first or [0] * len(sizes)
@@ -811,6 +813,11 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
         pairs = []  # of the global batch
         for source in drawn:
             pairs += itertools.islice(walks[source], sub_batch)
+        if is_wanted:
+            pairs = [pair for pair in pairs if is_wanted(*pair)]
+            if len(pairs) >= world:
+                yield pairs[len(pairs) * rank // world : len(pairs) * (rank + 1) // world]
+            continue
         parts = [pairs[at : at + part] for at in range(0, batch, part)]
         yield list(itertools.chain(*parts[rank::world]))
 

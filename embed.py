@@ -323,7 +323,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
             with torch.no_grad():
                 after = log_target_prob(reasoned, t, positive, cfg.temperature)
                 before = log_target_prob(direct, t, positive, cfg.temperature)
-            weights = (after - before).sigmoid()[has_rationale]
+            weights = (after - before).sigmoid().clamp(min=1e-30)  # their sum must not be 0
+            weights = weights[has_rationale]
         nce_direct = info_nce(direct, t, positive, cfg.temperature, dims=dims)
         nce_reason = t.new_zeros(())
         if has_rationale.any():

@@ -129,6 +129,7 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     rationale, so that the draw does not depend on how pairs are dealt out to processes.
     """
     folds = cfg.select_folds
+    # The sampler has left those of `fold` out, but a broken row's next one may be in its place.
     pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
     if not pairs:
         why = f"all pairs of a batch are of fold {fold}, which is to be judged"

@@ -200,8 +200,11 @@ def results_table(rows):
         cells = [label, len(by_seed)]
         for key, digits in ("overall", 3), ("reason_rate", 2), ("tokens_per_query", 1):
             cells.append(show([scores[key] for scores in by_seed.values()], digits))
-        lead = [full[seed]["overall"] - scores["overall"] for seed, scores in by_seed.items()]
-        cells.append("" if label == "full" else show(lead))
+        lead = []
+        for seed, scores in by_seed.items():
+            if seed in full:
+                lead.append(full[seed]["overall"] - scores["overall"])
+        cells.append("" if label == "full" or not lead else show(lead))
         lines.append(cells)
     names = ["variant", "seeds", "overall", "reason rate", "tokens / query", "full − it"]
     return table(names, lines)

@@ -946,6 +946,17 @@ def test_contrastive_step_without_rationales_is_the_direct_loss():
     assert m["loss"] > full["loss"] > 0  # a sum over three prefixes
 
 
+def test_contrastive_step_where_no_rationale_weighs_anything():
+    """Each of eight rationales alone, at a temperature where its posterior may be 0."""
+    model, (pairs, texts, processor) = tiny_model(0), make_pairs(8)
+    cfg = replace(STEP, temperature=1e-4, lm_weight=0.0)
+    for i in range(8):
+        rationales = [None] * 8
+        rationales[i] = processor.rationale(texts[pairs[i]["id"]]["v"])
+        case = model, processor, pairs, rationales, [-1] * 8, cfg, True
+        assert math.isfinite(embed.contrastive_step(*case)["loss"])
+
+
 # The Embedder
 
 
@@ -1374,6 +1385,7 @@ def test_train_options_and_presets():
         ("--fsdp=1 --optimizer=adamw", 2, "--fsdp needs torchrun"),
         ("--matryoshka_dims=64,x", 2, "--matryoshka_dims"),
         ("--scale=nan", 2, "--scale nan"),
+        ("--threshold=-inf", 2, "--threshold -inf"),
         ("--sub_batch=0", 2, "--sub_batch 0"),
         ("--rl_holdout=1", 2, "--rl_holdout leaves no pair"),
         ("--data . --num_candidates 0", 2, "--rationales"),
@@ -1701,11 +1713,12 @@ def test_run_sigterm_and_resume(finished, own_root, copy_of, monkeypatch, fails)
     fails(argv, 143, "after step 3 of embed")
     shutil.copy(f"{finished}/embed/config.json", f"{out}/embed.part")  # as if it had been saved
     fails([*argv, "--embed_lr_factor", "9"], 2, "options.json was made with embed_lr_factor")
-    os.mkdir(f"{out}/embed.part/judged.jsonl.windows")  # a kill left it
+    os.mkdir(f"{out}/embed.part/judged.jsonl.windows")  # a kill left it, and half of a state
+    Path(f"{out}/embed.part/embed.state.part").write_bytes(b"half")
     assert exit_code([*argv, "--rl_steps", "9"]) == 0  # what comes later is free
     assert spy.call_count == 5
     assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
-    assert not os.path.exists(f"{out}/embed/judged.jsonl.windows")
+    assert {*os.listdir(f"{out}/embed")} == {*os.listdir(f"{finished}/embed")}
 
 
 def test_run_kill_9_and_resume(finished, own_root, call, copy_of):
@@ -1858,6 +1871,35 @@ def test_run_what_a_worker_raises_is_one_line(own_root, copy_of, fails):
     out, argv = copy_of("propose"), ["--workers", "1"]
     with patch.object(train.data, "pair_key", Mock(side_effect=ValueError("broken"))):
         fails(arguments(own_root, out, *argv, stage="select"), 1, "train.py: own: none of ")
+
+
+def test_run_a_stage_done_again_takes_the_report_away(call, copy_of):
+    out = copy_of()
+    assert call(out, "--latency_penalty", "3", stage="rl") == 0
+    assert not [name for name in os.listdir(out) if name.startswith("report")]
+
+
+def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fails):
+    root = shutil.copytree(own_root, tmp_path / "root")
+    rows = json_rows(root, "train.jsonl")
+    gone = [row | {"qry_image_path": "gone.png"} for row in rows[21:]]
+    M.write_rows(root / "train.jsonl", rows[:21] + gone)
+    assert exit_code(arguments(root, tmp_path / "run", stage="base")) == 0
+    argv = arguments(root, tmp_path / "run", stage="propose")
+    fails(argv, 1, "own: none of 5 rows can be read; the first: own/21: image 'gone.png'")
+
+
+def test_run_selects_beside_a_dataset_of_one_fold(own_root, tmp_path):
+    """One batch in sixteen is of the small set alone, whose pairs are all judged."""
+    root = shutil.copytree(own_root, tmp_path / "root")
+    (root / "train.jsonl").rename(root / "shop.jsonl")
+    M.write_rows(root / "tiny.jsonl", json_rows(root, "shop.jsonl")[1:4])  # 0, 1: fold 1; 2: rl's
+    learn = [{"name": name, "table": f"{name}.jsonl"} for name in ("shop", "tiny")]
+    tests = [{"name": "own", "table": "test.jsonl"}]
+    write_json(root / "datasets.json", {"train": learn, "eval": tests})
+    for stage in ("base", "propose", "select"):
+        argv = arguments(root, tmp_path / "run", "--select_steps", "60", stage=stage)
+        assert exit_code(argv) == 0
 
 
 def test_run_stages_are_done_in_order(own_root, copy_of, fails):
@@ -3533,6 +3575,24 @@ def test_data_sampler_equals_its_definition(world, parts):
             assert shares[k % world][place : place + n] == moved[k * n :][:n]
 
 
+def test_data_sampler_deals_what_is_wanted_to_all_ranks():
+    """Of source 0 the odd rows, of source 1 none."""
+
+    def is_wanted(source, row):
+        return source == 0 and row % 2
+
+    def batches(rank, world):
+        stream = data.sampler([40, 3], [1, 1], 16, 4, 0, rank, world, is_wanted=is_wanted)
+        return list(itertools.islice(stream, 50))
+
+    whole = batches(0, 1)
+    assert {(source, row % 2) for batch in whole for source, row in batch} == {(0, 1)}
+    first, second = batches(0, 2), batches(1, 2)
+    assert all(first) and all(second)
+    both = [a + b for a, b in zip(first, second)]
+    assert both[:40] == [batch for batch in whole if len(batch) > 1][:40]
+
+
 def test_data_a_broken_row_is_replaced_in_training(tmp_path, capfd):
     """By the next that can be read. It is named once, whichever of the processes meets it."""
     rows = [pair(f"q{i}", "a.png") for i in range(6)]
@@ -4422,8 +4482,9 @@ def write_report(folder, score, seed):
 STUDY = """
 | full | 2 | 0.915 ± 0.064 | 0.50 ± 0.00 | 4.5 ± 6.4 |  |
 | never | 1 | 0.500 | 0.50 | 5.0 | 0.420 |
+| always | 1 | 0.600 | 0.50 | 3.0 |  |
 | full, oracle | 2 | 0.965 ± 0.064 | 0.50 ± 0.00 | 2.0 ± 0.0 | -0.050 ± 0.000 |
-| Walk | 0.92 | 0.50 |
+| Walk | 0.92 | 0.50 | 0.60 |
 | Walk | 0 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.15 ± 0.64 | 0.930 (0.92 to 0.94) |
 | Walk | 1 | 0.50 | 0.50 | 0.50 |  |
 | of the way from random to oracle | 0.80 ± 0.00 |
@@ -4441,6 +4502,7 @@ def test_study_page(tmp_path):
     for seed in (1, 2):
         write_report(tmp_path / f"seed{seed}" / "full", 0.9 + 0.01 * seed, seed)
     write_report(tmp_path / "seed2" / "never", 0.5, 2)
+    write_report(tmp_path / "seed3" / "always", 0.6, 0)  # without its full run
     study.summarise(tmp_path)
     page = (tmp_path / "study.md").read_text(encoding="utf-8").splitlines()
     assert set(STUDY.split("\n")) <= {*page, ""}

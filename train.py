@@ -281,7 +281,7 @@ def check(cfg):
     for f in fields(Config):
         value = getattr(cfg, f.name)
         least = f.metadata["least"]
-        if f.type in (int, float) and not least <= value < math.inf:  # nor NaN
+        if f.type in (int, float) and not (least <= value and math.isfinite(value)):  # nor NaN
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
@@ -443,12 +443,14 @@ class Run:
         self.stages = earlier | {stage: {"seconds": seconds}}
         if scale.is_main():
             write_json(self.path("stages.json"), earlier)  # as long as folders change
+            for name in ("report.json", "report.md", "report.html"):  # of the model before
+                Path(self.path(name)).unlink(missing_ok=True)
             final = Path(self.path(stage))
             if final.is_symlink():  # of a study's fork: its parent's stays
                 final.unlink()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-            for file in (*final.glob("*.state"), final / "options.json"):
+            for file in (*final.glob("*.state*"), final / "options.json"):
                 file.unlink()  # only a stage that is resumed needs checkpoints and its options
             for folder in final.glob("*.windows"):  # a kill came before by_window removed it
                 shutil.rmtree(folder)
@@ -523,6 +525,9 @@ class Pairs:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
         # A range of rows of each dataset: [range(0, 600), range(0, 600), ...]
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
+        for source, n in enumerate(self.tables.sizes):
+            rls = self.share_of(n, True)
+            self.tables.fetch(source, rls.start, rows=rls)  # fails now, not hours later in rl
         self.cache = {}  # {(source, row): pair}
         self.cached_bytes = 0
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
@@ -606,10 +611,14 @@ class Pairs:
                 windows.append(refs[start : start + size])
         return windows
 
-    def stream(self, name, batch, sub_batch, first_step):
+    def stream(self, name, batch, sub_batch, first_step, is_wanted=None):
         """Endless batches from this step on: lists of pairs, this process' share of `batch`, in
         runs of `sub_batch` pairs of one dataset. A step uses the first hard negative of a pair, so
-        each visit shuffles them."""
+        each visit shuffles them. is_wanted(id): None, or which pairs do not drop out."""
+
+        def is_learnt(source, row):
+            return is_wanted(self.tables.id(source, row))
+
         sampler = data.sampler(
             sizes=[len(rows) for rows in self.rows],
             weights=self.tables.weights,  # of the datasets
@@ -619,6 +628,7 @@ class Pairs:
             rank=scale.rank(),
             world=scale.world_size(),
             first=[rows.start for rows in self.rows],
+            is_wanted=is_learnt if is_wanted else None,
         )
         todo = itertools.islice(sampler, first_step, None)  # without the steps that are done
         for step, pairs in enumerate(self.load(todo), first_step):
@@ -926,9 +936,18 @@ def judge_fold(run, part, fold, written, path):
         rng_of = partial(run.rng, name, i)  # rng_of(pair id) -> a generator
         return selection.evaluator_step(embedder.model, processor, batch, texts, c, fold, rng_of)
 
+    def in_fold(pair_id):
+        return selection.fold_of(pair_id, c.select_folds) == fold
+
+    def learns(pair_id):
+        return c.select_folds == 1 or not in_fold(pair_id)
+
+    if not pairs.windows(learns):
+        raise ValueError(f"select: all pairs are of fold {fold}, which is judged; --select_folds 1")
     # Of two folds half of a batch is judged here and drops out: draw twice as much.
     times = 2 if c.select_folds > 1 else 1
-    stream = partial(pairs.stream, name, times * c.batch, times * c.sub_batch)
+    sizes = times * c.batch, times * c.sub_batch
+    stream = partial(pairs.stream, name, *sizes, is_wanted=learns)
     fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr_factor)
     if scale.is_main():
         embedder.save(f"{part}/judge{fold}")
@@ -937,9 +956,6 @@ def judge_fold(run, part, fold, written, path):
         texts = written.texts(window)
         rng = run.rng("judge", fold, n)
         return selection.judge(embedder.model, processor, window, texts, c, rng)
-
-    def in_fold(pair_id):
-        return selection.fold_of(pair_id, c.select_folds) == fold
 
     by_window(run, path, pairs, in_fold, rows_of, f"judging fold {fold}")
 
