@@ -63,6 +63,7 @@ COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the 
 BYTES = 2_800_000  # of the JSON in the page; the template takes some 24 kB more
 SIDE = 144  # pixels of a thumbnail
 LONGEST = 600  # characters of a text
+FEW = 10  # queries of a dataset; of fewer no variance is estimated
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def difference(modes, records, mode):
     for rows in records.values():
         gaps = [row["adaptive"] - row[mode] for row in rows]
         # A few may show none by chance. 1 is the largest variance of numbers in -1 ... 1.
-        spread = np.var(gaps, ddof=1) if len(gaps) >= 10 else 1.0
+        spread = np.var(gaps, ddof=1) if len(gaps) >= FEW else 1.0
         variance += spread / len(gaps)
     sure = 2 * math.sqrt(variance) / len(records)  # two standard errors
     score = modes[mode]["overall"]
@@ -131,12 +132,15 @@ def verdict(modes, records):
     # goes from 0.851 to 0.963, adaptive's 0.957 is 94 % of that way.
     way = score["oracle"] - score["random"]
     gained = score["adaptive"] - score["random"]
+    error = "two standard errors over the queries"
+    if min(map(len, records.values())) < FEW:
+        error += " at most: some dataset has few"
     reached = "there was nothing to decide"
     if way > 1e-9:
         reached = f"adaptive went {gained / way:.0%} of that way"
     return title, [
         f"Quality: adaptive {score['adaptive']:.3f}, {against_never}, {against_always}. "
-        "± is two standard errors over the queries.",
+        f"± is {error}.",
         f"Cost: {tokens['adaptive']:.1f} generated tokens a query, where always takes "
         f"{tokens['always']:.1f}. {modes['adaptive']['reason_rate']:.1%} of the queries reason.",
         f"Decision: from a coin of the same rate ({score['random']:.3f}) to hindsight "
@@ -157,7 +161,7 @@ def what_is_missing(report, log, test_sets):
     if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
     logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}
-    for stage in ("base", "embed", "rl"):
+    for stage in ("base", "select0", "embed", "rl"):  # select0: the first evaluator of select
         if stage not in logged:
             sentences.append(f"Stage {stage} left no training log.")
     return sentences

@@ -1668,6 +1668,7 @@ def test_run_fork(finished, own_root, call, copy_of, fails):
     os.makedirs(f"{out}/eval.part")  # begun on what rl was before
     assert call(out, "--latency_penalty", "3", stage="rl") == 0
     assert "eval" not in read_json(f"{out}/stages.json")
+    assert not [*Path(out).glob("report.*")]  # of the model before
     assert not os.path.exists(f"{out}/eval.part")
     assert read_json(f"{out}/config.json")["latency_penalty"] == 3
     assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
@@ -1873,12 +1874,6 @@ def test_run_what_a_worker_raises_is_one_line(own_root, copy_of, fails):
         fails(arguments(own_root, out, *argv, stage="select"), 1, "train.py: own: none of ")
 
 
-def test_run_a_stage_done_again_takes_the_report_away(call, copy_of):
-    out = copy_of()
-    assert call(out, "--latency_penalty", "3", stage="rl") == 0
-    assert not [name for name in os.listdir(out) if name.startswith("report")]
-
-
 def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fails):
     root = shutil.copytree(own_root, tmp_path / "root")
     rows = json_rows(root, "train.jsonl")
@@ -1890,7 +1885,7 @@ def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fa
 
 
 def test_run_selects_beside_a_dataset_of_one_fold(own_root, tmp_path):
-    """One batch in sixteen is of the small set alone, whose pairs are all judged."""
+    """Every other batch is of the small set alone, whose pairs are all judged."""
     root = shutil.copytree(own_root, tmp_path / "root")
     (root / "train.jsonl").rename(root / "shop.jsonl")
     M.write_rows(root / "tiny.jsonl", json_rows(root, "shop.jsonl")[1:4])  # 0, 1: fold 1; 2: rl's
@@ -1898,8 +1893,7 @@ def test_run_selects_beside_a_dataset_of_one_fold(own_root, tmp_path):
     tests = [{"name": "own", "table": "test.jsonl"}]
     write_json(root / "datasets.json", {"train": learn, "eval": tests})
     for stage in ("base", "propose", "select"):
-        argv = arguments(root, tmp_path / "run", "--select_steps", "60", stage=stage)
-        assert exit_code(argv) == 0
+        assert exit_code(arguments(root, tmp_path / "run", "--sub_batch", "4", stage=stage)) == 0
 
 
 def test_run_stages_are_done_in_order(own_root, copy_of, fails):
@@ -4222,7 +4216,8 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
     assert len(payload["images"]) == 5 and payload["images"][0].startswith("data:image/")
     series = [{"name": "nce direct", "points": [[10, 0.1]]}]
     assert payload["training"] == [{"title": "embed: nce direct", "series": series}]
-    assert "Stage rl left no training log." in payload["sentences"]
+    for stage in ("select0", "rl"):
+        assert f"Stage {stage} left no training log." in payload["sentences"]
     assert "In no mean, as the data lacks them: absent." in payload["sentences"]
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "| hard | 0.000 | 1.000 |" in text and "| video | – |" in text
@@ -4293,6 +4288,9 @@ def test_the_verdict_goes_every_way(more, word, oracle, decision):
     error = 2 * np.std(4 * [1, -1, 1], ddof=1) / 24**0.5
     assert f"never 0.333 (+0.333 ± {error:.3f})" in sentences[0]
     assert decision in sentences[2]
+    assert "± is two standard errors over the queries." in sentences[0]
+    _, sentences = report.verdict(modes, {"a": records, "b": records[:9]})
+    assert "errors over the queries at most: some dataset has few." in sentences[0]
 
 
 # --------------------------------------------------------------------------------------------------
