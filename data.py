@@ -799,8 +799,8 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
     batch: pairs of all ranks, a multiple of sub_batch and of world; a rank gets batch / world.
     first: where in each source its `sizes` rows begin, so that stages can have rows of their own.
-    is_wanted(source, row): the other pairs drop out, and the ranks share what is left as evenly as
-    it goes. A batch that keeps fewer pairs than there are ranks is left out.
+    is_wanted(source, row): the other pairs drop out, and what is left is dealt out pair by pair. A
+    batch that keeps fewer pairs than there are ranks is left out.
     """
     p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
     starts = first or [0] * len(sizes)
@@ -816,7 +816,7 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
         if is_wanted:
             pairs = [pair for pair in pairs if is_wanted(*pair)]
             if len(pairs) >= world:
-                yield pairs[len(pairs) * rank // world : len(pairs) * (rank + 1) // world]
+                yield pairs[rank::world]
             continue
         parts = [pairs[at : at + part] for at in range(0, batch, part)]
         yield list(itertools.chain(*parts[rank::world]))

@@ -311,7 +311,7 @@ def attend(q, k, v, bias):
 
     A/C query heads share a key head. With a bias and `enable_gqa`, SDPA on CUDA would silently take
     its slow kernel, "math". So the query heads of a key head become one longer list of queries:
-    then the memory-efficient kernel serves it, and no key is copied. See `sdpa_kernel`.
+    then the memory-efficient kernel serves it, and no key is copied. See `sdpa_kernels`.
     """
     if bias is None:
         grouped = q.shape[1] > k.shape[1]
@@ -551,15 +551,24 @@ def rope_positions(ids, image_grid, config):
     return positions
 
 
-def sdpa_kernel(model, dtype, branches):
-    """SDPA's choice of kernel on this device (EFFICIENT_ATTENTION, MATH ...), to be logged."""
+def sdpa_kernels(model, dtype):
+    """SDPA's choice on this device for each form of attention, to be logged; MATH is the slow one.
+
+    {"causal": "FLASH_ATTENTION", "branches": "EFFICIENT_ATTENTION", "vision": "FLASH_ATTENTION"}
+    """
     c = model.c
-    heads = c.kv_heads if branches else c.heads
-    q = torch.empty(1, heads, 8, c.head_dim, dtype=dtype, device=model.device)
+    like = {"dtype": dtype, "device": model.device}
+    q = torch.empty(1, c.heads, 8, c.head_dim, **like)
     k = q[:, : c.kv_heads]
-    bias = q.new_zeros(1, 1, 8, 8) if branches else None
-    choice = torch._fused_sdp_choice(q, k, k, bias, 0.0, not branches, enable_gqa=not branches)
-    return torch.nn.attention.SDPBackend(choice).name
+    bias = q.new_zeros(1, 1, 8, 8)
+    v = torch.empty(1, c.v_heads, 8, c.v_hidden // c.v_heads, **like)
+    choose = torch._fused_sdp_choice
+    choices = {
+        "causal": choose(q, k, k, is_causal=True, enable_gqa=c.heads > c.kv_heads),
+        "branches": choose(k, k, k, attn_mask=bias),  # `attend` folds the query heads
+        "vision": choose(v, v, v),
+    }
+    return {form: torch.nn.attention.SDPBackend(choice).name for form, choice in choices.items()}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -458,7 +458,8 @@ def few_kept(rows, kept):
     if not hard:
         return (
             "WARNING: selection kept nothing, for no pair is hard: the direct vectors give every "
-            "target more than exp(-select_margin), and nothing teaches the model to reason"
+            "target more than exp(-select_margin), and nothing teaches the model to reason. Give "
+            "harder pairs, with hard negatives (neg_* columns), or a lower --select_margin"
         )
     return (
         f"WARNING: selection kept rationales of {len(keep)} of {len(hard)} hard pairs: trained "

@@ -1794,15 +1794,21 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
 
 
 def test_run_a_kill_loses_one_window(call, copy_of, monkeypatch):
+    """And of the training, three steps a fold, nothing: a state of its end is there."""
     monkeypatch.setattr(train.selection, "WINDOW", 4)
+    three = "--select_steps", "3"
     out, whole = copy_of("propose"), copy_of("propose", "whole")
-    assert call(whole, stage="select") == 0
+    assert call(whole, *three, stage="select") == 0
+    steps = Mock(wraps=train.selection.evaluator_step)
+    monkeypatch.setattr(train.selection, "evaluator_step", steps)
     fates = 3 * [DEFAULT] + [KeyboardInterrupt] + 9 * [DEFAULT]  # killed in fold 1's second window
     spy = Mock(wraps=train.selection.judge, side_effect=fates)
     monkeypatch.setattr(train.selection, "judge", spy)
     with pytest.raises(KeyboardInterrupt):  # nothing is tidied up, as after a kill
-        call(out, stage="select")
-    assert call(out, "--resume", "auto", stage="select") == 0
+        call(out, *three, stage="select")
+    assert "select0.state" not in os.listdir(f"{out}/select.part")  # room for the next fold's
+    assert call(out, *three, "--resume", "auto", stage="select") == 0
+    assert steps.call_count == 2 * 3
     del spy.mock_calls[3]
     judged = [pair["id"] for window in spy.mock_calls for pair in window.args[2]]
     assert sorted(judged) == sorted(READABLE)
@@ -2436,6 +2442,53 @@ def test_model_tree_mask_by_hand():
     assert mask.int().tolist() == [[int(x) for x in row] for row in rows]
 
 
+def plain_attention(q, k, v, mask):
+    """softmax(q kᵀ / √d) v in float64: q (B, A, S, d), k and v (B, C, L, d), mask (B, 1, S, L)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).double() for x in (k, v))
+    scores = q.double() @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+ROW = [0] * 30 + [1] * 20 + [2] * 15 + [-1] * 5  # a prompt with two branches, padded
+BRANCHES = {
+    "causal": [[0] * 70, [0] * 70],
+    "padded": [[0] * 60 + [-1] * 10, [0] * 70],
+    "branches": [ROW, ROW],
+    "continuations": [[0] * 30 + [1, 2, 3, 4] * 10] * 2,  # of these the last ten tokens look
+    "segments": [[0] * 48],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", BRANCHES)
+def test_model_attention_equals_a_plain_softmax(form, dtype):
+    """Six query heads, two key heads; of the vision tower three of each."""
+    torch.manual_seed(0)
+    branch = torch.tensor(BRANCHES[form])
+    B, L = branch.shape
+    heads = (3, 3, 3) if form == "segments" else (6, 2, 2)
+    q, k, v = (torch.randn(B, n, L, 16).to(dtype) for n in heads)
+    columns = torch.arange(60, 70) if form == "continuations" else torch.arange(L)
+    mask = M.tree_mask(branch, columns)
+    q = q[:, :, columns]
+    if form == "segments":
+        lengths = [8, 8, 20, 12]
+        segment = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+        mask = (segment[:, None] == segment)[None, None]
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, A, d)
+        fused = M.attend_segments(*rows, lengths).transpose(0, 1)[None]
+    elif form == "causal":
+        fused = M.attend(q, k, v, None)
+    else:
+        bias = q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        fused = M.attend(q, k, v, bias.repeat(1, 1, 3, 1))
+    plain = plain_attention(q, k, v, mask)
+    if dtype == torch.float32:
+        assert (fused - plain).abs().max() < 1e-5
+    else:
+        assert F.cosine_similarity(fused.double(), plain, dim=-1).min() > 0.999
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
 def test_model_branches_equal_separate_rows(dtype, tolerance):
@@ -2447,6 +2500,7 @@ def test_model_branches_equal_separate_rows(dtype, tolerance):
         for k, tokens in enumerate([[processor.eos_id], *RATIONALES[i]], start=1):
             want = states_of(model, processor, prompt, tokens)[len(prompt["ids"]) :]
             assert unit_gap(h[i, batch["branch"][i] == k], want) < tolerance
+    assert {*M.sdpa_kernels(model, dtype).values()} == {"FLASH_ATTENTION"}  # of a CPU
 
 
 @torch.no_grad()
@@ -3581,10 +3635,8 @@ def test_data_sampler_deals_what_is_wanted_to_all_ranks():
 
     whole = batches(0, 1)
     assert {(source, row % 2) for batch in whole for source, row in batch} == {(0, 1)}
-    first, second = batches(0, 2), batches(1, 2)
-    assert all(first) and all(second)
-    both = [a + b for a, b in zip(first, second)]
-    assert both[:40] == [batch for batch in whole if len(batch) > 1][:40]
+    shares = [(batch[0::2], batch[1::2]) for batch in whole if len(batch) > 1]
+    assert [*zip(batches(0, 2), batches(1, 2))][:40] == shares[:40]
 
 
 def test_data_a_broken_row_is_replaced_in_training(tmp_path, capfd):

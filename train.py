@@ -84,7 +84,7 @@ import report
 import rl
 import scale
 from embed import Embedder, contrastive_step
-from model import Rows, read_json, sdpa_kernel, write_json, write_rows
+from model import Rows, read_json, sdpa_kernels, write_json, write_rows
 from processor import prompt_key
 
 # select.py as a module. `import select` would give the standard library's; see select.py.
@@ -698,7 +698,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
         if after_step:
             after_step(step)
         stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
-        if stop or step % run.cfg.save_every == 0:
+        if stop or step % run.cfg.save_every == 0 or step == optimizer.steps:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop or run.stopping:  # or it came just now
@@ -833,6 +833,8 @@ def propose_stage(run, part):
     c = run.cfg
     embedder = run.embedder("base")
     processor = embedder.processor
+    kernels = sdpa_kernels(embedder.model, run.dtype).items()
+    run.say("attention: " + ", ".join(f"{form} {kernel}" for form, kernel in kernels))
     given_path = c.rationales
     if not given_path and not c.data:
         given_path = run.path("data/proposers.jsonl")
@@ -958,6 +960,8 @@ def judge_fold(run, part, fold, written, path):
         return selection.judge(embedder.model, processor, window, texts, c, rng)
 
     by_window(run, path, pairs, in_fold, rows_of, f"judging fold {fold}")
+    if scale.is_main():  # room for the next fold's
+        Path(f"{part}/{name}.state").unlink(missing_ok=True)
 
 
 def embed_stage(run, part):
@@ -968,9 +972,6 @@ def embed_stage(run, part):
     """
     c = run.cfg
     embedder = run.trainee(*[f"select/judge{fold}" for fold in range(c.select_folds)])
-    plain = sdpa_kernel(embedder.model, run.dtype, branches=False)
-    branched = sdpa_kernel(embedder.model, run.dtype, branches=True)
-    run.say(f"attention: {plain}; with branches {branched}")
     processor = embedder.processor
     pairs = run.pairs(processor)
     lessons = Lessons(run)
