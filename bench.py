@@ -69,6 +69,10 @@ TEXT = {"vocab": 0, "hidden": 512, "mlp": 1536, "layers": 8, "heads": 4, "kv_hea
 VISION = {"v_hidden": 384, "v_mlp": 1536, "v_layers": 6, "v_heads": 6, "v_deepstack": (1, 3, 5)}
 LARGE = dataclasses.replace(CONFIGS["2b"], **TEXT, **VISION)
 SIZES = {**CONFIGS, "large": LARGE}
+# Default options. On a GPU rationales are as the large presets have them, and a batch has more
+# tokens than a pass, so that GradCache takes both of its passes.
+CPU_SIZES = {"size": ["pocket", "large"], "batch": 16, "rollouts": 8, "tokens": 64}
+GPU_SIZES = {"size": ["2b"], "batch": 64, "rollouts": 4, "tokens": 128}
 
 # --------------------------------------------------------------------------------------------------
 # The same model and the same inputs for both. An item is what a user gives: texts and images. A
@@ -213,11 +217,12 @@ class Ours:
         generator = torch.Generator(self.model.device).manual_seed(0)
         return propose.propose(self.model, self.processor, pairs, self.cfg, generator)
 
-    def contrastive(self, pairs):
-        """The loss of one step on the direct path. Gradients are computed, and thrown away."""
-        nothing = [None] * len(pairs)  # rationales
+    def contrastive(self, pairs, rationale=None):
+        """The loss of one step, on the direct path alone or with one rationale for all pairs.
+        Gradients are computed, and thrown away."""
+        rationales = [rationale] * len(pairs)
         unknown = [-1] * len(pairs)  # decisions
-        metrics = contrastive_step(self.model, self.processor, pairs, nothing, unknown, self.cfg)
+        metrics = contrastive_step(self.model, self.processor, pairs, rationales, unknown, self.cfg)
         self.model.zero_grad(set_to_none=True)
         return metrics["loss"]
 
@@ -448,6 +453,8 @@ def measure(size, options):
             # This makes the weights fp32.
             scale.prepare(embedder.model, dtype, checkpointing=True, compile=options.gpu)
             embedder.processor.pad_to = 128 if options.gpu else 1  # few shapes to compile
+            words = " ".join(["red"] * options.tokens)
+            task.inputs += (embedder.processor.rationale(words),)  # as in stage embed
         if options.gpu:  # each task has a peak of its own
             torch.cuda.reset_peak_memory_stats()
         (rate,) = rates(task, [ours], options.repeats)
@@ -477,16 +484,18 @@ def parse(argv):
     add("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     add("--size", nargs="+", choices=SIZES, help="pocket large; on a GPU 2b")
     add("--queries", type=data.count, default=64, help="to write rationales for (64)")
-    add("--rollouts", type=data.count, default=8, help="rationales of each query (8)")
-    add("--tokens", type=data.count, default=64, help="of each rationale (64)")
+    add("--rollouts", type=data.count, help="rationales of each query (8; on a GPU 4)")
+    add("--tokens", type=data.count, help="of each rationale (64; on a GPU 128)")
     add("--items", type=data.count, default=48, help="to embed (48)")
-    add("--batch", type=data.count, default=16, help="pairs of the contrastive step (16)")
+    add("--batch", type=data.count, help="pairs of a contrastive step (16; on a GPU 64)")
     add("--repeats", type=data.count, default=5, help="turns, whose median counts (5)")
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")
-    default = ["2b"] if options.gpu else ["pocket", "large"]
-    options.size = options.size or default
+    sizes = GPU_SIZES if options.gpu else CPU_SIZES
+    for name, value in sizes.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return options
 
 

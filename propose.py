@@ -57,7 +57,7 @@ COLUMNS = ("id", "side", "proposer", "text", "key", "truncated")
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # How a query is put to a model that follows instructions. --write-requests asks in as many of
 # these ways as --prompts says, each an author of its own: NAME-0, NAME-1 ... train.py asks in the
-# first.
+# first alone: then all tries share one prefill.
 PROMPTS = (
     "Think step by step about what the query shows or asks for, look up whatever is needed, and "
     "end with what should be found.",

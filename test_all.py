@@ -4375,6 +4375,12 @@ def test_data_does_not_need_torch():
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
+def test_hours_of_a_full_run(capsys):
+    """The page has what its script prints."""
+    runpy.run_path(f"{HERE}/docs/hours.py", run_name="__main__")
+    assert capsys.readouterr().out in text_of("docs/full_scale.md")
+
+
 def test_readme():
     """It is short. Its commands are those of .ci/run, its options exist, its links lead somewhere,
     the removed lines of its diffs stand in the files that they name."""

@@ -102,8 +102,8 @@ RL_SUB_BATCH = 8  # queries of one dataset side by side: the reward compares the
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
-# The presets for Qwen3-VL's own checkpoints, each value with its source. Ours are arithmetic for
-# about a day on eight GPUs (docs/full_scale.md) and were never tried.
+# The presets for Qwen3-VL's own checkpoints, each value with its source. Ours are arithmetic for a
+# day of 2B on eight GPUs, one to two of 4B and 8B (docs/full_scale.md), and were never tried.
 LARGE = {
     "dtype": "bfloat16",  # that of Qwen's weights
     "optimizer": "adamw",  # VLM2Vec-V2
