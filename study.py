@@ -12,7 +12,8 @@ How to run:
     python study.py --out runs/study                               every variant, hours on two cores
     python study.py --out runs/small --seeds 1 --variants full never --scale 0.05
     python study.py --out runs/study --only_summarise              the page, from what is there
-What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.md, OUT/study.png.
+What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.md, OUT/study.png,
+and OUT/runs.jsonl, the figures of every run.
 
 A *report* is a run's report.json. What is read of it:
     modes       {"adaptive", "never", ...: {"overall", "reason_rate", "tokens_per_query",
@@ -40,7 +41,7 @@ import eval as evaluation
 import pocket
 import train
 from embed import Embedder
-from model import Rows, read_json, write_json
+from model import Rows, read_json, write_json, write_rows
 from report import table
 
 # Options of train.py. A query reasons if p_reason exceeds the threshold: 1 is never exceeded, -1
@@ -297,8 +298,14 @@ def selection_table(reports):
 
 
 def summarise(out):
-    """study.md and study.png of the runs that are there."""
+    """study.md, study.png and runs.jsonl of the runs that are there."""
     reports = collect(out)
+    runs = []
+    for name, by_seed in reports.items():
+        for report in by_seed.values():
+            figures = {key: report[key] for key in ("seed", "modes", "selection", "adaptivity")}
+            runs.append({"variant": name, **figures})
+    write_rows(out / "runs.jsonl", runs)
     rows = measured(reports)
     full = reports["full"].values()
     longer = ""  # a section of the page, of what longer_chains() left

@@ -4522,6 +4522,7 @@ def write_report(folder, score, seed):
     walk = dict.fromkeys(("reason_rate", "never", "always"), steps)
     walk["auc"] = 0.9 + 0.02 * seed
     report = {
+        "seed": seed,
         "modes": modes,
         "adaptivity": {"PocketWalk": walk},
         "selection": {"precision": 0.5, "recall": 0.25 * seed, "placebo_accepted": 0.0},
@@ -4563,6 +4564,8 @@ def test_study_page(tmp_path):
     page = (tmp_path / "study.md").read_text(encoding="utf-8").splitlines()
     assert set(STUDY.split("\n")) <= {*page, ""}
     assert (tmp_path / "study.png").exists()
+    runs = [(run["variant"], run["seed"]) for run in json_rows(tmp_path, "runs.jsonl")]
+    assert runs == [("full", 1), ("full", 2), ("never", 2), ("always", 0)]
 
 
 @pytest.mark.parametrize("name", study.VARIANTS)
