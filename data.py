@@ -800,10 +800,11 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     batch: pairs of all ranks, a multiple of sub_batch and of world; a rank gets batch / world.
     first: where in each source its `sizes` rows begin, so that stages can have rows of their own.
     is_wanted(source, row): the other pairs drop out, and what is left is dealt out pair by pair. A
-    batch that keeps fewer pairs than there are ranks is left out.
+    batch that keeps fewer pairs than there are ranks is left out; BadData after 1,000 in a row.
     """
     p = np.array(weights, np.float64) / np.sum(weights)  # (sources,), sums to 1
     starts = first or [0] * len(sizes)
+    left_out = 0  # batches, since the last one that was not
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
     # A batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
     part = math.gcd(sub_batch, batch // world)
@@ -815,7 +816,10 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
             pairs += itertools.islice(walks[source], sub_batch)
         if is_wanted:
             pairs = [pair for pair in pairs if is_wanted(*pair)]
-            if len(pairs) >= world:
+            left_out = 0 if len(pairs) >= world else left_out + 1
+            if left_out == 1000:
+                raise BadData(f"no batch has a pair to learn for each of {world} processes")
+            if not left_out:
                 yield pairs[rank::world]
             continue
         parts = [pairs[at : at + part] for at in range(0, batch, part)]

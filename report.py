@@ -134,7 +134,7 @@ def verdict(modes, records):
     gained = score["adaptive"] - score["random"]
     error = "two standard errors over the queries"
     if min(map(len, records.values())) < FEW:
-        error += " at most: some dataset has few"
+        error += f" at most (a dataset has fewer than {FEW})"
     reached = "there was nothing to decide"
     if way > 1e-9:
         reached = f"adaptive went {gained / way:.0%} of that way"

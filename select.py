@@ -133,7 +133,7 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
     if not pairs:
         why = f"all pairs of a batch are of fold {fold}, which is to be judged"
-        raise ValueError(f"select: {why}; raise --batch, or --select_folds 1")
+        raise ValueError(f"select: {why}; mend broken rows, or raise --batch")
     drawn = []  # of each pair: ids of <think> ... <|endoftext|>, or None where nobody wrote
     for p in pairs:
         written = list(texts[p["id"]].values())

@@ -698,7 +698,8 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
         if after_step:
             after_step(step)
         stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
-        if stop or step % run.cfg.save_every == 0 or step == optimizer.steps:
+        done = step == optimizer.steps  # select still has to judge then
+        if stop or done or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop or run.stopping:  # or it came just now
@@ -944,7 +945,8 @@ def judge_fold(run, part, fold, written, path):
     def learns(pair_id):
         return c.select_folds == 1 or not in_fold(pair_id)
 
-    if not pairs.windows(learns):
+    all_rows = ((source, row) for source, rows in enumerate(pairs.rows) for row in rows)
+    if not any(learns(pairs.tables.id(*ref)) for ref in all_rows):
         raise ValueError(f"select: all pairs are of fold {fold}, which is judged; --select_folds 1")
     # Of two folds half of a batch is judged here and drops out: draw twice as much.
     times = 2 if c.select_folds > 1 else 1

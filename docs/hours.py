@@ -2,10 +2,11 @@
 
     python docs/hours.py
 
-A query counts as an image of max_pixels and 64 words, a video as four such queries, a target as 64
-words, which is too much for most. A forward pass takes 2 FLOPs for each weight and token, and 4 for
-each number of each key that a token looks at and value that it takes from it. A training step is
-five forward passes: GradCache's first, forward, forward again (checkpointing), and twice as much
+A query counts as an image of max_pixels and 64 words, a test video as four such queries, a target
+as 64 words, a candidate of the test sets as a query, which is too much for most. The output head,
+two percent of a step, is not counted. A forward pass takes 2 FLOPs for each weight and token, and 4
+for each number of each key that a token looks at and value that it takes from it. A training step
+is five forward passes: GradCache's first, forward, forward again (checkpointing), and twice as much
 backward. Hours = FLOPs / SPEED + written tokens / WRITING; both rates are guesses, and so is HARD.
 """
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(REPO))
 
 from model import CONFIGS, Qwen3VL  # noqa: E402
 from report import table  # noqa: E402
-from train import PRESETS, Config  # noqa: E402
+from train import PRESETS, Config, selection  # noqa: E402
 
 PAIRS = 2_170_000  # of VLM2Vec-V2's training
 QUERIES, VIDEOS, CANDIDATES = 48_590, 34_940, 250_000  # of MMEB-V2; the videos are queries, too
@@ -55,12 +56,13 @@ def stages(size):
     rationale = text(o.max_new_tokens, num_tokens)
 
     step = 5 * (query + target + rationale)  # of training, for a pair
-    # A hard pair's query is read again, with each rationale and its two placebos.
-    judged = query + 3 * o.num_candidates * rationale
+    # A hard pair's query is read again, with each rationale, its placebo and perhaps a second one.
+    judged = query + (2 + selection.AUDITED) * o.num_candidates * rationale
     rl_pairs = o.rl_steps * o.rl_batch
     rl_rationales = rl_pairs * o.rl_rollouts
     read = QUERIES + 4 * VIDEOS  # in eval, directly and again to reason
     length = o.max_new_tokens
+    # Of rl a sixth pass, without gradients: the rollouts start from it, the rewards need it.
     return {
         "propose": (PAIRS * query, PAIRS * o.num_candidates * length),
         "select: evaluators": (2 * o.select_steps * o.batch * step, 0),
