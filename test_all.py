@@ -4279,15 +4279,20 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
     assert "| hard | 0.000 | 1.000 |" in text and "| video | – |" in text
 
 
-def test_without_steps_or_images(root, run):
+def test_without_steps_or_images_or_a_mode(root, run):
     rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
     M.write_rows(f"{root}/easy.jsonl", rows)
+    for name in ("report.json", "eval/summary.json"):
+        result = read_json(run / name)
+        del result["modes"]["per_task"]
+        write_json(run / name, result)
     result = read_json(run / "report.json")
     write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
     assert any("steps" in sentence for sentence in payload["sentences"])
+    assert "This report is older than the modes per_task." in payload["sentences"]
 
 
 @pytest.mark.parametrize("limit, cards", [(9_500, range(1, 9)), (10, [0])])
