@@ -41,6 +41,7 @@ Which GRPO this is, in five points:
     stop token  </think> is trained, forced tokens are not: opening, tail, closing of what was cut
 
 How to run: python train.py --stage rl     (its options: group rl of --help)
+What it adds to InfoNCE alone, and what it learns without labels: results/rl.txt
 Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
 2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. `when`: outcome weighted
