@@ -818,7 +818,8 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
             pairs = [pair for pair in pairs if is_wanted(*pair)]
             left_out = 0 if len(pairs) >= world else left_out + 1
             if left_out == 1000:
-                raise BadData(f"no batch has a pair to learn for each of {world} processes")
+                why = f"no batch has a pair to learn for each of {world} processes: too few pairs"
+                raise BadData(why)
             if not left_out:
                 yield pairs[rank::world]
             continue

@@ -1352,7 +1352,10 @@ def test_bench_writes_what_is_promised(tmp_path, capsys):
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
         assert row["unit"] and row["peer_name"].startswith("transformers")
-    rates = bench.measure("pocket", bench.parse(argv))  # what a GPU prints
+    with patch.object(bench, "contrastive_step", Mock(wraps=bench.contrastive_step)) as step:
+        rates = bench.measure("pocket", bench.parse(argv))  # what a GPU prints
+    assert all(step.call_args.args[3])  # every pair has a rationale
+    assert bench.CPU_SIZES.items() <= vars(bench.parse(["--device", "cpu"])).items()
     *common, write, contrastive = [row["name"] for row in rates]
     assert [row["name"] for row in result["rows"][:4]] == [*common, contrastive]
     assert write == "propose 2x2x2, pocket"

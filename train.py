@@ -945,9 +945,6 @@ def judge_fold(run, part, fold, written, path):
     def learns(pair_id):
         return c.select_folds == 1 or not in_fold(pair_id)
 
-    all_rows = ((source, row) for source, rows in enumerate(pairs.rows) for row in rows)
-    if not any(learns(pairs.tables.id(*ref)) for ref in all_rows):
-        raise ValueError(f"select: all pairs are of fold {fold}, which is judged; --select_folds 1")
     # Of two folds half of a batch is judged here and drops out: draw twice as much.
     times = 2 if c.select_folds > 1 else 1
     sizes = times * c.batch, times * c.sub_batch
