@@ -269,9 +269,13 @@ def json_lines(path, changed):
         lines = file
         if start.startswith(b"["):
             lines = (json.dumps(value).encode() for value in json.load(file))
+        num_rows = 0
         for line in lines:
             if line.strip():
                 yield {"line": line}
+                num_rows += 1
+        if not num_rows:  # `datasets` would say that "train" corresponds to no data
+            raise ValueError("it has no rows")
 
 
 class Table:

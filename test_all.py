@@ -1894,6 +1894,16 @@ def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fa
     fails(argv, 1, "own: none of 5 rows can be read; the first: own/21: image 'gone.png'")
 
 
+@pytest.mark.parametrize(
+    "test_set, message", [("", "test.jsonl: cannot be read: it has no rows"), ("{}", "no column")]
+)
+def test_run_a_broken_test_set_is_said_first(test_set, message, own_root, tmp_path, fails):
+    root = shutil.copytree(own_root, tmp_path / "root")
+    (root / "test.jsonl").write_text(test_set)
+    fails(arguments(root, tmp_path / "run"), 1, message)
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_selects_beside_a_dataset_of_one_fold(own_root, tmp_path):
     """Every other batch is of the small set alone, whose pairs are all judged."""
     root = shutil.copytree(own_root, tmp_path / "root")
@@ -3801,7 +3811,7 @@ BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is 
     ({"table": "gone.jsonl"}, "none of its 1 training datasets is there"),
     ({"table": "s-*"}, "s-00001-of-00003.parquet: 1 shards are there"),
     ({"table": "bad.parquet"}, "bad.parquet: cannot be read: Parquet"),
-    ({"table": "empty.jsonl"}, "empty.jsonl: cannot be read"),
+    ({"table": "empty.jsonl"}, "empty.jsonl: cannot be read: it has no rows"),
     ({"table": "sides.jsonl"}, "^x: no usable row: each has an empty side"),
 ]
 

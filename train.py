@@ -1127,9 +1127,12 @@ def run_stages(cfg):
     whole = cfg.stage == "all"
     if cfg.data and whole:
         for kind in ("train", "eval"):
-            datasets = [data.Files(spec, cfg.data) for spec in data.tables(cfg.data, kind)]
-            if not any(dataset.all_paths() for dataset in datasets):
+            specs = data.tables(cfg.data, kind)
+            present = [spec for spec in specs if data.Files(spec, cfg.data).all_paths()]
+            if not present:
                 raise UsageError(f"{cfg.data} has no {kind} set; --stage all needs one")
+        for spec in present:  # test sets. One that cannot be read fails now, not hours later
+            data.load_eval(cfg.data, spec, limit=1)
     run = Run(cfg)
     num_done = len(run.stages)  # they are the first ones: finish() sees to it
     first = num_done if whole else STAGES.index(cfg.stage)
