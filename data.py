@@ -55,11 +55,12 @@ import shlex
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from tqdm import tqdm
 
@@ -138,35 +139,15 @@ def refs(item):
     return listed(item.get("image")) + listed(item.get("video", {}).get("frames"))
 
 
-def open_images(*items):
-    """Open every image of these items; BadData names the first that is broken."""
-    for item in items:
-        for ref in refs(item):
-            load_image(ref)
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TableImage:
-    """Where an image lies inside a parquet file: it is read when it is wanted, not before. The cell
-    holds its encoded bytes, or what the hub writes: {"bytes": b"...", "path": "a.jpg"}."""
+    """An image inside a parquet file: it is read when it is wanted, not before."""
 
-    path: str
-    file: object  # what open_table(path) gave
-    row: int
-    column: str
-    index: int | None = None  # where the cell is a list of images
-
-    def read(self):
-        """The encoded bytes (of a JPEG, PNG ...)."""
-        # data: the Arrow table as `datasets` wraps it; a slice of it copies nothing.
-        value = self.file.data.fast_slice(self.row, 1).column(self.column)[0]
-        if self.index is not None:
-            value = value.values[self.index]  # the others of a list are not copied
-        value = value.as_py()
-        return value["bytes"] if isinstance(value, dict) else value
+    cell: pa.Array  # (1,), encoded bytes: a slice of the mapped file, which copies nothing
+    place: str  # "row 7 column image"
 
     def __str__(self):
-        return f"{self.path} row {self.row} column {self.column}"
+        return self.place
 
 
 # Threads may share a PIL image that was opened lazily: the first to load it closes its file.
@@ -178,10 +159,8 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
-    if not isinstance(ref, (str, os.PathLike, bytes, TableImage, Image.Image)):
-        wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
-        raise BadData("image", f"{wanted} is wanted, got {short(ref)}")
-    name = "image" if isinstance(ref, (bytes, Image.Image)) else str(ref)[:200]  # for messages
+    has_name = isinstance(ref, (str, os.PathLike, TableImage))
+    name = str(ref)[:200] if has_name else "image"  # for messages
     try:
         if isinstance(ref, Image.Image):
             image = ref
@@ -199,10 +178,10 @@ def load_image(ref):
 
 
 def image_bytes(ref):
-    """The encoded bytes of a path, bytes or a TableImage."""
+    """The encoded bytes (of a JPEG, PNG ...) of a path, bytes or a TableImage."""
     if isinstance(ref, bytes):
         return ref
-    return ref.read() if isinstance(ref, TableImage) else Path(ref).read_bytes()
+    return ref.cell[0].as_py() if isinstance(ref, TableImage) else Path(ref).read_bytes()
 
 
 def to_rgb(image):
@@ -278,52 +257,44 @@ def json_lines(path, changed):
             raise ValueError("it has no rows")
 
 
-class Table:
-    """The first `cap` rows of some files: table[i] -> {"qry": "a cat", "neg_text": None, ...}."""
+def joined(paths, cap):
+    """The first `cap` rows (None: all) of some files as one Dataset, for read_row()."""
+    import datasets
 
-    def __init__(self, paths, cap):
-        # NAME-00000-of-00003.parquet without its siblings is refused.
-        match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
-        if match and int(match[1]) != len(paths):
-            raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
-        self.files = [(path, open_table(path)) for path in paths]
-        rows = sum(len(file) for _, file in self.files)
-        self.length = min(rows, cap or rows)
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        for path, file in self.files:
-            if i < len(file):
-                return read_row(path, file, i)
-            i -= len(file)  # row 12 of files of 10 and 5 rows is row 2 of the second
+    # NAME-00000-of-00003.parquet without its siblings is refused.
+    match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
+    if match and int(match[1]) != len(paths):
+        raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
+    rows = datasets.concatenate_datasets([open_table(path) for path in paths])
+    return rows.select(range(min(len(rows), cap or len(rows))))
 
 
-def read_row(path, file, i):
-    row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
-    if not path.endswith(".parquet"):
+def read_row(rows, i):
+    """Row i -> {"qry": "a cat", "neg_text": None, ...}."""
+    row = rows.data.fast_slice(i, 1)  # an Arrow table of one row: a slice of the mapped file
+    if rows.column_names == ["line"]:
         return json.loads(row.column("line")[0].as_py())
     cells = {}
     for name in row.column_names:
-        cells[name] = arrow_value(row.column(name)[0], TableImage(path, file, i, name))
+        cells[name] = arrow_value(row.column(name).chunk(0), f"row {i} column {name}")
     return cells
 
 
-def arrow_value(cell, image):
-    """An Arrow cell as Python. Images are bytes, the hub's {"bytes", "path"} (one may be absent) or
-    a list of those. Their bytes stay where they are: `image` refers to them."""
-    if not cell.is_valid:  # null
+def arrow_value(cell, place):
+    """An Arrow array of one value -> it as Python. Images are bytes, the hub's {"bytes", "path"}
+    (one may be absent) or a list of those: each becomes a TableImage or, without bytes, a path."""
+    if cell.null_count:
         return None
-    if isinstance(cell, pa.ListScalar):
-        return [arrow_value(part, replace(image, index=k)) for k, part in enumerate(cell.values)]
-    if isinstance(cell, pa.StructScalar) and {"bytes", "path"} & set(cell):
-        parts = {name: arrow_value(part, image) for name, part in cell.items()}
-        return parts.get("bytes") or parts.get("path")
+    if isinstance(cell, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        parts = cell.flatten()
+        return [arrow_value(parts.slice(k, 1), place) for k in range(len(parts))]
+    if isinstance(cell, pa.StructArray) and {"bytes", "path"} & set(cell.type.names):
+        parts = dict(zip(cell.type.names, cell.flatten()))
+        values = [arrow_value(parts[key], place) for key in ("bytes", "path") if key in parts]
+        return next(filter(None, values), None)
     if re.match("(large_|fixed_size_)?binary", str(cell.type)):
-        # as_buffer() looks at the mapped file without copying it.
-        return image if cell.as_buffer().size else None
-    return cell.as_py()
+        return TableImage(cell, place) if pc.binary_length(cell)[0].as_py() else None
+    return cell[0].as_py()
 
 
 def cell(row, column, kind="text"):
@@ -450,8 +421,8 @@ def tables(root, kind):
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
-    files = os.listdir(root)
-    users = [file for file in files if re.fullmatch(r"(train|test)\.(jsonl|parquet)", file)]
+    pattern = r"(train|test)\.(jsonl|parquet)"
+    users = [file for file in os.listdir(root) if re.fullmatch(pattern, file)]
     if os.path.exists(listing):
         rows = read_listing(listing, kind)
     elif users:
@@ -553,10 +524,10 @@ class Files:
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
-        """The Table of a config, else Missing. A dataset without one of its parts is broken."""
+        """The rows of a config, else Missing. A dataset without one of its parts is broken."""
         paths = self.paths(config)
         if paths:
-            return Table(paths, self.spec["cap"])
+            return joined(paths, self.spec["cap"])
         kind = BadData if self.all_paths() else Missing
         looked = f"looked for {', '.join(self.spec['table'])} ({', '.join(TABLE_FILES)} are read)"
         raise kind(self.name, f"no {config or 'table'} in {self.root}, {looked}")
@@ -687,7 +658,7 @@ class Source(Files):
     def is_full(self, i):
         """Has each side of the table's row i something? One that cannot be read is for pair()."""
         try:
-            row = self.rows[i]
+            row = read_row(self.rows, i)
             for side in self.sides:
                 values = [value for c in side for value in listed(row[c])]
                 if all(value in ("", None) for value in values):  # 0 and false are for pair()
@@ -705,7 +676,7 @@ class Source(Files):
         image is read yet."""
         pair = {"id": self.id(row), "dataset": self.name}
         try:
-            sides = self.parse(self, self.rows[int(self.keep[row])])
+            sides = self.parse(self, read_row(self.rows, int(self.keep[row])))
         except ROW_FAULTS as error:
             raise BadData(pair["id"], error) from error
         return pair | dict(zip(["query", "target", "negatives"], sides))
@@ -725,7 +696,9 @@ def pair_key(pair):
 
 def opened(pair):
     """The pair, if every image of it can be opened."""
-    open_images(pair["query"], pair["target"], *pair["negatives"])
+    for item in (pair["query"], pair["target"], *pair["negatives"]):
+        for ref in refs(item):
+            load_image(ref)
     return pair
 
 
@@ -759,16 +732,18 @@ class TrainData:
                 continue
             try:
                 pair = read(self.pair(source, i))
+                break
             except ValueError as error:
                 errors[i] = BadData(self.id(source, i), error)
-                continue
-            for broken, error in errors.items():
-                if not named[broken]:
-                    named[broken] = 1
-                    tqdm.write(f"skipped ({self.skipped} so far): {error}")
-            return pair
-        why = next(iter(errors.values()), "all are named above")
-        raise BadData(self.names[source], f"none of {len(rows)} rows can be read; the first: {why}")
+        else:
+            why = f"none of {len(rows)} rows can be read; the first: "
+            why += str(next(iter(errors.values()), "all are named above"))
+            raise BadData(self.names[source], why)
+        for broken, error in errors.items():
+            if not named[broken]:
+                named[broken] = 1
+                tqdm.write(f"skipped ({self.skipped} so far): {error}")
+        return pair
 
     @property
     def skipped(self):
@@ -811,7 +786,7 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     left_out = 0  # batches, since the last one that was not
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
     # A batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
-    part = math.gcd(sub_batch, batch // world)
+    part = 1 if is_wanted else math.gcd(sub_batch, batch // world)
     for step in itertools.count():
         rng = np.random.default_rng([0, seed, step])  # walk() has the streams of 1
         drawn = rng.choice(len(p), batch // sub_batch, p=p)  # (sub-batches,)
@@ -820,15 +795,15 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
             pairs += itertools.islice(walks[source], sub_batch)
         if is_wanted:
             pairs = [pair for pair in pairs if is_wanted(*pair)]
-            left_out = 0 if len(pairs) >= world else left_out + 1
-            if left_out == 1000:
-                why = f"no batch has a pair to learn for each of {world} processes: too few pairs"
-                raise BadData(why)
-            if not left_out:
-                yield pairs[rank::world]
+        if len(pairs) >= world:
+            left_out = 0
+            parts = [pairs[at : at + part] for at in range(0, len(pairs), part)]
+            yield list(itertools.chain(*parts[rank::world]))
             continue
-        parts = [pairs[at : at + part] for at in range(0, batch, part)]
-        yield list(itertools.chain(*parts[rank::world]))
+        left_out += 1
+        if left_out == 1000:
+            why = f"no batch has a pair to learn for each of {world} processes: too few pairs"
+            raise BadData(why)
 
 
 def walk(source, size, start, seed):
@@ -882,7 +857,7 @@ class EvalSet(Files):
                 place = f"{config} row {i}" if len(self.configs) > 1 else i
                 self.where = f"{self.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
                 try:
-                    parse(self, table[i])
+                    parse(self, read_row(table, i))
                 except ROW_FAULTS as error:
                     error = BadData(self.where, error)
                     if self.problems is None:
@@ -935,7 +910,8 @@ class EvalSet(Files):
     def checked(self, item):
         """--check opens every image; a run does when it embeds them."""
         if self.problems is not None:
-            open_images(item)
+            for ref in refs(item):
+                load_image(ref)
         return item
 
 
@@ -1168,15 +1144,13 @@ def pairs(es, row):
 def side_key(es, item):
     """The text and the images that tell a side from others: '["a cat", "pics/a.jpg"]', however its
     row spells them. An image inside a table has no name: a hash of its bytes."""
-    key = [item.get("text", "")]
+    images = []
     for ref in refs(item):
         if isinstance(ref, TableImage):
-            key.append(hashlib.sha256(ref.read()).hexdigest())
+            images.append(hashlib.sha256(image_bytes(ref)).hexdigest())
         else:
-            key.append(os.path.relpath(ref, es.root))
-    if len(key) == 1:
-        key.append("")
-    return json.dumps(key, ensure_ascii=False)
+            images.append(os.path.relpath(ref, es.root))
+    return json.dumps([item.get("text", ""), *(images or [""])], ensure_ascii=False)
 
 
 def beir(es, row):
