@@ -225,12 +225,12 @@ def open_table(path):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
-    changed = str(os.stat(path).st_ctime_ns)  # mtime may be what an archive says
+    # A part of the copy's name: a changed file is read anew. mtime may be what an archive says.
+    changed = str(os.stat(path).st_ctime_ns)
     try:
         with OPENING:
             if path.endswith(".parquet"):
                 pattern = glob.escape(path)  # a folder may be called run[1]
-                # `description` is a part of the Arrow copy's name: a changed file is read anew.
                 return datasets.Dataset.from_parquet(pattern, batch_size=1000, description=changed)
             features = datasets.Features({"line": datasets.Value("binary")})
             given = {"path": path, "changed": changed}
@@ -240,20 +240,17 @@ def open_table(path):
 
 
 def json_lines(path, changed):
-    """Lines of a JSONL file, or the elements of a JSON list: {"line": b'{"qry": "a cat"}'}, ... A
-    hash of the arguments names the Arrow copy: a changed file is read anew."""
+    """Lines of a JSONL file, or the elements of a JSON list: {"line": b'{"qry": "a cat"}'}, ..."""
     with open(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark, white space
         file.seek(0)
         lines = file
         if start.startswith(b"["):
             lines = (json.dumps(value).encode() for value in json.load(file))
-        num_rows = 0
-        for line in lines:
-            if line.strip():
-                yield {"line": line}
-                num_rows += 1
-        if not num_rows:  # `datasets` would say that "train" corresponds to no data
+        line = None
+        for line in filter(bytes.strip, lines):  # no blank ones
+            yield {"line": line}
+        if line is None:  # `datasets` would say that "train" corresponds to no data
             raise ValueError("it has no rows")
 
 
@@ -285,14 +282,15 @@ def arrow_value(cell, place):
     (one may be absent) or a list of those: each becomes a TableImage or, without bytes, a path."""
     if cell.null_count:
         return None
-    if isinstance(cell, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+    kind = str(cell.type)  # e.g. "list<element: struct<bytes: binary, path: string>>"
+    if re.match("(large_|fixed_size_)?list<.*(binary|path)", kind):
         parts = cell.flatten()
         return [arrow_value(parts.slice(k, 1), place) for k in range(len(parts))]
     if isinstance(cell, pa.StructArray) and {"bytes", "path"} & set(cell.type.names):
         parts = dict(zip(cell.type.names, cell.flatten()))
         values = [arrow_value(parts[key], place) for key in ("bytes", "path") if key in parts]
         return next(filter(None, values), None)
-    if re.match("(large_|fixed_size_)?binary", str(cell.type)):
+    if re.match("(large_|fixed_size_)?binary", kind):
         return TableImage(cell, place) if pc.binary_length(cell)[0].as_py() else None
     return cell[0].as_py()
 
@@ -375,15 +373,15 @@ def complete(row, kind):
         spec = asdict(Row(**(DEFAULTS[kind] | given)))
     except TypeError as error:  # a key that no Row has, or no name
         raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
+    name, parser = spec["name"], spec["parser"]
     for key in fields(Row):
         if not isinstance(spec[key.name], key.type):  # of table: str | list | None
-            raise BadData(spec["name"], f"{key.name}: {short(spec[key.name])} is no {key.type}")
+            raise BadData(name, f"{key.name}: {short(spec[key.name])} is no {key.type}")
     for key in ("weight", "frames", "fps", "cap"):
         if spec[key] is not None and not 0 < spec[key] < math.inf:
-            raise BadData(spec["name"], f"{key}: {spec[key]} is not above 0")
-    if "/" in spec["name"]:
-        raise BadData(spec["name"], "a name without / is wanted")
-    parser = spec["parser"]
+            raise BadData(name, f"{key}: {spec[key]} is not above 0")
+    if "/" in name:
+        raise BadData(name, "a name without / is wanted")
     retrieval = parser in ("pairs", "video_ret", "beir")
     has_labels = parser == "video_cls" and spec["labels"]
     spec["scope"] = spec["scope"] or ("global" if retrieval or has_labels else "local")
@@ -396,8 +394,7 @@ def complete(row, kind):
     }
     for key, values in choices.items():
         if spec[key] not in values:
-            why = f"one of {', '.join(values)} is wanted"
-            raise BadData(spec["name"], f"{key} {spec[key]!r}: {why}")
+            raise BadData(name, f"{key} {spec[key]!r}: one of {', '.join(values)} is wanted")
     return spec
 
 
@@ -845,28 +842,6 @@ class EvalSet(Files):
         self.asked = {}  # of pairs(): query -> its positives
         self.relevant = {}  # of pages: {query id: {page id: grade}}
 
-    def read(self, limit):
-        """Its rows through their parser. An error names the row that it is about."""
-        parse = EVAL_PARSERS[self.parser]
-        for config in self.configs:
-            self.config = config
-            table = self.table(config)
-            for i in range(len(table)):
-                if limit and len(self.queries) == limit:
-                    break
-                place = f"{config} row {i}" if len(self.configs) > 1 else i
-                self.where = f"{self.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
-                try:
-                    parse(self, read_row(table, i))
-                except ROW_FAULTS as error:
-                    error = BadData(self.where, error)
-                    if self.problems is None:
-                        raise error from None
-                    self.problems.append(str(error))
-            if self.parser == "beir":
-                self.rows = 0  # of its three tables the last holds the queries
-            self.rows += len(table)
-
     def say(self, inst, content=None, image=None, clip=None, full=None):
         """The item of an instruction and a content, with the image and the clip of these names.
         say("About:", "why?", "a.jpg") -> {"text": " About: why?", "image": ...}, or with Qwen's
@@ -1213,7 +1188,24 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
     if isinstance(row, str):
         [row] = wanted(tables(root, "eval"), [row])
     es = EvalSet(row, root, frames, prompts, problems)
-    es.read(limit)
+    for config in es.configs:
+        es.config = config
+        table = es.table(config)
+        for i in range(len(table)):
+            if limit and len(es.queries) == limit:
+                break
+            place = f"{config} row {i}" if len(es.configs) > 1 else i
+            es.where = f"{es.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
+            try:
+                EVAL_PARSERS[es.parser](es, read_row(table, i))
+            except ROW_FAULTS as error:
+                error = BadData(es.where, error)
+                if problems is None:
+                    raise error from None
+                problems.append(str(error))
+        if es.parser == "beir":
+            es.rows = 0  # of its three tables the last holds the queries
+        es.rows += len(table)
     es.cand_ids = list(es.index)  # the candidates' keys
     if es.parser != "beir":
         es.grades = None  # only pages are graded

@@ -235,26 +235,21 @@ class Processor:
         self.max_length = int(self.max_length)
         self.fps = float(self.fps)
         special = self.tokenizer.special
-        size = self.tokenizer.size
-        vocab = self.config.vocab
         self.eos_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]
         self.im_end_id = special["<|im_end|>"]
         self.think_id = special["<think>"]
         self.think_end_id = special["</think>"]
-        # Tokenizer and model must be of one checkpoint.
         ids = self.tokenizer.markers
         model = {name: getattr(self.config, name) for name in ids}
-        if ids != model:
+        if ids != model:  # they are of two checkpoints
             raise ValueError(f"markers of images: the tokenizer has {ids}, the model {model}")
-        if size > vocab:
-            raise ValueError(f"tokenizer has {size} ids, the model {vocab}")
         # A rationale is prefix, sampled tokens, </think>, tail; closing ends one that was cut off.
         self.prefix = [self.think_id, *self.tokenizer.encode("\n")]
         self.tail = [*self.tokenizer.encode("\n\n"), self.eos_id]
         self.closing = [*self.tokenizer.encode("\n"), self.think_end_id]
         # Never sampled: special tokens but </think>, which ends a rationale, and ids of no token.
-        unused = range(size, vocab)
+        unused = range(self.tokenizer.size, self.config.vocab)
         self.suppress_tokens = sorted({*special.values(), *unused} - {self.think_end_id})
         self.generation = {
             "prefix": self.prefix,
@@ -331,9 +326,8 @@ class Processor:
 
         <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.2 seconds>...
         """
-        clip = {"frames": video}
-        if isinstance(video, dict):
-            clip = checked("a video", video, ("frames", "fps"))
+        clip = video if isinstance(video, dict) else {"frames": video}
+        clip = checked("a video", clip, ("frames", "fps"))
         frames, fps = clip.get("frames"), clip.get("fps", fps)
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
