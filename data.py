@@ -254,20 +254,8 @@ def json_lines(path, changed):
             raise ValueError("it has no rows")
 
 
-def joined(paths, cap):
-    """The first `cap` rows (None: all) of some files as one Dataset, for read_row()."""
-    import datasets
-
-    # NAME-00000-of-00003.parquet without its siblings is refused.
-    match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
-    if match and int(match[1]) != len(paths):
-        raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
-    rows = datasets.concatenate_datasets([open_table(path) for path in paths])
-    return rows.select(range(min(len(rows), cap or len(rows))))
-
-
 def read_row(rows, i):
-    """Row i -> {"qry": "a cat", "neg_text": None, ...}."""
+    """Row i of a Dataset -> {"qry": "a cat", "neg_text": None, ...}."""
     row = rows.data.fast_slice(i, 1)  # an Arrow table of one row: a slice of the mapped file
     if rows.column_names == ["line"]:
         return json.loads(row.column("line")[0].as_py())
@@ -521,13 +509,23 @@ class Files:
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
-        """The rows of a config, else Missing. A dataset without one of its parts is broken."""
+        """The first `cap` rows of a config as a Dataset, for read_row()."""
+        import datasets
+
         paths = self.paths(config)
-        if paths:
-            return joined(paths, self.spec["cap"])
-        kind = BadData if self.all_paths() else Missing
-        looked = f"looked for {', '.join(self.spec['table'])} ({', '.join(TABLE_FILES)} are read)"
-        raise kind(self.name, f"no {config or 'table'} in {self.root}, {looked}")
+        if not paths:  # a dataset without one of its parts is broken
+            kind = BadData if self.all_paths() else Missing
+            looked = f"{', '.join(self.spec['table'])} ({', '.join(TABLE_FILES)} are read)"
+            raise kind(self.name, f"no {config or 'table'} in {self.root}, looked for {looked}")
+        # NAME-00000-of-00003.parquet without its siblings is refused.
+        match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
+        if match and int(match[1]) != len(paths):
+            raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
+        try:
+            rows = datasets.concatenate_datasets([open_table(path) for path in paths])
+        except ValueError as error:  # a bad file, or columns of other types
+            raise BadData(self.name, error) from error
+        return rows.select(range(min(len(rows), self.spec["cap"] or len(rows))))
 
     def all_paths(self):
         """The files of every config."""
@@ -739,13 +737,9 @@ class TrainData:
         for broken, error in errors.items():
             if not named[broken]:
                 named[broken] = 1
-                tqdm.write(f"skipped ({self.skipped} so far): {error}")
+                so_far = sum(map(sum, self.named))
+                tqdm.write(f"skipped ({so_far} so far): {error}")
         return pair
-
-    @property
-    def skipped(self):
-        """How many broken rows have been met."""
-        return sum(sum(rows) for rows in self.named)
 
 
 def train_sets(root):
@@ -765,11 +759,11 @@ def train_sets(root):
 
 
 def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None, is_wanted=None):
-    """Endless batches [(source, row), ...]. The state is the step: islice() skips what is done.
+    """Endless batches [(source, row), ...]; islice() skips those that are done.
 
-    Every rank draws the global batch. It is dealt out in parts of gcd(sub_batch, batch / world)
-    pairs: whole sub-batches where each rank gets a whole number of them. A walk that ends inside a
-    sub-batch goes on with the next epoch's order.
+    Every rank draws the global batch. It is dealt out in whole sub-batches, or in smaller parts: 32
+    pairs in sub-batches of 8 go to 8 ranks in parts of gcd(8, 32 / 8) = 4. A walk that ends inside
+    a sub-batch goes on with the next epoch's order.
 
     next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
@@ -782,7 +776,6 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     starts = first or [0] * len(sizes)
     left_out = 0  # batches, since the last one that was not
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
-    # A batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
     part = 1 if is_wanted else math.gcd(sub_batch, batch // world)
     for step in itertools.count():
         rng = np.random.default_rng([0, seed, step])  # walk() has the streams of 1
