@@ -1165,7 +1165,7 @@ def test_the_item_at_fault_is_named(item, reason, batch_size):
     e = tiny_embedder()
     e.model.text.embed_tokens.weight.data[e.processor.tokenizer.encode("z")] = math.nan
     items = ["a"] * 40 + [item] + ["a"] * 9
-    fault = "^item 40: [^\n]*(got 5|not finite in torch.float32)"
+    fault = "^item 40: [^\n]*(not int|not finite in torch.float32)"
     with pytest.raises(ItemError, match=fault) as error:
         e.encode(items, reason=reason, batch_size=batch_size, temperature=1.0)
     assert error.value.index == 40
@@ -3093,11 +3093,6 @@ def test_processor_bad_items(item, message):
 def test_processor_refuses_other_tokenizers(change):
     with pytest.raises(ValueError, match="expected the normalizer NFC and one pattern"):
         P.Tokenizer(tiny_tokenizer().spec | change)
-
-
-def test_processor_settings_that_are_accepted_can_be_saved(tmp_path):
-    tiny_processor(fps=Fraction(30000, 1001), max_length=np.int64(77)).save(tmp_path)
-    assert read_json(tmp_path / "embedder_config.json")["max_length"] == 77
 
 
 def test_processor_bad_settings():
