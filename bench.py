@@ -40,10 +40,10 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -124,21 +124,18 @@ def make_items(n, processor, seed):
 
 @dataclasses.dataclass
 class Task:
-    """What both sides do, each by its method of this name.
+    """What both sides do, each by its method of this name."""
 
-    Task("generate", "generate 64x8x64", (prompts, 8, 64), 32768, "tokens/s"): a side's
-    generate(prompts, 8, 64) writes 32768 tokens at most, and its rate is 32768 / seconds.
-    """
-
-    method: str
-    name: str  # of the row
-    inputs: tuple  # arguments of the method
-    amount: int  # of work, in units
-    unit: str  # of the rate
+    method: str  # "generate"
+    name: str  # of the row: "generate 64x8x64"
+    inputs: tuple  # arguments of the method: (prompts, 8, 64)
+    amount: int  # of work, in units: at most 32768 tokens
+    unit: str  # of the rate: "tokens/s"
     tolerance: float | None = None  # of the results, in absolute size; None: nothing to compare
 
     def run(self, side):
-        """side: an Ours or a Peer -> what its method returns."""
+        """side: an Ours or a Peer -> what its method returns. Gradients are thrown away."""
+        side.model.zero_grad()
         return getattr(side, self.method)(*self.inputs)
 
 
@@ -153,9 +150,8 @@ def make_tasks(processor, options):
     pairs = []  # as train.Pairs makes them
     for i, target in enumerate(make_items(B, processor, seed=1)):
         pair = {"id": str(i), "query": prompts[i], "target": processor(target), "negatives": []}
-        pair["key"] = ""  # of rationales' files, which are not used here
-        pair["target_key"] = str(i)  # all targets differ
-        pairs.append(pair)
+        # All targets differ. "key" is that of rationales' files, which are not used here.
+        pairs.append(pair | {"target_key": str(i), "key": ""})
     # The peer keeps the activations of every rollout, and its prompt's: they must fit.
     few = pairs[: max(2, Q // 16)]
     b = len(few)
@@ -194,10 +190,9 @@ class Ours:
         return self.embedder.encode(prompts, reason="never", convert_to_numpy=False)
 
     def preprocess(self, images):
-        """Patches (N, 1536), read by threads as in Embedder.encode."""
-        with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
-            prompts = list(threads.map(self.processor, images))
-        patches = [prompt["pixel_values"][0] for prompt in prompts]
+        """Patches (N, 1536)."""
+        windows = self.embedder.windows(images, None, batch_size=16)
+        patches = [prompt["pixel_values"][0] for prompt in itertools.chain(*windows)]
         return normalize_pixels(np.concatenate(patches))
 
     def generate(self, prompts, K, T, temperature=1.0):
@@ -218,18 +213,15 @@ class Ours:
         return propose.propose(self.model, self.processor, pairs, self.cfg, generator)
 
     def contrastive(self, pairs, rationale=None):
-        """The loss of one step, on the direct path alone or with one rationale for all pairs.
-        Gradients are computed, and thrown away."""
+        """The loss of one step, on the direct path alone or with one rationale for all pairs."""
         rationales = [rationale] * len(pairs)
         unknown = [-1] * len(pairs)  # decisions
         metrics = contrastive_step(self.model, self.processor, pairs, rationales, unknown, self.cfg)
-        self.model.zero_grad(set_to_none=True)
         return metrics["loss"]
 
     def grpo(self, pairs):
         """One step of rl.py, whose rewards and log are computed, too."""
         rl.grpo_step(self.model, self.processor, pairs, self.cfg, None)
-        self.model.zero_grad(set_to_none=True)
 
 
 class Peer:
@@ -256,11 +248,10 @@ class Peer:
         for prompt, branch in zip(prompts, branches):
             row = np.concatenate([prompt["ids"], branch])
             rows.append(torch.from_numpy(row))
-        ids = pad_sequence(rows, batch_first=True, padding_side=side)  # (B, S)
-        ones = [torch.ones_like(row) for row in rows]  # 0 where there is padding
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)  # (B, S)
         inputs = {
-            "input_ids": ids,
-            "attention_mask": pad_sequence(ones, batch_first=True, padding_side=side),
+            "input_ids": ids.clamp(min=0),
+            "attention_mask": (ids >= 0).long(),
             "mm_token_type_ids": (ids == self.processor.config.image_token).long(),  # 1: image
         }
         patches = []  # of each image (h * w, 1536)
@@ -325,8 +316,7 @@ class Peer:
         column = torch.arange(len(pairs))  # of each query's target
         loss = info_nce(q, t, column, self.cfg.temperature)
         loss.backward()
-        self.model.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return loss.item()
 
     def grpo(self, pairs):
         """Rollouts, the policy gradient of their tokens, InfoNCE on both paths.
@@ -349,7 +339,7 @@ class Peer:
         branches = [[*processor.prefix, *ids, *processor.tail] for ids in sampled]
         reasoned, h = self.forward(prompts, branches)  # (B * K, H), (B * K, S, H)
 
-        # 3) Log-probabilities of the sampled tokens, from the states that predict them.
+        # 3) Logits of the sampled tokens, from the states that predict them.
         states = []
         for row, prompt, ids in zip(h, prompts, sampled):
             start = len(prompt["ids"]) + len(processor.prefix) - 1  # one before the first token
@@ -357,14 +347,12 @@ class Peer:
         logits = self.model.lm_head(torch.cat(states))  # (n, vocab), of the sampled tokens alone
         logits[:, processor.suppress_tokens] = float("-inf")  # as when they were sampled
         tokens = torch.tensor([token for ids in sampled for token in ids])  # (n,)
-        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])
 
-        # 4) InfoNCE on both paths, and the policy gradient.
+        # 4) InfoNCE on both paths, and the policy gradient: log-probabilities are pushed up.
         direct = info_nce(q, t, column, self.cfg.temperature)
         thinking = info_nce(reasoned, t, query, self.cfg.temperature)
-        loss = direct + thinking - logprobs.mean()
+        loss = direct + thinking + F.cross_entropy(logits, tokens)
         loss.backward()
-        self.model.zero_grad(set_to_none=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,8 +441,8 @@ def measure(size, options):
             # This makes the weights fp32.
             scale.prepare(embedder.model, dtype, checkpointing=True, compile=options.gpu)
             embedder.processor.pad_to = 128 if options.gpu else 1  # few shapes to compile
-            words = " ".join(["red"] * options.tokens)
-            task.inputs += (embedder.processor.rationale(words),)  # as in stage embed
+            # Every pair has a rationale, as in stage embed.
+            task.inputs += (embedder.processor.rationale("red " * options.tokens),)
         if options.gpu:  # each task has a peak of its own
             torch.cuda.reset_peak_memory_stats()
         (rate,) = rates(task, [ours], options.repeats)
