@@ -190,14 +190,12 @@ def embed_share(embedder, items, title, names, **how):
     """
     n = len(items)
     world = scale.world_size()
-    first = n * scale.rank() // world
-    end = n * (scale.rank() + 1) // world
-    part = items[first:end]
+    part = slice(n * scale.rank() // world, n * (scale.rank() + 1) // world)
     start = time.perf_counter()
     try:
-        vectors, infos = embedder.encode(part, return_info=True, **how)
+        vectors, infos = embedder.encode(items[part], return_info=True, **how)
     except ItemError as error:
-        raise data.BadData(f"{title} {names[first + error.index]}: {error.why}") from error
+        raise data.BadData(f"{title} {names[part][error.index]}: {error.why}") from error
     ms = 1000 * (time.perf_counter() - start)
     for info in infos:
         info["ms"] = ms / len(infos)
@@ -212,8 +210,9 @@ def measure(embedder, es, modes, threshold, options):
     "reasoned", "p_reason", "rationale", "new_tokens"}. options: more of Embedder.encode.
     """
     title = f"{es.name} candidate first met at"
-    direct = {"reason": "never", **options}
-    targets, _ = embed_share(embedder, es.candidates, title, es.cand_where, **direct)
+    targets, _ = embed_share(
+        embedder, es.candidates, title, es.cand_where, reason="never", **options
+    )
     results = {}
     for mode in modes:
         if mode == "adaptive" and "always" in results:  # of MODES: nothing is left to compute
@@ -223,8 +222,7 @@ def measure(embedder, es, modes, threshold, options):
             continue
         reason = "auto" if mode == "adaptive" else mode
         how = {"reason": reason, "threshold": threshold, **options}
-        title = f"{es.name} query"
-        vectors, rows = embed_share(embedder, es.queries, title, es.query_ids, **how)
+        vectors, rows = embed_share(embedder, es.queries, f"{es.name} query", es.query_ids, **how)
         ranks, top = rank_candidates(vectors, targets, es.positives, es.grades, es.local)
         for i, row in enumerate(rows):
             grades = es.grades[i] if es.grades else None
@@ -441,9 +439,7 @@ def evaluate(
             missing.append(row["name"])
             continue
         results = measure(embedder, es, modes, threshold, options or {})
-        about, queries = write_dataset(es, results, out)
-        datasets[es.name] = about
-        records[es.name] = queries
+        datasets[es.name], records[es.name] = write_dataset(es, results, out)
     if not datasets:
         raise data.BadData(f"{root}: none of its {len(asked)} test sets is there")
 
@@ -508,8 +504,10 @@ def main(argv=None):
         "dim": args.dim,
     }
     reading = {"limit": args.limit, "frames": args.frames, "prompts": args.prompts}
-    how = tasks, REASON[args.reason], args.threshold, options
-    summary = evaluate(embedder, args.data, args.out, *how, **reading)
+    modes = REASON[args.reason]
+    summary = evaluate(
+        embedder, args.data, args.out, tasks, modes, args.threshold, options, **reading
+    )
     if not scale.is_main():
         return
     for key in (*MODALITIES, "overall", "missing"):
