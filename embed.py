@@ -123,21 +123,18 @@ def rationale_logprobs(model, h, batch, processor):
     """
     ends = batch["ends"]
     places = torch.arange(h.shape[1], device=h.device)
-    chosen = torch.zeros_like(batch["branch"], dtype=torch.bool)  # (B, S)
-    for k in range(1, ends.shape[1]):
-        # Rationale k: prefix <think>\n | text </think> | tail \n\n<|endoftext|> <- ends[k]
-        first = ends[:, k - 1, None] + 1 + len(processor.prefix)
-        last = ends[:, k, None] - len(processor.tail)  # below 0 where a row has no rationale k
-        chosen |= (first <= places) & (places <= last)
+    # Rationale k: prefix <think>\n | text </think> | tail \n\n<|endoftext|> <- ends[k]
+    first = ends[:, :-1, None] + 1 + len(processor.prefix)  # (B, K, 1)
+    last = ends[:, 1:, None] - len(processor.tail)  # below 0 where a row has no rationale k
+    chosen = ((first <= places) & (places <= last)).any(1)  # (B, S)
     row, place = chosen.nonzero(as_tuple=True)
 
     states = h[row, place - 1]  # (n, H): what predicts each token
     ids = batch["ids"][row, place]
     logp = []
     # Logits are large. They are not kept for backward, which computes them again: checkpoint().
-    for start in range(0, len(ids), LOGITS_AT_ONCE):
-        part = slice(start, start + LOGITS_AT_ONCE)
-        args = model, states[part], ids[part], processor.suppress_tokens
+    for part in zip(states.split(LOGITS_AT_ONCE), ids.split(LOGITS_AT_ONCE)):
+        args = model, *part, processor.suppress_tokens
         logp.append(checkpoint(token_logprobs, *args, use_reentrant=False))
     return torch.cat(logp)
 
@@ -291,9 +288,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     num_labels = sum(scale.gather_objects([label >= 0 for label in labels]))
     dims = prefix_dims(cfg.matryoshka_dims)
 
-    # 2) The loss on tokens
+    # 2) λ·CE(rationale) + μ·CE(decision) of some queries, as parts of the batch's means
     def query_loss(rows, h, batch):
-        """λ·CE(rationale) + μ·CE(decision) of some queries, as parts of the batch's means."""
         loss = torch.zeros((), device=h.device)
         metrics = {"lm": 0.0, "decision": 0.0, "decision_right": 0.0}
         if cfg.lm_weight and batch["branch"] is not None:  # None: none of these has a rationale
@@ -310,21 +306,19 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
             metrics["decision_right"] = (logits.argmax(1) == label).sum().item() / num_labels
         return loss, metrics
 
-    # 3) The loss on vectors
+    # 3) NCE(direct) + NCE(reasoned), on the vectors of the joined batch
     log = {}
 
     def contrast(vectors):
-        """NCE(direct) + NCE(reasoned), on the vectors of the joined batch."""
         direct, reasoned = vectors["query"].unbind(1)  # (N, H)
         t = vectors["document"][row_of_column, 0]  # (columns, H)
         weights = None
         if posterior_weights:  # constants
             # a / (a + b) = sigmoid(log a − log b), with a = p(t|q,r) and b = p(t|q,∅)
-            with torch.no_grad():
-                after = log_target_prob(reasoned, t, positive, cfg.temperature)
-                before = log_target_prob(direct, t, positive, cfg.temperature)
-            weights = (after - before).sigmoid().clamp(min=1e-30)  # their sum must not be 0
-            weights = weights[has_rationale]
+            after = log_target_prob(reasoned, t, positive, cfg.temperature)
+            before = log_target_prob(direct, t, positive, cfg.temperature)
+            posterior = (after - before).detach().sigmoid()
+            weights = posterior[has_rationale].clamp(min=1e-30)  # their sum must not be 0
         nce_direct = info_nce(direct, t, positive, cfg.temperature, dims=dims)
         nce_reason = t.new_zeros(())
         if has_rationale.any():
@@ -480,8 +474,6 @@ class Embedder:
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
         require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens, dim=dim)
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
-        require(not math.isnan(threshold), "threshold", threshold, "a number")
-        require(0 <= temperature < math.inf, "temperature", temperature, "a number from 0 on")
         if hasattr(items, "columns"):  # pandas would iterate over their names
             raise ValueError("items: a table, expected a list of its rows, as dicts")
 
@@ -495,11 +487,8 @@ class Embedder:
             items = [items]
         no_bar = None if show_progress is None else not show_progress
         items = tqdm(items, "encode", unit="item", disable=no_bar, delay=1)
-        sampling = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "generator": generator,
-        }
+        sampling = dict(self.processor.generation, max_new_tokens=max_new_tokens)
+        sampling |= {"temperature": temperature, "generator": generator}
         vectors = [torch.zeros(0, H, dtype=torch.float32)]
         infos = []
         for prompts in self.windows(items, instruction, batch_size):
@@ -566,12 +555,11 @@ class Embedder:
         for p in p_reason:
             infos.append({"reasoned": False, "p_reason": p, "rationale": None, "new_tokens": 0})
         if rows:
-            options = sampling | processor.generation
-            rollouts = generate(model, batch, prefill=(h, cache), rows=rows, **options)
+            rollouts = generate(model, batch, prefill=(h, cache), rows=rows, **sampling)
             v[rows] = rollouts.last[:, 0].float()
-            for i, row in enumerate(rows):
-                text = processor.rationale_text(rollouts.tokens[i][0])
-                count = int(rollouts.num_sampled[i, 0])
+            # One continuation of each row.
+            for row, [ids], [count] in zip(rows, rollouts.tokens, rollouts.num_sampled.tolist()):
+                text = processor.rationale_text(ids)
                 infos[row].update(reasoned=True, rationale=text, new_tokens=count)
         return v.cpu(), infos
 
@@ -613,12 +601,10 @@ def find_folder(path_or_id, revision=None):
         if revision is not None:
             raise ValueError(f"{path}: a local folder has no revisions")
         return path
-    if path.count("/") != 1:
-        raise ValueError(f"{path}: expected a checkpoint folder, or owner/name on the hub")
     from huggingface_hub import snapshot_download
 
-    kinds = ["*.json", "*.safetensors"]  # adapter_config.json, too: load_model refuses adapters
     try:
+        kinds = ["*.json", "*.safetensors"]
         return snapshot_download(path, revision=revision, allow_patterns=kinds)
     except (OSError, ValueError) as e:  # the hub's, of many lines, which may not name the path
         why = " ".join(str(e).split())
@@ -686,19 +672,10 @@ ENCODING = {
 }
 
 
-def read_items(path):
-    """A JSON Lines file -> {"FILE line 3": item, ...}; blank lines are skipped."""
-    items = {}
-    for place, line in numbered_lines([path]):
-        if line.strip():
-            items[place] = parse_json(line, place)
-    return items
-
-
-def run(options):
+def run(model, input, output, **options):
     """Files are checked first and written last: a bad item leaves those of an earlier run alone."""
-    source = Path(options["input"])
-    output = Path(options["output"])
+    source = Path(input)
+    output = Path(output)
     facts = output.with_suffix(".jsonl")
     is_usable = output.suffix == ".npy" and os.access(output.parent, os.W_OK)
     if not is_usable or facts.resolve() == source.resolve():
@@ -706,12 +683,14 @@ def run(options):
         raise ValueError(f"--output {output}: expected {expected}")
     if facts.exists() and not output.exists():  # of an earlier run both are there
         raise ValueError(f"--output {output}: {facts} is there, and would be overwritten")
-    items = read_items(source)
+    items = {}  # {"FILE line 3": item}
+    for place, line in numbered_lines([source]):
+        if line.strip():
+            items[place] = parse_json(line, place)
     if not items:
         raise ValueError(f"{source}: no items")
-    opening = {name: options[name] for name in OPENING if name in options}
-    encoding = {name: options[name] for name in ENCODING if name in options}
-    embedder = Embedder.from_pretrained(options["model"], **opening)
+    encoding = {name: options.pop(name) for name in ENCODING if name in options}
+    embedder = Embedder.from_pretrained(model, **options)  # OPENING is left
     try:
         with contextlib.chdir(source.parent):  # there the paths of images start
             v, infos = embedder.encode(items.values(), return_info=True, **encoding)
@@ -739,7 +718,7 @@ def main():
     for name, (kind, about) in {**OPENING, **ENCODING}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
     try:
-        run(vars(parser.parse_args()))
+        run(**vars(parser.parse_args()))
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"embed.py: {e}")
 
