@@ -1951,9 +1951,6 @@ def test_rows_name_a_broken_line(tmp_path):
     with pytest.raises(ValueError, match="line 2: not valid JSON"):
         list(M.Rows(path))
     assert list(M.Rows(path, may_be_cut=True)) == [{"a": 1}]
-    path.write_text('{"a": 1}\n[]')
-    with pytest.raises(ValueError, match="line 2: expected"):
-        list(M.Rows(path))
 
 
 @pytest.mark.parametrize("stage", ["propose", "select"])
@@ -2713,9 +2710,7 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"tensors": {BIAS: None}}, f"copy: .*Missing key.*{BIAS}"),
     ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete file"),
     ({"files": {WEIGHTS: None}}, "model.safetensors: not a complete file"),
-    ({"files": {f"{WEIGHTS}.index.json": "[]", WEIGHTS: None}}, "index.json: no weight_map of"),
-    ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
-    ({"files": {"config.json": "[" * 20_000}}, "config.json: not valid JSON .*recursion"),
+    ({"files": {"config.json": "["}}, "config.json: not valid JSON"),
     ({"without": "hidden_size"}, "config.json: text_config.hidden_size is missing"),
     ({"config": {"model_type": "qwen3_vl_moe"}}, "config.json: model_type is .*, this code imple"),
     ({"config": {"text_config.rope_parameters.rope_type": "yarn"}}, "rope_type is 'yarn', this"),
