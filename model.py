@@ -550,11 +550,10 @@ def sdpa_kernels(model, dtype):
     {"causal": "FLASH_ATTENTION", "branches": "EFFICIENT_ATTENTION", "vision": "FLASH_ATTENTION"}
     """
     c = model.c
-    like = {"dtype": dtype, "device": model.device}
-    q = torch.empty(1, c.heads, 8, c.head_dim, **like)
+    q = torch.empty(1, c.heads, 8, c.head_dim, dtype=dtype, device=model.device)
     k = q[:, : c.kv_heads]
     bias = q.new_zeros(1, 1, 8, 8)
-    v = torch.empty(1, c.v_heads, 8, c.v_hidden // c.v_heads, **like)
+    v = q.new_empty(1, c.v_heads, 8, c.v_hidden // c.v_heads)
     choose = torch._fused_sdp_choice
     choices = {
         "causal": choose(q, k, k, is_causal=True, enable_gqa=True),
