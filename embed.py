@@ -474,6 +474,8 @@ class Embedder:
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
         require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens, dim=dim)
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
+        require(not math.isnan(threshold), "threshold", threshold, "a number")
+        require(0 <= temperature < math.inf, "temperature", temperature, "a number from 0 on")
         if hasattr(items, "columns"):  # pandas would iterate over their names
             raise ValueError("items: a table, expected a list of its rows, as dicts")
 
@@ -603,8 +605,8 @@ def find_folder(path_or_id, revision=None):
         return path
     from huggingface_hub import snapshot_download
 
+    kinds = ["*.json", "*.safetensors"]  # adapter_config.json, too: load_model refuses adapters
     try:
-        kinds = ["*.json", "*.safetensors"]
         return snapshot_download(path, revision=revision, allow_patterns=kinds)
     except (OSError, ValueError) as e:  # the hub's, of many lines, which may not name the path
         why = " ".join(str(e).split())

@@ -887,6 +887,8 @@ def load_model(folder, dtype=None, device="cpu"):
     memory-mapped and move one by one: there are never two copies of the weights. Only safetensors
     are opened, never pickled weights.
     """
+    if Path(folder, "adapter_config.json").exists():  # beside a base model it would be overlooked
+        raise ValueError(f"{folder}: a LoRA adapter: merge it into its base model first")
     c = config_from_hf(Path(folder, "config.json"))
     files = ["model.safetensors"]
     index = Path(folder, "model.safetensors.index.json")

@@ -1009,6 +1009,9 @@ def test_encode_generates_as_it_is_told():
     seeded = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     a, b, c = (e.encode("a", reason="always", temperature=2.0, generator=g) for g in seeded)
     assert np.array_equal(a, b) and not np.array_equal(a, c)
+    for wrong in (-1, math.inf):
+        with pytest.raises(ValueError, match=f"temperature={wrong}: expected a number from 0 on"):
+            e.encode("a", temperature=wrong)
     with pytest.raises(ValueError, match="items: a table, expected a list of its rows, as dicts"):
         e.encode(pa.table({"text": ["a", "b"]}))
 
@@ -1067,7 +1070,7 @@ def test_hub_ids(folder, monkeypatch):
     Embedder.from_pretrained("/".join(folder.split("/")[-2:]))  # looks like an id, is a folder
     hub.assert_not_called()
     Embedder.from_pretrained("Qwen/Some", revision="v1")
-    patterns = ["*.json", "*.safetensors"]
+    patterns = ["*.json", "*.safetensors"]  # an adapter_config.json is among them
     hub.assert_called_once_with("Qwen/Some", revision="v1", allow_patterns=patterns)
     hub.side_effect = OSError("not\nthere")
     with pytest.raises(ValueError, match="^runs/typo: .*not there"):
@@ -1136,6 +1139,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"', "--reason yes", "reason='yes': expected auto, never or always"),
     (b'"a"', "--batch-size 0", "batch_size=0: expected a whole number above 0"),
     (b'"a"', "--dim 0", "dim=0: expected a whole number above 0"),
+    (b'"a"', "--threshold nan", "threshold=nan: expected a number"),
     (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
     (b'"a"', "--revision v1", "a local folder has no revisions"),
@@ -2710,6 +2714,7 @@ BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"tensors": {BIAS: None}}, f"copy: .*Missing key.*{BIAS}"),
     ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete file"),
     ({"files": {WEIGHTS: None}}, "model.safetensors: not a complete file"),
+    ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
     ({"files": {"config.json": "["}}, "config.json: not valid JSON"),
     ({"without": "hidden_size"}, "config.json: text_config.hidden_size is missing"),
     ({"config": {"model_type": "qwen3_vl_moe"}}, "config.json: model_type is .*, this code imple"),
