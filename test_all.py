@@ -2355,16 +2355,10 @@ def test_a_resumed_optimizer_lets_go_of_the_file(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # model.py: transformers judges the network, a forward over the full sequence judges generation
 
+LIKE_4B = {"hidden": 40, "heads": 6, "head_dim": 8, "mrope_section": (2, 1, 1)}
 MODEL_SHAPES = {
     "small": {},
-    "4b": {
-        "hidden": 40,
-        "heads": 6,
-        "head_dim": 8,
-        "mrope_section": (2, 1, 1),
-        "v_heads": 3,
-        "v_deepstack": (2, 0),
-    },
+    "4b": LIKE_4B | {"v_heads": 3, "v_deepstack": (2, 0)},
     "untied": {"tie": False, "kv_heads": 4, "v_heads": 2, "v_positions": 49, "rope_theta": 1e4},
     "short": {"kv_heads": 1, "layers": 1, "v_heads": 1, "v_layers": 2, "v_deepstack": (1,)},
 }
@@ -2453,53 +2447,6 @@ def test_model_tree_mask_by_hand():
     assert mask.int().tolist() == [[int(x) for x in row] for row in rows]
 
 
-def plain_attention(q, k, v, mask):
-    """softmax(q kᵀ / √d) v in float64: q (B, A, S, d), k and v (B, C, L, d), mask (B, 1, S, L)."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).double() for x in (k, v))
-    scores = q.double() @ k.mT / q.shape[-1] ** 0.5
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-
-
-ROW = [0] * 30 + [1] * 20 + [2] * 15 + [-1] * 5  # a prompt with two branches, padded
-BRANCHES = {
-    "causal": [[0] * 70, [0] * 70],
-    "padded": [[0] * 60 + [-1] * 10, [0] * 70],
-    "branches": [ROW, ROW],
-    "continuations": [[0] * 30 + [1, 2, 3, 4] * 10] * 2,  # of these the last ten tokens look
-    "segments": [[0] * 48],
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", BRANCHES)
-def test_model_attention_equals_a_plain_softmax(form, dtype):
-    """Six query heads, two key heads; of the vision tower three of each."""
-    torch.manual_seed(0)
-    branch = torch.tensor(BRANCHES[form])
-    B, L = branch.shape
-    heads = (3, 3, 3) if form == "segments" else (6, 2, 2)
-    q, k, v = (torch.randn(B, n, L, 16).to(dtype) for n in heads)
-    columns = torch.arange(60, 70) if form == "continuations" else torch.arange(L)
-    mask = M.tree_mask(branch, columns)
-    q = q[:, :, columns]
-    if form == "segments":
-        lengths = [8, 8, 20, 12]
-        segment = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
-        mask = (segment[:, None] == segment)[None, None]
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, A, d)
-        fused = M.attend_segments(*rows, lengths).transpose(0, 1)[None]
-    elif form == "causal":
-        fused = M.attend(q, k, v, None)
-    else:
-        bias = q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-        fused = M.attend(q, k, v, bias.repeat(1, 1, 3, 1))
-    plain = plain_attention(q, k, v, mask)
-    if dtype == torch.float32:
-        assert (fused - plain).abs().max() < 1e-5
-    else:
-        assert F.cosine_similarity(fused.double(), plain, dim=-1).min() > 0.999
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
 def test_model_branches_equal_separate_rows(dtype, tolerance):
@@ -2545,14 +2492,13 @@ def test_model_generation_equals_full_forward():
 @torch.no_grad()
 def test_model_prefill_is_continued_and_shared(monkeypatch):
     """An earlier forward goes on for some rows, twice. Each prompt's keys are stored once for K."""
-    model, caches = tiny_model(2), []
+    model = tiny_model(2)
     _, _, batch = model_case(model)
     cache = M.Cache()
     prefill = model(batch, cache), cache
     greedy = M.generate(model, batch, 5, stop_ids=[20], **AROUND)
     monkeypatch.setattr(model, "forward", None)  # no prompt is read a second time
-    extended = M.Cache.extended
-    monkeypatch.setattr(M.Cache, "extended", lambda *a: caches.append(extended(*a)) or caches[-1])
+    monkeypatch.setattr(M, "read", spy := Mock(wraps=M.read))
     how = {"num_return": 4, "stop_ids": [20], "prefill": prefill}
     for rows in ([3, 1], None):
         part = M.generate(model, batch, 5, rows=rows, **how, **AROUND)
@@ -2560,7 +2506,8 @@ def test_model_prefill_is_continued_and_shared(monkeypatch):
             assert part.tokens[i] == greedy.tokens[b] * 4
             assert (part.last[i] - greedy.last[b]).abs().max() < 1e-5
     columns = batch["ids"].shape[1] + 2 + 4 * (5 + 3)  # prompt, prefix, all else four times
-    assert caches[0].layers[0][0].shape == (2, model.c.kv_heads, columns, model.c.head_dim)
+    keys, _ = spy.call_args.args[1].layers[0]
+    assert keys.shape == (4, model.c.kv_heads, columns, model.c.head_dim)
 
 
 def test_model_sampling_is_the_softmax():
@@ -2572,7 +2519,6 @@ def test_model_sampling_is_the_softmax():
     ids, logp = M.sample(logits.repeat(draws, 1, 1), suppress, 0.7, rng)
     counts = torch.bincount(ids.flatten(), minlength=12)
     assert counts[suppress].sum() == 0
-    assert torch.allclose(logp, p.log()[ids], atol=1e-6)
     expected = draws * p[p > 0]
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 27.9  # 9 degrees of freedom
     ids, logp = M.sample(logits.clone(), torch.tensor([], dtype=torch.long), 0.0, None)
@@ -2633,9 +2579,9 @@ def change_checkpoint(folder, config=None, without="$^", tensors=None, files=Non
     state = load_file(f"{folder}/{WEIGHTS}") | (tensors or {})
     save_file({name: x for name, x in state.items() if x is not None}, f"{folder}/{WEIGHTS}")
     for name, content in (files or {}).items():
-        Path(folder, name).write_text(content or "")
-        if content is None:
-            Path(folder, name).unlink()
+        Path(folder, name).unlink(missing_ok=True)
+        if content is not None:
+            Path(folder, name).write_text(content)
 
 
 @pytest.fixture
@@ -2948,16 +2894,15 @@ def test_processor_chat_template_refuses_a_part_without_content(folder):
 def test_processor_saved_folder(tmp_path):
     """transformers' tokenizer appends <|endoftext|> by itself and has the roles of the tokens.
     What another processor saved goes; a link, as in a hub's snapshot, is not written through."""
-    cached, folder = tmp_path / "cached", tmp_path / "folder"
+    cached = tmp_path / "cached"
     cached.write_text("a template")
-    folder.mkdir()
-    (folder / "chat_template.jinja").symlink_to(cached)
-    (folder / "vocab.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").symlink_to(cached)
+    (tmp_path / "vocab.json").write_text("{}")
     processor = tiny_processor()
-    processor.save(folder)
+    processor.save(tmp_path)
     assert cached.read_text() == "a template"
-    assert not (folder / "vocab.json").exists()
-    library = transformers_tokenizer(str(folder))
+    assert not (tmp_path / "vocab.json").exists()
+    library = transformers_tokenizer(str(tmp_path))
     assert library("hi").input_ids == [*processor.tokenizer.encode("hi"), processor.eos_id]
     assert len(library) == processor.tokenizer.size
     assert library.pad_token_id == processor.eos_id
@@ -2966,8 +2911,8 @@ def test_processor_saved_folder(tmp_path):
 
 def test_processor_settings_are_the_arguments_else_the_checkpoints_else_qwens(tmp_path):
     config = tiny_config()
-    ours = tiny_processor(max_frames=5, fps=3.5, max_length=99, default_instruction="Do.")
-    ours.save(tmp_path)
+    numbers = {"max_frames": np.int64(5), "fps": Fraction(7, 2), "max_length": np.int64(99)}
+    tiny_processor(**numbers, default_instruction="Do.").save(tmp_path)
     same_as_saved = P.Processor.from_folder(tmp_path, config)
     changed = P.Processor.from_folder(tmp_path, config, max_pixels=5000, fps=None)
     os.remove(tmp_path / "embedder_config.json")  # an Instruct model's limits would stand there
@@ -3192,8 +3137,6 @@ def test_data_tables_are_complete(tmp_path):
     assert sum(row["weight"] for row in rows) == 52  # image 15, pages 22, video 15
     assert sum(row["cap"] or 0 for row in rows[:20]) == 1_103_000
     rows = data.tables(str(tmp_path), "eval")
-    modalities = ["image"] * 36 + ["video"] * 18 + ["visdoc"] * 24
-    assert [row["modality"] for row in rows] == modalities
     assert sum(row["rows"] for row in rows) == 36_000 + 34_940 + 12_590
     families = [row["family"] for row in rows]
     counts = [f"{name} {families.count(name)}" for name in dict.fromkeys(families)]
@@ -3207,7 +3150,8 @@ def test_data_tables_are_complete(tmp_path):
     assert PLOT[1] == "A numerical data visualization, such as bar charts or line graphs."
 
 
-# Strings: (parser, row, query, target). An item is its text and where its images and clips lie.
+# Strings: (parser, row, query, target, hard negatives). An item is its text and where its images
+# and clips lie.
 
 A, B, V = ("image", "a.png"), ("image", "b.png"), ("clip", "v")
 CHAT = [{"from": "human", "value": "<video>\nDescribe."}, {"from": "gpt", "value": "A cat."}]
@@ -3216,6 +3160,7 @@ SEEN = "Find a video that contains the following visual content: A cat."
 SHOW = "Understand the content of the provided video: "
 ABOUT = "Answer a question based on the content of a video. \nDescribe."
 VISRAG = {"query": "x", "image": "a.png"}
+TWO = {"neg_text": ["x", "y"], "neg_image_path": ["", "b.png"]}
 TRAINING = [
     ("mmeb", pair(f"{IMG}\nWhat?\n", "a.png"), ("\nWhat?\n", A), ("a",)),
     ("mmeb", pair(f"In {IMG}, what?"), ("In , what?",), ("a",)),  # in the sentence, without image
@@ -3228,6 +3173,11 @@ TRAINING = [
     ("video_caption", TALK, ("\nDescribe.", V), ("A cat.",)),
     ("video_retrieval", TALK, (SEEN,), (SHOW, V)),
     ("video_qa", TALK, (ABOUT, V), ("A cat.",)),
+    # Hard negatives, one or several, text, image or both: VLM2Vec reads and drops them.
+    ("mmeb", pair(neg_text="x", neg_image_path=""), ("q",), ("a",), ("x",)),
+    ("mmeb", pair(**TWO), ("q",), ("a",), ("x",), ("y", B)),
+    ("mmeb", pair(neg_text=f"{IMG}\nIt.", neg_image_path="b.png"), ("q",), ("a",), ("\nIt.", B)),
+    ("mmeb", pair(neg_text="", neg_image_path=None), ("q",), ("a",)),
 ]
 
 
@@ -3241,27 +3191,15 @@ def shape(item, root):
     return tuple(parts)
 
 
-@pytest.mark.parametrize("parser, row, query, target", TRAINING)
-def test_data_training_strings(tmp_path, parser, row, query, target):
+@pytest.mark.parametrize("case", TRAINING)
+def test_data_training_strings(tmp_path, case):
+    parser, row, query, target, *negatives = case
     root = write_root(tmp_path, "train", [row], parser=parser)
     got = data.train_sets(root).pair(0, 0)
     assert list(got) == ["id", "dataset", "query", "target", "negatives"]
-    assert (got["id"], got["dataset"], got["negatives"]) == ("d/0", "d", [])
+    assert (got["id"], got["dataset"]) == ("d/0", "d")
     assert shape(got["query"], root) == query and shape(got["target"], root) == target
-
-
-def test_data_hard_negatives_are_kept(tmp_path):
-    """One or several, text, image or both: VLM2Vec reads and drops them."""
-    negatives = [
-        ("x", "", [("x",)]),
-        (["x", "y"], ["", "b.png"], [("x",), ("y", B)]),  # types differ from row to row
-        (f"{IMG}\nIt.", "b.png", [("\nIt.", B)]),
-        ("", None, []),
-    ]
-    rows = [pair(neg_text=text, neg_image_path=image) for text, image, _ in negatives]
-    train = data.train_sets(write_root(tmp_path, "train", rows))
-    for i, (_, _, want) in enumerate(negatives):
-        assert [shape(n, tmp_path) for n in train.pair(0, i)["negatives"]] == want
+    assert [shape(negative, root) for negative in got["negatives"]] == negatives
 
 
 # Test sets: (parser, row, query, candidates, keys, candidates of the row, positives, keys of Row)
@@ -3562,12 +3500,10 @@ def test_data_image_columns_as_other_writers_leave_them(tmp_path, column, value,
     Path(path).write_bytes(RED_PNG)
     texts = {name: [text] for name, text in pair().items()}
     table = pa.table(texts | {"qry_image_path": pa.array([value], column)})
-    for kind in ("train", "test"):
-        pq.write_table(table, tmp_path / f"{kind}.parquet")
+    pq.write_table(table, tmp_path / "train.parquet")
     got = data.train_sets(root).pair(0, 0)
-    for query in (got["query"], data.load_eval(root, "own").queries[0]):
-        colors = [load_image(ref).getpixel((0, 0)) for ref in data.refs(query)]
-        assert colors == [(255, 0, 0)] * want
+    colors = [load_image(ref).getpixel((0, 0)) for ref in data.refs(got["query"])]
+    assert colors == [(255, 0, 0)] * want
     # The key of a pair is that of the same image in a file.
     file = {"query": {"text": "q", "image": [path] * want}, "target": {"text": "a"}}
     assert data.pair_key(got) == data.pair_key(file | {"negatives": []})
@@ -3653,7 +3589,6 @@ def test_data_a_broken_row_is_replaced_in_training(tmp_path, capfd):
     rows[3]["qry"] = 3
     rows[4] = [1]
     train = data.train_sets(write_root(tmp_path, "train", rows))
-    assert train.sizes == [6]
     loader = torch.utils.data.DataLoader(
         range(6),
         batch_sampler=[range(6)] * 3,
@@ -3742,7 +3677,6 @@ ROW_0 = {"mmeb": SOUND, "pairs": SOUND, "video_qa": TALK, "image_cls": ASK, "ima
 ROW_0 |= {"video_cls": CLS, "videomme": MME, "momentseeker": SEEK}
 BAD_ROWS = [
     ("mmeb", b"{oops", "Expecting property name"),
-    ("mmeb", b"[1]", "'list' object has no attribute"),
     ("mmeb", b"[" * 20_000, "maximum recursion depth"),
     ("mmeb", b'{"qry": "x"}', "no column qry_image_path$"),
     ("mmeb", pair(3), "column qry: text is wanted, got 3"),
@@ -3763,7 +3697,6 @@ BAD_ROWS = [
     ("videomme", {"answer": "D"}, "column answer: 'D' is not among A, B, C"),
     ("momentseeker", {"input_frames": "1.png"}, "column input_frames: '1.png': .jpg, .mp4 or"),
     ("pairs", pair("", pos_text="b"), "a side: is empty"),
-    ("pairs", pair("q", "empty.png"), ".*empty.png: cannot be read as an image"),
 ]
 
 
@@ -3788,7 +3721,6 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, bad, message):
 BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is said
     (b"{", "datasets.json: expected JSON of the form"),
     (b"[]", "datasets.json: expected JSON of the form"),
-    (b'{"train": {"name": "x"}}', "datasets.json: expected JSON of the form"),
     (b'{"trian": []}', "datasets.json: unknown key 'trian'"),
     (b'{"train": [{"name": "x"}, {"name": "x"}]}', "train dataset 'x' is there twice"),
     ({"weigth": 2}, "train dataset x: .* unexpected keyword argument 'weigth'"),
@@ -3817,13 +3749,6 @@ def test_data_bad_listings_are_named(tmp_path, listing, message):
     (tmp_path / "empty.jsonl").write_bytes(b" ")
     with pytest.raises(BadData, match=message):
         data.train_sets(str(tmp_path))
-
-
-def test_data_a_format_that_is_not_read_is_missing(command, tmp_path):
-    root = write_root(tmp_path / "root", "eval", [SOUND], file="t.csv")
-    code, printed = command("data.py", "--check", root)
-    assert code == 2 and not printed.err
-    assert "looked for t.csv (.parquet, .jsonl, .json are read)" in printed.out
 
 
 EMPTY = {"corpus-id": 6, "image": {"bytes": b"no image", "path": ""}}
@@ -3857,7 +3782,11 @@ def test_data_bad_pages_are_named(tmp_path, capsys, corpus, ids, relevant, messa
 # --check
 
 
-def test_data_check_says_found_missing_and_broken(tmp_path, capsys):
+def test_data_check_says_found_missing_and_broken(tmp_path, command, capsys):
+    csv = write_root(tmp_path / "csv", "eval", [SOUND], file="t.csv")
+    code, printed = command("data.py", "--check", csv)
+    assert code == 2 and not printed.err
+    assert "looked for t.csv (.parquet, .jsonl, .json are read)" in printed.out
     root = str(tmp_path / "my root")
     os.mkdir(root)
     assert data.check(root) == 2
@@ -4052,11 +3981,7 @@ class Fake:
     def encode(self, items, reason="auto", threshold=0.5, return_info=False, **options):
         self.calls.append(len(items))
         vectors, infos = [], []
-        for i, item in enumerate(items):
-            try:
-                [load_image(ref) for ref in data.refs(item)]
-            except BadData as error:
-                raise ItemError(i, error) from None
+        for item in items:
             hard = "hard" in item["text"]
             p = 0.9 if hard else 0.1
             yes = reason == "always" or (reason == "auto" and p > threshold)
@@ -4099,9 +4024,8 @@ def test_a_run_and_its_files(first_root, tmp_path):
     got = evaluation.evaluate(Fake(), first_root, str(tmp_path), truth=TRUTH)
     modes = got["modes"]
     assert got["missing"] == ["absent"]
-    assert got["overall"] == modes["adaptive"]["overall"] == modes["oracle"]["overall"] == 1
+    assert got["overall"] == modes["adaptive"]["overall"] == 1
     assert modes["never"]["datasets"] == {"easy": 1, "hard": 0}
-    assert modes["adaptive"]["tokens_per_query"] == 3.5
     assert got["adaptivity"]["hard"]["auc"] == 0.5
     tie = evaluation.evaluate(Fake(), first_root, str(tmp_path / "tie"), threshold=0.9)
     assert tie["overall"] == 0.5  # p_reason must exceed it
@@ -4149,30 +4073,29 @@ def test_an_evaluation_by_two_processes_equals_one(first_root, tmp_path, monkeyp
     assert contents(one, "leaderboard") == contents(two, "leaderboard")  # which has the time
 
 
-def test_grades_of_pages_are_written(tmp_path):
-    """Two pages of different grades, the better one second: ndcg says so."""
-    es = SimpleNamespace(name="pages", modality="visdoc", protocol="", metric="ndcg_linear@5")
-    es.query_ids = ["q"]
-    es.queries = [{"text": "page 0"}]
-    es.cand_ids = es.cand_where = ["x", "y", "z"]
-    es.candidates = [{"text": f"page {i}"} for i in range(3)]
+def test_grades_are_written(first_root, tmp_path):
+    """The better one of two right answers is the last one ranked: ndcg says so."""
+    es = data.load_eval(first_root, "easy")
+    es.metric = "ndcg_linear@5"
+    es.queries = es.queries[:1]
     es.positives = [[0, 2]]
     es.grades = [[1, 2]]
-    es.local = None
     results = evaluation.measure(Fake(), es, ["never"], 0.5, {})
     about, records = evaluation.write_dataset(es, results, str(tmp_path))
-    assert about["score"] == records[0]["never"] == score([1, 3], [1, 2])["ndcg_linear@5"]
-    want = {"prediction": ["x", "y", "z"], "label": ["x", "z"], "rel_scores": [1, 2]}
-    assert json_rows(tmp_path, "visdoc/pages_pred.jsonl") == [want]
+    assert about["score"] == records[0]["never"] == score([1, 5], [1, 2])["ndcg_linear@5"]
+    [row] = json_rows(tmp_path, "image/easy_pred.jsonl")
+    assert row["prediction"] == [es.cand_ids[i] for i in (0, 1, 3, 4, 2)]
+    assert row["label"] == [es.cand_ids[i] for i in (0, 2)]
+    assert row["rel_scores"] == [1, 2]
 
 
 def test_a_broken_row_stops_the_run_with_one_line(root, tmp_path):
     os.truncate(f"{root}/3.png", 45)
     with pytest.raises(BadData, match=r"^easy query easy/3: .*3\.png"):
-        evaluation.evaluate(Fake(), root, str(tmp_path / "out"))
+        evaluation.evaluate(tiny_embedder(), root, tmp_path)
     M.write_rows(f"{root}/hard.jsonl", [pair("hard 1", pos_image_path="3.png")])
     with pytest.raises(BadData, match=r"^hard candidate first met at hard/0: .*3\.png"):
-        evaluation.evaluate(Fake(), root, str(tmp_path / "out"), ["hard"])
+        evaluation.evaluate(tiny_embedder(), root, tmp_path, ["hard"])
 
 
 @pytest.mark.parametrize("ours, threshold", [(True, 0.2), (False, 1.0)])
@@ -4307,32 +4230,22 @@ def test_a_large_test_set_does_not_make_a_large_page(first_root, run, monkeypatc
     assert bool(payload["datasets"]) == (limit > 10)
 
 
-@pytest.mark.parametrize("name", ["report.json", "easy_queries.jsonl"])
-def test_a_damaged_file_is_named(first_root, run, name):
-    [path] = run.rglob(name)
-    path.write_text('{"a\n')
-    with pytest.raises(ValueError, match=path.name) as stop:
-        report.write_report(run, first_root)
-    assert "\n" not in str(stop.value)
+BAD_FILES = [  # a file of the run or of its data, what becomes "3" in it, what is said
+    ("report.json", ":", "report.json: not valid JSON"),
+    ("easy_queries.jsonl", ":", "easy_queries.jsonl line 1: not valid JSON"),
+    ("summary.json", "always", "of different evaluations"),  # eval.py has measured again since
+    ("easy.jsonl", "4", "its easy has other queries"),  # two rows are one query: there are fewer
+    ("easy.jsonl", "answer 4", "its easy has other queries"),
+]
 
 
-def test_queries_of_other_data_or_another_evaluation_are_refused(root, run):
-    """Fewer, or with other answers; or eval.py has written into the run's eval/ since."""
-    rows = json_rows(root, "easy.jsonl")
-    other = [row | {"pos_text": "another " + row["pos_text"]} for row in rows]
-    for edited in (rows[:1], other):
-        M.write_rows(f"{root}/easy.jsonl", edited)
-        with pytest.raises(ValueError, match="its easy has other queries"):
-            report.write_report(run, root)
-    write_json(run / "eval" / "summary.json", {"mode": "never"})
-    with pytest.raises(ValueError, match="of different evaluations"):
+@pytest.mark.parametrize("name, word, message", BAD_FILES)
+def test_a_report_of_bad_files_is_refused(root, run, name, word, message):
+    [path] = run.parent.rglob(name)
+    path.write_text(path.read_text().replace(word, "3"))
+    with pytest.raises(ValueError, match=message) as stop:
         report.write_report(run, root)
-
-
-def test_few_queries_prove_nothing():
-    modes = {mode: {"overall": score} for mode, score in (("never", 0.0), ("adaptive", 1.0))}
-    word, numbers = report.difference(modes, {"a": 4 * [{"never": 0, "adaptive": 1}]}, "never")
-    assert word == "is level with" and "± 1.000" in numbers
+    assert "\n" not in str(stop.value)
 
 
 LOST = 0.5, "loses to", 0.9, "adaptive went 42% of that way"
@@ -4341,7 +4254,8 @@ WON = -0.5, "beats", 0.5, "there was nothing to decide"
 
 @pytest.mark.parametrize("more, word, oracle, decision", [LOST, WON])
 def test_the_verdict_goes_every_way(more, word, oracle, decision):
-    """Adaptive against never: two thirds of the queries are won, one is lost, in two datasets."""
+    """Adaptive against never: two thirds of the queries are won, one is lost, in two datasets.
+    Fewer than ten queries may agree by chance: the largest variance, 1, is taken for theirs."""
     records = 4 * [{"never": x, "adaptive": 1 - x, "always": 1 - x + more} for x in (0, 1, 0)]
     scores = {"never": 1 / 3, "adaptive": 2 / 3, "always": 2 / 3 + more}
     scores |= {"random": 0.5, "oracle": oracle, "per_task": 0.5}
@@ -4353,7 +4267,8 @@ def test_the_verdict_goes_every_way(more, word, oracle, decision):
     assert f"never 0.333 (+0.333 ± {error:.3f})" in sentences[0]
     assert decision in sentences[2]
     assert "± is two standard errors over the queries." in sentences[0]
-    _, sentences = report.verdict(modes, {"a": records, "b": records[:9]})
+    _, sentences = report.verdict(modes, {"a": records[1:2] * 4, "b": records[1:2] * 4})
+    assert f"never 0.333 (+0.333 ± {2 * (1 / 4 + 1 / 4) ** 0.5 / 2:.3f})" in sentences[0]
     assert "errors over the queries at most (a dataset has fewer than 10)." in sentences[0]
 
 
@@ -4380,11 +4295,6 @@ def test_imports_point_downwards(name):
 def test_the_idea_files_know_nothing_of_processes(name):
     processes = r"world_size|\bis_main|torch\.distributed|fsdp|lora"
     assert not re.search(processes, text_of(f"{name}.py"), re.I)
-
-
-def test_data_does_not_need_torch():
-    code = "import sys, data; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
 def test_hours_of_a_full_run(capsys):
