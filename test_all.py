@@ -3297,25 +3297,21 @@ def test_data_videos_are_8_frames(tmp_path, capsys):
 
 
 def test_data_qwen_prompts_put_the_instruction_apart(tmp_path):
-    root = write_root(tmp_path, "eval", [ASK], parser="image_qa")
-    query = data.load_eval(root, "d", prompts="qwen").queries[0]
-    assert query == {"text": "why?", "image": f"{root}/a.png", "instruction": "About:"}
-    root = write_root(tmp_path, "eval", [CAPTIONS], parser="image_t2i")
-    es = data.load_eval(root, "d", prompts="qwen")
-    assert es.candidates[1] == {"text": "2", "image": f"{root}/b.png"}
-    root = write_root(tmp_path, "eval", [MME], parser="videomme", inst="Pick. Question: ")
-    assert data.load_eval(root, "d", prompts="qwen").queries[0]["instruction"] == "Pick."
+    def opened(row, **spec):
+        root = write_root(tmp_path, "eval", [row], **spec)
+        return data.load_eval(root, "d", prompts="qwen")
+
+    query = opened(ASK, parser="image_qa").queries[0]
+    assert query == {"text": "why?", "image": f"{tmp_path}/a.png", "instruction": "About:"}
+    candidate = opened(CAPTIONS, parser="image_t2i").candidates[1]
+    assert candidate == {"text": "2", "image": f"{tmp_path}/b.png"}
+    query = opened(MME, parser="videomme", inst="Pick. Question: ").queries[0]
+    assert query["instruction"] == "Pick."
     # Qwen's words where they differ: a full stop, a blank before the options, candidates' letters
-    root = write_root(tmp_path, "eval", [RET], parser="video_ret", modality="video", inst="Find:")
-    assert data.load_eval(root, "d", prompts="qwen").queries[0]["instruction"] == "Find."
-    for parser, row, text, answers in (
-        ("egoschema", EGO, "Q A. o B. p q", ["o", "p"]),
-        ("nextqa", NEXT, "Q\nOptions:\n(A) no", ["(A) no", "(B) yes"]),
-    ):
-        root = write_root(tmp_path, "eval", [row], parser=parser, modality="video")
-        es = data.load_eval(root, "d", prompts="qwen")
-        assert es.queries[0]["text"].startswith(text)
-        assert [item["text"] for item in es.candidates[:2]] == answers
+    query = opened(RET, parser="video_ret", modality="video", inst="Find:").queries[0]
+    assert query["instruction"] == "Find."
+    assert opened(EGO, parser="egoschema").queries[0]["text"] == "Q A. o B. p q"
+    assert opened(NEXT, parser="nextqa").candidates[1]["text"] == "(B) yes"
 
 
 def test_data_pages(tmp_path):
