@@ -231,6 +231,9 @@ class Processor:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_number("whole", max_frames=self.max_frames, max_length=self.max_length)
         require_number("finite", fps=self.fps)
+        self.max_frames = int(self.max_frames)  # what JSON can hold; numpy's cannot be saved
+        self.max_length = int(self.max_length)
+        self.fps = float(self.fps)
         special = self.tokenizer.special
         self.eos_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]

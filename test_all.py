@@ -2446,6 +2446,53 @@ def test_model_tree_mask_by_hand():
     assert mask.int().tolist() == [[int(x) for x in row] for row in rows]
 
 
+def plain_attention(q, k, v, mask):
+    """softmax(q kᵀ / √d) v in float64: q (B, A, S, d), k and v (B, C, L, d), mask (B, 1, S, L)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).double() for x in (k, v))
+    scores = q.double() @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+ROW = [0] * 30 + [1] * 20 + [2] * 15 + [-1] * 5  # a prompt with two branches, padded
+BRANCHES = {
+    "causal": [[0] * 70, [0] * 70],
+    "padded": [[0] * 60 + [-1] * 10, [0] * 70],
+    "branches": [ROW, ROW],
+    "continuations": [[0] * 30 + [1, 2, 3, 4] * 10] * 2,  # of these the last ten tokens look
+    "segments": [[0] * 48],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", BRANCHES)
+def test_model_attention_equals_a_plain_softmax(form, dtype):
+    """Six query heads, two key heads; of the vision tower three of each."""
+    torch.manual_seed(0)
+    branch = torch.tensor(BRANCHES[form])
+    B, L = branch.shape
+    heads = (3, 3, 3) if form == "segments" else (6, 2, 2)
+    q, k, v = (torch.randn(B, n, L, 16).to(dtype) for n in heads)
+    columns = torch.arange(60, 70) if form == "continuations" else torch.arange(L)
+    mask = M.tree_mask(branch, columns)
+    q = q[:, :, columns]
+    if form == "segments":
+        lengths = [8, 8, 20, 12]
+        segment = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+        mask = (segment[:, None] == segment)[None, None]
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, A, d)
+        fused = M.attend_segments(*rows, lengths).transpose(0, 1)[None]
+    elif form == "causal":
+        fused = M.attend(q, k, v, None)
+    else:
+        bias = q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        fused = M.attend(q, k, v, bias.repeat(1, 1, 3, 1))
+    plain = plain_attention(q, k, v, mask)
+    if dtype == torch.float32:
+        assert (fused - plain).abs().max() < 1e-5
+    else:
+        assert F.cosine_similarity(fused.double(), plain, dim=-1).min() > 0.999
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
 def test_model_branches_equal_separate_rows(dtype, tolerance):
