@@ -125,8 +125,8 @@ def backward(lengths, forward, loss, budget):
     passes = [(name, rows) for name in lengths for rows in chunks_of(lengths[name], budget)]
     count = len(passes)
     passes += passes[-1:] * (max(gather_objects([count])) - count)
-    fits = sum(sum(tokens) for tokens in lengths.values()) <= budget
-    keep = all(gather_objects([fits]))
+    num_tokens = sum(map(sum, lengths.values()))
+    keep = max(gather_objects([num_tokens])) <= budget
 
     # 2) Vectors v_i
     with torch.set_grad_enabled(keep):
@@ -155,13 +155,11 @@ def backward(lengths, forward, loss, budget):
         if further is not None:
             surrogate = surrogate + further
             numbers["further"] = float(further.detach())
-        is_own = i < count
-        (surrogate * is_own).backward()
-        if is_own:
-            metrics.append(numbers)
+        (surrogate * (i < count)).backward()
+        metrics.append(numbers)
 
     total = collections.Counter()
-    for numbers in gather_objects(metrics):
+    for numbers in gather_objects(metrics[:count]):
         total.update(numbers)
     further = total.pop("further", 0.0)
     return float(value.detach()) + further, dict(total)
@@ -260,21 +258,20 @@ def merge(model, dtype=torch.float32, into=None):
     and rounded once. `model` stays as it is. into: the result of an earlier call, written over.
     Where there are shards, all processes call it together."""
     trained = dict(model.named_parameters())
-    merged = into
-    if merged is None:
+    if into is None:
         with torch.device("meta"):
-            merged = type(model)(model.c)
-        merged.to(dtype).to_empty(device=model.device).requires_grad_(False)
+            into = type(model)(model.c)
+        into.to(dtype).to_empty(device=model.device).requires_grad_(False)
         if "lm_head.weight" not in trained:  # it is tied: a tensor is named once
-            merged.lm_head.weight = merged.text.embed_tokens.weight
-    for name, p in merged.named_parameters():
+            into.lm_head.weight = into.text.embed_tokens.weight
+    for name, p in into.named_parameters():
         weight = complete(trained[name])
         parent, _, kind = name.rpartition(".")
         layer = model.get_submodule(parent)
         if isinstance(layer, LoRALinear) and kind == "weight":
             weight = weight.float() + layer.scale * (layer.lora_b @ layer.lora_a)
         p.copy_(weight)
-    return merged.eval()
+    return into.eval()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -408,9 +405,6 @@ class Optimizer:
             for i, moments in state["state"].items():
                 state["state"][i] = {key: like(x, params[i]) for key, x in moments.items()}
             part.load_state_dict(state)
-            for moments in part.state.values():  # copies: else the old file stays mapped
-                for key, x in moments.items():
-                    moments[key] = x.clone()
 
 
 def is_matrix(name, p, patches):
@@ -425,9 +419,10 @@ def is_matrix(name, p, patches):
 
 
 def like(x, p):
-    """A tensor of a file, in shards where the parameter p is in shards and x has its shape."""
+    """A copy of a file's tensor, in shards where the parameter p is in shards and x has its shape.
+    The file itself stays mapped, and keeps its room on the disk, as long as x is in use."""
     if not is_sharded(p) or x.shape != p.shape:
-        return x
+        return x.clone()
     return dist.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
 
 
