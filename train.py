@@ -66,6 +66,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -152,11 +153,7 @@ def opt(group, default, least=0, choices=None):
 
 @dataclass
 class Config:
-    """Options by group; the comments are what --help says.
-
-    A call may change the options of the group machine, of the stage that it does again, and of
-    stages that are not done. The rest belongs to the run folder.
-    """
+    """Options by group; the comments are what --help says."""
 
     preset: str = opt("run", "pocket", choices=PRESETS)  # default values of the other options
     model: str = opt("run", "")  # start from this Qwen3-VL folder or hub id; empty: from nothing
@@ -236,13 +233,6 @@ class Interrupted(Exception):
     exit_code = 143  # as a shell has it
 
 
-def true_or_false(text):
-    """argparse's type of a bool. `bool("false")` is True."""
-    if text not in ("true", "1", "false", "0"):
-        raise ValueError(text)
-    return text in ("true", "1")
-
-
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
@@ -262,7 +252,7 @@ def parse(argv):
         for f in options:
             group.add_argument(
                 f"--{f.name}",
-                type=true_or_false if f.type is bool else f.type,
+                type=json.loads if f.type is bool else f.type,  # bool("false") is True
                 choices=f.metadata["choices"],
                 default=argparse.SUPPRESS,  # so `given` has what the caller wrote, nothing else
                 help=f"{why[f.name]} ({f.default!r})",
@@ -286,7 +276,7 @@ def check(cfg):
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
     no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
-    cannot_shard = cfg.optimizer == "muon" or cfg.lora or cfg.compile
+    no_shards = cfg.optimizer == "muon" or cfg.lora or cfg.compile or processes == 1
     numbers = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.matryoshka_dims)  # "64,128" or ""
     mistakes = {  # {what is said: whether it is the case}
         f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
@@ -297,8 +287,7 @@ def check(cfg):
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
         "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
-        "--fsdp needs --optimizer adamw --lora 0 --compile false": cfg.fsdp and cannot_shard,
-        "--fsdp needs torchrun and several processes": cfg.fsdp and processes == 1,
+        "--fsdp needs torchrun, --optimizer adamw, --lora 0, no --compile": cfg.fsdp and no_shards,
         "--matryoshka_dims: expected 64,128": not numbers,
     }
     for mistake, is_made in mistakes.items():
@@ -311,14 +300,10 @@ def check(cfg):
 
 
 class Run:
-    """A run folder and its options: which stages are done, the log, and all random numbers.
-
-    Every stage gets it as its first argument, and STAGE.part as its second.
-    """
+    """A run folder and its options: which stages are done, the log, and all random numbers."""
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.stopping = False  # True once SIGTERM has come
         self.device = scale.join_processes(cfg.device)  # "cpu", "cuda:3"
         self.dtype = getattr(torch, cfg.dtype)
         self.data_root = cfg.data or self.path("data")
@@ -354,15 +339,12 @@ class Run:
         there. Groups in `free` may differ."""
         before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
         for f in fields(Config):
-            group = f.metadata["group"]
             value = getattr(self.cfg, f.name)
             then = before.get(f.name, value)
-            if group in free or then == value:
+            if f.metadata["group"] in free or then == value:
                 continue
             change = f"was made with {f.name}={then!r}, this call says {value!r}"
-            redo = f", do --stage {group} with yours" if group in STAGES else ""
-            remedy = f"repeat the option{redo}, or use another --out"
-            raise UsageError(f"{self.path(name)} {change}: {remedy}")
+            raise UsageError(f"{self.path(name)} {change}: repeat the option, or use another --out")
 
     def rng(self, *key):
         """numpy's generator; it depends on seed and key alone.
@@ -380,9 +362,9 @@ class Run:
         seed = int(self.rng(*key).integers(2**62))
         return torch.Generator(self.device).manual_seed(seed)
 
-    def steps(self, n):
-        """A step count under --scale: never less than 2, unless it is 0."""
-        return max(2, round(n * self.cfg.scale)) if n else 0
+    def scaled(self, n, least=2):
+        """A number of steps or pairs under --scale: never less than `least`, unless it is 0."""
+        return max(least, round(n * self.cfg.scale)) if n else 0
 
     def say(self, text):
         """Of several processes one speaks."""
@@ -397,7 +379,7 @@ class Run:
         """
         numbers = []
         for name, value in metrics.items():
-            if isinstance(value, (int, float)):  # rl's "sample", a text, is in the file alone
+            if isinstance(value, (int, float)):  # texts and tables are in the file alone
                 numbers.append(f"{name} {value:.3g}")
         self.say(f"{stage} {step}/{steps} " + " ".join(numbers))
         if scale.is_main():
@@ -452,17 +434,11 @@ class Run:
             os.replace(part, final)
             for file in (*final.glob("*.state*"), final / "options.json"):
                 file.unlink()  # only a stage that is resumed needs checkpoints and its options
-            for folder in final.glob("*.windows"):  # a kill came before by_window removed it
-                shutil.rmtree(folder)
             for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
             write_json(self.path("stages.json"), self.stages)
         scale.barrier()
-
-    def stop(self, *_):
-        """What SIGTERM does in the training loop. Elsewhere it ends the process, as kill -9."""
-        self.stopping = True
 
     def embedder(self, folder):
         """The checkpoint that a stage left: in "base", "select/judge0" ..."""
@@ -611,14 +587,10 @@ class Pairs:
                 windows.append(refs[start : start + size])
         return windows
 
-    def stream(self, name, batch, sub_batch, first_step, is_wanted=None):
+    def stream(self, name, batch, sub_batch, first_step, is_learnt=None):
         """Endless batches from this step on: lists of pairs, this process' share of `batch`, in
         runs of `sub_batch` pairs of one dataset. A step uses the first hard negative of a pair, so
-        each visit shuffles them. is_wanted(id): None, or which pairs do not drop out."""
-
-        def is_learnt(source, row):
-            return is_wanted(self.tables.id(source, row))
-
+        each visit shuffles them. is_learnt(source, row): None, or which pairs do not drop out."""
         sampler = data.sampler(
             sizes=[len(rows) for rows in self.rows],
             weights=self.tables.weights,  # of the datasets
@@ -628,7 +600,7 @@ class Pairs:
             rank=scale.rank(),
             world=scale.world_size(),
             first=[rows.start for rows in self.rows],
-            is_wanted=is_learnt if is_wanted else None,
+            is_wanted=is_learnt,
         )
         todo = itertools.islice(sampler, first_step, None)  # without the steps that are done
         for step, pairs in enumerate(self.load(todo), first_step):
@@ -680,7 +652,8 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
     run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
-    signal.signal(signal.SIGTERM, run.stop)
+    sigterm = threading.Event()  # in this loop alone; elsewhere SIGTERM ends the process at once
+    signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
     stop = False
     while step < optimizer.steps and not stop:
         batch = next(batches)
@@ -697,12 +670,12 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
             run.log(name, step, optimizer.steps, metrics)
         if after_step:
             after_step(step)
-        stop = any(scale.gather_objects([run.stopping]))  # all processes after the same step
+        stop = any(scale.gather_objects([sigterm.is_set()]))  # all processes after the same step
         done = step == optimizer.steps  # select still has to judge then
         if stop or done or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop or run.stopping:  # or it came just now
+    if stop or sigterm.is_set():  # or it came just now
         raise Interrupted(f"stopped by SIGTERM after step {step} of {name}; --resume auto goes on")
     model.eval()
 
@@ -713,7 +686,7 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
     name: of the log's rows and the checkpoint. stream, one_step: as in train_loop. steps: at
     --scale 1. factor: times lr.
     """
-    optimizer = scale.Optimizer(embedder.model, run.cfg, run.steps(steps), factor)
+    optimizer = scale.Optimizer(embedder.model, run.cfg, run.scaled(steps), factor)
     train_loop(run, name, part, embedder.model, optimizer, one_step, stream)
     embedder.model = scale.merge(embedder.model, run.dtype)  # to judge with, or to save
     embedder.processor.trained_here = True
@@ -745,8 +718,8 @@ def pretrain_base(run, part):
     up in a picture, a clip or an account, and to add two digits (pretrain.STEP_SKILLS)."""
     c = run.cfg
     model, processor = pretrain.new_model(run.torch_seed("weights"), run.device)
-    planned = run.steps(c.base_steps)
-    describe_steps = run.steps(pretrain.DESCRIBE_STEPS)
+    planned = run.scaled(c.base_steps)
+    describe_steps = run.scaled(pretrain.DESCRIBE_STEPS)
     # The rate falls over the last quarter of the planned steps: with 450 from step 338 on.
     optimizer = scale.Optimizer(model, c, planned, cool=0.25, patches=True)
     bank = pocket.Bank(run.rng("bank"))  # drawings of shapes, digits and words
@@ -836,10 +809,8 @@ def propose_stage(run, part):
     processor = embedder.processor
     kernels = sdpa_kernels(embedder.model, run.dtype).items()
     run.say("attention: " + ", ".join(f"{form} {kernel}" for form, kernel in kernels))
-    given_path = c.rationales
-    if not given_path and not c.data:
-        given_path = run.path("data/proposers.jsonl")
-    given = propose.Rationales(given_path) if given_path else None
+    others = os.devnull if c.data else run.path("data/proposers.jsonl")  # none, or the world's own
+    given = propose.Rationales(c.rationales or others)
     hard = propose.hard_pairs(c.hard) if c.hard else None  # pair ids; None: all
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
@@ -852,16 +823,13 @@ def propose_stage(run, part):
     # in files of windows, and in the one that joins them.
     num_wanted = sum(map(len, pairs.windows(is_wanted)))
     size = c.num_candidates * (4 * c.max_new_tokens + 200) * num_wanted
-    if given:
-        size += os.path.getsize(given_path)
+    size += os.path.getsize(given.path)
     scale.need_space(part, 2 * size, "rationales")
 
     def rows_of(n, window):
-        rows = []
-        if given:
-            rows, num_longer = rows_within(given, window, processor, c.max_new_tokens)
-            if num_longer:
-                run.say(f"propose: {num_longer} rationales exceed --max_new_tokens: not used")
+        rows, num_longer = rows_within(given, window, processor, c.max_new_tokens)
+        if num_longer:
+            run.say(f"propose: {num_longer} rationales exceed --max_new_tokens: not used")
         if c.num_candidates:
             rng = run.generator("propose", n)
             rows += propose.propose(embedder.model, processor, window, c, rng, ask)
@@ -874,10 +842,10 @@ def propose_stage(run, part):
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if not written.offsets:
         raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
-    if given:
-        unused = len(given.offsets.keys() - written.offsets.keys())  # rl's, easy, unknown, too long
+    if given.offsets:
+        unused = given.offsets.keys() - written.offsets.keys()  # rl's, easy, unknown, too long
         left_out = f"{given.left_out} of targets or without a word"
-        run.say(f"propose: not used: those of {unused} pairs, and {left_out}")
+        run.say(f"propose: not used: those of {len(unused)} pairs, and {left_out}")
 
 
 def select_stage(run, part):
@@ -913,9 +881,8 @@ def select_stage(run, part):
     kept = Rows(selected)
     truth = selection.pocket_truth(run.data_root)
     audit = selection.audit(judged, kept, *rule, truth)
-    numbers = {name: x for name, x in audit.items() if not isinstance(x, dict)}
     run.forget("select audit")
-    run.log("select audit", 1, 1, numbers)
+    run.log("select audit", 1, 1, audit)
     warning = selection.few_kept(judged, kept)
     if warning:
         run.say(warning)
@@ -942,13 +909,13 @@ def judge_fold(run, part, fold, written, path):
     def in_fold(pair_id):
         return selection.fold_of(pair_id, c.select_folds) == fold
 
-    def learns(pair_id):
-        return c.select_folds == 1 or not in_fold(pair_id)
+    def is_learnt(source, row):
+        return c.select_folds == 1 or not in_fold(pairs.tables.id(source, row))
 
     # Of two folds half of a batch is judged here and drops out: draw twice as much.
     times = 2 if c.select_folds > 1 else 1
     sizes = times * c.batch, times * c.sub_batch
-    stream = partial(pairs.stream, name, *sizes, is_wanted=learns)
+    stream = partial(pairs.stream, name, *sizes, is_learnt=is_learnt)
     fit(run, name, part, embedder, stream, one_step, c.select_steps, c.select_lr_factor)
     if scale.is_main():
         embedder.save(f"{part}/judge{fold}")
@@ -1113,9 +1080,8 @@ def draw_world(run):
     if scale.is_main() and not os.path.exists(folder):
         part = folder + ".part"
         shutil.rmtree(part, ignore_errors=True)
-        os.makedirs(part)
-        train = max(4, round(cfg.world_train * cfg.scale))
-        test = max(4, round(cfg.world_test * cfg.scale))
+        train = run.scaled(cfg.world_train, 4)
+        test = run.scaled(cfg.world_test, 4)
         pocket.write_world(part, cfg.seed, train, test)
         write_json(run.path("config.json"), asdict(cfg))  # from now on these are the folder's
         os.replace(part, folder)
@@ -1135,12 +1101,11 @@ def run_stages(cfg):
             data.load_eval(cfg.data, spec, limit=1)
     run = Run(cfg)
     num_done = len(run.stages)  # they are the first ones: finish() sees to it
-    first = num_done if whole else STAGES.index(cfg.stage)
-    if first > num_done:
+    if cfg.stage in STAGES[num_done + 1 :]:
         raise UsageError(f"{cfg.out}: stage {STAGES[num_done]} is not done; --stage all does it")
     if not cfg.data:
         draw_world(run)
-    for stage in STAGES[first:] if whole else [cfg.stage]:
+    for stage in STAGES[num_done:] if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
         do_stage = globals()[f"{stage}_stage"]  # embed_stage, ... above
@@ -1168,10 +1133,9 @@ def main(argv):
         line = line.rpartition("data.BadData: ")[2]  # without a DataLoader worker's traceback
         if isinstance(e, torch.OutOfMemoryError):
             line += "; lower --chunk_tokens, or --checkpointing true"
-        rank = int(os.environ.get("RANK", 0))  # torchrun's; scale.rank() may not be there yet
-        if code == 1 or rank == 0:  # 2 and 143 are all processes'
-            process = f"process {rank}: " if rank else ""
-            print(f"train.py: {process}{line}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's; scale.rank() may not be there yet
+        if code == 1 or rank == "0":  # 2 and 143 are all processes'
+            print(f"train.py: {line}", file=sys.stderr)
     if "RANK" in os.environ:
         # A process of torchrun does not wait for the interpreter's end, in which torch's threads
         # abort now and then; torchrun would take that for a failure.
