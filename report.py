@@ -58,7 +58,6 @@ PANELS = [
     "rl tokens",
     "rl reason_rate p_reason",
 ]
-NEEDED = ("preset", "seed", "modes", "curve")  # of report.json; older ones may lack the rest
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
 BYTES = 2_800_000  # of the JSON in the page; the template takes some 24 kB more
 SIDE = 144  # pixels of a thumbnail
@@ -72,12 +71,10 @@ FEW = 10  # queries of a dataset; of fewer no variance is estimated
 
 
 def training_curves(log):
-    """Rows of metrics.jsonl -> panels.
+    """Rows of metrics.jsonl -> the panels that have a finite value.
 
     [{"stage": "embed", "step": 10, "nce_direct": 0.1}, ...]
     -> [{"title": "embed: nce direct", "series": [{"name": "nce direct", "points": [[10, 0.1]]}]}]
-
-    A panel without a point is left out, and so is a value that is not finite.
     """
     curves = []
     for panel in PANELS:
@@ -180,17 +177,16 @@ def what_is_missing(report, log, test_sets):
 def markdown(report, title, sentences):
     """report.md: the sentences, and a table of what each mode gets: "| overall | 0.827 | ..."."""
     modes = report["modes"]
-    fields = ("overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query")
-    lines = [(name, [row[name] for row in modes.values()]) for name in fields]
-    for name in modes["never"]["datasets"]:  # lines, not a dict: one may be called "image"
-        cell = " ".join(name.replace("|", "\\|").split())  # as a cell of the table
-        lines.append((cell, [row["datasets"][name] for row in modes.values()]))
-    rows = []
-    for name, values in lines:
+    names = ["overall", *MODALITIES, "reason_rate", "tokens_per_query", "ms_per_query"]
+    columns = []  # of each mode
+    for scores in modes.values():
+        values = [scores[name] for name in names] + list(scores["datasets"].values())
         # None: no dataset of that modality.
-        rows.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
+        columns.append(["–" if value is None else f"{value:.3f}" for value in values])
+    names += modes["never"]["datasets"]
+    text = table(["", *modes], zip(names, *columns))
     made_by = f"Preset {report['preset']}, seed {report['seed']}\n"
-    return "\n\n".join([f"# {title}", *sentences, table(["", *modes], rows) + "\n" + made_by])
+    return "\n\n".join([f"# {title}", *sentences, text + "\n" + made_by])
 
 
 def table(columns, rows):
@@ -314,9 +310,7 @@ def write_report(run, data_root):
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)
     sentences += what_is_missing(report, log, summary.get("missing"))
-    payload = {key: report[key] for key in NEEDED}
-    for key in ("seconds", "adaptivity"):
-        payload[key] = report.get(key, {})
+    payload = {"seconds": {}, "adaptivity": {}} | report  # an older report may lack these
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
     payload["training"] = training_curves(log)

@@ -73,11 +73,13 @@ VARIANTS = {
 COMPARED = [f.name for f in fields(train.Config) if f.metadata["group"] != "machine"]
 COMPARED.remove("seed")
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
-RATIOS = {  # name: (figure, mode): adaptive's figure divided by that mode's
-    "tokens / the oracle's": ("tokens_per_query", "oracle"),
-    "tokens / those of per task": ("tokens_per_query", "per_task"),
-    "tokens / those of always": ("tokens_per_query", "always"),
-    "reason rate / that of per task": ("reason_rate", "per_task"),
+# name: (figure, mode A, mode B): how far of the way from A to B adaptive goes. A is None: from 0.
+RATIOS = {
+    "of the way from random to oracle": ("overall", "random", "oracle"),
+    "tokens / the oracle's": ("tokens_per_query", None, "oracle"),
+    "tokens / those of per task": ("tokens_per_query", None, "per_task"),
+    "tokens / those of always": ("tokens_per_query", None, "always"),
+    "reason rate / that of per task": ("reason_rate", None, "per_task"),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -249,21 +251,19 @@ def steps_table(adaptivities):
 
 
 def decision_table(reports):
-    """How good are adaptive's decisions, and how cheap? Its figures divided by other modes', means
-    over the seeds that have the ratio. random: a coin at its rate; oracle: each query's best."""
-    ways = []  # of each seed
-    ratios = {"of the way from random to oracle": ways} | {name: [] for name in RATIOS}
-    for report in reports:
-        modes = report["modes"]
-        adaptive = modes["adaptive"]
-        random = modes["random"]["overall"]
-        whole_way = modes["oracle"]["overall"] - random
-        if whole_way:  # a ratio needs something to divide by
-            ways.append((adaptive["overall"] - random) / whole_way)
-        for name, (key, mode) in RATIOS.items():
-            if modes[mode][key]:
-                ratios[name].append(adaptive[key] / modes[mode][key])
-    lines = [[name, show(values, 2)] for name, values in ratios.items() if values]
+    """How good are adaptive's decisions, and how cheap? Its figures beside other modes', means over
+    the seeds that have the ratio. random: a coin at its rate; oracle: each query's best."""
+    lines = []
+    for name, (key, start, end) in RATIOS.items():
+        values = []  # of each seed
+        for report in reports:
+            modes = report["modes"]
+            zero = modes[start][key] if start else 0.0
+            whole_way = modes[end][key] - zero
+            if whole_way:  # a ratio needs something to divide by
+                values.append((modes["adaptive"][key] - zero) / whole_way)
+        if values:
+            lines.append([name, show(values, 2)])
     return table(["adaptive", "ratio"], lines)
 
 
@@ -400,7 +400,7 @@ def main():
             for seed in args.seeds:
                 run_variant(cfg, name, seed, args.out)
         summarise(args.out)
-    except (train.UsageError, train.Interrupted, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"study.py: {error}")
     print(f"written: {args.out}/study.md")
 

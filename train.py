@@ -221,13 +221,13 @@ class Config:
     threshold: float = opt("eval", 0.5, -math.inf)  # reason when p_reason exceeds it
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """A mistake of the caller's."""
 
     exit_code = 2
 
 
-class Interrupted(Exception):
+class Interrupted(InterruptedError):
     """SIGTERM ended the training loop."""
 
     exit_code = 143  # as a shell has it
@@ -607,9 +607,9 @@ class Pairs:
             shuffled = []
             for pair in pairs:
                 rng = self.run.rng(name, "negatives", step, pair["id"])
-                negatives = pair["negatives"]
-                order = rng.permutation(len(negatives))
-                shuffled.append(pair | {"negatives": [negatives[i] for i in order]})
+                negatives = list(pair["negatives"])  # the pair itself may be kept
+                rng.shuffle(negatives)
+                shuffled.append(pair | {"negatives": negatives})
             yield shuffled
 
 
@@ -961,7 +961,7 @@ class Lessons:
     """What propose and select left: a rationale for each visit of a pair, and its decision."""
 
     def __init__(self, run):
-        wanted = {name for name in run.cfg.embed_proposers.split(",") if name}  # {"careful"}
+        wanted = set(run.cfg.embed_proposers.split(",")) - {""}  # {"careful"}
         self.written = propose.Rationales(run.path("propose/rationales.jsonl"))
         self.kept = propose.Rationales(run.path("select/selected.jsonl"), ("weight",), wanted)
         authors = {"none", *self.written.authors}  # {"none", "base", "careful", "sloppy"}
@@ -1125,7 +1125,7 @@ def main(argv):
     code = 0
     try:
         run_stages(parse(argv))
-    except (UsageError, Interrupted, torch.OutOfMemoryError, ValueError, OSError) as e:
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         if sys.flags.dev_mode:
             raise
         code = getattr(e, "exit_code", 1)
