@@ -41,7 +41,7 @@ import eval as evaluation
 import pocket
 import train
 from embed import Embedder
-from model import Rows, read_json, write_json, write_rows
+from model import Rows, read_json, write_rows
 from report import table
 
 # Options of train.py. A query reasons if p_reason exceeds the threshold: 1 is never exceeded, -1
@@ -92,15 +92,14 @@ def fork(parent, folder, first, same_judge):
     if (folder / "stages.json").exists():  # it is written last
         return
     shutil.rmtree(folder, ignore_errors=True)
-    kept = train.STAGES[: train.STAGES.index(first)]  # first = "embed": base, propose, select
     folder.mkdir(parents=True)
+    kept = train.STAGES[: train.STAGES.index(first)]  # first = "embed": base, propose, select
     for name in ("data", *kept):  # a relative link: the study's folder can be moved
         (folder / name).symlink_to(os.path.relpath(parent / name, folder))
     if same_judge:  # an unfinished stage works in STAGE.part: select takes what it finds there
         shutil.copytree(parent / "select", folder / "select.part")  # judged0.jsonl ...
     shutil.copy(parent / "config.json", folder)  # what the links were made with
-    done = read_json(parent / "stages.json")  # {"base": {"seconds": 900.0, ...}}
-    write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
+    shutil.copy(parent / "stages.json", folder)  # those without a folder do not count
 
 
 def run_variant(cfg, name, seed, out):

@@ -66,7 +66,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -275,7 +274,6 @@ def check(cfg):
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
-    no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
     no_shards = cfg.optimizer == "muon" or cfg.lora or cfg.compile or processes == 1
     numbers = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.matryoshka_dims)  # "64,128" or ""
     mistakes = {  # {what is said: whether it is the case}
@@ -286,7 +284,6 @@ def check(cfg):
         f"--rl_batch is not a multiple of {RL_SUB_BATCH}": cfg.rl_batch % RL_SUB_BATCH,
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
         "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
-        "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs torchrun, --optimizer adamw, --lora 0, no --compile": cfg.fsdp and no_shards,
         "--matryoshka_dims: expected 64,128": not numbers,
     }
@@ -501,9 +498,6 @@ class Pairs:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
         # A range of rows of each dataset: [range(0, 600), range(0, 600), ...]
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
-        for source, n in enumerate(self.tables.sizes):
-            rls = self.share_of(n, True)
-            self.tables.fetch(source, rls.start, rows=rls)  # fails now, not hours later in rl
         self.cache = {}  # {(source, row): pair}
         self.cached_bytes = 0
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
@@ -652,8 +646,8 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
     run.forget(name, step)  # rows of steps after the checkpoint
     batches = stream(step) if stream else itertools.repeat([])
     started = time.time()
-    sigterm = threading.Event()  # in this loop alone; elsewhere SIGTERM ends the process at once
-    signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
+    signals = []  # that came; outside of this loop SIGTERM ends the process, as kill -9
+    signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
     stop = False
     while step < optimizer.steps and not stop:
         batch = next(batches)
@@ -670,12 +664,12 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
             run.log(name, step, optimizer.steps, metrics)
         if after_step:
             after_step(step)
-        stop = any(scale.gather_objects([sigterm.is_set()]))  # all processes after the same step
+        stop = bool(scale.gather_objects(signals))  # all processes after the same step
         done = step == optimizer.steps  # select still has to judge then
         if stop or done or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop or sigterm.is_set():  # or it came just now
+    if stop or signals:  # or one came just now
         raise Interrupted(f"stopped by SIGTERM after step {step} of {name}; --resume auto goes on")
     model.eval()
 
@@ -697,8 +691,6 @@ def fit(run, name, part, embedder, stream, one_step, steps, factor):
 # --------------------------------------------------------------------------------------------------
 # The stages. Each opens what earlier ones left, loops over batches or windows, and saves into
 # `part`, the folder STAGE.part. An Embedder that it returns is saved there, too.
-# run.trainee opens a checkpoint (or the mean of several) to be trained; pairs.stream yields batches
-# of sub-batches, each of one dataset; fit loops one_step over them.
 
 
 def base_stage(run, part):
