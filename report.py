@@ -209,8 +209,7 @@ def table(columns, rows):
 def show(item, images):
     """An item -> {"text": "what is it ?", "images": [0, 3]}; of a video at most four frames.
 
-    images {reference: data: URI} grows by the new ones; 0 and 3 are places in it, so an image that
-    occurs twice is stored once. A data: URI is the image itself and needs no file beside it.
+    images {reference: data: URI} grows by the new ones; 0 and 3 are places in it.
     """
     refs = data.listed(item.get("image"))
     if "video" in item:
@@ -233,13 +232,11 @@ def show(item, images):
 def make_card(es, i, record, images):
     """Query i of a data.EvalSet; record is its row of queries.jsonl. images: as in show().
 
-    -> {"dataset", "row", "id", "text", "images", "rationale", "never", "always"}. row is its place
-    in the page's per-query records; never and always are the first three candidates,
-    {"text", "images", "right"}.
+    -> {"dataset", "row", "id", "rationale", "text", "images", "never", "always"}. row is its place
+    in the page's per-query records; never and always are the first three candidates.
     """
-    card = {"dataset": es.name, "row": i, "id": str(record["id"])}
+    card = {"dataset": es.name, "row": i, "id": str(record["id"]), "rationale": record["rationale"]}
     card |= show(es.queries[i], images)
-    card["rationale"] = record["rationale"] or ""
     for mode in ("never", "always"):
         card[mode] = []
         for key in record["top3"][mode]:
