@@ -234,10 +234,9 @@ def steps_table(adaptivities):
     lines = []
     for name in adaptivities[0]:
         seeds = [adaptivity[name] for adaptivity in adaptivities]
+        # None: this seed has no queries of both kinds.
         aucs = [seed["auc"] for seed in seeds if seed["auc"] is not None]
-        auc = ""  # where no seed has queries of both kinds
-        if aucs:
-            auc = f"{np.median(aucs):.3f} ({min(aucs):.2f} to {max(aucs):.2f})"
+        auc = f"{np.median(aucs):.3f} ({min(aucs):.2f} to {max(aucs):.2f})" if aucs else ""
         counts = {count for seed in seeds for count in seed["reason_rate"]}  # "0", "1" ... steps
         for count in sorted(counts, key=int):
             cells = [name.removeprefix("Pocket"), count]

@@ -732,11 +732,10 @@ def pretrain_base(run, part):
         """At the end of the flat part: are the skills there? If not, another tenth of the plan:
         450 steps become 495, 540 ... 900. What is missing by less than 0.05 comes while the
         learning rate falls."""
-        steps = optimizer.steps
-        if step != steps - round(optimizer.cool_steps) or steps >= 2 * planned:
-            return
-        if weakest_skill(step) < pretrain.SKILL_WANTED - 0.05:
-            optimizer.steps = min(2 * planned, steps + planned // 10)
+        flat_steps = optimizer.steps - round(optimizer.cool_steps)
+        may_grow = step == flat_steps and optimizer.steps < 2 * planned
+        if may_grow and weakest_skill(step) < pretrain.SKILL_WANTED - 0.05:
+            optimizer.steps = min(2 * planned, optimizer.steps + planned // 10)
 
     train_loop(run, "base", part, model, optimizer, one_step, after_step=after_step)
     if weakest_skill(optimizer.steps) < pretrain.SKILL_WANTED:
