@@ -4230,7 +4230,8 @@ def test_without_steps_or_images_or_a_mode(root, run):
         del result["modes"]["per_task"]
         write_json(run / name, result)
     result = read_json(run / "report.json")
-    write_json(run / "report.json", {key: result[key] for key in report.NEEDED})
+    kept = ("preset", "seed", "modes", "curve")  # of an older report
+    write_json(run / "report.json", {key: result[key] for key in kept})
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
     assert payload["cards"][0]["images"] == payload["training"] == []
