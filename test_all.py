@@ -1390,6 +1390,7 @@ def test_train_options_and_presets():
         ("--threshold=-inf", 2, "--threshold -inf"),
         ("--sub_batch=0", 2, "--sub_batch 0"),
         ("--rl_holdout=1", 2, "--rl_holdout leaves no pair"),
+        ("--data . --num_candidates 0", 2, "--rationales"),
         ("--data nowhere --model m", 1, "nowhere"),
     ],
 )
@@ -1879,6 +1880,16 @@ def test_run_what_a_worker_raises_is_one_line(own_root, copy_of, fails):
     out, argv = copy_of("propose"), ["--workers", "1"]
     with patch.object(train.data, "pair_key", Mock(side_effect=ValueError("broken"))):
         fails(arguments(own_root, out, *argv, stage="select"), 1, "train.py: own: none of ")
+
+
+def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fails):
+    root = shutil.copytree(own_root, tmp_path / "root")
+    rows = json_rows(root, "train.jsonl")
+    gone = [row | {"qry_image_path": "gone.png"} for row in rows[21:]]
+    M.write_rows(root / "train.jsonl", rows[:21] + gone)
+    assert exit_code(arguments(root, tmp_path / "run", stage="base")) == 0
+    argv = arguments(root, tmp_path / "run", stage="propose")
+    fails(argv, 1, "own: none of 5 rows can be read; the first: own/21: image 'gone.png'")
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,13 @@ class Interrupted(InterruptedError):
     exit_code = 143  # as a shell has it
 
 
+def true_or_false(text):
+    """argparse's type of a bool. `bool("false")` is True."""
+    if text not in ("true", "1", "false", "0"):
+        raise ValueError(text)
+    return text in ("true", "1")
+
+
 def parse(argv):
     """Command line -> Config. A preset's values hold unless an option says otherwise.
 
@@ -251,7 +258,7 @@ def parse(argv):
         for f in options:
             group.add_argument(
                 f"--{f.name}",
-                type=json.loads if f.type is bool else f.type,  # bool("false") is True
+                type=true_or_false if f.type is bool else f.type,
                 choices=f.metadata["choices"],
                 default=argparse.SUPPRESS,  # so `given` has what the caller wrote, nothing else
                 help=f"{why[f.name]} ({f.default!r})",
@@ -274,6 +281,7 @@ def check(cfg):
             raise UsageError(f"--{f.name} {value}: expected a number, at least {least:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
+    no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
     no_shards = cfg.optimizer == "muon" or cfg.lora or cfg.compile or processes == 1
     numbers = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.matryoshka_dims)  # "64,128" or ""
     mistakes = {  # {what is said: whether it is the case}
@@ -284,6 +292,7 @@ def check(cfg):
         f"--rl_batch is not a multiple of {RL_SUB_BATCH}": cfg.rl_batch % RL_SUB_BATCH,
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
         "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
+        "--num_candidates 0, and no --rationales": no_rationales,
         "--fsdp needs torchrun, --optimizer adamw, --lora 0, no --compile": cfg.fsdp and no_shards,
         "--matryoshka_dims: expected 64,128": not numbers,
     }
@@ -498,6 +507,9 @@ class Pairs:
             run.say(f"training data: missing {', '.join(self.tables.missing)}")
         # A range of rows of each dataset: [range(0, 600), range(0, 600), ...]
         self.rows = [self.share_of(n, for_rl) for n in self.tables.sizes]
+        for source, n in enumerate(self.tables.sizes):
+            rls = self.share_of(n, True)
+            self.tables.fetch(source, rls.start, rows=rls)  # fails now, not hours later in rl
         self.cache = {}  # {(source, row): pair}
         self.cached_bytes = 0
         # One loader, and one crew of workers, for all passes: load() says what is to be read.
@@ -800,8 +812,8 @@ def propose_stage(run, part):
     processor = embedder.processor
     kernels = sdpa_kernels(embedder.model, run.dtype).items()
     run.say("attention: " + ", ".join(f"{form} {kernel}" for form, kernel in kernels))
-    others = os.devnull if c.data else run.path("data/proposers.jsonl")  # none, or the world's own
-    given = propose.Rationales(c.rationales or others)
+    worlds_own = os.devnull if c.data else run.path("data/proposers.jsonl")
+    given = propose.Rationales(c.rationales or worlds_own)
     hard = propose.hard_pairs(c.hard) if c.hard else None  # pair ids; None: all
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
