@@ -262,10 +262,9 @@ def test_select_rules_by_hand():
     cases = [(0.69, -1.0), (0.70, 0.70), (0.70, 0.0), (2.0, no), (2.0, 3.0), (no, no)]
     expected = {"full": [2, 3], "positive_only": [2, 3], "no_placebo": [1, 2, 3, 4]}
     expected["none"] = [0, 1, 2, 3, 4, 5]
-    assert set(expected) == set(selection.RULES)
-    for rule in selection.RULES:
+    for rule, numbers in expected.items():
         kept = [i for i, case in enumerate(cases) if selection.keeps(*case, 0.69, rule)]
-        assert kept == expected[rule], rule
+        assert kept == numbers, rule
 
 
 def judged(pair_id, gain, placebo=None, proposer="w", **changes):
@@ -318,14 +317,9 @@ def test_select_audit_by_hand():
         return None if unmarked else row["dataset"] == "W" and "careful" in row["proposer"]
 
     kept = [rows[0], rows[3], rows[4], rows[9]]
-    assert selection.audit(rows, kept, "no_placebo", 1.1, 0.1, helps) == {
-        "candidates": 12,
-        "kept": 4,
-        "precision": 0.6667,
-        "recall": 0.6667,
-        "placebo_accepted": 0.3333,
-        "by_proposer": {"careful": 0.5, "sloppy": 0.0},
-    }
+    expected = {"candidates": 12, "kept": 4, "by_proposer": {"careful": 0.5, "sloppy": 0.0}}
+    expected |= {"precision": 0.6667, "recall": 0.6667, "placebo_accepted": 0.3333}
+    assert selection.audit(rows, kept, "no_placebo", 1.1, 0.1, helps) == expected
     assert selection.audit(rows, [], "full", 1.1, 0.1, helps)["precision"] == 0.0
     for second, accepted in ((1.0, 0.3333), (1.6, 0.0)):  # the rule asks placebos to beat another
         offered = [row | {"gain_second": second} for row in rows]
@@ -374,11 +368,10 @@ def test_select_placebo_never_shares_the_target():
     texts["P/0"]["alone"] = "nobody else"
     texts["P/1"]["w#2"] = "P/1|1|w"
     texts["P/11"] = {}
-    seen = collections.Counter()
+    seen = set()
     num_second = 0
     for seed in range(20):
         trials = selection.draw_trials(pairs, texts, np.random.default_rng(seed))
-        assert trials[11] == []
         assert trials[0][-1] == ("alone", "nobody else", None, None)
         for p, of_pair in zip(pairs, trials):
             assert {proposer: text for proposer, text, *_ in of_pair} == texts[p["id"]]
@@ -387,9 +380,8 @@ def test_select_placebo_never_shares_the_target():
                 num_second += placebos[1] is not None
                 for words in filter(None, placebos):
                     pair_id, target, author = words.split("|")
-                    assert author == proposer[0]
-                    assert target != str(p["target_key"])
-                    seen[p["id"], pair_id] += 1
+                    assert author == proposer[0] and target != str(p["target_key"])
+                    seen.add((p["id"], pair_id))
     assert len(seen) > 11 * 6  # each has 7 or 8 possible ones: drawn, not always the first
     assert 0.15 < num_second / (20 * 23) < 0.35
 
@@ -455,9 +447,7 @@ def test_select_judge_is_its_naive_twin(many, monkeypatch):
         return np.array([s[0] - math.log(sum(map(math.exp, s))), s[0]])
 
     expected = [(i, trial) for i, of_pair in enumerate(trials) for trial in of_pair]
-    assert len(rows) == len(expected) == 24
-    assert {row["audited"] for row in rows} == {True, False}
-    for row, (i, trial) in zip(rows, expected):
+    for row, (i, trial) in zip(rows, expected, strict=True):
         direct = score(i)
         gains = []
         for text in trial[1:]:
@@ -496,33 +486,29 @@ def test_select_evaluator_never_trains_on_the_pairs_that_it_judges(monkeypatch, 
     pairs, texts, processor = make_pairs(24)
     texts["A/5"] = {}
     cfg = train.Config(select_folds=folds)
-    seen = {}
-
-    def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior_weights):
-        assert posterior_weights and cfg.lm_weight == 0
-        assert labels == [-1] * len(pairs)
-        for p, rationale in zip(pairs, rationales):
-            written = [processor.rationale(text) for text in texts[p["id"]].values()]
-            assert rationale in (written or [None])
-            seen[p["id"]] = rationale
-
-    def step(pairs):
-        selection.evaluator_step(None, processor, pairs, texts, cfg, 0, rng_of)
+    monkeypatch.setattr(selection, "contrastive_step", spy := Mock())
 
     def rng_of(pair_id):
         return np.random.default_rng(int(pair_id[2:]))
 
-    monkeypatch.setattr(selection, "contrastive_step", contrastive_step)
+    def drawn(pairs):
+        """{pair id: the rationale on which it is learnt}"""
+        selection.evaluator_step(None, processor, pairs, texts, cfg, 0, rng_of)
+        _, _, learnt, rationales, labels, step_cfg = spy.call_args.args
+        assert spy.call_args.kwargs == {"posterior_weights": True} and step_cfg.lm_weight == 0
+        assert labels == [-1] * len(learnt)
+        return {p["id"]: rationale for p, rationale in zip(learnt, rationales)}
+
     judged_here = [p for p in pairs if selection.fold_of(p["id"], folds) == 0]
-    step(pairs)
-    assert set(seen) == {p["id"] for p in pairs if folds == 1 or p not in judged_here}
-    first = dict(seen)
-    step(pairs[::-1])
-    assert seen == first  # a pair's draw does not depend on the batch
+    rationale_of = drawn(pairs)
+    assert set(rationale_of) == {p["id"] for p in pairs if folds == 1 or p not in judged_here}
+    for pair_id, rationale in rationale_of.items():
+        written = [processor.rationale(text) for text in texts[pair_id].values()]
+        assert rationale in (written or [None])
+    assert drawn(pairs[::-1]) == rationale_of  # a pair's draw does not depend on the batch
     if folds == 2:
-        assert 5 < len(judged_here) < 19
         with pytest.raises(ValueError, match="--batch"):
-            step(judged_here)
+            drawn(judged_here)
 
 
 # Beside the standard library's `select`
@@ -1470,6 +1456,8 @@ def own_root(tmp_path_factory):
     M.write_rows(own_root / "test.jsonl", rows[5:11])
     texts = [{"id": f"own/{i}", "proposer": "careful", "text": str(i)} for i in range(26)]
     M.write_rows(own_root / "rationales.jsonl", texts[1:])
+    M.write_rows(own_root / "unknown.jsonl", [texts[0] | {"id": "own/99"}])
+    M.write_rows(own_root / "older.jsonl", [texts[1] | {"key": "0" * 16}])
     tiny_embedder().save(str(own_root / "model"))
     return str(own_root)
 
@@ -1584,21 +1572,22 @@ def test_run_every_stage_has_its_pairs(finished, opened):
     assert [pairs.share_of(2, for_rl) for for_rl in (False, True)] == [range(1), range(1, 2)]
 
 
-def test_run_pairs_without_a_rationale_are_judged_directly(call, copy_of):
-    """So a server can be asked about the hard ones alone; the others learn to answer at once. One
-    fold leaves no curve of a second evaluator."""
-    out = copy_of("propose")
-    path = f"{out}/propose/rationales.jsonl"
-    written = [row for row in json_rows(path) if row["id"] in ("own/1", "own/2")]
-    M.write_rows(path, written)
-    assert call(out, "--select_folds", "1", stage="select") == 0
+def test_run_proposes_for_hard_pairs_alone(call, copy_of):
+    """Those of the run's own judged.jsonl, whose stage then has to be done again: the others are
+    judged directly, and learn to answer at once. One fold leaves no curve of a second evaluator."""
+    out = copy_of("select")
+    judged = f"{out}/select/judged.jsonl"
+    M.write_rows(judged, [{"id": "own/1", "proposer": "w", "text": "t", "direct": -0.7}])
+    assert call(out, "--hard", judged, stage="propose") == 0
+    written = json_rows(f"{out}/propose/rationales.jsonl")
+    assert {row["id"] for row in written} == {"own/1"}
+    assert call(out, "--hard", judged, "--select_folds", "1", stage="select") == 0
     assert "select1" not in {row["stage"] for row in metrics(out)}
-    rows = json_rows(out, "select", "judged.jsonl")
+    rows = json_rows(judged)
     assert {row["id"] for row in rows} == READABLE
-    assert len([row for row in rows if row["text"]]) == len(written) == 4
-    assert read_json(f"{out}/select/audit.json")["candidates"] == 4
-    hard = {row["id"] for row in rows if row["direct"] < -math.log(2)}
-    assert propose.hard_pairs(f"{out}/select/judged.jsonl") == hard
+    assert len([row for row in rows if row["text"]]) == len(written) == 2
+    assert read_json(f"{out}/select/audit.json")["candidates"] == 2
+    assert propose.hard_pairs(judged) == {r["id"] for r in rows if r["direct"] < -math.log(2)}
 
 
 def test_run_revision_is_fetched(call, tmp_path, monkeypatch):
@@ -1666,11 +1655,15 @@ def test_run_finished_stages_are_skipped(finished, call, monkeypatch, capsys):
     assert "never: " in capsys.readouterr().out
 
 
-def test_run_fork(finished, own_root, call, copy_of, fails):
-    """Another price: rl and what follows are done again. Other options are refused."""
+def test_run_fork(finished, own_root, call, copy_of, fails, tmp_path):
+    """Another price: rl and what follows are done again. Other options are refused. A link to a
+    stage, as study.py makes it, is replaced, and what it leads to stays."""
     out = copy_of()
     os.makedirs(f"{out}/eval.part")  # begun on what rl was before
+    os.rename(f"{out}/rl", tmp_path / "parent")
+    os.symlink(tmp_path / "parent", f"{out}/rl")
     assert call(out, "--latency_penalty", "3", stage="rl") == 0
+    assert contents(tmp_path / "parent") == contents(f"{finished}/rl")
     assert "eval" not in read_json(f"{out}/stages.json")
     assert not [*Path(out).glob("report.*")]  # of the model before
     assert not os.path.exists(f"{out}/eval.part")
@@ -1812,6 +1805,11 @@ def test_run_a_kill_loses_one_window(call, copy_of, monkeypatch):
     assert "select0.state" not in os.listdir(f"{out}/select.part")  # room for the next fold's
     assert call(out, *three, "--resume", "auto", stage="select") == 0
     assert steps.call_count == 2 * 3
+    for _, _, batch, _, _, fold, _ in (step.args for step in steps.mock_calls):
+        judged_here = [
+            pair["id"] for pair in batch if train.selection.fold_of(pair["id"], 2) == fold
+        ]
+        assert not judged_here
     del spy.mock_calls[3]
     judged = [pair["id"] for window in spy.mock_calls for pair in window.args[2]]
     assert sorted(judged) == sorted(READABLE)
@@ -1865,21 +1863,11 @@ def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
     assert "no pair is hard" in Path(out, "report.md").read_text()
 
 
-def test_run_a_linked_stage_is_replaced_and_what_it_leads_to_stays(call, copy_of, tmp_path):
-    """A fork of study.py links to the stages of its parent."""
-    out = copy_of("embed")
-    os.rename(f"{out}/embed", tmp_path / "parent")
-    os.symlink(tmp_path / "parent", f"{out}/embed")
-    before = contents(tmp_path / "parent")
-    assert call(out, "--embed_lr_factor", "0.1", stage="embed") == 0
-    assert contents(tmp_path / "parent") == before and not os.path.islink(f"{out}/embed")
-
-
 def test_run_what_a_worker_raises_is_one_line(own_root, copy_of, fails):
     """DataLoader puts its traceback before it."""
-    out, argv = copy_of("propose"), ["--workers", "1"]
-    with patch.object(train.data, "pair_key", Mock(side_effect=ValueError("broken"))):
-        fails(arguments(own_root, out, *argv, stage="select"), 1, "train.py: own: none of ")
+    argv = arguments(own_root, copy_of("propose"), "--workers", "1", stage="select")
+    with patch.object(train.data, "pair_key", side_effect=ValueError("broken")):
+        fails(argv, 1, "train.py: own: none of ")
 
 
 def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fails):
@@ -1887,38 +1875,42 @@ def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fa
     rows = json_rows(root, "train.jsonl")
     gone = [row | {"qry_image_path": "gone.png"} for row in rows[21:]]
     M.write_rows(root / "train.jsonl", rows[:21] + gone)
-    assert exit_code(arguments(root, tmp_path / "run", stage="base")) == 0
-    argv = arguments(root, tmp_path / "run", stage="propose")
-    fails(argv, 1, "own: none of 5 rows can be read; the first: own/21: image 'gone.png'")
+    why = "own: none of 5 rows can be read; the first: own/21: image 'gone.png'"
+    fails(arguments(root, tmp_path / "run"), 1, why)
+    assert os.listdir(tmp_path / "run/propose.part") == ["options.json"]
 
 
-@pytest.mark.parametrize(
-    "test_set, message", [("", "test.jsonl: cannot be read: it has no rows"), ("{}", "no column")]
-)
-def test_run_a_broken_test_set_is_said_first(test_set, message, own_root, tmp_path, fails):
+OWN, GONE = '[{"name": "own", "table": "test.jsonl"}]', '[{"name": "gone", "table": "gone.jsonl"}]'
+BROKEN_ROOTS = [  # a file of the root, exit code, what is said
+    ("test.jsonl", "", 1, "test.jsonl: cannot be read: it has no rows"),
+    ("test.jsonl", "{}", 1, "no column"),
+    ("datasets.json", f'{{"train": {OWN}}}', 2, "no eval set"),
+    ("datasets.json", f'{{"train": {OWN}, "eval": {GONE}}}', 2, "no eval set"),
+    ("datasets.json", f'{{"eval": {OWN}}}', 2, "no train set"),
+    ("datasets.json", f'{{"eval": {OWN}, "train": {GONE}}}', 2, "no train set"),
+]
+
+
+@pytest.mark.parametrize("name, content, code, why", BROKEN_ROOTS)
+def test_run_a_broken_root_is_said_first(name, content, code, why, own_root, tmp_path, fails):
     root = shutil.copytree(own_root, tmp_path / "root")
-    (root / "test.jsonl").write_text(test_set)
-    fails(arguments(root, tmp_path / "run"), 1, message)
+    (root / name).write_text(content)
+    fails(arguments(root, tmp_path / "run"), code, why)
     assert not (tmp_path / "run").exists()
 
 
-def test_run_selects_beside_a_dataset_of_one_fold(own_root, tmp_path):
-    """Every other batch is of the small set alone, whose pairs are all judged."""
-    root = shutil.copytree(own_root, tmp_path / "root")
-    (root / "train.jsonl").rename(root / "shop.jsonl")
-    M.write_rows(root / "tiny.jsonl", json_rows(root, "shop.jsonl")[1:4])  # 0, 1: fold 1; 2: rl's
-    learn = [{"name": name, "table": f"{name}.jsonl"} for name in ("shop", "tiny")]
-    tests = [{"name": "own", "table": "test.jsonl"}]
-    write_json(root / "datasets.json", {"train": learn, "eval": tests})
-    for stage in ("base", "propose", "select"):
-        assert exit_code(arguments(root, tmp_path / "run", "--sub_batch", "4", stage=stage)) == 0
+BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit code, what is said
+    ("base", "select", "", 2, "stage propose is not done"),
+    ("base", "propose", "--rationales ROOT/older.jsonl", 1, "older.jsonl' is about another pair"),
+    ("base", "propose", "--num_candidates 0 --rationales ROOT/unknown.jsonl", 1, "nobody wrote"),
+    ("select", "embed", "--embed_proposers nobody", 2, "there are base, careful, none"),
+]
 
 
-def test_run_stages_are_done_in_order(own_root, copy_of, fails):
-    """Else a stage would take what an earlier try of the one before it has left."""
-    out = copy_of("propose")
-    write_json(f"{out}/stages.json", {"base": {"seconds": 0}})
-    fails(arguments(own_root, out, stage="select"), 2, "stage propose is not done")
+@pytest.mark.parametrize("done, stage, options, code, why", BROKEN_RUNS)
+def test_run_says_what_is_missing(done, stage, options, code, why, own_root, copy_of, fails):
+    options = options.replace("ROOT", own_root).split()
+    fails(arguments(own_root, copy_of(done), *options, stage=stage), code, why)
 
 
 def test_run_two_runs_in_one_folder(own_root, copy_of, fails):
@@ -1931,49 +1923,12 @@ def test_run_two_runs_in_one_folder(own_root, copy_of, fails):
         other.communicate(b"\n")
 
 
-def test_run_nobody_wrote_a_rationale(own_root, copy_of, tmp_path, fails):
-    M.write_rows(tmp_path / "r.jsonl", [{"id": "own/99", "proposer": "a", "text": "a"}])
-    more = ("--rationales", f"{tmp_path}/r.jsonl", "--num_candidates", "0")
-    argv = arguments(own_root, copy_of("base"), *more, stage="propose")
-    fails(argv, 1, "nobody wrote a rationale about a pair of")
-
-
-def test_run_proposes_for_hard_pairs_alone(call, copy_of):
-    """Those of the run's own judged.jsonl, whose stage then has to be done again."""
-    out = copy_of("select")
-    judged = f"{out}/select/judged.jsonl"
-    M.write_rows(judged, [{"id": "own/1", "proposer": "w", "text": "t", "direct": -0.7}])
-    assert call(out, "--hard", judged, stage="propose") == 0
-    assert {row["id"] for row in json_rows(f"{out}/propose/rationales.jsonl")} == {"own/1"}
-
-
 def test_rows_name_a_broken_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"b"')
     with pytest.raises(ValueError, match="line 2: not valid JSON"):
         list(M.Rows(path))
     assert list(M.Rows(path, may_be_cut=True)) == [{"a": 1}]
-
-
-@pytest.mark.parametrize("stage", ["propose", "select"])
-def test_run_rationales_of_another_table_are_refused(stage, own_root, copy_of, fails):
-    """A file's, and those that propose wrote before the table changed."""
-    out = copy_of("propose")
-    older = f"{out}/propose/rationales.jsonl"
-    M.write_rows(older, [row | {"key": "0" * 16} for row in M.Rows(older)])
-    given = ["--rationales", older] if stage == "propose" else []
-    argv = arguments(own_root, out, *given, stage=stage)
-    fails(argv, 1, "rationales.jsonl' is about another pair")
-
-
-@pytest.mark.parametrize("kind, missing", [("train", "eval"), ("eval", "train")])
-def test_run_without_a_training_or_a_test_set_is_refused_first(kind, missing, tmp_path, fails):
-    """One is not listed, or its table is not there."""
-    own, gone = ([{"name": name, "table": f"{name}.jsonl"}] for name in ("own", "gone"))
-    (tmp_path / "own.jsonl").touch()
-    for other in ({}, {missing: gone}):
-        write_json(tmp_path / "datasets.json", {kind: own} | other)
-        fails(arguments(tmp_path, tmp_path / "run"), 2, f"no {missing} set")
 
 
 # The stages
@@ -2020,14 +1975,11 @@ def test_embed_starts_from_the_mean_of_the_evaluators(call, copy_of):
     assert same(weights(f"{out}/embed"), mean, atol=1e-6)
 
 
-def test_run_matryoshka_and_chosen_proposers(own_root, call, copy_of, fails):
+def test_run_with_the_other_options(call, copy_of):
     out = copy_of("select")
     more = ["--matryoshka_dims", "16,32", "--embed_proposers", "careful", "--embed_steps", "2"]
     assert call(out, *more, stage="embed") == 0
-    more += ["--rl_rollouts", "0"]
-    assert call(out, *more, stage="rl") == 0
-    argv = arguments(own_root, out, *more, "--embed_proposers", "nobody", stage="embed")
-    fails(argv, 2, "there are base, careful, none")
+    assert call(out, *more, "--rl_rollouts", "0", stage="rl") == 0
 
 
 @pytest.mark.parametrize("skill, steps", [(0.99, 40), (0.5, 80)])
