@@ -347,13 +347,9 @@ def test_select_shows_what_other_rules_would_keep(tmp_path, command):
     truth["B/0"]["steps"] = 0  # nothing helps
     write_table(f"{tmp_path}/world/pocket.json", {"train": truth})
     _, printed = command("select.py", "--run", tmp_path)
-    shown = [line.split()[:5] for line in printed.out.splitlines()]
-    # No positive_only: it would ask for easy pairs, too.
-    assert shown == [
-        ["full", "kept", "18", "precision", "1.0"],
-        ["no_placebo", "kept", "20", "precision", "0.9474"],
-        ["none", "kept", "21", "precision", "0.9"],
-    ]
+    shown = [" ".join(line.split()[:5]) for line in printed.out.splitlines()]
+    expected = ["full kept 18 precision 1.0", "no_placebo kept 20 precision 0.9474"]
+    assert shown == [*expected, "none kept 21 precision 0.9"]  # positive_only needs easy pairs, too
     M.write_rows(tmp_path / "select" / "judged.jsonl", [{"id": "A/1"}])  # by somebody else
     code, _ = command("select.py", "--run", tmp_path)
     assert code.startswith("select.py: ") and "KeyError('text')" in code
@@ -858,7 +854,7 @@ def test_info_nce_against_a_double_loop(dims):
         embed.info_nce(q, t, positive, dims=(7,))
 
 
-STEP = train.Config(temperature=0.05, lm_weight=0.6, decision_weight=0.3)
+STEP = train.Config(temperature=0.05, lm_weight=0.6, decision_weight=0.3, matryoshka_dims="8,16")
 
 
 def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
@@ -883,8 +879,8 @@ def step_by_loops(model, processor, pairs, rationales, labels, cfg, posterior):
 
     labels = torch.tensor(labels)
     parts = {
-        "nce_direct": embed.info_nce(direct, t, positive, cfg.temperature),
-        "nce_reason": embed.info_nce(reasoned, t, positive[has], cfg.temperature, weights),
+        "nce_direct": embed.info_nce(direct, t, positive, cfg.temperature, dims=(8, 16)),
+        "nce_reason": embed.info_nce(reasoned, t, positive[has], cfg.temperature, weights, (8, 16)),
         "lm": -logp.mean(),
         "decision": F.cross_entropy(logits, labels, ignore_index=-1),
     }
@@ -919,16 +915,6 @@ def test_contrastive_step_equals_loops_in_one_pass_and_in_many(posterior, monkey
         assert_same_gradients(gradients_of(e.model), gradient)
     # Queries; targets, of which two are twice there; negatives, one a target.
     assert num_rows[0] == 10 + 8 + 9
-
-
-def test_contrastive_step_without_rationales_is_the_direct_loss():
-    e = tiny_embedder(5)
-    case = e.model, e.processor, make_pairs(10)[0], [None] * 10, [-1] * 10
-    full = embed.contrastive_step(*case, STEP)
-    m = embed.contrastive_step(*case, replace(STEP, matryoshka_dims="8,16"))
-    assert m["nce_reason"] == m["lm"] == m["decision"] == 0
-    assert m["loss"] == m["nce_direct"]
-    assert m["loss"] > full["loss"] > 0  # a sum over three prefixes
 
 
 def test_contrastive_step_where_no_rationale_weighs_anything():
@@ -994,9 +980,8 @@ def test_encode_generates_as_it_is_told():
     seeded = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     a, b, c = (e.encode("a", reason="always", temperature=2.0, generator=g) for g in seeded)
     assert np.array_equal(a, b) and not np.array_equal(a, c)
-    for wrong in (-1, math.inf):
-        with pytest.raises(ValueError, match=f"temperature={wrong}: expected a number from 0 on"):
-            e.encode("a", temperature=wrong)
+    with pytest.raises(ValueError, match="temperature=-1: expected a number from 0 on"):
+        e.encode("a", temperature=-1)
     with pytest.raises(ValueError, match="items: a table, expected a list of its rows, as dicts"):
         e.encode(pa.table({"text": ["a", "b"]}))
 
@@ -1026,9 +1011,8 @@ def test_memory_is_bounded_by_batches_and_tokens_not_by_items():
     batches = list(e.batches(lengths, 8))
     assert sorted(itertools.chain(*batches)) == list(range(50))
     for rows in batches:
-        tokens = [lengths[row] for row in rows]
-        assert len(rows) == 1 or len(rows) * max(tokens) <= 100
-        assert len(rows) <= 8 and max(tokens) <= 1.5 * min(tokens)
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) == 1 or len(rows) <= 8 and len(rows) * longest <= 100
 
 
 def test_a_saved_folder_opens_again_and_in_other_programs(folder, tmp_path):
@@ -1057,9 +1041,6 @@ def test_hub_ids(folder, monkeypatch):
     Embedder.from_pretrained("Qwen/Some", revision="v1")
     patterns = ["*.json", "*.safetensors"]  # an adapter_config.json is among them
     hub.assert_called_once_with("Qwen/Some", revision="v1", allow_patterns=patterns)
-    hub.side_effect = OSError("not\nthere")
-    with pytest.raises(ValueError, match="^runs/typo: .*not there"):
-        Embedder.from_pretrained("runs/typo")
 
 
 # The command line, and bad input
@@ -1098,15 +1079,11 @@ def test_command_line(run_embed, folder, tmp_path):
     assert "5 vectors of 64 numbers; 5 reasoned" in printed.out
 
 
-def test_a_full_disk_leaves_the_vectors_of_an_earlier_run(run_embed, tmp_path, monkeypatch):
-    def save(file, vectors):
-        file.write(b"half")
-        raise OSError("no room")
-
+def test_a_full_disk_leaves_the_vectors_of_an_earlier_run(run_embed, tmp_path):
     (tmp_path / "in.jsonl").write_text('"a"')
     (tmp_path / "v.npy").write_bytes(b"earlier")
-    monkeypatch.setattr(np, "save", save)
-    said, _ = run_embed()
+    with patch("numpy.save", side_effect=OSError("no room")):
+        said, _ = run_embed()
     assert said == "embed.py: no room" and (tmp_path / "v.npy").read_bytes() == b"earlier"
 
 
@@ -1160,9 +1137,8 @@ def test_the_item_at_fault_is_named(item, reason, batch_size):
 # rl.py: worked examples and closed forms
 
 
-RL = train.Config(
-    rl_rollouts=2, max_new_tokens=5, rl_decision_weight=0.7, latency_penalty=0.2, temperature=0.5
-)
+RL = train.Config(rl_rollouts=2, max_new_tokens=5, rl_decision_weight=0.7, latency_penalty=0.2)
+RL = replace(RL, temperature=0.5, matryoshka_dims="8")
 
 
 def test_group_without_variance_teaches_no_token_but_its_decision():
@@ -1230,9 +1206,9 @@ def naive_step(model, processor, pairs, roll, cfg):
         when = F.binary_cross_entropy(p, (gain > 0).float(), gain.abs(), reduction="sum")
         loss = cfg.rl_decision_weight * when / B + what / (B * K * T)
     p = p.detach()
-    loss = loss + embed.info_nce(q[:, 0], t, column, cfg.temperature)
+    loss = loss + embed.info_nce(q[:, 0], t, column, cfg.temperature, dims=(8,))
     reasoned = q[:, 1:].flatten(0, 1), t, column.repeat_interleave(K), cfg.temperature
-    loss = loss + p.mean() * embed.info_nce(*reasoned, p.repeat_interleave(K))
+    loss = loss + p.mean() * embed.info_nce(*reasoned, p.repeat_interleave(K), (8,))
     return loss, reward
 
 
@@ -1271,9 +1247,6 @@ def test_step_equals_loops_over_ordinary_rows(one_loss, chunk_tokens, monkeypatc
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert metrics["sample"]["id"] == pairs[worst]["id"]
     assert metrics["sample"]["reward"] == pytest.approx(float(reward[worst, 1]), abs=1e-5)
-    # Prefixes that embed trained are trained on: InfoNCE is a sum over them.
-    longer = rl.grpo_step(model, processor, pairs, replace(cfg, matryoshka_dims="8"), None)
-    assert longer["loss"] > metrics["loss"] + 0.1
 
 
 def rl_step_of(rows):
@@ -1384,8 +1357,7 @@ def test_train_refuses_options(options, code, word, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert exit_code(options.split()) == code
     said = capsys.readouterr().err
-    assert word in said
-    assert said.count("\n") == 1
+    assert word in said and said.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 
@@ -1551,12 +1523,9 @@ def test_run_every_stage_has_its_pairs(finished, opened):
     rationales = json_rows(finished, "propose", "rationales.jsonl")
     assert {r["id"] for r in rationales} == READABLE
     assert {r["proposer"] for r in rationales} == {"careful", "base"}
-    num_judged = 0
     for fold in (0, 1):
         rows = json_rows(finished, "select", f"judged{fold}.jsonl")
         assert {train.selection.fold_of(r["id"], 2) for r in rows} == {fold}
-        num_judged += len(rows)
-    assert num_judged == len(rationales)
     kept = json_rows(finished, "select", "selected.jsonl")
     assert tuple(kept[0]) == train.SELECTED
     pairs = train.Pairs(*opened, for_rl=True)
@@ -1587,7 +1556,6 @@ def test_run_proposes_for_hard_pairs_alone(call, copy_of):
     assert {row["id"] for row in rows} == READABLE
     assert len([row for row in rows if row["text"]]) == len(written) == 2
     assert read_json(f"{out}/select/audit.json")["candidates"] == 2
-    assert propose.hard_pairs(judged) == {r["id"] for r in rows if r["direct"] < -math.log(2)}
 
 
 def test_run_revision_is_fetched(call, tmp_path, monkeypatch):
@@ -1805,11 +1773,9 @@ def test_run_a_kill_loses_one_window(call, copy_of, monkeypatch):
     assert "select0.state" not in os.listdir(f"{out}/select.part")  # room for the next fold's
     assert call(out, *three, "--resume", "auto", stage="select") == 0
     assert steps.call_count == 2 * 3
-    for _, _, batch, _, _, fold, _ in (step.args for step in steps.mock_calls):
-        judged_here = [
-            pair["id"] for pair in batch if train.selection.fold_of(pair["id"], 2) == fold
-        ]
-        assert not judged_here
+    for step in steps.mock_calls:  # none of them on a pair of the fold that is judged
+        _, _, batch, _, _, fold, _ = step.args
+        assert {train.selection.fold_of(pair["id"], 2) for pair in batch} == {1 - fold}
     del spy.mock_calls[3]
     judged = [pair["id"] for window in spy.mock_calls for pair in window.args[2]]
     assert sorted(judged) == sorted(READABLE)
@@ -2171,11 +2137,15 @@ def test_two_processes_equal_one(two_processes, name, budget):
 
 
 def test_a_state_of_shards_fits_where_there_are_none(two_processes):
+    """A file that is mapped would keep its room on the disk after it has been replaced."""
     folder, out = two_processes
     assert out["resumed"]
     model = Toy(seed=1)
-    assert scale.load_state(folder / "toy.state", model, optimizer_of(model)) == 3
+    optimizer = optimizer_of(model)
+    assert scale.load_state(folder / "toy.state", model, optimizer) == 3
     assert same(out["adamw", 9][3], weights_of(model))
+    maps = Path("/proc/self/maps")  # of Linux
+    assert not maps.exists() or "toy.state" not in maps.read_text()
 
 
 def test_a_model_in_shards_equals_the_model(two_processes):
@@ -2211,7 +2181,6 @@ def test_lora_merged_equals_unmerged():
     assert (unmerged - start).abs().max() > 0.05
     assert (last_states(merged) - unmerged).abs().max() < 1e-4
     assert torch.equal(last_states(model), unmerged)  # merging leaves it as it is
-    assert merged.state_dict().keys() == base.state_dict().keys()
     again = scale.merge(model, into=tiny_model(9))
     assert same(again.state_dict(), merged.state_dict())
     assert scale.merge(model, torch.bfloat16).dtype == torch.bfloat16
@@ -2247,8 +2216,7 @@ def test_muon_equals_torch_without_its_cast_to_bf16(shape, monkeypatch):
     p = nn.Parameter(torch.ones(shape))
     q = nn.Parameter(torch.ones(shape).flatten(1))  # theirs takes no kernels
     muon = scale.Muon([p], lr=0.02)
-    how = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-    reference = torch.optim.Muon([q], lr=0.02, **how)
+    reference = torch.optim.Muon([q], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         p.grad = torch.randn(shape)
         q.grad = p.grad.flatten(1).clone()
@@ -2264,10 +2232,9 @@ def test_muon_takes_the_matrices_of_the_layers(patches):
     optimizer = optimizer_of(model, "muon", patches=patches)
     muon = {id(p) for p in optimizer.parts[1].param_groups[0]["params"]}
     for name, p in model.named_parameters():
-        expected = p.ndim == 2 and "embed" not in name and "lm_head" not in name
-        if name == "model.visual.patch_embed.proj.weight":
-            expected = patches
-        assert (id(p) in muon) == expected, name
+        is_layers = p.ndim == 2 and "embed" not in name and "lm_head" not in name
+        is_patches = name == "model.visual.patch_embed.proj.weight"
+        assert (id(p) in muon) == (is_layers or is_patches and patches), name
 
 
 def test_schedule_in_closed_form():
@@ -2285,21 +2252,6 @@ def test_gradients_are_clipped_together():
     assert norm == pytest.approx(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
     assert norm > 0.6
     assert same(gradients_of(clipped), gradients_of(model), atol=1e-6)
-
-
-# States inside a stage
-
-
-def test_a_resumed_optimizer_lets_go_of_the_file(tmp_path):
-    """A file that is mapped keeps its room on the disk after it has been replaced."""
-    model = Toy()
-    toy_step(model)
-    optimizer = optimizer_of(model, "muon")  # and AdamW, of the embedding and the norm
-    optimizer.step(0)
-    scale.save_state(tmp_path / "toy.state", 1, model, optimizer)
-    assert scale.load_state(tmp_path / "toy.state", model, optimizer) == 1
-    maps = Path("/proc/self/maps")  # of Linux
-    assert not maps.exists() or "toy.state" not in maps.read_text()
 
 
 # --------------------------------------------------------------------------------------------------
