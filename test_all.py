@@ -995,9 +995,8 @@ def test_a_saved_folder_opens_again_and_in_other_programs(folder, tmp_path):
     assert np.array_equal(again.encode(ITEMS[:2]), tiny_embedder().encode(ITEMS[:2]))
     modules = M.read_json(tmp_path / "modules.json")
     assert [m["type"].split(".")[-1] for m in modules] == ["Transformer", "Pooling", "Normalize"]
-    for module in modules[1:]:
-        assert (tmp_path / module["path"] / "config.json").exists()
-    assert M.read_json(tmp_path / "1_Pooling/config.json")["pooling_mode"] == "lasttoken"
+    pooling, _ = (M.read_json(tmp_path / m["path"] / "config.json") for m in modules[1:])
+    assert pooling["pooling_mode"] == "lasttoken"
     transformer = M.read_json(tmp_path / "sentence_bert_config.json")
     assert transformer["transformer_task"] == "feature-extraction"
     assert "message" in transformer["modality_config"]
@@ -1013,6 +1012,9 @@ def test_hub_ids(folder, monkeypatch):
     Embedder.from_pretrained("Qwen/Some", revision="v1")
     patterns = ["*.json", "*.safetensors"]  # an adapter_config.json is among them
     hub.assert_called_once_with("Qwen/Some", revision="v1", allow_patterns=patterns)
+    hub.side_effect = OSError("not\nthere")
+    with pytest.raises(ValueError, match="^runs/typo: .*not there"):
+        Embedder.from_pretrained("runs/typo")
 
 
 # The command line, and bad input
@@ -1742,13 +1744,12 @@ def test_run_a_kill_loses_one_window(call, copy_of, monkeypatch):
     assert contents(out)["select/judged.jsonl"] == contents(whole)["select/judged.jsonl"]
 
 
-def test_run_broken_stage_leaves_what_was_done(own_root, copy_of, monkeypatch, fails):
+def test_run_broken_stage_leaves_what_was_done(own_root, copy_of, fails):
     out = copy_of()
     before = contents(out, "metrics")
-    broken = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried"))
-    monkeypatch.setattr(train.rl, "grpo_step", broken)
     argv = arguments(own_root, out, "--latency_penalty", "2", stage="rl")
-    fails(argv, 1, "out of memory. Tried; lower --chunk_tokens")
+    with patch("rl.grpo_step", side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried")):
+        fails(argv, 1, "out of memory. Tried; lower --chunk_tokens")
     assert contents(out, "rl.part", "metrics") == before
 
 
