@@ -185,7 +185,7 @@ def make_pairs(n):
 
 
 # One item of every kind.
-CLIPS = [make_clip(3, 2), make_clip(2, 0.3)]
+MEDIA = {"image": [make_image(90, 40)], "video": [make_clip(3, 2), make_clip(2, 0.3)]}
 ITEMS = [
     "What is this?",
     "\n\n你好，世界",
@@ -198,7 +198,7 @@ ITEMS = [
     {"video": make_clip(2)},
     {"video": make_clip(3, 1.5), "text": "three"},
     {"video": make_clip(8, 30)},
-    {"text": "\nall of it", "image": [make_image(90, 40)], "video": CLIPS, "instruction": "All"},
+    MEDIA | {"text": "\nall of it", "instruction": "Everything"},
     {"text": ["", None]},
 ]
 
