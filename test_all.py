@@ -1847,7 +1847,7 @@ def test_run_two_runs_in_one_folder(own_root, copy_of, fails):
         other.communicate(b"\n")
 
 
-def test_rows_are_objects_of_which_the_last_may_be_cut(tmp_path):
+def test_rows_whose_last_is_cut(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"b"')
     assert list(M.Rows(path, may_be_cut=True)) == [{"a": 1}]
