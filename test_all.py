@@ -1695,8 +1695,9 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
     opens about half of the images: its windows'."""
     monkeypatch.setattr(train.selection, "WINDOW", 2)  # many of each fold
     one, two = copy_of("propose", "one"), copy_of("propose", "two")
-    untrained = "--select_steps", "0"
-    assert call(one, *untrained, stage="select") == 0
+    assert call(one, stage="select") == 0
+    train_in_two(arguments(own_root, two, stage="select"))
+
     opened = f"{two}/opened."
 
     def load_image(ref, load=P.load_image):
@@ -1705,7 +1706,8 @@ def test_run_two_processes_select_as_one(finished, own_root, call, copy_of, monk
         return load(ref)
 
     monkeypatch.setattr(P, "load_image", load_image)
-    train_in_two(arguments(own_root, two, *untrained, stage="select"))
+    shutil.copytree(two, f"{two}/again")
+    train_in_two(arguments(own_root, f"{two}/again", "--select_steps", "0", stage="select"))
     images = [Path(opened + rank).read_text().split() for rank in "01"]
     assert {*images[0], *images[1]} == {f"{i}.png" for i in (0, 8, 12, 16, 20)}
     assert sorted(map(len, images)) == [2, 3]
