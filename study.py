@@ -202,7 +202,7 @@ def results_table(rows):
         cells = [label, len(by_seed)]
         for key, digits in ("overall", 3), ("reason_rate", 2), ("tokens_per_query", 1):
             cells.append(show([scores[key] for scores in by_seed.values()], digits))
-        lead = []
+        lead = []  # of the seeds that both have
         for seed, scores in by_seed.items():
             if seed in full:
                 lead.append(full[seed]["overall"] - scores["overall"])
@@ -362,6 +362,7 @@ def draw(rows, full, path):
     }
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")  # inches
     axes = figure.add_subplot()
+    # The dial of each seed: tokens and score at every threshold.
     dials = []  # (seeds, thresholds, 2)
     for report in full:
         dials.append([(point["tokens_per_query"], point["overall"]) for point in report["curve"]])
@@ -373,6 +374,7 @@ def draw(rows, full, path):
         seeds = rows[name].values()
         x = np.mean([scores["tokens_per_query"] for scores in seeds])
         y, half = interval([scores["overall"] for scores in seeds])
+        # Grey points are the green one's runs: their intervals would say the same again.
         bar = None if name.startswith("full,") else half
         axes.errorbar(x, y, bar, fmt=marker, color=colour, ms=9, capsize=3, label=label)
     axes.set(xlabel="generated tokens per query", ylabel="mean score of twelve families")
