@@ -1515,6 +1515,15 @@ def test_run_every_stage_has_its_pairs(finished, opened):
     assert [pairs.share_of(2, for_rl) for for_rl in (False, True)] == [range(1), range(1, 2)]
 
 
+@pytest.mark.parametrize("steps, warnings", [(0, 0), (2, 1)])
+def test_run_rl_warns_of_pairs_that_come_too_often(steps, warnings, call, copy_of, capsys):
+    """Five pairs, of which a step has eight."""
+    options = ["--rl_rollouts", "0", "--rl_steps", str(steps)]
+    assert call(copy_of("embed"), *options, stage="rl") == 0
+    warning = "WARNING: rl meets each of its pairs 3.2 times."
+    assert capsys.readouterr().out.count(warning) == warnings
+
+
 def test_run_proposes_for_hard_pairs_alone(call, copy_of):
     """Those of the run's own judged.jsonl, whose stage then has to be done again: the others are
     judged directly, and learn to answer at once. One fold leaves no curve of a second evaluator."""

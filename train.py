@@ -209,7 +209,7 @@ class Config:
     decision_weight: float = opt("embed", 2.0)  # of the decision's cross-entropy
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
 
-    rl_steps: int = opt("rl", 60)  # updates
+    rl_steps: int = opt("rl", 60)  # updates; as many as meet each of its pairs once or twice
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_lr_factor: float = opt("rl", 0.05)  # times lr
@@ -1006,6 +1006,12 @@ def rl_stage(run, part):
     embedder = run.trainee("embed")
     processor = embedder.processor
     pairs = run.pairs(processor, for_rl=True)
+    visits = run.scaled(c.rl_steps) * c.rl_batch / sum(map(len, pairs.rows))
+    if visits > 2:  # at 4 Walk's queries, which need it most, no longer reasoned (results/rl.txt)
+        run.say(
+            f"WARNING: rl meets each of its pairs {visits:.1f} times. Once it knows them by heart, "
+            "thinking seems to gain nothing: raise --rl_holdout, or lower --rl_steps"
+        )
     actor = scale.merge(embedder.model, run.dtype)  # a plain copy, which writes the rollouts
 
     def one_step(i, batch):
