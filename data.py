@@ -55,12 +55,11 @@ import shlex
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 from tqdm import tqdm
 
@@ -139,15 +138,35 @@ def refs(item):
     return listed(item.get("image")) + listed(item.get("video", {}).get("frames"))
 
 
-@dataclass(eq=False)
-class TableImage:
-    """An image inside a parquet file: it is read when it is wanted, not before."""
+def open_images(*items):
+    """Open every image of these items; BadData names the first that is broken."""
+    for item in items:
+        for ref in refs(item):
+            load_image(ref)
 
-    cell: pa.Array  # (1,), encoded bytes: a slice of the mapped file, which copies nothing
-    place: str  # "row 7 column image"
+
+@dataclass(frozen=True)
+class TableImage:
+    """Where an image lies inside a parquet file: it is read when it is wanted, not before. The cell
+    holds its encoded bytes, or what the hub writes: {"bytes": b"...", "path": "a.jpg"}."""
+
+    path: str
+    file: object  # what open_table(path) gave
+    row: int
+    column: str
+    index: int | None = None  # where the cell is a list of images
+
+    def read(self):
+        """The encoded bytes (of a JPEG, PNG ...)."""
+        # data: the Arrow table as `datasets` wraps it; a slice of it copies nothing.
+        value = self.file.data.fast_slice(self.row, 1).column(self.column)[0]
+        if self.index is not None:
+            value = value.values[self.index]  # the others of a list are not copied
+        value = value.as_py()
+        return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self):
-        return self.place
+        return f"{self.path} row {self.row} column {self.column}"
 
 
 # Threads may share a PIL image that was opened lazily: the first to load it closes its file.
@@ -159,8 +178,10 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
-    has_name = isinstance(ref, (str, os.PathLike, TableImage))
-    name = str(ref)[:200] if has_name else "image"  # for messages
+    if not isinstance(ref, (str, os.PathLike, bytes, TableImage, Image.Image)):
+        wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
+        raise BadData("image", f"{wanted} is wanted, got {short(ref)}")
+    name = "image" if isinstance(ref, (bytes, Image.Image)) else str(ref)[:200]  # for messages
     try:
         if isinstance(ref, Image.Image):
             image = ref
@@ -178,10 +199,10 @@ def load_image(ref):
 
 
 def image_bytes(ref):
-    """The encoded bytes (of a JPEG, PNG ...) of a path, bytes or a TableImage."""
+    """The encoded bytes of a path, bytes or a TableImage."""
     if isinstance(ref, bytes):
         return ref
-    return ref.cell[0].as_py() if isinstance(ref, TableImage) else Path(ref).read_bytes()
+    return ref.read() if isinstance(ref, TableImage) else Path(ref).read_bytes()
 
 
 def to_rgb(image):
@@ -225,12 +246,12 @@ def open_table(path):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
-    # A part of the copy's name: a changed file is read anew. mtime may be what an archive says.
-    changed = str(os.stat(path).st_ctime_ns)
+    changed = str(os.stat(path).st_ctime_ns)  # mtime may be what an archive says
     try:
         with OPENING:
             if path.endswith(".parquet"):
                 pattern = glob.escape(path)  # a folder may be called run[1]
+                # `description` is a part of the Arrow copy's name: a changed file is read anew.
                 return datasets.Dataset.from_parquet(pattern, batch_size=1000, description=changed)
             features = datasets.Features({"line": datasets.Value("binary")})
             given = {"path": path, "changed": changed}
@@ -240,7 +261,8 @@ def open_table(path):
 
 
 def json_lines(path, changed):
-    """Lines of a JSONL file, or the elements of a JSON list: {"line": b'{"qry": "a cat"}'}, ..."""
+    """Lines of a JSONL file, or the elements of a JSON list: {"line": b'{"qry": "a cat"}'}, ... A
+    hash of the arguments names the Arrow copy: a changed file is read anew."""
     with open(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark, white space
         file.seek(0)
@@ -254,33 +276,52 @@ def json_lines(path, changed):
             raise ValueError("it has no rows")
 
 
-def read_row(rows, i):
-    """Row i of a Dataset -> {"qry": "a cat", "neg_text": None, ...}."""
-    row = rows.data.fast_slice(i, 1)  # an Arrow table of one row: a slice of the mapped file
-    if rows.column_names == ["line"]:
+class Table:
+    """The first `cap` rows of some files: table[i] -> {"qry": "a cat", "neg_text": None, ...}."""
+
+    def __init__(self, paths, cap):
+        # NAME-00000-of-00003.parquet without its siblings is refused.
+        match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
+        if match and int(match[1]) != len(paths):
+            raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
+        self.files = [(path, open_table(path)) for path in paths]
+        rows = sum(len(file) for _, file in self.files)
+        self.length = min(rows, cap or rows)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        for path, file in self.files:
+            if i < len(file):
+                return read_row(path, file, i)
+            i -= len(file)  # row 12 of files of 10 and 5 rows is row 2 of the second
+
+
+def read_row(path, file, i):
+    row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
+    if not path.endswith(".parquet"):
         return json.loads(row.column("line")[0].as_py())
     cells = {}
     for name in row.column_names:
-        cells[name] = arrow_value(row.column(name).chunk(0), f"row {i} column {name}")
+        cells[name] = arrow_value(row.column(name)[0], TableImage(path, file, i, name))
     return cells
 
 
-def arrow_value(cell, place):
-    """An Arrow array of one value -> it as Python. Images are bytes, the hub's {"bytes", "path"}
-    (one may be absent) or a list of those: each becomes a TableImage or, without bytes, a path."""
-    if cell.null_count:
+def arrow_value(cell, image):
+    """An Arrow cell as Python. Images are bytes, the hub's {"bytes", "path"} (one may be absent) or
+    a list of those. Their bytes stay where they are: `image` refers to them."""
+    if not cell.is_valid:  # null
         return None
-    kind = str(cell.type)  # e.g. "list<element: struct<bytes: binary, path: string>>"
-    if re.match("(large_|fixed_size_)?list<.*(binary|path)", kind):
-        parts = cell.flatten()
-        return [arrow_value(parts.slice(k, 1), place) for k in range(len(parts))]
-    if isinstance(cell, pa.StructArray) and {"bytes", "path"} & set(cell.type.names):
-        parts = dict(zip(cell.type.names, cell.flatten()))
-        values = [arrow_value(parts[key], place) for key in ("bytes", "path") if key in parts]
-        return next(filter(None, values), None)
-    if re.match("(large_|fixed_size_)?binary", kind):
-        return TableImage(cell, place) if pc.binary_length(cell)[0].as_py() else None
-    return cell[0].as_py()
+    if isinstance(cell, pa.ListScalar):
+        return [arrow_value(part, replace(image, index=k)) for k, part in enumerate(cell.values)]
+    if isinstance(cell, pa.StructScalar) and {"bytes", "path"} & set(cell):
+        parts = {name: arrow_value(part, image) for name, part in cell.items()}
+        return parts.get("bytes") or parts.get("path")
+    if re.match("(large_|fixed_size_)?binary", str(cell.type)):
+        # as_buffer() looks at the mapped file without copying it.
+        return image if cell.as_buffer().size else None
+    return cell.as_py()
 
 
 def cell(row, column, kind="text"):
@@ -361,15 +402,15 @@ def complete(row, kind):
         spec = asdict(Row(**(DEFAULTS[kind] | given)))
     except TypeError as error:  # a key that no Row has, or no name
         raise BadData(f"datasets.json: {kind} dataset {row.get('name')}", error) from None
-    name, parser = spec["name"], spec["parser"]
     for key in fields(Row):
         if not isinstance(spec[key.name], key.type):  # of table: str | list | None
-            raise BadData(name, f"{key.name}: {short(spec[key.name])} is no {key.type}")
+            raise BadData(spec["name"], f"{key.name}: {short(spec[key.name])} is no {key.type}")
     for key in ("weight", "frames", "fps", "cap"):
         if spec[key] is not None and not 0 < spec[key] < math.inf:
-            raise BadData(name, f"{key}: {spec[key]} is not above 0")
-    if "/" in name:
-        raise BadData(name, "a name without / is wanted")
+            raise BadData(spec["name"], f"{key}: {spec[key]} is not above 0")
+    if set(spec["name"]) & set("/|\n"):  # it names files, and a row of report.md
+        raise BadData(spec["name"], "a name without /, | and line breaks is wanted")
+    parser = spec["parser"]
     retrieval = parser in ("pairs", "video_ret", "beir")
     has_labels = parser == "video_cls" and spec["labels"]
     spec["scope"] = spec["scope"] or ("global" if retrieval or has_labels else "local")
@@ -382,7 +423,8 @@ def complete(row, kind):
     }
     for key, values in choices.items():
         if spec[key] not in values:
-            raise BadData(name, f"{key} {spec[key]!r}: one of {', '.join(values)} is wanted")
+            why = f"one of {', '.join(values)} is wanted"
+            raise BadData(spec["name"], f"{key} {spec[key]!r}: {why}")
     return spec
 
 
@@ -406,8 +448,8 @@ def tables(root, kind):
     if not os.path.isdir(root):
         raise BadData(root, "no such folder")
     listing = os.path.join(root, "datasets.json")
-    pattern = r"(train|test)\.(jsonl|parquet)"
-    users = [file for file in os.listdir(root) if re.fullmatch(pattern, file)]
+    files = os.listdir(root)
+    users = [file for file in files if re.fullmatch(r"(train|test)\.(jsonl|parquet)", file)]
     if os.path.exists(listing):
         rows = read_listing(listing, kind)
     elif users:
@@ -509,23 +551,13 @@ class Files:
         return {"frames": frames, "fps": self.spec["fps"]}
 
     def table(self, config):
-        """The first `cap` rows of a config as a Dataset, for read_row()."""
-        import datasets
-
+        """The Table of a config, else Missing. A dataset without one of its parts is broken."""
         paths = self.paths(config)
-        if not paths:  # a dataset without one of its parts is broken
-            kind = BadData if self.all_paths() else Missing
-            looked = f"{', '.join(self.spec['table'])} ({', '.join(TABLE_FILES)} are read)"
-            raise kind(self.name, f"no {config or 'table'} in {self.root}, looked for {looked}")
-        # NAME-00000-of-00003.parquet without its siblings is refused.
-        match = re.search(r"-\d+-of-(\d+)", os.path.basename(paths[0]))
-        if match and int(match[1]) != len(paths):
-            raise BadData(paths[0], f"{len(paths)} shards are there, of {match[1]} that are wanted")
-        try:
-            rows = datasets.concatenate_datasets([open_table(path) for path in paths])
-        except ValueError as error:  # a bad file, or columns of other types
-            raise BadData(self.name, error) from error
-        return rows.select(range(min(len(rows), self.spec["cap"] or len(rows))))
+        if paths:
+            return Table(paths, self.spec["cap"])
+        kind = BadData if self.all_paths() else Missing
+        looked = f"looked for {', '.join(self.spec['table'])} ({', '.join(TABLE_FILES)} are read)"
+        raise kind(self.name, f"no {config or 'table'} in {self.root}, {looked}")
 
     def all_paths(self):
         """The files of every config."""
@@ -653,7 +685,7 @@ class Source(Files):
     def is_full(self, i):
         """Has each side of the table's row i something? One that cannot be read is for pair()."""
         try:
-            row = read_row(self.rows, i)
+            row = self.rows[i]
             for side in self.sides:
                 values = [value for c in side for value in listed(row[c])]
                 if all(value in ("", None) for value in values):  # 0 and false are for pair()
@@ -671,7 +703,7 @@ class Source(Files):
         image is read yet."""
         pair = {"id": self.id(row), "dataset": self.name}
         try:
-            sides = self.parse(self, read_row(self.rows, int(self.keep[row])))
+            sides = self.parse(self, self.rows[int(self.keep[row])])
         except ROW_FAULTS as error:
             raise BadData(pair["id"], error) from error
         return pair | dict(zip(["query", "target", "negatives"], sides))
@@ -691,9 +723,7 @@ def pair_key(pair):
 
 def opened(pair):
     """The pair, if every image of it can be opened."""
-    for item in (pair["query"], pair["target"], *pair["negatives"]):
-        for ref in refs(item):
-            load_image(ref)
+    open_images(pair["query"], pair["target"], *pair["negatives"])
     return pair
 
 
@@ -727,19 +757,21 @@ class TrainData:
                 continue
             try:
                 pair = read(self.pair(source, i))
-                break
             except ValueError as error:
                 errors[i] = BadData(self.id(source, i), error)
-        else:
-            why = f"none of {len(rows)} rows can be read; the first: "
-            why += str(next(iter(errors.values()), "all are named above"))
-            raise BadData(self.names[source], why)
-        for broken, error in errors.items():
-            if not named[broken]:
-                named[broken] = 1
-                so_far = sum(map(sum, self.named))
-                tqdm.write(f"skipped ({so_far} so far): {error}")
-        return pair
+                continue
+            for broken, error in errors.items():
+                if not named[broken]:
+                    named[broken] = 1
+                    tqdm.write(f"skipped ({self.skipped} so far): {error}")
+            return pair
+        why = next(iter(errors.values()), "all are named above")
+        raise BadData(self.names[source], f"none of {len(rows)} rows can be read; the first: {why}")
+
+    @property
+    def skipped(self):
+        """How many broken rows have been met."""
+        return sum(sum(rows) for rows in self.named)
 
 
 def train_sets(root):
@@ -759,11 +791,11 @@ def train_sets(root):
 
 
 def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=None, is_wanted=None):
-    """Endless batches [(source, row), ...]; islice() skips those that are done.
+    """Endless batches [(source, row), ...]. The state is the step: islice() skips what is done.
 
-    Every rank draws the global batch. It is dealt out in whole sub-batches, or in smaller parts: 32
-    pairs in sub-batches of 8 go to 8 ranks in parts of gcd(8, 32 / 8) = 4. A walk that ends inside
-    a sub-batch goes on with the next epoch's order.
+    Every rank draws the global batch. It is dealt out in parts of gcd(sub_batch, batch / world)
+    pairs: whole sub-batches where each rank gets a whole number of them. A walk that ends inside a
+    sub-batch goes on with the next epoch's order.
 
     next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
@@ -776,6 +808,7 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     starts = first or [0] * len(sizes)
     left_out = 0  # batches, since the last one that was not
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
+    # A batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
     part = 1 if is_wanted else math.gcd(sub_batch, batch // world)
     for step in itertools.count():
         rng = np.random.default_rng([0, seed, step])  # walk() has the streams of 1
@@ -835,6 +868,28 @@ class EvalSet(Files):
         self.asked = {}  # of pairs(): query -> its positives
         self.relevant = {}  # of pages: {query id: {page id: grade}}
 
+    def read(self, limit):
+        """Its rows through their parser. An error names the row that it is about."""
+        parse = EVAL_PARSERS[self.parser]
+        for config in self.configs:
+            self.config = config
+            table = self.table(config)
+            for i in range(len(table)):
+                if limit and len(self.queries) == limit:
+                    break
+                place = f"{config} row {i}" if len(self.configs) > 1 else i
+                self.where = f"{self.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
+                try:
+                    parse(self, table[i])
+                except ROW_FAULTS as error:
+                    error = BadData(self.where, error)
+                    if self.problems is None:
+                        raise error from None
+                    self.problems.append(str(error))
+            if self.parser == "beir":
+                self.rows = 0  # of its three tables the last holds the queries
+            self.rows += len(table)
+
     def say(self, inst, content=None, image=None, clip=None, full=None):
         """The item of an instruction and a content, with the image and the clip of these names.
         say("About:", "why?", "a.jpg") -> {"text": " About: why?", "image": ...}, or with Qwen's
@@ -878,8 +933,7 @@ class EvalSet(Files):
     def checked(self, item):
         """--check opens every image; a run does when it embeds them."""
         if self.problems is not None:
-            for ref in refs(item):
-                load_image(ref)
+            open_images(item)
         return item
 
 
@@ -1112,13 +1166,15 @@ def pairs(es, row):
 def side_key(es, item):
     """The text and the images that tell a side from others: '["a cat", "pics/a.jpg"]', however its
     row spells them. An image inside a table has no name: a hash of its bytes."""
-    images = []
+    key = [item.get("text", "")]
     for ref in refs(item):
         if isinstance(ref, TableImage):
-            images.append(hashlib.sha256(image_bytes(ref)).hexdigest())
+            key.append(hashlib.sha256(ref.read()).hexdigest())
         else:
-            images.append(os.path.relpath(ref, es.root))
-    return json.dumps([item.get("text", ""), *(images or [""])], ensure_ascii=False)
+            key.append(os.path.relpath(ref, es.root))
+    if len(key) == 1:
+        key.append("")
+    return json.dumps(key, ensure_ascii=False)
 
 
 def beir(es, row):
@@ -1181,24 +1237,7 @@ def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=No
     if isinstance(row, str):
         [row] = wanted(tables(root, "eval"), [row])
     es = EvalSet(row, root, frames, prompts, problems)
-    for config in es.configs:
-        es.config = config
-        table = es.table(config)
-        for i in range(len(table)):
-            if limit and len(es.queries) == limit:
-                break
-            place = f"{config} row {i}" if len(es.configs) > 1 else i
-            es.where = f"{es.name}/{place}"  # "NExTQA/7", "MVBench/action_count row 7"
-            try:
-                EVAL_PARSERS[es.parser](es, read_row(table, i))
-            except ROW_FAULTS as error:
-                error = BadData(es.where, error)
-                if problems is None:
-                    raise error from None
-                problems.append(str(error))
-        if es.parser == "beir":
-            es.rows = 0  # of its three tables the last holds the queries
-        es.rows += len(table)
+    es.read(limit)
     es.cand_ids = list(es.index)  # the candidates' keys
     if es.parser != "beir":
         es.grades = None  # only pages are graded

@@ -602,7 +602,10 @@ def read(model, cache, ids, positions):
     start = cache.used
     cache.used += ids.shape[1]
     columns = torch.arange(start, cache.used, device=ids.device)
-    past = [(*layer[:, :, :, : cache.used], columns) for layer in cache.layers]
+    past = []
+    for layer in cache.layers:
+        keys, values = layer[:, :, :, : cache.used]
+        past.append((keys, values, columns))
     mask = tree_mask(cache.branch[:, : cache.used], columns)
     x = model.text.embed_tokens(ids)  # (B, Q, H)
     return model.text(x, positions.expand(3, -1, -1), mask, past)

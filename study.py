@@ -41,7 +41,7 @@ import eval as evaluation
 import pocket
 import train
 from embed import Embedder
-from model import Rows, read_json, write_rows
+from model import Rows, read_json, write_json, write_rows
 from report import table
 
 # Options of train.py. A query reasons if p_reason exceeds the threshold: 1 is never exceeded, -1
@@ -99,7 +99,8 @@ def fork(parent, folder, first, same_judge):
     if same_judge:  # an unfinished stage works in STAGE.part: select takes what it finds there
         shutil.copytree(parent / "select", folder / "select.part")  # judged0.jsonl ...
     shutil.copy(parent / "config.json", folder)  # what the links were made with
-    shutil.copy(parent / "stages.json", folder)  # those without a folder do not count
+    done = read_json(parent / "stages.json")  # {"base": {"seconds": 900.0, ...}}
+    write_json(folder / "stages.json", {stage: done[stage] for stage in kept})
 
 
 def run_variant(cfg, name, seed, out):

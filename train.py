@@ -209,7 +209,7 @@ class Config:
     decision_weight: float = opt("embed", 2.0)  # of the decision's cross-entropy
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
 
-    rl_steps: int = opt("rl", 60)  # updates; as many as meet each of its pairs once or twice
+    rl_steps: int = opt("rl", 60)  # updates; see the warning about pairs that come too often
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_lr_factor: float = opt("rl", 0.05)  # times lr
@@ -282,7 +282,8 @@ def check(cfg):
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     no_checkpoint = cfg.preset != "pocket" and not (cfg.model and cfg.data)
     no_rationales = cfg.data and not cfg.rationales and not cfg.num_candidates
-    no_shards = cfg.optimizer == "muon" or cfg.lora or cfg.compile or processes == 1
+    whole_only = cfg.optimizer == "muon" or cfg.lora or cfg.compile or processes == 1
+    cannot_shard = cfg.fsdp and whole_only
     numbers = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.matryoshka_dims)  # "64,128" or ""
     mistakes = {  # {what is said: whether it is the case}
         f"--preset {cfg.preset} needs --model and --data": no_checkpoint,
@@ -293,7 +294,7 @@ def check(cfg):
         "--rl_rollouts 1: two at least are compared; 0 makes none": cfg.rl_rollouts == 1,
         "--rl_holdout leaves no pair for the other stages": cfg.rl_holdout >= 1,
         "--num_candidates 0, and no --rationales": no_rationales,
-        "--fsdp needs torchrun, --optimizer adamw, --lora 0, no --compile": cfg.fsdp and no_shards,
+        "--fsdp needs torchrun, --optimizer adamw --lora 0 --compile false": cannot_shard,
         "--matryoshka_dims: expected 64,128": not numbers,
     }
     for mistake, is_made in mistakes.items():
@@ -440,6 +441,8 @@ class Run:
             os.replace(part, final)
             for file in (*final.glob("*.state*"), final / "options.json"):
                 file.unlink()  # only a stage that is resumed needs checkpoints and its options
+            for folder in final.glob("*.windows"):  # a kill came before by_window removed it
+                shutil.rmtree(folder)
             for later in STAGES[number + 1 :]:  # begun on what was there before
                 shutil.rmtree(self.path(f"{later}.part"), ignore_errors=True)
             write_json(self.path("config.json"), asdict(self.cfg))
@@ -537,6 +540,23 @@ class Pairs:
         num_held = max(1, round(n * share))
         first_held = max(1, n - num_held)  # at least one pair on either side
         return range(first_held, n) if for_rl else range(first_held)
+
+    def warn_of_visits(self):
+        """Say so where rl meets a dataset's pairs too often: at 1.1 visits all was well, at 4.3 the
+        family Walk ceased to reason, in all runs without labels and one of two with them
+        (results/rl.txt)."""
+        c = self.run.cfg
+        queries = self.run.scaled(c.rl_steps) * c.rl_batch
+        total = sum(self.tables.weights)
+        for source, n in enumerate(self.tables.sizes):
+            held = len(self.share_of(n, True))
+            visits = queries * self.tables.weights[source] / total / held
+            if c.rl_rollouts and visits > 4:
+                self.run.say(
+                    f"WARNING: rl meets each of the {held} pairs that it has of "
+                    f"{self.tables.names[source]} {visits:.1f} times. Known by heart they seem to "
+                    "need no thinking: lower --rl_steps, or start anew with a higher --rl_holdout"
+                )
 
     def __getitem__(self, ref):
         """ref (source, row) -> its pair. A broken row's place is taken by the share's next one."""
@@ -812,12 +832,14 @@ def propose_stage(run, part):
     processor = embedder.processor
     kernels = sdpa_kernels(embedder.model, run.dtype).items()
     run.say("attention: " + ", ".join(f"{form} {kernel}" for form, kernel in kernels))
-    worlds_own = os.devnull if c.data else run.path("data/proposers.jsonl")
-    given = propose.Rationales(c.rationales or worlds_own)
+    # Without a file an empty one is read; the pocket world has its own.
+    default = os.devnull if c.data else run.path("data/proposers.jsonl")
+    given = propose.Rationales(c.rationales or default)
     hard = propose.hard_pairs(c.hard) if c.hard else None  # pair ids; None: all
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
+    pairs.warn_of_visits()  # now, not hours later in rl
 
     def is_wanted(pair_id):
         return hard is None or pair_id in hard
@@ -845,7 +867,7 @@ def propose_stage(run, part):
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if not written.offsets:
         raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
-    if given.offsets:
+    if given.offsets or given.left_out:
         unused = given.offsets.keys() - written.offsets.keys()  # rl's, easy, unknown, too long
         left_out = f"{given.left_out} of targets or without a word"
         run.say(f"propose: not used: those of {len(unused)} pairs, and {left_out}")
@@ -1006,12 +1028,7 @@ def rl_stage(run, part):
     embedder = run.trainee("embed")
     processor = embedder.processor
     pairs = run.pairs(processor, for_rl=True)
-    visits = run.scaled(c.rl_steps) * c.rl_batch / sum(map(len, pairs.rows))
-    if visits > 2:  # at 4 Walk's queries, which need it most, no longer reasoned (results/rl.txt)
-        run.say(
-            f"WARNING: rl meets each of its pairs {visits:.1f} times. Once it knows them by heart, "
-            "thinking seems to gain nothing: raise --rl_holdout, or lower --rl_steps"
-        )
+    pairs.warn_of_visits()
     actor = scale.merge(embedder.model, run.dtype)  # a plain copy, which writes the rollouts
 
     def one_step(i, batch):
@@ -1097,18 +1114,24 @@ def draw_world(run):
     scale.barrier()
 
 
+def find_test_sets(root):
+    """Specs of the test sets that a user's root has. UsageError if it lacks those of a kind."""
+    for kind in ("train", "eval"):
+        specs = data.tables(root, kind)
+        found = [spec for spec in specs if data.Files(spec, root).all_paths()]
+        if not found:
+            raise UsageError(f"{root} has no {kind} set; --stage all needs one")
+    return found  # of the last kind
+
+
 def run_stages(cfg):
     """The stages that cfg asks for, and the report."""
     whole = cfg.stage == "all"
-    if cfg.data and whole:
-        for kind in ("train", "eval"):
-            specs = data.tables(cfg.data, kind)
-            present = [spec for spec in specs if data.Files(spec, cfg.data).all_paths()]
-            if not present:
-                raise UsageError(f"{cfg.data} has no {kind} set; --stage all needs one")
-        for spec in present:  # test sets. One that cannot be read fails now, not hours later
-            data.load_eval(cfg.data, spec, limit=1)
+    test_sets = find_test_sets(cfg.data) if cfg.data and whole else []
     run = Run(cfg)
+    if "eval" not in run.stages:
+        for spec in test_sets:  # one that cannot be read fails now, not hours later
+            data.load_eval(cfg.data, spec, limit=1)
     num_done = len(run.stages)  # they are the first ones: finish() sees to it
     if cfg.stage in STAGES[num_done + 1 :]:
         raise UsageError(f"{cfg.out}: stage {STAGES[num_done]} is not done; --stage all does it")
