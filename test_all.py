@@ -1516,11 +1516,9 @@ def test_run_every_stage_has_its_pairs(finished, opened):
 
 
 @pytest.mark.parametrize("steps, warnings", [(2, 0), (4, 1)])
-def test_run_warns_of_pairs_that_rl_meets_too_often(steps, warnings, opened, capsys):
-    """Five pairs, of which a step has eight: 3.2 and 6.4 visits of each."""
-    pairs = train.Pairs(*opened)
-    pairs.run.cfg.rl_steps = steps
-    pairs.warn_of_visits()
+def test_run_warns_of_pairs_that_rl_meets_too_often(steps, warnings, call, copy_of, capsys):
+    """Five pairs, of which a step has eight: 3.2 and 6.4 visits of each. It is said in propose."""
+    assert call(copy_of("base"), "--rl_steps", str(steps), stage="propose") == 0
     warning = "WARNING: rl meets each of the 5 pairs that it has of own 6.4 times."
     assert capsys.readouterr().out.count(warning) == warnings
 
