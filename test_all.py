@@ -1651,7 +1651,8 @@ def test_run_sigterm_and_resume(finished, own_root, copy_of, monkeypatch, fails)
     fails(argv, 143, "after step 3 of embed")
     shutil.copy(f"{finished}/embed/config.json", f"{out}/embed.part")  # as if it had been saved
     fails([*argv, "--embed_lr_factor", "9"], 2, "options.json was made with embed_lr_factor")
-    Path(f"{out}/embed.part/embed.state.part").write_bytes(b"half")  # a kill left it
+    os.mkdir(f"{out}/embed.part/judged.jsonl.windows")  # a kill left it, and half of a state
+    Path(f"{out}/embed.part/embed.state.part").write_bytes(b"half")
     assert exit_code([*argv, "--rl_steps", "9"]) == 0  # what comes later is free
     assert spy.call_count == 5
     assert same(weights(f"{out}/embed"), weights(f"{finished}/embed"))
@@ -3628,6 +3629,7 @@ BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is 
     ({"cap": "9"}, "^x: cap: '9' is no int"),
     ({"weight": -1}, "^x: weight: -1 is not above 0"),
     ({"name": "a/b"}, "^a/b: a name without /, . and line breaks is wanted"),
+    ({"name": "a|b"}, "^a.b: a name without /"),
     ({"table": "{nmae}.jsonl"}, "^x: table '{nmae}.jsonl': no pattern .'nmae'.$"),
     ({"table": "gone.jsonl"}, "none of its 1 training datasets is there"),
     ({"table": "s-*"}, "s-00001-of-00003.parquet: 1 shards are there"),

@@ -209,7 +209,7 @@ class Config:
     decision_weight: float = opt("embed", 2.0)  # of the decision's cross-entropy
     matryoshka_dims: str = opt("embed", "")  # prefixes trained besides the full vector: 64,128
 
-    rl_steps: int = opt("rl", 60)  # updates; see the warning about pairs that come too often
+    rl_steps: int = opt("rl", 60)  # updates; a warning says where they meet pairs too often
     rl_batch: int = opt("rl", 32, 1)  # queries of an update
     rl_rollouts: int = opt("rl", 4)  # rationales of a query; 0: InfoNCE alone
     rl_lr_factor: float = opt("rl", 0.05)  # times lr
