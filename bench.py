@@ -25,7 +25,7 @@ How to run:
 
 FILE.json. A CPU fills rows, a GPU rates:
     {"device": "CPU, 2 of 2 cores", "versions": {"torch": "2.13.0+cpu", ...},
-     "rows": [{"name": "embed mixed, pocket", "ours": 135.4, "peer": 50.2, "ratio": 2.69,
+     "rows": [{"name": "embed mixed, pocket", "ours": 135.4, "peer": 50.2, "ratio": 2.70,
                "unit": "items/s", "peer_name": "transformers 5.23.0"}, ...],
      "rates": [{"name": "embed mixed, 2b", "rate": ..., "unit": "items/s", "peak_gb": ...,
                 "graphs": 0}, ...]}

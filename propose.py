@@ -24,7 +24,7 @@ a try: "base", "base#2" and "base#3" are three texts by the author "base" about 
     vllm run-batch -i xaa -o xaa.responses --model NAME --runner generate
     python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
---image-urls file writes paths in place of images: a request then has a few kilobytes. The server
+--image-urls file writes paths in place of images: half a kilobyte for a request. The server
 must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
 missing, doubled, broken or cut off is counted and named, and the rest is used.
 

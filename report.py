@@ -13,8 +13,8 @@ its queries, the score is the mean over datasets, tokens and rate are means over
 
 A record is what eval.py wrote about one query, a row of eval/image/PocketWalk_queries.jsonl:
     {"id": "PocketWalk/2", "label": ["purple triangle"], "rationale": "nw green star . down ...",
-     "p_reason": 0.897, "new_tokens": 27, "never": 0.0, "always": 1.0, "adaptive": 1.0,
-     "top3": {"never": ["purple frame", "purple star", "purple triangle"], "always": ...}, ...}
+     "p_reason": 0.935, "new_tokens": 27, "never": 1.0, "always": 1.0, "adaptive": 1.0,
+     "top3": {"never": ["purple triangle", "purple star", "purple ring"], "always": ...}, ...}
 never, always and adaptive are its scores in these modes, label the keys of the right candidates;
 rationale and new_tokens are those of always.
 
@@ -59,7 +59,7 @@ PANELS = [
     "rl reason_rate p_reason",
 ]
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
-BYTES = 2_800_000  # of the JSON in the page; the template takes some 24 kB more
+BYTES = 2_800_000  # of the JSON in the page; the template takes some 25 kB more
 SIDE = 144  # pixels of a thumbnail
 LONGEST = 600  # characters of a text
 HINDSIGHT = ("random", "oracle", "per_task")  # modes that an older report may lack

@@ -324,7 +324,7 @@ class Run:
                 raise UsageError(f"{cfg.out}: another train.py works in this folder") from None
             except OSError as error:  # some clusters' file systems have no locks
                 self.say(f"{cfg.out}: not locked ({error}); let no other run use this folder")
-        self.stages = {}  # that are done, in order: {"base": {"seconds": 292.8}, ...}
+        self.stages = {}  # that are done, in order: {"base": {"seconds": 269.0}, ...}
         for stage, done in self.read("stages.json").items():
             if not os.path.lexists(self.path(stage)):  # taken away, to be done again
                 break
@@ -381,8 +381,8 @@ class Run:
     def log(self, stage, step, steps, metrics):
         """A line on the screen and a row of metrics.jsonl:
 
-        embed 10/400 loss 4.15 nce_direct 0.198
-        {"stage": "embed", "step": 10, "loss": 4.153288722038269, "nce_direct": 0.198076575994491}
+        embed 10/400 loss 5.18 nce_direct 0.228
+        {"stage": "embed", "step": 10, "loss": 5.178912281990051, "nce_direct": 0.227520033717155}
         """
         numbers = []
         for name, value in metrics.items():
@@ -1069,7 +1069,7 @@ def write_report(run):
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
         "revision": run.cfg.revision,
-        # {"base": 292.8, ...}, of a resumed stage those of its last call
+        # {"base": 269.0, ...}, of a resumed stage those of its last call
         "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
         "selection": run.read("select/audit.json"),
         "modes": summary["modes"],  # {"never": {"overall": 0.827, "tokens_per_query": 0.0, ...}}

@@ -4,10 +4,11 @@
 
 A query counts as an image of max_pixels and 64 words, a test video as four such queries, a target
 as 64 words, a candidate of the test sets as a query, which is too much for most. The output head,
-two percent of a step, is not counted. A forward pass takes 2 FLOPs for each weight and token, and 4
-for each number of each key that a token looks at and value that it takes from it. A training step
-is five forward passes: GradCache's first, forward, forward again (checkpointing), and twice as much
-backward. Hours = FLOPs / SPEED + written tokens / WRITING; both rates are guesses, and so is HARD.
+at 2B two percent of a step, is not counted. A forward pass takes 2 FLOPs for each weight and
+token, and 4 for each number of each key that a token looks at and value that it takes from it. A
+training step is five forward passes: GradCache's first, forward, forward again (checkpointing), and
+twice as much backward. Hours = FLOPs / SPEED + written tokens / WRITING; both rates are guesses,
+and so is HARD.
 """
 
 import sys

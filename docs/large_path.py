@@ -1,6 +1,6 @@
 """The path of --preset qwen3vl-2b, walked to its end on a cut-down checkpoint of random weights.
 
-    python docs/large_path.py                     seven minutes on two idle cores, in fp32
+    python docs/large_path.py                     four minutes on two idle cores, in fp32
     python docs/large_path.py --device cuda       the same on GPUs in bf16, with nccl where there
                                                   are two; not yet run
 
