@@ -178,7 +178,8 @@ def load_image(ref):
     the reference the EXIF orientation is not applied."""
     if isinstance(ref, dict):
         ref = ref.get("bytes") or ref.get("path")
-    if not isinstance(ref, (str, os.PathLike, bytes, TableImage, Image.Image)):
+    kinds = str, os.PathLike, bytes, TableImage, Image.Image
+    if not isinstance(ref, kinds) or ref == "":
         wanted = "a path, bytes or a PIL image (Image.fromarray makes one)"
         raise BadData("image", f"{wanted} is wanted, got {short(ref)}")
     name = "image" if isinstance(ref, (bytes, Image.Image)) else str(ref)[:200]  # for messages

@@ -23,13 +23,15 @@ From Python: see Embedder.
 
 Sources: Qwen3-VL-Embedding (arXiv 2601.04720) for the template, the pooled token and the mask of
 false negatives; InfoNCE, arXiv 1807.03748; Matryoshka prefixes, arXiv 2205.13147.
-Left out: pooling other than the last token, several vectors per item, audio.
+Left out: several vectors per item, audio, and pooling other than the last token (it would change
+pool, embed_prompts and rl.rollouts, and generate would have to keep all states).
 """
 
 import argparse
 import contextlib
 import itertools
 import math
+import numbers
 import os
 import sys
 import warnings
@@ -54,7 +56,7 @@ from model import (
     write_json,
     write_rows,
 )
-from processor import Processor, collate, prompt_key, require, require_number
+from processor import Processor, collate, prompt_key, refuse_seeking, require, require_number
 
 # --------------------------------------------------------------------------------------------------
 # From final states to vectors, decisions and log-probabilities.
@@ -123,7 +125,8 @@ def rationale_logprobs(model, h, batch, processor):
     """
     ends = batch["ends"]
     places = torch.arange(h.shape[1], device=h.device)
-    # Rationale k: prefix <think>\n | text </think> | tail \n\n<|endoftext|> <- ends[k]
+    # Rationale k: prefix <think>\n | text </think> | tail \n\n<|endoftext|>. It begins behind the
+    # branch before it, at ends[k - 1] + 1, and ends at ends[k].
     first = ends[:, :-1, None] + 1 + len(processor.prefix)  # (B, K, 1)
     last = ends[:, 1:, None] - len(processor.tail)  # below 0 where a row has no rationale k
     chosen = ((first <= places) & (places <= last)).any(1)  # (B, S)
@@ -153,15 +156,17 @@ def token_logprobs(model, states, ids, suppress_tokens):
 FALSE_NEGATIVE_MARGIN = 0.1
 
 
-def one_direction(scores, positive, temperature, equal):
+def one_direction(scores, positive, temperature, also_right=None):
     """−log softmax of scores / temperature at the positive -> (n,).
 
-    scores (n, m) cosines; positive (n,) the right column of each row. Columns that are
-    probably right, too, are not pushed away: those that `equal` (n, m) marks, and those that
-    score far above it.
+    scores (n, m) cosines; positive (n,) the right column of each row. Columns that are right, too,
+    are not pushed away: those that score far above the positive, and those that also_right (n, m)
+    marks.
     """
     target = positive[:, None]
-    false_negative = equal | (scores > scores.gather(1, target) + FALSE_NEGATIVE_MARGIN)
+    false_negative = scores > scores.gather(1, target) + FALSE_NEGATIVE_MARGIN
+    if also_right is not None:
+        false_negative = false_negative | also_right
     false_negative = false_negative.scatter(1, target, False)  # the target itself stays
     logits = (scores / temperature).masked_fill(false_negative, float("-inf"))
     return F.cross_entropy(logits, positive, reduction="none")
@@ -178,18 +183,16 @@ def info_nce(q, t, positive, temperature=0.02, weights=None, dims=()):
     H = q.shape[1]
     if max(dims, default=0) > H:
         raise ValueError(f"matryoshka_dims {dims}: this model's vectors have {H} numbers")
-    is_target = F.one_hot(positive, len(t)).bool()  # (n, m): the column of each query's target
-    same_target = is_target[:, positive]  # (n, n): which queries have the same target
+    same_target = positive[:, None] == positive  # (n, n): which queries have the same target
     diagonal = torch.arange(len(q), device=q.device)
     losses = torch.zeros_like(q[:, 0])
     for d in {*dims, H}:
         q_d = F.normalize(q[:, :d], dim=-1)
         t_d = F.normalize(t[:, :d], dim=-1)
         s = q_d @ t_d.T  # (n, m) cosines
-        # Query to target: candidates are distinct, so is_target leaves nothing out (the target's
-        # own column stays). Target to query: row i is query i's target, column j is query j; the
-        # positives are on the diagonal, and other queries with the same target are left out.
-        losses = losses + one_direction(s, positive, temperature, is_target) / 2
+        losses = losses + one_direction(s, positive, temperature) / 2
+        # Target to query: row i is query i's target, column j is query j. The positives are on the
+        # diagonal; other queries with the same target are right, too.
         losses = losses + one_direction(s[:, positive].T, diagonal, temperature, same_target) / 2
     if weights is None:
         weights = torch.ones_like(losses)
@@ -370,7 +373,8 @@ class Embedder:
     An item is a string (text); a pathlib.Path, PIL image or bytes (an image); a dict of any of
     "text", "image", "video" and "instruction" (values or lists; as an image a string is a path; a
     video is a list of frames or {"frames": [...], "fps": 2.0}); or {"messages": [...]} of a chat.
-    One call may mix them. The item's instruction wins over the call's.
+    One call may mix them. The item's instruction wins over the call's. A photo is shown as stored:
+    PIL's ImageOps.exif_transpose turns it upright.
 
         embedder.encode(items, threshold=0.2)  # the dial: reason where p_reason > 0.2
         embedder.encode(items, dim=64)  # the first 64 numbers, scaled to length 1 (Matryoshka)
@@ -474,7 +478,9 @@ class Embedder:
         require(has_head or reason != "always", "reason", reason, "a model with an lm_head")
         require_number("whole", batch_size=batch_size, max_new_tokens=max_new_tokens, dim=dim)
         require(dim <= H, "dim", dim, f"a whole number from 1 to {H}")
-        require(not math.isnan(threshold), "threshold", threshold, "a number")
+        for name, value in {"threshold": threshold, "temperature": temperature}.items():
+            is_number = isinstance(value, numbers.Real) and not math.isnan(value)
+            require(is_number, name, value, "a number")
         require(0 <= temperature < math.inf, "temperature", temperature, "a number from 0 on")
         if hasattr(items, "columns"):  # pandas would iterate over their names
             raise ValueError("items: a table, expected a list of its rows, as dicts")
@@ -488,7 +494,7 @@ class Embedder:
         if isinstance(items, (str, bytes, Mapping)) or not hasattr(items, "__iter__"):
             items = [items]
         no_bar = None if show_progress is None else not show_progress
-        items = tqdm(items, "encode", unit="item", disable=no_bar, delay=1)
+        items = tqdm(items, "encode", unit=" items", disable=no_bar, delay=1)
         sampling = dict(self.processor.generation, max_new_tokens=max_new_tokens)
         sampling |= {"temperature": temperature, "generator": generator}
         vectors = [torch.zeros(0, H, dtype=torch.float32)]
@@ -529,6 +535,7 @@ class Embedder:
         # Threads help: Pillow decodes and resizes outside Python's lock.
         with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             while window := list(itertools.islice(numbered, 8 * batch_size)):
+                refuse_seeking([item for _, item in window])
                 yield list(threads.map(read, window))
 
     def batches(self, lengths, batch_size):
@@ -598,6 +605,8 @@ class Embedder:
 def find_folder(path_or_id, revision=None):
     """A local folder as it is, without any network; else owner/name on the Hugging Face hub, of
     which only data files are fetched, no programs. Only the hub has revisions."""
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise ValueError(f"{path_or_id!r}: expected a folder, or owner/name on the hub")
     path = os.fspath(path_or_id)
     if os.path.isdir(path):
         if revision is not None:
@@ -679,8 +688,9 @@ def run(model, input, output, **options):
     source = Path(input)
     output = Path(output)
     facts = output.with_suffix(".jsonl")
+    is_folder = output.is_dir() or facts.is_dir()
     is_usable = output.suffix == ".npy" and os.access(output.parent, os.W_OK)
-    if not is_usable or facts.resolve() == source.resolve():
+    if not is_usable or is_folder or facts.resolve() == source.resolve():
         expected = "a .npy file, in a folder to write to, not named like --input"
         raise ValueError(f"--output {output}: expected {expected}")
     if facts.exists() and not output.exists():  # of an earlier run both are there

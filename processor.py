@@ -188,6 +188,7 @@ def normalize_pixels(patches, device="cpu"):
 
 CLIP_PIXELS = 10 * 768 * 32 * 32  # of a whole video, counted once per group of two frames
 DEFAULT_INSTRUCTION = "Represent the user's input."  # what Qwen3VLEmbedder writes without one
+PIXEL_LIMITS = ("min_pixels", "max_pixels", "frame_min_pixels", "frame_max_pixels")
 ITEM_KEYS = ("text", "image", "video", "fps", "instruction", "messages")
 # Where a part of a message may hold an image; the last three are transformers'.
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -224,6 +225,11 @@ class Processor:
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
 
     def __post_init__(self):
+        for name in PIXEL_LIMITS:
+            value = getattr(self, name)
+            is_number = isinstance(value, numbers.Real) and math.isfinite(value)
+            require(is_number, name, value, "a number of pixels")
+            setattr(self, name, int(value))  # what JSON can hold; numpy's numbers cannot be saved
         image_limits = self.min_pixels, self.max_pixels
         frame_limits = self.frame_min_pixels, self.frame_max_pixels
         for low, high in (image_limits, frame_limits):
@@ -231,9 +237,11 @@ class Processor:
                 raise ValueError(f"pixel limits {low} to {high}: expected min <= max, max >= 1024")
         require_number("whole", max_frames=self.max_frames, max_length=self.max_length)
         require_number("finite", fps=self.fps)
-        self.max_frames = int(self.max_frames)  # what JSON can hold; numpy's cannot be saved
+        self.max_frames = int(self.max_frames)
         self.max_length = int(self.max_length)
         self.fps = float(self.fps)
+        default = self.default_instruction
+        require(default is None or is_text(default), "default_instruction", default, "text")
         special = self.tokenizer.special
         self.eos_id = special["<|endoftext|>"]
         self.im_start_id = special["<|im_start|>"]
@@ -307,10 +315,10 @@ class Processor:
                 pieces += self.segment(self.config.image_token, *pixels)
         if "text" in part:
             text = part["text"]
-            require(is_text(text), "text", text, "a string, without half an emoji")
+            require(is_text(text), "text", text, "a string of whole characters")
             # It is never opened as a file, but the name of one is most likely a mistake.
             if os.path.isfile(text):
-                warnings.warn(f"read as text: to show the image, give Path({text!r})", stacklevel=2)
+                warnings.warn(f'read as text: to show it, give {{"image": {text!r}}}', stacklevel=2)
             pieces.append(UserText(text))
         if not pieces:
             raise ValueError("a part of content: expected text, video or image")
@@ -331,10 +339,7 @@ class Processor:
         frames, fps = clip.get("frames"), clip.get("fps", fps)
         if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
-        first, last = frames[0], frames[-1]
-        # list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame.
-        if first is last and len(frames) > 1 and isinstance(first, Image.Image) and first.tell():
-            raise ValueError("the frames are one image that seeks: expected a copy of each")
+        refuse_seeking(frames)
         if fps is None:
             fps = self.fps
             if len(frames) > self.max_frames:
@@ -457,7 +462,7 @@ def as_dict(item):
     """An item in any of its forms -> a dict with some of ITEM_KEYS."""
     if isinstance(item, str):
         return {"text": item}
-    if item is None or isinstance(item, (list, tuple)):
+    if item is None or isinstance(item, (list, tuple, numbers.Number)):
         raise ValueError(f"a {type(item).__name__}: expected a string, an image, a path or a dict")
     if not isinstance(item, Mapping):
         return {"image": item}  # load_image refuses what is no image
@@ -471,7 +476,8 @@ def messages_of(item):
     if item.keys() & {"text", "image", "video", "fps"}:
         raise ValueError("an item has messages, or text, image, video and fps, but not both")
     messages = item["messages"]
-    require(isinstance(messages, (list, tuple)) and messages, "messages", messages, "one at least")
+    is_list = isinstance(messages, (list, tuple))
+    require(is_list and messages, "messages", messages, "a list of one at least")
     for message in messages:
         is_message = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
         require(is_message, "message", message, 'a dict of "role" and "content"')
@@ -492,11 +498,20 @@ def content_of(item):
         if has_frames or isinstance(first, (list, tuple)):
             clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
-    parts += [{"image": image} for image in listed(item.get("image"))]
+    images = listed(item.get("image"))
+    refuse_seeking(images)
+    parts += [{"image": image} for image in images]
     texts = [text for text in listed(item.get("text")) if text is not None]
     if not parts and not texts:
         texts = ["NULL"]  # Qwen3-VL-Embedding's word for nothing; "" is an empty turn
     return parts + [{"text": text} for text in texts]
+
+
+def refuse_seeking(images):
+    """list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame."""
+    for a, b in itertools.pairwise(images):
+        if a is b and isinstance(a, Image.Image) and a.tell():
+            raise ValueError("the frames are one image that seeks: expected a copy of each")
 
 
 def as_sentence(instruction):

@@ -94,20 +94,20 @@ def propose(model, processor, pairs, cfg, generator, ask=False):
     # cfg.chunk_tokens fit in a pass with gradients, and 4 times as many without. At most 64 prompts
     # go together, because each holds the key-value caches of its answers, too.
     together = max(1, min(64, 4 * cfg.chunk_tokens // longest))
-    options = processor.generation  # <think>\n is forced, </think> ends; special ids are banned
+    sampling = processor.generation  # <think>\n is forced, </think> ends; special ids are banned
     if ask:
         # No <think> is forced: a checkpoint that was never taught to close it may ramble. A model
         # that thinks by itself may write both markers.
         allowed = {processor.im_end_id, processor.think_id, processor.think_end_id}
         suppress_tokens = [i for i in processor.suppress_tokens if i not in allowed]
-        options = {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}
-    options = options | {"temperature": TEMPERATURE, "generator": generator}
+        sampling = {"stop_ids": (processor.im_end_id,), "suppress_tokens": suppress_tokens}
+    sampling = sampling | {"temperature": TEMPERATURE, "generator": generator}
     rows = []
     for start in range(0, len(pairs), together):
         part = pairs[start : start + together]
         batch = collate([p["query"] for p in part], processor, device=model.device)
         # One prefill per query: all its rationales continue it.
-        rollouts = generate(model, batch, cfg.max_new_tokens, cfg.num_candidates, **options)
+        rollouts = generate(model, batch, cfg.max_new_tokens, cfg.num_candidates, **sampling)
         # tokens [n][num_candidates] lists of ids
         for p, answers, truncated in zip(part, rollouts.tokens, rollouts.truncated.tolist()):
             for k, ids in enumerate(answers):
@@ -237,8 +237,8 @@ def requests(options):
 
     One request asks for all options.k answers, so its images travel and are encoded once. The
     custom id, say "OK-VQA/17|1f0c...|0", holds pair, key and number of the prompt; responses repeat
-    it. The pairs that train.py keeps for rl (--rl_holdout) are asked about in vain: which these are
-    is not known here.
+    it. The pairs that train.py keeps for rl are asked about in vain: --rl_holdout is not known
+    here.
     """
     temperature = TEMPERATURE if options.k > 1 else 0.0  # a single answer is greedy
     train = data.train_sets(options.data)

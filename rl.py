@@ -16,7 +16,7 @@ The step minimises
     rl_decision_weight * when + what
         + NCE(direct) + mean over the rationales of p_reason * NCE(reasoned)
 
-Only `when` has a gradient in p_reason; elsewhere p_reason is the rollout's, a constant. `when` and
+Only `when` differentiates p_reason; elsewhere it is the rollout's, a constant weight. `when` and
 `what` have a denominator each: in one mean over tokens (option rl_one_loss) the many tokens of long
 rationales would drown the decision.
 
@@ -33,7 +33,7 @@ rationales would drown the decision.
            p_reason: it was forced, and where the policy would not reason it teaches nothing.
 
 Which GRPO this is, in five points:
-    advantage   (R - mean R of the query's rationales) / sigma. `when` uses that mean
+    advantage   (R - mean R of the query's rationales) / sigma
     sigma       one for the batch: see credit(). One for each query would blow up tiny differences
                 in price where all rationales are equally good
     reduction   sum over tokens, divided by the constant B * K * T: no bias towards a length
@@ -95,7 +95,8 @@ def rollouts(actor, processor, prompts, cfg, generator):
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
     sampling = dict(processor.generation, temperature=1.0, generator=generator)  # on-policy
     longest = max(processor.padded(row_lengths(prompts)))
-    # As in propose.py, but rl_batch is small: the caches of the answers need no limit of their own.
+    # chunk_tokens fit in a pass with gradients, and 4 times as many without. rl_batch is small: the
+    # caches of the answers need no limit of their own.
     together = max(1, 4 * cfg.chunk_tokens // longest)
     parts = []
     vectors = []
@@ -156,14 +157,15 @@ def credit(reward):
     """R (B, 1 + K) of the joined batch -> gain (B,), advantage (B, K), sigma ().
 
     sigma, one for the batch, is a standard deviation from the query's centre, which lies midway
-    between the direct reward and the rationales' mean; both sides weigh a half. So sigma² =
+    between the direct reward and the rationales' mean. The direct reward is gain / 2 away from it,
+    a rationale's gain / 2 + spread; both sides weigh a half, and spreads add up to 0. So sigma² =
     mean(gain²) / 4 + mean(spread²) / 2. With the gain in it a batch of equally good rationales has
     no tiny sigma.
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
     sigma = (spread.square().mean() / 2 + gain.square().mean() / 4).sqrt() + EPSILON
-    varies = spread.abs().amax(1, keepdim=True) > 1e-6  # rounding becomes exactly 0
+    varies = spread.abs().amax(1, keepdim=True) > 1e-6  # not mere rounding
     return gain, varies * spread / sigma, sigma
 
 
@@ -191,8 +193,9 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
 
     A query counts as K rollouts that reason and K that answer directly, whatever p is. Around their
     common mean the former have the advantage gain / 2, the latter -gain / 2. So the decisions bring
-    K * gain / 2 * (log p - log(1 - p)), and that difference of logs is the logit. As in the main
-    loss sigma divides what tokens get, not the decision's gain. sampled: of rationale_loss.
+    K * gain / 2 * (log p - log(1 - p)), and that difference of logs is the logit. A token has (R -
+    common mean) / sigma = advantage + gain / 2 / sigma. As in the main loss sigma divides what
+    tokens get, not the decision's gain. sampled: of rationale_loss.
     """
     K = advantage.shape[1]
     when = -(K * gain / 2 * decision).sum()
@@ -221,15 +224,15 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     # 1) Roll out: K rationales of each query. All vectors come along, without gradients.
     roll = rollouts(actor, processor, prompts, cfg, generator)
-    t = torch.cat(branch_vectors(actor, processor, documents, cfg.chunk_tokens))
+    targets = torch.cat(branch_vectors(actor, processor, documents, cfg.chunk_tokens))
     # The joined batch is that of all processes. gather also gives the places of our rows in it.
-    t, _ = scale.gather(t)
-    t = t[row_of_column]  # (columns, H)
+    targets, _ = scale.gather(targets)
+    targets = targets[row_of_column]  # (columns, H)
     p_reason, ours = scale.gather(roll.p_reason)  # (B,)
 
     # 2) Reward: probability of the target, a bonus for good form, minus the price of latency.
     target = positive[ours][:, None].expand(-1, 1 + K)
-    p_target = log_target_prob(roll.vectors, t, target, cfg.temperature).exp()
+    p_target = log_target_prob(roll.vectors, targets, target, cfg.temperature).exp()
     reward, _ = scale.gather(rewards(p_target, roll.num_sampled, roll.truncated, cfg))  # (B, 1 + K)
     num_sampled, _ = scale.gather(roll.num_sampled)  # (B, K)
     truncated, _ = scale.gather(roll.truncated)
@@ -238,7 +241,8 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     gain, advantage, sigma = credit(reward)
     weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
 
-    # 4) `when` and `what` of some queries, for gradcache_step.
+    # 4) `when` and `what` of some queries, for gradcache_step, which may call it twice for a chunk:
+    # so nothing is drawn in here.
     def query_loss(rows, h, batch):
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
         decision = reason - direct

@@ -110,13 +110,13 @@ def backward(lengths, forward, loss, budget):
     So: vectors once without gradients, g from the loss, then chunk by chunk with gradients.
     It costs a second forward pass and saves all activations but those of a chunk.
 
-    lengths  {name: [tokens of each row]} of this process; at least one row of each name
+    lengths  {name: [padded tokens of each row]} of this process; at least one row of each name
     forward  (name, rows, with_loss) -> vectors (len(rows), k, H), a further loss of these rows
              (a scalar tensor, or None) and {metric: float}; called twice it gives the same. A row
              has k vectors: a target one, a query perhaps two (direct, reasoned)
     loss     {name: (n, k, H)} of all processes, in process order, then row order -> scalar
-    budget   padded tokens of a pass. Where every process' tokens, without padding, fit in one, the
-             first pass keeps its activations, and there is no second
+    budget   padded tokens of a pass. Where the sum of every process' lengths fits in one, the first
+             pass keeps its activations, and there is no second
     -> loss (a float: with the further losses of all rows) and metrics, summed over rows and
     processes. Leaves this process' part of the gradient: Optimizer.step adds the parts up.
     """
@@ -126,18 +126,18 @@ def backward(lengths, forward, loss, budget):
     count = len(passes)
     passes += passes[-1:] * (max(gather_objects([count])) - count)
     num_tokens = sum(map(sum, lengths.values()))
-    keep = max(gather_objects([num_tokens])) <= budget
+    one_pass = max(gather_objects([num_tokens])) <= budget
 
     # 2) Vectors v_i
-    with torch.set_grad_enabled(keep):
-        results = [forward(name, rows, keep) for name, rows in passes]
+    with torch.set_grad_enabled(one_pass):
+        results = [forward(name, rows, with_loss=one_pass) for name, rows in passes]
     vectors = {}
     for (name, rows), (v, _, _) in zip(passes, results):
         if name not in vectors:
             vectors[name] = v.new_zeros(len(lengths[name]), *v.shape[1:])
         vectors[name][rows] = v.detach()
 
-    # 3) g_i = dL/dv_i, of which this process takes the rows that are its
+    # 3) g_i = dL/dv_i, of which this process takes its own rows
     joined, places = {}, {}
     for name in lengths:
         joined[name], places[name] = gather(vectors[name])
@@ -149,7 +149,7 @@ def backward(lengths, forward, loss, budget):
     # 4) The gradient of Σ g_i · v_i and of the further losses, chunk by chunk
     metrics = []
     for i, (name, rows) in enumerate(passes):
-        v, further, numbers = results[i] if keep else forward(name, rows, True)
+        v, further, numbers = results[i] if one_pass else forward(name, rows, with_loss=True)
         results[i] = None  # its activations are not needed again
         surrogate = (v * g[name][rows]).sum()
         if further is not None:
@@ -408,7 +408,8 @@ class Optimizer:
 
 
 def is_matrix(name, p, patches):
-    """Is it Muon's? The two-dimensional weights of layers and mergers."""
+    """Is it Muon's? The two-dimensional weights of layers and mergers, and those of a new module,
+    unless its name is excepted here."""
     if "patch_embed.proj.weight" in name:
         return patches
     return p.ndim == 2 and "embed" not in name and "lm_head" not in name

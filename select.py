@@ -13,10 +13,11 @@ target, its hard negatives, other targets of the dataset), with s(q, r; c) = e(q
     keep r  iff  gain > gain_placebo  and  gain − max(0, gain_guess) > bar
     weight  = softmax of gain over the pair's kept rationales
 
-Why this weight. By Bayes the posterior is p(r | q, t) ∝ π(r | q) p(t | q, r). The candidates were
-sampled from π, so π is accounted for already. What is left is p(t | q, r), which is exp(gain) times
-p(t | q, ∅), the same for all rationales of the pair. ∅ has no weight: embed learns every pair's
-direct vector and, from the label "was any kept?", whether to reason.
+Why this weight. By Bayes the posterior is p(r | q, t) ∝ π(r | q) p(t | q, r). The candidates are a
+sample of what the proposers write: that is π here, so it is accounted for already. What is left is
+p(t | q, r), which is exp(gain) times p(t | q, ∅), the same for all rationales of the pair. ∅ has no
+weight: embed learns every pair's direct vector and, from the label "was any kept?", whether to
+reason.
 
 Why these conditions. The words must help (gain), and help because they are about this pair
 (placebo). Where the direct vector is confidently wrong, any words raise the target by flattening
@@ -129,7 +130,7 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
     rationale, so that the draw does not depend on how pairs are dealt out to processes.
     """
     folds = cfg.select_folds
-    # The sampler has left those of `fold` out, but a broken row's next one may be in its place.
+    # The sampler has left those of `fold` out, but in a broken row's place stands the next one.
     pairs = [p for p in pairs if folds == 1 or fold_of(p["id"], folds) != fold]
     if not pairs:
         why = f"all pairs of a batch are of fold {fold}, which is to be judged"
@@ -143,7 +144,7 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
         text = written[rng_of(p["id"]).integers(len(written))]
         drawn.append(processor.rationale(text))
     labels = [-1] * len(pairs)  # unknown: no decision is taught
-    cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")  # no words, no prefixes
+    cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")  # the NCEs of full vectors
     return contrastive_step(model, processor, pairs, drawn, labels, cfg, posterior_weights=True)
 
 
@@ -357,8 +358,8 @@ def stratum_bar(gains, placebos, margin, fdr):
     """The smallest bar, of the margin and the gains above it, with 1 + #{placebos > bar} <=
     fdr · #{gains > bar}; inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
-    # A bar between two gains keeps the same rationales as the lower gain, and may let fewer
-    # placebos pass. It is not tried, so the bar may come out too high, never too low.
+    # Only gains are tried. A value between two of them keeps the same rationales as the lower one,
+    # perhaps with fewer placebos above it: so the bar may come out too high, never too low.
     tried = np.concatenate(([margin], gains[gains > margin]))
     passed = len(gains) - np.searchsorted(gains, tried, "right")
     lucky = len(placebos) - np.searchsorted(placebos, tried, "right")

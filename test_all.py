@@ -1071,6 +1071,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"', "--output no/v.npy", "no/v.npy: expected a .npy file, in a folder to"),
     (b'"a"', "--output v.txt", "v.txt: expected a .npy file"),
     (b'"a"', "--output IN/in.npy", "in.npy: .* not named like --input"),
+    (b'"a"', "--output IN/folder.npy", "expected a .npy file"),
     (b'"a"', "--output IN/mine.npy", "mine.jsonl is there, and would be overwritten"),
     (b'"a"', "--reason yes", "reason='yes': expected auto, never or always"),
     (b'"a"', "--batch-size 0", "batch_size=0: expected a whole number above 0"),
@@ -1085,6 +1086,7 @@ BAD_RUNS = [  # lines, options, what is said
 @pytest.mark.parametrize("lines, options, message", BAD_RUNS)
 def test_bad_input_is_one_line(lines, options, message, run_embed, tmp_path):
     """And the files of an earlier run stay."""
+    (tmp_path / "folder.npy").mkdir()
     earlier = {"in.jsonl": lines, "v.npy": b"earlier", "v.jsonl": b"too", "mine.jsonl": b"own"}
     for name, content in earlier.items():
         (tmp_path / name).write_bytes(content)
@@ -1101,10 +1103,21 @@ def test_the_item_at_fault_is_named(item, reason, batch_size):
     e = tiny_embedder()
     e.model.text.embed_tokens.weight.data[e.processor.tokenizer.encode("z")] = math.nan
     items = ["a"] * 40 + [item] + ["a"] * 9
-    fault = "^item 40: [^\n]*(got 5|not finite in torch.float32)"
+    fault = "^item 40: [^\n]*(a int: expected a string|not finite in torch.float32)"
     with pytest.raises(ItemError, match=fault) as error:
         e.encode(items, reason=reason, batch_size=batch_size, temperature=1.0)
     assert error.value.index == 40
+
+
+def test_embedder_refuses_a_gif_that_seeks_and_what_is_no_number():
+    e = tiny_embedder()
+    with pytest.raises(ValueError, match="one image that seeks"):
+        e.encode(iter(gif_frames()))
+    for options in ({"threshold": "0.5"}, {"threshold": None}, {"temperature": "1"}):
+        with pytest.raises(ValueError, match="(threshold|temperature)=.*: expected a number"):
+            e.encode("a", **options)
+    with pytest.raises(ValueError, match="^5: expected a folder"):
+        Embedder.from_pretrained(5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2820,6 +2833,7 @@ def test_processor_saved_folder(tmp_path):
 def test_processor_settings_are_the_arguments_else_the_checkpoints_else_qwens(tmp_path):
     config = tiny_config()
     numbers = {"max_frames": np.int64(5), "fps": Fraction(7, 2), "max_length": np.int64(99)}
+    numbers["max_pixels"] = np.int64(8192)
     tiny_processor(**numbers, default_instruction="Do.").save(tmp_path)
     same_as_saved = P.Processor.from_folder(tmp_path, config)
     changed = P.Processor.from_folder(tmp_path, config, max_pixels=5000, fps=None)
@@ -2892,7 +2906,7 @@ def test_processor_what_is_not_read_is_said(tmp_path, monkeypatch):
         ({"text": "a", "img": 3}, "an item: 'img' is not read"),
         (said({"type": "text", "text": "a", "x": 1}), "content: 'x' is not read"),
         ({"video": {**make_clip(2, 1), "FPS": 2}}, "a video: 'FPS' is not read"),
-        ({"text": ["see", "cat.PNG"]}, re.escape("give Path('cat.PNG')")),
+        ({"text": ["see", "cat.PNG"]}, "give {.image.: 'cat.PNG'}"),
     ):
         with pytest.warns(UserWarning, match=message):
             processor(item)
@@ -2913,6 +2927,7 @@ def gif_frames():
 
 BAD_ITEMS = [
     (None, "a NoneType: expected a string"),
+    (math.nan, "a float: expected a string"),
     ({"txt": "a", "text": None}, "an item with the keys 'txt': expected text"),
     ("half \ud83d an emoji", r"text='half .ud83d an emoji': expected a string"),
     ({"text": 0}, "text=0: expected a string"),
@@ -2921,9 +2936,12 @@ BAD_ITEMS = [
     ({"video": "film.mp4"}, "a video without frames"),
     ({"video": make_clip(2, 0)}, "fps=0: expected a finite number"),
     ({"video": gif_frames()}, "one image that seeks"),
+    ({"image": gif_frames()}, "one image that seeks"),
+    ({"image": ""}, "a path, bytes or a PIL image .* is wanted, got ''"),
     ({**said("a"), "text": "b"}, "not both"),
     ({"text": "a", "instruction": 5}, "instruction=5: expected text"),
-    ({"messages": []}, "messages=a list: expected one at least"),
+    ({"messages": []}, "messages=a list: expected a list of one at least"),
+    ({"messages": "hi"}, "messages='hi': expected a list"),
     ({"messages": ["a"]}, "message='a': expected a dict"),
     ({"messages": [{"role": None, "content": "a"}]}, "role=null: expected text"),
     (said(7), "a part of content is a int"),
@@ -2950,6 +2968,9 @@ def test_processor_bad_settings():
         ({"fps": 0}, "^fps=0: expected a finite number"),
         ({"min_pixels": 9, "max_pixels": 1023}, "max >= 1024"),
         ({"frame_max_pixels": 1000}, "expected min <= max"),
+        ({"max_pixels": "9999"}, "^max_pixels='9999': expected a number"),
+        ({"max_pixels": math.nan}, "^max_pixels=nan: expected a number"),
+        ({"default_instruction": 5}, "^default_instruction=5: expected text"),
         ({"config": tiny_config(image_token=3)}, "markers of images: .* the model .*: 3,"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -27,7 +27,10 @@ The run folder:
     report.json  report.md  report.html         the same for people
 
 --stage all skips finished stages, up to a folder that was taken away; --stage NAME does one again.
-For an ablation, copy the folder first (README.md, "Fork it").
+For an ablation, copy the folder first (README.md, "Fork it"). Another select_fdr, a higher
+select_margin, or the rules no_placebo and none need no new evaluators: cp -r RUN/select
+RUN/select.part, then --stage select --resume auto. A run at --scale 0.05 keeps few rationales or
+none; with --select_rule none each stage has something to learn.
 Options that differ from the folder's are refused, but for those of the machine, of the stage that
 is done again and of stages still to do. A stage works in STAGE.part, which takes its place when it
 is finished. With --resume auto a stage that broke off goes on from its last checkpoint or window
@@ -169,7 +172,7 @@ class Config:
     out: str = opt("machine", "")  # run folder; empty: runs/PRESET
     resume: str = opt("machine", "", choices=("", "auto"))  # auto: go on inside a stage
     device: str = opt("machine", "")  # cpu, cuda or cuda:N; empty: cuda where there is one
-    workers: int = opt("machine", 0)  # processes that read pairs; 0: none, and 1 GB is kept
+    workers: int = opt("machine", 0)  # processes that read; 0: the main one, which keeps 1 GB
     chunk_tokens: int = opt("machine", 16384, 1)  # tokens of one forward pass (GradCache)
     save_every: int = opt("machine", 100, 1)  # steps between checkpoints inside a stage
     checkpointing: bool = opt("machine", False)  # recompute activations: less memory, slower by 1/3
@@ -200,7 +203,7 @@ class Config:
     select_lr_factor: float = opt("select", 0.5)  # times lr; at 1 evaluators learn pairs by heart
     select_margin: float = opt("select", 0.7, -math.inf)  # least gain; log 2 doubles p(target)
     select_fdr: float = opt("select", 0.1)  # share of the kept that may be luck
-    select_folds: int = opt("select", 2, 1)  # 2: the judge never trained on the pair; 1: it did
+    select_folds: int = opt("select", 2, choices=(1, 2))  # 2: nobody judges what he learnt
 
     embed_steps: int = opt("embed", 400)  # updates
     embed_lr_factor: float = opt("embed", 0.5)  # times lr
@@ -665,7 +668,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
 
     one_step(i, batch) leaves gradients and returns metrics, among them "loss"
     stream(first) yields the batches of the steps first, first + 1 ...; None: one_step needs none
-    after_step(step) may prolong the stage, by optimizer.steps
+    after_step(step) may prolong the stage, by raising optimizer.steps
     It goes on from the checkpoint PART/NAME.state, if begin() left one.
     """
     state = f"{part}/{name}.state"
@@ -697,8 +700,8 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
         if after_step:
             after_step(step)
         stop = bool(scale.gather_objects(signals))  # all processes after the same step
-        done = step == optimizer.steps  # select still has to judge then
-        if stop or done or step % run.cfg.save_every == 0:
+        at_end = step == optimizer.steps  # saved, too: select still has to judge
+        if stop or at_end or step % run.cfg.save_every == 0:
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop or signals:  # or one came just now
@@ -792,7 +795,7 @@ def by_window(run, path, pairs, is_wanted, rows_of, title):
     loaded = pairs.load([windows[n] for n in mine])
     for n, window in zip(mine, loaded):
         # Where row A/4 is broken, load() puts A/5 in its place, which also has a place of its own.
-        # It counts there alone: A/4's fold may have the evaluator that learnt on A/5.
+        # It counts there alone: this fold's evaluator may have learnt on A/5.
         sound = []
         for ref, pair in zip(windows[n], window):
             if pair["id"] == pairs.tables.id(*ref):
@@ -1032,7 +1035,7 @@ def rl_stage(run, part):
     actor = scale.merge(embedder.model, run.dtype)  # a plain copy, which writes the rollouts
 
     def one_step(i, batch):
-        model = embedder.model  # named in here alone, so that fit's gc.collect can free it
+        model = embedder.model  # a name outside of here would keep it after fit has merged it
         if not c.rl_rollouts:  # ablation: no rationale is written, and no decision is taught
             n = len(batch)
             return contrastive_step(model, processor, batch, [None] * n, [-1] * n, c)
