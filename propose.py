@@ -15,9 +15,10 @@ A file of rationales has one object a line:
 
     {"id": "OK-VQA/17", "side": "query", "proposer": "base", "text": "A red bus", "key": "0b7..."}
 
-"id" is the pair's. "key" is a hash of the pair's content, because a row number alone would fit
-another table, too; a row without a key is taken on trust. "proposer" is an author and the number of
-a try: "base", "base#2" and "base#3" are three texts by the author "base" about one pair.
+"id" is the pair's: its dataset (of a user's train.jsonl "own") and its row there, from 0. "key" is
+a hash of the pair's content, because a row number alone would fit another table, too; a row without
+a key is taken on trust. "proposer" is an author and the number of a try: "base", "base#2" and
+"base#3" are three texts by the author "base" about one pair.
 
     python propose.py --write-requests requests.jsonl --data ROOT --model-name NAME --k 4
     split -l 20000 requests.jsonl                    shards, for as many servers
@@ -413,6 +414,8 @@ def main():
     add("--proposer", default="model", help="its name: rows have NAME-0, NAME-1 ... by prompt")
     add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")
     options = parser.parse_args()
+    if not options.proposer or set(options.proposer) & set(",#"):
+        parser.error("--proposer: expected a name without , and #")
     if options.write_requests and not options.data:
         parser.error("--write-requests needs --data")
     written = options.write_requests or options.out

@@ -589,6 +589,7 @@ BAD_PROPOSALS = [  # options, what is said
     (f"{WRITE} --hard given.jsonl", "given.jsonl line 1: KeyError: 'direct'"),  # not judged
     (f"{WRITE} --data=", "--write-requests needs --data"),
     (f"{WRITE} --hard given.jsonl --write-requests given.jsonl", "would take the place"),
+    (f"{READ} --proposer a,b", "a name without , and #"),
     (f"{READ} --out ./a.jsonl", "would take the place"),
     (f"{READ} --requests broken.jsonl", "broken.jsonl line 1: .*Expecting"),
     (f"{READ} --requests given.jsonl", "given.jsonl: these are no requests"),
@@ -1663,7 +1664,8 @@ def test_run_sigterm_and_resume(finished, own_root, copy_of, monkeypatch, fails)
     argv = arguments(own_root, out, "--save_every", "100", "--resume", "auto", stage="embed")
     fails(argv, 143, "after step 3 of embed")
     shutil.copy(f"{finished}/embed/config.json", f"{out}/embed.part")  # as if it had been saved
-    fails([*argv, "--embed_lr_factor", "9"], 2, "options.json was made with embed_lr_factor")
+    made = "this call says 9.0: repeat the option, or leave out --resume"
+    fails([*argv, "--embed_lr_factor", "9"], 2, made)
     os.mkdir(f"{out}/embed.part/judged.jsonl.windows")  # a kill left it, and half of a state
     Path(f"{out}/embed.part/embed.state.part").write_bytes(b"half")
     assert exit_code([*argv, "--rl_steps", "9"]) == 0  # what comes later is free
@@ -1851,7 +1853,10 @@ BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit 
     ("base", "select", "", 2, "stage propose is not done"),
     ("base", "propose", "--rationales ROOT/older.jsonl", 1, "older.jsonl' is about another pair"),
     ("base", "propose", "--num_candidates 0 --rationales ROOT/unknown.jsonl", 1, "nobody wrote"),
+    ("base", "propose", "--embed_proposers nobody", 2, "there are base, careful, none"),
     ("select", "embed", "--embed_proposers nobody", 2, "there are base, careful, none"),
+    ("base", "propose", "--matryoshka_dims 8,999", 2, "--matryoshka_dims: a vector has"),
+    ("base", "all", "--rationales nowhere.jsonl", 1, "file or directory: 'nowhere.jsonl'"),
 ]
 
 
@@ -1859,6 +1864,14 @@ BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit 
 def test_run_says_what_is_missing(done, stage, options, code, why, own_root, copy_of, fails):
     options = options.replace("ROOT", own_root).split()
     fails(arguments(own_root, copy_of(done), *options, stage=stage), code, why)
+
+
+def test_run_a_mistyped_option_is_corrected_with_resume(own_root, copy_of, call, fails):
+    """Nothing was done with it, so nothing holds on to it."""
+    out = copy_of("select")
+    wrong = "--embed_proposers", "nobody", "--resume", "auto"
+    fails(arguments(own_root, out, *wrong, stage="embed"), 2, "there are base, careful, none")
+    assert call(out, "--resume", "auto", stage="embed") == 0
 
 
 def test_run_two_runs_in_one_folder(own_root, copy_of, fails):

@@ -86,7 +86,7 @@ import propose
 import report
 import rl
 import scale
-from embed import Embedder, contrastive_step
+from embed import Embedder, contrastive_step, prefix_dims
 from model import Rows, read_json, sdpa_kernels, write_json, write_rows
 from processor import prompt_key
 
@@ -344,7 +344,7 @@ class Run:
         path = self.path(name)
         return read_json(path) if os.path.exists(path) else {}
 
-    def same_options(self, free, name):
+    def same_options(self, free, name, remedy="use another --out"):
         """Refuse what was made with other options, as noted in the folder's file `name`, if it is
         there. Groups in `free` may differ."""
         before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
@@ -354,7 +354,7 @@ class Run:
             if f.metadata["group"] in free or then == value:
                 continue
             change = f"was made with {f.name}={then!r}, this call says {value!r}"
-            raise UsageError(f"{self.path(name)} {change}: repeat the option, or use another --out")
+            raise UsageError(f"{self.path(name)} {change}: repeat the option, or {remedy}")
 
     def rng(self, *key):
         """numpy's generator; it depends on seed and key alone.
@@ -417,9 +417,12 @@ class Run:
             if not os.path.exists(part):  # it starts from the beginning
                 self.forget(stage)
             os.makedirs(part, exist_ok=True)
+            if os.listdir(part) == ["options.json"]:  # nothing was done with those options
+                os.remove(f"{part}/options.json")
         scale.barrier()  # what is left of an earlier try is gone, before anybody looks
         later = STAGES[STAGES.index(stage) + 1 :]
-        self.same_options({"machine", *later}, f"{stage}.part/options.json")
+        options = f"{stage}.part/options.json"
+        self.same_options({"machine", *later}, options, "leave out --resume")
         if scale.is_main():
             write_json(f"{part}/options.json", asdict(self.cfg))
         return part
@@ -839,6 +842,10 @@ def propose_stage(run, part):
     default = os.devnull if c.data else run.path("data/proposers.jsonl")
     given = propose.Rationales(c.rationales or default)
     hard = propose.hard_pairs(c.hard) if c.hard else None  # pair ids; None: all
+    # Mistakes about embed are said now, not hours later.
+    wanted_authors(c, {"base", *given.authors})
+    if max(prefix_dims(c.matryoshka_dims), default=0) > embedder.model.c.hidden:
+        raise UsageError(f"--matryoshka_dims: a vector has {embedder.model.c.hidden} numbers")
     # A foreign checkpoint was never taught to open with <think>: it is asked in words.
     ask = bool(c.model) and not processor.trained_here
     pairs = run.pairs(processor, question=propose.question if ask else None)
@@ -868,12 +875,12 @@ def propose_stage(run, part):
         by_window(run, path, pairs, is_wanted, rows_of, "propose")
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
-    if not written.offsets:
-        raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
     if given.offsets or given.left_out:
         unused = given.offsets.keys() - written.offsets.keys()  # rl's, easy, unknown, too long
         left_out = f"{given.left_out} of targets or without a word"
         run.say(f"propose: not used: those of {len(unused)} pairs, and {left_out}")
+    if not written.offsets:
+        raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
 
 
 def select_stage(run, part):
@@ -989,12 +996,9 @@ class Lessons:
     """What propose and select left: a rationale for each visit of a pair, and its decision."""
 
     def __init__(self, run):
-        wanted = set(run.cfg.embed_proposers.split(",")) - {""}  # {"careful"}
         self.written = propose.Rationales(run.path("propose/rationales.jsonl"))
+        wanted = wanted_authors(run.cfg, self.written.authors)
         self.kept = propose.Rationales(run.path("select/selected.jsonl"), ("weight",), wanted)
-        authors = {"none", *self.written.authors}  # {"none", "base", "careful", "sloppy"}
-        if wanted - authors:
-            raise UsageError(f"--embed_proposers: there are {', '.join(sorted(authors))}")
         counts = self.kept.authors  # rows that were kept: {"careful": 900, "sloppy": 12}
         self.trusted = max(counts, key=counts.get, default=None)
         # Pairs without a rationale, whose direct vector is so good that none could be kept.
@@ -1023,6 +1027,15 @@ class Lessons:
         if not rest:
             return None, 0
         return rest[rng.integers(len(rest))]["text"], 0
+
+
+def wanted_authors(cfg, authors):
+    """--embed_proposers as a set: {"careful"}. authors: who wrote. UsageError for a stranger."""
+    wanted = set(cfg.embed_proposers.split(",")) - {""}
+    known = {"none", *authors}
+    if wanted - known:
+        raise UsageError(f"--embed_proposers: there are {', '.join(sorted(known))}")
+    return wanted
 
 
 def rl_stage(run, part):
@@ -1132,8 +1145,12 @@ def run_stages(cfg):
     whole = cfg.stage == "all"
     test_sets = find_test_sets(cfg.data) if cfg.data and whole else []
     run = Run(cfg)
+    # What cannot be read fails now, not hours later.
+    if "propose" not in run.stages:
+        for path in filter(None, (cfg.rationales, cfg.hard)):
+            open(path, "rb").close()
     if "eval" not in run.stages:
-        for spec in test_sets:  # one that cannot be read fails now, not hours later
+        for spec in test_sets:
             data.load_eval(cfg.data, spec, limit=1)
     num_done = len(run.stages)  # they are the first ones: finish() sees to it
     if cfg.stage in STAGES[num_done + 1 :]:
