@@ -23,7 +23,8 @@ called spec), and a row of the dataset's own files.
 The sampler's maths. A batch of B pairs is B/b sub-batches of b pairs. Each draws a dataset d with
 p(d) = w_d / Σw and takes the next b rows of d's own shuffled walk. So its pairs share a dataset,
 which makes in-batch negatives hard. A draw is a function of (seed, step), a shuffle of (seed,
-dataset, epoch): neither workers nor ranks change the stream, and its state is the step.
+dataset, epoch): neither workers nor ranks change the stream, and its state is the step, up to which
+a resumed run draws again.
 
 How to run:
     python data.py --check ROOT [--names A,B]     what is found, missing (how to fetch it) or broken
@@ -778,11 +779,11 @@ class TrainData:
 def train_sets(root):
     """TrainData of what a root has. A dataset without a single sound row is refused here."""
     sources, missing = [], []
-    for row in tables(root, "train"):
+    for spec in tables(root, "train"):
         try:
-            sources.append(Source(row, root))
+            sources.append(Source(spec, root))
         except Missing:
-            missing.append(row["name"])
+            missing.append(spec["name"])
     if not sources:
         raise BadData(root, f"none of its {len(missing)} training datasets is there")
     data = TrainData(sources, missing)
@@ -795,8 +796,8 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     """Endless batches [(source, row), ...]. The state is the step: islice() skips what is done.
 
     Every rank draws the global batch. It is dealt out in parts of gcd(sub_batch, batch / world)
-    pairs: whole sub-batches where each rank gets a whole number of them. A walk that ends inside a
-    sub-batch goes on with the next epoch's order.
+    pairs: a batch of 32 in sub-batches of 8 goes to 8 ranks in parts of 4. A walk that ends inside
+    a sub-batch goes on with the next epoch's order.
 
     next(sampler(sizes=[100, 37], weights=[1, 2], batch=4, sub_batch=2))
     -> [(1, 12), (1, 27), (0, 48), (0, 8)]
@@ -809,7 +810,6 @@ def sampler(sizes, weights, batch, sub_batch, seed=0, rank=0, world=1, first=Non
     starts = first or [0] * len(sizes)
     left_out = 0  # batches, since the last one that was not
     walks = [walk(s, size, starts[s], seed) for s, size in enumerate(sizes)]
-    # A batch of 32 in sub-batches of 8 is dealt to 8 ranks in parts of 4.
     part = 1 if is_wanted else math.gcd(sub_batch, batch // world)
     for step in itertools.count():
         rng = np.random.default_rng([0, seed, step])  # walk() has the streams of 1
@@ -952,7 +952,7 @@ def image_set(es, row):
     image_t2i -> query {"text": "\nFind: A cat.\n"}, candidates as in image_targets()
     image_i2i_vg: the same, and b.jpg goes with the query
 
-    The positive is always the first: by argmax a model whose scores are all equal would get 100 %.
+    The positive is always the first, so eval.py ranks it last among equal scores.
     """
     kind = es.parser
     inst = cell(row, "qry_inst").replace(IMG, "")
@@ -1228,21 +1228,21 @@ EVAL_PARSERS = {
 }
 
 
-def load_eval(root, row, limit=None, frames=None, prompts="vlm2vec", problems=None):
+def load_eval(root, spec, limit=None, frames=None, prompts="vlm2vec", problems=None):
     """A spec of a test set (or its name) -> EvalSet. Missing where the root has none of it.
 
     limit: so many queries (a global set of pages or labels stays complete). frames: 8 as VLM2Vec
     (default), 64 as Qwen3-VL-Embedding. prompts: "vlm2vec" or "qwen". problems: a list that takes
     all that is broken, images included; without it the first stops the evaluation.
     """
-    if isinstance(row, str):
-        [row] = wanted(tables(root, "eval"), [row])
-    es = EvalSet(row, root, frames, prompts, problems)
+    if isinstance(spec, str):
+        [spec] = wanted(tables(root, "eval"), [spec])
+    es = EvalSet(spec, root, frames, prompts, problems)
     es.read(limit)
     es.cand_ids = list(es.index)  # the candidates' keys
     if es.parser != "beir":
         es.grades = None  # only pages are graded
-    if row["scope"] == "global":
+    if spec["scope"] == "global":
         es.local = None
     es.protocol = f"{prompts} prompts"  # what a score must be quoted with
     if es.modality == "video":

@@ -13,9 +13,10 @@ Adaptive should score like always and per_task at fewer tokens. What it saves, o
 per_task, comes from the query's content.
 
 The maths. The rank of a positive p is pessimistic: 1 + #{wrong candidates with s >= s_p}
-+ #{positives before it}. So a collapsed model scores 0, not 100 % (the reference's argsort returns
-index 0, which is the answer in 36 image sets). Scores are float64 products rounded to 2^-25, the
-largest error of float32 below 1: equal vectors tie, however the corpus is cut into chunks.
++ #{positives before it}. So a collapsed model has a hit@1 of 0, not 100 % (the reference's argsort
+returns index 0, which is the answer in 36 image sets). Scores are float64 products rounded to
+2^-25, the largest error of float32 below 1: equal vectors tie, however the corpus is cut into
+chunks.
 With s the score, L the set of positives, k = 1, 5, 10, and hits the positives of rank <= k:
     hit         1 if any rank <= k
     precision   |hits|/k
@@ -37,7 +38,8 @@ call, and DIR/leaderboard.json of all score files in DIR: --tasks can finish wha
 
 Metrics and files are those of MMEB-V2 (VLM2Vec-V2, arXiv 2507.04590), but for two things: ties are
 ranked as above, and where grades are mixed the reference pairs labels and grades wrongly. Left out:
-ranking on a GPU, significance, all but 100 candidates in pred.jsonl, the leaderboard's metadata.
+ranking on a GPU, significance, all but 100 candidates in pred.jsonl, most metadata of the
+leaderboard.
 """
 
 import argparse
@@ -60,7 +62,7 @@ KS = (1, 5, 10)
 PLACES = np.arange(1, KS[-1] + 1)  # of a ranking, as far as the metrics look
 DISCOUNT = 1 / np.log2(PLACES + 1)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
-KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # num_pred and num_data make 26
+KEYS = [f"{metric}@{k}" for metric in METRICS for k in KS]  # "hit@1", "hit@5" ...
 MODALITIES = ("image", "video", "visdoc")
 MODES = ("never", "always", "adaptive")  # of --reason all; mode_table() adds the others
 GRID = 2.0**25
@@ -239,7 +241,7 @@ def write_dataset(es, results, out):
     of MMEB-V2. queries.jsonl, the records, is ours: what report.py and mode_table() need.
     """
     primary = [*results.values()][-1]
-    # A reader wants to see the rationale also where adaptive did not reason.
+    # Also where adaptive did not reason: a reader sees the rationale, summarise() wants its tokens.
     thoughts = results.get("always", primary)
     number = KEYS.index(es.metric)
 
@@ -366,7 +368,7 @@ def adaptivity(records, truth):
     """
     out = {}
     for name, rows in records.items():
-        # Ids that come from the data need not name their dataset.
+        # An id is NAME/row, or the data's own without NAME.
         ids = [str(row["id"]).removeprefix(f"{name}/") for row in rows]
         steps = np.array([truth.get(f"{name}/{key}", -1) for key in ids])  # (n,)
         known = np.unique(steps[steps >= 0])
@@ -397,16 +399,16 @@ LEADERBOARD_FIELDS = (  # of its "metadata"
 ).split()
 
 
-def leaderboard(out, rows):
+def leaderboard(out, specs):
     """The leaderboard's file, of the score files that are there. A string stands for a dataset that
     was not run, as in the reference's script."""
     metadata = dict.fromkeys(LEADERBOARD_FIELDS)
     metadata["data_source"] = "Self-Reported"
     metadata["report_generated_date"] = datetime.now().isoformat()
     table = {modality: {} for modality in MODALITIES}
-    for row in rows:
-        name = row["name"]
-        modality = row["modality"]
+    for spec in specs:
+        name = spec["name"]
+        modality = spec["modality"]
         path = Path(out, modality, f"{name}_score.json")
         title = f"{name}-fixed" if name in RELABELLED else name
         absent = "FILE_N/A" if path.parent.exists() else "DIR_N/A"
@@ -425,18 +427,18 @@ def evaluate(
     options: of Embedder.encode (batch_size, dim, max_new_tokens). reading: of data.load_eval
     (limit, frames, prompts). Several processes share the items; all return the same summary.
     """
-    rows = data.tables(root, "eval")
-    asked = data.wanted(rows, tasks)
+    specs = data.tables(root, "eval")
+    asked = data.wanted(specs, tasks)
 
     # 1) One by one.
     datasets = {}
     records = {}
     missing = []
-    for row in asked:
+    for spec in asked:
         try:
-            es = data.load_eval(root, row, **reading)
+            es = data.load_eval(root, spec, **reading)
         except data.Missing:
-            missing.append(row["name"])
+            missing.append(spec["name"])
             continue
         results = measure(embedder, es, modes, threshold, options or {})
         datasets[es.name], records[es.name] = write_dataset(es, results, out)
@@ -458,7 +460,7 @@ def evaluate(
         summary["modes"], summary["curve"] = mode_table(records, modality, threshold)
         summary["adaptivity"] = adaptivity(records, truth or {})
     if scale.is_main():
-        write_json(Path(out, "leaderboard.json"), leaderboard(out, rows))
+        write_json(Path(out, "leaderboard.json"), leaderboard(out, specs))
         write_json(Path(out, "summary.json"), summary)
     return summary
 

@@ -1,5 +1,5 @@
 """
-Qwen3-VL in plain PyTorch: vision tower, text tower, generation, checkpoints.
+Qwen3-VL in plain PyTorch: vision tower, text tower, generation, checkpoints, JSON files.
 
 The idea. A vision tower turns patches of 16 x 16 pixels into vectors. A merger folds every 2 x 2 of
 them into one visual token. The visual tokens take the places of <|image_pad|> in an ordinary
@@ -7,19 +7,19 @@ decoder-only transformer. Three details make it Qwen3-VL:
   * DeepStack: features of intermediate vision layers are added to the visual tokens after the first
     text layers;
   * interleaved M-RoPE: a token has three positions (time, row, column), and the rotary frequency i
-    turns with axis i mod 3;
+    turns with axis i mod 3 (the slowest with time);
   * queries and keys pass an RMS norm per head before the rotation.
 
 Two things serve embedding and reinforcement learning:
   * a row may hold a prompt and branches that continue it. A token sees its prompt and its branch
     (`tree_mask`), so the direct embedding, the decision and K rationales cost one prompt;
-  * `generate` continues a prompt K times. The prompt's keys and values are stored and read once.
+  * `generate` continues a prompt K times. The prompt's keys and values are stored once, for all K.
 
-Shapes, in all files:
+Shapes:
   B rows (queries or targets)   S tokens of a row   K rationales of a row   T generated tokens
   H text width   A heads   C key heads   d head size   V vocabulary
   D vision width   N patches   M = N / 4 visual tokens
-  In attention Q tokens look at L columns: keys and values that stand side by side in a cache.
+  In attention S or, with a cache, Q tokens look at L columns: keys and values side by side.
   A segment is one image or one group of two video frames: a grid of (h, w) patches.
 
 How to run: nothing runs here. `pytest test_all.py -k parity` compares it with transformers.
@@ -268,11 +268,10 @@ class VisionTower(nn.Module):
 def tree_mask(branch, columns=None):
     """Who may look at whom: branch (B, L) -> bool (B, 1, Q, L), one row per token that looks.
 
-    branch is 0 for the prompt, k >= 1 for its k-th branch, -1 for padding. (The first branch of a
-    training batch is <|endoftext|>, the others are rationales; in generate all are.) A token looks
-    at itself and at what comes before it in the prompt or in its own branch. Nobody looks at
-    padding, which itself looks at the prompt: the softmax over nothing would be NaN. For branch =
-    0 0 1 1 2 -1:
+    branch is 0 for the prompt, k >= 1 for its k-th branch, -1 for padding. (In collate's batches
+    branch 1 is <|endoftext|>, the others are rationales; in generate all are.) A token looks at
+    itself and at what comes before it in the prompt or in its own branch. Nobody looks at padding,
+    which itself looks at the prompt: the softmax over nothing would be NaN. For 0 0 1 1 2 -1:
 
         1 . . . . .     prompt
         1 1 . . . .
@@ -412,8 +411,8 @@ class TextTower(nn.Module):
         """Embedded tokens x (B, S, H), positions (3, B, S) -> (B, S, H) after the final norm.
 
         mask: None (causal) or bool (B, 1, S, L).
-        past: for each layer what `Attention` takes.
-        cache: a Cache that is to keep the keys and values.
+        past: of each layer what `Attention` takes, when `read` continues a cache.
+        cache: in a prefill, the empty Cache that is to keep the keys and values.
         deep: DeepStack features [(M, H)] for the places `where` (M,) of the flattened batch.
         """
         cos, sin = self.rope(positions, x.dtype)
@@ -582,7 +581,7 @@ class Cache:
 
     layers: list = field(default_factory=list)  # of each keys and values (2, B, C, L, d)
     branch: torch.Tensor | None = None  # (B, L) of each column; set by `extended`
-    used: int = 0  # columns that are written; set by `extended`, as branch is
+    used: int = 0  # columns that are written, so where `read` goes on; set by `extended`
 
     def extended(self, rows, lengths, new):
         """A copy of the rows (B,) that hides what follows their first `lengths` (B,) tokens, with
@@ -612,9 +611,9 @@ def read(model, cache, ids, positions):
 
 
 def sample(logits, suppress, temperature, generator):
-    """logits (B, K, V) -> ids (B, K) and their log-probabilities (B, K) when sampled.
+    """logits (B, K, V), which it changes -> sampled ids and their log-probabilities, (B, K) each.
 
-    They are drawn from softmax(logits / temperature) without the suppressed ids. Temperature 0
+    Ids are drawn from softmax(logits / temperature) without the suppressed ones. Temperature 0
     takes the likeliest id, and its log-probability at temperature 1.
     """
     logits[..., suppress] = float("-inf")
@@ -666,7 +665,7 @@ def generate(
     if prefill is None:
         cache = Cache()
         prefill = model(batch, cache), cache
-    hidden, cache = prefill  # (B, S, H)
+    hidden, cache = prefill
     T, K, device = max_new_tokens, num_return, model.device
     arange = partial(torch.arange, device=device)
     as_ids = partial(torch.tensor, dtype=torch.long, device=device)
@@ -728,7 +727,7 @@ def generate(
     last = states[arange(B)[:, None], final, arange(K)]  # (B, K, H)
 
     # 4) Lists without padding.
-    num_sampled, truncated = num_sampled.cpu(), live.cpu()
+    num_sampled, truncated = num_sampled.cpu(), live.cpu()  # live: no stop token came
     tokens = tokens.transpose(1, 2).tolist()
     for b, k in product(range(B), range(K)):
         sampled = tokens[b][k][: num_sampled[b, k]]
@@ -927,7 +926,8 @@ def load_model(folder, dtype=None, device="cpu"):
 
 
 def save_model(model, folder, eos_id, pad_id):
-    """config.json, generation_config.json and model.safetensors.
+    """config.json, generation_config.json and model.safetensors. eos_id, pad_id: as Qwen calls
+    them, <|im_end|> and <|endoftext|>.
 
     A tied head is not written, nor is a missing one. The weights are written aside and renamed:
     nobody reads half of them, and a memory map of the old ones stays valid.

@@ -138,19 +138,19 @@ def smart_resize(height, width, min_pixels, max_pixels):
     """The (height, width) in which Qwen looks at an image: multiples of 32, the area within limits.
 
     With limits of 4,096 and 1,843,200: (750, 1000) -> (736, 992); (3000, 4000) -> (1152, 1536).
-    Both sides shrink or grow by one factor, then are rounded down or up. Python's round goes to the
-    even number at a tie, as in the original.
+    Sides are rounded. If the area is then outside, both are scaled by one factor and rounded down
+    or up instead. Python's round goes to the even number at a tie, as in the original.
     """
     h = max(1, round(height / FACTOR))  # h and w count visual tokens
     w = max(1, round(width / FACTOR))
     if h * w * FACTOR**2 > max_pixels:
-        pixels = math.sqrt(height * width / max_pixels) * FACTOR  # that become one token's side
-        h = max(1, math.floor(height / pixels))
-        w = max(1, math.floor(width / pixels))
+        pixels_per_token = math.sqrt(height * width / max_pixels) * FACTOR  # along a side
+        h = max(1, math.floor(height / pixels_per_token))
+        w = max(1, math.floor(width / pixels_per_token))
     elif h * w * FACTOR**2 < min_pixels:
-        tokens = math.sqrt(min_pixels / (height * width)) / FACTOR  # for each pixel
-        h = math.ceil(height * tokens)
-        w = math.ceil(width * tokens)
+        tokens_per_pixel = math.sqrt(min_pixels / (height * width)) / FACTOR
+        h = math.ceil(height * tokens_per_pixel)
+        w = math.ceil(width * tokens_per_pixel)
     return h * FACTOR, w * FACTOR
 
 
@@ -173,8 +173,8 @@ def patchify(frames):
 
 def read_pixels(images, min_pixels, max_pixels):
     """PIL images -> patches and their grid. All are shown in the first one's size."""
-    h, w = smart_resize(images[0].height, images[0].width, min_pixels, max_pixels)
-    frames = [image.resize((w, h), Image.Resampling.BICUBIC) for image in images]
+    height, width = smart_resize(images[0].height, images[0].width, min_pixels, max_pixels)
+    frames = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
     return patchify(np.stack(frames))
 
 
@@ -206,7 +206,7 @@ class Processor:
     The fields are settings; beside them it knows the ids of the chat format:
         eos_id (<|endoftext|>, where vectors are; the tokenizer's eos_token is <|im_end|>, a turn's
         end), im_start_id, im_end_id, think_id, think_end_id
-        generation: what model.generate has to know of a rationale
+        generation: arguments of model.generate for a rationale
     """
 
     tokenizer: Tokenizer
@@ -221,15 +221,13 @@ class Processor:
     default_instruction: str | None = None  # of items without one; None writes no system turn
     trained_here: bool = True  # False: not by our code. propose asks in words, "auto" never reasons
 
-    # No annotation: it is no setting.
+    # Without an annotation it is no setting. train.py sets it.
     pad_to = 1  # collate pads to a multiple of so many tokens: a compiled model meets few shapes
 
     def __post_init__(self):
         for name in PIXEL_LIMITS:
-            value = getattr(self, name)
-            is_number = isinstance(value, numbers.Real) and math.isfinite(value)
-            require(is_number, name, value, "a number of pixels")
-            setattr(self, name, int(value))  # what JSON can hold; numpy's numbers cannot be saved
+            require_number("finite", **{name: getattr(self, name)})
+            setattr(self, name, int(getattr(self, name)))  # JSON holds no numpy numbers
         image_limits = self.min_pixels, self.max_pixels
         frame_limits = self.frame_min_pixels, self.frame_max_pixels
         for low, high in (image_limits, frame_limits):
@@ -417,8 +415,8 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder, config, **settings):
-        """The processor of a checkpoint. A setting is the argument, or where that is None what the
-        checkpoint says, if it is ours, or else Qwen's."""
+        """The processor of a checkpoint. A setting is the argument unless that is None, else what a
+        checkpoint of ours says, else Qwen's."""
         spec = read_json(Path(folder, "tokenizer.json"))
         given = {name: value for name, value in settings.items() if value is not None}
         try:
@@ -434,7 +432,7 @@ class Processor:
         video["frame_min_pixels"] = self.frame_min_pixels
         video["frame_max_pixels"] = self.frame_max_pixels
         # Nearly the same in transformers' words: the area of a whole clip, and a cap on each frame.
-        # Its least area is a whole clip's, ours is each frame's: small frames are smaller there.
+        # transformers' least area is a clip's, ours a frame's: it may show small frames smaller.
         clip_pixels = CLIP_PIXELS * TEMPORAL
         video["size"] = {"shortest_edge": self.frame_min_pixels, "longest_edge": clip_pixels}
         video["max_video_tokens"] = self.frame_max_pixels // FACTOR**2
@@ -451,7 +449,7 @@ class Processor:
             Path(folder, name).unlink(missing_ok=True)
         for name, value in files.items():
             write_json(Path(folder, name), value)
-        # A JSON string is a Jinja string, too. Not so an escaped emoji: it would stay two halves.
+        # A JSON string is a Jinja string, too, but for escaped emojis: Jinja leaves them in halves.
         instruction = as_sentence(self.default_instruction or "")
         instruction = json.dumps(instruction, ensure_ascii=False)
         template = TEMPLATE.replace("DEFAULT", instruction)
@@ -577,8 +575,8 @@ VISION_CONFIG |= {"processor_class": "Qwen3VLProcessor"}
 OLDER_FILES = ["processor_config.json", "chat_template.json", "special_tokens_map.json"]
 OLDER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
-# Processor.__call__ for other programs. They hand over images apart, so that a part may be no more
-# than its type, "image" or "video", and they add the markers around a video's frames. The loop goes
+# Processor.__call__ for other programs. They hand over images apart, so a part may have no more
+# than its type, "image" or "video"; they add the markers around a video's frames. The loop goes
 # over message.content itself: where vLLM finds none it joins the parts by line breaks beforehand.
 TEMPLATE = r"""
 {%- set instruction = DEFAULT -%}

@@ -78,7 +78,8 @@ EPSILON = 1e-4  # on sigma, whose usual size is 0.15, for a batch without any va
 
 @dataclass
 class Experience:
-    """K rationales of at most T tokens for each of b queries, without gradients."""
+    """model.Rollouts of b queries, K rationales of at most T tokens each, with their vectors and
+    decisions. No gradients."""
 
     tokens: list  # [b][K] ids from <think> to <|endoftext|>
     num_sampled: torch.Tensor  # (b, K) tokens that the actor chose

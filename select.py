@@ -137,11 +137,11 @@ def evaluator_step(model, processor, pairs, texts, cfg, fold, rng_of):
         raise ValueError(f"select: {why}; mend broken rows, or raise --batch")
     drawn = []  # of each pair: ids of <think> ... <|endoftext|>, or None where nobody wrote
     for p in pairs:
-        written = list(texts[p["id"]].values())
-        if not written:
+        candidates = list(texts[p["id"]].values())
+        if not candidates:
             drawn.append(None)
             continue
-        text = written[rng_of(p["id"]).integers(len(written))]
+        text = candidates[rng_of(p["id"]).integers(len(candidates))]
         drawn.append(processor.rationale(text))
     labels = [-1] * len(pairs)  # unknown: no decision is taught
     cfg = dataclasses.replace(cfg, lm_weight=0.0, matryoshka_dims="")  # the NCEs of full vectors
@@ -278,12 +278,12 @@ def draw_trials(pairs, texts, rng):
     about another target is the placebo (words about the same target may well fit), and the next
     such one the second placebo.
     """
-    written = collections.defaultdict(list)
+    by_author = collections.defaultdict(list)
     for i, p in enumerate(pairs):
         for proposer, text in texts[p["id"]].items():
-            written[author(proposer)].append((i, proposer, text))
+            by_author[author(proposer)].append((i, proposer, text))
     trials = [[] for _ in pairs]
-    for rationales in written.values():
+    for rationales in by_author.values():
         circle = [rationales[i] for i in rng.permutation(len(rationales))]
         for at, (i, proposer, text) in enumerate(circle):
             onwards = circle[at + 1 :] + circle[:at]

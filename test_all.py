@@ -2981,8 +2981,8 @@ def test_processor_bad_settings():
         ({"fps": 0}, "^fps=0: expected a finite number"),
         ({"min_pixels": 9, "max_pixels": 1023}, "max >= 1024"),
         ({"frame_max_pixels": 1000}, "expected min <= max"),
-        ({"max_pixels": "9999"}, "^max_pixels='9999': expected a number"),
-        ({"max_pixels": math.nan}, "^max_pixels=nan: expected a number"),
+        ({"max_pixels": "9999"}, "^max_pixels='9999': expected a finite number"),
+        ({"max_pixels": math.nan}, "^max_pixels=nan: expected a finite number"),
         ({"default_instruction": 5}, "^default_instruction=5: expected text"),
         ({"config": tiny_config(image_token=3)}, "markers of images: .* the model .*: 3,"),
     ):
