@@ -42,7 +42,7 @@ Which GRPO this is, in five points:
 
 How to run: python train.py --stage rl     (its options: group rl of --help)
 What it adds to InfoNCE alone, and what it learns without labels: results/rl.txt
-Left out: a value network, several epochs per rollout, off-policy updates, asynchronous rollouts.
+Left out: a value network, several epochs per rollout, off-policy and asynchronous updates.
 Sources: token-level loss without KL: DAPO, arXiv 2503.14476. Constant denominator: Dr. GRPO, arXiv
 2503.20783. One deviation for a batch: Lite PPO, arXiv 2508.08221. `when`: outcome weighted
 learning, Zhao et al., JASA 107 (2012); to use it here is ours.
@@ -78,8 +78,7 @@ EPSILON = 1e-4  # on sigma, whose usual size is 0.15, for a batch without any va
 
 @dataclass
 class Experience:
-    """model.Rollouts of b queries, K rationales of at most T tokens each, with their vectors and
-    decisions. No gradients."""
+    """model.Rollouts of b queries, K rationales each, with vectors and p_reason. No gradients."""
 
     tokens: list  # [b][K] ids from <think> to <|endoftext|>
     num_sampled: torch.Tensor  # (b, K) tokens that the actor chose
@@ -96,8 +95,7 @@ def rollouts(actor, processor, prompts, cfg, generator):
     device, K, T = actor.device, cfg.rl_rollouts, cfg.max_new_tokens
     sampling = dict(processor.generation, temperature=1.0, generator=generator)  # on-policy
     longest = max(processor.padded(row_lengths(prompts)))
-    # chunk_tokens fit in a pass with gradients, and 4 times as many without. rl_batch is small: the
-    # caches of the answers need no limit of their own.
+    # Without gradients 4 times as many tokens fit. rl_batch is small: so are the answers' caches.
     together = max(1, 4 * cfg.chunk_tokens // longest)
     parts = []
     vectors = []
@@ -160,8 +158,7 @@ def credit(reward):
     sigma, one for the batch, is a standard deviation from the query's centre, which lies midway
     between the direct reward and the rationales' mean. The direct reward is gain / 2 away from it,
     a rationale's gain / 2 + spread; both sides weigh a half, and spreads add up to 0. So sigma² =
-    mean(gain²) / 4 + mean(spread²) / 2. With the gain in it a batch of equally good rationales has
-    no tiny sigma.
+    mean(gain²) / 4 + mean(spread²) / 2. The gain keeps it from being tiny if rationales are alike.
     """
     gain = reward[:, 1:].mean(1) - reward[:, 0]
     spread = reward[:, 1:] - reward[:, 1:].mean(1, keepdim=True)
@@ -195,8 +192,8 @@ def one_mean_loss(decision, gain, sampled, advantage, sigma):
     A query counts as K rollouts that reason and K that answer directly, whatever p is. Around their
     common mean the former have the advantage gain / 2, the latter -gain / 2. So the decisions bring
     K * gain / 2 * (log p - log(1 - p)), and that difference of logs is the logit. A token has (R -
-    common mean) / sigma = advantage + gain / 2 / sigma. As in the main loss sigma divides what
-    tokens get, not the decision's gain. sampled: of rationale_loss.
+    common mean) / sigma = advantage + gain / 2 / sigma; a decision's gain is not divided by sigma,
+    as in the main loss. sampled: of rationale_loss.
     """
     K = advantage.shape[1]
     when = -(K * gain / 2 * decision).sum()
@@ -242,8 +239,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     gain, advantage, sigma = credit(reward)
     weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
 
-    # 4) `when` and `what` of some queries, for gradcache_step, which may call it twice for a chunk:
-    # so nothing is drawn in here.
+    # 4) `when` and `what` of some queries, for gradcache_step. Nothing is drawn in here.
     def query_loss(rows, h, batch):
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
         decision = reason - direct

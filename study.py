@@ -401,9 +401,6 @@ def main():
             for seed in args.seeds:
                 run_variant(cfg, name, seed, args.out)
         summarise(args.out)
-    except train.Interrupted as error:
-        print("study.py: stopped by SIGTERM; the same command goes on", file=sys.stderr)
-        sys.exit(error.exit_code)
     except (ValueError, OSError) as error:
         sys.exit(f"study.py: {error}")
     print(f"written: {args.out}/study.md")

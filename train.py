@@ -708,7 +708,7 @@ def train_loop(run, name, part, model, optimizer, one_step, stream=None, after_s
             scale.save_state(state, step, model, optimizer)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop or signals:  # or one came just now
-        raise Interrupted(f"stopped by SIGTERM after step {step} of {name}; --resume auto goes on")
+        raise Interrupted(f"stopped by SIGTERM after step {step} of {name}, which can be resumed")
     model.eval()
 
 
