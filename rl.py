@@ -208,8 +208,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     """One batch's on-policy gradient, left in the model's parameters.
 
     pairs  [b] this process' share of the batch's B pairs, as in embed.contrastive_step
-    cfg    train.Config: the options of group rl, max_new_tokens, temperature, chunk_tokens and
-           matryoshka_dims
+    cfg    train.Config: group rl, max_new_tokens, temperature, chunk_tokens, matryoshka_dims
     actor  writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
            None, the model itself, which must be plain and fp32: generation has no autocast
     -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward
