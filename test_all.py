@@ -1324,6 +1324,7 @@ def test_train_options_and_presets():
         ("--threshold=-inf", 2, "--threshold -inf"),
         ("--sub_batch=0", 2, "--sub_batch 0"),
         ("--rl_holdout=1", 2, "--rl_holdout leaves no pair"),
+        ("--select_folds=3", 2, "--select_folds"),
         ("--data . --num_candidates 0", 2, "--rationales"),
         ("--data nowhere --model m", 1, "nowhere"),
     ],
@@ -1836,7 +1837,6 @@ BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit 
     ("base", "propose", "--num_candidates 0 --rationales ROOT/unknown.jsonl", 1, "nobody wrote"),
     ("base", "propose", "--embed_proposers nobody", 2, "there are base, careful, none"),
     ("base", "propose", "--matryoshka_dims 8,999", 2, "--matryoshka_dims: a vector has"),
-    ("base", "all", "--rationales nowhere.jsonl", 1, "file or directory: 'nowhere.jsonl'"),
 ]
 
 
@@ -1844,6 +1844,12 @@ BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit 
 def test_run_says_what_is_missing(done, stage, options, code, why, own_root, copy_of, fails):
     options = options.replace("ROOT", own_root).split()
     fails(copy_of(done), code, why, *options, stage=stage)
+
+
+@pytest.mark.parametrize("option", ["--rationales", "--hard"])
+def test_run_looks_for_its_files_before_the_first_stage(option, tmp_path, fails):
+    fails(f"{tmp_path}/run", 1, "file or directory: 'nowhere.jsonl'", option, "nowhere.jsonl")
+    assert not os.path.exists(f"{tmp_path}/run/base")
 
 
 def test_run_a_mistyped_option_is_corrected_with_resume(copy_of, call, fails):
