@@ -71,8 +71,8 @@ LARGE = dataclasses.replace(CONFIGS["2b"], **TEXT, **VISION)
 SIZES = {**CONFIGS, "large": LARGE}
 # Default options. On a GPU rationales are as the large presets have them, and a batch has more
 # tokens than a pass, so that GradCache takes both of its passes.
-CPU_SIZES = {"size": ["pocket", "large"], "batch": 16, "rollouts": 8, "tokens": 64}
-GPU_SIZES = {"size": ["2b"], "batch": 64, "rollouts": 4, "tokens": 128}
+CPU_DEFAULTS = {"size": ["pocket", "large"], "batch": 16, "rollouts": 8, "tokens": 64}
+GPU_DEFAULTS = {"size": ["2b"], "batch": 64, "rollouts": 4, "tokens": 128}
 
 # --------------------------------------------------------------------------------------------------
 # The same model and the same inputs for both. An item is what a user gives: texts and images. A
@@ -89,7 +89,7 @@ class ReadyProcessor(Processor):
 
 def make_model(size, device, dtype):
     """Random weights in the shapes of `size`, with the pocket world's tokenizer -> Embedder."""
-    with torch.device(device):
+    with torch.device(device):  # they are drawn there
         model, given = pretrain.new_model(0, device, SIZES[size])
     # At most 64 tokens of an image, 256, and 489: nearly the presets' 490 (501,760 pixels).
     side = {"pocket": 256, "large": 512}.get(size, 708)
@@ -366,7 +366,7 @@ def rates(task, sides, repeats):
     turn, which is not counted, pays for what happens once: buffers, kernels, compiling.
     """
     turns = np.zeros((1 + repeats, len(sides)))  # seconds
-    for turn in turns:
+    for turn in turns:  # (sides,), filled in place
         for i, side in enumerate(sides):
             start = time.perf_counter()
             task.run(side)
@@ -423,7 +423,7 @@ def compare(size, options):
 
 
 def measure(size, options):
-    """Our rates, with nothing beside them -> [{name, rate, unit, peak_gb}].
+    """Our rates, with nothing beside them -> the rows of FILE.json's "rates".
 
     On a GPU in bf16, as the large presets run: what is trained is compiled, all else is eager.
     dynamo counts the graphs that it has compiled: none means that training ran eagerly, too. No
@@ -438,7 +438,7 @@ def measure(size, options):
     rows = []
     for task in tasks:
         if task.method == "contrastive":
-            # This makes the weights fp32.
+            # Trained weights become fp32; the arithmetic stays in dtype.
             scale.prepare(embedder.model, dtype, checkpointing=True, compile=options.gpu)
             embedder.processor.pad_to = 128 if options.gpu else 1  # few shapes to compile
             # Every pair has a rationale, as in stage embed.
@@ -480,7 +480,7 @@ def parse(argv):
     options = parser.parse_args(argv)
     options.device = scale.find_device(options.device)
     options.gpu = options.device.startswith("cuda")
-    sizes = GPU_SIZES if options.gpu else CPU_SIZES
+    sizes = GPU_DEFAULTS if options.gpu else CPU_DEFAULTS
     for name, value in sizes.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

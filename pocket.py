@@ -54,7 +54,7 @@ COLOURS = {  # RGB
     "purple": (140, 50, 170),
 }
 SHAPES = "circle square triangle star cross ring diamond bar moon frame".split()
-KINDS = list(itertools.product(COLOURS, SHAPES))  # the 50 things: ("red", "circle") ...
+THINGS = list(itertools.product(COLOURS, SHAPES))  # the 50 things: ("red", "circle") ...
 CELLS = "nw n ne w mid e sw s se".split()  # in reading order; one token each
 MOVES = {  # from each cell, 0 to 8, to the next one; None is out of the image
     "right": (1, 2, None, 4, 5, None, 7, 8, None),
@@ -64,7 +64,7 @@ MOVES = {  # from each cell, 0 to 8, to the next one; None is out of the image
 }
 RULE = {"red": "right", "blue": "left", "green": "down", "yellow": "up"}  # purple ends a walk
 TIMES = "first second third".split()  # the states of a clip; each shows two tiles side by side
-PLACES = "first left,first right,second left,second right,third left,third right".split(",")
+PLACES = [f"{time} {side}" for time in TIMES for side in ("left", "right")]  # of a clip's kinds
 NUMBERS = (  # up to 18, the most that two digits make
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen"
@@ -147,7 +147,7 @@ def draw_tile(kind, rng):
     elif isinstance(kind, str):
         font = ImageFont.load_default(14)
         pen.text((16, y), kind, INK, font, anchor="mm")
-    elif kind in KINDS:
+    elif kind in THINGS:
         draw_shape(pen, *kind, paper, x, y, rng)
     elif kind is not None:
         tile = Image.new("RGB", tile.size, kind)  # a flat patch
@@ -161,7 +161,7 @@ class Bank:
         # Nobody asks for these six patches. Without them every seed would draw another world.
         patches = rng.integers(40, 230, (6, 3)).tolist()
         self.tiles = {}  # {kind: [tiles]}
-        for kind in [*KINDS, *range(10), None, *WORDS, *map(tuple, patches)]:
+        for kind in [*THINGS, *range(10), None, *WORDS, *map(tuple, patches)]:
             self.tiles[kind] = [draw_tile(kind, rng) for _ in range(copies)]
 
     def tile(self, kind, rng):
@@ -254,7 +254,7 @@ class Eyes:
         return confuse(kind, self.rng) if errs else kind
 
 
-SHARP = Eyes()  # never err
+SHARP = Eyes()  # never err; shared by all, so their count means nothing
 
 
 def describe(kinds, places=CELLS, eyes=SHARP, between=" "):
@@ -358,7 +358,7 @@ def make_colour(bank, rng):
     for shape in rng.choice(SHAPES, 9).tolist():
         scene.append((colour, shape) if rng.random() < 0.8 else None)
     scene[4] = (colour, pick(SHAPES, rng))
-    scene[rng.integers(4)] = pick(KINDS, rng)  # the stranger, at nw, n, ne or w
+    scene[rng.integers(4)] = pick(THINGS, rng)  # the stranger, at nw, n, ne or w
     explain = partial(describe, [scene[4]], ["mid"])
     return image_pair(bank, scene, rng, explain, answer=colour)
 
@@ -646,13 +646,13 @@ def draw_pages(pairs, bank, rng):
 
 
 # Each layout writes a family's training and test set -> what datasets.json says about them, the
-# keys of data.Row. learn, held_out: the pairs of the two sets.
+# keys of data.Row. learn, held_out: the pairs of the two sets. bank draws pages alone.
 
 
 def write_images(root, family, learn, held_out, bank, rng):
     """MMEB-V2's image tasks: tables that name image files beside them. The target is an image where
-    the family says what it `wants`, else a text. A test query has at most 20 candidates of its own:
-    the right one first, then the hard ones, then answers of other queries."""
+    the family says what it `wants`, else a text. A test query has candidates of its own: the right
+    one first, then the wrong ones, then, up to 20, answers of other queries."""
     asks = family.asks if family.parser == "image_t2i" else TOKEN + family.asks
     marked = f"{TOKEN}{family.wants}\n" if family.wants else ""  # the text of a target's side
     most = 3 if family.wants else None  # of wrong images; texts cost nothing
@@ -763,6 +763,7 @@ def write_rationales(pair, rng):
     while len(texts) < 4:
         text = pair.explain(Eyes(rng, errors=0.1))
         # What errs and yet comes to the right end is drawn again: who can say whether it helps?
+        # Where no steps lead anywhere, `end` is "".
         by_luck = text != right and pair.end and pair.end in text
         if not by_luck:
             texts.append(("careful", text))

@@ -32,12 +32,12 @@ from pocket import (
     DIGITS,
     FAMILIES,
     ITEMS,
-    KINDS,
     LONGEST,
     MOVES,
     PARROT,
     PLACES,
     SHARP,
+    THINGS,
     VOCABULARY,
     WORDS,
     Bank,
@@ -94,11 +94,11 @@ def answers(item, facts, rng):
     steps = []
     for _, cue, statement, _, skill in facts:  # the cue asks, the statement is learnt
         steps += [(f" . {cue}", None), (f" {statement}", skill)]
-    if rng.random() >= 0.5:
-        parts = [(answer, "answer"), *steps[:-2]]  # without the last fact: it is the answer
-    else:
+    if rng.random() < 0.5:
         steps[0] = (facts[0][1], None)  # no stop before the first one
         parts = thinks(steps, answer, "answer")
+    else:
+        parts = [(answer, "answer"), *steps[:-2]]  # without the last fact: it is the answer
     return item | {"text": question}, parts, answer
 
 
@@ -125,13 +125,12 @@ def base_document(bank, rng, described):
         return clip_document(bank, rng)
     if kind < 0.97:  # a page
         words = sample(WORDS, 2, rng)
-        if rng.random() >= 0.5:
-            words = words[:1]
+        words = words if rng.random() < 0.5 else words[:1]
         marks = draw_digits(2, rng)
         text = " ".join([*words, number(*marks)])
         item = {"image": bank.page(words, marks, rng)}
         return says(item, text, "page")
-    thing = pick([*KINDS, *range(10)], rng)
+    thing = pick([*THINGS, *range(10)], rng)
     item = {"image": bank.tile(thing, rng)}
     return says(item, name(thing), "crop")
 
@@ -161,7 +160,7 @@ def mixed_kind(rng, things, digits):
     """A thing, a digit or a blank. things, digits: their chances."""
     draw = rng.random()
     if draw < things:
-        return pick(KINDS, rng)
+        return pick(THINGS, rng)
     return pick(range(10), rng) if draw < things + digits else None
 
 
@@ -248,7 +247,7 @@ def repeat_document(rng):
     "red star"        ->  "red star"
     "repeat the end"  ->  <think> three . five makes eight . red star </think> red star
     """
-    things, digits = draw_things(3, rng), draw_digits(8, rng)
+    things, digits = draw_things(3, rng), draw_digits(8, rng)  # not all are used
     caption = describe(few_things(rng), between=" , ")  # "n red star , e blue moon , s green bar"
     cell = pick(CELLS, rng)
     words = rng.permutation(WORDS)[: rng.integers(3)]  # none, one or two

@@ -61,7 +61,7 @@ PANELS = [
 COLUMNS = ("never", "always", "p_reason", "new_tokens")  # of a record, for the slider
 BYTES = 2_800_000  # of the JSON in the page; the template takes some 25 kB more
 SIDE = 144  # pixels of a thumbnail
-LONGEST = 600  # characters of a text
+CHARACTERS = 600  # of a text
 HINDSIGHT = ("random", "oracle", "per_task")  # modes that an older report may lack
 FEW = 10  # queries of a dataset; of fewer no variance is estimated
 
@@ -226,7 +226,7 @@ def show(item, images):
             images[ref] = f"data:image/webp;base64,{encoded}"
     order = list(images)
     text = f"{item.get('instruction', '')} {item.get('text', '')}".strip()
-    return {"text": text[:LONGEST], "images": [order.index(ref) for ref in refs]}
+    return {"text": text[:CHARACTERS], "images": [order.index(ref) for ref in refs]}
 
 
 def make_card(es, i, record, images):
@@ -283,8 +283,8 @@ def page_json(value):
 
 
 def six_digits(value):
-    """0.671393096446991 -> 0.671393, 1.0 -> 1. So MMEB-V2's 83,530 queries take two thirds of the
-    page, and all digits would take more than all of it."""
+    """0.671393096446991 -> 0.671393, 1.0 -> 1. So the page has room for MMEB-V2's 83,530
+    queries, which with all their digits would not fit."""
     return json.loads(f"{value:.6g}")
 
 

@@ -1293,7 +1293,7 @@ def test_bench_writes_what_is_promised(tmp_path, capsys):
     assert [row["name"] for row in rates] == [f"{task}, pocket" for task in tasks]
     assert all(step.call_args.args[3])  # every pair has a rationale
     assert "compiled path: not used" in capsys.readouterr().out
-    assert bench.CPU_SIZES.items() <= vars(bench.parse(["--device", "cpu"])).items()
+    assert bench.CPU_DEFAULTS.items() <= vars(bench.parse(["--device", "cpu"])).items()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4348,7 +4348,8 @@ def write_report(folder, score, seed):
     """One run of a study: report.json and the queries' records, as runs leave them."""
     scores = {"overall": score, "reason_rate": 0.5, "tokens_per_query": 3.0 + seed}
     scores["datasets"] = {"PocketWalk": score}
-    modes = dict.fromkeys(("never", "always", "adaptive", "per_task"), scores)
+    modes = dict.fromkeys(("always", "adaptive", "per_task"), scores)
+    modes["never"] = scores | {"reason_rate": 0.0, "tokens_per_query": 0.0}
     modes["random"] = scores | {"overall": score - 0.2}
     modes["oracle"] = scores | {"overall": score + 0.05, "tokens_per_query": 2.0}
     steps = {"0": 0.1 * seed, str(seed): 0.5}  # the second number of steps is this seed's alone

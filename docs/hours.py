@@ -5,10 +5,10 @@
 A query counts as an image of max_pixels and 64 words, a test video as four such queries, a target
 as 64 words, a candidate of the test sets as a query, which is too much for most. The output head,
 at 2B two percent of a step, is not counted. A forward pass takes 2 FLOPs for each weight and
-token, and 4 for each number of each key that a token looks at and value that it takes from it. A
-training step is five forward passes: GradCache's first, forward, forward again (checkpointing), and
-twice as much backward. Hours = FLOPs / SPEED + written tokens / WRITING; both rates are guesses,
-and so is HARD.
+token, and 4 for each number of each key that a token looks at: 2 for the product with the key, 2
+for adding the value. A training step is five forward passes: GradCache's first, forward, forward
+again (checkpointing), and twice as much backward. Hours = FLOPs / SPEED + written tokens / WRITING;
+both rates are guesses, and so is HARD.
 """
 
 import sys
