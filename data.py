@@ -197,7 +197,8 @@ def load_image(ref):
             raise ValueError(f"{size}: expected sides that differ by no more than 200 to 1")
         return to_rgb(image)
     except Exception as error:  # Pillow raises nearly anything at mutilated bytes
-        raise BadData(name, f"cannot be read as an image ({str(error)[:200]})") from error
+        why = re.sub(" <_io.*>", "", str(error))  # a buffer's address
+        raise BadData(name, f"cannot be read as an image ({why[:200]})") from error
 
 
 def image_bytes(ref):
@@ -303,7 +304,10 @@ class Table:
 def read_row(path, file, i):
     row = file.data.fast_slice(i, 1)  # column(name)[i] would walk through all pieces of the table
     if not path.endswith(".parquet"):
-        return json.loads(row.column("line")[0].as_py())
+        value = json.loads(row.column("line")[0].as_py())
+        if not isinstance(value, dict):
+            raise ValueError(f"an object is wanted, got {short(value)}")
+        return value
     cells = {}
     for name in row.column_names:
         cells[name] = arrow_value(row.column(name)[0], TableImage(path, file, i, name))
@@ -356,7 +360,9 @@ class Row:
     """A dataset, as mmeb.json describes it. ROOT/datasets.json, where it exists, takes the place of
     mmeb.json. It gives of each dataset the name and what differs from these defaults:
 
-    {"train": [{"name": "shop", "table": "shop.jsonl", "media": ["photos"], "weight": 2}]}
+    {"train": [{"name": "shop", "table": "shop.jsonl", "media": ["photos"], "weight": 2}],
+     "eval": [{"name": "manual", "parser": "beir", "hub": "m"},  # m/corpus.jsonl, qrels, queries
+              {"name": "clips", "parser": "video_ret", "table": "clips.jsonl", "media": "frames"}]}
     """
 
     name: str  # unique, without /; the key of every score and id
@@ -375,7 +381,7 @@ class Row:
     rows: int | None = None  # as published; of a test set queries. None: only roughly known
     weight: int | float = 1.0  # of a draw in training
     # Test sets only.
-    modality: str = "image"  # or video, visdoc (pages of documents)
+    modality: str | None = None  # image, video, visdoc (pages): default is what the parser reads
     family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
     # "local": a row lists its candidates. "global": every query has all of them (pairs, pages,
     # video_ret; the default where labels are given).
@@ -416,6 +422,8 @@ def complete(row, kind):
     retrieval = parser in ("pairs", "video_ret", "beir")
     has_labels = parser == "video_cls" and spec["labels"]
     spec["scope"] = spec["scope"] or ("global" if retrieval or has_labels else "local")
+    reads = "image" if parser.startswith(("image", "pairs")) else "video"
+    spec["modality"] = spec["modality"] or ("visdoc" if parser == "beir" else reads)
     spec["media"] = listed(spec["media"]) or [spec["hub"]]
     spec["table"] = listed(spec["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
     choices = {
@@ -533,9 +541,11 @@ class Files:
         """A cell -> a reference (a path, a TableImage), a list of them, or None for nothing."""
         if isinstance(value, list):
             return [self.image(part) for part in value if part] or None
-        if not value:
-            return None
-        return value if isinstance(value, TableImage) else self.find(value)
+        if not value or isinstance(value, TableImage):
+            return value or None
+        if not is_text(value):
+            raise BadData("an image", f"its path is wanted, got {short(value)}")
+        return self.find(value)
 
     def clip(self, name):
         """Name of a video, whose frames are a folder's files -> {"frames": [paths], "fps": 2.0}.
@@ -545,7 +555,7 @@ class Files:
         endings = (".jpg", ".jpeg", ".png")  # that the reference accepts
         frames = [file for file in visible(folder) if file.lower().endswith(endings)]
         if not frames:
-            raise BadData(f"clip folder {folder}", "has no frames")
+            raise BadData(f"clip folder {folder}", f"has no frames ({', '.join(endings)})")
         if self.parser != "momentseeker" and self.frames <= len(frames):
             places = np.linspace(0, len(frames) - 1, self.frames, dtype=int)
             frames = [frames[i] for i in places]  # 8 of 64: 0, 9, 18, 27, 36, 45, 54, 63
@@ -1245,6 +1255,8 @@ def load_eval(root, spec, limit=None, frames=None, prompts="vlm2vec", problems=N
     if spec["scope"] == "global":
         es.local = None
     es.protocol = f"{prompts} prompts"  # what a score must be quoted with
+    if limit:
+        es.protocol += f", {limit} queries at most"
     if es.modality == "video":
         es.protocol = f"{es.frames} frames, {es.protocol}"  # "8 frames, vlm2vec prompts"
     return es
@@ -1259,7 +1271,7 @@ def check_one(task, root):
     ("found", ["found    train CIRR   26,116 of    26116 rows, ..."]). task: (spec, "train")."""
     spec, kind = task
     status = "found"
-    rows = usable = 0
+    rows = empty = usable = 0
     problems = []
     commands = downloads(spec, root)
     try:
@@ -1269,6 +1281,7 @@ def check_one(task, root):
         else:
             source = Source(spec, root)
             rows = len(source.rows)
+            empty = rows - len(source.keep)
             for row in range(len(source.keep)):
                 try:
                     opened(source.pair(row))
@@ -1284,6 +1297,7 @@ def check_one(task, root):
         status = "broken"
     line = f"{status:8s} {kind:5s} {spec['name']:48s} {rows:>8,} of {spec['rows'] or '?':>8} rows"
     line += f", {usable:,} usable" + (" queries" if kind == "eval" else "")
+    line += f", {empty:,} with an empty side" if empty else ""
     if not usable and len(problems) > 20:  # images that were never fetched
         problems[20:] = [f"... and {len(problems) - 20} more: no row is usable"]
     return status, [line] if status == "found" else [line, *problems, *commands]
@@ -1292,7 +1306,8 @@ def check_one(task, root):
 def downloads(spec, root):
     """The commands that bring a dataset: ["hf download ID --repo-type dataset ...", ...]."""
     parts = list(spec["fetch"])
-    if spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
+    users = os.path.exists(os.path.join(root, "datasets.json"))  # his own are on no hub
+    if not users and spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
         parts.insert(0, [spec["hub"], None, ""])  # all of it
     commands = []
     for hub, pattern, unpack in parts:  # unpack: "cd image-tasks && tar -xzf mmeb_v1.tar.gz ..."

@@ -278,7 +278,8 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (evaluators of select): in the mean
                 NCE(reasoned) each weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)), its posterior against ∅
-    -> metrics: loss, nce_direct, nce_reason, lm, decision, decision_right (share of labels)
+    -> metrics: loss, nce_direct and, where the batch has them, nce_reason, lm, decision,
+       decision_right (share of labels)
     """
     model.train()
     documents, row_of_column, positive = candidates_of(pairs, model.device)
@@ -294,7 +295,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     # 2) λ·CE(rationale) + μ·CE(decision) of some queries, as parts of the batch's means
     def query_loss(rows, h, batch):
         loss = torch.zeros((), device=h.device)
-        metrics = {"lm": 0.0, "decision": 0.0, "decision_right": 0.0}
+        metrics = {}
         if cfg.lm_weight and batch["branch"] is not None:  # None: none of these has a rationale
             lm = -rationale_logprobs(model, h, batch, processor).sum() / num_rationale_tokens
             loss = loss + cfg.lm_weight * lm
@@ -323,11 +324,12 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
             posterior = (after - before).detach().sigmoid()
             weights = posterior[has_rationale].clamp(min=1e-30)  # their sum must not be 0
         nce_direct = info_nce(direct, t, positive, cfg.temperature, dims=dims)
-        nce_reason = t.new_zeros(())
-        if has_rationale.any():
-            reasoned, column = reasoned[has_rationale], positive[has_rationale]
-            nce_reason = info_nce(reasoned, t, column, cfg.temperature, weights, dims)
-        log.update(nce_direct=nce_direct.item(), nce_reason=nce_reason.item())
+        log["nce_direct"] = nce_direct.item()
+        if not has_rationale.any():
+            return nce_direct
+        reasoned, column = reasoned[has_rationale], positive[has_rationale]
+        nce_reason = info_nce(reasoned, t, column, cfg.temperature, weights, dims)
+        log["nce_reason"] = nce_reason.item()
         return nce_direct + nce_reason
 
     # 4) Gradients
@@ -608,6 +610,8 @@ def find_folder(path_or_id, revision=None):
     if not isinstance(path_or_id, (str, os.PathLike)):
         raise ValueError(f"{path_or_id!r}: expected a folder, or owner/name on the hub")
     path = os.fspath(path_or_id)
+    if os.path.exists(f"{path}/stages.json"):
+        raise ValueError(f"{path}: a run folder of train.py; its model is {path}/rl")
     if os.path.isdir(path):
         if revision is not None:
             raise ValueError(f"{path}: a local folder has no revisions")

@@ -31,6 +31,7 @@ Left out: mixture of experts, quantisation, own kernels, tensor parallelism, bea
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import groupby, product
@@ -901,7 +902,7 @@ def load_model(folder, dtype=None, device="cpu"):
         try:
             state |= load_file(Path(folder, file))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder}/{file}: not a complete file ({error})") from None
+            raise ValueError(f"{folder}/{file}: cannot be read ({error})") from None
     # Embedding checkpoints come without the first part of the names.
     if not any(key.startswith("model.") for key in state):
         state = {f"model.{key}": tensor for key, tensor in state.items()}
@@ -950,5 +951,6 @@ def save_model(model, folder, eos_id, pad_id):
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_to_hf(model.c, dtype, eos_id, pad_id)
     write_json(Path(folder, "config.json"), config)
+    shutil.copymode(Path(folder, "config.json"), path)  # safetensors lets the owner alone read
     generation = {"eos_token_id": [eos_id, pad_id], "pad_token_id": pad_id, "do_sample": False}
     write_json(Path(folder, "generation_config.json"), generation)

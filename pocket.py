@@ -707,7 +707,7 @@ def write_clips(root, family, learn, held_out, bank, rng):
         save_clip(pair, f"{root}/{media}/clip_{i}")
         rows.append((f"clip_{i}", pair.answer, [pair.answer, *pair.wrong]))
     write_table("video_id pos_text neg_text", rows, f"{root}/{hub}/data/test")
-    test = {"parser": family.parser, "hub": hub, "modality": "video", "media": media}
+    test = {"parser": family.parser, "hub": hub, "media": media}
     return train, test | {"inst": family.asks}
 
 
@@ -728,7 +728,7 @@ def write_pages(root, family, learn, held_out, bank, rng):
     write_table("query-id query", queries, f"{root}/{hub}/queries/test")
     write_table("corpus-id image", enumerate(pages.values()), f"{root}/{hub}/corpus/test")
     write_table("query-id corpus-id score", qrels, f"{root}/{hub}/qrels/test")
-    test = {"parser": family.parser, "hub": hub, "modality": "visdoc"}
+    test = {"parser": family.parser, "hub": hub}
     return train, test | {"inst": family.asks.strip(), "tgt": family.wants}
 
 

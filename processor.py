@@ -336,7 +336,8 @@ class Processor:
         clip = checked("a video", clip, ("frames", "fps"))
         frames, fps = clip.get("frames"), clip.get("fps", fps)
         if not isinstance(frames, (list, tuple)) or not frames:
-            raise ValueError(f"a video without frames ({type(frames).__name__}): expected a list")
+            given = type(frames).__name__
+            raise ValueError(f"a video without frames ({given}): expected a list of frames")
         refuse_seeking(frames)
         if fps is None:
             fps = self.fps

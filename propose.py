@@ -317,9 +317,9 @@ def read_responses(options, asked):
     """Files of responses -> (rows, failures [(custom id or place, why)]).
 
     asked: {custom id: how many answers} of all requests; empty: not known. Failures are a request
-    without a response, a second response, an error, an answer that is missing, has no text or was
-    cut off, without its conclusion (--accept-cut takes those). Where no answer of a response is
-    usable, a later response to the same request takes its place: a retry.
+    without a response, a response to no request, a second one, an error, an answer that is missing,
+    has no text or was cut off, without its conclusion (--accept-cut takes those). Where no answer
+    of a response is usable, a later response to the same request takes its place: a retry.
     """
     rows, failed = [], []
     answered = set()  # custom ids with a usable answer
@@ -332,6 +332,9 @@ def read_responses(options, asked):
             answers = answers_of(response, options.accept_cut)
         except BROKEN as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
+            continue
+        if asked and custom_id not in asked:
+            failed.append((custom_id, "not one of the --requests"))
             continue
         if custom_id in answered:
             failed.append((custom_id, "a second response"))

@@ -24,8 +24,8 @@ over D datasets of means over n_d queries, so the variance of the difference of 
 the test set alone; what another seed would give is study.py's matter.
 
 How to run: train.py does it at the end of stage eval; again, by hand:
-    python report.py runs/pocket                  with the run's data/
-    python report.py runs/mine MMEB_ROOT
+    python report.py runs/pocket                  both files anew, from what the run left
+    python report.py runs/mine MMEB_ROOT          if its test sets lie there now
 
 What a run does not have (a test set, a stage, steps) is left out and said in words. Of a
 large test set most cards are left out, because BYTES bounds the page.
@@ -185,8 +185,9 @@ def markdown(report, title, sentences):
         columns.append(["–" if value is None else f"{value:.3f}" for value in values])
     names += modes["never"]["datasets"]
     text = table(["", *modes], zip(names, *columns))
-    made_by = f"Preset {report['preset']}, seed {report['seed']}\n"
-    return "\n\n".join([f"# {title}", *sentences, text + "\n" + made_by])
+    made_by = [f"Preset {report['preset']}", f"seed {report['seed']}"]
+    made_by += [report[key] for key in ("model", "data") if report.get(key)]  # a user's own
+    return "\n\n".join([f"# {title}", *sentences, f"{text}\n{', '.join(made_by)}\n"])
 
 
 def table(columns, rows):
@@ -335,10 +336,11 @@ def write_report(run, data_root):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     parser.add_argument("run", help="a run folder of train.py")
-    parser.add_argument("data", nargs="?", help="the root of its test sets (RUN/data)")
+    parser.add_argument("data", nargs="?", help="the root of its test sets (the run's)")
     args = parser.parse_args()
     try:
-        write_report(args.run, args.data or Path(args.run, "data"))
+        root = args.data or read_json(Path(args.run, "config.json"))["data"]
+        write_report(args.run, root or Path(args.run, "data"))
     except KeyError as error:
         why = "an older layout, or a bug; train.py --stage eval measures it again"
         sys.exit(f"report.py: {args.run}: its evaluation lacks {error}: {why}")

@@ -702,6 +702,7 @@ RESPONSES = [  # what the server sends, what is used of it, what is said about i
     (["a list"], [], "line 9: not a response"),
     (response(P0_AGAIN, status=500), [], "status 500"),
     ({"custom_id": P0_AGAIN, "error": "two\nlines"}, [], "two lines"),
+    (response("a|b/9|key|0", "another run's"), [], "a|b/9|key|0: not one of the --requests"),
 ]
 
 
@@ -1071,6 +1072,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
     (b'"a"', "--revision v1", "a local folder has no revisions"),
+    (b'"a"', "--model IN/run", "run: a run folder of train.py; its model is .*/run/rl"),
 ]
 
 
@@ -1078,6 +1080,7 @@ BAD_RUNS = [  # lines, options, what is said
 def test_bad_input_is_one_line(lines, options, message, run_embed, tmp_path):
     """And the files of an earlier run stay."""
     (tmp_path / "folder.npy").mkdir()
+    write_table(f"{tmp_path}/run/stages.json", {})
     earlier = {"in.jsonl": lines, "v.npy": b"earlier", "v.jsonl": b"too", "mine.jsonl": b"own"}
     for name, content in earlier.items():
         (tmp_path / name).write_bytes(content)
@@ -1391,7 +1394,8 @@ def own_root(tmp_path_factory):
     texts = [{"id": f"own/{i}", "proposer": "careful", "text": str(i)} for i in range(26)]
     texts[0]["text"] = "178"
     M.write_rows(own_root / "rationales.jsonl", texts)
-    M.write_rows(own_root / "unknown.jsonl", [texts[1] | {"id": "own/99"}])
+    M.write_rows(own_root / "unknown.jsonl", [texts[1] | {"id": "own/99", "direct": -9.0}])
+    M.write_rows(own_root / "targets.jsonl", [texts[1] | {"side": "target"}])
     M.write_rows(own_root / "older.jsonl", [texts[1] | {"key": "0" * 16}])
     tiny_embedder().save(str(own_root / "model"))
     return str(own_root)
@@ -1523,7 +1527,9 @@ def test_run_warns_of_pairs_that_rl_meets_too_often(steps, warnings, call, copy_
     """Five pairs, of which a step has eight: 3.2 and 6.4 visits of each. It is said in propose."""
     assert call(copy_of("base"), "--rl_steps", str(steps), stage="propose") == 0
     warning = "WARNING: rl meets each of the 5 pairs that it has of own 6.4 times."
-    assert capsys.readouterr().out.count(warning) == warnings
+    said = capsys.readouterr().out
+    assert said.count(warning) == warnings
+    assert "not used: those of 5 ids (rl's" in said
 
 
 def test_run_proposes_for_hard_pairs_alone(call, copy_of):
@@ -1815,9 +1821,11 @@ def test_run_rl_pairs_that_nobody_can_read_are_said_first(own_root, tmp_path, fa
 
 
 OWN, GONE = '[{"name": "own", "table": "test.jsonl"}]', '[{"name": "gone", "table": "gone.jsonl"}]'
+SOUND_LINE = '{"qry": "q", "qry_image_path": "", "pos_text": "b", "pos_image_path": ""}'
 BROKEN_ROOTS = [  # a file of the root, exit code, what is said
     ("test.jsonl", "", 1, "test.jsonl: cannot be read: it has no rows"),
-    ("test.jsonl", "{}", 1, "no column"),
+    ("test.jsonl", "{}", 1, "own/0: no column"),
+    ("test.jsonl", f"{SOUND_LINE}\n{{}}", 1, "own/1: no column"),
     ("datasets.json", f'{{"train": {OWN}, "eval": {GONE}}}', 2, "no eval set"),
     ("datasets.json", f'{{"eval": {OWN}, "train": {GONE}}}', 2, "no train set"),
 ]
@@ -1834,7 +1842,15 @@ def test_run_a_broken_root_is_said_first(name, content, code, why, own_root, tmp
 BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit code, what is said
     ("base", "select", "", 2, "stage propose is not done"),
     ("base", "propose", "--rationales ROOT/older.jsonl", 1, "older.jsonl' is about another pair"),
-    ("base", "propose", "--num_candidates 0 --rationales ROOT/unknown.jsonl", 1, "nobody wrote"),
+    (
+        "base",
+        "propose",
+        "--num_candidates 0 --rationales ROOT/unknown.jsonl",
+        2,
+        "'own/99', not 'own/0'",
+    ),
+    ("base", "propose", "--num_candidates 0 --rationales ROOT/targets.jsonl", 1, "nobody wrote"),
+    ("base", "propose", "--hard ROOT/unknown.jsonl", 2, "no id in it is a pair's of"),
     ("base", "propose", "--embed_proposers nobody", 2, "there are base, careful, none"),
     ("base", "propose", "--matryoshka_dims 8,999", 2, "--matryoshka_dims: a vector has"),
 ]
@@ -1919,7 +1935,11 @@ def test_embed_starts_from_the_mean_of_the_evaluators(call, copy_of):
 
 
 def test_run_rl_without_rollouts(call, copy_of):
-    assert call(copy_of("embed"), "--rl_rollouts", "0", stage="rl") == 0
+    """What is not learnt is not logged."""
+    out = copy_of("embed")
+    assert call(out, "--rl_rollouts", "0", stage="rl") == 0
+    rows = [row for row in json_rows(out, "metrics.jsonl") if row["stage"] == "rl"]
+    assert "nce_direct" in rows[-1] and not {"nce_reason", "lm", "decision"} & rows[-1].keys()
 
 
 @pytest.mark.parametrize("skill, steps", [(0.99, 40), (0.5, 80)])
@@ -2561,6 +2581,7 @@ def test_model_save_leaves_exactly_what_was_saved(tmp_path):
     model = tiny_model(8).bfloat16()  # which it stays unless another type is given
     M.save_model(model, tmp_path, 1, 2)
     assert set(os.listdir(tmp_path)) == {"config.json", "generation_config.json", WEIGHTS}
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # others may read all
     assert same(model.state_dict(), M.load_model(tmp_path).state_dict())
     assert M.load_model(tmp_path, torch.float32).dtype == torch.float32
 
@@ -2577,8 +2598,8 @@ def test_model_json_is_json_or_not_written(tmp_path):
 
 BAD_CHECKPOINTS = [  # arguments of change_checkpoint, what is said
     ({"tensors": {BIAS: None}}, f"copy: .*Missing key.*{BIAS}"),
-    ({"files": {WEIGHTS: ""}}, "model.safetensors: not a complete file"),
-    ({"files": {WEIGHTS: None}}, "model.safetensors: not a complete file"),
+    ({"files": {WEIGHTS: ""}}, "model.safetensors: cannot be read"),
+    ({"files": {WEIGHTS: None}}, "model.safetensors: cannot be read"),
     ({"files": {"adapter_config.json": "{}"}}, "copy: a LoRA adapter: merge it"),
     ({"files": {"config.json": "["}}, "config.json: not valid JSON"),
     ({"without": "hidden_size"}, "config.json: text_config.hidden_size is missing"),
@@ -3212,13 +3233,15 @@ def test_data_test_strings(tmp_path, case):
 def test_data_videos_are_8_frames(tmp_path, capsys):
     """At np.linspace(0, last, 8); fewer are taken as they are, MomentSeeker takes all (11). --check
     opens all: a broken frame between the 8 is found, which does not stop a run."""
-    root = write_root(tmp_path, "eval", [CLIP], parser="video_ret", modality="video")
+    root = write_root(tmp_path, "eval", [CLIP], parser="video_ret")
     frames = data.load_eval(root, "d").candidates[0]["video"]["frames"]
     taken = [f"frame_{i:04d}.jpg" for i in (1, 2, 3, 5, 6, 8, 9, 11)]
     assert [os.path.basename(f) for f in frames] == taken
     es = data.load_eval(root, "d", frames=64)
     assert len(es.candidates[0]["video"]["frames"]) == 11
     assert es.protocol == "64 frames, vlm2vec prompts"
+    es = data.load_eval(root, "d", limit=2)
+    assert es.protocol == "8 frames, vlm2vec prompts, 2 queries at most"
     (tmp_path / "w.x/frame_0004.jpg").write_bytes(b"")
     assert data.check(root) == 1 and "frame_0004.jpg" in capsys.readouterr().out
     assert len(data.load_eval(root, "d").queries) == 1
@@ -3594,12 +3617,18 @@ BAD_ROWS = [
     ("mmeb", pair("q", "gone.png"), "image 'gone.png': missing, looked in .$"),
     ("mmeb", pair("q", "../x.png"), "path '.*/x.png': leaves the root"),
     ("mmeb", pair("q", "link.png"), "path '.*link.png': leaves the root"),
-    ("mmeb", pair("q", {"a": 1}), ".* not 'dict'"),
-    ("mmeb", pair("q", "empty.png"), ".*empty.png: cannot be read as an image"),
+    ("mmeb", pair("q", {"a": 1}), "an image: its path is wanted, got a dict"),
+    ("mmeb", pair("q", math.nan), "an image: its path is wanted, got nan"),
+    ("mmeb", b"[3]", "an object is wanted, got a list"),
+    (
+        "mmeb",
+        pair("q", "empty.png"),
+        ".*empty.png: cannot be .* an image .cannot identify image file.$",
+    ),
     ("mmeb", pair(neg_text=["x", "y"], neg_image_path=["a.png"]), "negatives: 2 neg_text"),
     ("video_qa", {"conversations": CHAT[:1]}, "not enough values"),
     ("video_qa", {"video": "linked"}, "path .*linked/2.png': leaves the root"),
-    ("video_qa", {"video": "none"}, "clip folder .*none: has no frames"),
+    ("video_qa", {"video": "none"}, "clip folder .*none: has no frames .\\.jpg, "),
     ("image_cls", {"tgt_text": ["a", None]}, "column tgt_text: .*, got null"),
     ("image_cls", {"tgt_text": "a"}, "column tgt_text: a list of texts .* got a"),
     ("image_t2i", {"tgt_text": ["a", "b"]}, "zip.* is shorter"),
@@ -3699,8 +3728,9 @@ def test_data_check_says_found_missing_and_broken(tmp_path, command):
         assert not printed.err
         return code, printed.out
 
-    code, said = checked(write_root(tmp_path / "csv", "eval", [SOUND], file="t.csv"))
-    assert code == 2 and "looked for t.csv (.parquet, .jsonl, .json are read)" in said
+    code, said = checked(write_root(tmp_path / "csv", "eval", [SOUND], file="t.csv", hub="m"))
+    assert code == 2 and "hf download" not in said  # a user's own
+    assert "looked for t.csv (.parquet, .jsonl, .json are read)" in said
     root = str(tmp_path / "my root")
     os.mkdir(root)
     code, said = checked(root)
@@ -3708,7 +3738,7 @@ def test_data_check_says_found_missing_and_broken(tmp_path, command):
     fetch = f"hf download {TRAIN_HUB} --repo-type dataset --local-dir '{root}/{TRAIN_HUB}'"
     assert f"{fetch} --include 'CIRR/*'\n" in said
     table = f"{root}/{TRAIN_HUB}/CIRR/original-00000-of-00001.parquet"
-    write_table(table, [pair("q", "x.png")] * 30)
+    write_table(table, [pair("q", "x.png")] * 30 + [pair("", "")])
     code, said = checked(root, "--names", "CIRR")
     assert code == 1  # its images were never fetched: a run would stop
     assert "broken   train CIRR" in said and "... and 10 more: no row is usable" in said
@@ -3716,7 +3746,9 @@ def test_data_check_says_found_missing_and_broken(tmp_path, command):
     write_image(f"{root}/{TRAIN_HUB}/x.png")
     code, said = checked(root)
     assert code == 0
-    assert re.search("^found    train CIRR +30 of +26116 rows, 30 usable$", said, re.M)
+    assert re.search(
+        "^found .* CIRR +31 of +26116 rows, 30 usable, 1 with an empty side$", said, re.M
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3860,11 +3892,11 @@ def test_adaptivity_by_hand():
     assert evaluation.adaptivity(RECORDS, {"b/0": 1})["b"]["auc"] is None
 
 
-def test_the_overall_is_a_mean_over_datasets():
+def test_the_overall_is_a_mean_over_datasets(tmp_path):
     """VLM2Vec-V2.0's published means give its published overall: not the mean of three
     modalities."""
     published = {"image": 64.85, "video": 34.58, "visdoc": 65.36}
-    modality = {row["name"]: row["modality"] for row in data.expand(data.MMEB["eval"])}
+    modality = {row["name"]: row["modality"] for row in data.tables(tmp_path, "eval")}
     scores = {name: published[kind] for name, kind in modality.items()}
     got = evaluation.plain_means(scores, modality)
     assert {key: round(mean, 2) for key, mean in got.items()} == published | {"overall": 58.02}
@@ -3873,7 +3905,7 @@ def test_the_overall_is_a_mean_over_datasets():
 def test_the_leaderboards_file(tmp_path):
     page = {"ndcg_linear@5": 0.5}
     write_table(f"{tmp_path}/visdoc/ViDoSeek-page_score.json", page)
-    board = evaluation.leaderboard(tmp_path, data.expand(data.MMEB["eval"]))
+    board = evaluation.leaderboard(tmp_path, data.tables(tmp_path, "eval"))
     got = board["metrics"]
     assert [len(got[kind]) for kind in ("image", "video", "visdoc")] == [36, 18, 24]
     assert got["visdoc"]["ViDoSeek-page-fixed"] == page
@@ -4115,6 +4147,14 @@ def test_the_page_asks_nothing_of_anybody_and_shows_the_run(first_root, run):
     assert "In no mean, as the data lacks them: absent." in payload["sentences"]
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "| hard | 0.000 | 1.000 |" in text and "| video | – |" in text
+
+
+def test_the_page_is_written_again_and_names_a_users_data(first_root, run, command):
+    write_json(run / "config.json", {"data": first_root})
+    result = read_json(run / "report.json")
+    write_json(run / "report.json", result | {"model": "M", "data": first_root})
+    assert command("report.py", run)[0] is None
+    assert f"Preset pocket, seed 0, M, {first_root}" in (run / "report.md").read_text()
 
 
 def test_without_steps_or_images_or_a_mode(root, run):

@@ -857,9 +857,17 @@ def propose_stage(run, part):
     # What is read and what is written (a token has some four bytes, a row some 200 more), twice:
     # in files of windows, and in the one that joins them.
     num_wanted = sum(map(len, pairs.windows(is_wanted)))
+    if not num_wanted:
+        raise UsageError(f"--hard {c.hard}: no id in it is a pair's of {run.data_root}")
     size = c.num_candidates * (4 * c.max_new_tokens + 200) * num_wanted
     size += os.path.getsize(given.path)
     scale.need_space(part, 2 * size, "rationales")
+
+    # How many of them the file is about
+    num_about = sum(map(len, pairs.windows(lambda i: is_wanted(i) and i in given.offsets)))
+    if given.offsets and not num_about:
+        ids = f"its ids are like {next(iter(given.offsets))!r}, not {pairs.tables.id(0, 0)!r}"
+        raise UsageError(f"{given.path}: about no pair of {run.data_root} to propose for: {ids}")
 
     def rows_of(n, window):
         rows, num_longer = rows_within(given, window, processor, c.max_new_tokens)
@@ -876,9 +884,9 @@ def propose_stage(run, part):
     written = propose.Rationales(path)
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if given.offsets or given.left_out:
-        unused = given.offsets.keys() - written.offsets.keys()  # rl's, easy, unknown, too long
         left_out = f"{given.left_out} of targets or without a word"
-        run.say(f"propose: not used: those of {len(unused)} pairs, and {left_out}")
+        others = f"those of {len(given.offsets) - num_about} ids (rl's pairs, easy or unknown)"
+        run.say(f"propose: not used: {others}, and {left_out}")
     if not written.offsets:
         raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
 
@@ -1085,6 +1093,8 @@ def write_report(run):
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
         "revision": run.cfg.revision,
+        "model": run.cfg.model,
+        "data": run.cfg.data,
         # {"base": 269.0, ...}, of a resumed stage those of its last call
         "seconds": {stage: done["seconds"] for stage, done in run.stages.items()},
         "selection": run.read("select/audit.json"),
@@ -1102,7 +1112,8 @@ def write_report(run):
     for name, numbers in result["adaptivity"].items():
         print(f"{name}_auc: {numbers['auc']}")
     for key in ("precision", "recall", "placebo_accepted"):
-        print(f"selection_{key}: {result['selection'].get(key)}")
+        if result["selection"].get(key) is not None:  # the truth may not be known
+            print(f"selection_{key}: {result['selection'][key]}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
     print(f"peak_memory_gb: {peak / unit:.2f}")
@@ -1136,7 +1147,8 @@ def find_test_sets(root):
         specs = data.tables(root, kind)
         found = [spec for spec in specs if data.Files(spec, root).all_paths()]
         if not found:
-            raise UsageError(f"{root} has no {kind} set; --stage all needs one")
+            wanted = f"{kind.replace('eval', 'test')}.jsonl or .parquet, or datasets.json"
+            raise UsageError(f"{root} has no {kind} set ({wanted}); --stage all needs one")
     return found  # of the last kind
 
 
@@ -1147,11 +1159,13 @@ def run_stages(cfg):
     run = Run(cfg)
     # What cannot be read fails now, not hours later.
     if "propose" not in run.stages:
-        for path in filter(None, (cfg.rationales, cfg.hard)):
-            open(path, "rb").close()
+        if cfg.rationales:
+            propose.Rationales(cfg.rationales)
+        if cfg.hard:
+            propose.hard_pairs(cfg.hard)
     if "eval" not in run.stages:
         for spec in test_sets:
-            data.load_eval(cfg.data, spec, limit=1)
+            data.load_eval(cfg.data, spec)
     num_done = len(run.stages)  # they are the first ones: finish() sees to it
     if cfg.stage in STAGES[num_done + 1 :]:
         raise UsageError(f"{cfg.out}: stage {STAGES[num_done]} is not done; --stage all does it")
