@@ -333,6 +333,7 @@ def read_responses(options, asked):
         except BROKEN as e:
             failed.append((place, f"not a response as we asked for ({type(e).__name__}: {e})"))
             continue
+        # Of other data an id may be in use here, too: such words must not pass for ours.
         if asked and custom_id not in asked:
             failed.append((custom_id, "not one of the --requests"))
             continue

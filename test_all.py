@@ -1847,10 +1847,10 @@ BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit 
         "propose",
         "--num_candidates 0 --rationales ROOT/unknown.jsonl",
         2,
-        "'own/99', not 'own/0'",
+        "ids like 'own/99', pairs like 'own/0'",
     ),
     ("base", "propose", "--num_candidates 0 --rationales ROOT/targets.jsonl", 1, "nobody wrote"),
-    ("base", "propose", "--hard ROOT/unknown.jsonl", 2, "no id in it is a pair's of"),
+    ("base", "propose", "--hard ROOT/unknown.jsonl", 2, "no hard pair of"),
     ("base", "propose", "--embed_proposers nobody", 2, "there are base, careful, none"),
     ("base", "propose", "--matryoshka_dims 8,999", 2, "--matryoshka_dims: a vector has"),
 ]

@@ -858,16 +858,16 @@ def propose_stage(run, part):
     # in files of windows, and in the one that joins them.
     num_wanted = sum(map(len, pairs.windows(is_wanted)))
     if not num_wanted:
-        raise UsageError(f"--hard {c.hard}: no id in it is a pair's of {run.data_root}")
+        raise UsageError(f"--hard {c.hard}: no hard pair of {run.data_root} is in it")
     size = c.num_candidates * (4 * c.max_new_tokens + 200) * num_wanted
     size += os.path.getsize(given.path)
     scale.need_space(part, 2 * size, "rationales")
 
-    # How many of them the file is about
-    num_about = sum(map(len, pairs.windows(lambda i: is_wanted(i) and i in given.offsets)))
+    # The stage's pairs that the file is about: none where it was written for other data.
+    num_about = sum(map(len, pairs.windows(given.offsets.__contains__)))
     if given.offsets and not num_about:
-        ids = f"its ids are like {next(iter(given.offsets))!r}, not {pairs.tables.id(0, 0)!r}"
-        raise UsageError(f"{given.path}: about no pair of {run.data_root} to propose for: {ids}")
+        ids = f"ids like {next(iter(given.offsets))!r}, pairs like {pairs.tables.id(0, 0)!r}"
+        raise UsageError(f"{given.path}: about no pair that {run.data_root} has but for rl ({ids})")
 
     def rows_of(n, window):
         rows, num_longer = rows_within(given, window, processor, c.max_new_tokens)
@@ -885,7 +885,7 @@ def propose_stage(run, part):
     run.say(f"propose: {written.authors.total()} rationales, {written.cut} of them cut off")
     if given.offsets or given.left_out:
         left_out = f"{given.left_out} of targets or without a word"
-        others = f"those of {len(given.offsets) - num_about} ids (rl's pairs, easy or unknown)"
+        others = f"those of {len(given.offsets) - num_about} ids (rl's pairs or unknown)"
         run.say(f"propose: not used: {others}, and {left_out}")
     if not written.offsets:
         raise ValueError(f"nobody wrote a rationale about a pair of {run.data_root}")
