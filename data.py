@@ -316,8 +316,8 @@ def read_row(path, file, i):
 
 def arrow_value(cell, image):
     """An Arrow cell as Python. Images are bytes, the hub's {"bytes", "path"} (one may be absent) or
-    a list of those. Their bytes stay where they are: `image` refers to them. A list of texts is read
-    in one go: a row of MMEB has a thousand candidates."""
+    a list of those. Their bytes stay where they are: `image` refers to them. A list of texts is
+    read in one go: a row of MMEB has a thousand candidates."""
     if not cell.is_valid:  # null
         return None
     if isinstance(cell, pa.ListScalar) and not pa.types.is_string(cell.type.value_type):
