@@ -29,10 +29,10 @@ a resumed run draws again.
 How to run:
     python data.py --check ROOT [--names A,B]     what is found, missing (how to fetch it) or broken
 ROOT mirrors hub ids: ROOT/<hub id>/... as `hf download ID --repo-type dataset --local-dir ROOT/ID`
-leaves it (then unpack the archives). Your pairs need no code: put them, in MMEB's columns (qry,
-qry_image_path, pos_text, pos_image_path, optional neg_text, neg_image_path), into ROOT/train.jsonl
-and ROOT/test.jsonl (or .parquet, which may hold the images themselves), images next to them; or
-describe your files in ROOT/datasets.json (see Row).
+leaves it (then unpack the archives); no link may lead out of ROOT. Your pairs need no code: put
+them, in MMEB's columns (qry, qry_image_path, pos_text, pos_image_path, optional neg_text,
+neg_image_path), into ROOT/train.jsonl and ROOT/test.jsonl (or .parquet, which may hold the images
+themselves), images next to them; or describe your files in ROOT/datasets.json (see Row).
 
 In training a row that cannot be read is named, counted and replaced by the next one. It stops an
 evaluation, whose score would be that of another test. --check names them all.
@@ -259,8 +259,12 @@ def open_table(path):
             features = datasets.Features({"line": datasets.Value("binary")})
             given = {"path": path, "changed": changed}
             return datasets.Dataset.from_generator(json_lines, features, gen_kwargs=given)
-    except Exception as error:  # of pyarrow, fsspec ...; __cause__: what one of `datasets` hides
-        raise BadData(path, f"cannot be read: {error.__cause__ or error}") from error
+    except Exception as error:  # of pyarrow, fsspec ...
+        cause = error.__cause__ or error  # what one of `datasets` hides
+        if getattr(cause, "errno", None) and path not in str(cause):  # a full disk
+            where = f"HF_DATASETS_CACHE {datasets.config.HF_DATASETS_CACHE}"
+            raise BadData(where, cause) from error
+        raise BadData(path, f"cannot be read: {cause}") from error
 
 
 def json_lines(path, changed):

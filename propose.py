@@ -25,8 +25,9 @@ a key is taken on trust. "proposer" is an author and the number of a try: "base"
     vllm run-batch -i xaa -o xaa.responses --model NAME --runner generate
     python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
---image-urls file writes paths in place of images: half a kilobyte for a request. The server
-must allow it (vllm: --allowed-local-media-path ROOT). Responses may come in any order; what is
+--image-urls file writes paths in place of image files of at most --max-pixels: half a kilobyte for
+a request. Larger ones, and images inside tables, are PNG: 0.6 MB a page. The server must allow it
+(vllm: --allowed-local-media-path, with ROOT's real path). Responses may come in any order; what is
 missing, doubled, broken or cut off is counted and named, and the rest is used.
 
 Left out: rationales about targets, tools, retries (send the requests of the failures again).

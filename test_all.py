@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import base64
 import collections
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -3689,6 +3690,13 @@ def test_data_bad_listings_are_named(tmp_path, listing, message):
     (tmp_path / "empty.jsonl").write_bytes(b" ")
     with pytest.raises(BadData, match=message):
         data.train_sets(str(tmp_path))
+
+
+def test_data_a_full_cache_is_no_broken_table(tmp_path):
+    write_table(f"{tmp_path}/a.jsonl", [SOUND])
+    full = patch("datasets.Dataset.from_generator", side_effect=OSError(errno.ENOSPC, "no space"))
+    with full, pytest.raises(BadData, match="^HF_DATASETS_CACHE .*: .Errno 28. no space"):
+        data.open_table(f"{tmp_path}/a.jsonl")
 
 
 EMPTY = {"corpus-id": 6, "image": {"bytes": b"no image", "path": ""}}

@@ -35,7 +35,7 @@ Options that differ from the folder's are refused, but for those of the machine,
 is done again and of stages still to do. A stage works in STAGE.part, which takes its place when it
 is finished. With --resume auto a stage that broke off goes on from its last checkpoint or window
 (eval starts again); on a CPU it ends with the same bits as if nothing had happened.
-SIGTERM ends a run with exit code 143; a training loop writes a checkpoint first.
+SIGTERM ends a run with exit code 143 (torchrun: 1); a training loop writes a checkpoint first.
 `python -X dev train.py ...` shows where an error came from.
 
 Randomness: every draw has a generator of its own, made from --seed and what is drawn (Run.rng). So
@@ -1189,6 +1189,7 @@ def run_stages(cfg):
 def main(argv):
     """Run, and exit: 0, or one line and 2 (a mistake), 143 (SIGTERM) or 1 (data, disk, memory)."""
     code = 0
+    rank = os.environ.get("RANK", "0")  # torchrun's; scale.rank() may not be there yet
     try:
         run_stages(parse(argv))
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
@@ -1199,10 +1200,11 @@ def main(argv):
         line = line.rpartition("data.BadData: ")[2]  # without a DataLoader worker's traceback
         if isinstance(e, torch.OutOfMemoryError):
             line += "; lower --chunk_tokens, or --checkpointing true"
-        rank = os.environ.get("RANK", "0")  # torchrun's; scale.rank() may not be there yet
         if code == 1 or rank == "0":  # 2 and 143 are all processes'
             print(f"train.py: {line}", file=sys.stderr)
     if "RANK" in os.environ:
+        if code == 2 and rank != "0":  # torchrun ends all when one ends: process 0 speaks first
+            time.sleep(3)
         # A process of torchrun does not wait for the interpreter's end, in which torch's threads
         # abort now and then; torchrun would take that for a failure.
         sys.stdout.flush()
