@@ -1533,6 +1533,26 @@ def test_run_warns_of_pairs_that_rl_meets_too_often(steps, warnings, call, copy_
     assert "not used: those of 5 ids (rl's" in said
 
 
+def test_run_a_file_about_easy_pairs_is_of_this_data(call, copy_of):
+    """None of its rationales is used with --hard, and the base model writes all the same."""
+    out = copy_of("base")
+    row = {"id": "own/1", "proposer": "w", "text": "t", "direct": -9.0}
+    write_table(f"{out}/hard.jsonl", [row])
+    write_table(f"{out}/easy.jsonl", [row | {"id": "own/2"}])
+    files = "--hard", f"{out}/hard.jsonl", "--rationales", f"{out}/easy.jsonl"
+    assert call(out, *files, stage="propose") == 0
+
+
+def test_run_says_nothing_of_an_unknown_truth(call, copy_of, own_root, capsys):
+    out = copy_of("rl")
+    capsys.readouterr()
+    assert call(out, stage="eval") == 0
+    said = capsys.readouterr().out
+    assert "selection_placebo_accepted: " in said and "selection_precision" not in said
+    result = read_json(f"{out}/report.json")
+    assert (result["model"], result["data"]) == (f"{own_root}/model", own_root)
+
+
 def test_run_proposes_for_hard_pairs_alone(call, copy_of):
     """Those of the run's own judged.jsonl, whose stage then has to be done again: the others are
     judged directly, and learn to answer at once. One fold leaves no curve of a second evaluator."""
@@ -1827,7 +1847,7 @@ BROKEN_ROOTS = [  # a file of the root, exit code, what is said
     ("test.jsonl", "", 1, "test.jsonl: cannot be read: it has no rows"),
     ("test.jsonl", "{}", 1, "own/0: no column"),
     ("test.jsonl", f"{SOUND_LINE}\n{{}}", 1, "own/1: no column"),
-    ("datasets.json", f'{{"train": {OWN}, "eval": {GONE}}}', 2, "no eval set"),
+    ("datasets.json", f'{{"train": {OWN}, "eval": {GONE}}}', 2, "no eval set (test.jsonl or"),
     ("datasets.json", f'{{"eval": {OWN}, "train": {GONE}}}', 2, "no train set"),
 ]
 
@@ -1837,7 +1857,7 @@ def test_run_a_broken_root_is_said_first(name, content, code, why, own_root, tmp
     root = shutil.copytree(own_root, tmp_path / "root")
     (root / name).write_text(content)
     fails(tmp_path / "run", code, why, root=root)
-    assert not (tmp_path / "run" / "base.part").exists()
+    assert not list((tmp_path / "run").glob("base*"))  # neither begun nor done
 
 
 BROKEN_RUNS = [  # the last stage that is done, the next one, its options, exit code, what is said
@@ -1864,9 +1884,11 @@ def test_run_says_what_is_missing(done, stage, options, code, why, own_root, cop
 
 
 @pytest.mark.parametrize("option", ["--rationales", "--hard"])
-def test_run_looks_for_its_files_before_the_first_stage(option, tmp_path, fails):
+def test_run_reads_its_files_before_the_first_stage(option, tmp_path, fails):
     fails(f"{tmp_path}/run", 1, "file or directory: 'nowhere.jsonl'", option, "nowhere.jsonl")
-    assert not os.path.exists(f"{tmp_path}/run/base")
+    write_table(f"{tmp_path}/broken.jsonl", [{"id": "own/1"}])
+    fails(f"{tmp_path}/run", 1, "broken.jsonl line 1", option, f"{tmp_path}/broken.jsonl")
+    assert not list((tmp_path / "run").glob("base*"))
 
 
 def test_run_a_mistyped_option_is_corrected_with_resume(copy_of, call, fails):
@@ -1940,7 +1962,8 @@ def test_run_rl_without_rollouts(call, copy_of):
     out = copy_of("embed")
     assert call(out, "--rl_rollouts", "0", stage="rl") == 0
     rows = [row for row in json_rows(out, "metrics.jsonl") if row["stage"] == "rl"]
-    assert "nce_direct" in rows[-1] and not {"nce_reason", "lm", "decision"} & rows[-1].keys()
+    absent = {"nce_reason", "lm", "decision", "decision_right"}
+    assert "nce_direct" in rows[-1] and not absent & rows[-1].keys()
 
 
 @pytest.mark.parametrize("skill, steps", [(0.99, 40), (0.5, 80)])
@@ -3658,6 +3681,16 @@ def test_data_bad_rows_are_named(tmp_path, capsys, parser, bad, message):
     assert re.search(f"^ +d/1: {message}", out, re.M)
 
 
+@pytest.mark.parametrize(
+    "parser, kind",
+    [("pairs", "image"), ("image_cls", "image"), ("mvbench", "video"), ("beir", "visdoc")],
+)
+def test_data_a_parser_says_the_modality_unless_the_user_does(parser, kind):
+    row = {"name": "x", "parser": parser}
+    assert data.complete(row, "eval")["modality"] == kind
+    assert data.complete(row | {"modality": "visdoc"}, "eval")["modality"] == "visdoc"
+
+
 BAD_LISTINGS = [  # datasets.json, or the keys of a training set in it; what is said
     (b"{", "datasets.json: expected JSON of the form"),
     (b"[]", "datasets.json: expected JSON of the form"),
@@ -4163,6 +4196,10 @@ def test_the_page_is_written_again_and_names_a_users_data(first_root, run, comma
     write_json(run / "report.json", result | {"model": "M", "data": first_root})
     assert command("report.py", run)[0] is None
     assert f"Preset pocket, seed 0, M, {first_root}" in (run / "report.md").read_text()
+    assert payload_of(run, first_root)[1]["data"] == first_root
+    write_json(run / "config.json", {"data": ""})  # the pocket world is in the run's folder
+    shutil.copytree(first_root, run / "data")
+    assert command("report.py", run)[0] is None
 
 
 def test_without_steps_or_images_or_a_mode(root, run):
@@ -4428,6 +4465,7 @@ STUDY = """
 | Walk | 1 | 0.50 | 0.50 | 0.50 |  |
 | of the way from random to oracle | 0.80 ± 0.00 |
 | tokens / the oracle's | 2.25 ± 3.18 |
+| reason rate / that of per task | 1.00 ± 0.00 |
 | 0.1 to 0.3 | 2 | 0.200 | +0.000 |
 | 0.9 to 1.0 | 4 | 0.975 | +1.000 |
 | full | 0.500 ± 0.000 | 0.375 ± 1.588 | 0.000 ± 0.000 |
