@@ -386,7 +386,7 @@ class Row:
     rows: int | None = None  # as published; of a test set queries. None: only roughly known
     weight: int | float = 1.0  # of a draw in training
     # Test sets only.
-    modality: str | None = None  # image, video, visdoc (pages): default is what the parser reads
+    modality: str | None = None  # image, video, visdoc (pages); default: what the parser reads
     family: str = "own"  # a column of the leaderboard: I-CLS, V-QA, ViDoRe-V1 ...
     # "local": a row lists its candidates. "global": every query has all of them (pairs, pages,
     # video_ret; the default where labels are given).
@@ -427,7 +427,8 @@ def complete(row, kind):
     retrieval = parser in ("pairs", "video_ret", "beir")
     has_labels = parser == "video_cls" and spec["labels"]
     spec["scope"] = spec["scope"] or ("global" if retrieval or has_labels else "local")
-    reads = "image" if parser.startswith(("image", "pairs")) else "video"
+    is_video = kind == "eval" and not parser.startswith(("image", "pairs"))
+    reads = "video" if is_video else "image"
     spec["modality"] = spec["modality"] or ("visdoc" if parser == "beir" else reads)
     spec["media"] = listed(spec["media"]) or [spec["hub"]]
     spec["table"] = listed(spec["table"]) or MMEB["tables"]["beir" if parser == "beir" else "hub"]
@@ -546,8 +547,10 @@ class Files:
         """A cell -> a reference (a path, a TableImage), a list of them, or None for nothing."""
         if isinstance(value, list):
             return [self.image(part) for part in value if part] or None
-        if not value or isinstance(value, TableImage):
-            return value or None
+        if not value:
+            return None
+        if isinstance(value, TableImage):
+            return value
         if not is_text(value):
             raise BadData("an image", f"its path is wanted, got {short(value)}")
         return self.find(value)
@@ -1311,8 +1314,8 @@ def check_one(task, root):
 def downloads(spec, root):
     """The commands that bring a dataset: ["hf download ID --repo-type dataset ...", ...]."""
     parts = list(spec["fetch"])
-    users = os.path.exists(os.path.join(root, "datasets.json"))  # his own are on no hub
-    if not users and spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
+    is_users = os.path.exists(os.path.join(root, "datasets.json"))  # they are on no hub
+    if not is_users and spec["hub"] not in ["", *(hub for hub, _, _ in parts)]:
         parts.insert(0, [spec["hub"], None, ""])  # all of it
     commands = []
     for hub, pattern, unpack in parts:  # unpack: "cd image-tasks && tar -xzf mmeb_v1.tar.gz ..."

@@ -278,7 +278,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     cfg         temperature, lm_weight λ, decision_weight μ, chunk_tokens, matryoshka_dims
     posterior_weights   the rationales are guesses, good and bad (evaluators of select): in the mean
                 NCE(reasoned) each weighs p(t|q,r) / (p(t|q,r) + p(t|q,∅)), its posterior against ∅
-    -> metrics: loss, nce_direct and, where the batch has them, nce_reason, lm, decision,
+    -> metrics: loss, nce_direct and, where they are learnt, nce_reason, lm, decision,
        decision_right (share of labels)
     """
     model.train()
@@ -611,7 +611,7 @@ def find_folder(path_or_id, revision=None):
         raise ValueError(f"{path_or_id!r}: expected a folder, or owner/name on the hub")
     path = os.fspath(path_or_id)
     if os.path.exists(f"{path}/stages.json"):
-        raise ValueError(f"{path}: a run folder of train.py; its model is {path}/rl")
+        raise ValueError(f"{path}: a run folder of train.py; its last model is {path}/rl")
     if os.path.isdir(path):
         if revision is not None:
             raise ValueError(f"{path}: a local folder has no revisions")

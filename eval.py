@@ -482,7 +482,7 @@ def main(argv=None):
     add("--tasks", help="only these datasets, with commas")
     add("--reason", choices=[*REASON], default="auto", help="all: compare")
     add("--threshold", type=float, default=0.5, help="reason when p_reason is above it (0.5)")
-    add("--max_new_tokens", type=data.count, default=128, help="of a rationale (128; train.py: 48)")
+    add("--max_new_tokens", type=data.count, default=128, help="of a rationale (128; pocket 48)")
     add("--batch_size", type=data.count, default=16, help="items embedded together (16)")
     add("--dim", type=data.count, help="only the first numbers of each vector (Matryoshka)")
     add("--prompts", choices=["vlm2vec", "qwen"], default="vlm2vec", help="whose wording")

@@ -254,7 +254,7 @@ class Eyes:
         return confuse(kind, self.rng) if errs else kind
 
 
-SHARP = Eyes()  # never err; shared by all, so their count means nothing
+SHARP = Eyes()  # never err; shared: `readings` means nothing here
 
 
 def describe(kinds, places=CELLS, eyes=SHARP, between=" "):
@@ -646,7 +646,7 @@ def draw_pages(pairs, bank, rng):
 
 
 # Each layout writes a family's training and test set -> what datasets.json says about them, the
-# keys of data.Row. learn, held_out: the pairs of the two sets. bank draws pages alone.
+# keys of data.Row. learn, held_out: the pairs of the two sets. Only pages need bank.
 
 
 def write_images(root, family, learn, held_out, bank, rng):

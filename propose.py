@@ -28,7 +28,7 @@ a key is taken on trust. "proposer" is an author and the number of a try: "base"
 --image-urls file writes paths in place of image files of at most --max-pixels: half a kilobyte for
 a request. Larger ones, and images inside tables, are PNG: 0.6 MB a page. The server must allow it
 (vllm: --allowed-local-media-path, with ROOT's real path). Responses may come in any order; what is
-missing, doubled, broken or cut off is counted and named, and the rest is used.
+missing, doubled, foreign, broken or cut off is counted and named, and the rest is used.
 
 Left out: rationales about targets, tools, retries (send the requests of the failures again).
 Sources: OpenAI's batch API and vLLM's documentation of run-batch. The prompts are ours.
@@ -414,7 +414,7 @@ def main():
     add("--max-pixels", type=data.count, default=501760, help="of an image; larger ones shrink")
     add("--image-urls", choices=("data", "file"), default="data", help="images, or their paths")
     add = parser.add_argument_group("with --read-responses").add_argument
-    add("--requests", metavar="FILE", nargs="+", default=[], help="to name what is missing")
+    add("--requests", metavar="FILE", nargs="+", default=[], help="names what is missing, foreign")
     add("--accept-cut", action="store_true", help="use answers that were cut off, too")
     add("--proposer", default="model", help="its name: rows have NAME-0, NAME-1 ... by prompt")
     add("--out", metavar="FILE", default="rationales.jsonl", help="the rationales")

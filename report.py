@@ -336,7 +336,7 @@ def write_report(run, data_root):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # a wrong option ends in one line
     parser.add_argument("run", help="a run folder of train.py")
-    parser.add_argument("data", nargs="?", help="the root of its test sets (the run's)")
+    parser.add_argument("data", nargs="?", help="the root of its test sets (that of the run)")
     args = parser.parse_args()
     try:
         root = args.data or read_json(Path(args.run, "config.json"))["data"]

@@ -73,7 +73,7 @@ VARIANTS = {
 COMPARED = [f.name for f in fields(train.Config) if f.metadata["group"] != "machine"]
 COMPARED.remove("seed")
 LONGER = pocket.LONGEST + 1  # steps of the longest queries of a test that training never saw
-# name: (figure, mode A, mode B): how far of the way from A to B adaptive goes. Never has 0 tokens.
+# name: (figure, mode A, mode B): how far of the way from A to B adaptive goes. Never's are 0.
 RATIOS = {
     "of the way from random to oracle": ("overall", "random", "oracle"),
     "tokens / the oracle's": ("tokens_per_query", "never", "oracle"),

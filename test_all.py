@@ -1073,7 +1073,7 @@ BAD_RUNS = [  # lines, options, what is said
     (b'"a"', "--dim 65", "dim=65: expected a whole number from 1 to 64"),
     (b'"a"', "--dtype int8", "dtype='int8': expected bfloat16"),
     (b'"a"', "--revision v1", "a local folder has no revisions"),
-    (b'"a"', "--model IN/run", "run: a run folder of train.py; its model is .*/run/rl"),
+    (b'"a"', "--model IN/run", "run: a run folder of train.py; its last model is .*/run/rl"),
 ]
 
 
@@ -1847,7 +1847,12 @@ BROKEN_ROOTS = [  # a file of the root, exit code, what is said
     ("test.jsonl", "", 1, "test.jsonl: cannot be read: it has no rows"),
     ("test.jsonl", "{}", 1, "own/0: no column"),
     ("test.jsonl", f"{SOUND_LINE}\n{{}}", 1, "own/1: no column"),
-    ("datasets.json", f'{{"train": {OWN}, "eval": {GONE}}}', 2, "no eval set (test.jsonl or"),
+    (
+        "datasets.json",
+        f'{{"train": {OWN}, "eval": {GONE}}}',
+        2,
+        "no eval set (train.jsonl, test.jsonl",
+    ),
     ("datasets.json", f'{{"eval": {OWN}, "train": {GONE}}}', 2, "no train set"),
 ]
 
@@ -4198,8 +4203,10 @@ def test_the_page_is_written_again_and_names_a_users_data(first_root, run, comma
     assert f"Preset pocket, seed 0, M, {first_root}" in (run / "report.md").read_text()
     assert payload_of(run, first_root)[1]["data"] == first_root
     write_json(run / "config.json", {"data": ""})  # the pocket world is in the run's folder
+    write_json(run / "report.json", result | {"model": "", "data": ""})
     shutil.copytree(first_root, run / "data")
     assert command("report.py", run)[0] is None
+    assert "seed 0\n" in (run / "report.md").read_text()
 
 
 def test_without_steps_or_images_or_a_mode(root, run):
@@ -4366,6 +4373,7 @@ def test_a_family_with_many_wrong_answers_has_its_own_alone(tmp_path):
 def test_rationales_of_the_pocket_world():
     """Worked examples. Red leads right, green down, blue left; purple ends a walk. A misread digit
     changes all that follows."""
+    assert pocket.PLACES[:3] == ["first left", "first right", "second left"]
     kinds = [3, 5, 9, ("red", "star")]  # modulo ten; what ends a sum is named
     rationale = pocket.explain_sum(pocket.CELLS, kinds, pocket.SHARP)
     added = "n five makes eight . ne nine makes seventeen keep seven"
@@ -4472,6 +4480,9 @@ STUDY = """
 """
 
 
+SELECTION = "## Selection against the truth"
+
+
 def test_study_page(tmp_path):
     """Two seeds of two variants: a worked row of every table."""
     with pytest.raises(ValueError, match="no finished run"):
@@ -4483,6 +4494,8 @@ def test_study_page(tmp_path):
     study.summarise(tmp_path)
     page = (tmp_path / "study.md").read_text(encoding="utf-8").splitlines()
     assert set(STUDY.split("\n")) <= {*page, ""}
+    selections = [line.split(" | ")[0] for line in page[page.index(SELECTION) :] if "|" in line]
+    assert selections[2:] == ["| full", "| always"]  # never has full's
     assert (tmp_path / "study.png").exists()
     runs = [(run["variant"], run["seed"]) for run in json_rows(tmp_path, "runs.jsonl")]
     assert runs == [("full", 1), ("full", 2), ("never", 2), ("always", 0)]

@@ -863,11 +863,14 @@ def propose_stage(run, part):
     size += os.path.getsize(given.path)
     scale.need_space(part, 2 * size, "rationales")
 
+    def is_about(pair_id):
+        return pair_id in given.offsets
+
     # The stage's pairs that the file is about: none where it was written for other data.
-    num_about = sum(map(len, pairs.windows(given.offsets.__contains__)))
+    num_about = sum(map(len, pairs.windows(is_about)))
     if given.offsets and not num_about:
         ids = f"ids like {next(iter(given.offsets))!r}, pairs like {pairs.tables.id(0, 0)!r}"
-        raise UsageError(f"{given.path}: about no pair that {run.data_root} has but for rl ({ids})")
+        raise UsageError(f"{given.path}: about no pair of {run.data_root}, rl's aside ({ids})")
 
     def rows_of(n, window):
         rows, num_longer = rows_within(given, window, processor, c.max_new_tokens)
@@ -1147,7 +1150,7 @@ def find_test_sets(root):
         specs = data.tables(root, kind)
         found = [spec for spec in specs if data.Files(spec, root).all_paths()]
         if not found:
-            wanted = f"{kind.replace('eval', 'test')}.jsonl or .parquet, or datasets.json"
+            wanted = "train.jsonl, test.jsonl (or .parquet), or tables that datasets.json names"
             raise UsageError(f"{root} has no {kind} set ({wanted}); --stage all needs one")
     return found  # of the last kind
 
@@ -1157,6 +1160,9 @@ def run_stages(cfg):
     whole = cfg.stage == "all"
     test_sets = find_test_sets(cfg.data) if cfg.data and whole else []
     run = Run(cfg)
+    num_done = len(run.stages)  # they are the first ones: finish() sees to it
+    if cfg.stage in STAGES[num_done + 1 :]:
+        raise UsageError(f"{cfg.out}: stage {STAGES[num_done]} is not done; --stage all does it")
     # What cannot be read fails now, not hours later.
     if "propose" not in run.stages:
         if cfg.rationales:
@@ -1165,10 +1171,8 @@ def run_stages(cfg):
             propose.hard_pairs(cfg.hard)
     if "eval" not in run.stages:
         for spec in test_sets:
+            run.say(f"reading test set {spec['name']}")
             data.load_eval(cfg.data, spec)
-    num_done = len(run.stages)  # they are the first ones: finish() sees to it
-    if cfg.stage in STAGES[num_done + 1 :]:
-        raise UsageError(f"{cfg.out}: stage {STAGES[num_done]} is not done; --stage all does it")
     if not cfg.data:
         draw_world(run)
     for stage in STAGES[num_done:] if whole else [cfg.stage]:
