@@ -26,8 +26,8 @@ a key is taken on trust. "proposer" is an author and the number of a try: "base"
     python propose.py --read-responses *.responses --requests requests.jsonl --proposer NAME
 
 --image-urls file writes paths in place of image files of at most --max-pixels: half a kilobyte for
-a request. Larger ones, and images inside tables, are PNG: 0.6 MB a page. The server must allow it
-(vllm: --allowed-local-media-path, with ROOT's real path). Responses may come in any order; what is
+a request. Larger ones, and those inside tables, are still PNG. The server must allow it (vllm:
+--allowed-local-media-path, with ROOT's real path). Responses may come in any order; what is
 missing, doubled, foreign, broken or cut off is counted and named, and the rest is used.
 
 Left out: rationales about targets, tools, retries (send the requests of the failures again).
