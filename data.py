@@ -261,7 +261,7 @@ def open_table(path):
             return datasets.Dataset.from_generator(json_lines, features, gen_kwargs=given)
     except Exception as error:  # of pyarrow, fsspec ...
         cause = error.__cause__ or error  # what one of `datasets` hides
-        if getattr(cause, "errno", None) and path not in str(cause):  # a full disk
+        if getattr(cause, "errno", None) and path not in str(cause):  # its disk is full
             where = f"HF_DATASETS_CACHE {datasets.config.HF_DATASETS_CACHE}"
             raise BadData(where, cause) from error
         raise BadData(path, f"cannot be read: {cause}") from error
