@@ -610,7 +610,9 @@ class Files:
 # --------------------------------------------------------------------------------------------------
 # Training: a parser per kind of source, row -> (query item, target item, [hard negative items])
 
-QUERY, TARGET = ["qry", "qry_image_path"], ["pos_text", "pos_image_path"]  # text, image of a side
+# Text and image of a side.
+QUERY, TARGET = ["qry", "qry_image_path"], ["pos_text", "pos_image_path"]
+NEGATIVE = ["neg_text", "neg_image_path"]
 
 
 def mmeb_pair(files, row):
@@ -625,6 +627,9 @@ def mmeb_pair(files, row):
 
     Hard negatives (none, a value, or lists as in mmE5's columns) are kept: VLM2Vec drops them.
     """
+    for column in row:  # neg_texts would be no negatives, without a word
+        if column.startswith("neg") and column not in NEGATIVE:
+            raise BadData(f"column {column}", f"{' or '.join(NEGATIVE)} is wanted")
     texts = listed(row.get("neg_text") or None)  # "" and null: none
     images = listed(row.get("neg_image_path") or None)
     if texts and images and len(texts) != len(images):
@@ -633,7 +638,7 @@ def mmeb_pair(files, row):
     for text, image in itertools.zip_longest(texts, images):
         if text or image:
             cells = {"neg_text": text, "neg_image_path": image}  # one negative, as if it were a row
-            negatives.append(mmeb_side(files, cells, "neg_text", "neg_image_path"))
+            negatives.append(mmeb_side(files, cells, *NEGATIVE))
     return mmeb_side(files, row, *QUERY), mmeb_side(files, row, *TARGET), negatives
 
 

@@ -194,10 +194,14 @@ def embed_share(embedder, items, title, names, **how):
     world = scale.world_size()
     part = slice(n * scale.rank() // world, n * (scale.rank() + 1) // world)
     start = time.perf_counter()
+    broken = []
     try:
         vectors, infos = embedder.encode(items[part], return_info=True, **how)
     except ItemError as error:
-        raise data.BadData(f"{title} {names[part][error.index]}: {error.why}") from error
+        broken.append(f"{title} {names[part][error.index]}: {error.why}")
+    broken = scale.gather_objects(broken)
+    if broken:  # on any process: all of them end in one line
+        raise data.BadData(broken[0])
     ms = 1000 * (time.perf_counter() - start)
     for info in infos:
         info["ms"] = ms / len(infos)

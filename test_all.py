@@ -3649,6 +3649,7 @@ BAD_ROWS = [
     ("mmeb", pair("q", {"a": 1}), "an image: its path is wanted, got a dict"),
     ("mmeb", pair("q", math.nan), "an image: its path is wanted, got nan"),
     ("mmeb", b"[3]", "an object is wanted, got a list"),
+    ("mmeb", {"neg_texts": ["x"]}, "column neg_texts: neg_text or neg_image_path is wanted"),
     (
         "mmeb",
         pair("q", "empty.png"),
@@ -4062,6 +4063,18 @@ def test_an_evaluation_by_two_processes_equals_one(first_root, tmp_path, monkeyp
         # Targets, never, always, of easy and of hard: two of five items, and the other three.
         assert calls == [2 + process] * 6
     assert contents(one, "leaderboard") == contents(two, "leaderboard")  # which has the time
+
+
+def broken_evaluation(rank, folder, root):
+    fake = Fake()
+    if rank == 1:
+        fake.encode = Mock(side_effect=ItemError(0, "broken"))
+    with pytest.raises(BadData, match="^easy candidate first met at easy/2: broken$"):
+        evaluation.evaluate(fake, root, f"{folder}/out")
+
+
+def test_an_item_that_breaks_one_process_ends_both(first_root, tmp_path):
+    in_two_processes(broken_evaluation, tmp_path, first_root)
 
 
 def test_grades_are_written(first_root, tmp_path):
