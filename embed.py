@@ -125,7 +125,7 @@ def rationale_logprobs(model, h, batch, processor):
     """
     ends = batch["ends"]
     places = torch.arange(h.shape[1], device=h.device)
-    # Rationale k: prefix <think>\n | text </think> | tail \n\n<|endoftext|>. It begins behind the
+    # Rationale k: prefix <think>\n | text\n </think> | tail \n\n<|endoftext|>. It begins behind the
     # branch before it, at ends[k - 1] + 1, and ends at ends[k].
     first = ends[:, :-1, None] + 1 + len(processor.prefix)  # (B, K, 1)
     last = ends[:, 1:, None] - len(processor.tail)  # below 0 where a row has no rationale k
@@ -245,8 +245,8 @@ def gradcache_step(
     branches = {"query": rationales, "document": [[]] * len(documents)}
 
     # scale.backward calls this on chunks of rows: first for the vectors alone; then, when it knows
-    # the gradient of `contrast` in each vector, with the losses. If all rows fit in one budget,
-    # each chunk passes once and does both.
+    # the gradient of `contrast` in each vector, with the losses. If all rows fit in one budget, the
+    # queries pass once and the documents once, and each pass does both.
     def forward(kind, rows, with_loss):
         chunk = [prompts[kind][i] for i in rows]
         chunk_branches = [branches[kind][i] for i in rows]
@@ -271,7 +271,7 @@ def contrastive_step(model, processor, pairs, rationales, labels, cfg, posterior
     pairs       this process' share of a batch. "query", "target", "negatives": prompts;
                 "target_key": its prompt_key; "id"
     rationales  of each pair: token ids as of Processor.rationale, or None: no reasoned path.
-                train.py (Lessons) draws them
+                train.py (Lessons) draws one of the kept by its weight (select.py)
     labels      of each pair the right decision: 1 to reason, 0 to answer directly, -1 unknown.
                 A pair with label 0 may have a rationale: NCE(reasoned) and CE(rationale) then learn
                 how to think if forced, and the decision learns not to

@@ -69,7 +69,7 @@ from embed import (
 from model import generate
 from processor import collate
 
-FORMAT_BONUS = 0.1  # a sixth of what T tokens cost at the default penalty
+FORMAT_BONUS = 0.1  # a sixth of what T tokens cost at the default penalty, 0.6
 EPSILON = 1e-4  # on sigma, whose usual size is 0.15, for a batch without any variance
 
 # --------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Experience:
     """model.Rollouts of b queries, K rationales each, with vectors and p_reason. No gradients."""
 
     tokens: list  # [b][K] ids from <think> to <|endoftext|>
-    num_sampled: torch.Tensor  # (b, K) tokens that the actor chose
+    num_sampled: torch.Tensor  # (b, K) tokens that the actor chose, </think> among them
     truncated: torch.Tensor  # (b, K) bool: it ran out of tokens and was closed by force
     old_logprobs: torch.Tensor  # (b, K, T) of the sampled tokens; zero after them
     vectors: torch.Tensor  # (b, 1 + K, H) unit; the direct one first
@@ -209,8 +209,8 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     pairs  [b] this process' share of the batch's B pairs, as in embed.contrastive_step
     cfg    train.Config: group rl, max_new_tokens, temperature, chunk_tokens, matryoshka_dims
-    actor  writes the rollouts: a plain copy of the model with its present weights (scale.merge), or
-           None, the model itself, which must be plain and fp32: generation has no autocast
+    actor  writes the rollouts: a copy of the model without LoRA and shards, with its present
+           weights (scale.merge), or None, the model itself, if it is such a one in fp32
     -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward
     """
     actor = actor or model
@@ -238,7 +238,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     gain, advantage, sigma = credit(reward)
     weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
 
-    # 4) `when` and `what` of some queries, for gradcache_step. Nothing is drawn in here.
+    # 4) `when` and `what` of some queries. A chunk may pass twice: nothing is drawn in here.
     def query_loss(rows, h, batch):
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
         decision = reason - direct
@@ -257,7 +257,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
         metrics["loss_when"] = float(when.detach())
         return cfg.rl_decision_weight * when + what, metrics
 
-    # 5) InfoNCE on the direct and on the reasoned path keeps the space in place.
+    # 5) InfoNCE on the direct and on the reasoned path: keeps the space, learns from new pairs.
     def contrast(vectors):
         q = vectors["query"]  # (B, 1 + K, H)
         t = vectors["document"][row_of_column, 0]  # (columns, H)

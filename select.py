@@ -24,7 +24,7 @@ Why these conditions. The words must help (gain), and help because they are abou
 the softmax: so what a uniform guess would gain is subtracted. The bar is at least the margin
 (option select_margin, 0.7), just above log 2: a rationale must double the target's probability.
 
-Luck. An evaluator that happens to name the right target one time in ten does so with placebos as
+Luck. An evaluator that happens to name the right target now and then does so with placebos as
 well. Each stratum (what one author wrote for one dataset) has a bar of its own. Let g be the
 gains of its rationales and g' those of their placebos, each less max(0, gain_guess). The bar is the
 smallest value, among the margin and those g that exceed it, for which
@@ -103,7 +103,7 @@ else:
 RULES = ("full", "positive_only", "no_placebo", "none")
 WINDOW = 1024  # pairs of one dataset that are judged together
 CANDIDATES = 16  # |C|: chance is 1/16, low enough that a rationale has room to help
-MANY = 768  # different targets in a window: from here on C is mined
+MANY = 768  # different targets, of at most 1024, in a window: from here on C is mined (ours)
 COPY = 0.95  # cosine of two targets that may be the same one in other words (arXiv 2407.15831)
 AUDITED = 0.25  # share of the placebos that are put through the rule, against a second placebo
 
@@ -164,9 +164,9 @@ def judge(model, processor, pairs, texts, cfg, rng):
          "direct": -2.3, "gain": 1.9, "gain_placebo": -0.2, "gain_second": 0.1, "gain_guess": -0.5,
          "similarity_gain": [2.4, -0.1, 0.3], "audited": True}
     "direct" is logp(q, ∅). "similarity_gain" has the gains of text, placebo and second placebo in
-    s(q, r; t)/temperature. A gain is None where there is no such text, and where the pair is easy;
-    gain_guess never is. A pair about which nobody wrote has one row: id, dataset and "direct", gain
-    None, proposer and text empty.
+    s(q, r; t)/temperature. A gain is None where there is no such text, and where the pair is easy.
+    A pair about which nobody wrote has one row with less: id, dataset and "direct", gain None,
+    proposer and text empty.
     """
     # 1) e(c, ∅) of every target and negative: t (N, H). Then all draws.
     documents, places = distinct_documents(pairs)
@@ -359,7 +359,7 @@ def stratum_bar(gains, placebos, margin, fdr):
     fdr · #{gains > bar}; inf without one."""
     gains, placebos = np.sort(gains), np.sort(placebos)
     # Only gains are tried. A value between two of them keeps the same rationales as the lower one,
-    # perhaps with fewer placebos above it: so the bar may come out too high, never too low.
+    # perhaps with fewer placebos above it: the bar may be higher than need be, never lower.
     tried = np.concatenate(([margin], gains[gains > margin]))
     passed = len(gains) - np.searchsorted(gains, tried, "right")
     lucky = len(placebos) - np.searchsorted(placebos, tried, "right")
