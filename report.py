@@ -167,6 +167,9 @@ def what_is_missing(report, log, test_sets):
         sentences.append(report["selection"]["warning"])
     if not report.get("adaptivity"):
         sentences.append("How many steps the queries need is not known for this data.")
+    absent = [key for key in ("seconds", "selection", "curve") if not report.get(key)]
+    if absent:
+        sentences.append(f"This report has no {', '.join(absent)}.")
     logged = {row["stage"] for row in log}  # {"base", "select0", "embed", ...}
     for stage in ("base", "select0", "embed", "rl"):  # select0: the first evaluator of select
         if stage not in logged:
@@ -308,7 +311,7 @@ def write_report(run, data_root):
     # 2) The page's JSON. Cards take what room the rest leaves.
     title, sentences = verdict(report["modes"], records)
     sentences += what_is_missing(report, log, summary.get("missing"))
-    payload = {"seconds": {}, "adaptivity": {}} | report  # an older report may lack these
+    payload = {"seconds": {}, "adaptivity": {}, "curve": []} | report  # an older one may lack these
     payload["title"] = title
     payload["threshold"] = summary["threshold"]
     payload["training"] = training_curves(log)
@@ -320,7 +323,8 @@ def write_report(run, data_root):
         payload["datasets"] = {}  # the page then has neither slider nor cards
         sentences.append("There are too many queries for the page: report.md has the numbers.")
     cards, images = make_cards(records, data_root, summary.get("reading", {}), room)
-    sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html.")
+    shown = ", without images: they have none" if cards and not images else ""
+    sentences.append(f"{len(cards)} of the test queries are shown as cards in report.html{shown}.")
     payload["sentences"] = sentences
     payload["cards"] = cards
     payload["images"] = list(images.values())

@@ -304,8 +304,8 @@ def summarise(out):
     runs = []
     for name, by_seed in reports.items():
         for report in by_seed.values():
-            figures = {key: report[key] for key in ("seed", "modes", "selection", "adaptivity")}
-            runs.append({"variant": name, **figures})
+            keys = ("seed", "modes", "selection", "adaptivity", "curve")
+            runs.append({"variant": name} | {key: report[key] for key in keys})
     write_rows(out / "runs.jsonl", runs)
     rows = measured(reports)
     full = reports["full"].values()
@@ -357,7 +357,7 @@ def draw(rows, full, path):
         "never": ("s", "#0072B2", "never (trained for it)"),
         "always": ("D", "#D55E00", "always (trained for it)"),
         "always_selected": ("d", "#B65A92", "always (on selected rationales)"),
-        "supervised": ("v", "#8C6D00", "adaptive without RL"),
+        "supervised": ("v", "#8C6D00", "adaptive without stage rl"),
         "full": ("o", "#009E73", "adaptive"),
         "full, per_task": ("^", "0.45", "per task"),
         "full, random": ("X", "0.45", "random"),

@@ -1553,6 +1553,16 @@ def test_run_says_nothing_of_an_unknown_truth(call, copy_of, own_root, capsys):
     assert (result["model"], result["data"]) == (f"{own_root}/model", own_root)
 
 
+def test_run_no_report_of_half_an_evaluation(copy_of, fails):
+    """What eval.py leaves in its place, with --reason auto, knows one mode."""
+    out = copy_of()
+    summary = read_json(f"{out}/eval/summary.json")
+    for key in ("threshold", "modes"):
+        del summary[key]
+        write_json(f"{out}/eval/summary.json", summary)
+        fails(out, 2, f"it lacks {key}; --stage eval measures it again")
+
+
 def test_run_proposes_for_hard_pairs_alone(call, copy_of):
     """Those of the run's own judged.jsonl, whose stage then has to be done again: the others are
     judged directly, and learn to answer at once. One fold leaves no curve of a second evaluator."""
@@ -4223,18 +4233,25 @@ def test_the_page_is_written_again_and_names_a_users_data(first_root, run, comma
 
 
 def test_without_steps_or_images_or_a_mode(root, run):
-    rows = [row | {"qry_image_path": ""} for row in json_rows(root, "easy.jsonl")]
-    M.write_rows(f"{root}/easy.jsonl", rows)
+    for name in ("easy.jsonl", "hard.jsonl"):
+        rows = [row | {"qry_image_path": ""} for row in json_rows(root, name)]
+        M.write_rows(f"{root}/{name}", rows)
     for name in ("report.json", "eval/summary.json"):
         result = read_json(run / name)
-        del result["modes"]["per_task"], result["adaptivity"]  # as an older report
+        del result["modes"]["per_task"], result["adaptivity"], result["curve"]  # an older report
         result.pop("seconds", None)
         write_json(run / name, result)
     os.remove(run / "metrics.jsonl")
     _, payload = payload_of(run, root)
-    assert payload["cards"][0]["images"] == payload["training"] == []
-    assert any("steps" in sentence for sentence in payload["sentences"])
-    assert "This report is older than the modes per_task." in payload["sentences"]
+    assert payload["images"] == payload["training"] == payload["curve"] == []
+    said = " ".join(payload["sentences"])
+    for words in (
+        "steps",
+        "than the modes per_task.",
+        "no seconds, selection, curve.",
+        "they have none.",
+    ):
+        assert words in said
 
 
 @pytest.mark.parametrize("limit, cards", [(9_500, range(1, 9)), (10, [0])])

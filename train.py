@@ -1090,8 +1090,9 @@ def write_report(run):
     """report.json, report.md and report.html, and the numbers that matter on the screen, one a
     line, for people and for grep: "adaptive: 0.9569"."""
     summary = run.read("eval/summary.json")
-    if "modes" not in summary:  # eval.py has written there since
-        raise UsageError(f"{run.path('eval')}: it lacks modes; --stage eval measures them again")
+    for key in ("modes", "curve", "adaptivity", "threshold"):
+        if key not in summary:  # eval.py has written there since
+            raise UsageError(f"{run.path('eval')}: it lacks {key}; --stage eval measures it again")
     result = {
         "preset": run.cfg.preset,
         "seed": run.cfg.seed,
