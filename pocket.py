@@ -394,7 +394,8 @@ def draw_way(rng, steps):
 
 def make_walk(bank, rng, steps):
     """A purple thing ends a walk. More than half of what is off the way is purple, too: the end
-    cannot be recognised without walking. No step: the start is purple.
+    cannot be recognised without walking. No step: the start is purple. No walk leaves the image: it
+    would end in a second way, and "out" in a rationale is thus a misread colour.
 
     "start at nw and follow the colours . what is at the end ?" -> "purple ring"
     """
