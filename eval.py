@@ -42,9 +42,12 @@ ranking on a GPU, significance, all but 100 candidates in pred.jsonl, most metad
 leaderboard.
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in train.py
+
 import argparse
 import json
-import os
 import sys
 import time
 from datetime import datetime

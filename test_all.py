@@ -1632,6 +1632,7 @@ def test_run_pairs_by_workers_equal_those_kept(opened):
     assert os.getpgid(worker.pid) == worker.pid  # no signal to our group reaches it
     resumed.close()
     assert {pair["id"] for pair in next(read.load(read.windows(bool)))} == READABLE
+    assert multiprocessing.active_children() == [worker]  # the same one, whatever is read
 
 
 def test_run_fork(finished, call, copy_of, fails, tmp_path, monkeypatch):

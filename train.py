@@ -117,7 +117,7 @@ LARGE = {
     "workers": 8,  # VLM2Vec-V2
     "num_candidates": 4,  # ours
     "select_steps": 500,  # ours: a tenth of embed's
-    # A stage's peak rate is lr times its factor. The pocket model's are smaller: tuned for it.
+    # A stage's peak rate is lr times its factor; ours. The pocket model's are smaller: tuned.
     "select_lr_factor": 1.0,
     "embed_steps": 5000,  # VLM2Vec-V2
     "embed_lr_factor": 1.0,
@@ -128,8 +128,8 @@ LARGE = {
     "rl_lr_factor": 0.1,  # so 1e-6: UME-R1
     "rl_holdout": 0.05,  # ours: more pairs than rl visits
     "save_every": 200,  # ours
-    "checkpointing": True,
-    "compile": True,
+    "checkpointing": True,  # ours: memory for time
+    "compile": True,  # ours
 }
 LORA = {  # 4B in full needs 71 GB before an activation
     "lora": 32,  # Qwen3-VL-Embedding
@@ -901,9 +901,10 @@ def select_stage(run, part):
     """
     c = run.cfg
     written = propose.Rationales(run.path("propose/rationales.jsonl"))  # by pair id
-    # A judged row is about twice as long as its rationale. It is written three times: into a file
-    # of its window, of its fold and of all.
-    scale.need_space(part, 3 * 2 * os.path.getsize(written.path), "judged rationales")
+    # A judged row has some 450 bytes more than its rationale. It is written three times: into a
+    # file of its window, of its fold and of all.
+    size = os.path.getsize(written.path) + 450 * written.authors.total()
+    scale.need_space(part, 3 * size, "judged rationales")
 
     # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]

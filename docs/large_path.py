@@ -1,6 +1,6 @@
 """The path of --preset qwen3vl-2b, walked to its end on a cut-down checkpoint of random weights.
 
-    python docs/large_path.py                     four minutes on two idle cores, in fp32
+    python docs/large_path.py                     five minutes on two idle cores, in fp32
     python docs/large_path.py --device cuda       the same on GPUs in bf16, with nccl where there
                                                   are two; not yet run
 
@@ -140,11 +140,20 @@ def compiled(root, device):
     require_alike(root, "eager", "compiled")
 
 
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def parallel(root, device):
+    """two processes, compiled"""
+    process = start(root, "parallel", *ON[device], "--compile", "true", launcher=TWO)
+    expect(0, process, root / "parallel.log")
+    require_alike(root, "eager", "parallel")
+
+
 def sharded(root, device):
     """two processes, FSDP2"""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     more = (*ON[device], "--compile", "false", "--fsdp", "true")
-    expect(0, start(root, "sharded", *more, launcher=launcher), root / "sharded.log")
+    expect(0, start(root, "sharded", *more, launcher=TWO), root / "sharded.log")
     require_alike(root, "eager", "sharded")
 
 
@@ -172,10 +181,10 @@ def main():
     device = parser.parse_args().device
     root = Path(tempfile.mkdtemp(prefix="large_path."))
     print(root)
-    walks = [prepare, eager, compiled, sharded, interrupted]
+    walks = [prepare, eager, compiled, parallel, sharded, interrupted]
     if device == "cuda" and torch.cuda.device_count() < 2:
-        print(f"{sharded.__doc__}: left out, there is one GPU")
-        walks.remove(sharded)
+        print("two processes: left out, there is one GPU")
+        walks = [prepare, eager, compiled, interrupted]
     for walk in walks:
         started = time.time()
         walk(root, device)
