@@ -384,7 +384,9 @@ class Embedder:
         info[0]  # {"reasoned": True, "p_reason": 0.9, "rationale": "nw red star", "new_tokens": 5}
     """
 
-    budget = 16384  # padded tokens of a batch: this bounds memory, not the number of items
+    # Padded tokens of a batch: this bounds the device's memory. The patches of eight batches' items
+    # are in the main memory, whatever it is.
+    budget = 16384
 
     def __init__(self, model, processor):
         self.model = model
@@ -505,7 +507,9 @@ class Embedder:
             window_vectors = torch.empty(len(prompts), H, dtype=torch.float32)
             window_infos = [None] * len(prompts)
             for rows in self.batches(row_lengths(prompts), batch_size):
-                of_rows = self.embed_prompts([prompts[row] for row in rows], threshold, sampling)
+                part = [prompts[row] for row in rows]
+                with torch.autocast(self.model.device.type, enabled=False):  # a caller's
+                    of_rows = self.embed_prompts(part, threshold, sampling)
                 for row, v, info in zip(rows, *of_rows):
                     if not v.norm().isfinite():
                         why = f"its vector is not finite in {self.model.dtype}"
@@ -538,7 +542,8 @@ class Embedder:
         with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:
             while window := list(itertools.islice(numbered, 8 * batch_size)):
                 refuse_seeking([item for _, item in window])
-                yield list(threads.map(read, window))
+                apply = threads.map if len(window) > 1 else map  # a lone query waits for no thread
+                yield list(apply(read, window))
 
     def batches(self, lengths, batch_size):
         """Lengths of n rows -> lists of row numbers: rows about as long, the longest first."""
@@ -714,8 +719,8 @@ def run(model, input, output, **options):
         raise ValueError(f"{list(items)[e.index]}: {e.why}") from e
     with open(f"{output}.tmp", "wb") as file:
         np.save(file, v)
+    write_rows(facts, infos)  # before the vectors: a disk that fills up leaves both as they were
     os.replace(f"{output}.tmp", output)
-    write_rows(facts, infos)
     reasoned = sum(info["reasoned"] for info in infos)
     print(f"{output}: {v.shape[0]} vectors of {v.shape[1]} numbers; {reasoned} reasoned")
 

@@ -829,7 +829,7 @@ def parse_json(text, place):
     """The value of a JSON text, str or bytes. ValueError names the place where it stands."""
     try:
         return json.loads(text)
-    except ValueError as error:  # no JSON, no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a hundred thousand [
         raise ValueError(f"{place}: not valid JSON ({error})") from None
 
 

@@ -276,6 +276,7 @@ class Processor:
         Its instruction wins over the call's, the call's over the default; "" writes none.
         """
         item = as_dict(item)
+        refuse_seeking([item])
         messages = messages_of(item)
         given = item.get("instruction", instruction)
         require(given is None or is_text(given), "instruction", given, "text")
@@ -338,7 +339,6 @@ class Processor:
         if not isinstance(frames, (list, tuple)) or not frames:
             given = type(frames).__name__
             raise ValueError(f"a video without frames ({given}): expected a list of frames")
-        refuse_seeking(frames)
         if fps is None:
             fps = self.fps
             if len(frames) > self.max_frames:
@@ -389,6 +389,9 @@ class Processor:
                 user_places += range(len(ids) + len(before), stop)
             ids += tokens
         surplus = max(0, len(ids) + 1 - self.max_length)
+        if user_places and surplus >= len(user_places):  # two such items are told apart by nothing
+            long = f"an item of {len(ids) + 1} tokens, max_length is {self.max_length}"
+            warnings.warn(f"all text is cut: {long}", stacklevel=2)
         segments = [piece for piece in pieces if isinstance(piece, tuple)]
         return {
             # The last text is cut first, the instruction last.
@@ -498,7 +501,6 @@ def content_of(item):
             clips = video
     parts = [{"video": clip, "fps": item.get("fps")} for clip in clips]
     images = listed(item.get("image"))
-    refuse_seeking(images)
     parts += [{"image": image} for image in images]
     texts = [text for text in listed(item.get("text")) if text is not None]
     if not parts and not texts:
@@ -506,11 +508,20 @@ def content_of(item):
     return parts + [{"text": text} for text in texts]
 
 
-def refuse_seeking(images):
+def refuse_seeking(items):
     """list(ImageSequence.Iterator(gif)) is one object many times, left at its last frame."""
-    for a, b in itertools.pairwise(images):
-        if a is b and isinstance(a, Image.Image) and a.tell():
-            raise ValueError("the frames are one image that seeks: expected a copy of each")
+    seen = set()  # images that were moved on to a later frame
+    todo = list(items)
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, (list, tuple)):
+            todo += value
+        elif isinstance(value, Image.Image) and value.tell():
+            if id(value) in seen:
+                raise ValueError("the frames are one image that seeks: expected a copy of each")
+            seen.add(id(value))
 
 
 def as_sentence(instruction):
