@@ -209,8 +209,8 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
 
     pairs  [b] this process' share of the batch's B pairs, as in embed.contrastive_step
     cfg    train.Config: group rl, max_new_tokens, temperature, chunk_tokens, matryoshka_dims
-    actor  writes the rollouts: a copy of the model without LoRA and shards, with its present
-           weights (scale.merge), or None, the model itself, if it is such a one in fp32
+    actor  writes the rollouts: a copy with the model's present weights, as scale.merge makes it
+           (in one piece, nothing added), or None, the model itself, if it is such a one in fp32
     -> metrics of the joined batch; "sample": a rationale of our query with the lowest mean reward
     """
     actor = actor or model
