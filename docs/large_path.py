@@ -1,6 +1,6 @@
 """The path of --preset qwen3vl-2b, walked to its end on a cut-down checkpoint of random weights.
 
-    python docs/large_path.py                     five minutes on two idle cores, in fp32
+    python docs/large_path.py                     in fp32; minutes: results/times.txt
     python docs/large_path.py --device cuda       the same on GPUs in bf16, with nccl where there
                                                   are two; not yet run
 
