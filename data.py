@@ -427,7 +427,7 @@ def complete(row, kind):
     retrieval = parser in ("pairs", "video_ret", "beir")
     has_labels = parser == "video_cls" and spec["labels"]
     spec["scope"] = spec["scope"] or ("global" if retrieval or has_labels else "local")
-    is_video = kind == "eval" and not parser.startswith(("image", "pairs"))
+    is_video = parser in (*VIDEO_QA, "video_cls", "video_ret", "moment", "momentseeker")
     reads = "video" if is_video else "image"
     spec["modality"] = spec["modality"] or ("visdoc" if parser == "beir" else reads)
     spec["media"] = listed(spec["media"]) or [spec["hub"]]

@@ -508,7 +508,8 @@ class Embedder:
             window_infos = [None] * len(prompts)
             for rows in self.batches(row_lengths(prompts), batch_size):
                 part = [prompts[row] for row in rows]
-                with torch.autocast(self.model.device.type, enabled=False):  # a caller's
+                # A caller's autocast would not fit the cache, which is in the model's dtype.
+                with torch.autocast(self.model.device.type, enabled=False):
                     of_rows = self.embed_prompts(part, threshold, sampling)
                 for row, v, info in zip(rows, *of_rows):
                     if not v.norm().isfinite():

@@ -202,10 +202,10 @@ def embed_share(embedder, items, title, names, **how):
         vectors, infos = embedder.encode(items[part], return_info=True, **how)
     except ItemError as error:
         broken.append(f"{title} {names[part][error.index]}: {error.why}")
+    ms = 1000 * (time.perf_counter() - start)
     broken = scale.gather_objects(broken)
     if broken:  # on any process: all of them end in one line
         raise data.BadData(broken[0])
-    ms = 1000 * (time.perf_counter() - start)
     for info in infos:
         info["ms"] = ms / len(infos)
     vectors = np.concatenate(scale.gather_objects([vectors]))

@@ -238,7 +238,7 @@ def grpo_step(model, processor, pairs, cfg, generator, actor=None):
     gain, advantage, sigma = credit(reward)
     weighted_advantage = p_reason[:, None] * advantage  # (B, K): the rationales were forced
 
-    # 4) `when` and `what` of some queries. A chunk may pass twice: nothing is drawn in here.
+    # 4) `when` and `what` of some queries.
     def query_loss(rows, h, batch):
         direct, reason = decision_logits(model, h, batch, processor).unbind(1)
         decision = reason - direct

@@ -10,7 +10,8 @@ deviation; a comparison is the same of the n differences, which is the paired t-
 
 How to run:
     python study.py --out runs/study                               every variant, hours on two cores
-    python study.py --out runs/small --seeds 1 --variants full never --scale 0.05
+    python study.py --out runs/small --seeds 1 --variants full never --scale 0.05       a trial: at
+                    this scale selection keeps nothing, so that many variants are alike
     python study.py --out runs/study --only_summarise              the page, from what is there
 What is there is not done again. Writes run folders OUT/seedN/VARIANT, OUT/study.md, OUT/study.png,
 and OUT/runs.jsonl, the figures of every run.
@@ -110,7 +111,8 @@ def run_variant(cfg, name, seed, out):
     folder = out / f"seed{seed}" / name
     wanted = vars(cfg) | changes
     for path in out.glob(f"seed[0-9]*/{name}/report.json"):  # of any seed: the page has them all
-        before = wanted | read_json(path.with_name("config.json"))  # an older one lacks options
+        # An older one lacks options: it was made with their defaults.
+        before = vars(train.Config()) | read_json(path.with_name("config.json"))
         for option in COMPARED:
             if before[option] != wanted[option]:
                 change = f"a run of --{option} {before[option]}, not {wanted[option]}"

@@ -347,10 +347,12 @@ class Run:
     def same_options(self, free, name, remedy="use another --out"):
         """Refuse what was made with other options, as noted in the folder's file `name`, if it is
         there. Groups in `free` may differ."""
-        before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}, or {}
+        before = self.read(name)  # {"preset": "pocket", "seed": 1, "lr": 0.002, ...}
+        if not before:
+            return
         for f in fields(Config):
             value = getattr(self.cfg, f.name)
-            then = before.get(f.name, value)
+            then = before.get(f.name, f.default)  # the option may be younger than the folder
             if f.metadata["group"] in free or then == value:
                 continue
             change = f"was made with {f.name}={then!r}, this call says {value!r}"
@@ -909,7 +911,9 @@ def select_stage(run, part):
     # 1) The experiment: judged0.jsonl, judged1.jsonl
     paths = [f"{part}/judged{fold}.jsonl" for fold in range(c.select_folds)]
     for fold, path in enumerate(paths):
-        if not os.path.exists(path):  # it is there on --resume, and in a fork by study.py
+        if os.path.exists(path):  # on --resume, and in a fork by study.py
+            run.say(f"{path}: taken as it is")
+        else:
             judge_fold(run, part, fold, written, path)
     if not scale.is_main():
         return
@@ -1177,6 +1181,8 @@ def run_stages(cfg):
             data.load_eval(cfg.data, spec)
     if not cfg.data:
         draw_world(run)
+    if whole and num_done:
+        run.say(f"done before, and not again: {', '.join(run.stages)}")
     for stage in STAGES[num_done:] if whole else [cfg.stage]:
         started = time.time()
         part = run.begin(stage)
