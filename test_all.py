@@ -4543,7 +4543,9 @@ def test_study_page(tmp_path):
     selections = [line.split(" | ")[0] for line in page[page.index(SELECTION) :] if "|" in line]
     assert selections[2:] == ["| full", "| always"]  # never has full's
     assert (tmp_path / "study.png").exists()
-    runs = [(run["variant"], run["seed"]) for run in json_rows(tmp_path, "runs.jsonl")]
+    rows = json_rows(tmp_path, "runs.jsonl")
+    assert rows[0]["curve"]  # so that the figure can be drawn again
+    runs = [(run["variant"], run["seed"]) for run in rows]
     assert runs == [("full", 1), ("full", 2), ("never", 2), ("always", 0)]
 
 
@@ -4561,5 +4563,7 @@ def test_study_shares_judgements_where_only_the_rule_differs(name, tmp_path, mon
 def test_study_never_mixes_runs_of_different_options(tmp_path):
     for name in ("report.json", "config.json"):
         write_table(f"{tmp_path}/seed1/full/{name}", {"scale": 1.0, "seed": 9, "out": "x"})
-    with pytest.raises(ValueError, match="full: a run of --scale 1.0, not 0.5"):
-        study.run_variant(train.Config(scale=0.5), "full", 2, tmp_path)
+    # An option that config.json lacks had its default.
+    for options, why in ({"scale": 0.5}, "scale 1.0, not 0.5"), ({"lr": 0.1}, "lr 0.002, not 0.1"):
+        with pytest.raises(ValueError, match=f"full: a run of --{why}"):
+            study.run_variant(train.Config(**options), "full", 2, tmp_path)
